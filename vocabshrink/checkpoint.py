@@ -1,0 +1,101 @@
+"""Checkpoints: everything a run needs to go on as if nothing had happened, in safetensors and JSON.
+
+What is trained, the optimizer's state, the loss scaler and the random states. The schedule and the position in the
+data are functions of the step, so the step is all that is kept of them. Written to a temporary folder and renamed; the
+checkpoint before stays until the new one is whole.
+"""
+
+import errno
+import json
+import shutil
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import nn
+
+from tokenizer_build.errors import InputError
+
+
+def trained_state(task: nn.Module) -> dict[str, torch.Tensor]:
+    """What training changes: the parameters with a gradient, shared ones once."""
+    return {name: parameter.detach() for name, parameter in task.named_parameters() if parameter.requires_grad}
+
+
+def save_checkpoint(folder: Path, task: nn.Module, optimizer, meta: dict, scaler=None) -> None:
+    """Writes folder anew. meta is JSON: the step, the tokens, the recipe's fingerprint.
+
+    Raises:
+        InputError: the disk is full. The checkpoint before is untouched.
+    """
+    temporary, before = folder.with_name(folder.name + ".partial"), folder.with_name(folder.name + ".before")
+    shutil.rmtree(temporary, ignore_errors=True)
+    try:
+        temporary.mkdir(parents=True)
+        save_file({name: t.cpu().contiguous() for name, t in trained_state(task).items()}, temporary / "model.safetensors")
+        tensors, numbers = {}, {}
+        for index, state in optimizer.state_dict()["state"].items():
+            for name, value in state.items():
+                (tensors if torch.is_tensor(value) else numbers)[f"{index}.{name}"] = value
+        save_file({name: t.cpu().contiguous() for name, t in tensors.items()}, temporary / "optimizer.safetensors")
+        random = {"cpu": torch.get_rng_state()}
+        if torch.cuda.is_available():
+            random["cuda"] = torch.cuda.get_rng_state()
+        save_file(random, temporary / "random.safetensors")
+        meta = meta | {"optimizer_numbers": numbers, "scaler": scaler.state_dict() if scaler else None}
+        (temporary / "meta.json").write_text(json.dumps(meta, indent=2), encoding="utf-8")
+    except (OSError, SafetensorError) as error:
+        full = getattr(error, "errno", None) == errno.ENOSPC or "No space left" in str(error) or "os error 28" in str(error)
+        if not full:
+            raise
+        shutil.rmtree(temporary, ignore_errors=True)
+        raise InputError(f"{folder}: the disk is full: free some space and run again, the checkpoint before is whole") from None
+    if folder.exists():
+        shutil.rmtree(before, ignore_errors=True)
+        folder.rename(before)
+    temporary.rename(folder)
+    shutil.rmtree(before, ignore_errors=True)
+
+
+def read_meta(folder: Path) -> dict | None:
+    """The newest whole checkpoint's meta, or None. Finishes a rename that a crash cut off."""
+    before = folder.with_name(folder.name + ".before")
+    if not folder.exists() and before.exists():
+        before.rename(folder)
+    if not folder.exists():
+        return None
+    try:
+        return json.loads((folder / "meta.json").read_text(encoding="utf-8"))
+    except (OSError, json.JSONDecodeError):
+        raise InputError(f"{folder}: not a whole checkpoint: delete the folder to train this stage anew") from None
+
+
+def load_checkpoint(folder: Path, task: nn.Module, optimizer, meta: dict, scaler=None) -> None:
+    """Puts a checkpoint back, in place.
+
+    Raises:
+        InputError: files that are damaged or belong to other shapes.
+    """
+    try:
+        saved = load_file(folder / "model.safetensors")
+        state = load_file(folder / "optimizer.safetensors")
+        random = load_file(folder / "random.safetensors")
+    except (OSError, SafetensorError) as error:
+        raise InputError(f"{folder}: damaged checkpoint ({error}): delete the folder to train this stage anew") from None
+    current = trained_state(task)
+    if {n: t.shape for n, t in saved.items()} != {n: t.shape for n, t in current.items()}:
+        raise InputError(f"{folder}: checkpoint of another recipe (shapes differ): delete it, or give the run another name")
+    for name, tensor in current.items():
+        tensor.copy_(saved[name])
+    full = optimizer.state_dict()
+    full["state"] = {}
+    for key, value in list(state.items()) + list(meta["optimizer_numbers"].items()):
+        index, name = key.split(".", 1)
+        full["state"].setdefault(int(index), {})[name] = value
+    optimizer.load_state_dict(full)
+    if scaler and meta["scaler"]:
+        scaler.load_state_dict(meta["scaler"])
+    torch.set_rng_state(random["cpu"])
+    if torch.cuda.is_available() and "cuda" in random:
+        torch.cuda.set_rng_state(random["cuda"])

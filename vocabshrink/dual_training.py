@@ -1,0 +1,135 @@
+"""Dual training: the teacher itself learns the student's pieces (Zhao et al., arXiv 1909.11687, both versions).
+
+Each word of the teacher's input is segmented with the student's vocabulary with probability p, else with the
+teacher's. Teacher pieces are embedded by the teacher's table, student pieces by the student's table and, where widths
+differ, an affine map up; both enter the unchanged teacher as `inputs_embeds`, so the new pieces' embeddings are pulled
+into the teacher's space by the teacher's own objective.
+
+Three modes, one task: `joint` (version 1: the student trains alongside, with parameter projections), `two_stage`
+(version 2: the teacher alone; distillation follows), and `match` for teachers without a masked-LM head: mixed input
+must give, word by word, what the teacher gives on its own segmentation, and only the new embeddings move.
+"""
+
+import torch
+from torch import Tensor, nn
+
+from vocabshrink.batches import Batch
+from vocabshrink.distillation import LAYERWISE, TrainingTask, freeze_unread, run_view
+from vocabshrink.layer_map import Pairs
+from vocabshrink.losses import Forward, masked_lm_loss
+from vocabshrink.projection import ParameterProjection, widen
+from vocabshrink.recipe import DualStage
+from vocabshrink.teacher import MaskedLMHead, Teacher
+
+LOSSES_OF_MODE = {
+    "joint": {
+        "student_masked_lm", "teacher_masked_lm", "parameters_down", "parameters_up", "hidden_mse", "hidden_cosine",
+        "hidden_normalized", "embedding_mse", "sentence_cosine", "batch_similarity",
+    },
+    "two_stage": {"teacher_masked_lm"},
+    "match": {"mixed_hidden", "mixed_sentence"},
+}
+
+
+class MixedEmbedding(nn.Module):
+    """Embeds combined ids: below V_T by the teacher's table, from V_T on by the student's and the affine map up."""
+
+    def __init__(self, teacher_table: nn.Embedding, student_table: nn.Embedding, directions: Tensor | None):
+        super().__init__()
+        self.teacher_table, self.student_table = teacher_table, student_table
+        self.up = widen(student_table.embedding_dim, teacher_table.embedding_dim, directions)
+
+    def student_rows(self) -> Tensor:
+        """The student's table in the teacher's width, [V_S, D_T]."""
+        return self.up(self.student_table.weight)
+
+    def forward(self, ids: Tensor) -> Tensor:
+        """[B, T] -> [B, T, D_T]"""
+        first = self.teacher_table.num_embeddings
+        from_student = (ids >= first).unsqueeze(-1)
+        student = self.up(self.student_table((ids - first).clamp_min(0)))
+        return torch.where(from_student, student, self.teacher_table(ids.clamp_max(first - 1)))
+
+
+class DualTraining(TrainingTask):
+    """The teacher on mixed input and, in joint mode, the student beside it."""
+
+    def __init__(
+        self, stage: DualStage, teacher: Teacher, student: nn.Module, pairs: Pairs, *,
+        student_head: MaskedLMHead | None = None, directions: Tensor | None = None,
+    ):
+        super().__init__()
+        self.losses, self.pairs, self.mode = stage.losses, pairs, stage.mode
+        self.layers = bool(LAYERWISE & set(stage.losses))
+        self.teacher, self.student = teacher.backbone, student
+        self.pooling, self.normalize = teacher.pooling, teacher.normalize
+        self.embedding = MixedEmbedding(teacher.table, student.get_input_embeddings(), directions)
+        self.up = self.embedding.up
+        self.down = widen(teacher.config.hidden_size, student.config.hidden_size, None if directions is None else directions.T)
+        self.teacher_head, self.head = teacher.head, student_head
+        self.student_bias = nn.Parameter(torch.zeros(student.config.vocab_size))  # of the teacher's second softmax
+        self.projections = nn.ModuleDict({
+            direction: ParameterProjection(student, teacher.backbone, pairs, direction)
+            for direction in ("down", "up") if f"parameters_{direction}" in self.losses
+        })
+        freeze_unread(self)
+        self.embedding.up.requires_grad_(True)
+        # match has the teacher's own reading as its target, so the body must not move; its table never needs to
+        self.teacher.requires_grad_(stage.train_teacher and self.mode != "match")
+        if self.mode != "joint":
+            self.student.requires_grad_(False)
+            self.student.get_input_embeddings().requires_grad_(True)
+        if self.mode == "match":
+            self.student_bias.requires_grad_(False)
+            if self.teacher_head is not None:
+                self.teacher_head.requires_grad_(False)
+
+    def view(self, batch: Batch) -> Forward:
+        count = batch.word_mask.shape[1]
+        forward = Forward(batch, self.pairs, self.up, self.down)
+        if self.mode == "match":
+            with torch.no_grad():
+                forward.teacher = run_view(self.teacher, batch.teacher, count, self.pooling, self.normalize, layers=False)
+        embeddings = self.embedding(batch.mixed.ids)
+        mixed = run_view(
+            self.teacher, batch.mixed, count, self.pooling, self.normalize, embeddings=embeddings, layers=self.layers
+        )
+        forward.mixed = mixed
+        if self.teacher_head is not None and batch.mixed.labels is not None:
+            forward.masked_lm["mixed"] = lambda: masked_lm_loss(
+                mixed.hidden[-1], batch.mixed.labels, self.teacher_head,
+                [self.embedding.teacher_table.weight, self.embedding.student_rows()],
+                [self.teacher_head.bias, self.student_bias],
+            )
+        if self.mode == "joint":
+            student = run_view(self.student, batch.student, count, self.pooling, self.normalize, layers=self.layers)
+            forward.student = student
+            forward.masked_lm["student"] = lambda: masked_lm_loss(
+                student.hidden[-1], batch.student.labels, self.head,
+                [self.student.get_input_embeddings().weight], [self.head.bias],
+            )
+        forward.parameters = {
+            direction: lambda p=projection: p(self.student, self.teacher) for direction, projection in self.projections.items()
+        }
+        return forward
+
+
+class HeadTraining(TrainingTask):
+    """Trains a masked-LM head on a teacher that has none. The body stays as it is: its embeddings are the target."""
+
+    def __init__(self, teacher: Teacher, losses):
+        super().__init__()
+        self.losses, self.teacher, self.head = losses, teacher.backbone.requires_grad_(False), teacher.head
+
+    def embedding_parameters(self) -> list[nn.Parameter]:
+        return []
+
+    def view(self, batch: Batch) -> Forward:
+        with torch.no_grad():
+            view = run_view(self.teacher, batch.teacher, batch.word_mask.shape[1], "mean", False, layers=False)
+        table = self.teacher.get_input_embeddings().weight
+        forward = Forward(batch, (), nn.Identity(), nn.Identity())
+        forward.masked_lm["mixed"] = lambda: masked_lm_loss(
+            view.hidden[-1], batch.teacher.labels, self.head, [table], [self.head.bias]
+        )
+        return forward

@@ -1,0 +1,524 @@
+"""The lexicon: a corpus as a stream of word ids, each word known by its pieces in both vocabularies.
+
+A corpus is tokenised once. Every line becomes a row of word ids in a memory-mapped file, and the lexicon says
+which teacher pieces and which student pieces each word has; from then on any segmentation, mixed ones
+included, is a gather. A *word* is the smallest stretch of text at whose edges both tokenizers cut, and its
+identity is its two segmentations: "The" and "the" are one word where both vocabularies are uncased.
+
+Exact by construction: lines are cut into chunks only where neither tokenizer can see across the cut (before
+a space that follows a visible character; for two BERT tokenizers also beside ASCII punctuation), each
+distinct chunk is tokenised by the real tokenizers, and its pieces are only grouped, never reordered or
+dropped. So the pieces of a line's words, put together, are what the tokenizer gives for the line (special
+tokens written in the text being text). Tokenizers for which that cannot be promised are refused by
+`check_family`, and the first lines of every corpus are compared again.
+
+Cost: one dictionary look-up per chunk (about 2 million words a second and core once warm) and one call of
+each tokenizer per distinct chunk. Memory holds one block, a bounded cache of chunks and the lexicon; only the
+last grows. Not done: tokenizers that read whole sentences (no split at spaces), dropping words seen once.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import multiprocessing
+import os
+import re
+import shutil
+import unicodedata
+from array import array
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass
+from itertools import accumulate, chain, filterfalse
+from pathlib import Path
+
+import numpy as np
+from safetensors.numpy import load_file, save_file
+from tokenizers import Encoding, Tokenizer
+from tokenizers.normalizers import BertNormalizer
+from tokenizers.pre_tokenizers import BertPreTokenizer
+
+from tokenizer_build.errors import InputError
+
+CACHED_CHUNKS = 1_000_000  # about 250 MB; Zipf's law makes a refill after clearing cheap
+CACHED_CHARACTERS = 1_000  # longer chunks are not words of a language and will not come again
+CHECKED_CHARACTERS = 500_000  # of the first block, compared with whole-line tokenisation
+TABLES = ("teacher_offsets", "teacher_ids", "student_offsets", "student_ids", "counts", "ends_sentence")
+LOCAL_NORMALIZERS = (
+    "BertNormalizer", "NFC", "NFD", "NFKC", "NFKD", "Lowercase", "StripAccents", "Nmt", "Strip", "Precompiled"
+)
+PRE_TOKENIZERS_AT_SPACES = ("BertPreTokenizer", "Whitespace", "WhitespaceSplit", "Metaspace", "ByteLevel")
+EDGES = (
+    " ", "  ", "   ", " \t", "\t ", "\u00a0 ", " \u00a0", "\u200b ", ". ", " '", "▁ ", " ▁", "é ", " \u0301",
+)
+ROLES = {
+    "pad": ("[PAD]", "<pad>"), "unk": ("[UNK]", "<unk>"), "cls": ("[CLS]", "<s>"),
+    "sep": ("[SEP]", "</s>"), "mask": ("[MASK]", "<mask>"),
+}
+
+CHUNK = re.compile(r" *[^ ]+| +")
+DOUBTFUL = re.compile(r"[^ -~](?= )")  # a character that may not be a safe place to cut, before a space
+BERT_CHUNK = re.compile(r"[^ !-/:-@\[-`{-~]+|[!-/:-@\[-`{-~]")  # one ASCII punctuation mark, or none
+SENTENCE_END = re.compile("[.!?…‼‽⁇⁈⁉。！．？｡؟۔।॥]+")
+
+
+@dataclass(frozen=True)
+class Lexicon:
+    """A word *is* its two segmentations; the tables are CSR: word w has ids[offsets[w]:offsets[w + 1]].
+
+    `meta` has "teacher" and "student", each {"size", "special": {"pad", "unk", "cls", "sep", "mask"} (id or
+    None), "sha256" (of tokenizer.json), "lowercase", "family"}, and the totals that `encode_corpus` returns.
+    """
+
+    teacher_offsets: np.ndarray  # [W + 1] int64
+    teacher_ids: np.ndarray  # int32, concatenated pieces
+    student_offsets: np.ndarray  # [W + 1] int64
+    student_ids: np.ndarray  # int32
+    counts: np.ndarray  # [W] int64, occurrences in the stream
+    ends_sentence: np.ndarray  # [W] bool, the surface is a run of . ! ? or of their equivalents
+    words: list[str]  # the surface at the first occurrence, white space stripped
+    meta: dict
+
+    @classmethod
+    def load(cls, folder: str | Path) -> Lexicon:
+        """Reads what `encode_corpus` wrote. Raises InputError where the folder is no finished lexicon."""
+        folder = Path(folder)
+        meta = _read_meta(folder)
+        tables = load_file(folder / "lexicon.safetensors")
+        # split on "\n" alone: JSON keeps U+2028 and its like as they are, and str.splitlines cuts there
+        words = ",".join((folder / "words.jsonl").read_text(encoding="utf-8").split("\n")[:-1])
+        return cls(**{name: tables[name] for name in TABLES}, words=json.loads(f"[{words}]"), meta=meta)
+
+
+@dataclass(frozen=True)
+class WordStream:
+    """The corpus as word ids; line i is word_ids[line_offsets[i]:line_offsets[i + 1]], in corpus order."""
+
+    word_ids: np.ndarray  # [N] uint32, memory-mapped
+    line_offsets: np.ndarray  # [L + 1] int64, memory-mapped
+
+    @classmethod
+    def load(cls, folder: str | Path) -> WordStream:
+        """Maps what `encode_corpus` wrote. Raises InputError where the folder is no finished lexicon."""
+        folder = Path(folder)
+        _read_meta(folder)
+        return cls(
+            np.load(folder / "word_ids.npy", mmap_mode="r"),
+            np.load(folder / "line_offsets.npy", mmap_mode="r"),
+        )
+
+
+def _read_meta(folder: Path) -> dict:
+    try:
+        return json.loads((folder / "meta.json").read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise InputError(f"{folder} holds no word stream (no meta.json); run the encode stage") from None
+
+
+def encode_corpus(
+    blocks: Iterable[list[str]],
+    teacher_tokenizer: str | Path,
+    student_tokenizer: str | Path,
+    folder: str | Path,
+    *,
+    processes: int = 1,
+    progress: Callable[[int], None] | None = None,
+) -> dict:
+    """Writes lexicon and word stream of `blocks` (lists of lines) into `folder`; returns the totals.
+
+    Tokenizers are folders or tokenizer.json files. The files are byte-identical for every number of processes
+    (words are numbered by first occurrence) and for every way of cutting the lines into blocks. An empty line
+    stays as a line without words. `progress` is called with the number of words of each block written.
+    Totals: lines, words, distinct_words, teacher_pieces, student_pieces (both over the whole stream).
+    Raises InputError for a tokenizer that cannot be handled exactly and for a corpus without words.
+    """
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # one thread a process; and spawn inherits it
+    folder, paths = Path(folder), (tokenizer_file(teacher_tokenizer), tokenizer_file(student_tokenizer))
+    meta = {side: _describe(path) for side, path in zip(("teacher", "student"), paths, strict=True)}
+    if (family := meta["student"]["family"]) != "wordpiece":
+        raise InputError(f"{paths[1]} is a {family} tokenizer; give the student a WordPiece vocabulary")
+    partial = folder / ".partial"
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir(parents=True)
+    try:
+        meta |= _write(_encode_blocks(blocks, paths, processes), partial, progress or (lambda words: None))
+        (partial / "meta.json").write_text(json.dumps(meta, indent=1) + "\n", encoding="utf-8")
+        (folder / "meta.json").unlink(missing_ok=True)  # goes first and comes last: no half-written run loads
+        for file in sorted(partial.iterdir(), key=lambda file: file.name == "meta.json"):
+            os.replace(file, folder / file.name)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+    return {name: value for name, value in meta.items() if name not in ("teacher", "student")}
+
+
+# ---------------------------------------------------------------------------------------------- tokenizers
+
+
+def tokenizer_file(path: str | Path) -> Path:
+    """The tokenizer.json of a folder, or the file itself. Raises InputError where there is none."""
+    path = Path(path)
+    file = path / "tokenizer.json" if path.is_dir() else path
+    if not file.is_file():
+        raise InputError(f"{path} holds no tokenizer.json; AutoTokenizer's save_pretrained writes one")
+    return file
+
+
+def check_family(path: str | Path) -> str:
+    """"wordpiece", "byte-level", "metaspace" or "words": how the tokenizer of this file keeps words apart.
+
+    Raises InputError, with the reason, for a tokenizer that cannot be cut at spaces exactly: one that reads
+    whole sentences or single characters, whose parts are not known to act locally, or that is random.
+    """
+    path = tokenizer_file(path)
+    tokenizer = _load(path)
+    spec = json.loads(tokenizer.to_str())
+    reason = _unfit(spec) or _inexact(tokenizer)
+    if reason:
+        raise InputError(f"{path} cannot be encoded word by word: {reason}; choose another teacher")
+    kinds = {part["type"] for part in _parts(spec["pre_tokenizer"], "pretokenizers")}
+    if spec["model"]["type"] == "WordPiece":
+        return "wordpiece"
+    return "byte-level" if "ByteLevel" in kinds else "metaspace" if "Metaspace" in kinds else "words"
+
+
+def _parts(spec: dict | None, key: str) -> list[dict]:
+    """The normalizers or pre-tokenizers of a tokenizer.json, sequences flattened."""
+    if spec is None or spec["type"] != "Sequence":
+        return [spec] if spec else []
+    return [leaf for part in spec[key] for leaf in _parts(part, key)]
+
+
+def _unfit(spec: dict) -> str | None:
+    """Why the parts of this tokenizer.json are not known to act within words; None where they are."""
+    blanks = (" {2,}", r"\s{2,}|[\n\r\t]", r"\s+")  # these match within one run of white space
+    for part in _parts(spec["normalizer"], "normalizers"):
+        pattern = part.get("pattern", {})
+        text = pattern.get("String", " " if pattern.get("Regex") in blanks else "  ")
+        harmless = part["type"] == "Replace" and (text in (" ", "▁") or not re.search(r"[\s▁]", text))
+        if part["type"] not in LOCAL_NORMALIZERS and not harmless:
+            return f"its normalizer {part['type']} {pattern or ''} may look across spaces"
+    apart = False
+    for part in _parts(spec["pre_tokenizer"], "pretokenizers"):
+        kind = part["type"]
+        if kind not in (*PRE_TOKENIZERS_AT_SPACES, "Punctuation", "Digits"):
+            return f"its pre-tokenizer {kind} is not known to act within words"
+        apart |= kind in PRE_TOKENIZERS_AT_SPACES and part.get("split", True) and part.get("use_regex", True)
+    if not apart:
+        return "no pre-tokenizer keeps its words apart, it reads whole sentences"
+    if spec["model"]["type"] not in ("WordPiece", "BPE", "Unigram", "WordLevel"):
+        return f"its model {spec['model']['type']} is unknown"
+    if spec["model"].get("dropout") or spec["model"].get("alpha"):
+        return "it samples its segmentations"
+    for token in spec["added_tokens"]:
+        if not token["special"] and (token["rstrip"] or re.search(r"\s", token["content"])):
+            return f"its added token {token['content']!r} reaches across spaces"
+    return None
+
+
+def _inexact(tokenizer: Tokenizer) -> str | None:
+    """Backstop to `_unfit`: lines with every kind of edge, tokenised as a whole and in chunks."""
+    splitter = _Splitter([tokenizer])
+    if not all(splitter.safe(chr(c)) for c in range(33, 127)):
+        return "its normalizer changes a word by what stands beside it"
+    for middle in EDGES:
+        for line in (f"a{middle}b", f"{middle}a b{middle}", f"a's{middle}12{middle}{middle}B!? (c)", middle):
+            pieces = [tokenizer.encode(c, add_special_tokens=False).ids for c in splitter.chunks(line)]
+            if list(chain.from_iterable(pieces)) != tokenizer.encode(line, add_special_tokens=False).ids:
+                return f"it gives the words of {line!r} other pieces alone than in the line"
+    return None
+
+
+def _load(path: Path) -> Tokenizer:
+    """The tokenizer as it segments plain text: special tokens are text, nothing is cut, padded or added."""
+    try:
+        spec = json.loads(path.read_text(encoding="utf-8"))
+        # without the post-processor the offsets of byte-level pieces keep their space, and nothing overlaps
+        plain = spec | {"truncation": None, "padding": None, "post_processor": None}
+        tokenizer = Tokenizer.from_str(json.dumps(plain))
+    except Exception as error:  # the tokenizers library raises bare Exceptions
+        raise InputError(f"{path} is not a file that the tokenizers library reads: {error}") from None
+    tokenizer.encode_special_tokens = True
+    return tokenizer
+
+
+def _describe(path: Path) -> dict:
+    family, tokenizer = check_family(path), _load(path)
+    config_file = path.with_name("tokenizer_config.json")
+    config = json.loads(config_file.read_text(encoding="utf-8")) if config_file.is_file() else {}
+    special = {}
+    for role, usual in ROLES.items():
+        named = config.get(f"{role}_token")
+        names = (named["content"] if isinstance(named, dict) else named or "", *usual)
+        special[role] = next((i for i in map(tokenizer.token_to_id, names) if i is not None), None)
+    normalizer = tokenizer.normalizer
+    return {
+        "size": tokenizer.get_vocab_size(with_added_tokens=True),
+        "special": special,
+        "sha256": hashlib.sha256(path.read_bytes()).hexdigest(),
+        "lowercase": normalizer is not None and normalizer.normalize_str("A") == "a",
+        "family": family,
+    }
+
+
+# ---------------------------------------------------------------------------------------------- text to words
+
+
+class _Splitter:
+    """Cuts lines into chunks (spaces and what follows them) where no tokenizer can see across the cut."""
+
+    def __init__(self, tokenizers: list[Tokenizer]):
+        self.normalizers = [t.normalizer for t in tokenizers if t.normalizer is not None]
+        self.known: dict[str, bool] = {}
+        # BERT's normalizer maps character by character and its pre-tokenizer isolates punctuation and drops
+        # white space. Cutting there too halves the distinct chunks ("word", not "word," and "(word").
+        if all(
+            isinstance(t.normalizer, BertNormalizer) and isinstance(t.pre_tokenizer, BertPreTokenizer)
+            and all(token.special for token in t.get_added_tokens_decoder().values())
+            for t in tokenizers
+        ):
+            self.chunks = BERT_CHUNK.findall
+
+    def safe(self, character: str) -> bool:
+        """Whether a line may be cut between this character and a following space.
+
+        It must be visible (what counts as white space differs between tokenizers, and runs of white space are
+        tokenised as one), and normalising the two sides alone must be normalising the whole.
+        """
+        if character not in self.known:
+            self.known[character] = unicodedata.category(character)[0] in "LNPS" and all(
+                n.normalize_str(f"a{character} b") == n.normalize_str(f"a{character}") + n.normalize_str(" b")
+                and n.normalize_str(character).strip() and not n.normalize_str(f"a{character}")[-1].isspace()
+                for n in self.normalizers
+            )
+        return self.known[character]
+
+    def chunks(self, line: str) -> list[str]:
+        chunks = CHUNK.findall(line)
+        if line.isascii() and line.isprintable():
+            return chunks
+        unsafe = {c for c in set(DOUBTFUL.findall(line)) if not self.safe(c)}
+        if not unsafe:
+            return chunks
+        groups: list[list[str]] = []
+        for chunk in chunks:
+            if groups and groups[-1][-1][-1] in unsafe:
+                groups[-1].append(chunk)
+            else:
+                groups.append([chunk])
+        return ["".join(group) for group in groups]
+
+
+class _Encoder:
+    """One process' tokenizers and caches: blocks of lines to word ids, numbered as this process met them.
+
+    A word's key is the bytes of int32 [number of teacher pieces, *teacher pieces, *student pieces].
+    """
+
+    def __init__(self, teacher: Path, student: Path):
+        self.teacher, self.student = _load(teacher), _load(student)
+        self.splitter = _Splitter([self.teacher, self.student])
+        self.words: dict[bytes, int] = {}
+        self.chunks: dict[str, tuple[int, ...]] = {}
+        self.new: list[tuple[bytes, str]] = []
+
+    def encode(self, lines: list[str]) -> tuple[int, list[tuple[bytes, str]], np.ndarray, np.ndarray]:
+        """(this process, its new words as (key, surface), own word ids uint32 [n], words per line int64)."""
+        if len(self.chunks) > CACHED_CHUNKS:
+            self.chunks.clear()
+        self.new = []
+        chunked = list(map(self.splitter.chunks, lines))
+        flat = list(chain.from_iterable(chunked))
+        missing = list(filterfalse(self.chunks.__contains__, dict.fromkeys(flat)))
+        self._learn(missing)
+        words = list(map(self.chunks.__getitem__, flat))
+        for chunk in missing:
+            if len(chunk) > CACHED_CHARACTERS:
+                del self.chunks[chunk]
+        word_ids = np.fromiter(chain.from_iterable(words), np.uint32)
+        ends = np.concatenate(([0], np.cumsum(np.fromiter(map(len, words), np.int64, len(words)))))
+        lengths = np.diff(ends[np.cumsum([0, *map(len, chunked)])])
+        return os.getpid(), self.new, word_ids, lengths
+
+    def _learn(self, chunks: list[str]) -> None:
+        for start in range(0, len(chunks), 2048):
+            part = chunks[start : start + 2048]
+            try:
+                pairs = [t.encode_batch(part, add_special_tokens=False) for t in (self.teacher, self.student)]
+            except TypeError:  # what the library raises for a lone surrogate
+                wrong = next(c for c in part if re.search(r"[\ud800-\udfff]", c))[:80]
+                raise InputError(f"the corpus has a lone surrogate in {wrong!r}; mend its encoding") from None
+            for chunk, teacher, student in zip(part, *pairs, strict=True):
+                self.chunks[chunk] = tuple([self._number(*word) for word in _words(chunk, teacher, student)])
+
+    def _number(self, teacher_pieces: list[int], student_pieces: list[int], surface: str) -> int:
+        key = array("i", (len(teacher_pieces), *teacher_pieces, *student_pieces)).tobytes()
+        number = self.words.get(key)
+        if number is None:
+            number = self.words[key] = len(self.words)
+            self.new.append((key, surface))
+        return number
+
+
+def _words(chunk: str, teacher: Encoding, student: Encoding) -> Iterator[tuple[list[int], list[int], str]]:
+    """The words of a chunk as (teacher pieces, student pieces, surface): cut wherever both tokenizers cut.
+
+    A side without pieces for a word (its normalizer removed it, or it is white space) has an empty list.
+    """
+    if chunk.isascii() and chunk.removeprefix(" ").isalpha():  # most chunks, and one word to every family
+        yield teacher.ids, student.ids, chunk.strip()
+        return
+    (teacher_cuts, student_cuts), i, j, last = (_cuts(e, len(chunk)) for e in (teacher, student)), 0, 0, None
+    while i < len(teacher_cuts) and j < len(student_cuts):  # intersects two sorted lists of intervals
+        (t, t_low, t_high), (s, s_low, s_high) = teacher_cuts[i], student_cuts[j]
+        if max(t_low, s_low) <= min(t_high, s_high):
+            if last is not None and last[:2] != (t, s):
+                surface = chunk[last[2] : max(t_low, s_low)]
+                yield teacher.ids[last[0] : t], student.ids[last[1] : s], surface.strip() or surface
+            last = (t, s, min(t_high, s_high))
+        if t_high <= s_high:
+            i += 1
+        else:
+            j += 1
+
+
+def _cuts(encoding: Encoding, length: int) -> list[tuple[int, int, int]]:
+    """Where this tokenizer cuts the chunk: (pieces before the cut, lowest, highest position of the cut).
+
+    A cut has a range of positions where it lies in text without pieces, such as a space. Pre-tokens that
+    share a character (a normalizer made several of one) have no cut between them.
+    """
+    offsets, pre_tokens = encoding.offsets, encoding.word_ids
+    edges = [0, *(k for k in range(1, len(offsets)) if pre_tokens[k] != pre_tokens[k - 1]), len(offsets)]
+    lows = list(accumulate((end for _, end in offsets), max, initial=0))  # lows[k]: end of the first k pieces
+    highs = list(accumulate((start for start, _ in reversed(offsets)), min, initial=length))[::-1]
+    return [(k, lows[k], highs[k]) for k in dict.fromkeys(edges) if lows[k] <= highs[k]]
+
+
+# ---------------------------------------------------------------------------------------------- the files
+
+
+def _encode_blocks(blocks: Iterable[list[str]], paths: tuple[Path, Path], processes: int) -> Iterator[tuple]:
+    """`_Encoder.encode` of every block, in order; the first block is checked."""
+    blocks = iter(blocks)
+    first = next(blocks, [])
+    encoder = _Encoder(*paths)
+    result = encoder.encode(first)
+    _check(encoder, first, result)
+    yield result
+    if processes == 1:
+        yield from map(encoder.encode, blocks)
+        return
+    del encoder
+    # spawn, not fork: the tokenizers library and torch hold threads. Blocks wait in a short queue, so that
+    # the corpus is read no faster than it is encoded.
+    context = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(processes, context, initializer=_start_worker, initargs=paths) as pool:
+        waiting = deque()
+        for block in blocks:
+            waiting.append(pool.submit(_encode_in_worker, block))
+            if len(waiting) > 2 * processes:
+                yield waiting.popleft().result()
+        while waiting:
+            yield waiting.popleft().result()
+
+
+_worker: _Encoder | None = None
+
+
+def _start_worker(teacher: Path, student: Path) -> None:
+    global _worker
+    _worker = _Encoder(teacher, student)
+
+
+def _encode_in_worker(lines: list[str]) -> tuple:
+    return _worker.encode(lines)
+
+
+def _check(encoder: _Encoder, lines: list[str], result: tuple) -> None:
+    """Compares the first lines with whole-line tokenisation. Raises InputError with the line that differs."""
+    _, new, word_ids, lengths = result
+    keys = [np.frombuffer(key, np.int32) for key, _ in new]
+    ends = np.cumsum(lengths)
+    characters = 0
+    for line, start, end in zip(lines, ends - lengths, ends, strict=True):
+        words = [keys[w] for w in word_ids[start:end]]
+        teacher = [piece for key in words for piece in key[1 : 1 + key[0]]]
+        student = [piece for key in words for piece in key[1 + key[0] :]]
+        sides = (("teacher", encoder.teacher, teacher), ("student", encoder.student, student))
+        for side, tokenizer, ids in sides:
+            if tokenizer.encode(line, add_special_tokens=False).ids != ids:
+                raise InputError(
+                    f"the {side}'s tokenizer gives the words of {line[:200]!r} other pieces alone than in "
+                    "the line, so it cannot be encoded word by word; choose another teacher"
+                )
+        characters += len(line)
+        if characters > CHECKED_CHARACTERS:
+            break
+
+
+def _write(results: Iterable[tuple], folder: Path, progress: Callable[[int], None]) -> dict:
+    """Renumbers each process' words by first occurrence in the stream and writes all but meta.json."""
+    numbers: dict[bytes, int] = {}
+    surfaces: list[str] = []
+    global_ids: dict[int, np.ndarray] = {}  # process -> its word number -> the stream's
+    counts = np.zeros(0, np.int64)
+    words = lines = 0
+    ids_path, lines_path = folder / "word_ids.npy", folder / "line_offsets.npy"
+    with open(ids_path, "wb") as ids_file, open(lines_path, "wb") as lines_file:
+        _npy_header(ids_file, np.uint32, 0)
+        _npy_header(lines_file, np.int64, 0)
+        lines_file.write(np.zeros(1, np.int64).tobytes())
+        for process, new, local_ids, lengths in results:
+            for key, surface in new:
+                if numbers.setdefault(key, len(numbers)) == len(surfaces):
+                    surfaces.append(surface)
+            fresh = np.fromiter((numbers[key] for key, _ in new), np.uint32, len(new))
+            global_ids[process] = np.concatenate((global_ids.get(process, fresh[:0]), fresh))
+            word_ids = global_ids[process][local_ids]
+            ids_file.write(word_ids.data)
+            lines_file.write((words + np.cumsum(lengths, dtype=np.int64)).data)
+            block_counts = np.bincount(word_ids, minlength=len(numbers))
+            block_counts[: len(counts)] += counts
+            counts = block_counts
+            words, lines = words + len(word_ids), lines + len(lengths)
+            progress(len(word_ids))
+        _npy_header(ids_file, np.uint32, words)
+        _npy_header(lines_file, np.int64, lines + 1)
+    if not words:
+        raise InputError("the corpus holds no words; check its files and the name of the text column")
+    tables = _tables(numbers) | {
+        "counts": counts,
+        "ends_sentence": np.array([bool(SENTENCE_END.fullmatch(surface)) for surface in surfaces]),
+    }
+    save_file(tables, folder / "lexicon.safetensors")
+    with open(folder / "words.jsonl", "w", encoding="utf-8", newline="\n") as file:
+        file.writelines(json.dumps(surface, ensure_ascii=False) + "\n" for surface in surfaces)
+    totals = {"lines": lines, "words": words, "distinct_words": len(numbers)}
+    for side in ("teacher", "student"):
+        totals[f"{side}_pieces"] = int(counts @ np.diff(tables[f"{side}_offsets"]))
+    return totals
+
+
+def _tables(keys: Iterable[bytes]) -> dict[str, np.ndarray]:
+    """CSR tables of both sides from the words' keys (see _Encoder)."""
+    keys = list(keys)
+    data = np.frombuffer(b"".join(keys), np.int32)
+    lengths = np.fromiter(map(len, keys), np.int64, len(keys)) // 4
+    starts = np.cumsum(lengths) - lengths
+    of_teacher = data[starts].astype(np.int64)
+    place = np.arange(len(data)) - np.repeat(starts, lengths)
+    is_student = place > np.repeat(of_teacher, lengths)
+    tables = {"teacher_ids": data[(place > 0) & ~is_student], "student_ids": data[is_student]}
+    for side, sizes in (("teacher", of_teacher), ("student", lengths - 1 - of_teacher)):
+        tables[f"{side}_offsets"] = np.concatenate((np.zeros(1, np.int64), np.cumsum(sizes)))
+    return tables
+
+
+def _npy_header(file, dtype: type, length: int) -> None:
+    """Writes the .npy header at the start of the file; numpy pads it, so that any length fits its bytes."""
+    file.seek(0)
+    description = np.lib.format.dtype_to_descr(np.dtype(dtype))
+    header = {"descr": description, "fortran_order": False, "shape": (length,)}
+    np.lib.format.write_array_header_1_0(file, header)

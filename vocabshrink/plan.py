@@ -1,0 +1,119 @@
+"""What a recipe will cost, before anything is trained: parameters, bytes of every format, tokens, FLOPs, hours.
+
+Parameters and bytes are exact arithmetic (budget.py). Tokens are counted where the corpus is encoded already, else
+guessed from the sequence length and marked so. Hours come from a matrix product timed here and now, times the share
+of that speed that training reached on the machines it was measured on: good to a factor of two, not more.
+"""
+
+import json
+import time
+
+from rich.table import Table
+from tokenizers import Tokenizer
+
+from tokenizer_build.errors import InputError
+from vocabshrink.budget import FORMATS, Shape, delivery_bytes, describe, format_name, parameters, refusal
+from vocabshrink.recipe import Recipe
+from vocabshrink.run_dir import RunDir
+from vocabshrink.teacher import check_folder, resolve_model
+
+EFFICIENCY = 0.5  # of a plain matrix product's speed; measured 0.4 to 0.6 for small BERTs in bf16 on CPUs
+GUESSED_FILL = 0.5  # of max_length, where nothing is encoded yet
+
+
+def shapes(recipe: Recipe) -> tuple[Shape, Shape]:
+    """The student's and the teacher's shape. Raises InputError for a teacher folder that cannot be one."""
+    folder = resolve_model(recipe.teacher.model)
+    check_folder(folder)
+    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    fields = ("hidden_size", "num_hidden_layers", "intermediate_size", "max_position_embeddings")
+    missing = [name for name in fields if name not in config]
+    if missing:
+        raise InputError(f"{folder}/config.json has no {missing[0]}: {config.get('model_type')} is not an encoder of BERT's line")
+    teacher = Shape(config["vocab_size"], *(config[name] for name in fields), config.get("type_vocab_size", 2))
+    student = Shape(recipe.vocabulary.size, *(getattr(recipe.student, name) or config[name] for name in fields), teacher.type_vocab_size)
+    return student, teacher
+
+
+def delivered_shape(recipe: Recipe, student: Shape) -> Shape:
+    positions = min(student.max_position_embeddings, recipe.delivery.max_positions)
+    return Shape(**vars(student) | {"max_position_embeddings": positions})
+
+
+def check_budget(recipe: Recipe) -> None:
+    """Refuses a recipe whose delivery cannot meet its size budget, saying what to change. Raises InputError."""
+    student, _ = shapes(recipe)
+    sentence = refusal(
+        delivered_shape(recipe, student), recipe.delivery.budget,
+        format_name(recipe.delivery.weights, recipe.delivery.group_size), recipe=recipe.name,
+    )
+    if sentence:
+        raise InputError(sentence)
+
+
+def flops_per_piece(shape: Shape, length: int) -> int:
+    """Of one forward pass: two for each weight of the layers, and attention's two products over the sequence."""
+    blocks = parameters(shape)
+    return 2 * blocks["layers"] + 4 * shape.num_hidden_layers * length * shape.hidden_size
+
+
+def matrix_speed() -> float:
+    """FLOP/s of a bfloat16 matrix product on this machine's device, measured for about a second."""
+    import torch
+
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    size = 8192 if device == "cuda" else 1536
+    a = torch.randn(size, size, dtype=torch.bfloat16, device=device)
+    best = 0.0
+    for _ in range(5):
+        started = time.perf_counter()
+        float((a @ a)[0, 0])
+        best = max(best, 2 * size**3 / (time.perf_counter() - started))
+    return best
+
+
+def stage_costs(recipe: Recipe, run: RunDir) -> list[dict]:
+    """{"stage", "tokens", "counted", "flops"} of each training stage."""
+    student, teacher = shapes(recipe)
+    costs = []
+    for name, section in (("teacher", recipe.masked_lm_head), ("dual", recipe.dual), ("distill", recipe.distill)):
+        if section is None:
+            continue
+        rows = run.metrics() if (run.path / "metrics.jsonl").is_file() else []
+        done = [row for row in rows if row["stage"] == name and row["kind"] == "train"]
+        length = done[-1]["tokens"] / done[-1]["step"] / section.batch_size if done else section.max_length * GUESSED_FILL
+        tokens = int(section.steps * section.batch_size * length)
+        forward_teacher, forward_student = flops_per_piece(teacher, int(length)), flops_per_piece(student, int(length))
+        teacher_passes, student_passes = {
+            "teacher": (1, 0), "distill": (1, 3),
+            "dual": {"match": (4, 0), "two_stage": (3, 0), "joint": (3, 3)}[recipe.dual.mode if recipe.dual else "match"],
+        }[name]
+        flops = tokens * (teacher_passes * forward_teacher + student_passes * forward_student)
+        costs.append({"stage": name, "tokens": tokens, "counted": bool(done), "flops": flops})
+    return costs
+
+
+def plan_tables(recipe: Recipe, run: RunDir) -> list[Table]:
+    """The plan as tables for a terminal or a log."""
+    student, teacher = shapes(recipe)
+    delivered = delivered_shape(recipe, student)
+    blocks = Table("parameters", "teacher", "student", title=f"{recipe.name}: parameters by block")
+    of_teacher, of_student = parameters(teacher), parameters(student)
+    for name in of_student:
+        blocks.add_row(name, f"{of_teacher[name]:,}", f"{of_student[name]:,}")
+    sizes = Table("format", "weights", "tokenizer", "all files", f"of {recipe.delivery.budget:,}", title="bytes of every delivery")
+    tokenizer = run.stage("vocab") / "tokenizer.json"
+    chosen = format_name(recipe.delivery.weights, recipe.delivery.group_size)
+    if tokenizer.is_file():
+        delivered = Shape(**vars(delivered) | {"vocab_size": Tokenizer.from_file(str(tokenizer)).get_vocab_size()})
+    for name in FORMATS:
+        size = delivery_bytes(delivered, name)
+        mark = " (chosen)" if name == chosen else ""
+        share = f"{size['total'] / recipe.delivery.budget:.0%}"
+        sizes.add_row(describe(name) + mark, f"{size['weights']:,}", f"{size['tokenizer']:,}", f"{size['total']:,}", share)
+    costs = Table("stage", "tokens", "FLOPs", "hours here", title="training")
+    speed = matrix_speed() * EFFICIENCY
+    for cost in stage_costs(recipe, run):
+        tokens = f"{cost['tokens']:,}" + ("" if cost["counted"] else " (guess)")
+        costs.add_row(cost["stage"], tokens, f"{cost['flops']:.2e}", f"{cost['flops'] / speed / 3600:.2f}")
+    return [blocks, sizes, costs]

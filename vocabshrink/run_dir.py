@@ -1,0 +1,224 @@
+"""The folder of one run: where each stage writes, and how a finished stage differs from a crashed one.
+
+A stage owns one folder and writes `DONE` into it last, so "is it done?" is one look at the disk and needs no
+database. Every file is written under a temporary name in the same folder and renamed: a reader sees the old
+file or the new one, never half of one. An unfinished attempt is thrown away when the stage starts again, but
+for its `checkpoints/`, from which training resumes. The cost is one rename per file and one small append per
+metrics row. There is no lock: two runs in one folder at once are the user's mistake, and when several
+processes train together, only the main one may write here.
+"""
+
+import errno
+import json
+import math
+import os
+import platform
+import shutil
+import subprocess
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from importlib import metadata
+from pathlib import Path, PurePath
+
+from tokenizer_build.errors import InputError
+
+PACKAGES = ("vocabshrink", "torch", "transformers", "tokenizers", "accelerate", "onnxruntime", "numpy")
+
+
+@dataclass(frozen=True)
+class RunDir:
+    """The run folder at `path`; it need not exist yet."""
+
+    path: Path
+
+    def __post_init__(self):
+        object.__setattr__(self, "path", Path(self.path))
+
+    def stage(self, name: str) -> Path:
+        """Folder of a stage, existing or not."""
+        return self.path / name
+
+    def is_done(self, name: str) -> bool:
+        """Whether the stage ran to its end."""
+        return (self.stage(name) / "DONE").is_file()
+
+    def start(self, name: str) -> Path:
+        """Empty the stage's folder and return it.
+
+        `checkpoints/` of an unfinished attempt stays. Starting a finished stage means doing it again from
+        nothing, so its checkpoints go too. Without checkpoints the stage's metrics rows go as well; with
+        them, the caller knows the step it resumes from and calls `truncate_metrics`.
+        """
+        folder = self.stage(name)
+        keep = set() if self.is_done(name) else {"checkpoints"}
+        (folder / "DONE").unlink(missing_ok=True)  # first: a crash while emptying must not look finished
+        folder.mkdir(parents=True, exist_ok=True)
+        for entry in folder.iterdir():
+            if entry.name in keep:
+                continue
+            if entry.is_dir() and not entry.is_symlink():
+                shutil.rmtree(entry)
+            else:
+                entry.unlink()
+        if not (folder / "checkpoints").is_dir():
+            self.truncate_metrics(name, -1)
+        return folder
+
+    def finish(self, name: str, summary: dict) -> None:
+        """Write the stage's summary.json, then `DONE`."""
+        write_json(self.stage(name) / "summary.json", summary)
+        write_text(self.stage(name) / "DONE", "")
+
+    def append_metrics(self, row: dict) -> None:
+        """Add one row to metrics.jsonl; it is on its way to the disk when this returns."""
+        path = self.path / "metrics.jsonl"
+        with naming_full_disk(path):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            with path.open("a", encoding="utf-8") as file:
+                file.write(json.dumps(_plain(row), ensure_ascii=False) + "\n")
+
+    def metrics(self) -> list[dict]:
+        """All rows of metrics.jsonl, without a last line that a crash cut short."""
+        path = self.path / "metrics.jsonl"
+        if not path.is_file():
+            return []
+        rows = []
+        lines = path.read_text(encoding="utf-8", errors="replace").splitlines(keepends=True)
+        for number, line in enumerate(lines, start=1):
+            try:
+                row = json.loads(line)
+            except json.JSONDecodeError as error:
+                if number == len(lines) and not line.endswith("\n"):
+                    break
+                raise InputError(f"{path} line {number} is not JSON ({error}); delete that line") from error
+            if not isinstance(row, dict):
+                raise InputError(f"{path} line {number} is not a JSON object; delete that line")
+            rows.append(row)
+        return rows
+
+    def truncate_metrics(self, stage: str, step: int) -> None:
+        """Drop the rows that `stage` wrote after `step`: a resumed stage will write them again."""
+        if not (self.path / "metrics.jsonl").is_file():
+            return
+        rows = [r for r in self.metrics() if r.get("stage") != stage or r.get("step", 0) <= step]
+        text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+        write_text(self.path / "metrics.jsonl", text)
+
+    def write_environment(self) -> None:
+        """Write environment.json: what a reader needs to judge a figure, and nothing about who ran it."""
+        write_json(self.path / "environment.json", {
+            "date": datetime.now(UTC).strftime("%Y-%m-%d"),
+            "versions": {"python": platform.python_version(), **_versions()},
+            "platform": f"{platform.system()} {platform.machine()}",
+            "cpu": _cpu_model(),
+            "cpu_count": os.cpu_count(),
+            "gpus": _gpu_names(),
+            "git_commit": _git_commit(),
+        })
+
+
+@contextmanager
+def replacing(path: Path) -> Iterator[Path]:
+    """Yield a temporary path in the folder of `path`; rename it to `path` if the block succeeds.
+
+    Raises InputError, naming the file and the bytes free, when the disk is full.
+    """
+    path = Path(path)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    with naming_full_disk(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            yield temporary
+            os.replace(temporary, path)
+        finally:
+            temporary.unlink(missing_ok=True)
+
+
+@contextmanager
+def naming_full_disk(path: Path) -> Iterator[None]:
+    """Turn "no space left" while writing `path` into an InputError that says how many bytes are free."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+            raise
+        folder = next(parent for parent in Path(path).absolute().parents if parent.is_dir())
+        free = shutil.disk_usage(folder).free
+        message = f"no space left to write {path}: {free:,} bytes are free there; free some and run again"
+        raise InputError(message) from error
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a UTF-8 file atomically, with \\n line ends everywhere."""
+    with replacing(path) as temporary, temporary.open("w", encoding="utf-8", newline="\n") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())  # else a power cut may leave the new name on an empty file
+
+
+def write_json(path: Path, value) -> None:
+    """Write strict JSON atomically; numbers of NumPy and torch become plain, NaN and infinity null."""
+    write_text(path, json.dumps(_plain(value), indent=2, ensure_ascii=False) + "\n")
+
+
+def read_json(path: Path):
+    """Read a JSON file. Raises InputError naming the file when it is missing or not JSON."""
+    try:
+        return json.loads(Path(path).read_text(encoding="utf-8"))
+    except FileNotFoundError as error:
+        raise InputError(f"{path} is missing: run the stage that writes it") from error
+    except ValueError as error:  # JSONDecodeError and UnicodeDecodeError
+        raise InputError(f"{path} is not JSON ({error}); delete it and run its stage again") from error
+
+
+def _plain(value):
+    if isinstance(value, dict):
+        return {str(key): _plain(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_plain(item) for item in value]
+    if hasattr(value, "item"):
+        value = value.item()
+    if isinstance(value, float) and not math.isfinite(value):
+        return None  # NaN is not JSON, and a browser or jq would refuse the whole file
+    return str(value) if isinstance(value, PurePath) else value
+
+
+def _versions() -> dict[str, str]:
+    versions = {}
+    for name in PACKAGES:  # read from the metadata: importing torch to ask its version takes seconds
+        try:
+            versions[name] = metadata.version(name)
+        except metadata.PackageNotFoundError:
+            continue
+    return versions
+
+
+def _cpu_model() -> str:
+    try:
+        for line in Path("/proc/cpuinfo").read_text().splitlines():
+            if line.lower().startswith("model name"):
+                return line.partition(":")[2].strip()
+    except OSError:
+        pass  # not Linux
+    return platform.processor() or platform.machine()
+
+
+def _gpu_names() -> list[str]:
+    torch = sys.modules.get("torch")  # only where the caller has loaded it: this layer is free of torch
+    if torch is None or not torch.cuda.is_available():
+        return []
+    return [torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count())]
+
+
+def _git_commit() -> str | None:
+    folder = Path(__file__).resolve().parents[1]
+    if not (folder / ".git").exists():
+        return None  # an installed package: the commit of whatever repository surrounds it would mislead
+    try:
+        answer = subprocess.run(["git", "-C", folder, "rev-parse", "HEAD"], capture_output=True, text=True)
+    except FileNotFoundError:
+        return None
+    return answer.stdout.strip() if answer.returncode == 0 else None

@@ -1,0 +1,217 @@
+"""The teacher: any encoder with an embedding table that AutoModel loads, and a masked-LM head of one form.
+
+The head of every family of the BERT line is dense, activation, layer norm, then the embedding table as decoder. So
+one module, `MaskedLMHead`, serves them all: taken from the checkpoint where it has one, trained by the `masked_lm_head`
+stage where it has none, and asked for the logits of either vocabulary, because the table is an argument.
+
+Nothing in the teacher's code changes for mixed input: pieces of both vocabularies are embedded outside and enter as
+`inputs_embeds`.
+"""
+
+import hashlib
+import importlib.util
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from safetensors import safe_open
+from tokenizers import Tokenizer
+from torch import nn
+from transformers import AutoConfig, AutoModel
+from transformers.utils import logging as transformers_logging
+
+from tokenizer_build.errors import InputError
+from vocabshrink.batches import Pieces
+
+transformers_logging.set_verbosity_error()
+transformers_logging.disable_progress_bar()
+
+
+class MaskedLMHead(nn.Module):
+    """Dense, gelu, layer norm, then logits against an embedding table (Devlin et al. 2019, appendix)."""
+
+    def __init__(self, hidden_size: int, embedding_size: int, vocab_size: int, eps: float = 1e-12):
+        super().__init__()
+        self.dense = nn.Linear(hidden_size, embedding_size)
+        self.norm = nn.LayerNorm(embedding_size, eps=eps)
+        self.bias = nn.Parameter(torch.zeros(vocab_size))
+
+    def transform(self, hidden: torch.Tensor) -> torch.Tensor:
+        """[n, hidden] -> [n, embedding]"""
+        return self.norm(F.gelu(self.dense(hidden)))
+
+    def forward(self, hidden: torch.Tensor, table: torch.Tensor) -> torch.Tensor:
+        """[n, hidden], [V, embedding] -> logits [n, V]"""
+        return F.linear(self.transform(hidden), table, self.bias)
+
+
+# Where each family keeps dense, norm and decoder bias in its checkpoint.
+HEADS = (
+    ("cls.predictions.transform.dense", "cls.predictions.transform.LayerNorm", "cls.predictions.bias"),  # BERT
+    ("lm_head.dense", "lm_head.layer_norm", "lm_head.bias"),  # RoBERTa, XLM-R
+    ("predictions.dense", "predictions.LayerNorm", "predictions.bias"),  # ALBERT
+    ("vocab_transform", "vocab_layer_norm", "vocab_projector.bias"),  # DistilBERT
+)
+
+
+@dataclass
+class Teacher:
+    """A loaded teacher. backbone gives hidden states; head is None where the checkpoint has none."""
+
+    backbone: nn.Module
+    head: MaskedLMHead | None
+    folder: Path
+    pooling: str
+    normalize: bool
+
+    @property
+    def config(self):
+        return self.backbone.config
+
+    @property
+    def table(self) -> nn.Embedding:
+        return self.backbone.get_input_embeddings()
+
+
+def resolve_model(model: str) -> Path:
+    """The folder of a model: a local folder, `package:NAME/SUBFOLDER`, or a hub name (fetched, the only network use)."""
+    if model.startswith("package:"):
+        name, _, inner = model.removeprefix("package:").partition("/")
+        spec = importlib.util.find_spec(name)
+        if spec is None or not spec.submodule_search_locations:
+            raise InputError(f"teacher.model {model}: package {name} is not installed: pip install {name.replace('_', '-')}")
+        folder = Path(next(iter(spec.submodule_search_locations))) / inner
+    else:
+        folder = Path(model)
+    if folder.is_dir():
+        return folder
+    if model.startswith((".", "/", "~", "package:")) or model.count("/") > 1:
+        raise InputError(f"teacher.model {model}: no such folder")
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HFValidationError, HfHubHTTPError, LocalEntryNotFoundError, OfflineModeIsEnabled
+
+    try:
+        return Path(snapshot_download(model, allow_patterns=["*.json", "*.safetensors", "*.txt", "*.model"]))
+    except (HFValidationError, HfHubHTTPError, LocalEntryNotFoundError, OfflineModeIsEnabled) as error:
+        reason = str(error).splitlines()[0]
+        raise InputError(f"teacher.model {model}: neither a local folder nor to be had from the hub: {reason}") from None
+
+
+def check_folder(folder: Path, sha256: str | None = None) -> None:
+    """Refuses a teacher folder without weights or tokenizer, with another hash, or with sizes that disagree."""
+    if not (folder / "config.json").is_file():
+        raise InputError(f"{folder}: not a model folder: config.json is missing")
+    weights = sorted(folder.glob("*.safetensors"))
+    if not weights:
+        raise InputError(f"{folder}: no model.safetensors: convert the weights with save_pretrained (pickles are not read)")
+    if not (folder / "tokenizer.json").is_file():
+        raise InputError(f"{folder}: no tokenizer.json: save the fast tokenizer there with save_pretrained")
+    if sha256 and (found := file_sha256(weights[0])) != sha256:
+        raise InputError(f"{weights[0]}: sha256 is {found}, the recipe's teacher.sha256 is {sha256}: not the same weights")
+    vocab_size = json.loads((folder / "config.json").read_text(encoding="utf-8")).get("vocab_size")
+    pieces = Tokenizer.from_file(str(folder / "tokenizer.json")).get_vocab_size()
+    if vocab_size is not None and pieces > vocab_size:
+        raise InputError(
+            f"{folder}: the tokenizer has {pieces} pieces, the model's table only {vocab_size} rows: "
+            "tokenizer.json belongs to another model"
+        )
+
+
+def file_sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def load_teacher(model: str, *, pooling: str = "mean", normalize: bool = True, sha256: str | None = None) -> Teacher:
+    """Loads backbone and, where the checkpoint has one, masked-LM head; dropout is off from here on.
+
+    Raises:
+        InputError: see `check_folder`; a model without an embedding table of pieces.
+    """
+    folder = resolve_model(model)
+    check_folder(folder, sha256)
+    attention = "sdpa" if torch.cuda.is_available() else "eager"  # measured: eager trains 1.6x faster on a CPU in bf16
+    try:
+        config = AutoConfig.from_pretrained(folder)
+        backbone = AutoModel.from_pretrained(folder, dtype=torch.float32, attn_implementation=attention)
+    except (ValueError, OSError, KeyError) as error:
+        raise InputError(f"{folder}: transformers cannot load it: {str(error).splitlines()[0]}") from None
+    if config.is_encoder_decoder:
+        raise InputError(f"{folder}: {config.model_type} is an encoder-decoder: only encoders can be teachers")
+    if getattr(backbone, "pooler", None) is not None:
+        backbone.pooler = None  # next-sentence head: no one reads it, and it would be trained as dead weight
+    return Teacher(backbone.eval(), load_head(folder, backbone), folder, pooling, normalize)
+
+
+def load_head(folder: Path, backbone: nn.Module) -> MaskedLMHead | None:
+    """The checkpoint's masked-LM head, or None."""
+    tensors = {}
+    for path in sorted(folder.glob("*.safetensors")):
+        with safe_open(path, framework="pt") as file:
+            for dense, norm, bias in HEADS:
+                wanted = [f"{dense}.weight", f"{dense}.bias", f"{norm}.weight", f"{norm}.bias", bias]
+                legacy = [name.replace("LayerNorm.weight", "LayerNorm.gamma").replace("LayerNorm.bias", "LayerNorm.beta")
+                          for name in wanted]
+                for names in (wanted, legacy):
+                    if set(names) <= set(file.keys()):
+                        keys = ["dense.weight", "dense.bias", "norm.weight", "norm.bias", "bias"]
+                        tensors = {key: file.get_tensor(name).float() for key, name in zip(keys, names, strict=True)}
+    if not tensors:
+        return None
+    table = backbone.get_input_embeddings().weight
+    head = MaskedLMHead(tensors["dense.weight"].shape[1], table.shape[1], table.shape[0], backbone.config.layer_norm_eps)
+    head.load_state_dict(tensors)
+    return head
+
+
+CHUNKS = 4  # of a batch whose sequences differ much in length
+
+
+def run_backbone(
+    backbone: nn.Module, side: Pieces, *, embeddings: torch.Tensor | None = None, layers: bool = False
+) -> tuple[torch.Tensor, ...]:
+    """Hidden states [B, T, D] from ids, or from embeddings made outside: all (embedding output first) or the last only.
+
+    A batch of near sentences has halves beside wholes. Where a fifth of it or more would be padding, it is run in
+    chunks of similar length, which a test holds equal to the plain pass.
+    """
+    lengths = side.attention_mask.sum(1)
+    size, width = side.ids.shape
+
+    def forward(rows, columns: int) -> tuple[torch.Tensor, ...]:
+        inputs = {"input_ids": side.ids[rows, :columns]} if embeddings is None else {"inputs_embeds": embeddings[rows, :columns]}
+        output = backbone(**inputs, attention_mask=side.attention_mask[rows, :columns], output_hidden_states=layers)
+        return output.hidden_states if layers else (output.last_hidden_state,)
+
+    if size < 2 * CHUNKS or lengths.sum() > 0.8 * size * width:
+        return forward(slice(None), width)
+    order = lengths.argsort(stable=True)
+    parts = [forward(rows, int(lengths[rows[-1]])) for rows in order.chunk(CHUNKS)]
+    back = order.argsort()
+    return tuple(
+        torch.cat([F.pad(hidden, (0, 0, 0, width - hidden.shape[1])) for hidden in layer])[back]
+        for layer in zip(*parts, strict=True)
+    )
+
+
+def pool_sentence(hidden: torch.Tensor, attention_mask: torch.Tensor, pooling: str, normalize: bool) -> torch.Tensor:
+    """[B, T, D], [B, T] -> sentence embedding [B, D] in float32."""
+    hidden = hidden.float()
+    if pooling == "cls":
+        vector = hidden[:, 0]
+    else:
+        mask = attention_mask.unsqueeze(-1).to(hidden.dtype)
+        vector = (hidden * mask).sum(1) / mask.sum(1).clamp_min(1)
+    return F.normalize(vector, dim=-1) if normalize else vector
+
+
+def pool_words(hidden: torch.Tensor, words: torch.Tensor, count: int) -> torch.Tensor:
+    """Mean of each word's pieces. hidden [B, T, D], words [B, T] (-1 outside words), count M -> [B, M, D] float32."""
+    size, _, width = hidden.shape
+    slot = torch.where(words >= 0, words, count) + torch.arange(size, device=words.device).unsqueeze(1) * (count + 1)
+    total = torch.zeros(size * (count + 1), width, device=hidden.device)
+    total = total.index_add(0, slot.flatten(), hidden.float().flatten(0, 1))
+    pieces = torch.bincount(slot.flatten(), minlength=len(total)).clamp_min(1)
+    return (total / pieces.unsqueeze(1)).view(size, count + 1, width)[:, :count]
