@@ -12,7 +12,7 @@ LAYERS = {
     "parts": "harvest lexicon batches teacher student projection augment tasks checkpoint evaluation",
     "delivery": "__init__ quantize export runtime report measure",
     "training": "losses dual_training distillation classification loop search",
-    "front": "cli stages __main__",
+    "front": "cli stages plan __main__",
 }
 MAY_IMPORT = {
     "facts": {"facts"},

@@ -103,6 +103,9 @@ def test_everything_is_shown(run):
                  "##frame", "94.00 %", "30,522", "unfinished", "size: 5000", "Environment"]:
         assert text in page.text, text
     assert page.tags.count("svg") == 8
+    run.start("report")
+    run.finish("report", {"minutes": 0.1})  # a page does not list its own making
+    assert Page(write_report(run).read_text(encoding="utf-8")).text == page.text
     assert page.text.index("Training: dual") < page.text.index("Training: distill")
 
 

@@ -17,7 +17,7 @@ LONGEST_PIECE = 24  # characters, for learned pieces
 
 
 def alphabet(counts: Mapping[str, int]) -> list[str]:
-    """Characters that make up at least LEAST_SHARE of the corpus (at least one occurrence), sorted.
+    """Characters that are at least LEAST_SHARE of the corpus (in a small one: all that occur), sorted.
 
     Words with a rarer character become unknown: 1 word in 7,000 of English Wikipedia, books and reviews.
     """
@@ -41,14 +41,14 @@ def alphabet_pieces(characters: Sequence[str]) -> list[str]:
 
 
 def spellable_words(counts: Mapping[str, int], characters: Iterable[str]) -> list[tuple[str, int]]:
-    """(word, count) of the words that the characters spell and WordPiece accepts; frequent first, then by word."""
-    characters = set(characters)
-    words = [item for item in counts.items() if len(item[0]) <= LONGEST_WORD and characters.issuperset(item[0])]
+    """(word, count) of the words that the characters spell and WordPiece accepts, most frequent first."""
+    known = set(characters)
+    words = [item for item in counts.items() if len(item[0]) <= LONGEST_WORD and known.issuperset(item[0])]
     return sorted(words, key=lambda item: (-item[1], item[0]))
 
 
 def teacher_pieces(vocabulary: Iterable[str]) -> list[str]:
-    """A vocabulary of any family, less its special tokens, written as WordPiece (`start`, `##inside`), in order.
+    """A vocabulary of any family, less its special tokens, as WordPiece (`start`, `##inside`), in order.
 
     Families are told by their mark: `▁` (SentencePiece) and `Ġ` (byte-level BPE) open a word. Byte-level
     pieces beyond ASCII are left out: they may be parts of characters.
@@ -71,12 +71,12 @@ def learned_pieces(words: Sequence[tuple[str, int]], size: int, model: str, mark
 
     With `marked`, a word's start is a symbol of its own that merges like any other, as in SentencePiece.
     Without, a start letter is another letter than the same one inside a word, as in WordPieceTrainer. Both
-    are written with private-use characters, so no text can be mistaken for a mark; words that hold such
-    characters are left out. SentencePiece reads no more than 4,192 bytes per word and 2^31 words: no limit.
+    marks (`▁`, a private-use character) cannot be mistaken for text: words that hold them are left out.
     """
     import sentencepiece
 
     characters = sorted({c for word, _ in words for c in word})
+    never = {f"##{c}" for c in always_alone(characters)}
     first = 0xF0000  # supplementary private use: one code point per letter that stands at a word's start
     starts = {c: chr(first + number) for number, c in enumerate(characters)}
     letters = {mark: c for c, mark in starts.items()}
@@ -105,4 +105,4 @@ def learned_pieces(words: Sequence[tuple[str, int]], size: int, model: str, mark
             out.append(letters[piece[0]] + piece[1:])
         else:
             out.append(f"##{piece}")
-    return out
+    return [piece for piece in out if piece not in never]

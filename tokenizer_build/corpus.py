@@ -16,6 +16,7 @@ import bz2
 import csv
 import glob
 import gzip
+import io
 import json
 import lzma
 import zlib
@@ -97,14 +98,14 @@ def expand(sources: Sequence[str | Path]) -> list[str]:
             hidden = {p for p in below if any(part.startswith(".") for part in p.relative_to(path).parts)}
             found = [str(p) for p in below if p not in hidden]
             if not found:
-                raise InputError(f"the folder {source} holds no corpus file: files there must end in .txt, .md, "
-                                 ".rst, .jsonl, .csv, .tsv or .parquet, plain or compressed")
+                raise InputError(f"the folder {source} holds no corpus file: files there must end in .txt, "
+                                 ".md, .rst, .jsonl, .csv, .tsv or .parquet, plain or compressed")
             out += found
         else:
             found = sorted(p for p in glob.glob(source, recursive=True) if Path(p).is_file())
             if not found:
-                raise InputError(f"{source} does not exist: name a file, a folder, a glob that matches files, "
-                                 "or datasets:NAME:SPLIT")
+                raise InputError(f"{source} does not exist: name a file, a folder, a glob that matches, or "
+                                 "datasets:NAME:SPLIT")
             out += found
     return out
 
@@ -142,19 +143,21 @@ def _open(path: Path, compression: str):
         return opener(path, "rb")
     import pyarrow
 
-    return pyarrow.input_stream(str(path), compression={".zst": "zstd", ".lz4": "lz4"}[compression])
+    stream = pyarrow.input_stream(str(path), compression={".zst": "zstd", ".lz4": "lz4"}[compression])
+    return io.BufferedReader(stream)  # which, unlike the stream, reads lines
 
 
 def _decode(raw: bytes, path: Path, offset: int) -> str:
     """UTF-8 of bytes that start at `offset` of the (decompressed) file and end at a line's end."""
     if (nul := raw.find(b"\0")) >= 0:
-        raise InputError(f"{path} has a NUL byte at byte {offset + nul}: it is a binary or UTF-16 file; leave it "
-                         "out, or convert it to UTF-8 text")
+        raise InputError(f"{path} has a NUL byte at byte {offset + nul}: it is a binary or UTF-16 file; "
+                         "leave it out, or convert it to UTF-8 text")
     try:
         text = raw.decode("utf-8")
     except UnicodeDecodeError as error:
-        raise InputError(f"{path} is not UTF-8 at byte {offset + error.start} (0x{raw[error.start]:02x}): convert "
-                         "it, for example with `iconv -f latin1 -t utf-8`, or leave it out") from error
+        place = f"byte {offset + error.start} (0x{raw[error.start]:02x})"
+        raise InputError(f"{path} is not UTF-8 at {place}: convert it, for example with `iconv -f latin1 -t "
+                         "utf-8`, or leave it out") from error
     return text if offset else text.removeprefix("\ufeff")  # some editors open a file with that mark
 
 
@@ -186,7 +189,7 @@ def _records(path: Path, compression: str) -> Iterator[str]:
         while raw := file.readline(LARGEST_RECORD):
             number += 1
             if len(raw) >= LARGEST_RECORD:
-                raise InputError(f"{path}, line {number} is longer than {LARGEST_RECORD // 10**6} MB: split it")
+                raise InputError(f"{path}, line {number} is over {LARGEST_RECORD // 10**6} MB: split it")
             yield _decode(raw, path, offset)
             offset += len(raw)
 
@@ -199,10 +202,10 @@ def _jsonl_documents(path: Path, compression: str, column: str) -> Iterator[tupl
         try:
             record = json.loads(line)
         except json.JSONDecodeError as error:
-            raise InputError(f"{place} is not JSON ({error.msg}, column {error.colno}): mend or remove the line; "
+            raise InputError(f"{place} is not JSON ({error.msg}, column {error.colno}): mend or remove it; "
                              "every line must be one JSON object") from error
         if not isinstance(record, dict):
-            raise InputError(f'{place} is not a JSON object: every line must be one, like {{"{column}": "..."}}')
+            raise InputError(f'{place} is no JSON object: every line must be one, like {{"{column}": "..."}}')
         yield place, _text_of(record, column, place)
 
 
@@ -214,7 +217,7 @@ def _csv_documents(path: Path, compression: str, column: str, delimiter: str) ->
             place = f"{path}, line {reader.line_num}"
             yield place, _text_of(record, column, place)
     except csv.Error as error:
-        place = f"{path}, line {reader.line_num}"
+        place = f"{path}, line {reader.reader.line_num}"  # DictReader's own number lags behind on errors
         raise InputError(f"{place} is not CSV ({error}): mend or remove the line") from error
 
 
@@ -238,10 +241,11 @@ def _parquet_documents(path: Path, column: str) -> Iterator[tuple[str, str]]:
                     if document is not None:
                         yield f"{path}, row {row}", document
     except pyarrow.ArrowInvalid as error:
-        raise InputError(f"{path} is no readable parquet file ({error}): write it again or leave it out") from error
+        raise InputError(f"{path} is no readable parquet file ({error}): write it again, or leave it "
+                         "out") from error
     except UnicodeDecodeError as error:
-        raise InputError(f"{path}: a text between rows {row + 1} and {row + 256} is not UTF-8: write the file "
-                         "again from UTF-8 text") from error
+        raise InputError(f"{path}: a text between rows {row + 1} and {row + 256} is not UTF-8: write the "
+                         "file again from UTF-8 text") from error
 
 
 def _hub_documents(source: str, column: str) -> Iterator[tuple[str, str]]:

@@ -90,7 +90,9 @@ def fold(counts: Counter[str], words: Mapping[str, int], maximum: int) -> None:
             del counts[word]
 
 
-def _counted(blocks: Iterator[list[str]], lowercase: bool, processes: int) -> Iterator[tuple[int, dict[str, int]]]:
+def _counted(
+    blocks: Iterator[list[str]], lowercase: bool, processes: int
+) -> Iterator[tuple[int, dict[str, int]]]:
     """(characters, counts) of every block, in order; at most two blocks per process are held at a time."""
     count = partial(_count_sized, lowercase=lowercase)
     if processes <= 1:
@@ -139,7 +141,8 @@ def read_counts(path: str | Path) -> Counter[str]:
     try:
         table = pyarrow.parquet.read_table(path, columns=["word", "count"])
     except (OSError, pyarrow.ArrowInvalid) as error:
-        raise InputError(f"{path} holds no word counts ({error}): write it with `tokenizer_build count`") from error
+        raise InputError(f"{path} holds no word counts ({error}): write it with `tokenizer_build "
+                         "count`") from error
     if table.column_names != ["word", "count"]:
         raise InputError(f"{path} holds no word counts (columns word and count): write it with "
                          "`tokenizer_build count`")

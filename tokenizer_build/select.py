@@ -16,10 +16,16 @@ from collections.abc import Iterable, Sequence
 ROUNDS, EXACT_ROUNDS = 15, 4  # 30 rounds save 0.1 % more in twice the time
 SWAP_ROUNDS, SWAP_SHARE = 2, 0.02
 MOST_WORDS = 150_000
+HEIRLOOM = 0.3
+PREFERENCE = 1.1
 
 
 def fewest_pieces(
-    words: Sequence[tuple[str, int]], candidates: Iterable[str], required: Iterable[str], size: int
+    words: Sequence[tuple[str, int]],
+    candidates: Iterable[str],
+    required: Iterable[str],
+    size: int,
+    preferred: Iterable[str] = (),
 ) -> list[str]:
     """Return at most `size` of `candidates` and `required`, the most frequent first; all of `required`.
 
@@ -28,26 +34,35 @@ def fewest_pieces(
     is room.
     """
     required = set(required)
-    state = Segmentation(words[:MOST_WORDS], sorted(required.union(candidates)))
+    spelt = (p for p in candidates if required.issuperset(_characters(p)))
+    state = Segmentation(words[:MOST_WORDS], sorted(required.union(spelt)))
     fixed = {piece for piece, name in enumerate(state.names) if name in required}
+    preferred = set(preferred)
+    worth = [PREFERENCE if name in preferred else 1.0 for name in state.names]
     first = len(state.alive)
     for step in range(1, ROUNDS + 1):
         target = round(size * (first / size) ** (1 - step / ROUNDS))
         if len(state.alive) > target:
-            _drop(state, state.alive - fixed, len(state.alive) - target, exact=step > ROUNDS - EXACT_ROUNDS)
+            _drop(state, state.alive - fixed, len(state.alive) - target, worth, step > ROUNDS - EXACT_ROUNDS)
     for _ in range(SWAP_ROUNDS if first > size else 0):
         savings = state.savings()
-        best = sorted(savings, key=lambda piece: (-savings[piece], piece))[: round(SWAP_SHARE * size)]
+        best = sorted(savings, key=lambda piece: (-worth[piece] * savings[piece], piece))[: round(SWAP_SHARE * size)]
         state.add(piece for piece in best if savings[piece] > 0)
-        _drop(state, state.alive - fixed, len(state.alive) - size, exact=True)
+        _drop(state, state.alive - fixed, len(state.alive) - size, worth, exact=True)
     kept = [piece for piece in state.alive if state.counts[piece] or piece in fixed]
     return [state.names[piece] for piece in sorted(kept, key=lambda piece: (-state.counts[piece], piece))]
 
 
-def _drop(state: "Segmentation", free: set[int], number: int, exact: bool) -> None:
-    used = [piece for piece in free if state.counts[piece]]
-    costs = state.exact_costs() if exact else {piece: state.estimated_cost(piece) for piece in used}
-    order = sorted(free, key=lambda piece: (costs[piece] if state.counts[piece] else -1, piece))
+def _characters(piece: str) -> list[str]:
+    """The single-character pieces that spell a piece: `the` is `t`, `##h`, `##e`."""
+    if piece.startswith("##") and len(piece) > 2:
+        return [f"##{c}" for c in piece[2:]]
+    return [piece[0], *(f"##{c}" for c in piece[1:])]
+
+
+def _drop(state: "Segmentation", free: set[int], number: int, worth: Sequence[float], exact: bool) -> None:
+    costs = state.exact_costs() if exact else state.estimated_costs()
+    order = sorted(free, key=lambda piece: (worth[piece] * costs[piece], piece))
     state.remove(order[: max(0, number)])
 
 
@@ -111,16 +126,26 @@ class Segmentation:
                     users[piece].append(number)
                 self.pieces[number], self.ends[number] = pieces, ends
 
-    def estimated_cost(self, piece: int) -> int:
-        """Pieces added if every use of `piece` were cut as its text alone would be without it."""
-        text, table, added = self.texts[piece], self.inner if self.is_inner[piece] else self.start, -1
-        begin, limit = 0, len(text) - 1
-        while begin < len(text):
-            end = limit
-            while text[begin:end] not in table:
-                end -= 1
-            begin, limit, table, added = end, len(text), self.inner, added + 1
-        return added * self.counts[piece]
+    def estimated_costs(self) -> list[float]:
+        """By piece: pieces added if each of its uses were cut as its text alone would be without it.
+
+        A piece's uses include HEIRLOOM of the uses of every longer piece that would be cut into it, since
+        many of those are going to be dropped. Without that, building blocks vanish while whole words still
+        hide them.
+        """
+        costs = [0.0] * len(self.names)
+        uses = [float(count) for count in self.counts]
+        for piece in sorted(self.alive, key=lambda piece: (-len(self.texts[piece]), piece)):
+            text, table = self.texts[piece], self.inner if self.is_inner[piece] else self.start
+            begin, limit, parts = 0, len(text) - 1, 0
+            while begin < limit or (parts and begin < len(text)):
+                end = len(text) if parts else limit
+                while (part := table.get(text[begin:end])) is None:
+                    end -= 1
+                uses[part] += HEIRLOOM * uses[piece]
+                begin, table, parts = end, self.inner, parts + 1
+            costs[piece] = (parts - 1) * uses[piece]
+        return costs
 
     def exact_costs(self) -> list[int]:
         """By piece: how many pieces its removal alone would add over all words."""
@@ -156,7 +181,7 @@ class Segmentation:
         return saved
 
     def _change(self, word: str, ends: list[int], index: int, end: int) -> int:
-        """Pieces a word gains (or, if negative, loses) when its piece number `index` ends at `end` instead."""
+        """Pieces a word gains (or, if negative, loses) when its piece `index` ends at `end` instead."""
         inner, length, change = self.inner, len(word), index
         while True:
             while ends[index] < end:

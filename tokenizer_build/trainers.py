@@ -1,4 +1,4 @@
-"""The vocabulary trainers: f(counts, size, *, required, teacher_vocabulary) -> pieces in the order of their ids.
+"""The vocabulary trainers: f(counts, size, *, required, teacher_vocabulary) -> pieces in order of id.
 
 All give a WordPiece vocabulary: the special tokens, then what is required (the corpus's alphabet and the
 user's pieces), then what the trainer chose; at most `size` pieces, fewer where the corpus has no more to
@@ -34,10 +34,11 @@ def train_fewest(
 ) -> list[str]:
     """Fewest pieces for the corpus (see `select`), from learned candidates and the teacher's pieces."""
     characters = alphabet(counts)
-    words = spellable_words(counts, characters)
     fixed = _fixed(counts, characters, required, size)
-    candidates = learned_pieces(words, CANDIDATES, "bpe") + _usable(teacher_vocabulary or {}, characters)
-    return SPECIAL_TOKENS + fewest_pieces(words, candidates, fixed, size - len(SPECIAL_TOKENS))
+    words = spellable_words(counts, characters)
+    candidates = learned_pieces(words, CANDIDATES, "bpe")
+    known = teacher_pieces(teacher_vocabulary or {})
+    return SPECIAL_TOKENS + fewest_pieces(words, candidates + known, fixed, size - len(SPECIAL_TOKENS), known)
 
 
 def train_prune(
@@ -48,14 +49,14 @@ def train_prune(
     The alphabet is that of the corpus as far as the teacher has it; other characters are unknown to both.
     """
     if not teacher_vocabulary:
-        raise InputError("the trainer prune chooses among the teacher's pieces: name a teacher, or train fewest")
+        raise InputError("prune chooses among the teacher's pieces: name a teacher, or train fewest")
     pieces = set(teacher_pieces(teacher_vocabulary))
     if missing := [piece for piece in required if piece not in pieces]:
-        raise InputError(f"the teacher has no piece {missing[0]!r}, so prune cannot keep it: train fewest instead")
+        raise InputError(f"the teacher has no piece {missing[0]!r}, so prune cannot keep it: train fewest")
     characters = [c for c in alphabet(counts) if pieces.issuperset(alphabet_pieces([c]))]
-    words = spellable_words(counts, characters)
     fixed = _fixed(counts, characters, required, size)
-    return SPECIAL_TOKENS + fewest_pieces(words, _usable(pieces, characters), fixed, size - len(SPECIAL_TOKENS))
+    words = spellable_words(counts, characters)
+    return SPECIAL_TOKENS + fewest_pieces(words, pieces, fixed, size - len(SPECIAL_TOKENS))
 
 
 def train_wordpiece(
@@ -101,17 +102,11 @@ def _fixed(counts: Counts, characters: Sequence[str], required: Sequence[str], s
     if not counts:
         raise InputError("there are no words to learn a vocabulary from: count a corpus with text in it")
     if bad := [piece for piece in required if not piece or any(c.isspace() for c in piece)]:
-        raise InputError(f"the required piece {bad[0]!r} is empty or holds white space: name one word per entry")
+        raise InputError(f"the required piece {bad[0]!r} is empty or holds white space: name single words")
     own = [piece for piece in required if piece not in SPECIAL_TOKENS]
     fixed = list(dict.fromkeys([*alphabet_pieces(characters), *own]))
     least = len(SPECIAL_TOKENS) + len(fixed)
     if size < least:
-        raise InputError(f"a vocabulary of {size} pieces cannot hold the {len(SPECIAL_TOKENS)} special tokens, the "
-                         f"alphabet ({len(characters)} characters) and the required words: make it at least {least}")
+        raise InputError(f"{size} pieces cannot hold the {len(SPECIAL_TOKENS)} special tokens, the alphabet "
+                         f"({len(characters)} characters) and the required words: allow at least {least}")
     return fixed
-
-
-def _usable(pieces, characters: Sequence[str]) -> list[str]:
-    """The teacher's pieces that the alphabet spells."""
-    spelt = set(characters)
-    return [p for p in teacher_pieces(pieces) if spelt.issuperset(p[2:] if len(p) > 2 and p[:2] == "##" else p)]

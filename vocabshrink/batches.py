@@ -329,8 +329,10 @@ def near_groups(side: Side, count: int, rare: np.ndarray, rng: np.random.Generat
     # swap: one word a sentence, a rare one if there is one (rare words get the higher random keys)
     key = rng.random(len(words)) + rare[words]
     best = np.lexsort((key, sequence))[first + lengths - 1]
-    swapped = words.copy()
-    swapped[best] = rng.choice(np.flatnonzero(rare), count)
+    swapped, pool = words.copy(), np.flatnonzero(rare)
+    drawn = rng.integers(0, len(pool), count)
+    drawn = (drawn + (pool[drawn] == words[best])) % len(pool)  # the word itself would be no swap
+    swapped[best] = pool[drawn]
 
     # drop: one or two words, never all
     rank = np.empty(len(words), dtype=np.int64)

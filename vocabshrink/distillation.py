@@ -64,9 +64,7 @@ class Distillation(TrainingTask):
         self.student, self.head = student, head
         self.teacher = teacher.backbone.requires_grad_(False)
         self.pooling, self.normalize = teacher.pooling, teacher.normalize
-        student_width, teacher_width = student.config.hidden_size, teacher.config.hidden_size
-        self.up = widen(student_width, teacher_width, directions)
-        self.down = widen(teacher_width, student_width, None if directions is None else directions.T)
+        self.up, self.down = hidden_projections(student, teacher, directions)
         freeze_unread(self)
 
     def view(self, batch: Batch) -> Forward:
@@ -83,9 +81,18 @@ class Distillation(TrainingTask):
         return forward
 
 
+def hidden_projections(student: nn.Module, teacher: Teacher, directions: Tensor | None) -> tuple[nn.Module, nn.Module]:
+    """Shared maps of hidden states, up to the teacher's width and down. The principal directions are the piece table's;
+    ALBERT's table is narrower than its hidden states, and says nothing about them."""
+    small, large = student.config.hidden_size, teacher.config.hidden_size
+    if directions is not None and len(directions) != large:
+        directions = None
+    return widen(small, large, directions), widen(large, small, None if directions is None else directions.T)
+
+
 def freeze_unread(task: TrainingTask) -> None:
     """Freezes helpers that no chosen loss reads, so that no process waits for a gradient that never comes."""
-    names, directions = set(task.losses), {c.arguments.get("direction", "up") for c in task.losses.values()}
-    hidden = names & LAYERWISE - {"embedding_mse"}
-    task.up.requires_grad_(bool(names & {"embedding_mse", "sentence_cosine"} or (hidden and "up" in directions)))
-    task.down.requires_grad_(bool(hidden and "down" in directions))
+    names = set(task.losses)
+    directions = {task.losses[name].arguments.get("direction", "up") for name in names & LAYERWISE - {"embedding_mse"}}
+    task.up.requires_grad_(bool(names & {"embedding_mse", "sentence_cosine"}) or "up" in directions)
+    task.down.requires_grad_("down" in directions)

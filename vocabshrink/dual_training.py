@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from vocabshrink.batches import Batch
-from vocabshrink.distillation import LAYERWISE, TrainingTask, freeze_unread, run_view
+from vocabshrink.distillation import LAYERWISE, TrainingTask, freeze_unread, hidden_projections, run_view
 from vocabshrink.layer_map import Pairs
 from vocabshrink.losses import Forward, masked_lm_loss
 from vocabshrink.projection import ParameterProjection, widen
@@ -64,8 +64,9 @@ class DualTraining(TrainingTask):
         self.teacher, self.student = teacher.backbone, student
         self.pooling, self.normalize = teacher.pooling, teacher.normalize
         self.embedding = MixedEmbedding(teacher.table, student.get_input_embeddings(), directions)
-        self.up = self.embedding.up
-        self.down = widen(teacher.config.hidden_size, student.config.hidden_size, None if directions is None else directions.T)
+        self.up, self.down = hidden_projections(student, teacher, directions)
+        if teacher.table.embedding_dim == teacher.config.hidden_size:
+            self.up = self.embedding.up  # one map up of this width
         self.teacher_head, self.head = teacher.head, student_head
         self.student_bias = nn.Parameter(torch.zeros(student.config.vocab_size))  # of the teacher's second softmax
         self.projections = nn.ModuleDict({
@@ -75,14 +76,16 @@ class DualTraining(TrainingTask):
         freeze_unread(self)
         self.embedding.up.requires_grad_(True)
         # match has the teacher's own reading as its target, so the body must not move; its table never needs to
-        self.teacher.requires_grad_(stage.train_teacher and self.mode != "match")
+        train_teacher = stage.train_teacher and self.mode != "match"
+        self.teacher.requires_grad_(train_teacher)
+        self.student_bias.requires_grad_("teacher_masked_lm" in self.losses)
+        if self.teacher_head is not None:
+            self.teacher_head.requires_grad_(train_teacher and "teacher_masked_lm" in self.losses)
+        if self.head is not None:
+            self.head.requires_grad_("student_masked_lm" in self.losses)
         if self.mode != "joint":
             self.student.requires_grad_(False)
             self.student.get_input_embeddings().requires_grad_(True)
-        if self.mode == "match":
-            self.student_bias.requires_grad_(False)
-            if self.teacher_head is not None:
-                self.teacher_head.requires_grad_(False)
 
     def view(self, batch: Batch) -> Forward:
         count = batch.word_mask.shape[1]

@@ -7,6 +7,7 @@ text, so that a delivered ONNX graph is measured by the path its users take.
 """
 
 import json
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -76,9 +77,12 @@ def nearest(vectors: np.ndarray, top: int) -> np.ndarray:
 def torch_embedder(
     backbone, tokenizer_folder: Path, pooling: str, normalize: bool, *, max_length: int, batch_size: int = 64
 ) -> Embed:
-    """Texts -> [n, D] float32 by a transformers model and the tokenizer of a folder."""
+    """Texts -> [n, D] float32 by a transformers model and the tokenizer of a folder.
+
+    Texts are cut at `max_length` pieces, or at the model's positions where it has fewer.
+    """
     tokenizer = Tokenizer.from_file(str(Path(tokenizer_folder) / "tokenizer.json"))
-    tokenizer.enable_truncation(max_length)
+    tokenizer.enable_truncation(min(max_length, getattr(backbone.config, "max_position_embeddings", max_length)))
     tokenizer.enable_padding(pad_id=backbone.config.pad_token_id or 0)
 
     @torch.no_grad()
@@ -124,13 +128,18 @@ def read_rated_pairs(path: str | Path) -> RatedPairs:
         lines = path.read_text(encoding="utf-8").split("\n")
     except FileNotFoundError:
         raise InputError(f"{path}: no such evaluation file: correct evaluation.stsb or leave it out") from None
+    except UnicodeDecodeError as error:
+        raise InputError(f"{path}: not UTF-8 text at byte {error.start}: write the pairs as UTF-8") from None
     for number, line in enumerate(lines, 1):
         if line.strip():
             try:
                 row = json.loads(line)
-                rows.append((row["sentence1"], row["sentence2"], float(row["label"])))
-            except (json.JSONDecodeError, KeyError, TypeError, ValueError):
-                raise InputError(f"{path}: row {number} needs sentence1, sentence2 and a numeric label") from None
+                first, second, score = row["sentence1"], row["sentence2"], float(row["label"])
+            except (KeyError, TypeError, ValueError):  # of which a JSON error is one
+                first = second = score = None
+            if not (isinstance(first, str) and isinstance(second, str) and math.isfinite(score)):
+                raise InputError(f"{path}: row {number} needs sentence1, sentence2 and a numeric label")
+            rows.append((first, second, score))
     if len(rows) < 2:
         raise InputError(f"{path}: no rated pairs: give rows with sentence1, sentence2 and label")
     first, second, scores = zip(*rows, strict=True)

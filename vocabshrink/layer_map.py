@@ -37,7 +37,7 @@ def layer_pairs(layer_map: str | list[tuple[int, int]], student_layers: int, tea
     """The pairs of a named or explicit map.
 
     Raises:
-        InputError: an unknown name, a layer that a model does not have, or a student deeper than its teacher.
+        InputError: an unknown name, no pairs, a layer that a model does not have, or a student deeper than its teacher.
     """
     if isinstance(layer_map, str):
         if layer_map not in LAYER_MAPS:
@@ -49,6 +49,8 @@ def layer_pairs(layer_map: str | list[tuple[int, int]], student_layers: int, tea
             )
         return LAYER_MAPS[layer_map](student_layers, teacher_layers)
     pairs = tuple((int(m), int(n)) for m, n in layer_map)
+    if not pairs:
+        raise InputError("layer_map: there are no pairs in it: write at least one [student layer, teacher layer]")
     for m, n in pairs:
         if not (0 <= m <= student_layers and 0 <= n <= teacher_layers):
             raise InputError(

@@ -14,6 +14,7 @@ from pathlib import Path
 
 import torch
 from accelerate import Accelerator
+from accelerate.state import AcceleratorState
 from accelerate.utils import DataLoaderConfiguration
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
@@ -92,6 +93,7 @@ def make_accelerator(settings: TrainingSection, run: RunDir) -> Accelerator:
         raise InputError("precision: fp16 needs a GPU: use bf16 or no")
     if settings.threads and not torch.cuda.is_available():
         torch.set_num_threads(settings.threads)
+    AcceleratorState._reset_state()  # else the precision of the process' first stage would be every stage's
     return Accelerator(
         mixed_precision=settings.precision, log_with=settings.trackers or None, project_dir=str(run.path),
         dataloader_config=DataLoaderConfiguration(), gradient_accumulation_steps=settings.gradient_accumulation,
@@ -107,7 +109,7 @@ def train(
     Rank r of W processes takes micro-batch (step * accumulation + a) * W + r, so one batch of the recipe is one step
     whatever the number of processes; `batcher` must be made for batch_size / (W * accumulation).
 
-    Returns: {"steps", "tokens", "seconds", "loss", "losses"}. Raises InputError: a checkpoint of another recipe, a
+    Returns: {"steps", "tokens", "seconds", "losses"}. Raises InputError: a checkpoint of another recipe, a
     loss that is not a number (the last good checkpoint stays).
     """
     optimizer = OPTIMIZERS[settings.optimizer](parameter_groups(task, settings))
@@ -117,9 +119,10 @@ def train(
         raise InputError(f"{checkpoint}: checkpoint of another recipe: delete the folder, or give the run another name")
     wrapped, optimizer = accelerator.prepare(task, optimizer)
     step, tokens, seconds = 0, 0, 0.0
+    parts: dict[str, float] = {}
     if meta:
         load_checkpoint(checkpoint, task, optimizer.optimizer, meta, accelerator.scaler)
-        step, tokens, seconds = meta["step"], meta["tokens"], meta["seconds"]
+        step, tokens, seconds, parts = meta["step"], meta["tokens"], meta["seconds"], meta["losses"]
     if accelerator.is_main_process:
         run.truncate_metrics(stage, step)
     if settings.trackers:
@@ -130,12 +133,14 @@ def train(
     first_step, started, saved_at = step, time.monotonic() - seconds, time.monotonic()
     micro = range(step * accumulation, settings.steps * accumulation)
     batches = prefetch(batcher, (m * world + accelerator.process_index for m in micro))
-    parts: dict[str, float] = {}
     window_tokens, window_start = tokens, time.monotonic()
 
     def save():
         if accelerator.is_main_process:
-            meta = {"stage": stage, "step": step, "tokens": tokens, "seconds": time.monotonic() - started, "fingerprint": fingerprint}
+            meta = {
+                "stage": stage, "step": step, "tokens": tokens, "seconds": time.monotonic() - started, "losses": parts,
+                "fingerprint": fingerprint,
+            }
             save_checkpoint(checkpoint, task, optimizer.optimizer, meta, accelerator.scaler)
 
     with progress_bar(accelerator.is_main_process) as bar:
@@ -159,7 +164,8 @@ def train(
                     step_parts[name] = step_parts.get(name, 0) + value.detach().float() / accumulation
             step += 1
             tokens += step_tokens * world
-            if step % log_every == 0 or step in (1, settings.steps) or accelerator.device.type == "cpu":
+            checked = step % log_every == 0 or step in (1, settings.steps) or accelerator.device.type == "cpu"
+            if checked:  # not each time on a GPU, which would have to wait for the number
                 parts = {name: float(accelerator.reduce(value, "mean")) for name, value in step_parts.items()}
                 total = sum(weights[name] * value for name, value in parts.items())
                 scaled = accelerator.scaler is not None  # fp16 skips a step whose gradient overflows by itself
@@ -189,10 +195,11 @@ def train(
             if evaluate and accelerator.is_main_process and (step in evaluate_at or step == settings.steps):
                 metrics = evaluate(task)
                 run.append_metrics({"stage": stage, "step": step, "tokens": tokens, "kind": "evaluation", "metrics": metrics})
-                bar.console.print(f"{stage} step {step}: " + "  ".join(f"{k} {v:.4f}" for k, v in metrics.items()))
+                bar.console.print(f"{stage} step {step}: " + "  ".join(f"{k} {v:.4f}" for k, v in metrics.items()), soft_wrap=True)
                 if settings.trackers:
                     accelerator.log({f"evaluation/{k}": v for k, v in metrics.items()}, step=step)
-            if time.monotonic() - saved_at > 60 * settings.checkpoint_minutes or step == settings.steps:
+            # Only what was checked is saved, so that a loss gone wrong never replaces the good checkpoint.
+            if checked and (time.monotonic() - saved_at > 60 * settings.checkpoint_minutes or step == settings.steps):
                 save()
                 saved_at = time.monotonic()
     accelerator.wait_for_everyone()

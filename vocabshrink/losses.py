@@ -1,6 +1,6 @@
 """Losses: pure functions of what one step saw, chosen and weighted by the recipe.
 
-Every loss is `f(forward, **arguments) -> scalar`; its signature is its schema. It is zero at agreement, padding never
+Every loss is `f(forward, **arguments) -> scalar`; its signature is its schema (arguments are Literals). It is zero at agreement, padding never
 counts, and it is logged unweighted. Hidden states of teacher and student are compared word by word (mean of a word's
 pieces), because their sequences differ in length when their vocabularies do.
 
@@ -11,6 +11,7 @@ import inspect
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import cached_property
+from typing import Literal, get_args
 
 import torch
 import torch.nn.functional as F
@@ -21,6 +22,7 @@ from vocabshrink.batches import Batch, Pieces
 from vocabshrink.layer_map import Pairs
 from vocabshrink.teacher import pool_sentence, pool_words
 
+Direction = Literal["up", "down"]
 
 @dataclass
 class View:
@@ -69,7 +71,7 @@ class Forward:
         """The teacher's view to learn from: on its own pieces, or (joint training) on mixed ones."""
         return self.teacher or self.mixed
 
-    def aligned(self, direction: str):
+    def aligned(self, direction: Direction):
         """Pairs of word states [n, D] of each matched layer pair, the student's brought up or the teacher's down."""
         mask = self.batch.word_mask
         for m, n in self.pairs:
@@ -102,17 +104,17 @@ def one_minus_cosine(left: Tensor, right: Tensor) -> Tensor:
     return (1 - F.cosine_similarity(left.float(), right.float(), dim=-1)).mean()
 
 
-def hidden_mse(forward: Forward, direction: str = "up") -> Tensor:
+def hidden_mse(forward: Forward, direction: Direction = "up") -> Tensor:
     """Mean squared error of word states over the matched layers, after the shared projection (TinyBERT, eq. 8)."""
     return torch.stack([mean_squares(s, t) for s, t in forward.aligned(direction)]).mean()
 
 
-def hidden_cosine(forward: Forward, direction: str = "up") -> Tensor:
+def hidden_cosine(forward: Forward, direction: Direction = "up") -> Tensor:
     """One minus cosine of word states over the matched layers (DistilBERT's L_cos, on words)."""
     return torch.stack([one_minus_cosine(s, t) for s, t in forward.aligned(direction)]).mean()
 
 
-def hidden_normalized(forward: Forward, direction: str = "up") -> Tensor:
+def hidden_normalized(forward: Forward, direction: Direction = "up") -> Tensor:
     """Mean squared distance of L2-normalised word states (patient KD, Sun et al. 2019, eq. 7, on words)."""
     distances = [
         (F.normalize(s.float(), dim=-1) - F.normalize(t.float(), dim=-1)).pow(2).sum(-1).mean()
@@ -140,7 +142,7 @@ def similarity_mse(student: Tensor, teacher: Tensor) -> Tensor:
     return difference.pow(2).sum((-1, -2)).mean() / max(size * (size - 1), 1)
 
 
-def group_similarity(forward: Forward, size: int = 4) -> Tensor:
+def group_similarity(forward: Forward, size: Literal[2, 4] = 4) -> Tensor:
     """MSE of the similarities inside each group of near sentences: what keeps rare words apart (docs/log.md)."""
     student, teacher = forward.student.sentence, forward.target.sentence
     return similarity_mse(student.unflatten(0, (-1, size)), teacher.unflatten(0, (-1, size)))
@@ -205,7 +207,7 @@ MATCH = {"mixed_hidden", "mixed_sentence"}
 
 
 def check_losses(section: str, losses: dict, available: set[str]) -> None:
-    """Refuses an unknown loss, one that the stage cannot give, and an argument it does not take.
+    """Refuses an unknown loss, one that the stage cannot give, and an argument or a value it does not take.
 
     Raises:
         InputError: naming the key.
@@ -215,7 +217,11 @@ def check_losses(section: str, losses: dict, available: set[str]) -> None:
             raise InputError(f"{section}.losses.{name}: unknown loss: known losses are {', '.join(LOSSES)}")
         if name not in available:
             raise InputError(f"{section}.losses.{name}: this stage cannot give it: choose from {', '.join(sorted(available))}")
-        known = list(inspect.signature(LOSSES[name]).parameters)[1:]
-        for argument in chosen.arguments:
+        known = dict(list(inspect.signature(LOSSES[name]).parameters.items())[1:])
+        for argument, value in chosen.arguments.items():
             if argument not in known:
                 raise InputError(f"{section}.losses.{name}.{argument}: unknown argument: it takes {', '.join(known) or 'none'}")
+            values = get_args(known[argument].annotation)
+            if value not in values:
+                choices = " or ".join(map(str, values))
+                raise InputError(f"{section}.losses.{name}.{argument}: {value!r} is not {choices}")

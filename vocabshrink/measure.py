@@ -9,7 +9,7 @@ import tempfile
 import time
 from pathlib import Path
 
-from transformers import AutoModel
+from transformers import AutoConfig, AutoModel
 
 from vocabshrink.evaluation import Embed, HeldOut, RatedPairs, torch_embedder
 from vocabshrink.export import export_embedder
@@ -41,10 +41,12 @@ def measure_systems(
         "neighbour_overlap": {name: held_out.neighbour_overlap(vectors[name], vectors["teacher"]) for name in students},
         "latency_ms": {"delivered": latency(delivery.embed, held_out.texts)},
     }
-    if AutoModel.from_pretrained(teacher_folder).config.model_type == "bert":
+    teacher = AutoConfig.from_pretrained(teacher_folder)
+    if teacher.model_type == "bert":
         with tempfile.TemporaryDirectory() as place:
             export_embedder(
-                teacher_folder, Path(place) / "teacher", weights="fp32", max_positions=128, pooling=pooling, normalize=normalize
+                teacher_folder, Path(place) / "teacher", weights="fp32", pooling=pooling, normalize=normalize,
+                max_positions=min(128, teacher.max_position_embeddings),
             )
             figures["latency_ms"] = {"teacher": latency(load(Path(place) / "teacher").embed, held_out.texts)} | figures["latency_ms"]
     for name, pairs in rated.items():

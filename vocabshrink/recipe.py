@@ -1,7 +1,8 @@
 """A recipe is the whole specification of a run: one YAML file over typed defaults, and every default lives here.
 
-Strict on purpose. An unknown key is refused with the nearest known one, `1e-4` is a number although YAML reads it
-as a string, and a contradiction is refused when the recipe is read, not three hours into training.
+Strict on purpose. An unknown key is refused with the nearest known one, a key written twice is refused, `1e-4`
+is a number and `no` is a word although YAML 1.1 reads them otherwise, and a contradiction is refused when the
+recipe is read, not three hours into training.
 """
 
 import difflib
@@ -14,25 +15,87 @@ import yaml
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 
 from tokenizer_build.errors import InputError
+from vocabshrink.layer_map import LAYER_MAPS
+
+
+class RecipeLoader(yaml.SafeLoader):
+    """YAML without the traps of its version 1.1: only true and false are booleans, and no date is a date."""
+
+    yaml_implicit_resolvers = {
+        first: [rule for rule in rules if not rule[0].endswith((":bool", ":timestamp"))]
+        for first, rules in yaml.SafeLoader.yaml_implicit_resolvers.items()
+    }
+
+    def construct_mapping(self, node, deep=False):
+        seen = set()
+        for key, _ in node.value:
+            name = str(key.value)
+            if name in seen:
+                raise yaml.MarkedYAMLError(problem=f"{name} is written twice", problem_mark=key.start_mark)
+            seen.add(name)
+        return super().construct_mapping(node, deep)
+
+
+class RecipeDumper(yaml.SafeDumper):
+    """Quotes what `RecipeLoader` would not read back as a string."""
+
+
+BOOLEANS = re.compile("(true|false|True|False|TRUE|FALSE)$")
+RecipeLoader.add_implicit_resolver("tag:yaml.org,2002:bool", BOOLEANS, list("tfTF"))
+for either in (RecipeLoader, RecipeDumper):
+    either.add_implicit_resolver(
+        "tag:yaml.org,2002:float", re.compile(r"[-+]?\d+(\.\d*)?[eE][-+]?\d+$"), list("-+0123456789")
+    )
+
+
+def parse_yaml(text: str, origin: str) -> Any:
+    """The value of a YAML text. Raises InputError with the origin, the line and what is not YAML."""
+    try:
+        return yaml.load(text, RecipeLoader)
+    except yaml.YAMLError as error:
+        mark = getattr(error, "problem_mark", None)
+        problem = getattr(error, "problem", None) or getattr(error, "reason", None)  # of a control character
+        where = f" at line {mark.line + 1}" if mark else ""
+        raise InputError(f"{origin}: not YAML{where}: {problem}") from None
+
+
+def refuse_boolean(value: Any) -> Any:
+    """Python takes true for 1; no number of a recipe means that."""
+    if isinstance(value, bool):
+        raise ValueError("write a number")
+    return value
+
+
+def check_layer_map(value: Any) -> Any:
+    """A known name, or pairs of layers; which layers there are is known only with the models (layer_map.py)."""
+    if isinstance(value, str):
+        good = value in LAYER_MAPS
+    else:
+        good = isinstance(value, list) and value and all(isinstance(p, list | tuple) and len(p) == 2 for p in value)
+    if not good:
+        raise ValueError(f"write {', '.join(LAYER_MAPS)} or pairs of layers [[student, teacher], ...]")
+    return value
 
 
 def parse_size(value: Any) -> Any:
     """Bytes from `7MB`, `7_000_000` or a number; MB is 10^6 bytes, MiB is 2^20."""
     if isinstance(value, str):
-        match = re.fullmatch(r"\s*([\d._]+)\s*(kB|KB|MB|GB|KiB|MiB|GiB|B)?\s*", value)
+        match = re.fullmatch(r"\s*(\d[\d_]*(?:\.\d+)?)\s*(kB|KB|MB|GB|KiB|MiB|GiB|B)?\s*", value)
         if not match:
             raise ValueError("write a size as 7MB or 7000000")
         unit = {"kB": 1e3, "KB": 1e3, "MB": 1e6, "GB": 1e9, "KiB": 2**10, "MiB": 2**20, "GiB": 2**30}
-        return int(float(match[1].replace("_", "")) * unit.get(match[2], 1))
+        return round(float(match[1].replace("_", "")) * unit.get(match[2], 1))
     return value
 
 
 STAGE_NAMES = ("count", "vocab", "encode", "teacher", "dual", "distill", "export", "report")
 
-Bytes = Annotated[int, BeforeValidator(parse_size), Field(gt=0)]
-Share = Annotated[float, Field(ge=0, le=1)]
-Positive = Annotated[int, Field(gt=0)]
-Rate = Annotated[float, Field(gt=0)]
+Number = BeforeValidator(refuse_boolean)
+Bytes = Annotated[int, BeforeValidator(parse_size), Number, Field(gt=0)]
+Share = Annotated[float, Number, Field(ge=0, le=1)]
+Positive = Annotated[int, Number, Field(gt=0)]
+Rate = Annotated[float, Number, Field(gt=0)]
+LayerMap = Annotated[str | list[tuple[int, int]], BeforeValidator(check_layer_map)]
 
 
 class Section(BaseModel):
@@ -49,7 +112,8 @@ class TeacherSection(Section):
 class CorpusSection(Section):
     sources: list[str]
     column: str = "text"
-    held_out_every: Positive = 50  # every n-th line is kept from training, for rank agreement and neighbours
+    # every n-th line is kept from training, for rank agreement and neighbours
+    held_out_every: Annotated[int, Number, Field(ge=2)] = 50
     processes: Positive = Field(default_factory=lambda: os.cpu_count() or 1)
 
 
@@ -81,12 +145,13 @@ class TrainingSection(Section):
     learning_rate: Rate = 5e-5
     embedding_learning_rate: Rate | None = None  # None: learning_rate. New pieces have far more to learn
     optimizer: Literal["adamw", "lamb"] = "adamw"
-    weight_decay: Annotated[float, Field(ge=0)] = 0.01
+    weight_decay: Annotated[float, Number, Field(ge=0)] = 0.01
     warmup: Share = 0.06  # share of the steps
     decay: Literal["linear", "cosine", "constant"] = "linear"
     clip: Rate = 1.0
     precision: Literal["no", "bf16", "fp16"] = "bf16"
-    evaluations: int = Field(default=5, ge=0)  # during training, evenly spaced, besides the one at its end
+    # during training, evenly spaced, besides the one at its end
+    evaluations: Annotated[int, Number, Field(ge=0)] = 5
     checkpoint_minutes: Rate = 5
     threads: Positive | None = None  # of torch on a CPU; None leaves torch's choice
     trackers: list[Literal["tensorboard", "wandb", "mlflow", "trackio"]] = []
@@ -101,26 +166,36 @@ class TrainingSection(Section):
 class Weighted(Section):
     """A loss chosen by the recipe: its weight, from `start` to `weight` over the run, and its own arguments."""
 
-    weight: Annotated[float, Field(ge=0)] = 1.0
-    start: Annotated[float, Field(ge=0)] | None = None
+    weight: Annotated[float, Number, Field(ge=0)] = 1.0
+    start: Annotated[float, Number, Field(ge=0)] | None = None
     arguments: dict[str, Any] = {}
 
     @model_validator(mode="before")
     @classmethod
     def number_is_weight(cls, value):
-        if isinstance(value, dict):
-            known = {key: value[key] for key in ("weight", "start") if key in value}
-            return known | {"arguments": {k: v for k, v in value.items() if k not in known}}
-        return {"weight": value}
+        if isinstance(value, cls):
+            return value
+        if not isinstance(value, dict):
+            return {"weight": value}
+        if isinstance(value.get("arguments"), dict):  # this class's own form, which Python and model_dump use
+            return value
+        known = {key: value[key] for key in ("weight", "start") if key in value}
+        return known | {"arguments": {k: v for k, v in value.items() if k not in known}}
 
 
-Losses = dict[str, Weighted]
+Losses = Annotated[dict[str, Weighted], Field(min_length=1)]
+
+
+def check_masked(section: str, losses: Losses, mask: float) -> None:
+    names = [name for name in losses if name.endswith("masked_lm")]
+    if names and not mask:
+        raise ValueError(f"losses.{names[0]}: nothing is masked: set {section}.mask, 0.15 as in BERT")
 
 
 class TeacherStage(TrainingSection):
     """Trains a masked-LM head on a teacher that has none."""
 
-    mask: Share = 0.15
+    mask: Annotated[float, Number, Field(gt=0, le=1)] = 0.15
 
 
 class DualStage(TrainingSection):
@@ -137,7 +212,7 @@ class DualStage(TrainingSection):
     mask: Share = 0.15
     train_teacher: bool = True  # match mode keeps the body frozen whatever this says
     losses: Losses | None = None
-    layer_map: str | list[tuple[int, int]] = "uniform"
+    layer_map: LayerMap = "uniform"
     unit: Literal["sentence", "line"] = "line"
 
     @model_validator(mode="after")
@@ -149,6 +224,7 @@ class DualStage(TrainingSection):
                 "match": {"mixed_hidden": 1.0, "mixed_sentence": 1.0},
             }[self.mode]
             self.losses = {name: Weighted(weight=weight) for name, weight in names.items()}
+        check_masked("dual", self.losses, self.mask)
         return self
 
 
@@ -156,10 +232,19 @@ class DistillStage(TrainingSection):
     """Trains the student on its own vocabulary against the teacher on the teacher's."""
 
     losses: Losses
-    layer_map: str | list[tuple[int, int]] = "uniform"  # student layer, teacher layer; 0 is the embedding output
+    layer_map: LayerMap = "uniform"  # student layer, teacher layer; 0 is the embedding output
     unit: Literal["sentence", "line"] = "line"
     group_size: Literal[1, 4] = 1  # 4: each sentence beside a rare-word swap, a dropped word, a half or rotation
     mask: Share = 0.0
+
+    @model_validator(mode="after")
+    def losses_can_be_given(self):
+        check_masked("distill", self.losses, self.mask)
+        if "group_similarity" in self.losses and self.group_size == 1:
+            raise ValueError("losses.group_similarity compares near sentences: set distill.group_size to 4")
+        if self.batch_size % (self.gradient_accumulation * self.group_size):
+            raise ValueError("batch_size must be a multiple of gradient_accumulation times group_size")
+        return self
 
 
 class DeliverySection(Section):
@@ -183,8 +268,8 @@ class EvaluationSection(Section):
 
 
 class Recipe(Section):
-    name: str = Field(pattern=r"[A-Za-z0-9._-]+")
-    seed: int = 0
+    name: str = Field(pattern=r"^[A-Za-z0-9_][A-Za-z0-9._-]*$")  # the run's folder
+    seed: Annotated[int, Number, Field(ge=0)] = 0
     teacher: TeacherSection
     corpus: CorpusSection
     vocabulary: VocabularySection = VocabularySection()
@@ -215,14 +300,14 @@ def load_recipe(path: str | Path, overrides: list[str] | tuple[str, ...] = ()) -
     """
     path = Path(path)
     try:
-        data = yaml.safe_load(path.read_text(encoding="utf-8"))
+        text = path.read_text(encoding="utf-8")
     except FileNotFoundError:
         raise InputError(f"{path}: no such recipe") from None
     except UnicodeDecodeError as error:
         raise InputError(f"{path}: not UTF-8 text at byte {error.start}: write the recipe as UTF-8") from None
-    except yaml.YAMLError as error:
-        mark = getattr(error, "problem_mark", None)
-        raise InputError(f"{path}: not YAML{f' at line {mark.line + 1}' if mark else ''}: {error.problem}") from None
+    except OSError as error:
+        raise InputError(f"{path}: cannot be read as a recipe: {error.strerror}") from None
+    data = parse_yaml(text, str(path))
     if not isinstance(data, dict):
         raise InputError(f"{path}: a recipe is a mapping of sections (name, teacher, corpus, ...)")
     for override in overrides:
@@ -237,7 +322,7 @@ def load_recipe(path: str | Path, overrides: list[str] | tuple[str, ...] = ()) -
             node = node[parent]
             if not isinstance(node, dict):
                 raise InputError(f"{override}: {parent} is a value, not a section")
-        node[last] = yaml.safe_load(value) if value else None
+        node[last] = parse_yaml(value, override) if value else None
     return parse_recipe(data, str(path))
 
 
@@ -277,4 +362,4 @@ def dump_recipe(recipe: Recipe) -> str:
         for name, loss in (data.get(section) or {}).get("losses", {}).items():
             arguments = loss.pop("arguments")
             data[section]["losses"][name] = loss["weight"] if list(loss) == ["weight"] and not arguments else loss | arguments
-    return yaml.safe_dump(data, sort_keys=False, allow_unicode=True)
+    return yaml.dump(data, Dumper=RecipeDumper, sort_keys=False, allow_unicode=True)

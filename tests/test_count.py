@@ -1,0 +1,89 @@
+"""Word counts equal those of tokenizers' own BertNormalizer + BertPreTokenizer, on anything, in any number of
+processes."""
+
+import subprocess
+import sys
+from collections import Counter
+
+import pytest
+from hypothesis import example, given
+from hypothesis import strategies as st
+from tokenizer_build.count import count_block, count_words, fold, read_counts, write_counts
+from tokenizer_build.errors import InputError
+from tokenizers.normalizers import BertNormalizer
+from tokenizers.pre_tokenizers import BertPreTokenizer
+
+ODD = "aZ9 é e\u0301\u0323 İıßſΣς \t\n\r\x0b\x0c\x1c\x1f\x00\x7f\x85\xa0\xad\u200b\u2028\u3000\ufeff\ufffd漢字가각 ,.!_-'ﬁ①²[MASK]"
+TEXT = st.text(st.one_of(st.sampled_from(ODD), st.characters(codec="utf-8")), max_size=80)
+
+
+def reference(text: str, lowercase: bool) -> Counter:
+    normal = BertNormalizer(lowercase=lowercase).normalize_str(text)
+    return Counter(word for word, _ in BertPreTokenizer().pre_tokenize_str(normal))
+
+
+@given(st.lists(TEXT, max_size=6), st.booleans())
+@example([ODD, "a\x1cb\x85c\x0bd"], True)
+@example(["[MASK] [CLS]the[SEP] ##ing"], True)
+@example(["e", "\u0301x"], True)
+def test_counts_equal_the_tokenizers_on_arbitrary_text(lines, lowercase):
+    assert count_block(lines, lowercase) == reference("\n".join(lines), lowercase)
+
+
+@pytest.mark.parametrize("lowercase", [True, False])
+def test_every_character_is_treated_as_the_tokenizer_treats_it(lowercase):
+    for start in range(0, 0x30000, 0x1000):
+        characters = [chr(c) for c in range(start, start + 0x1000) if not 0xD800 <= c < 0xE000]
+        text = " ".join(f"a{c}b {c}" for c in characters)
+        assert count_block([text], lowercase) == reference(text, lowercase)
+
+
+def test_counts_do_not_depend_on_the_number_of_processes(tmp_path, monkeypatch):
+    lines = [f"Word{n % 701} naïve, {n % 13}\n" for n in range(400_000)]
+    path = tmp_path / "a.txt"
+    path.write_text("".join(lines), encoding="utf-8")
+    seen = []
+    one = count_words([path], progress=seen.append, maximum=500)
+    assert len(seen) > 1 and sum(seen) == sum(len(line) - 1 for line in lines)
+    two = count_words([path], processes=2, maximum=500)
+    assert list(one.items()) == list(two.items())
+    assert one[","] == len(lines) and len(one) <= 500
+    assert count_words([path])["naive"] == count_words([path], lowercase=False)["naïve"] == len(lines)
+
+
+def test_beyond_the_maximum_the_rarest_words_go():
+    counts = Counter({"often": 9, "twice": 2, "once": 1})
+    fold(counts, {"often": 1, "new": 1}, maximum=3)
+    assert counts == {"often": 10}
+    counts = Counter({"often": 9, "twice": 2, "once": 1})
+    fold(counts, {"once": 1}, maximum=3)
+    assert counts == {"often": 9, "twice": 2, "once": 2}
+
+
+def test_counts_file_is_sorted_and_the_same_every_time(tmp_path):
+    counts = Counter({"b": 2, "a": 2, "naïve": 7, "z": 1})
+    write_counts(counts, tmp_path / "new" / "counts.parquet")
+    write_counts(dict(reversed(counts.items())), tmp_path / "again.parquet")
+    read = read_counts(tmp_path / "new" / "counts.parquet")
+    assert list(read.items()) == [("naïve", 7), ("a", 2), ("b", 2), ("z", 1)]
+    assert (tmp_path / "new" / "counts.parquet").read_bytes() == (tmp_path / "again.parquet").read_bytes()
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["again.parquet", "new"]
+
+
+def test_what_holds_no_counts_is_refused(tmp_path):
+    (tmp_path / "text.parquet").write_text("no parquet")
+    for name in ("text.parquet", "absent.parquet"):
+        with pytest.raises(InputError, match=f"{name} holds no word counts"):
+            read_counts(tmp_path / name)
+
+
+def test_counting_and_training_import_no_torch(corpus_file, tmp_path):
+    program = f"""
+import sys
+from tokenizer_build.__main__ import app
+app(["train", {str(corpus_file)!r}, "-o", {str(tmp_path)!r}, "--size", "200", "--processes", "1"],
+    standalone_mode=False)
+print(sorted({{"torch", "transformers", "datasets"}} & set(sys.modules)))
+"""
+    out = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+    assert out.stdout.splitlines()[-1] == "[]"

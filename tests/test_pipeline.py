@@ -1,0 +1,195 @@
+"""Whole runs on a tiny teacher: exact files, log rows, refusals, in every mode of dual training."""
+
+import json
+
+import numpy as np
+import pytest
+import yaml
+
+from tokenizer_build.errors import InputError
+from vocabshrink.recipe import parse_recipe
+from vocabshrink.run_dir import RunDir
+from vocabshrink.stages import Run, run_stage, stages_of, summarise
+
+TRAINING = {"steps": 6, "batch_size": 16, "max_length": 48, "learning_rate": 1e-3, "precision": "no", "evaluations": 1}
+DISTILL = TRAINING | {
+    "unit": "sentence", "group_size": 4, "losses": {"group_similarity": 20, "batch_similarity": 20, "sentence_cosine": 0.5}
+}
+MODES = {
+    "match": {"dual": TRAINING | {"mode": "match", "p_end": 1.0, "unit": "sentence"}, "distill": DISTILL},
+    "joint": {
+        "dual": TRAINING | {
+            "mode": "joint", "optimizer": "lamb",
+            "losses": {"student_masked_lm": 1, "teacher_masked_lm": 1, "parameters_up": 1, "parameters_down": 1, "hidden_mse": 1},
+        },
+        "student": {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 32},
+    },
+    "two_stage": {
+        "dual": TRAINING | {"mode": "two_stage"},
+        "distill": TRAINING | {"mask": 0.15, "losses": {"student_masked_lm": 1, "hidden_cosine": {"weight": 1, "start": 0}}},
+        "student": {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 32},
+    },
+    "untrained": {},
+}
+
+
+def tiny_recipe(teacher, corpus, mode: str, /, **changes) -> dict:
+    data = {
+        "name": mode, "teacher": {"model": str(teacher)},
+        "corpus": {"sources": [str(corpus)], "held_out_every": 8, "processes": 1},
+        "vocabulary": {"size": 160}, "evaluation": {"sentences": 30},
+        "delivery": {"weights": "int8", "max_positions": 48, "tolerance": 0.5},
+    }
+    return data | MODES[mode] | changes
+
+
+def run_all(data: dict, folder) -> Run:
+    run = Run(parse_recipe(data, "test"), RunDir(folder))
+    for name in stages_of(run.recipe):
+        if name == "report":
+            summarise(run)
+        run_stage(run, name)
+    return run
+
+
+@pytest.fixture(scope="module")
+def match_run(tiny_teacher, corpus_file, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("run") / "match"
+    stsb = folder.with_name("rated.jsonl")
+    rows = [{"sentence1": a, "sentence2": b, "label": i} for i, (a, b) in enumerate([("ka lo", "ka lo."), ("mi", "ne"), ("ru", "sa to")])]
+    stsb.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    passages = folder.with_name("passages.jsonl")
+    passages.write_text("".join(json.dumps({"text": t, "source": f"s{i}"}) + "\n" for i, t in enumerate(["ka lo mi", "ne ru sa", "vi we zu"])))
+    data = tiny_recipe(tiny_teacher, corpus_file, "match", index={"passages": str(passages)})
+    data["evaluation"] |= {"stsb": {"stsb_test": str(stsb)}}
+    return data, run_all(data, folder)
+
+
+def test_run_leaves_its_documented_files(match_run):
+    _, run = match_run
+    present = {str(p.relative_to(run.dir.path)) for p in run.dir.path.rglob("*") if p.is_file()}
+    expected = {
+        "recipe.yaml", "environment.json", "metrics.jsonl", "summary.json", "report.html", "count/counts.parquet",
+        "vocab/tokenizer.json", "vocab/tokenizer_config.json", "vocab/vocab.txt", "vocab/comparison.json",
+        "encode/word_ids.npy", "dual/student/model.safetensors", "distill/student/model.safetensors",
+        "distill/student/config.json", "distill/student/modules.json", "export/model/MANIFEST.json",
+        "export/model/onnx/model_quantized.onnx", "export/model/index/vectors.npy",
+    } | {f"{stage}/DONE" for stage in stages_of(run.recipe)}
+    assert expected <= present
+    assert not [name for name in present if name.endswith((".pkl", ".bin", ".pt", ".tmp")) or ".partial" in name]
+
+
+def test_metrics_and_summary(match_run):
+    _, run = match_run
+    rows = run.dir.metrics()
+    for stage, names in (("dual", {"mixed_hidden", "mixed_sentence"}), ("distill", set(DISTILL["losses"]))):
+        train = [row for row in rows if row["stage"] == stage and row["kind"] == "train"]
+        assert [row["step"] for row in train] == list(range(1, 7))
+        assert all(set(row["losses"]) == names for row in train)
+        assert all(a["tokens"] < b["tokens"] for a, b in zip(train, train[1:], strict=False))
+        assert [row["step"] for row in rows if row["stage"] == stage and row["kind"] == "evaluation"] == [3, 6]
+    summary = json.loads((run.dir.path / "summary.json").read_text())
+    assert {"minutes", "bytes", "rank_agreement", "neighbour_overlap", "latency_ms", "stsb_test"} <= set(summary)
+    assert set(summary["rank_agreement"]) == {"untrained", "trained", "delivered"}
+    assert set(summary["bytes"]) == set(summary["latency_ms"]) == {"teacher", "delivered"}
+    manifest = json.loads((run.dir.path / "export/model/MANIFEST.json").read_text())
+    on_disk = sum((run.dir.path / "export/model" / name).stat().st_size for name in [*manifest["files"], "MANIFEST.json"])
+    assert summary["bytes"]["delivered"] == manifest["delivery_bytes"] == on_disk
+    assert manifest["quality"]["rank_agreement"] == summary["rank_agreement"]
+
+
+def test_the_delivery_answers_like_the_student(match_run):
+    _, run = match_run
+    from transformers import AutoModel
+
+    from vocabshrink.evaluation import torch_embedder
+    from vocabshrink.runtime import load, search
+
+    student = run.dir.path / "distill" / "student"
+    embed = torch_embedder(AutoModel.from_pretrained(student).eval(), student, "mean", True, max_length=48)
+    texts = ["Ka lo mi.", "vi we zu bra cli", "ne"]
+    assert (load(run.dir.path / "export/model").embed(texts) * embed(texts)).sum(1).min() > 0.98
+    assert search(run.dir.path / "export/model", "vi we zu", 1)[0]["source"] == "s2"
+
+
+def test_the_resolved_recipe_is_the_recipe(match_run):
+    _, run = match_run
+    assert parse_recipe(yaml.safe_load((run.dir.path / "recipe.yaml").read_text()), "resolved") == run.recipe
+
+
+def test_finished_stages_are_skipped(match_run, capsys):
+    data, run = match_run
+    before = (run.dir.path / "distill/student/model.safetensors").stat().st_mtime_ns
+    again = Run(parse_recipe(data, "test"), run.dir)
+    assert not any(run_stage(again, name) for name in stages_of(again.recipe) if name != "report")
+    assert (run.dir.path / "distill/student/model.safetensors").stat().st_mtime_ns == before
+
+
+def test_another_recipe_is_refused_by_the_key_that_differs(match_run):
+    data, run = match_run
+    changed = data | {"vocabulary": {"size": 170}}
+    with pytest.raises(InputError, match=r"vocabulary\.size \(160 -> 170\)"):
+        run_stage(Run(parse_recipe(changed, "test"), run.dir), "encode")
+
+
+@pytest.mark.parametrize("mode", ["joint", "two_stage", "untrained"])
+def test_every_mode_runs_to_its_end(mode, tiny_teacher, corpus_file, tmp_path):
+    from transformers import AutoModel, AutoTokenizer
+
+    run = run_all(tiny_recipe(tiny_teacher, corpus_file, mode), tmp_path / mode)
+    assert all(run.dir.is_done(name) for name in stages_of(run.recipe))
+    trained = {"joint": "dual/student", "two_stage": "distill/student", "untrained": "export/untrained"}[mode]
+    model, tokenizer = AutoModel.from_pretrained(run.dir.path / trained), AutoTokenizer.from_pretrained(run.dir.path / trained)
+    assert model.config.vocab_size == len(tokenizer) <= 160
+    assert np.isfinite(model(**tokenizer("ka lo mi", return_tensors="pt")).last_hidden_state.detach().numpy()).all()
+    rows = [row for row in run.dir.metrics() if row["kind"] == "train"]
+    assert all(np.isfinite(row["loss"]) for row in rows)
+
+
+def test_a_teacher_without_head_gets_one(tiny_teacher, corpus_file, tmp_path):
+    from transformers import AutoModel
+
+    folder = tmp_path / "headless"
+    AutoModel.from_pretrained(tiny_teacher).save_pretrained(folder)
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        (folder / name).write_bytes((tiny_teacher / name).read_bytes())
+    joint = tiny_recipe(folder, corpus_file, "joint")
+    with pytest.raises(InputError, match="add a masked_lm_head section"):
+        run_all(joint, tmp_path / "without")
+    run = run_all(joint | {"masked_lm_head": TRAINING | {"steps": 30, "learning_rate": 1e-2}}, tmp_path / "with")
+    losses = [row["loss"] for row in run.dir.metrics() if row["stage"] == "teacher"]
+    assert np.mean(losses[-5:]) < np.mean(losses[:5])
+    assert run.teacher().head is not None
+
+
+def test_a_killed_stage_resumes_to_the_same_student(tiny_teacher, corpus_file, tmp_path, monkeypatch):
+    import vocabshrink.loop as loop
+
+    changes = {"distill": DISTILL | {"checkpoint_minutes": 1e-9}}
+    whole = run_all(tiny_recipe(tiny_teacher, corpus_file, "untrained", **changes), tmp_path / "whole")
+    data, folder = tiny_recipe(tiny_teacher, corpus_file, "untrained", **changes), tmp_path / "killed"
+    real, calls = loop.save_checkpoint, []
+
+    def die_after_three(*arguments, **options):
+        real(*arguments, **options)
+        calls.append(1)
+        if len(calls) == 3:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(loop, "save_checkpoint", die_after_three)
+    with pytest.raises(KeyboardInterrupt):
+        run_all(data, folder)
+    monkeypatch.setattr(loop, "save_checkpoint", real)
+    resumed = run_all(data, folder)
+    weights = [run.dir.path / "distill/student/model.safetensors" for run in (whole, resumed)]
+    assert weights[0].read_bytes() == weights[1].read_bytes()
+    steps = [row["step"] for row in resumed.dir.metrics() if row["kind"] == "train"]
+    assert steps == list(range(1, 7))
+
+
+def test_over_budget_leaves_no_delivery(tiny_teacher, corpus_file, tmp_path):
+    data = tiny_recipe(tiny_teacher, corpus_file, "untrained")
+    data["delivery"] |= {"budget": 20_000}
+    with pytest.raises(InputError, match="over the budget"):
+        run_all(data, tmp_path / "run")
+    assert not (tmp_path / "run/export/model").exists()

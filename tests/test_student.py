@@ -1,0 +1,341 @@
+"""The student starts from the teacher exactly where shapes allow, says so where not, and saves what others load."""
+
+import logging
+import shutil
+
+import numpy as np
+import pytest
+import torch
+from conftest import SPECIAL_TOKENS, wordpiece_pieces
+from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, trainers
+from transformers import (
+    AutoModel,
+    AutoModelForMaskedLM,
+    AutoTokenizer,
+    DistilBertConfig,
+    DistilBertForMaskedLM,
+    RobertaConfig,
+    RobertaForMaskedLM,
+)
+
+from tokenizer_build.errors import InputError
+from tokenizer_build.tokenizer import make_tokenizer, save_tokenizer
+from vocabshrink.batches import Pieces
+from vocabshrink.evaluation import torch_embedder
+from vocabshrink.recipe import StudentSection
+from vocabshrink.student import build_student, piece_means, save_student, spell
+from vocabshrink.teacher import MaskedLMHead, load_teacher, run_backbone
+
+NARROW = {"hidden_size": 16, "num_attention_heads": 2, "intermediate_size": 24}
+
+
+@pytest.fixture(scope="module")
+def small_vocabulary(lines, tmp_path_factory):
+    """Folder of a WordPiece tokenizer of 150 pieces, some of which the teacher lacks."""
+    folder = tmp_path_factory.mktemp("student")
+    pieces = wordpiece_pieces(lines, 130)
+    own = [f"##{syllable}" for syllable in ("kalo", "mine", "rusa", "tovi", "zubra")] + ["kalomine", "zuzuzu"]
+    save_tokenizer(pieces + own, folder)
+    return folder
+
+
+def perturbed(model):
+    """Zero biases and unit norms would hide a variable that is not copied."""
+    torch.manual_seed(3)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(torch.randn_like(parameter) * 0.1)
+    return model
+
+
+@pytest.fixture(scope="module")
+def teacher_folder(tiny_teacher, tmp_path_factory):
+    """The tiny teacher with no variable at its usual starting value."""
+    folder = shutil.copytree(tiny_teacher, tmp_path_factory.mktemp("perturbed") / "teacher")
+    perturbed(AutoModelForMaskedLM.from_pretrained(tiny_teacher)).save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def teacher(teacher_folder):
+    return load_teacher(str(teacher_folder))
+
+
+def random_side(vocab_size: int, pad: int = 0) -> Pieces:
+    lengths = torch.tensor([12, 12, 11, 9])
+    mask = (torch.arange(12) < lengths[:, None]).long()
+    ids = torch.randint(5, vocab_size, mask.shape, generator=torch.Generator().manual_seed(0))
+    return Pieces(torch.where(mask.bool(), ids, pad), mask, torch.full_like(ids, -1))
+
+
+# --------------------------------------------------------------------------------------------- piece means
+
+
+def test_means_over_wordpieces(small_vocabulary, teacher):
+    ours = Tokenizer.from_file(str(small_vocabulary / "tokenizer.json"))
+    theirs = Tokenizer.from_file(str(teacher.folder / "tokenizer.json"))
+    table = teacher.table.weight.detach()
+    rows, vocabulary = piece_means(ours, theirs, table), theirs.get_vocab()
+    exact = [piece for piece in ours.get_vocab() if piece in vocabulary]
+    assert len(exact) > 100
+    for piece in exact:
+        assert torch.equal(rows[ours.token_to_id(piece)], table[vocabulary[piece]]), piece
+    spelt = set(ours.get_vocab()) - set(exact)
+    assert {"kalomine", "zuzuzu", "##kalo", "##zubra"} <= spelt
+    for piece in spelt:
+        if piece.startswith("##"):  # the pieces of "9kalo" behind the 9, which no piece but "9" begins with
+            ids = theirs.encode("9" + piece[2:], add_special_tokens=False).ids
+            assert ids[0] == vocabulary["9"]
+            ids = ids[1:]
+        else:
+            ids = theirs.encode(piece, add_special_tokens=False).ids
+        torch.testing.assert_close(rows[ours.token_to_id(piece)], table[ids].mean(0))
+
+
+def test_an_uncased_teacher_reads_capitals_as_small_letters():
+    theirs = make_tokenizer([*SPECIAL_TOKENS, "a", "ber", "##lin", "##b"])
+    assert spell("Berlin", theirs) == [6, 7]
+    assert spell("##Lin", theirs) == [7]
+    assert spell("ä", theirs) == [5]
+    assert spell("##xyz", theirs) == spell("xyz", theirs) == [theirs.token_to_id("[UNK]")]
+
+
+def byte_level(lines, *, add_prefix_space):
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=add_prefix_space)
+    trainer = trainers.BpeTrainer(
+        vocab_size=310, special_tokens=["<s>", "<pad>", "</s>", "<unk>", "<mask>"], show_progress=False,
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+    )
+    tokenizer.train_from_iterator(lines, trainer)
+    return tokenizer
+
+
+def metaspace(lines, *, sequence):
+    """XLM-R's and ALBERT's form is the sequence; with padding, which must not get into a mean."""
+    tokenizer = Tokenizer(models.Unigram())
+    split = pre_tokenizers.Metaspace()
+    tokenizer.pre_tokenizer = (
+        pre_tokenizers.Sequence([pre_tokenizers.WhitespaceSplit(), split]) if sequence else split
+    )
+    tokenizer.normalizer = normalizers.NFKC()
+    trainer = trainers.UnigramTrainer(
+        vocab_size=90, special_tokens=["<s>", "<pad>", "</s>", "<unk>", "<mask>"], unk_token="<unk>",
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator(lines, trainer)
+    tokenizer.enable_padding(length=20, pad_id=1, pad_token="<pad>")
+    return tokenizer
+
+
+FAMILIES = {
+    "byte_level": lambda lines: byte_level(lines, add_prefix_space=False),
+    "byte_level_prefixed": lambda lines: byte_level(lines, add_prefix_space=True),
+    "metaspace": lambda lines: metaspace(lines, sequence=False),
+    "metaspace_sequence": lambda lines: metaspace(lines, sequence=True),
+}
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_means_over_pieces_that_mark_spaces(family, lines, small_vocabulary):
+    """A student's word is the teacher's word after a space; its `##` pieces and punctuation are without one."""
+    lower = [line.lower() for line in lines]
+    theirs = FAMILIES[family](lower)
+    ours = Tokenizer.from_file(str(small_vocabulary / "tokenizer.json"))
+    generator = torch.Generator().manual_seed(0)
+    table = torch.randn(theirs.get_vocab_size(), 8, generator=generator, dtype=torch.float64).float()
+    rows = piece_means(ours, theirs, table)
+    theirs.no_padding()
+    mark = "Ġ" if family.startswith("byte") else "▁"
+    vocabulary = theirs.get_vocab()
+    words = [p for p in ours.get_vocab() if p.isalpha()]
+    whole = [word for word in words if mark + word in vocabulary]
+    assert len(whole) > 5 and len(words) - len(whole) > 5, "both cases must be seen"
+    assert any(word in vocabulary for word in words), "a teacher's piece spelt alike that is inside words"
+    for word in words:
+        ids = theirs.encode(" " + word, add_special_tokens=False).ids
+        assert theirs.id_to_token(ids[0]).startswith(mark)
+        torch.testing.assert_close(rows[ours.token_to_id(word)], table[ids].mean(0))
+    for word in whole:
+        assert torch.equal(rows[ours.token_to_id(word)], table[vocabulary[mark + word]])
+    insides = [p for p in ours.get_vocab() if p.startswith("##") and len(p) > 3]
+    assert len(insides) > 4
+    for piece in [*insides, ".", ",", "!"]:
+        # an outer look: a teacher's segmentation after a character that its merges never join
+        text = piece.removeprefix("##")
+        ids = [token.id for token in theirs.model.tokenize(text)]
+        assert not any(theirs.id_to_token(i).startswith(mark) for i in ids)
+        assert "".join(theirs.id_to_token(i) for i in ids) == text or 3 in ids
+        torch.testing.assert_close(rows[ours.token_to_id(piece)], table[ids].mean(0))
+    for role, name in {"[PAD]": "<pad>", "[CLS]": "<s>", "[SEP]": "</s>", "[MASK]": "<mask>"}.items():
+        assert torch.equal(rows[ours.token_to_id(role)], table[vocabulary[name]])
+
+
+# ----------------------------------------------------------------------------------------------- the body
+
+
+@torch.no_grad()
+def test_same_vocabulary_and_shape_is_the_teacher(teacher):
+    student, directions, report = build_student(StudentSection(), teacher, teacher.folder)
+    side = random_side(300)
+    for ours, theirs in zip(
+        run_backbone(student, side, layers=True), run_backbone(teacher.backbone, side, layers=True), strict=True
+    ):
+        assert torch.equal(ours, theirs)
+    assert directions is None and report["embeddings"] == "piece means"
+    assert "(64 of 64 variables of layers" in report["layers"]
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("pad", [0, 1])
+def test_a_roberta_body_is_taken_with_its_positions(pad, lines, tmp_path):
+    pieces = wordpiece_pieces(lines, 200)
+    pieces[0], pieces[pad] = pieces[pad], pieces[0]
+    save_tokenizer(pieces, tmp_path)
+    config = RobertaConfig(
+        vocab_size=200, hidden_size=32, num_hidden_layers=2, num_attention_heads=4, intermediate_size=64,
+        max_position_embeddings=31 + pad, pad_token_id=pad, type_vocab_size=1,
+    )
+    perturbed(RobertaForMaskedLM(config)).save_pretrained(tmp_path)
+    teacher = load_teacher(str(tmp_path))
+    student, _, _ = build_student(StudentSection(), teacher, tmp_path)
+    assert student.config.max_position_embeddings == 30 and student.config.pad_token_id == pad
+    side = random_side(200, pad=pad)
+    real = side.attention_mask.bool()
+    (ours,), (theirs,) = run_backbone(student, side), run_backbone(teacher.backbone, side)
+    torch.testing.assert_close(ours[real], theirs[real], atol=1e-6, rtol=1e-6)
+
+
+@torch.no_grad()
+def test_a_shorter_student_has_the_first_positions_and_the_mapped_layers(teacher):
+    section = StudentSection(num_hidden_layers=2, max_position_embeddings=20)
+    student, _, report = build_student(section, teacher, teacher.folder)
+    theirs = teacher.backbone
+    for mine, layer in ((0, 1), (1, 3)):
+        for name, value in student.encoder.layer[mine].named_parameters():
+            assert torch.equal(value, theirs.encoder.layer[layer].get_parameter(name))
+    positions = student.embeddings.position_embeddings.weight
+    assert torch.equal(positions, theirs.embeddings.position_embeddings.weight[:20])
+    assert "[(1, 2), (2, 4)] (32 of 32" in report["layers"]
+
+
+@torch.no_grad()
+def test_a_narrow_student_starts_on_principal_directions(teacher, small_vocabulary):
+    student, directions, report = build_student(StudentSection(**NARROW), teacher, small_vocabulary)
+    assert directions.shape == (32, 16)
+    torch.testing.assert_close(directions.T @ directions, torch.eye(16), atol=1e-5, rtol=0)
+    ours = Tokenizer.from_file(str(small_vocabulary / "tokenizer.json"))
+    theirs = Tokenizer.from_file(str(teacher.folder / "tokenizer.json"))
+    table = teacher.table.weight
+    means = piece_means(ours, theirs, table)
+    torch.testing.assert_close(student.get_input_embeddings().weight, means @ directions)
+    # Eckart and Young: no 16 directions keep more of the table
+    lost = (table - table @ directions @ directions.T).pow(2).sum()
+    singular = torch.linalg.svdvals(table)
+    torch.testing.assert_close(lost, singular[16:].pow(2).sum(), rtol=1e-4, atol=1e-4)
+    assert report["embeddings"] == "piece means on 16 principal directions"
+    # nothing of this width can be the teacher's, and no cut-off vector may pass for a copy
+    assert report["layers"] == "random: no layer of the teacher has this shape"
+    bias = teacher.backbone.encoder.layer[0].output.dense.bias
+    assert not torch.equal(student.encoder.layer[0].output.dense.bias, bias[:16])
+    assert torch.equal(student.embeddings.LayerNorm.weight, torch.ones(16))
+
+
+@torch.no_grad()
+def test_what_is_half_copied_is_reported(teacher):
+    student, _, report = build_student(StudentSection(intermediate_size=48), teacher, teacher.folder)
+    theirs = teacher.backbone.encoder.layer[0]
+    mine = student.encoder.layer[0]
+    assert torch.equal(mine.attention.self.query.weight, theirs.attention.self.query.weight)
+    assert not torch.equal(mine.intermediate.dense.weight, theirs.intermediate.dense.weight[:48])
+    assert torch.equal(mine.intermediate.dense.bias, torch.zeros(48))
+    assert "(52 of 64 variables of layers" in report["layers"]  # all but three a layer
+    other_heads, _, report = build_student(StudentSection(num_attention_heads=8), teacher, teacher.folder)
+    query = other_heads.encoder.layer[0].attention.self.query.weight
+    assert not torch.equal(query, theirs.attention.self.query.weight)
+    assert "(40 of 64 variables of layers" in report["layers"]
+
+
+def test_random_deeper_and_wider_students(teacher, small_vocabulary):
+    _, _, report = build_student(StudentSection(initialize="random"), teacher, small_vocabulary)
+    assert report == {"embeddings": "random", "layers": "random"}
+    with pytest.raises(InputError, match="over the teacher's embedding width 32"):
+        build_student(StudentSection(hidden_size=64), teacher, small_vocabulary)
+    with pytest.raises(InputError, match="num_attention_heads 5 does not divide hidden_size 32"):
+        build_student(StudentSection(num_attention_heads=5), teacher, small_vocabulary)
+    student, _, report = build_student(StudentSection(num_hidden_layers=6), teacher, small_vocabulary)
+    assert "pairs [(1, 1), (2, 2), (3, 3), (4, 4)] (64 of 96" in report["layers"]
+    norm = teacher.backbone.encoder.layer[3].output.LayerNorm.weight
+    assert torch.equal(student.encoder.layer[3].output.LayerNorm.weight, norm)
+
+
+def test_a_distilbert_teacher_lends_its_shape(lines, tmp_path, small_vocabulary):
+    save_tokenizer(wordpiece_pieces(lines, 200), tmp_path)
+    config = DistilBertConfig(
+        vocab_size=200, dim=32, n_layers=2, n_heads=4, hidden_dim=48, max_position_embeddings=30,
+        activation="relu",
+    )
+    DistilBertForMaskedLM(config).save_pretrained(tmp_path)
+    student, _, report = build_student(StudentSection(), load_teacher(str(tmp_path)), small_vocabulary)
+    shape = student.config
+    assert (shape.hidden_size, shape.num_hidden_layers, shape.num_attention_heads) == (32, 2, 4)
+    assert (shape.intermediate_size, shape.hidden_act, shape.max_position_embeddings) == (48, "relu", 30)
+    assert report["layers"].startswith("random")
+
+
+# ------------------------------------------------------------------------------------------------ saving
+
+
+@pytest.fixture(scope="module", params=["alone", "with_head"])
+def saved(request, teacher, small_vocabulary, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("saved") / "student"
+    student, _, _ = build_student(StudentSection(**NARROW), teacher, small_vocabulary)
+    perturbed(student)
+    head = perturbed(MaskedLMHead(16, 16, student.config.vocab_size)) if request.param == "with_head" else None
+    (folder / "old").mkdir(parents=True)  # a former attempt is replaced
+    save_student(folder, student, head, small_vocabulary, "mean", True)
+    return folder, student, head
+
+
+@torch.no_grad()
+def test_a_saved_student_loads_in_transformers(saved):
+    folder, student, head = saved
+    side = random_side(student.config.vocab_size)
+    inputs = {"input_ids": side.ids, "attention_mask": side.attention_mask}
+    expected = student(**inputs).last_hidden_state
+    loaded = AutoModel.from_pretrained(folder, dtype=torch.float32).eval()
+    torch.testing.assert_close(loaded(**inputs).last_hidden_state, expected, atol=1e-6, rtol=1e-6)
+    if head is not None:
+        loaded = AutoModelForMaskedLM.from_pretrained(folder, dtype=torch.float32).eval()
+        logits = head(expected, student.get_input_embeddings().weight)
+        torch.testing.assert_close(loaded(**inputs).logits, logits, atol=1e-5, rtol=1e-5)
+    assert sorted(path.name for path in folder.parent.iterdir()) == ["student"] and not (folder / "old").exists()
+    assert not [path for path in folder.rglob("*") if path.suffix in (".bin", ".pt", ".pkl")]
+
+
+def test_a_saved_students_tokenizer(saved, small_vocabulary, lines):
+    folder, _, _ = saved
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    ours = Tokenizer.from_file(str(small_vocabulary / "tokenizer.json"))
+    for line in lines[:20]:
+        assert tokenizer(line)["input_ids"] == ours.encode(line).ids
+    assert (tokenizer.pad_token, tokenizer.mask_token) == ("[PAD]", "[MASK]")
+
+
+@pytest.mark.parametrize("pooling", ["mean", "cls"])
+@pytest.mark.parametrize("normalize", [True, False])
+def test_sentence_transformers_gives_our_embedding(
+    pooling, normalize, teacher, small_vocabulary, tmp_path, lines
+):
+    logging.getLogger("sentence_transformers").setLevel(logging.ERROR)
+    from sentence_transformers import SentenceTransformer
+
+    student, _, _ = build_student(StudentSection(**NARROW), teacher, small_vocabulary)
+    perturbed(student)
+    save_student(tmp_path / "student", student, None, small_vocabulary, pooling, normalize)
+    texts = [*lines[:10], " ".join(lines[:10])]  # the last is longer than the student's positions
+    theirs = SentenceTransformer(str(tmp_path / "student"), device="cpu").encode(texts)
+    ours = torch_embedder(student, small_vocabulary, pooling, normalize, max_length=64)(texts)
+    assert ours.shape == theirs.shape == (11, 16)
+    np.testing.assert_allclose(ours, theirs, atol=0.02 * np.abs(theirs).max())
+    np.testing.assert_allclose(np.linalg.norm(theirs, axis=1), 1, atol=1e-5) if normalize else None

@@ -1,0 +1,79 @@
+"""The written folder loads in every loader, and all of them cut any text alike."""
+
+import json
+
+import pytest
+from hypothesis import example, given
+from hypothesis import strategies as st
+from tokenizer_build.errors import InputError
+from tokenizer_build.tokenizer import SPECIAL_TOKENS, load_tokenizer, make_tokenizer, save_tokenizer
+from tokenizers import Tokenizer
+
+PIECES = [*SPECIAL_TOKENS, *"abcdeéé!漢", *(f"##{c}" for c in "abcdeé"), "abc", "##bcd", "É"]
+TEXT = st.text(st.one_of(st.sampled_from("abcdeéÉABC !漢\t\u0301\x1c"), st.characters(codec="utf-8")), max_size=40)
+PIECES = list(dict.fromkeys(PIECES))
+
+
+@pytest.fixture(scope="module", params=[True, False], ids=["uncased", "cased"])
+def loaded(request, tmp_path_factory):
+    from transformers import AutoTokenizer, BertTokenizerFast
+
+    folder = tmp_path_factory.mktemp("tokenizer")
+    save_tokenizer(PIECES, folder, lowercase=request.param, max_length=64)
+    only_vocabulary = tmp_path_factory.mktemp("vocabulary")
+    for name in ("vocab.txt", "tokenizer_config.json"):
+        (only_vocabulary / name).write_bytes((folder / name).read_bytes())
+    return [
+        Tokenizer.from_file(str(folder / "tokenizer.json")), load_tokenizer(folder), load_tokenizer(only_vocabulary),
+        AutoTokenizer.from_pretrained(folder), BertTokenizerFast.from_pretrained(folder),
+        BertTokenizerFast.from_pretrained(only_vocabulary),
+    ]
+
+
+@given(TEXT)
+@example("[MASK] abcd [unused] ABC É漢a")
+@example("a" * 101 + " " + "b" * 100)
+def test_all_loaders_cut_alike(loaded, text):
+    ids = [(t.encode(text).ids if isinstance(t, Tokenizer) else t(text)["input_ids"]) for t in loaded]
+    assert all(other == ids[0] for other in ids[1:])
+
+
+def test_pairs_lengths_and_special_tokens(loaded):
+    for tokenizer in loaded[3:]:
+        assert tokenizer.model_max_length == 64
+        assert tokenizer("a", "b")["token_type_ids"] == [0, 0, 0, 1, 1]
+        assert tokenizer.convert_ids_to_tokens(tokenizer("a", "b")["input_ids"]) == ["[CLS]", "a", "[SEP]", "b", "[SEP]"]
+        assert tokenizer.pad_token_id == 0 and tokenizer.mask_token == "[MASK]"
+        assert set(tokenizer.added_tokens_encoder) == set(SPECIAL_TOKENS)
+
+
+def test_the_files_are_as_promised(tmp_path):
+    save_tokenizer(PIECES, tmp_path)
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["tokenizer.json", "tokenizer_config.json", "vocab.txt"]
+    assert (tmp_path / "vocab.txt").read_text("utf-8").split("\n") == [*PIECES, ""]
+    saved = json.loads((tmp_path / "tokenizer.json").read_text("utf-8"))
+    assert [token["content"] for token in saved["added_tokens"]] == SPECIAL_TOKENS
+    assert list(saved["model"]["vocab"]) == PIECES
+    first = (tmp_path / "tokenizer.json").read_bytes()
+    save_tokenizer(PIECES, tmp_path)
+    assert (tmp_path / "tokenizer.json").read_bytes() == first
+
+
+def test_a_loaded_tokenizer_neither_pads_nor_truncates(tmp_path):
+    tokenizer = make_tokenizer(PIECES)
+    tokenizer.enable_padding(length=128)
+    tokenizer.enable_truncation(8)
+    tokenizer.save(str(tmp_path / "tokenizer.json"))
+    assert len(load_tokenizer(tmp_path).encode("a b " * 20, add_special_tokens=False).ids) == 40
+
+
+def test_bad_vocabularies_and_folders_are_refused(tmp_path):
+    with pytest.raises(InputError, match="twice"):
+        make_tokenizer([*PIECES, "a"])
+    with pytest.raises(InputError, match=r"no \[MASK\]"):
+        make_tokenizer(PIECES[:4])
+    with pytest.raises(InputError, match="no tokenizer.json and no vocab.txt"):
+        load_tokenizer(tmp_path)
+    (tmp_path / "tokenizer.json").write_text('{"a": 1}')
+    with pytest.raises(InputError, match=r"tokenizer.json is no tokenizer|is not a tokenizer"):
+        load_tokenizer(tmp_path)
