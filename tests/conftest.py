@@ -13,7 +13,7 @@ import torch
 
 torch.set_num_threads(1)  # two threads on a busy two-core machine are many times slower than one
 
-SYLLABLES = "ka lo mi ne ru sa to vi we zu bra cli dro fle gri pla".split()
+SYLLABLES = ["ka", "lo", "mi", "ne", "ru", "sa", "to", "vi", "we", "zu", "bra", "cli", "dro", "fle", "gri", "pla"]
 SPECIAL_TOKENS = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
 
 

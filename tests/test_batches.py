@@ -6,12 +6,12 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+from conftest import made_up_text, wordpiece_pieces
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from tokenizers import Tokenizer
 from transformers import AutoTokenizer, BertTokenizerFast
 
-from conftest import made_up_text, wordpiece_pieces
 from tokenizer_build.errors import InputError
 from vocabshrink import batches
 from vocabshrink.batches import (
@@ -209,8 +209,8 @@ class TestMasking:
 
     def test_random_pieces_are_of_the_same_vocabulary(self, masked, table):
         _, noisy, (_, sequence, _, choice) = masked
-        assert 0 <= noisy["student"].ids.min() and noisy["student"].ids.max() < table.student_size
-        assert 0 <= noisy["teacher"].ids.min() and noisy["teacher"].ids.max() < table.teacher_size
+        assert noisy["student"].ids.min() >= 0 and noisy["student"].ids.max() < table.student_size
+        assert noisy["teacher"].ids.min() >= 0 and noisy["teacher"].ids.max() < table.teacher_size
         mixed, labels = noisy["mixed"].ids, noisy["mixed"].labels
         noise = (labels >= 0) & (mixed != labels) & (mixed != table.teacher_special.mask)
         assert torch.equal(mixed[noise] >= table.teacher_size, labels[noise] >= table.teacher_size)
@@ -247,6 +247,12 @@ class TestSegments:
         offsets = np.asarray(stream.line_offsets)
         assert len(held_out.starts) == 0
         assert training.starts.tolist() == offsets[:-1][np.diff(offsets) > 0].tolist()
+
+    def test_a_run_of_marks_ends_one_sentence(self, tmp_path, tiny_teacher, student_folder):
+        encode_corpus([["kalo mine ru?! Sa to vi we... zu bra", "ru mine"]], tiny_teacher, student_folder, tmp_path)
+        lexicon, stream = Lexicon.load(tmp_path), WordStream.load(tmp_path)
+        training, _ = cut_segments(stream, lexicon, unit="sentence", max_pieces=500, min_words=1, held_out_every=9)
+        assert training.starts.tolist() == [0, 5, 12, 14] and training.lengths.tolist() == [5, 7, 2, 2]
 
     def test_blocks_change_nothing(self, encoded, monkeypatch):
         lexicon, stream = encoded
@@ -355,6 +361,23 @@ class TestBatcher:
         counts = [int(row.max()) + 1 for row in ragged.teacher.words]
         assert ragged.word_mask.shape[1] == max(counts) and ragged.word_mask.sum(1).tolist() == counts
 
+    def test_word_mask_without_a_piece_on_either_side(self):
+        side = {"size": 9, "special": {"cls": 1, "sep": 2, "pad": 0, "mask": 3}}
+        lexicon = SimpleNamespace(
+            teacher_offsets=np.array([0, 1, 1, 2]), teacher_ids=np.array([5, 6], np.int32), counts=np.ones(3, int),
+            student_offsets=np.array([0, 1, 2, 2]), student_ids=np.array([7, 8], np.int32),
+            meta={"teacher": side, "student": side},
+        )
+        stream, segments = SimpleNamespace(word_ids=np.arange(3)), Segments(np.array([0]), np.array([3], np.int32))
+        batch = Batcher(PieceTable(lexicon), stream, lexicon, segments, batch_size=1, seed=0, sides=SIDES).batch(0)
+        assert batch.word_mask.tolist() == [[True, False, False]]
+        assert batch.teacher.words.tolist() == [[-1, 0, 2, -1]] and batch.student.words.tolist() == [[-1, 0, 1, -1]]
+
+    def test_the_same_segment_is_mixed_anew_each_time(self, make_batcher, segments):
+        one = Segments(segments[0].starts[:1], segments[0].lengths[:1])
+        batcher = make_batcher(segments=one, sides=("mixed",))
+        assert len({str(batcher.batch(index).mixed.ids.tolist()) for index in range(30)}) == 30
+
     def test_masks_and_sides_are_those_asked_for(self, make_batcher):
         batch = make_batcher(sides=("student",), mask=1.0).batch(0)
         assert batch.teacher is None and batch.mixed is None
@@ -387,9 +410,10 @@ class TestBatcher:
 
 class TestRareWords:
     def test_are_those_that_the_student_splits_more(self, tmp_path, tiny_teacher, student_folder):
-        encode_corpus([made_up_text(3000, seed=1)], tiny_teacher, student_folder, tmp_path)
+        encode_corpus([[*made_up_text(3000, seed=1), "kaqq miqqru"]], tiny_teacher, student_folder, tmp_path)
         lexicon = Lexicon.load(tmp_path)
         rare = rare_words(lexicon)
+        assert not rare[-2:].any()  # seen once
         pieces = [[len(pieces_of(lexicon, w, side)) for side in (False, True)] for w in range(len(lexicon.words))]
         assert rare.tolist() == [s > t > 0 and c > 1 for (t, s), c in zip(pieces, lexicon.counts, strict=True)]
         assert rare.sum() >= 100

@@ -8,6 +8,7 @@ import lzma
 import pyarrow
 import pyarrow.parquet
 import pytest
+
 from tokenizer_build import corpus
 from tokenizer_build.corpus import read_blocks, read_lines
 from tokenizer_build.errors import InputError
@@ -30,15 +31,27 @@ def write(path, documents=DOCUMENTS, column="text"):
         text = "\n".join(documents)
     compress = {".gz": gzip.compress, ".bz2": bz2.compress, ".xz": lzma.compress}.get(path.suffix, bytes)
     if path.suffix in (".zst", ".lz4"):
-        with pyarrow.output_stream(str(path), compression={".zst": "zstd", ".lz4": "lz4"}[path.suffix]) as file:
+        with pyarrow.output_stream(
+            str(path), compression={".zst": "zstd", ".lz4": "lz4"}[path.suffix]
+        ) as file:
             file.write(text.encode())
     else:
         path.write_bytes(compress(text.encode()))
     return path
 
 
-NAMES = ["a.txt", "a.jsonl", "a.csv", "a.parquet", "a.unknown", "a.txt.gz", "a.txt.zst", "a.jsonl.bz2", "a.csv.xz",
-         "a.jsonl.lz4"]
+NAMES = [
+    "a.txt",
+    "a.jsonl",
+    "a.csv",
+    "a.parquet",
+    "a.unknown",
+    "a.txt.gz",
+    "a.txt.zst",
+    "a.jsonl.bz2",
+    "a.csv.xz",
+    "a.jsonl.lz4",
+]
 
 
 @pytest.mark.parametrize("name", NAMES)

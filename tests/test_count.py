@@ -8,12 +8,16 @@ from collections import Counter
 import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
-from tokenizer_build.count import count_block, count_words, fold, read_counts, write_counts
-from tokenizer_build.errors import InputError
 from tokenizers.normalizers import BertNormalizer
 from tokenizers.pre_tokenizers import BertPreTokenizer
 
-ODD = "aZ9 é e\u0301\u0323 İıßſΣς \t\n\r\x0b\x0c\x1c\x1f\x00\x7f\x85\xa0\xad\u200b\u2028\u3000\ufeff\ufffd漢字가각 ,.!_-'ﬁ①²[MASK]"
+from tokenizer_build.count import count_block, count_words, fold, read_counts, write_counts
+from tokenizer_build.errors import InputError
+
+ODD = (
+    "aZ9 é e\u0301\u0323 İıßſΣς \t\n\r\x0b\x0c\x1c\x1f\x00\x7f\x85\xa0\xad\u200b\u2028\u3000\ufeff\ufffd"
+    "漢字가각 ,.!_-'ﬁ①²[MASK]"
+)
 TEXT = st.text(st.one_of(st.sampled_from(ODD), st.characters(codec="utf-8")), max_size=80)
 
 

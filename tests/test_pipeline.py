@@ -82,7 +82,7 @@ def test_run_leaves_its_documented_files(match_run):
 def test_metrics_and_summary(match_run):
     _, run = match_run
     rows = run.dir.metrics()
-    for stage, names in (("dual", {"mixed_hidden", "mixed_sentence"}), ("distill", set(DISTILL["losses"]))):
+    for stage, names in (("dual", {"hidden_mse", "batch_similarity", "sentence_cosine"}), ("distill", set(DISTILL["losses"]))):
         train = [row for row in rows if row["stage"] == stage and row["kind"] == "train"]
         assert [row["step"] for row in train] == list(range(1, 7))
         assert all(set(row["losses"]) == names for row in train)

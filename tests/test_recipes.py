@@ -5,8 +5,8 @@ from pathlib import Path
 import pytest
 
 from tokenizer_build.errors import InputError
-from vocabshrink.losses import check_losses
 from vocabshrink.dual_training import LOSSES_OF_MODE
+from vocabshrink.losses import LOSSES, check_losses
 from vocabshrink.recipe import dump_recipe, load_recipe
 
 FOLDER = Path(__file__).resolve().parents[1] / "recipes"
@@ -39,5 +39,5 @@ class TestRecipe:
         if recipe.dual:
             check_losses("dual", recipe.dual.losses, LOSSES_OF_MODE[recipe.dual.mode])
         if recipe.distill:
-            other = {"teacher_masked_lm", "parameters_down", "parameters_up", "mixed_hidden", "mixed_sentence"}
-            assert not other & set(recipe.distill.losses)
+            check_losses("distill", recipe.distill.losses, set(LOSSES))
+            assert not {"teacher_masked_lm", "parameters_down", "parameters_up"} & set(recipe.distill.losses)

@@ -5,6 +5,7 @@ import random
 
 import pytest
 from conftest import made_up_text
+
 from tokenizer_build.count import count_block
 from tokenizer_build.select import Segmentation, fewest_pieces
 
@@ -33,8 +34,12 @@ def case():
     words = [(word, count) for word, count in words if word.isalpha()][:80]
     letters = sorted({c for word, _ in words for c in word})
     fixed = letters + [f"##{c}" for c in letters]
-    parts = {("" if i == 0 else "##") + word[i:j] for word, _ in words for i in range(len(word))
-             for j in range(i + 2, len(word) + 1)}
+    parts = {
+        ("" if i == 0 else "##") + word[i:j]
+        for word, _ in words
+        for i in range(len(word))
+        for j in range(i + 2, len(word) + 1)
+    }
     return words, fixed, rng.sample(sorted(parts), 120)
 
 
@@ -76,8 +81,14 @@ def test_counts_stay_true_while_the_vocabulary_shrinks_and_grows(case):
 def test_the_selection_is_close_to_the_best_there_is():
     words = [("aabb", 9), ("aab", 7), ("abab", 5), ("bbaa", 4), ("bab", 2), ("ba", 1)]
     fixed = ["a", "b", "##a", "##b"]
-    parts = sorted({("" if i == 0 else "##") + w[i:j] for w, _ in words for i in range(len(w))
-                    for j in range(i + 2, len(w) + 1)})
+    parts = sorted(
+        {
+            ("" if i == 0 else "##") + w[i:j]
+            for w, _ in words
+            for i in range(len(w))
+            for j in range(i + 2, len(w) + 1)
+        }
+    )
     for extra in range(1, 5):
         best = min(total(words, [*fixed, *chosen]) for chosen in itertools.combinations(parts, extra))
         found = fewest_pieces(words, parts, fixed, len(fixed) + extra)

@@ -31,7 +31,10 @@ BODY = {
 SHAPES = {
     # An activation of its own for BERT: a head that takes gelu for granted would not show with gelu.
     "bert": BODY | {"hidden_act": "relu"},
-    "roberta": BODY | {"pad_token_id": 1, "layer_norm_eps": 1e-5, "max_position_embeddings": 66},
+    # RoBERTa's own head is gelu whatever its config says.
+    "roberta": BODY | {
+        "hidden_act": "relu", "pad_token_id": 1, "layer_norm_eps": 1e-5, "max_position_embeddings": 66,
+    },
     "xlm-roberta": BODY | {"pad_token_id": 1, "max_position_embeddings": 66},
     "albert": BODY | {"embedding_size": 16, "pad_token_id": 0},  # its activation is gelu_new
     "distilbert": {"dim": 32, "n_layers": 2, "n_heads": 4, "hidden_dim": 64, "max_position_embeddings": 64},
@@ -158,7 +161,9 @@ def test_pool_words_is_a_mean_for_each_word():
     generator = torch.Generator().manual_seed(1)
     hidden = torch.randn(3, 9, 5, generator=generator)
     words = torch.tensor([
-        [-1, 0, 0, 1, 2, 2, 2, -1, -1], [-1, 0, 2, 2, -1, -1, -1, -1, -1], [-1, -1, -1, -1, -1, -1, -1, -1, -1],
+        [-1, 0, 0, 1, 2, 2, 2, -1, -1],
+        [-1, 0, 2, 2, -1, -1, -1, -1, -1],
+        [-1, -1, -1, -1, -1, -1, -1, -1, -1],
     ])
     pooled = pool_words(hidden, words, 4)
     assert pooled.shape == (3, 4, 5)
@@ -240,7 +245,7 @@ def test_models_that_are_not_there_are_refused(tmp_path, monkeypatch):
     for name in ("package:no_such_package_here/model", "package:no.such/model", "package:/model"):
         with pytest.raises(InputError, match="is not installed"):
             resolve_model(name)
-    for name in ("package:json/no_such_folder", str(tmp_path / "none"), "./none", "~/no/such/folder", "a/b/c"):
+    for name in ("package:json/no_such_folder", str(tmp_path / "none"), "./none", "~/no/folder", "a/b/c"):
         with pytest.raises(InputError, match="no such folder"):
             resolve_model(name)
     with pytest.raises(InputError, match="neither a local folder nor to be had from the hub"):

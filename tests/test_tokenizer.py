@@ -5,12 +5,15 @@ import json
 import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
-from tokenizer_build.errors import InputError
-from tokenizer_build.tokenizer import SPECIAL_TOKENS, load_tokenizer, make_tokenizer, save_tokenizer
 from tokenizers import Tokenizer
 
+from tokenizer_build.errors import InputError
+from tokenizer_build.tokenizer import SPECIAL_TOKENS, load_tokenizer, make_tokenizer, save_tokenizer
+
 PIECES = [*SPECIAL_TOKENS, *"abcdeéé!漢", *(f"##{c}" for c in "abcdeé"), "abc", "##bcd", "É"]
-TEXT = st.text(st.one_of(st.sampled_from("abcdeéÉABC !漢\t\u0301\x1c"), st.characters(codec="utf-8")), max_size=40)
+TEXT = st.text(
+    st.one_of(st.sampled_from("abcdeéÉABC !漢\t\u0301\x1c"), st.characters(codec="utf-8")), max_size=40
+)
 PIECES = list(dict.fromkeys(PIECES))
 
 
@@ -24,8 +27,11 @@ def loaded(request, tmp_path_factory):
     for name in ("vocab.txt", "tokenizer_config.json"):
         (only_vocabulary / name).write_bytes((folder / name).read_bytes())
     return [
-        Tokenizer.from_file(str(folder / "tokenizer.json")), load_tokenizer(folder), load_tokenizer(only_vocabulary),
-        AutoTokenizer.from_pretrained(folder), BertTokenizerFast.from_pretrained(folder),
+        Tokenizer.from_file(str(folder / "tokenizer.json")),
+        load_tokenizer(folder),
+        load_tokenizer(only_vocabulary),
+        AutoTokenizer.from_pretrained(folder),
+        BertTokenizerFast.from_pretrained(folder),
         BertTokenizerFast.from_pretrained(only_vocabulary),
     ]
 
@@ -42,14 +48,24 @@ def test_pairs_lengths_and_special_tokens(loaded):
     for tokenizer in loaded[3:]:
         assert tokenizer.model_max_length == 64
         assert tokenizer("a", "b")["token_type_ids"] == [0, 0, 0, 1, 1]
-        assert tokenizer.convert_ids_to_tokens(tokenizer("a", "b")["input_ids"]) == ["[CLS]", "a", "[SEP]", "b", "[SEP]"]
+        assert tokenizer.convert_ids_to_tokens(tokenizer("a", "b")["input_ids"]) == [
+            "[CLS]",
+            "a",
+            "[SEP]",
+            "b",
+            "[SEP]",
+        ]
         assert tokenizer.pad_token_id == 0 and tokenizer.mask_token == "[MASK]"
         assert set(tokenizer.added_tokens_encoder) == set(SPECIAL_TOKENS)
 
 
 def test_the_files_are_as_promised(tmp_path):
     save_tokenizer(PIECES, tmp_path)
-    assert sorted(p.name for p in tmp_path.iterdir()) == ["tokenizer.json", "tokenizer_config.json", "vocab.txt"]
+    assert sorted(p.name for p in tmp_path.iterdir()) == [
+        "tokenizer.json",
+        "tokenizer_config.json",
+        "vocab.txt",
+    ]
     assert (tmp_path / "vocab.txt").read_text("utf-8").split("\n") == [*PIECES, ""]
     saved = json.loads((tmp_path / "tokenizer.json").read_text("utf-8"))
     assert [token["content"] for token in saved["added_tokens"]] == SPECIAL_TOKENS

@@ -130,7 +130,7 @@ def _print(measured) -> None:
 def main() -> None:
     try:
         app(prog_name="python -m tokenizer_build")
-    except InputError as error:
+    except (InputError, OSError) as error:  # OSError: a full disk, a folder that may not be written
         messages.print(f"error: {error}", style="bold red", markup=False, soft_wrap=True)
         sys.exit(2)
 

@@ -44,6 +44,7 @@ def count_words(
     """Count the words of `sources` (see `corpus.read_lines`); the same on any number of processes.
 
     `maximum` bounds the distinct words kept; `progress` is called with the characters of each block counted.
+    Processes are spawned, so a script that asks for several needs its `if __name__ == "__main__":`.
     """
     counts: Counter[str] = Counter()
     for characters, words in _counted(read_blocks(sources, column), lowercase, processes):

@@ -32,7 +32,10 @@ Vocabulary = Mapping[str, int] | None
 def train_fewest(
     counts: Counts, size: int, *, required: Sequence[str] = (), teacher_vocabulary: Vocabulary = None
 ) -> list[str]:
-    """Fewest pieces for the corpus (see `select`), from learned candidates and the teacher's pieces."""
+    """Fewest pieces for the corpus (see `select`), from learned candidates and the teacher's pieces.
+
+    The teacher's are preferred where that costs next to nothing; without a teacher, learned ones suffice.
+    """
     characters = alphabet(counts)
     fixed = _fixed(counts, characters, required, size)
     words = spellable_words(counts, characters)

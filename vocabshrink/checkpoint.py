@@ -67,7 +67,7 @@ def read_meta(folder: Path) -> dict | None:
         return None
     try:
         return json.loads((folder / "meta.json").read_text(encoding="utf-8"))
-    except (OSError, json.JSONDecodeError):
+    except (OSError, ValueError):  # JSONDecodeError and UnicodeDecodeError
         raise InputError(f"{folder}: not a whole checkpoint: delete the folder to train this stage anew") from None
 
 

@@ -71,7 +71,7 @@ def show_summary(summary: dict) -> None:
     """The headline table of a run."""
     table = Table("", *SYSTEMS, title=f"{summary['minutes']:.1f} minutes")
     for key, row in summary.items():
-        if isinstance(row, dict):
+        if isinstance(row, dict) and not key.endswith("_by_block"):
             shown = [f"{row[s]:,.0f}" if key == "bytes" and s in row else f"{row[s]:.4g}" if s in row else "" for s in SYSTEMS]
             table.add_row(key.replace("_", " "), *shown)
     Console(width=None if sys.stdout.isatty() else 100).print(table)

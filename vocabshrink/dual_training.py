@@ -7,7 +7,8 @@ into the teacher's space by the teacher's own objective.
 
 Three modes, one task: `joint` (version 1: the student trains alongside, with parameter projections), `two_stage`
 (version 2: the teacher alone; distillation follows), and `match` for teachers without a masked-LM head: mixed input
-must give, word by word, what the teacher gives on its own segmentation, and only the new embeddings move.
+must give, word by word, what the teacher gives on its own segmentation, and only the new embeddings move. There the
+teacher on mixed input takes the student's seat, and every loss between student and teacher serves.
 """
 
 import torch
@@ -27,7 +28,10 @@ LOSSES_OF_MODE = {
         "hidden_normalized", "embedding_mse", "sentence_cosine", "batch_similarity",
     },
     "two_stage": {"teacher_masked_lm"},
-    "match": {"mixed_hidden", "mixed_sentence"},
+    "match": {
+        "hidden_mse", "hidden_cosine", "hidden_normalized", "embedding_mse", "sentence_cosine", "batch_similarity",
+        "group_similarity",
+    },
 }
 
 
@@ -74,6 +78,9 @@ class DualTraining(TrainingTask):
             for direction in ("down", "up") if f"parameters_{direction}" in self.losses
         })
         freeze_unread(self)
+        if self.mode == "match":  # both sides are the teacher, in its own width
+            self.up.requires_grad_(False)
+            self.down.requires_grad_(False)
         self.embedding.up.requires_grad_(True)
         # match has the teacher's own reading as its target, so the body must not move; its table never needs to
         train_teacher = stage.train_teacher and self.mode != "match"
@@ -90,16 +97,19 @@ class DualTraining(TrainingTask):
     def view(self, batch: Batch) -> Forward:
         count = batch.word_mask.shape[1]
         forward = Forward(batch, self.pairs, self.up, self.down)
-        if self.mode == "match":
-            with torch.no_grad():
-                forward.teacher = run_view(self.teacher, batch.teacher, count, self.pooling, self.normalize, layers=False)
-        embeddings = self.embedding(batch.mixed.ids)
         mixed = run_view(
-            self.teacher, batch.mixed, count, self.pooling, self.normalize, embeddings=embeddings, layers=self.layers
+            self.teacher, batch.mixed, count, self.pooling, self.normalize,
+            embeddings=self.embedding(batch.mixed.ids), layers=self.layers,
         )
-        forward.mixed = mixed
-        if self.teacher_head is not None and batch.mixed.labels is not None:
-            forward.masked_lm["mixed"] = lambda: masked_lm_loss(
+        if self.mode == "match":
+            forward.up = forward.down = nn.Identity()
+            forward.student = mixed
+            with torch.no_grad():
+                forward.teacher = run_view(self.teacher, batch.teacher, count, self.pooling, self.normalize, layers=self.layers)
+            return forward
+        forward.teacher = mixed
+        if self.teacher_head is not None:
+            forward.masked_lm["teacher"] = lambda: masked_lm_loss(
                 mixed.hidden[-1], batch.mixed.labels, self.teacher_head,
                 [self.embedding.teacher_table.weight, self.embedding.student_rows()],
                 [self.teacher_head.bias, self.student_bias],
@@ -132,7 +142,7 @@ class HeadTraining(TrainingTask):
             view = run_view(self.teacher, batch.teacher, batch.word_mask.shape[1], "mean", False, layers=False)
         table = self.teacher.get_input_embeddings().weight
         forward = Forward(batch, (), nn.Identity(), nn.Identity())
-        forward.masked_lm["mixed"] = lambda: masked_lm_loss(
+        forward.masked_lm["teacher"] = lambda: masked_lm_loss(
             view.hidden[-1], batch.teacher.labels, self.head, [table], [self.head.bias]
         )
         return forward

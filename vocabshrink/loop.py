@@ -88,16 +88,27 @@ def parameter_groups(task: TrainingTask, settings: TrainingSection) -> list[dict
 
 
 def make_accelerator(settings: TrainingSection, run: RunDir) -> Accelerator:
-    """The accelerator of a stage. fp16 needs a GPU and is refused without one."""
+    """The accelerator of a stage.
+
+    Raises:
+        InputError: fp16 without a GPU; processes that were started together and do not see each other.
+    """
     if settings.precision == "fp16" and not torch.cuda.is_available():
         raise InputError("precision: fp16 needs a GPU: use bf16 or no")
     if settings.threads and not torch.cuda.is_available():
         torch.set_num_threads(settings.threads)
     AcceleratorState._reset_state()  # else the precision of the process' first stage would be every stage's
-    return Accelerator(
+    accelerator = Accelerator(
         mixed_precision=settings.precision, log_with=settings.trackers or None, project_dir=str(run.path),
         dataloader_config=DataLoaderConfiguration(), gradient_accumulation_steps=settings.gradient_accumulation,
     )
+    if (launched := int(os.environ.get("WORLD_SIZE", "1"))) != accelerator.num_processes:
+        # Accelerate takes several processes without a GPU for strangers; they would write into one folder.
+        raise InputError(
+            f"{launched} processes were started and each sees {accelerator.num_processes}: without a GPU, set "
+            "ACCELERATE_USE_CPU=true before accelerate launch --multi_gpu"
+        )
+    return accelerator
 
 
 def train(

@@ -49,11 +49,12 @@ class View:
 
 @dataclass
 class Forward:
-    """What one step saw. Views that a stage does not run are None.
+    """What one step saw. A view that a stage does not run is None.
 
-    student: the student on its pieces. teacher: the teacher on its own. mixed: the teacher on mixed input. up [D_S ->
-    D_T] and down [D_T -> D_S]: shared projections of hidden states. masked_lm: name -> function giving that model's
-    masked-LM loss. parameters: direction -> function giving the parameter projection loss.
+    student: the student on its pieces; in match mode, the teacher on mixed input takes its seat. teacher: what is
+    learnt from: the teacher on its own pieces or, in joint training, on mixed ones. up [D_S -> D_T] and down [D_T ->
+    D_S]: shared projections of hidden states. masked_lm: name -> function giving that model's masked-LM loss.
+    parameters: direction -> function giving the parameter projection loss.
     """
 
     batch: Batch
@@ -62,20 +63,14 @@ class Forward:
     down: nn.Module
     student: View | None = None
     teacher: View | None = None
-    mixed: View | None = None
     masked_lm: dict[str, Callable[[], Tensor]] = field(default_factory=dict)
     parameters: dict[str, Callable[[], Tensor]] = field(default_factory=dict)
-
-    @property
-    def target(self) -> View:
-        """The teacher's view to learn from: on its own pieces, or (joint training) on mixed ones."""
-        return self.teacher or self.mixed
 
     def aligned(self, direction: Direction):
         """Pairs of word states [n, D] of each matched layer pair, the student's brought up or the teacher's down."""
         mask = self.batch.word_mask
         for m, n in self.pairs:
-            student, teacher = self.student.words(m)[mask], self.target.words(n)[mask]
+            student, teacher = self.student.words(m)[mask], self.teacher.words(n)[mask]
             yield (self.up(student), teacher) if direction == "up" else (student, self.down(teacher))
 
 
@@ -126,12 +121,12 @@ def hidden_normalized(forward: Forward, direction: Direction = "up") -> Tensor:
 def embedding_mse(forward: Forward) -> Tensor:
     """Mean squared error of the embedding outputs, word by word (TinyBERT, eq. 9)."""
     mask = forward.batch.word_mask
-    return mean_squares(forward.up(forward.student.words(0)[mask]), forward.target.words(0)[mask])
+    return mean_squares(forward.up(forward.student.words(0)[mask]), forward.teacher.words(0)[mask])
 
 
 def sentence_cosine(forward: Forward) -> Tensor:
     """One minus cosine of the sentence embeddings, the student's brought up to the teacher's width."""
-    return one_minus_cosine(forward.up(forward.student.sentence), forward.target.sentence)
+    return one_minus_cosine(forward.up(forward.student.sentence), forward.teacher.sentence)
 
 
 def similarity_mse(student: Tensor, teacher: Tensor) -> Tensor:
@@ -144,13 +139,13 @@ def similarity_mse(student: Tensor, teacher: Tensor) -> Tensor:
 
 def group_similarity(forward: Forward, size: Literal[2, 4] = 4) -> Tensor:
     """MSE of the similarities inside each group of near sentences: what keeps rare words apart (docs/log.md)."""
-    student, teacher = forward.student.sentence, forward.target.sentence
+    student, teacher = forward.student.sentence, forward.teacher.sentence
     return similarity_mse(student.unflatten(0, (-1, size)), teacher.unflatten(0, (-1, size)))
 
 
 def batch_similarity(forward: Forward) -> Tensor:
     """MSE of the similarities over the whole batch. Needs no projection, whatever the widths."""
-    return similarity_mse(forward.student.sentence, forward.target.sentence)
+    return similarity_mse(forward.student.sentence, forward.teacher.sentence)
 
 
 def student_masked_lm(forward: Forward) -> Tensor:
@@ -160,7 +155,7 @@ def student_masked_lm(forward: Forward) -> Tensor:
 
 def teacher_masked_lm(forward: Forward) -> Tensor:
     """The teacher's masked-LM cross-entropy on mixed input, one softmax per vocabulary (Zhao et al. 2019)."""
-    return forward.masked_lm["mixed"]()
+    return forward.masked_lm["teacher"]()
 
 
 def parameters_down(forward: Forward) -> Tensor:
@@ -171,18 +166,6 @@ def parameters_down(forward: Forward) -> Tensor:
 def parameters_up(forward: Forward) -> Tensor:
     """`MSE(θ_t, U' θ_s V')` over matched parameters (Zhao et al. 2019, eq. 2)."""
     return forward.parameters["up"]()
-
-
-def mixed_hidden(forward: Forward) -> Tensor:
-    """Match mode: last-layer word states on mixed input against those on the teacher's own segmentation (MSE)."""
-    mask = forward.batch.word_mask
-    return mean_squares(forward.mixed.words(-1)[mask], forward.teacher.words(-1)[mask])
-
-
-def mixed_sentence(forward: Forward) -> Tensor:
-    """Match mode: similarities of sentence embeddings, mixed against own segmentation, and their cosine."""
-    similarity = similarity_mse(forward.mixed.sentence, forward.teacher.sentence)
-    return similarity + one_minus_cosine(forward.mixed.sentence, forward.teacher.sentence)
 
 
 LOSSES: dict[str, Callable[..., Tensor]] = {
@@ -197,13 +180,10 @@ LOSSES: dict[str, Callable[..., Tensor]] = {
     "sentence_cosine": sentence_cosine,
     "group_similarity": group_similarity,
     "batch_similarity": batch_similarity,
-    "mixed_hidden": mixed_hidden,
-    "mixed_sentence": mixed_sentence,
 }
 
-# Which views a loss reads, so that a stage runs only what it needs and refuses what it cannot give.
+# Losses that need masked words and a head; all others compare the student with the teacher.
 MASKED_LM = {"student_masked_lm", "teacher_masked_lm"}
-MATCH = {"mixed_hidden", "mixed_sentence"}
 
 
 def check_losses(section: str, losses: dict, available: set[str]) -> None:

@@ -27,7 +27,7 @@ def shapes(recipe: Recipe) -> tuple[Shape, Shape]:
     check_folder(folder)
     config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     fields = ("hidden_size", "num_hidden_layers", "intermediate_size", "max_position_embeddings")
-    missing = [name for name in fields if name not in config]
+    missing = [name for name in ("vocab_size", *fields) if name not in config]
     if missing:
         raise InputError(f"{folder}/config.json has no {missing[0]}: {config.get('model_type')} is not an encoder of BERT's line")
     teacher = Shape(config["vocab_size"], *(config[name] for name in fields), config.get("type_vocab_size", 2))

@@ -133,6 +133,7 @@ class StudentSection(Section):
     intermediate_size: Positive | None = None
     max_position_embeddings: Positive | None = None
     initialize: Literal["teacher", "random"] = "teacher"
+    layer_map: str | list[tuple[int, int]] = "uniform"  # which teacher layer each layer starts from
 
 
 class TrainingSection(Section):
@@ -186,10 +187,15 @@ class Weighted(Section):
 Losses = Annotated[dict[str, Weighted], Field(min_length=1)]
 
 
-def check_masked(section: str, losses: Losses, mask: float) -> None:
-    names = [name for name in losses if name.endswith("masked_lm")]
-    if names and not mask:
-        raise ValueError(f"losses.{names[0]}: nothing is masked: set {section}.mask, 0.15 as in BERT")
+def check_stage(section: str, stage: "DualStage | DistillStage") -> None:
+    """Refuses losses that the stage's other settings leave without masked words or without near sentences."""
+    masked = [name for name in stage.losses if name.endswith("masked_lm")]
+    if masked and not stage.mask:
+        raise ValueError(f"losses.{masked[0]}: nothing is masked: set {section}.mask, 0.15 as in BERT")
+    if "group_similarity" in stage.losses and stage.group_size == 1:
+        raise ValueError(f"losses.group_similarity compares near sentences: set {section}.group_size to 4")
+    if stage.batch_size % (stage.gradient_accumulation * stage.group_size):
+        raise ValueError("batch_size must be a multiple of gradient_accumulation times group_size")
 
 
 class TeacherStage(TrainingSection):
@@ -214,6 +220,7 @@ class DualStage(TrainingSection):
     losses: Losses | None = None
     layer_map: LayerMap = "uniform"
     unit: Literal["sentence", "line"] = "line"
+    group_size: Literal[1, 4] = 1  # as in distill; match only
 
     @model_validator(mode="after")
     def default_losses(self):
@@ -221,10 +228,10 @@ class DualStage(TrainingSection):
             names = {
                 "joint": {"teacher_masked_lm": 1.0, "student_masked_lm": 1.0, "parameters_up": 1.0},
                 "two_stage": {"teacher_masked_lm": 1.0},
-                "match": {"mixed_hidden": 1.0, "mixed_sentence": 1.0},
+                "match": {"hidden_mse": 0.1, "batch_similarity": 20.0, "sentence_cosine": 0.5},
             }[self.mode]
             self.losses = {name: Weighted(weight=weight) for name, weight in names.items()}
-        check_masked("dual", self.losses, self.mask)
+        check_stage("dual", self)
         return self
 
 
@@ -239,11 +246,7 @@ class DistillStage(TrainingSection):
 
     @model_validator(mode="after")
     def losses_can_be_given(self):
-        check_masked("distill", self.losses, self.mask)
-        if "group_similarity" in self.losses and self.group_size == 1:
-            raise ValueError("losses.group_similarity compares near sentences: set distill.group_size to 4")
-        if self.batch_size % (self.gradient_accumulation * self.group_size):
-            raise ValueError("batch_size must be a multiple of gradient_accumulation times group_size")
+        check_stage("distill", self)
         return self
 
 

@@ -24,6 +24,7 @@ from tokenizer_build.errors import InputError
 from tokenizer_build.tokenizer import save_tokenizer
 from tokenizer_build.trainers import TRAINERS
 from vocabshrink.batches import Batcher, PieceTable, cut_segments
+from vocabshrink.budget import Shape, parameters
 from vocabshrink.distillation import Distillation
 from vocabshrink.dual_training import LOSSES_OF_MODE, DualTraining, HeadTraining
 from vocabshrink.evaluation import HeldOut, held_out_texts, read_rated_pairs, torch_embedder
@@ -31,9 +32,9 @@ from vocabshrink.export import export_embedder
 from vocabshrink.layer_map import layer_pairs
 from vocabshrink.lexicon import Lexicon, WordStream, encode_corpus
 from vocabshrink.loop import make_accelerator, train
-from vocabshrink.losses import LOSSES, MASKED_LM, MATCH, check_losses
-from vocabshrink.recipe import Recipe, TrainingSection, Weighted, dump_recipe
+from vocabshrink.losses import LOSSES, MASKED_LM, check_losses
 from vocabshrink.measure import measure_systems
+from vocabshrink.recipe import Recipe, TrainingSection, Weighted, dump_recipe
 from vocabshrink.run_dir import RunDir, read_json, write_json, write_text
 from vocabshrink.runtime import build_index
 from vocabshrink.student import build_student, save_student
@@ -197,8 +198,21 @@ def vocab(run: Run) -> dict:
     )
     save_tokenizer(pieces, folder, lowercase=section.lowercase)
     comparison = compare(counts, {"teacher": run.teacher_folder / "tokenizer.json", "student": folder / "tokenizer.json"})
-    write_json(folder / "comparison.json", comparison)
+    student = Tokenizer.from_file(str(folder / "tokenizer.json"))
+    examples = segmentation_examples(counts, tokenizer, student)
+    write_json(folder / "comparison.json", comparison | {"examples": examples})
     return {"pieces": len(pieces), "comparison": comparison}
+
+
+def segmentation_examples(counts: dict[str, int], teacher: Tokenizer, student: Tokenizer, number: int = 12) -> list[dict]:
+    """Words that the student splits further than the teacher, spread over frequencies, for the report."""
+    words = sorted((w for w in counts if w.isalpha() and len(w) > 5), key=lambda w: (-counts[w], w))[:20_000]
+    found = []
+    for word in words[200 :: max(1, len(words) // 400)]:
+        pieces = {name: t.encode(word, add_special_tokens=False).tokens for name, t in (("teacher", teacher), ("student", student))}
+        if len(pieces["student"]) > len(pieces["teacher"]):
+            found.append({"word": word} | pieces)
+    return found[:: max(1, len(found) // number)][:number]
 
 
 def encode(run: Run) -> dict:
@@ -304,17 +318,19 @@ def dual(run: Run) -> dict:
         )
     torch.manual_seed(run.recipe.seed)
     accelerator = make_accelerator(stage, run.dir)
-    student, directions, report = build_student(run.recipe.student, teacher, run.vocab, stage.layer_map)
+    student, directions, report = build_student(run.recipe.student, teacher, run.vocab)
     say(f"dual: student embeddings {report['embeddings']}; layers {report['layers']}")
     head = new_student_head(student, teacher) if stage.mode == "joint" else None
-    pairs = layer_pairs(stage.layer_map, student.config.num_hidden_layers, teacher.config.num_hidden_layers)
+    # in match mode the teacher stands on both sides, so the map is of its layers to its own
+    depth = (teacher if stage.mode == "match" else student).config.num_hidden_layers
+    pairs = layer_pairs(stage.layer_map, depth, teacher.config.num_hidden_layers)
     task = DualTraining(stage, teacher, student, pairs, student_head=head, directions=directions)
     sides = {"joint": ("mixed", "student"), "two_stage": ("mixed",), "match": ("mixed", "teacher")}[stage.mode]
     end = stage.p if stage.p_end is None else stage.p_end
     micro_steps = stage.steps * stage.gradient_accumulation * accelerator.num_processes
     batcher = make_batcher(
         run, stage if uses_masked_lm else stage.model_copy(update={"mask": 0.0}), teacher, sides, accelerator,
-        p=lambda index: stage.p + (end - stage.p) * min(1.0, index / micro_steps),
+        group_size=stage.group_size, p=lambda index: stage.p + (end - stage.p) * min(1.0, index / micro_steps),
     )
     result = train(
         task, batcher, stage, run.dir, "dual", fingerprint=fingerprint(run, "dual"), accelerator=accelerator,
@@ -339,14 +355,14 @@ def new_student_head(student, teacher: Teacher) -> MaskedLMHead:
 
 def distill(run: Run) -> dict:
     stage, teacher = run.recipe.distill, run.teacher()
-    check_losses("distill", stage.losses, set(LOSSES) - MATCH - {"teacher_masked_lm", "parameters_down", "parameters_up"})
+    check_losses("distill", stage.losses, set(LOSSES) - {"teacher_masked_lm", "parameters_down", "parameters_up"})
     if "student_masked_lm" in stage.losses and not stage.mask:
         raise InputError("distill.losses.student_masked_lm: nothing is masked: set distill.mask, 0.15 as in BERT")
     if "group_similarity" in stage.losses and stage.group_size == 1:
         raise InputError("distill.losses.group_similarity: it compares near sentences: set distill.group_size to 4")
     torch.manual_seed(run.recipe.seed)
     accelerator = make_accelerator(stage, run.dir)
-    student, directions, report = build_student(run.recipe.student, teacher, run.vocab, stage.layer_map)
+    student, directions, report = build_student(run.recipe.student, teacher, run.vocab)
     head = new_student_head(student, teacher) if "student_masked_lm" in stage.losses else None
     if run.recipe.dual:
         report = {"from": "dual"} | load_student(run.dir.stage("dual") / "student", student, head)
@@ -414,12 +430,20 @@ def export(run: Run) -> dict:
             f"{folder / 'model'}: {section.weights} costs too much: rank agreement {agreement['delivered']} is more than "
             f"delivery.tolerance {section.tolerance} below {agreement['trained']}: use smaller groups or int8"
         )
-    quality = {name: row for name, row in figures.items() if name not in ("bytes", "latency_ms")}
+    figures["parameters_by_block"] = {
+        name: {block: n for block, n in parameters(shape).items() if block not in ("per_layer", "pooler", "total")}
+        for name, shape in (("teacher", shape_of(teacher.config)), ("student", shape_of(student.config)))
+    }
+    quality = {name: row for name, row in figures.items() if name not in ("bytes", "latency_ms", "parameters_by_block")}
     figures["bytes"]["delivered"] = deliver(about | {"quality": quality})["delivery_bytes"]
     if recipe.index:
         passages = islice(read_passages(Path(recipe.index.passages)), recipe.index.limit)
         figures["indexed_passages"] = build_index(folder / "model", passages, threads=os.cpu_count() or 1)
     return figures
+
+
+def shape_of(config) -> Shape:
+    return Shape(*(getattr(config, name) for name in Shape.__dataclass_fields__))
 
 
 def read_passages(path: Path) -> Iterator[dict]:

@@ -116,7 +116,7 @@ def wordpieces(word: str, tokenizer: Tokenizer, inside: bool) -> list[int]:
 
 
 def build_student(
-    section: StudentSection, teacher: Teacher, tokenizer_folder: Path, layer_map: str | list = "uniform"
+    section: StudentSection, teacher: Teacher, tokenizer_folder: Path
 ) -> tuple[BertModel, torch.Tensor | None, dict]:
     """A student and how it was started.
 
@@ -139,7 +139,7 @@ def build_student(
             "choose at most that, or student.initialize: random"
         )
     student.embeddings.word_embeddings.weight.data.copy_(means if directions is None else means @ directions)
-    layers = copy_body(student, teacher, layer_map)
+    layers = copy_body(student, teacher, section.layer_map)
     how = "piece means" if directions is None else f"piece means on {config.hidden_size} principal directions"
     return student, directions, {"embeddings": how, "layers": layers}
 

@@ -103,7 +103,7 @@ def resolve_model(model: str) -> Path:
     if model.startswith((".", "/", "~", "package:")) or model.count("/") > 1:
         raise InputError(f"teacher.model {model}: no such folder")
     from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HFValidationError, HfHubHTTPError, LocalEntryNotFoundError, OfflineModeIsEnabled
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OfflineModeIsEnabled
 
     try:
         return Path(snapshot_download(model, allow_patterns=["*.json", "*.safetensors", "*.txt", "*.model"]))

@@ -1,0 +1,130 @@
+"""Small parts of training runs for the tests, and a program that `accelerate launch` runs as two processes."""
+
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from conftest import wordpiece_pieces
+from torch import nn
+
+from tokenizer_build.tokenizer import save_tokenizer
+from vocabshrink.batches import Batcher, PieceTable, cut_segments
+from vocabshrink.distillation import Distillation, TrainingTask
+from vocabshrink.layer_map import layer_pairs
+from vocabshrink.lexicon import Lexicon, WordStream, encode_corpus
+from vocabshrink.loop import make_accelerator, train
+from vocabshrink.recipe import DistillStage, StudentSection, TrainingSection, Weighted
+from vocabshrink.run_dir import RunDir
+from vocabshrink.student import build_student
+from vocabshrink.teacher import load_teacher
+
+NARROW = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 24}
+PLAIN = {"precision": "no", "evaluations": 0, "warmup": 0.0}
+
+
+def encode(lines: list[str], teacher_tokenizer: Path, root: Path) -> tuple[Path, Path]:
+    """(folder of a vocabulary of 150 pieces, folder of lexicon and stream)."""
+    vocabulary, encoded = root / "vocab", root / "encode"
+    save_tokenizer(wordpiece_pieces(lines, 150), vocabulary)
+    encode_corpus([lines], teacher_tokenizer, vocabulary, encoded)
+    return vocabulary, encoded
+
+
+def make_batcher(encoded: Path, teacher, sides: tuple[str, ...], **options) -> Batcher:
+    """Batches over the stream that `encode_corpus` wrote."""
+    lexicon, stream = Lexicon.load(encoded), WordStream.load(encoded)
+    segments, _ = cut_segments(stream, lexicon, unit="line", max_pieces=40, min_words=4, held_out_every=50)
+    options = {"batch_size": 8, "seed": 0, "max_pieces": 40} | options
+    table = PieceTable(lexicon, teacher.table.num_embeddings)
+    return Batcher(table, stream, lexicon, segments, sides=sides, **options)
+
+
+def perturb(module: nn.Module) -> None:
+    """Zero biases have zero gradients behind them, and would hide what is not read."""
+    with torch.no_grad():
+        for parameter in module.parameters():
+            parameter.add_(torch.randn_like(parameter) * 0.05)
+
+
+@torch.no_grad()
+def mean_loss(task: TrainingTask, batcher: Batcher) -> float:
+    """The weighted loss over five batches that a short run never sees."""
+    weights = task.weights(1.0)
+    return sum(float(weights[name] * value) for k in range(5) for name, value in task(batcher.batch(900 + k)).items())
+
+
+@dataclass
+class Numbers:
+    """A batch of inputs [B, 6] and targets [B, 3]."""
+
+    inputs: torch.Tensor
+    targets: torch.Tensor
+    tokens: int = 1
+
+    def to(self, device):
+        return Numbers(self.inputs.to(device), self.targets.to(device), self.tokens)
+
+
+class NumberBatcher:
+    """Batch k of `parts` to a step is the k-th slice of the step's eight rows; `stop_at` raises there."""
+
+    def __init__(self, parts: int = 1, stop_at: int | None = None, error: type = KeyboardInterrupt):
+        self.parts, self.stop_at, self.error = parts, stop_at, error
+
+    def batch(self, index: int) -> Numbers:
+        if index == self.stop_at:
+            raise self.error
+        step, part = divmod(index, self.parts)
+        generator = torch.Generator().manual_seed(step)
+        rows = slice(part * 8 // self.parts, (part + 1) * 8 // self.parts)
+        inputs = torch.randn(8, 6, generator=generator)
+        return Numbers(inputs[rows], (inputs[:, :3] * inputs[:, 3:]).sin()[rows], tokens=8 // self.parts)
+
+
+class Regression(TrainingTask):
+    """Two layers and a table, two losses that are means over rows."""
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.first, self.second, self.table = nn.Linear(6, 16), nn.Linear(16, 3), nn.Embedding(4, 16)
+        self.frozen = nn.Linear(3, 3).requires_grad_(False)
+        self.losses = {"squares": Weighted(weight=1.0), "absolute": Weighted(weight=0.5, start=1.0)}
+
+    def forward(self, batch: Numbers) -> dict[str, torch.Tensor]:
+        rows = self.table((batch.inputs[:, 0] > 0).long())
+        out = self.frozen(self.second(torch.tanh(self.first(batch.inputs)) + rows))
+        return {"squares": (out - batch.targets).pow(2).mean(), "absolute": (out - batch.targets).abs().mean()}
+
+    def embedding_parameters(self) -> list[nn.Parameter]:
+        return [self.table.weight]
+
+
+def distillation(teacher_folder: Path, vocabulary: Path) -> tuple[Distillation, DistillStage]:
+    """A narrow student and its teacher, and six steps of eight sentences."""
+    stage = DistillStage(
+        steps=6, batch_size=8, learning_rate=1e-2, losses={"hidden_mse": 1.0, "batch_similarity": 1.0}, **PLAIN
+    )
+    torch.manual_seed(0)
+    teacher = load_teacher(str(teacher_folder))
+    student, directions, _ = build_student(StudentSection(**NARROW), teacher, vocabulary)
+    pairs = layer_pairs("uniform", 2, teacher.config.num_hidden_layers)
+    return Distillation(stage, teacher, student, pairs, directions=directions), stage
+
+
+def run_both(root: Path, teacher_folder: Path, vocabulary: Path, encoded: Path, *, parts: int, accumulation: int):
+    """Both trainings in `root`, `parts` micro-batches to a step. One process accumulates, or two share them."""
+    run = RunDir(root)
+    numbers = TrainingSection(steps=6, learning_rate=0.05, gradient_accumulation=accumulation, **PLAIN)
+    batcher = NumberBatcher(parts)
+    train(Regression(), batcher, numbers, run, "numbers", fingerprint="f", accelerator=make_accelerator(numbers, run))
+    task, stage = distillation(teacher_folder, vocabulary)
+    stage = stage.model_copy(update={"gradient_accumulation": accumulation})
+    batcher = make_batcher(encoded, load_teacher(str(teacher_folder)), ("student", "teacher"), batch_size=8 // parts)
+    train(task, batcher, stage, run, "distill", fingerprint="f", accelerator=make_accelerator(stage, run))
+
+
+if __name__ == "__main__":
+    torch.set_num_threads(1)
+    run_both(*map(Path, sys.argv[1:5]), parts=2, accumulation=1)
