@@ -45,7 +45,8 @@ def student_folder(lines, tmp_path_factory):
 @pytest.fixture(scope="module")
 def text(lines):
     """The corpus with what corpora have: an empty line, unknown characters, an invisible one, several sentences."""
-    return [*lines, "", "한국 kalo 한 mine!", "kalo \u200b mine \u00ad ru", *map(" ".join, zip(lines[::4], lines[1::4], strict=True))]
+    pairs = map(" ".join, zip(lines[::4], lines[1::4], strict=True))
+    return [*lines, "", "한국 kalo 한 mine!", "kalo \u200b mine \u00ad ru", *pairs]
 
 
 @pytest.fixture(scope="module")
@@ -419,8 +420,8 @@ class TestRareWords:
         assert rare.sum() >= 100
 
     def test_any_word_where_there_are_few(self):
-        offsets = np.array([0, 1, 1, 2])
-        lexicon = SimpleNamespace(teacher_offsets=offsets, student_offsets=np.array([0, 2, 3, 4]), counts=np.array([9, 9, 9]))
+        teacher, student = np.array([0, 1, 1, 2]), np.array([0, 2, 3, 4])
+        lexicon = SimpleNamespace(teacher_offsets=teacher, student_offsets=student, counts=np.array([9, 9, 9]))
         assert rare_words(lexicon).tolist() == [True, False, True]  # the second has no piece for the teacher
 
 

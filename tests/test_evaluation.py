@@ -12,7 +12,7 @@ from scipy.stats import spearmanr
 from transformers import AutoModel, AutoTokenizer
 
 from tokenizer_build.errors import InputError
-from vocabshrink.batches import cut_segments
+from vocabshrink.batches import Segments, cut_segments
 from vocabshrink.evaluation import (
     HeldOut,
     RatedPairs,
@@ -97,6 +97,13 @@ class TestHeldOutTexts:
         segments = self.cut(encoded, 5)
         first, again, other = (held_out_texts(stream, lexicon, segments, 25, seed) for seed in (1, 1, 2))
         assert first.texts == again.texts and np.array_equal(first.pairs, again.pairs) and first.texts != other.texts
+
+    def test_have_4_to_40_words(self, encoded):
+        lexicon, stream = encoded
+        starts = np.arange(0, len(stream.word_ids) - 50, 50)
+        lengths = np.resize(np.array([3, 4, 40, 41], np.int32), len(starts))
+        held_out = held_out_texts(stream, lexicon, Segments(starts, lengths), 1000, seed=1)
+        assert {len(text.split()) for text in held_out.texts[::4]} == {4, 40}
 
     def test_too_few_are_refused(self, encoded):
         lexicon, stream = encoded
@@ -201,7 +208,8 @@ def test_a_model_without_positions_is_cut_at_the_length(tiny_teacher):
             self.weight = torch.nn.Parameter(torch.ones(1))
 
         def forward(self, input_ids, attention_mask, output_hidden_states):
-            return SimpleNamespace(last_hidden_state=attention_mask.sum(1)[:, None, None].expand(*input_ids.shape, 2) * self.weight)
+            lengths = attention_mask.sum(1)[:, None, None].expand(*input_ids.shape, 2)
+            return SimpleNamespace(last_hidden_state=lengths * self.weight)
 
     found = torch_embedder(Backbone(), tiny_teacher, "mean", False, max_length=9)(["a", "a " * 50])
     assert found.tolist() == [[3, 3], [9, 9]]

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from tokenizer_build.errors import InputError
-from vocabshrink.harvest import docstrings, harvest, installed_roots, list_files, paragraphs
+from vocabshrink.harvest import compiled_docstrings, docstrings, harvest, installed_roots, list_files, paragraphs
 
 
 @pytest.fixture
@@ -250,3 +250,10 @@ DOCSTRING_STYLES = {
 def test_paragraphs_of(name):
     docstring, expected = DOCSTRING_STYLES[name]
     assert list(paragraphs(docstring)) == expected
+
+
+def test_compiled_builtins_are_read_from_the_interpreter():
+    docs = dict(compiled_docstrings())
+    assert docs["sorted"] == sorted.__doc__ and docs["list.sort"] == list.sort.__doc__
+    assert not [name for name in docs if name.startswith("builtins.") or name.endswith("__doc__")]
+    assert list(compiled_docstrings()) == list(compiled_docstrings())

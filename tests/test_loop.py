@@ -167,7 +167,7 @@ def test_a_resumed_run_is_the_run_that_was_not_stopped(optimizer, accumulation, 
     }
 
     def evaluate(task):
-        return {"norm": float(task.first.weight.norm())}
+        return {"norm": task.first.weight.norm().item()}
 
     whole, result, whole_run = run_training(
         tmp_path / "whole", batcher=NumberBatcher(accumulation), evaluate=evaluate, **options

@@ -5,6 +5,7 @@ import json
 import numpy as np
 import pytest
 import yaml
+from test_teacher import folders  # noqa: F401 - a fixture: a tiny model of each family, its tokenizer trained here
 
 from tokenizer_build.errors import InputError
 from vocabshrink.recipe import parse_recipe
@@ -144,6 +145,17 @@ def test_every_mode_runs_to_its_end(mode, tiny_teacher, corpus_file, tmp_path):
     assert np.isfinite(model(**tokenizer("ka lo mi", return_tensors="pt")).last_hidden_state.detach().numpy()).all()
     rows = [row for row in run.dir.metrics() if row["kind"] == "train"]
     assert all(np.isfinite(row["loss"]) for row in rows)
+
+
+@pytest.mark.parametrize("mode", ["match", "joint"])
+@pytest.mark.parametrize("family", ["roberta", "xlm-roberta", "albert", "distilbert"])
+def test_teachers_of_every_family(family, mode, folders, corpus_file, tmp_path):  # noqa: F811
+    """Byte-level BPE, SentencePiece and WordPiece teachers, from text to delivery."""
+    run = run_all(tiny_recipe(folders[family], corpus_file, mode), tmp_path / "run")
+    figures = json.loads((run.dir.path / "summary.json").read_text())
+    assert figures["rank_agreement"]["delivered"] > figures["rank_agreement"]["trained"] - 0.1
+    lexicon = json.loads((run.dir.path / "encode/meta.json").read_text())
+    assert lexicon["teacher"]["family"] != "wordpiece" or family == "distilbert"
 
 
 def test_a_teacher_without_head_gets_one(tiny_teacher, corpus_file, tmp_path):

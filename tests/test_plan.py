@@ -13,7 +13,8 @@ from vocabshrink.run_dir import RunDir
 
 
 def make_recipe(teacher, **sections):
-    data = {"name": "small", "teacher": {"model": str(teacher)}, "corpus": {"sources": ["a.txt"]}, "vocabulary": {"size": 200}}
+    corpus, vocabulary = {"sources": ["a.txt"]}, {"size": 200}
+    data = {"name": "small", "teacher": {"model": str(teacher)}, "corpus": corpus, "vocabulary": vocabulary}
     return parse_recipe(data | sections, "here")
 
 
@@ -75,9 +76,9 @@ class TestFlops:
         assert plan.flops_per_piece(Shape(9999, 4, 1, 8, 512), 5) == plan.flops_per_piece(shape, 5)  # tables cost nothing
 
     def test_stages(self, tiny_teacher, tmp_path):
-        losses = {"losses": {"hidden_mse": 1}}
         recipe = make_recipe(
-            tiny_teacher, masked_lm_head=STAGE, dual=STAGE | {"mode": "two_stage"}, distill=STAGE | losses, student={"num_hidden_layers": 2},
+            tiny_teacher, masked_lm_head=STAGE, dual=STAGE | {"mode": "two_stage"},
+            distill=STAGE | {"losses": {"hidden_mse": 1}}, student={"num_hidden_layers": 2},
         )
         student, teacher = plan.shapes(recipe)
         costs = plan.stage_costs(recipe, RunDir(tmp_path / "run"))

@@ -36,7 +36,8 @@ class TestPrincipalDirections:
         table = torch.randn(6, 4)
         weights = torch.tensor([3, 1, 0, 2, 1, 1])
         plain = principal_directions(table.repeat_interleave(weights, 0), 2)
-        torch.testing.assert_close((plain.T @ principal_directions(table, 2, weights)).abs(), torch.eye(2), atol=1e-4, rtol=0)
+        turn = plain.T @ principal_directions(table, 2, weights)
+        torch.testing.assert_close(turn.abs(), torch.eye(2), atol=1e-4, rtol=0)
 
     def test_full_width_leads_back(self):
         table = torch.randn(30, 5)

@@ -257,7 +257,7 @@ def test_what_is_half_copied_is_reported(teacher):
 def test_random_deeper_and_wider_students(teacher, small_vocabulary):
     _, _, report = build_student(StudentSection(initialize="random"), teacher, small_vocabulary)
     assert report == {"embeddings": "random", "layers": "random"}
-    with pytest.raises(InputError, match="over the teacher's embedding width 32"):
+    with pytest.raises(InputError, match="over the teacher's width 32"):
         build_student(StudentSection(hidden_size=64), teacher, small_vocabulary)
     with pytest.raises(InputError, match="num_attention_heads 5 does not divide hidden_size 32"):
         build_student(StudentSection(num_attention_heads=5), teacher, small_vocabulary)

@@ -345,7 +345,8 @@ def near_groups(side: Side, count: int, rare: np.ndarray, rng: np.random.Generat
     keep_half = (kind == 2) | ((position < half) == (kind == 0))
     rotated = np.where(kind == 2, words[first[sequence] + (position + half) % lengths[sequence]], words)
 
-    variants = [(words, np.ones(len(words), bool)), (swapped, np.ones(len(words), bool)), (words, keep_drop), (rotated, keep_half)]
+    all_of_them = np.ones(len(words), bool)
+    variants = [(words, all_of_them), (swapped, all_of_them), (words, keep_drop), (rotated, keep_half)]
     all_words = np.concatenate([w[keep] for w, keep in variants])
     all_sequences = np.concatenate([4 * sequence[keep] + j for j, (_, keep) in enumerate(variants)])
     order = np.argsort(all_sequences, kind="stable")

@@ -11,6 +11,8 @@ must give, word by word, what the teacher gives on its own segmentation, and onl
 teacher on mixed input takes the student's seat, and every loss between student and teacher serves.
 """
 
+from dataclasses import replace
+
 import torch
 from torch import Tensor, nn
 
@@ -83,7 +85,7 @@ class DualTraining(TrainingTask):
             self.down.requires_grad_(False)
         self.embedding.up.requires_grad_(True)
         # match has the teacher's own reading as its target, so the body must not move; its table never needs to
-        train_teacher = stage.train_teacher and self.mode != "match"
+        train_teacher = stage.train_teacher and "teacher_masked_lm" in self.losses
         self.teacher.requires_grad_(train_teacher)
         self.student_bias.requires_grad_("teacher_masked_lm" in self.losses)
         if self.teacher_head is not None:
@@ -107,7 +109,8 @@ class DualTraining(TrainingTask):
             with torch.no_grad():
                 forward.teacher = run_view(self.teacher, batch.teacher, count, self.pooling, self.normalize, layers=self.layers)
             return forward
-        forward.teacher = mixed
+        # the student learns from the teacher, not the teacher from the student: only masked LM moves the teacher
+        forward.teacher = replace(mixed, hidden=tuple(state.detach() for state in mixed.hidden))
         if self.teacher_head is not None:
             forward.masked_lm["teacher"] = lambda: masked_lm_loss(
                 mixed.hidden[-1], batch.mixed.labels, self.teacher_head,

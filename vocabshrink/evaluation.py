@@ -47,7 +47,8 @@ def held_out_texts(stream: WordStream, lexicon: Lexicon, segments: Segments, cou
     fitting = np.flatnonzero((segments.lengths >= 4) & (segments.lengths <= 40))
     if len(fitting) < 20:
         raise InputError(
-            f"corpus: only {len(fitting)} held-out sentences of 4 to 40 words: give more text or a smaller corpus.held_out_every"
+            f"corpus: only {len(fitting)} held-out sentences of 4 to 40 words: give more text or a smaller "
+            "corpus.held_out_every"
         )
     rng = np.random.default_rng((seed, 2))
     chosen = np.sort(rng.permutation(fitting)[:count])

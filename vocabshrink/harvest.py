@@ -1,7 +1,8 @@
 """Harvest a corpus that everybody has: the documentation inside the Python packages installed here.
 
 Docstrings of modules, classes and functions are read from the source with `ast`: nothing is imported or run,
-so harvesting an unknown package is safe; what is written in C has no docstring there and is missed. Kept is
+so harvesting an unknown package is safe. What packages have in C is missed; of the interpreter's own builtin modules
+it is read too, because `sorted` and `list.sort` are there. Kept is
 prose in paragraphs; doctests, code, tables, headings and repeated paragraphs are dropped by simple rules that
 were tuned by reading samples. They lose some prose and keep some noise, which word counts and training
 batches forgive.
@@ -16,16 +17,18 @@ duplicates are dropped in that order.
 import ast
 import gc
 import gzip
+import importlib
 import inspect
 import json
 import multiprocessing
 import os
 import re
+import sys
 import sysconfig
 import warnings
 from collections.abc import Callable, Iterator
 from hashlib import blake2b
-from itertools import starmap
+from itertools import chain, starmap
 from pathlib import Path
 
 from tokenizer_build.errors import InputError
@@ -80,13 +83,14 @@ def harvest(
     with replacing(out) as temporary, temporary.open("wb") as raw:
         # The header of a gzip file holds a name and a time unless told otherwise.
         file = gzip.GzipFile("", "wb", 6, raw, mtime=0) if out.suffix == ".gz" else raw
-        for done, paragraphs in enumerate(_read_all(files, processes), start=1):
-            if progress is not None:
+        compiled = [] if roots else [(name, text) for name, doc in compiled_docstrings() for text in paragraphs(doc)]
+        for done, harvested in enumerate(chain([compiled], _read_all(files, processes))):
+            if progress is not None and done:
                 progress(done, len(files))
-            if paragraphs is None:
+            if harvested is None:
                 counts["unreadable"] += 1
                 continue
-            for source, text in paragraphs:
+            for source, text in harvested:
                 digest = blake2b(text.lower().encode(), digest_size=12).digest()
                 if digest in seen:
                     counts["duplicates"] += 1
@@ -131,6 +135,24 @@ def list_files(roots: list[Path]) -> list[tuple[str, Path]]:
         for module, path in sorted(found):
             files.setdefault(path.resolve(), module)  # a root inside another one is read once
     return [(module, path) for path, module in files.items()]
+
+
+def compiled_docstrings() -> Iterator[tuple[str, str]]:
+    """(qualified name, docstring) of what the standard library has in C: `sorted` and `list.sort` are nowhere else.
+
+    Only modules built into the interpreter are imported, those of installed packages never.
+    """
+    for name in sorted(sys.builtin_module_names):
+        module = importlib.import_module(name)
+        shown = "" if name == "builtins" else name.lstrip("_") + "."
+        for key, member in sorted(vars(module).items()):
+            # a module holds what it imported too; a builtin class or function says where it is at home
+            if key.startswith("__") or getattr(member, "__module__", None) != name:
+                continue
+            parts = sorted(vars(member).items()) if isinstance(member, type) else []
+            for part, value in [("", member), *(p for p in parts if not p[0].startswith("__"))]:
+                if isinstance(doc := getattr(value, "__doc__", None), str) and callable(value):
+                    yield f"{shown}{key}" + (f".{part}" if part else ""), doc
 
 
 def _read_all(files: list[tuple[str, Path]], processes: int) -> Iterator[list[tuple[str, str]] | None]:

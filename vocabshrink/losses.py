@@ -1,8 +1,8 @@
 """Losses: pure functions of what one step saw, chosen and weighted by the recipe.
 
-Every loss is `f(forward, **arguments) -> scalar`; its signature is its schema (arguments are Literals). It is zero at agreement, padding never
-counts, and it is logged unweighted. Hidden states of teacher and student are compared word by word (mean of a word's
-pieces), because their sequences differ in length when their vocabularies do.
+Every loss is `f(forward, **arguments) -> scalar`; its signature, of Literals, is its schema. It is zero at agreement,
+padding never counts, and it is logged unweighted. Hidden states of teacher and student are compared word by word (mean
+of a word's pieces), because their sequences differ in length when their vocabularies do.
 
 Shapes: B sequences, T pieces, M words, D width (D_S student, D_T teacher), N masked pieces.
 """
@@ -33,7 +33,7 @@ class View:
     pooling: str
     normalize: bool
     word_count: int
-    _words: dict[int, Tensor] = field(default_factory=dict)
+    _words: dict[int, Tensor] = field(default_factory=dict, init=False)
 
     def words(self, layer: int) -> Tensor:
         """[B, M, D]"""
@@ -196,11 +196,13 @@ def check_losses(section: str, losses: dict, available: set[str]) -> None:
         if name not in LOSSES:
             raise InputError(f"{section}.losses.{name}: unknown loss: known losses are {', '.join(LOSSES)}")
         if name not in available:
-            raise InputError(f"{section}.losses.{name}: this stage cannot give it: choose from {', '.join(sorted(available))}")
+            choices = ", ".join(sorted(available))
+            raise InputError(f"{section}.losses.{name}: this stage cannot give it: choose from {choices}")
         known = dict(list(inspect.signature(LOSSES[name]).parameters.items())[1:])
         for argument, value in chosen.arguments.items():
             if argument not in known:
-                raise InputError(f"{section}.losses.{name}.{argument}: unknown argument: it takes {', '.join(known) or 'none'}")
+                takes = ", ".join(known) or "none"
+                raise InputError(f"{section}.losses.{name}.{argument}: unknown argument: it takes {takes}")
             values = get_args(known[argument].annotation)
             if value not in values:
                 choices = " or ".join(map(str, values))

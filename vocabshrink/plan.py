@@ -29,9 +29,11 @@ def shapes(recipe: Recipe) -> tuple[Shape, Shape]:
     fields = ("hidden_size", "num_hidden_layers", "intermediate_size", "max_position_embeddings")
     missing = [name for name in ("vocab_size", *fields) if name not in config]
     if missing:
-        raise InputError(f"{folder}/config.json has no {missing[0]}: {config.get('model_type')} is not an encoder of BERT's line")
+        kind = config.get("model_type")
+        raise InputError(f"{folder}/config.json has no {missing[0]}: {kind} is not an encoder of BERT's line")
     teacher = Shape(config["vocab_size"], *(config[name] for name in fields), config.get("type_vocab_size", 2))
-    student = Shape(recipe.vocabulary.size, *(getattr(recipe.student, name) or config[name] for name in fields), teacher.type_vocab_size)
+    chosen = (getattr(recipe.student, name) or config[name] for name in fields)
+    student = Shape(recipe.vocabulary.size, *chosen, teacher.type_vocab_size)
     return student, teacher
 
 
@@ -101,7 +103,8 @@ def plan_tables(recipe: Recipe, run: RunDir) -> list[Table]:
     of_teacher, of_student = parameters(teacher), parameters(student)
     for name in of_student:
         blocks.add_row(name, f"{of_teacher[name]:,}", f"{of_student[name]:,}")
-    sizes = Table("format", "weights", "tokenizer", "all files", f"of {recipe.delivery.budget:,}", title="bytes of every delivery")
+    of_budget = f"of {recipe.delivery.budget:,}"
+    sizes = Table("format", "weights", "tokenizer", "all files", of_budget, title="bytes of every delivery")
     tokenizer = run.stage("vocab") / "tokenizer.json"
     chosen = format_name(recipe.delivery.weights, recipe.delivery.group_size)
     if tokenizer.is_file():

@@ -364,5 +364,6 @@ def dump_recipe(recipe: Recipe) -> str:
     for section in ("dual", "distill"):
         for name, loss in (data.get(section) or {}).get("losses", {}).items():
             arguments = loss.pop("arguments")
-            data[section]["losses"][name] = loss["weight"] if list(loss) == ["weight"] and not arguments else loss | arguments
+            short = list(loss) == ["weight"] and not arguments
+            data[section]["losses"][name] = loss["weight"] if short else loss | arguments
     return yaml.dump(data, Dumper=RecipeDumper, sort_keys=False, allow_unicode=True)

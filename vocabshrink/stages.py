@@ -24,7 +24,6 @@ from tokenizer_build.errors import InputError
 from tokenizer_build.tokenizer import save_tokenizer
 from tokenizer_build.trainers import TRAINERS
 from vocabshrink.batches import Batcher, PieceTable, cut_segments
-from vocabshrink.budget import Shape, parameters
 from vocabshrink.distillation import Distillation
 from vocabshrink.dual_training import LOSSES_OF_MODE, DualTraining, HeadTraining
 from vocabshrink.evaluation import HeldOut, held_out_texts, read_rated_pairs, torch_embedder
@@ -38,7 +37,16 @@ from vocabshrink.recipe import Recipe, TrainingSection, Weighted, dump_recipe
 from vocabshrink.run_dir import RunDir, read_json, write_json, write_text
 from vocabshrink.runtime import build_index
 from vocabshrink.student import build_student, save_student
-from vocabshrink.teacher import MaskedLMHead, Teacher, check_folder, file_sha256, load_head, load_teacher, resolve_model
+from vocabshrink.teacher import (
+    MaskedLMHead,
+    Teacher,
+    check_folder,
+    eps_and_activation,
+    file_sha256,
+    load_head,
+    load_teacher,
+    resolve_model,
+)
 
 # Settings that change how fast or how visibly a run goes, but not what it makes.
 IMMATERIAL = {"processes", "threads", "trackers", "evaluations", "checkpoint_minutes"}
@@ -286,7 +294,9 @@ def teacher(run: Run) -> dict:
     torch.manual_seed(run.recipe.seed)
     accelerator = make_accelerator(stage, run.dir)
     table = teacher.table
-    teacher.head = MaskedLMHead(teacher.config.hidden_size, table.embedding_dim, table.num_embeddings)
+    teacher.head = MaskedLMHead(
+        teacher.config.hidden_size, table.embedding_dim, table.num_embeddings, *eps_and_activation(teacher.config)
+    )
     task = HeadTraining(teacher, {"teacher_masked_lm": Weighted()})
     batcher = make_batcher(run, stage, teacher, ("teacher",), accelerator)
     result = train(task, batcher, stage, run.dir, "teacher", fingerprint=fingerprint(run, "teacher"), accelerator=accelerator)
@@ -346,7 +356,8 @@ def dual(run: Run) -> dict:
 
 def new_student_head(student, teacher: Teacher) -> MaskedLMHead:
     """The student's masked-LM head: the teacher's transform where widths agree, else random."""
-    head = MaskedLMHead(student.config.hidden_size, student.config.hidden_size, student.config.vocab_size)
+    width = student.config.hidden_size
+    head = MaskedLMHead(width, width, student.config.vocab_size, *eps_and_activation(student.config))
     if teacher.head is not None and teacher.head.dense.weight.shape == head.dense.weight.shape:
         head.dense.load_state_dict(teacher.head.dense.state_dict())
         head.norm.load_state_dict(teacher.head.norm.state_dict())
@@ -430,10 +441,7 @@ def export(run: Run) -> dict:
             f"{folder / 'model'}: {section.weights} costs too much: rank agreement {agreement['delivered']} is more than "
             f"delivery.tolerance {section.tolerance} below {agreement['trained']}: use smaller groups or int8"
         )
-    figures["parameters_by_block"] = {
-        name: {block: n for block, n in parameters(shape).items() if block not in ("per_layer", "pooler", "total")}
-        for name, shape in (("teacher", shape_of(teacher.config)), ("student", shape_of(student.config)))
-    }
+    figures["parameters_by_block"] = {"teacher": blocks_of(teacher.backbone), "student": blocks_of(student)}
     quality = {name: row for name, row in figures.items() if name not in ("bytes", "latency_ms", "parameters_by_block")}
     figures["bytes"]["delivered"] = deliver(about | {"quality": quality})["delivery_bytes"]
     if recipe.index:
@@ -442,8 +450,11 @@ def export(run: Run) -> dict:
     return figures
 
 
-def shape_of(config) -> Shape:
-    return Shape(*(getattr(config, name) for name in Shape.__dataclass_fields__))
+def blocks_of(model) -> dict[str, int]:
+    """Parameters of the piece table, of the other embeddings and of the layers, whatever the family."""
+    pieces = model.get_input_embeddings().weight.numel()
+    embeddings = sum(p.numel() for name, p in model.named_parameters() if "embeddings" in name)
+    return {"pieces": pieces, "other embeddings": embeddings - pieces, "layers": model.num_parameters() - embeddings}
 
 
 def read_passages(path: Path) -> Iterator[dict]:

@@ -129,19 +129,24 @@ def build_student(
     config._attn_implementation = teacher.config._attn_implementation
     student = BertModel(config, add_pooling_layer=False).eval()
     table = teacher.table.weight.detach()
-    directions = principal_directions(table, config.hidden_size) if config.hidden_size < table.shape[1] else None
+    width = table.shape[1]
+    if config.hidden_size < width:
+        directions, turned = principal_directions(table, config.hidden_size), f" on {config.hidden_size} principal directions"
+    elif config.hidden_size > width:  # ALBERT's table is narrower than its layers
+        directions, turned = torch.eye(width, config.hidden_size), f" in the first {width} columns"
+    else:
+        directions, turned = None, ""
     if section.initialize == "random":
         return student, directions, {"embeddings": "random", "layers": "random"}
-    means = piece_means(tokenizer, Tokenizer.from_file(str(teacher.folder / "tokenizer.json")), table)
-    if config.hidden_size > table.shape[1]:
+    if config.hidden_size > teacher.config.hidden_size:
         raise InputError(
-            f"student.hidden_size {config.hidden_size} is over the teacher's embedding width {table.shape[1]}: "
+            f"student.hidden_size {config.hidden_size} is over the teacher's width {teacher.config.hidden_size}: "
             "choose at most that, or student.initialize: random"
         )
+    means = piece_means(tokenizer, Tokenizer.from_file(str(teacher.folder / "tokenizer.json")), table)
     student.embeddings.word_embeddings.weight.data.copy_(means if directions is None else means @ directions)
     layers = copy_body(student, teacher, section.layer_map)
-    how = "piece means" if directions is None else f"piece means on {config.hidden_size} principal directions"
-    return student, directions, {"embeddings": how, "layers": layers}
+    return student, directions, {"embeddings": "piece means" + turned, "layers": layers}
 
 
 def copy_body(student: BertModel, teacher: Teacher, layer_map: str | list) -> str:
