@@ -59,7 +59,7 @@ bench: .venv/demo.installed  ## measure vocabularies and batches on CORPUS; tabl
 	python tests/bench/batches.py --corpus $(CORPUS) --teacher $(TEACHER) --out artifacts/bench/batches.json
 
 lint: .venv/dev.installed  ## ruff
-	ruff check .
+	ruff check . && ruff format --check .
 
 clean:  ## remove the virtual environment and caches; artifacts stay
 	rm -rf .venv .pytest_cache .ruff_cache *.egg-info

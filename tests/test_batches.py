@@ -87,7 +87,9 @@ def words_of(encoded, line_numbers):
 def pieces_of(lexicon, word, from_student, shift=0):
     """A word's pieces read off the lexicon's tables, one word at a time: the slow reference."""
     offsets, ids = (
-        (lexicon.student_offsets, lexicon.student_ids) if from_student else (lexicon.teacher_offsets, lexicon.teacher_ids)
+        (lexicon.student_offsets, lexicon.student_ids)
+        if from_student
+        else (lexicon.teacher_offsets, lexicon.teacher_ids)
     )
     return [int(piece) + (shift if from_student else 0) for piece in ids[offsets[word] : offsets[word + 1]]]
 
@@ -166,6 +168,7 @@ class TestMasking:
         words, sequence = np.tile(words, 4), np.concatenate([sequence + 400 * k for k in range(4)])
         rng = np.random.default_rng(5)
         chosen, choice = rng.random(len(words)) < 1 / 3, rng.random(len(words)) < 0.5
+
         def gather(side, **masking):
             return table.gather(words, sequence, 1600, side[0], combined=side[1], **masking)
 
@@ -244,7 +247,9 @@ class TestSegments:
 
     def test_short_lines_stay_whole(self, encoded):
         lexicon, stream = encoded
-        training, held_out = cut_segments(stream, lexicon, unit="line", max_pieces=500, min_words=1, held_out_every=10**6)
+        training, held_out = cut_segments(
+            stream, lexicon, unit="line", max_pieces=500, min_words=1, held_out_every=10**6
+        )
         offsets = np.asarray(stream.line_offsets)
         assert len(held_out.starts) == 0
         assert training.starts.tolist() == offsets[:-1][np.diff(offsets) > 0].tolist()
@@ -257,6 +262,7 @@ class TestSegments:
 
     def test_blocks_change_nothing(self, encoded, monkeypatch):
         lexicon, stream = encoded
+
         def cut():
             return cut_segments(stream, lexicon, unit="sentence", max_pieces=LIMIT, min_words=2, held_out_every=5)
 
@@ -336,7 +342,9 @@ class TestBatcher:
     def test_extremes_of_p(self, make_batcher, table, p):
         batch = make_batcher(p=lambda index: p).batch(2)
         inside, side = batch.mixed.words >= 0, batch.student if p else batch.teacher
-        assert torch.equal(batch.mixed.words, side.words) and torch.equal(batch.mixed.attention_mask, side.attention_mask)
+        assert torch.equal(batch.mixed.words, side.words) and torch.equal(
+            batch.mixed.attention_mask, side.attention_mask
+        )
         assert torch.equal(batch.mixed.ids[inside], side.ids[inside] + (table.teacher_size if p else 0))
         outside = ~inside & (batch.mixed.attention_mask == 1)
         special = table.teacher_special
@@ -350,7 +358,9 @@ class TestBatcher:
             first = torch.cat([torch.zeros(len(mixed.words), 1, dtype=torch.int64) - 1, mixed.words[:, :-1]], 1)
             starts = (mixed.words >= 0) & (mixed.words != first)
             from_student = mixed.ids[starts] >= table.teacher_size
-            assert abs(from_student.float().mean() - expected) < 5 * (expected * (1 - expected) / len(from_student)) ** 0.5
+            assert (
+                abs(from_student.float().mean() - expected) < 5 * (expected * (1 - expected) / len(from_student)) ** 0.5
+            )
 
     def test_word_mask_is_of_words_that_both_sides_have(self, encoded, table, make_batcher):
         lexicon = encoded[0]
@@ -365,8 +375,11 @@ class TestBatcher:
     def test_word_mask_without_a_piece_on_either_side(self):
         side = {"size": 9, "special": {"cls": 1, "sep": 2, "pad": 0, "mask": 3}}
         lexicon = SimpleNamespace(
-            teacher_offsets=np.array([0, 1, 1, 2]), teacher_ids=np.array([5, 6], np.int32), counts=np.ones(3, int),
-            student_offsets=np.array([0, 1, 2, 2]), student_ids=np.array([7, 8], np.int32),
+            teacher_offsets=np.array([0, 1, 1, 2]),
+            teacher_ids=np.array([5, 6], np.int32),
+            counts=np.ones(3, int),
+            student_offsets=np.array([0, 1, 2, 2]),
+            student_ids=np.array([7, 8], np.int32),
             meta={"teacher": side, "student": side},
         )
         stream, segments = SimpleNamespace(word_ids=np.arange(3)), Segments(np.array([0]), np.array([3], np.int32))
@@ -460,7 +473,9 @@ class TestNearGroups:
         counts = {"first": 0, "second": 0, "rotation": 0, 1: 0, 2: 0}
         places = set()
         for seed in range(300):
-            found, numbers = near_groups((sentence, np.zeros(10, int)), 1, np.ones(12, bool), np.random.default_rng(seed))
+            found, numbers = near_groups(
+                (sentence, np.zeros(10, int)), 1, np.ones(12, bool), np.random.default_rng(seed)
+            )
             part = found[numbers == 3].tolist()
             counts["rotation" if len(part) == 10 else "first" if part[0] == 0 else "second"] += 1
             counts[10 - int((numbers == 2).sum())] += 1

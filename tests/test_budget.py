@@ -43,8 +43,13 @@ def test_predicted_graph_is_the_written_graph(shape, format):
     model = bert(shape, add_pooling_layer=False)
     state = {name: value.numpy() for name, value in model.state_dict().items()}
     weights, _, group_size = format.partition("-")
-    proto = build_graph(state, model.config, weights=weights, group_size=int(group_size or 32),
-                        max_positions=shape.max_position_embeddings)
+    proto = build_graph(
+        state,
+        model.config,
+        weights=weights,
+        group_size=int(group_size or 32),
+        max_positions=shape.max_position_embeddings,
+    )
     assert weights_bytes(shape, format) == pytest.approx(proto.ByteSize(), rel=0.005)
 
 

@@ -72,7 +72,10 @@ def test_only_what_is_trained_is_written_and_nothing_pickled(tmp_path):
     task, optimizer = trained()
     save_checkpoint(tmp_path / "last", task, optimizer, {"step": 3})
     assert {p.name for p in (tmp_path / "last").iterdir()} == {
-        "model.safetensors", "optimizer.safetensors", "random.safetensors", "meta.json",
+        "model.safetensors",
+        "optimizer.safetensors",
+        "random.safetensors",
+        "meta.json",
     }
     assert [p.name for p in tmp_path.iterdir()] == ["last"]
     names = module.load_file(tmp_path / "last" / "model.safetensors").keys()
@@ -188,10 +191,13 @@ def test_other_shapes_are_refused(tmp_path):
         load_checkpoint(folder, task, optimizer, read_meta(folder))
 
 
-@pytest.mark.parametrize("error", [
-    OSError(errno.ENOSPC, "No space left on device"),
-    module.SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)"),
-])
+@pytest.mark.parametrize(
+    "error",
+    [
+        OSError(errno.ENOSPC, "No space left on device"),
+        module.SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)"),
+    ],
+)
 @pytest.mark.parametrize("at", [0, 1, 2])
 def test_a_full_disk_keeps_the_checkpoint_before(error, at, tmp_path, monkeypatch):
     folder = tmp_path / "last"

@@ -12,7 +12,11 @@ from test_pipeline import tiny_recipe
 def vocabshrink(*arguments, folder=None) -> subprocess.CompletedProcess:
     environment = os.environ | {"PYTHONPATH": os.getcwd(), "OMP_NUM_THREADS": "1"}
     return subprocess.run(
-        [sys.executable, "-m", "vocabshrink", *map(str, arguments)], capture_output=True, text=True, cwd=folder, env=environment
+        [sys.executable, "-m", "vocabshrink", *map(str, arguments)],
+        capture_output=True,
+        text=True,
+        cwd=folder,
+        env=environment,
     )
 
 
@@ -70,7 +74,9 @@ def test_misspelt_key_and_override(write_recipe, tmp_path):
 
 def test_teacher_folders(write_recipe, tmp_path):
     (tmp_path / "empty").mkdir()
-    assert "config.json is missing" in refused("plan", write_recipe(teacher={"model": str(tmp_path / "empty")}), folder=tmp_path)
+    assert "config.json is missing" in refused(
+        "plan", write_recipe(teacher={"model": str(tmp_path / "empty")}), folder=tmp_path
+    )
     assert "no such folder" in refused("plan", write_recipe(teacher={"model": "./nowhere"}), folder=tmp_path)
 
 

@@ -43,8 +43,7 @@ def test_measures_are_what_they_say(folders):
 def test_other_families_are_measured_too(folders, tmp_path):
     byte_level = Tokenizer(
         models.BPE(
-            {"a": 0, "b": 1, "c": 2, "x": 3, "Ġ": 4, "Ġa": 5, "Ġab": 6, "Ġx": 7},
-            [("Ġ", "a"), ("Ġa", "b"), ("Ġ", "x")],
+            {"a": 0, "b": 1, "c": 2, "x": 3, "Ġ": 4, "Ġa": 5, "Ġab": 6, "Ġx": 7}, [("Ġ", "a"), ("Ġa", "b"), ("Ġ", "x")]
         )
     )
     byte_level.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
@@ -53,9 +52,7 @@ def test_other_families_are_measured_too(folders, tmp_path):
     unigram = Tokenizer(models.Unigram([("<unk>", 0.0), ("▁ab", -1.0), ("c", -2.0), ("▁", -3.0)], unk_id=0))
     unigram.pre_tokenizer = pre_tokenizers.Metaspace()
     unigram.save(str(tmp_path / "unigram.json"))
-    measured = compare(
-        COUNTS, {**folders, "bytes": tmp_path / "bytes.json", "unigram": tmp_path / "unigram.json"}
-    )
+    measured = compare(COUNTS, {**folders, "bytes": tmp_path / "bytes.json", "unigram": tmp_path / "unigram.json"})
     assert measured["bytes"]["pieces_per_word"] == 1.3 and measured["bytes"]["coverage"] == 0.7
     assert measured["bytes"]["unknown_rate"] == 0.0
     assert measured["bytes"]["overlap_with_first"] == pytest.approx(4 / 7)  # a, ab, ##b, ##c of 7 less Ġ
@@ -79,15 +76,11 @@ def test_the_command_line_counts_trains_and_compares(corpus_file, tmp_path):
     words = tmp_path / "words.txt"
     words.write_text("Zugzwang\n")
     assert run("count", corpus_file, "-o", tmp_path / "counts.parquet", "--processes", 1).returncode == 0
-    direct = run(
-        "train", corpus_file, "-o", tmp_path / "a", "--size", 150, "--require", words, "--processes", 1
-    )
+    direct = run("train", corpus_file, "-o", tmp_path / "a", "--size", 150, "--require", words, "--processes", 1)
     assert direct.returncode == 0 and "| pieces |" in direct.stdout and "distinct" in direct.stderr
     later = run("train", tmp_path / "counts.parquet", "-o", tmp_path / "b", "--size", 150, "--require", words)
     assert later.returncode == 0
-    assert (tmp_path / "a" / "tokenizer.json").read_bytes() == (
-        tmp_path / "b" / "tokenizer.json"
-    ).read_bytes()
+    assert (tmp_path / "a" / "tokenizer.json").read_bytes() == (tmp_path / "b" / "tokenizer.json").read_bytes()
     assert "zugzwang" in (tmp_path / "a" / "vocab.txt").read_text().split("\n")
     compared = run("compare", tmp_path / "counts.parquet", tmp_path / "a", tmp_path / "b")
     assert compared.returncode == 0 and compared.stdout.count("100.00%") == 2

@@ -31,9 +31,7 @@ def write(path, documents=DOCUMENTS, column="text"):
         text = "\n".join(documents)
     compress = {".gz": gzip.compress, ".bz2": bz2.compress, ".xz": lzma.compress}.get(path.suffix, bytes)
     if path.suffix in (".zst", ".lz4"):
-        with pyarrow.output_stream(
-            str(path), compression={".zst": "zstd", ".lz4": "lz4"}[path.suffix]
-        ) as file:
+        with pyarrow.output_stream(str(path), compression={".zst": "zstd", ".lz4": "lz4"}[path.suffix]) as file:
             file.write(text.encode())
     else:
         path.write_bytes(compress(text.encode()))

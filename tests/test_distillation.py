@@ -34,16 +34,19 @@ def make(words, teacher_folder, losses, shape=NARROW, **options):
     head = MaskedLMHead(width, width, student.config.vocab_size) if "student_masked_lm" in losses else None
     pairs = layer_pairs(stage.layer_map, student.config.num_hidden_layers, teacher.config.num_hidden_layers)
     task = Distillation(stage, teacher, student, pairs, head=head, directions=directions)
-    batcher = make_batcher(
-        words[1], teacher, ("student", "teacher"), mask=stage.mask, group_size=stage.group_size
-    )
+    batcher = make_batcher(words[1], teacher, ("student", "teacher"), mask=stage.mask, group_size=stage.group_size)
     return task, batcher, stage
 
 
-@pytest.mark.parametrize("losses", [
-    SENTENCES, {"hidden_cosine": DOWN, "embedding_mse": 1.0}, {"hidden_normalized": 1.0, "student_masked_lm": 0.1},
-    {"group_similarity": 1.0, "sentence_cosine": 1.0},
-])
+@pytest.mark.parametrize(
+    "losses",
+    [
+        SENTENCES,
+        {"hidden_cosine": DOWN, "embedding_mse": 1.0},
+        {"hidden_normalized": 1.0, "student_masked_lm": 0.1},
+        {"group_similarity": 1.0, "sentence_cosine": 1.0},
+    ],
+)
 def test_the_student_learns_and_the_teacher_never_moves(losses, words, tiny_teacher, tmp_path):
     options = {"mask": 0.15} if "student_masked_lm" in losses else {}
     options |= {"group_size": 4} if "group_similarity" in losses else {}
@@ -58,16 +61,19 @@ def test_the_student_learns_and_the_teacher_never_moves(losses, words, tiny_teac
     assert len(weights) > 15 and weights <= moved
 
 
-@pytest.mark.parametrize("losses, reads", [
-    ({"hidden_mse": 1.0}, {"up"}),
-    ({"hidden_mse": DOWN}, {"down"}),
-    ({"hidden_mse": 1.0, "hidden_cosine": DOWN}, {"up", "down"}),
-    ({"hidden_mse": DOWN, "batch_similarity": 1.0}, {"down"}),
-    ({"hidden_mse": DOWN, "sentence_cosine": 1.0}, {"up", "down"}),
-    ({"embedding_mse": 1.0, "batch_similarity": 1.0}, {"up"}),
-    ({"batch_similarity": 1.0}, set()),
-    ({"student_masked_lm": 1.0}, set()),
-])
+@pytest.mark.parametrize(
+    "losses, reads",
+    [
+        ({"hidden_mse": 1.0}, {"up"}),
+        ({"hidden_mse": DOWN}, {"down"}),
+        ({"hidden_mse": 1.0, "hidden_cosine": DOWN}, {"up", "down"}),
+        ({"hidden_mse": DOWN, "batch_similarity": 1.0}, {"down"}),
+        ({"hidden_mse": DOWN, "sentence_cosine": 1.0}, {"up", "down"}),
+        ({"embedding_mse": 1.0, "batch_similarity": 1.0}, {"up"}),
+        ({"batch_similarity": 1.0}, set()),
+        ({"student_masked_lm": 1.0}, set()),
+    ],
+)
 def test_helpers_that_no_loss_reads_are_frozen(losses, reads, words, tiny_teacher):
     options = {"mask": 0.15} if "student_masked_lm" in losses else {}
     task, batcher, _ = make(words, tiny_teacher, losses, **options)
@@ -82,7 +88,12 @@ def test_agreement_is_zero(lines, tiny_teacher, tmp_path):
     """A student that is its teacher, on the teacher's own vocabulary: every distance is nothing."""
     encode_corpus([lines], tiny_teacher, tiny_teacher, tmp_path)
     names = (
-        "hidden_mse", "hidden_cosine", "hidden_normalized", "embedding_mse", "sentence_cosine", "group_similarity",
+        "hidden_mse",
+        "hidden_cosine",
+        "hidden_normalized",
+        "embedding_mse",
+        "sentence_cosine",
+        "group_similarity",
         "batch_similarity",
     )
     task, batcher, _ = make((tiny_teacher, tmp_path), tiny_teacher, dict.fromkeys(names, 1.0), {}, group_size=4)

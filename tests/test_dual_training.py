@@ -81,13 +81,16 @@ def test_what_has_a_gradient(mode, shape, words, tiny_teacher):
     assert {name for name, p in task.named_parameters() if p.requires_grad} == expected
 
 
-@pytest.mark.parametrize("losses", [
-    {"student_masked_lm": 1.0, "teacher_masked_lm": 1.0, "hidden_mse": {"weight": 1.0, "direction": "down"}},
-    {"student_masked_lm": 1.0, "teacher_masked_lm": 1.0, "batch_similarity": 1.0, "parameters_down": 1.0},
-    {"student_masked_lm": 1.0, "hidden_cosine": 1.0, "parameters_up": 1.0, "parameters_down": 1.0},
-    {"teacher_masked_lm": 1.0, "hidden_mse": 1.0, "sentence_cosine": 1.0},
-    {name: 1.0 for name in sorted(LOSSES_OF_MODE["joint"])},
-])
+@pytest.mark.parametrize(
+    "losses",
+    [
+        {"student_masked_lm": 1.0, "teacher_masked_lm": 1.0, "hidden_mse": {"weight": 1.0, "direction": "down"}},
+        {"student_masked_lm": 1.0, "teacher_masked_lm": 1.0, "batch_similarity": 1.0, "parameters_down": 1.0},
+        {"student_masked_lm": 1.0, "hidden_cosine": 1.0, "parameters_up": 1.0, "parameters_down": 1.0},
+        {"teacher_masked_lm": 1.0, "hidden_mse": 1.0, "sentence_cosine": 1.0},
+        {name: 1.0 for name in sorted(LOSSES_OF_MODE["joint"])},
+    ],
+)
 @pytest.mark.parametrize("shape", [NARROW, EQUAL])
 def test_no_parameter_waits_for_a_gradient_that_never_comes(losses, shape, words, tiny_teacher):
     task, batcher, _ = make(words, tiny_teacher, "joint", shape, losses=losses)
@@ -162,8 +165,13 @@ def test_a_teacher_whose_table_is_narrower_than_its_layers(lines, tmp_path):
     folder = tmp_path / "albert"
     save_tokenizer(wordpiece_pieces(lines, 300), folder)
     config = AlbertConfig(
-        vocab_size=300, embedding_size=16, hidden_size=32, num_hidden_layers=2, num_attention_heads=4,
-        intermediate_size=64, max_position_embeddings=64,
+        vocab_size=300,
+        embedding_size=16,
+        hidden_size=32,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        intermediate_size=64,
+        max_position_embeddings=64,
     )
     AlbertForMaskedLM(config).save_pretrained(folder)
     words = encode(lines, folder, tmp_path)

@@ -13,14 +13,7 @@ from transformers import AutoModel, AutoTokenizer
 
 from tokenizer_build.errors import InputError
 from vocabshrink.batches import Segments, cut_segments
-from vocabshrink.evaluation import (
-    HeldOut,
-    RatedPairs,
-    held_out_texts,
-    nearest,
-    read_rated_pairs,
-    torch_embedder,
-)
+from vocabshrink.evaluation import HeldOut, RatedPairs, held_out_texts, nearest, read_rated_pairs, torch_embedder
 from vocabshrink.lexicon import Lexicon, WordStream, encode_corpus
 
 
@@ -107,7 +100,9 @@ class TestHeldOutTexts:
 
     def test_too_few_are_refused(self, encoded):
         lexicon, stream = encoded
-        with pytest.raises(InputError, match="only 10 held-out sentences of 4 to 40 words: give more text or a smaller"):
+        with pytest.raises(
+            InputError, match="only 10 held-out sentences of 4 to 40 words: give more text or a smaller"
+        ):
             held_out_texts(stream, lexicon, self.cut(encoded, 40), 30, seed=1)
 
 
@@ -160,33 +155,51 @@ class TestRatedPairs:
         rng = np.random.default_rng(2)
         vectors = {name: rng.normal(size=4) for name in "abcdefgh"}
         rated = RatedPairs(list("abcd"), list("efgh"), np.array([3.0, 1, 4, 1.5]))
-        expected = spearmanr([cosine(vectors[a], vectors[b]) for a, b in zip("abcd", "efgh", strict=True)], rated.scores)
+        expected = spearmanr(
+            [cosine(vectors[a], vectors[b]) for a, b in zip("abcd", "efgh", strict=True)], rated.scores
+        )
         found = rated.spearman(lambda texts: np.stack([vectors[t] for t in texts]))
         assert found == pytest.approx(expected.statistic)
 
     def test_are_read_as_they_stand(self, tmp_path):
-        rows = [{"sentence1": "a\u2028b", "sentence2": "ü", "label": 0.5}, {"sentence1": "c", "sentence2": "d", "label": 4}]
+        rows = [
+            {"sentence1": "a\u2028b", "sentence2": "ü", "label": 0.5},
+            {"sentence1": "c", "sentence2": "d", "label": 4},
+        ]
         text = "\n\n".join(json.dumps(row, ensure_ascii=False) for row in rows) + "\n"
         (tmp_path / "pairs.jsonl").write_text(text, encoding="utf-8")
         rated = read_rated_pairs(tmp_path / "pairs.jsonl")
         assert (rated.first, rated.second, rated.scores.tolist()) == (["a\u2028b", "c"], ["ü", "d"], [0.5, 4.0])
 
-    @pytest.mark.parametrize("row", [
-        "{", "[1, 2]", "3", '{"sentence1": "a", "sentence2": "b"}', '{"sentence1": "a", "label": 3}',
-        '{"sentence1": "a", "sentence2": "b", "label": "good"}', '{"sentence1": "a", "sentence2": "b", "label": null}',
-        '{"sentence1": "a", "sentence2": 7, "label": 3}', '{"sentence1": null, "sentence2": "b", "label": 3}',
-        '{"sentence1": "a", "sentence2": "b", "label": NaN}',
-    ])
+    @pytest.mark.parametrize(
+        "row",
+        [
+            "{",
+            "[1, 2]",
+            "3",
+            '{"sentence1": "a", "sentence2": "b"}',
+            '{"sentence1": "a", "label": 3}',
+            '{"sentence1": "a", "sentence2": "b", "label": "good"}',
+            '{"sentence1": "a", "sentence2": "b", "label": null}',
+            '{"sentence1": "a", "sentence2": 7, "label": 3}',
+            '{"sentence1": null, "sentence2": "b", "label": 3}',
+            '{"sentence1": "a", "sentence2": "b", "label": NaN}',
+        ],
+    )
     def test_a_bad_row_is_named(self, tmp_path, row):
         good = json.dumps({"sentence1": "a", "sentence2": "b", "label": 1})
         (tmp_path / "pairs.jsonl").write_text(f"{good}\n{good}\n{row}\n{good}\n", encoding="utf-8")
         with pytest.raises(InputError, match=r"pairs.jsonl: row 3 needs sentence1, sentence2 and a numeric label$"):
             read_rated_pairs(tmp_path / "pairs.jsonl")
 
-    @pytest.mark.parametrize(("content", "sentence"), [
-        (b"", "no rated pairs"), (b'{"sentence1": "a", "sentence2": "b", "label": 1}', "no rated pairs"),
-        (b"\xff", "not UTF-8 text at byte 0"),
-    ])
+    @pytest.mark.parametrize(
+        ("content", "sentence"),
+        [
+            (b"", "no rated pairs"),
+            (b'{"sentence1": "a", "sentence2": "b", "label": 1}', "no rated pairs"),
+            (b"\xff", "not UTF-8 text at byte 0"),
+        ],
+    )
     def test_bad_files_are_refused(self, tmp_path, content, sentence):
         (tmp_path / "pairs.jsonl").write_bytes(content)
         with pytest.raises(InputError, match=sentence):

@@ -21,8 +21,15 @@ FORMATS = [("int4", 32), ("int4", 64), ("int4", 128), ("int8", 32), ("fp32", 32)
 def make_model(folder: Path, tokenizer_from: Path, **changes) -> Path:
     """A model folder: two layers, 96 wide (no multiple of 64 or 128), weights large enough to matter."""
     pieces = len(json.loads((tokenizer_from / "tokenizer.json").read_text())["model"]["vocab"])
-    shape = {"vocab_size": pieces, "hidden_size": 96, "num_hidden_layers": 2, "num_attention_heads": 4,
-             "intermediate_size": 200, "max_position_embeddings": 48, "initializer_range": 0.08}
+    shape = {
+        "vocab_size": pieces,
+        "hidden_size": 96,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "intermediate_size": 200,
+        "max_position_embeddings": 48,
+        "initializer_range": 0.08,
+    }
     torch.manual_seed(0)
     model = BertModel(BertConfig(**(shape | changes)))
     for name, parameter in model.named_parameters():
@@ -57,8 +64,11 @@ def test_linear_and_gather_compute_with_the_codes_of_quantize(weights, group_siz
     table = draw.normal(size=(30, columns)).astype(np.float32)
     bias = draw.normal(size=30).astype(np.float32)
     hidden = draw.normal(size=(2, 3, columns)).astype(np.float32)
-    kept = {"fp32": lambda: table, "int8": lambda: dequantize(quantize_int8(table)),
-            "int4": lambda: dequantize(quantize_int4(table, group_size))}[weights]()
+    kept = {
+        "fp32": lambda: table,
+        "int8": lambda: dequantize(quantize_int8(table)),
+        "int4": lambda: dequantize(quantize_int4(table, group_size)),
+    }[weights]()
 
     graph = Graph(weights, group_size)
     product = run_graph(graph, graph.linear("dense", table, bias, "x"), {"x": hidden})
@@ -74,12 +84,17 @@ def test_linear_and_gather_compute_with_the_codes_of_quantize(weights, group_siz
 
 @pytest.mark.parametrize("weights,group_size", FORMATS)
 @pytest.mark.parametrize("pooling,normalize", [("mean", True), ("cls", False)])
-def test_the_file_computes_what_torch_computes(
-    model_folder, tmp_path, weights, group_size, pooling, normalize
-):
+def test_the_file_computes_what_torch_computes(model_folder, tmp_path, weights, group_size, pooling, normalize):
     out = tmp_path / "delivery"
-    manifest = export_embedder(model_folder, out, weights=weights, group_size=group_size, max_positions=32,
-                               pooling=pooling, normalize=normalize)
+    manifest = export_embedder(
+        model_folder,
+        out,
+        weights=weights,
+        group_size=group_size,
+        max_positions=32,
+        pooling=pooling,
+        normalize=normalize,
+    )
     session = onnxruntime.InferenceSession(out / manifest["graph"], providers=["CPUExecutionProvider"])
     model = BertModel.from_pretrained(model_folder).eval()
     least = {"fp32": 0.999999, "int8": 0.99, "int4": 0.95}[weights]
@@ -165,8 +180,10 @@ def test_a_graph_that_computes_something_else_is_refused(model_folder, tmp_path,
 def test_bad_input_is_refused_in_one_sentence(model_folder, tiny_teacher, tmp_path):
     out = tmp_path / "out"
     for changes, words in (
-        ({"weights": "int3"}, "weights 'int3'"), ({"group_size": 48}, "group_size 48"),
-        ({"max_positions": 49}, "max_positions 49"), ({"pooling": "max"}, "pooling 'max'"),
+        ({"weights": "int3"}, "weights 'int3'"),
+        ({"group_size": 48}, "group_size 48"),
+        ({"max_positions": 49}, "max_positions 49"),
+        ({"pooling": "max"}, "pooling 'max'"),
     ):
         with pytest.raises(InputError, match=words):
             export_embedder(model_folder, out, **({"weights": "int4", "max_positions": 32} | changes))

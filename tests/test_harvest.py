@@ -55,8 +55,13 @@ def test_rows_counts_and_order(packages, tmp_path):
         ("alpha.latin", "Das ist eine Datei für Müller."),
     ]
     assert found[3:] == [(f"many.m{i:02}", f"Number {i} of the many small modules.") for i in range(40)]
-    assert counts == {"files": 48, "unreadable": 3, "paragraphs": 43, "duplicates": 1,
-                      "words": sum(len(text.split()) for _, text in found)}
+    assert counts == {
+        "files": 48,
+        "unreadable": 3,
+        "paragraphs": 43,
+        "duplicates": 1,
+        "words": sum(len(text.split()) for _, text in found),
+    }
     assert calls == [(n, 48) for n in range(1, 49)]
 
 
@@ -153,9 +158,12 @@ DOCSTRING_STYLES = {
 
         .. note:: A note is prose like any other text.
         """,
-        ["Return the middle of three values:", "The text goes on after the block.",
-         "The prose before a doctest stays.",
-         "A note is prose like any other text."],
+        [
+            "Return the middle of three values:",
+            "The text goes on after the block.",
+            "The prose before a doctest stays.",
+            "A note is prose like any other text.",
+        ],
     ),
     "fenced code": (
         """Use it as shown in the example.
@@ -201,8 +209,12 @@ DOCSTRING_STYLES = {
             The path of the written file.
         Outdented words are another paragraph.
         """,
-        ["size (int): The number of pieces in the new vocabulary.", "name (str): What the file is called.",
-         "The path of the written file.", "Outdented words are another paragraph."],
+        [
+            "size (int): The number of pieces in the new vocabulary.",
+            "name (str): What the file is called.",
+            "The path of the written file.",
+            "Outdented words are another paragraph.",
+        ],
     ),
     "sphinx": (
         """
@@ -223,8 +235,11 @@ DOCSTRING_STYLES = {
           longer than one line
         1. a numbered thing that follows 2 * 3 others
         """,
-        ["the first thing that can happen", "the second thing, which is longer than one line",
-         "a numbered thing that follows 2 * 3 others"],
+        [
+            "the first thing that can happen",
+            "the second thing, which is longer than one line",
+            "a numbered thing that follows 2 * 3 others",
+        ],
     ),
     "tables and code": (
         """

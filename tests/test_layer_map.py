@@ -30,12 +30,15 @@ def test_pairs_are_layers_that_rise(name, depths):
         assert pairs == tuple((m, m) for m in range(1, teacher + 1))
 
 
-@pytest.mark.parametrize(("name", "expected"), [
-    ("uniform", ((1, 3), (2, 6), (3, 9), (4, 12))),  # TinyBERT-4: g(m) = 3 m
-    ("last", ((1, 9), (2, 10), (3, 11), (4, 12))),
-    ("first", ((1, 1), (2, 2), (3, 3), (4, 4))),
-    ("last_only", ((4, 12),)),
-])
+@pytest.mark.parametrize(
+    ("name", "expected"),
+    [
+        ("uniform", ((1, 3), (2, 6), (3, 9), (4, 12))),  # TinyBERT-4: g(m) = 3 m
+        ("last", ((1, 9), (2, 10), (3, 11), (4, 12))),
+        ("first", ((1, 1), (2, 2), (3, 3), (4, 4))),
+        ("last_only", ((4, 12),)),
+    ],
+)
 def test_four_of_twelve(name, expected):
     assert layer_pairs(name, 4, 12) == expected
 

@@ -23,7 +23,10 @@ MAY_IMPORT = {
 }
 LAYER_OF = {f"vocabshrink.{name}": layer for layer, names in LAYERS.items() for name in names.split()}
 WITHOUT_TORCH = {name for name, layer in LAYER_OF.items() if layer == "facts"} | {
-    "vocabshrink.__init__", "vocabshrink.harvest", "vocabshrink.runtime", "vocabshrink.report",
+    "vocabshrink.__init__",
+    "vocabshrink.harvest",
+    "vocabshrink.runtime",
+    "vocabshrink.report",
 }
 
 
@@ -57,7 +60,7 @@ def imports(source: str, importer: str, modules: set[str], *, only_at_import: bo
         elif isinstance(node, ast.ImportFrom):
             base = node.module or ""
             if node.level:
-                base = ".".join([*importer.split(".")[:-node.level], *filter(None, [node.module])])
+                base = ".".join([*importer.split(".")[: -node.level], *filter(None, [node.module])])
             inside = [f"{base}.{alias.name}" for alias in node.names]
             names = [name if name in modules else base for name in inside]
         else:
@@ -140,8 +143,7 @@ def test_the_checks_see_what_they_must():
         "vocabshrink.losses (training) imports vocabshrink.export (delivery)",
         "tokenizer_build.count imports vocabshrink.recipe: tokenizer_build stands alone",
     ]
-    assert loads(MADE_UP, "vocabshrink.runtime", "torch") == [
-        "vocabshrink.runtime", "vocabshrink.student", "torch.nn"]
+    assert loads(MADE_UP, "vocabshrink.runtime", "torch") == ["vocabshrink.runtime", "vocabshrink.student", "torch.nn"]
     assert loads(MADE_UP, "vocabshrink.loop", "torch") is None
     circle = loads(MADE_UP, "vocabshrink.student", "vocabshrink.student")
     assert circle == ["vocabshrink.student", "vocabshrink.export", "vocabshrink.student"]

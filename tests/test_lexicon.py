@@ -13,17 +13,90 @@ from vocabshrink import lexicon
 from vocabshrink.lexicon import Lexicon, WordStream, check_family, encode_corpus
 
 ENGLISH = [
-    "The cat doesn't sit on the mat, it's 42.5 degrees!", "Don't!! We've 3 naïve cafés (and 12 more)...",
-    "Her  father's house — “the old one” — isn't far away.", "Ελλάδα, 한국어, 日本語 and the Ελλάδα again?",
+    "The cat doesn't sit on the mat, it's 42.5 degrees!",
+    "Don't!! We've 3 naïve cafés (and 12 more)...",
+    "Her  father's house — “the old one” — isn't far away.",
+    "Ελλάδα, 한국어, 日本語 and the Ελλάδα again?",
 ]
 # characters on which tokenizers disagree: white space, removed, composed, expanding, marks of the families
 TRICKY = [
-    " ", " ", " ", "  ", "\t", "\n", "\r\n", "\x00", "\x1c", "\x85", "\u00a0", "\u00a0 ", "\u2028", "\u3000",
-    "\u200b", "\u200d", "\u00ad", "\ufeff", "\ufffd", "\u0301", "\u0338", "\u0600", "\u0d4e", "\U0001f3fb",
-    "\U0001f600", "\U000e0001", "\u061c", "\u2581", "\u2581 ", "Ġ", "'", "’", ".", ",", "!", "``", "''", "'s",
-    "'t", "İ", "ß", "Σ", "é", "e\u0301", "ﬁ", "½", "…", "¨", "´", "ͺ", "한", "각", "\u1100", "\u1161", "一",
-    "二", "ｶ", "ﾞ", "あ", "ไ", "்", "the", "cat", "a", "B", "1", "22", "_", "-", "##a", "[MASK]", "[UNK]",
-    "[CLS]", "<mask>", "</s>", "<s>", "<unk>",
+    " ",
+    " ",
+    " ",
+    "  ",
+    "\t",
+    "\n",
+    "\r\n",
+    "\x00",
+    "\x1c",
+    "\x85",
+    "\u00a0",
+    "\u00a0 ",
+    "\u2028",
+    "\u3000",
+    "\u200b",
+    "\u200d",
+    "\u00ad",
+    "\ufeff",
+    "\ufffd",
+    "\u0301",
+    "\u0338",
+    "\u0600",
+    "\u0d4e",
+    "\U0001f3fb",
+    "\U0001f600",
+    "\U000e0001",
+    "\u061c",
+    "\u2581",
+    "\u2581 ",
+    "Ġ",
+    "'",
+    "’",
+    ".",
+    ",",
+    "!",
+    "``",
+    "''",
+    "'s",
+    "'t",
+    "İ",
+    "ß",
+    "Σ",
+    "é",
+    "e\u0301",
+    "ﬁ",
+    "½",
+    "…",
+    "¨",
+    "´",
+    "ͺ",
+    "한",
+    "각",
+    "\u1100",
+    "\u1161",
+    "一",
+    "二",
+    "ｶ",
+    "ﾞ",
+    "あ",
+    "ไ",
+    "்",
+    "the",
+    "cat",
+    "a",
+    "B",
+    "1",
+    "22",
+    "_",
+    "-",
+    "##a",
+    "[MASK]",
+    "[UNK]",
+    "[CLS]",
+    "<mask>",
+    "</s>",
+    "<s>",
+    "<unk>",
 ]
 TEXTS = st.one_of(st.lists(st.sampled_from(TRICKY), max_size=14).map("".join), st.text(max_size=25))
 
@@ -54,13 +127,13 @@ def roberta(folder, *, add_prefix_space, normalizer=None):
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=add_prefix_space)
     special = ["<s>", "<pad>", "</s>", "<unk>", AddedToken("<mask>", lstrip=True, special=True)]
     trainer = trainers.BpeTrainer(
-        vocab_size=330, special_tokens=special, initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        vocab_size=330,
+        special_tokens=special,
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False,
     )
     tokenizer.train_from_iterator(ENGLISH * 3 + ["a   b \u00a0 c  \u00a0 \u00a0 d      e"] * 20, trainer)
-    tokenizer.post_processor = processors.RobertaProcessing(
-        ("</s>", 2), ("<s>", 0), add_prefix_space=add_prefix_space
-    )
+    tokenizer.post_processor = processors.RobertaProcessing(("</s>", 2), ("<s>", 0), add_prefix_space=add_prefix_space)
     tokenizer.save(str(folder / "tokenizer.json"))
     return folder
 
@@ -70,9 +143,7 @@ def unigram(folder, normalizer, pre_tokenizer):
     tokenizer = Tokenizer(models.Unigram())
     tokenizer.normalizer, tokenizer.pre_tokenizer = normalizer, pre_tokenizer
     special = ["<s>", "<pad>", "</s>", "<unk>", "<mask>"]
-    trainer = trainers.UnigramTrainer(
-        vocab_size=150, special_tokens=special, unk_token="<unk>", show_progress=False
-    )
+    trainer = trainers.UnigramTrainer(vocab_size=150, special_tokens=special, unk_token="<unk>", show_progress=False)
     tokenizer.train_from_iterator(ENGLISH * 3, trainer)
     tokenizer.save(str(folder / "tokenizer.json"))
     return folder
@@ -85,8 +156,12 @@ def charsmap(folder) -> bytes:
 
     (folder / "text").write_text("\n".join(ENGLISH * 3), encoding="utf-8")
     sentencepiece.SentencePieceTrainer.train(
-        input=str(folder / "text"), model_prefix=str(folder / "model"), vocab_size=90, minloglevel=2,
-        hard_vocab_limit=False, num_threads=1,
+        input=str(folder / "text"),
+        model_prefix=str(folder / "model"),
+        vocab_size=90,
+        minloglevel=2,
+        hard_vocab_limit=False,
+        num_threads=1,
     )
     model = sentencepiece_model_pb2.ModelProto.FromString((folder / "model.model").read_bytes())
     return model.normalizer_spec.precompiled_charsmap
@@ -110,7 +185,8 @@ def families(tmp_path_factory):
         "xlm-r": unigram(root / "xlm-r", table, p.Sequence([split, metaspace])),
         "xlm-r-converted": unigram(
             root / "xlm-r-converted",
-            n.Sequence([table, n.Strip(left=False, right=True), n.Replace(Regex(" {2,}"), "▁")]), metaspace,
+            n.Sequence([table, n.Strip(left=False, right=True), n.Replace(Regex(" {2,}"), "▁")]),
+            metaspace,
         ),
         "albert": unigram(root / "albert", n.Sequence(albert), p.Sequence([split, metaspace])),
         "albert-converted": unigram(root / "albert-converted", n.Sequence([*albert, to_one]), metaspace),
@@ -124,8 +200,17 @@ def families(tmp_path_factory):
 
 
 FAMILIES = (
-    "bert", "bert-cased", "roberta", "roberta-prefix", "roberta-nmt", "xlm-r", "xlm-r-converted", "albert",
-    "albert-converted", "first", "deberta-v3",
+    "bert",
+    "bert-cased",
+    "roberta",
+    "roberta-prefix",
+    "roberta-nmt",
+    "xlm-r",
+    "xlm-r-converted",
+    "albert",
+    "albert-converted",
+    "first",
+    "deberta-v3",
 )
 
 

@@ -28,8 +28,14 @@ def run_training(folder, task=None, batcher=None, *, fingerprint="f", evaluate=N
     """(task, result, run) of a training of the small regression."""
     run, chosen, task = RunDir(folder), settings(**changed), task or Regression()
     result = train(
-        task, batcher or NumberBatcher(), chosen, run, "distill", fingerprint=fingerprint,
-        accelerator=make_accelerator(chosen, run), evaluate=evaluate,
+        task,
+        batcher or NumberBatcher(),
+        chosen,
+        run,
+        "distill",
+        fingerprint=fingerprint,
+        accelerator=make_accelerator(chosen, run),
+        evaluate=evaluate,
     )
     return task, result, run
 
@@ -105,11 +111,17 @@ def test_parameter_groups():
     groups = parameter_groups(task, settings(embedding_learning_rate=0.4, weight_decay=0.03))
     found = {
         name: (group["lr"], group["peak"], group["weight_decay"])
-        for group in groups for p in group["params"] for name, q in task.named_parameters() if p is q
+        for group in groups
+        for p in group["params"]
+        for name, q in task.named_parameters()
+        if p is q
     }
     assert found == {
-        "first.weight": (0.05, 0.05, 0.03), "second.weight": (0.05, 0.05, 0.03),
-        "first.bias": (0.05, 0.05, 0.0), "second.bias": (0.05, 0.05, 0.0), "table.weight": (0.4, 0.4, 0.0),
+        "first.weight": (0.05, 0.05, 0.03),
+        "second.weight": (0.05, 0.05, 0.03),
+        "first.bias": (0.05, 0.05, 0.0),
+        "second.bias": (0.05, 0.05, 0.0),
+        "table.weight": (0.4, 0.4, 0.0),
     }
     assert sum(len(group["params"]) for group in groups) == 5
     same = parameter_groups(task, settings())
@@ -162,8 +174,12 @@ def test_the_first_step_is_adamws(tmp_path):
 @pytest.mark.parametrize("accumulation", [1, 2])
 def test_a_resumed_run_is_the_run_that_was_not_stopped(optimizer, accumulation, tmp_path):
     options = {
-        "optimizer": optimizer, "gradient_accumulation": accumulation, "evaluations": 2, "batch_size": 8,
-        "checkpoint_minutes": 1e-9, "warmup": 0.2,
+        "optimizer": optimizer,
+        "gradient_accumulation": accumulation,
+        "evaluations": 2,
+        "batch_size": 8,
+        "checkpoint_minutes": 1e-9,
+        "warmup": 0.2,
     }
 
     def evaluate(task):
@@ -203,9 +219,7 @@ def test_a_run_stopped_after_its_last_step_has_its_result(tmp_path):
 
 def test_accumulated_halves_are_the_whole_batch(tmp_path):
     whole, _, whole_run = run_training(tmp_path / "whole", batch_size=8)
-    halves, _, run = run_training(
-        tmp_path / "halves", batcher=NumberBatcher(2), batch_size=8, gradient_accumulation=2
-    )
+    halves, _, run = run_training(tmp_path / "halves", batcher=NumberBatcher(2), batch_size=8, gradient_accumulation=2)
     assert_same_weights(whole, halves, 2e-5)
     for ours, theirs in zip(run.metrics(), whole_run.metrics(), strict=True):
         assert ours["losses"] == pytest.approx(theirs["losses"], abs=1e-5)
@@ -300,15 +314,26 @@ def test_two_processes_are_one(tiny_teacher, lines, tmp_path):
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     command = [
-        sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2",
-        "--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no",
-        "--main_process_port", str(port), "-m", "tiny_training",
+        sys.executable,
+        "-m",
+        "accelerate.commands.launch",
+        "--multi_gpu",
+        "--num_processes",
+        "2",
+        "--num_machines",
+        "1",
+        "--mixed_precision",
+        "no",
+        "--dynamo_backend",
+        "no",
+        "--main_process_port",
+        str(port),
+        "-m",
+        "tiny_training",
         *map(str, (tmp_path / "two", tiny_teacher, vocabulary, encoded)),
     ]
     env = os.environ | {"ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"}
-    answer = subprocess.run(
-        command, cwd=Path(__file__).parent, env=env, capture_output=True, text=True, timeout=120
-    )
+    answer = subprocess.run(command, cwd=Path(__file__).parent, env=env, capture_output=True, text=True, timeout=120)
     assert answer.returncode == 0, answer.stderr[-3000:]
     run_both(tmp_path / "one", tiny_teacher, vocabulary, encoded, parts=2, accumulation=2)
     two, one = RunDir(tmp_path / "two").metrics(), RunDir(tmp_path / "one").metrics()
@@ -331,5 +356,7 @@ def test_weights_of_losses_are_linear_in_the_run():
     task = Regression()
     task.losses = {"squares": Weighted(weight=3.0), "absolute": Weighted(weight=0.5, start=1.0)}
     assert [task.weights(p) for p in (0.0, 0.5, 1.0)] == [
-        {"squares": 3.0, "absolute": 1.0}, {"squares": 3.0, "absolute": 0.75}, {"squares": 3.0, "absolute": 0.5},
+        {"squares": 3.0, "absolute": 1.0},
+        {"squares": 3.0, "absolute": 0.75},
+        {"squares": 3.0, "absolute": 0.5},
     ]

@@ -9,20 +9,18 @@ from torch import nn
 
 from tokenizer_build.errors import InputError
 from vocabshrink.batches import Batch, Pieces
-from vocabshrink.losses import (
-    LOSSES,
-    Forward,
-    View,
-    check_losses,
-    masked_lm_loss,
-    similarity_mse,
-)
+from vocabshrink.losses import LOSSES, Forward, View, check_losses, masked_lm_loss, similarity_mse
 from vocabshrink.recipe import Weighted
 from vocabshrink.teacher import MaskedLMHead
 
 # Losses of two views; the others are given by functions and are tested below.
 OF_STUDENT = (
-    "hidden_mse", "hidden_cosine", "hidden_normalized", "embedding_mse", "sentence_cosine", "group_similarity",
+    "hidden_mse",
+    "hidden_cosine",
+    "hidden_normalized",
+    "embedding_mse",
+    "sentence_cosine",
+    "group_similarity",
     "batch_similarity",
 )
 GIVEN = ("student_masked_lm", "teacher_masked_lm", "parameters_down", "parameters_up")
@@ -49,7 +47,7 @@ def word_mask(counts) -> torch.Tensor:
 
 
 def make_forward(
-    student: View | None, teacher: View | None, *, mask=None, up=None, down=None, pairs=((1, 1), (2, 2)),
+    student: View | None, teacher: View | None, *, mask=None, up=None, down=None, pairs=((1, 1), (2, 2))
 ) -> Forward:
     batch = Batch(None, None, None, word_mask(PIECES_PER_WORD) if mask is None else mask, 0)
     return Forward(batch, pairs, up or nn.Identity(), down or nn.Identity(), student, teacher)
@@ -151,11 +149,17 @@ class TestOnePieceAWord:
         inside = side.words >= 0
         return forward, [(s[inside], t[inside]) for s, t in zip(student, teacher, strict=True)]
 
-    @pytest.mark.parametrize(("name", "token_level"), [
-        ("hidden_mse", F.mse_loss),
-        ("hidden_cosine", lambda s, t: F.cosine_embedding_loss(s, t, torch.ones(len(s)))),
-        ("hidden_normalized", lambda s, t: (F.normalize(s, dim=-1) - F.normalize(t, dim=-1)).square().sum(-1).mean()),
-    ])
+    @pytest.mark.parametrize(
+        ("name", "token_level"),
+        [
+            ("hidden_mse", F.mse_loss),
+            ("hidden_cosine", lambda s, t: F.cosine_embedding_loss(s, t, torch.ones(len(s)))),
+            (
+                "hidden_normalized",
+                lambda s, t: (F.normalize(s, dim=-1) - F.normalize(t, dim=-1)).square().sum(-1).mean(),
+            ),
+        ],
+    )
     @pytest.mark.parametrize("direction", ["up", "down"])
     def test_hidden(self, case, name, token_level, direction):
         forward, layers = case
@@ -178,11 +182,15 @@ class TestByHand:
         mask = torch.ones(1, len(counts[0]), dtype=torch.bool)
         return make_forward(*views, mask=mask, pairs=((0, 0),), **keywords)
 
-    @pytest.mark.parametrize(("name", "expected"), [
-        ("hidden_mse", ((1 + 0) + (0 + 1)) / 4),  # means (2, 0) and (0, 1) against (1, 0) and (0, 2)
-        ("embedding_mse", 2 / 4),
-        ("hidden_cosine", 0.0), ("hidden_normalized", 0.0),  # the same directions
-    ])
+    @pytest.mark.parametrize(
+        ("name", "expected"),
+        [
+            ("hidden_mse", ((1 + 0) + (0 + 1)) / 4),  # means (2, 0) and (0, 1) against (1, 0) and (0, 2)
+            ("embedding_mse", 2 / 4),
+            ("hidden_cosine", 0.0),
+            ("hidden_normalized", 0.0),  # the same directions
+        ],
+    )
     def test_words_of_several_pieces(self, name, expected):
         student, teacher = [[1.0, 0], [3, 0], [0, 1]], [[1.0, 0], [0, 2], [0, 3], [0, 1]]
         forward = self.make(student, teacher, ([2, 1], [1, 3]))
@@ -236,7 +244,9 @@ class TestByHand:
 
     def test_similarities_need_no_common_width_and_one_sentence_no_others(self):
         a, b = torch.randn(5, 3), torch.randn(5, 7)
-        expected = F.mse_loss(F.cosine_similarity(a[:, None], a[None], -1), F.cosine_similarity(b[:, None], b[None], -1))
+        expected = F.mse_loss(
+            F.cosine_similarity(a[:, None], a[None], -1), F.cosine_similarity(b[:, None], b[None], -1)
+        )
         torch.testing.assert_close(similarity_mse(a, b), expected * 25 / 20)
         assert similarity_mse(a[:1], b[:1]).item() == pytest.approx(0, abs=1e-6)
 
@@ -247,10 +257,15 @@ class TestByHand:
         assert view(side, [hidden], pooling="cls", normalize=True).sentence.tolist() == [[1.0, 0.0]]
 
 
-@pytest.mark.parametrize(("name", "place", "key"), [
-    ("student_masked_lm", "masked_lm", "student"), ("teacher_masked_lm", "masked_lm", "teacher"),
-    ("parameters_down", "parameters", "down"), ("parameters_up", "parameters", "up"),
-])
+@pytest.mark.parametrize(
+    ("name", "place", "key"),
+    [
+        ("student_masked_lm", "masked_lm", "student"),
+        ("teacher_masked_lm", "masked_lm", "teacher"),
+        ("parameters_down", "parameters", "down"),
+        ("parameters_up", "parameters", "up"),
+    ],
+)
 def test_given_losses_are_those_of_their_name(name, place, key):
     forward = make_forward(None, None)
     for where in ("masked_lm", "parameters"):
@@ -276,7 +291,11 @@ class TestMaskedLM:
 
     def test_two_vocabularies_have_a_softmax_each(self, head):
         """Labels at both edges of both tables, by hand, one position at a time."""
-        hidden, tables, biases = torch.randn(1, 6, 6), [torch.randn(10, 4), torch.randn(7, 4)], [head.bias, torch.randn(7)]
+        hidden, tables, biases = (
+            torch.randn(1, 6, 6),
+            [torch.randn(10, 4), torch.randn(7, 4)],
+            [head.bias, torch.randn(7)],
+        )
         labels = torch.tensor([[0, 9, 10, 16, -100, 12]])
         states, terms = head.transform(hidden[0]), []
         for position, label in enumerate(labels[0].tolist()):
@@ -307,13 +326,19 @@ class TestMaskedLM:
 
 
 class TestCheckLosses:
-    @pytest.mark.parametrize(("losses", "sentence"), [
-        ({"hiden_mse": {}}, "distill.losses.hiden_mse: unknown loss: known losses are student_masked_lm, "),
-        ({"parameters_up": {}}, "parameters_up: this stage cannot give it: choose from group_similarity, hidden_mse$"),
-        ({"hidden_mse": {"size": 3}}, "distill.losses.hidden_mse.size: unknown argument: it takes direction"),
-        ({"hidden_mse": {"direction": "sideways"}}, "hidden_mse.direction: 'sideways' is not up or down"),
-        ({"group_similarity": {"size": 3}}, "group_similarity.size: 3 is not 2 or 4"),
-    ])
+    @pytest.mark.parametrize(
+        ("losses", "sentence"),
+        [
+            ({"hiden_mse": {}}, "distill.losses.hiden_mse: unknown loss: known losses are student_masked_lm, "),
+            (
+                {"parameters_up": {}},
+                "parameters_up: this stage cannot give it: choose from group_similarity, hidden_mse$",
+            ),
+            ({"hidden_mse": {"size": 3}}, "distill.losses.hidden_mse.size: unknown argument: it takes direction"),
+            ({"hidden_mse": {"direction": "sideways"}}, "hidden_mse.direction: 'sideways' is not up or down"),
+            ({"group_similarity": {"size": 3}}, "group_similarity.size: 3 is not 2 or 4"),
+        ],
+    )
     def test_refuses(self, losses, sentence):
         chosen = {name: Weighted(arguments=arguments) for name, arguments in losses.items()}
         with pytest.raises(InputError, match=sentence):

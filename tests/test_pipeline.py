@@ -14,20 +14,31 @@ from vocabshrink.stages import Run, run_stage, stages_of, summarise
 
 TRAINING = {"steps": 6, "batch_size": 16, "max_length": 48, "learning_rate": 1e-3, "precision": "no", "evaluations": 1}
 DISTILL = TRAINING | {
-    "unit": "sentence", "group_size": 4, "losses": {"group_similarity": 20, "batch_similarity": 20, "sentence_cosine": 0.5}
+    "unit": "sentence",
+    "group_size": 4,
+    "losses": {"group_similarity": 20, "batch_similarity": 20, "sentence_cosine": 0.5},
 }
 MODES = {
     "match": {"dual": TRAINING | {"mode": "match", "p_end": 1.0, "unit": "sentence"}, "distill": DISTILL},
     "joint": {
-        "dual": TRAINING | {
-            "mode": "joint", "optimizer": "lamb",
-            "losses": {"student_masked_lm": 1, "teacher_masked_lm": 1, "parameters_up": 1, "parameters_down": 1, "hidden_mse": 1},
+        "dual": TRAINING
+        | {
+            "mode": "joint",
+            "optimizer": "lamb",
+            "losses": {
+                "student_masked_lm": 1,
+                "teacher_masked_lm": 1,
+                "parameters_up": 1,
+                "parameters_down": 1,
+                "hidden_mse": 1,
+            },
         },
         "student": {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 32},
     },
     "two_stage": {
         "dual": TRAINING | {"mode": "two_stage"},
-        "distill": TRAINING | {"mask": 0.15, "losses": {"student_masked_lm": 1, "hidden_cosine": {"weight": 1, "start": 0}}},
+        "distill": TRAINING
+        | {"mask": 0.15, "losses": {"student_masked_lm": 1, "hidden_cosine": {"weight": 1, "start": 0}}},
         "student": {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 32},
     },
     "untrained": {},
@@ -36,9 +47,11 @@ MODES = {
 
 def tiny_recipe(teacher, corpus, mode: str, /, **changes) -> dict:
     data = {
-        "name": mode, "teacher": {"model": str(teacher)},
+        "name": mode,
+        "teacher": {"model": str(teacher)},
         "corpus": {"sources": [str(corpus)], "held_out_every": 8, "processes": 1},
-        "vocabulary": {"size": 160}, "evaluation": {"sentences": 30},
+        "vocabulary": {"size": 160},
+        "evaluation": {"sentences": 30},
         "delivery": {"weights": "int8", "max_positions": 48, "tolerance": 0.5},
     }
     return data | MODES[mode] | changes
@@ -57,10 +70,18 @@ def run_all(data: dict, folder) -> Run:
 def match_run(tiny_teacher, corpus_file, tmp_path_factory):
     folder = tmp_path_factory.mktemp("run") / "match"
     stsb = folder.with_name("rated.jsonl")
-    rows = [{"sentence1": a, "sentence2": b, "label": i} for i, (a, b) in enumerate([("ka lo", "ka lo."), ("mi", "ne"), ("ru", "sa to")])]
+    rows = [
+        {"sentence1": a, "sentence2": b, "label": i}
+        for i, (a, b) in enumerate([("ka lo", "ka lo."), ("mi", "ne"), ("ru", "sa to")])
+    ]
     stsb.write_text("".join(json.dumps(row) + "\n" for row in rows))
     passages = folder.with_name("passages.jsonl")
-    passages.write_text("".join(json.dumps({"text": t, "source": f"s{i}"}) + "\n" for i, t in enumerate(["ka lo mi", "ne ru sa", "vi we zu"])))
+    passages.write_text(
+        "".join(
+            json.dumps({"text": t, "source": f"s{i}"}) + "\n"
+            for i, t in enumerate(["ka lo mi", "ne ru sa", "vi we zu"])
+        )
+    )
     data = tiny_recipe(tiny_teacher, corpus_file, "match", index={"passages": str(passages)})
     data["evaluation"] |= {"stsb": {"stsb_test": str(stsb)}}
     return data, run_all(data, folder)
@@ -70,11 +91,24 @@ def test_run_leaves_its_documented_files(match_run):
     _, run = match_run
     present = {str(p.relative_to(run.dir.path)) for p in run.dir.path.rglob("*") if p.is_file()}
     expected = {
-        "recipe.yaml", "environment.json", "metrics.jsonl", "summary.json", "report.html", "count/counts.parquet",
-        "vocab/tokenizer.json", "vocab/tokenizer_config.json", "vocab/vocab.txt", "vocab/comparison.json",
-        "encode/word_ids.npy", "dual/student/model.safetensors", "distill/student/model.safetensors",
-        "distill/student/config.json", "distill/student/modules.json", "export/model/MANIFEST.json",
-        "export/model/onnx/model_quantized.onnx", "export/model/index/vectors.npy",
+        "recipe.yaml",
+        "environment.json",
+        "metrics.jsonl",
+        "summary.json",
+        "report.html",
+        "count/counts.parquet",
+        "vocab/tokenizer.json",
+        "vocab/tokenizer_config.json",
+        "vocab/vocab.txt",
+        "vocab/comparison.json",
+        "encode/word_ids.npy",
+        "dual/student/model.safetensors",
+        "distill/student/model.safetensors",
+        "distill/student/config.json",
+        "distill/student/modules.json",
+        "export/model/MANIFEST.json",
+        "export/model/onnx/model_quantized.onnx",
+        "export/model/index/vectors.npy",
     } | {f"{stage}/DONE" for stage in stages_of(run.recipe)}
     assert expected <= present
     assert not [name for name in present if name.endswith((".pkl", ".bin", ".pt", ".tmp")) or ".partial" in name]
@@ -83,7 +117,10 @@ def test_run_leaves_its_documented_files(match_run):
 def test_metrics_and_summary(match_run):
     _, run = match_run
     rows = run.dir.metrics()
-    for stage, names in (("dual", {"hidden_mse", "batch_similarity", "sentence_cosine"}), ("distill", set(DISTILL["losses"]))):
+    for stage, names in (
+        ("dual", {"hidden_mse", "batch_similarity", "sentence_cosine"}),
+        ("distill", set(DISTILL["losses"])),
+    ):
         train = [row for row in rows if row["stage"] == stage and row["kind"] == "train"]
         assert [row["step"] for row in train] == list(range(1, 7))
         assert all(set(row["losses"]) == names for row in train)
@@ -94,7 +131,9 @@ def test_metrics_and_summary(match_run):
     assert set(summary["rank_agreement"]) == {"untrained", "trained", "delivered"}
     assert set(summary["bytes"]) == set(summary["latency_ms"]) == {"teacher", "delivered"}
     manifest = json.loads((run.dir.path / "export/model/MANIFEST.json").read_text())
-    on_disk = sum((run.dir.path / "export/model" / name).stat().st_size for name in [*manifest["files"], "MANIFEST.json"])
+    on_disk = sum(
+        (run.dir.path / "export/model" / name).stat().st_size for name in [*manifest["files"], "MANIFEST.json"]
+    )
     assert summary["bytes"]["delivered"] == manifest["delivery_bytes"] == on_disk
     assert manifest["quality"]["rank_agreement"] == summary["rank_agreement"]
 
@@ -140,7 +179,10 @@ def test_every_mode_runs_to_its_end(mode, tiny_teacher, corpus_file, tmp_path):
     run = run_all(tiny_recipe(tiny_teacher, corpus_file, mode), tmp_path / mode)
     assert all(run.dir.is_done(name) for name in stages_of(run.recipe))
     trained = {"joint": "dual/student", "two_stage": "distill/student", "untrained": "export/untrained"}[mode]
-    model, tokenizer = AutoModel.from_pretrained(run.dir.path / trained), AutoTokenizer.from_pretrained(run.dir.path / trained)
+    model, tokenizer = (
+        AutoModel.from_pretrained(run.dir.path / trained),
+        AutoTokenizer.from_pretrained(run.dir.path / trained),
+    )
     assert model.config.vocab_size == len(tokenizer) <= 160
     assert np.isfinite(model(**tokenizer("ka lo mi", return_tensors="pt")).last_hidden_state.detach().numpy()).all()
     rows = [row for row in run.dir.metrics() if row["kind"] == "train"]

@@ -73,12 +73,17 @@ class TestFlops:
         assert parameters(shape)["layers"] == 172
         assert plan.flops_per_piece(shape, 5) == 2 * 172 + 4 * 5 * 4  # scores and their sums: 2 * 5 * 4 each
         assert plan.flops_per_piece(Shape(10, 4, 3, 8, 16), 5) == 3 * plan.flops_per_piece(shape, 5)
-        assert plan.flops_per_piece(Shape(9999, 4, 1, 8, 512), 5) == plan.flops_per_piece(shape, 5)  # tables cost nothing
+        assert plan.flops_per_piece(Shape(9999, 4, 1, 8, 512), 5) == plan.flops_per_piece(
+            shape, 5
+        )  # tables cost nothing
 
     def test_stages(self, tiny_teacher, tmp_path):
         recipe = make_recipe(
-            tiny_teacher, masked_lm_head=STAGE, dual=STAGE | {"mode": "two_stage"},
-            distill=STAGE | {"losses": {"hidden_mse": 1}}, student={"num_hidden_layers": 2},
+            tiny_teacher,
+            masked_lm_head=STAGE,
+            dual=STAGE | {"mode": "two_stage"},
+            distill=STAGE | {"losses": {"hidden_mse": 1}},
+            student={"num_hidden_layers": 2},
         )
         student, teacher = plan.shapes(recipe)
         costs = plan.stage_costs(recipe, RunDir(tmp_path / "run"))

@@ -12,7 +12,11 @@ from vocabshrink.projection import ParameterProjection, match_parameters, princi
 
 def bert(hidden: int, layers: int, inner: int, pieces: int = 20, positions: int = 9) -> BertModel:
     config = BertConfig(
-        vocab_size=pieces, hidden_size=hidden, num_hidden_layers=layers, num_attention_heads=2, intermediate_size=inner,
+        vocab_size=pieces,
+        hidden_size=hidden,
+        num_hidden_layers=layers,
+        num_attention_heads=2,
+        intermediate_size=inner,
         max_position_embeddings=positions,
     )
     return BertModel(config, add_pooling_layer=False)
@@ -93,7 +97,9 @@ class TestParameterProjection:
         first, second = (small, large) if direction == "up" else (large, small)
         keys = [key.split("_to_") for key in projection.left]
         assert {a for a, _ in keys} == first and {b for _, b in keys} == second and len(keys) == 7
-        assert set(projection.right) == {key for key in projection.left if key.count("x") == 2}  # vectors have one matrix
+        assert set(projection.right) == {
+            key for key in projection.left if key.count("x") == 2
+        }  # vectors have one matrix
 
     @pytest.mark.parametrize("direction", ["up", "down"])
     def test_is_the_mean_of_the_squared_errors(self, models, direction):

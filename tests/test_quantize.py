@@ -9,7 +9,8 @@ from onnxruntime.quantization.matmul_nbits_quantizer import DefaultWeightOnlyQua
 from vocabshrink.quantize import bits_of, dequantize, fake_quantize_, quantize_int4, quantize_int8, round_trip
 
 MATRICES = arrays(
-    np.float32, st.tuples(st.integers(1, 5), st.integers(1, 150)),
+    np.float32,
+    st.tuples(st.integers(1, 5), st.integers(1, 150)),
     elements=st.floats(-1000, 1000, width=32).filter(lambda v: v == 0 or abs(v) > 1e-2),
 )
 
@@ -82,10 +83,13 @@ def test_refuses_what_it_cannot_round():
 
 @pytest.mark.parametrize("bits", [4, 8])
 def test_fake_quantize_replaces_every_parameter_by_its_kept_value(bits):
-    model = torch.nn.ModuleDict({
-        "word_embeddings": torch.nn.Embedding(11, 70), "position_embeddings": torch.nn.Embedding(9, 70),
-        "dense": torch.nn.Linear(70, 5),
-    })
+    model = torch.nn.ModuleDict(
+        {
+            "word_embeddings": torch.nn.Embedding(11, 70),
+            "position_embeddings": torch.nn.Embedding(9, 70),
+            "dense": torch.nn.Linear(70, 5),
+        }
+    )
     before = {name: value.detach().numpy().copy() for name, value in model.named_parameters()}
     assert fake_quantize_(model, bits, 32) is model
     for name, value in model.named_parameters():

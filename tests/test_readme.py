@@ -9,12 +9,18 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
-COMMANDS = [line.split("#")[0].strip() for block in re.findall(r"```bash\n(.*?)```", README, re.S) for line in block.splitlines()]
+COMMANDS = [
+    line.split("#")[0].strip()
+    for block in re.findall(r"```bash\n(.*?)```", README, re.S)
+    for line in block.splitlines()
+]
 
 
 def test_every_module_has_its_line():
     named = set(re.findall(r"`(\w+\.py)`", README))
-    modules = {p.name for package in ("vocabshrink", "tokenizer_build") for p in (ROOT / package).glob("*.py")} - {"__init__.py"}
+    modules = {p.name for package in ("vocabshrink", "tokenizer_build") for p in (ROOT / package).glob("*.py")} - {
+        "__init__.py"
+    }
     assert modules == named | ({"__main__.py"} & modules), modules ^ named
 
 
@@ -30,9 +36,13 @@ def test_commands_parse(command):
     """Every command and option is known; what needs the teacher or an artifact is only asked for its help."""
     arguments = command.split()[1:]
     if arguments[0] == "show":
-        done = subprocess.run([sys.executable, "-m", "vocabshrink", *arguments], cwd=ROOT, capture_output=True, text=True)
+        done = subprocess.run(
+            [sys.executable, "-m", "vocabshrink", *arguments], cwd=ROOT, capture_output=True, text=True
+        )
         assert "steps: 1000" in done.stdout, done.stderr
-    done = subprocess.run([sys.executable, "-m", "vocabshrink", arguments[0], "--help"], cwd=ROOT, capture_output=True, text=True)
+    done = subprocess.run(
+        [sys.executable, "-m", "vocabshrink", arguments[0], "--help"], cwd=ROOT, capture_output=True, text=True
+    )
     assert done.returncode == 0, done.stderr
 
 
@@ -45,5 +55,7 @@ def test_recipes_named_exist():
 def test_the_released_model_answers():
     """README's Python lines, run as they stand."""
     code = re.search(r"```python\n(.*?)```", README, re.S)[1]
-    done = subprocess.run([sys.executable, "-c", code + "\nprint(vectors.shape)"], cwd=ROOT, capture_output=True, text=True)
+    done = subprocess.run(
+        [sys.executable, "-c", code + "\nprint(vectors.shape)"], cwd=ROOT, capture_output=True, text=True
+    )
     assert done.stdout.strip() == "(2, 384)", done.stderr

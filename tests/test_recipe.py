@@ -51,29 +51,44 @@ def test_defaults_and_short_losses(load):
 
 
 class TestStrictness:
-    @pytest.mark.parametrize(("override", "sentence"), [
-        ("distill.stps=3", "unknown key distill.stps: did you mean steps?"),
-        ("dsitill.steps=3", "unknown key dsitill: did you mean distill?"),
-        ("teacher.modle=x", "unknown key teacher.modle: did you mean model?"),
-        ("student.hiden_size=64", "unknown key student.hiden_size: did you mean hidden_size?"),
-        ("evaluation.qqqq=1", "unknown key evaluation.qqqq: known keys are sentences, stsb"),
-        ("a..b=1", "unknown key a: known keys are name, "),
-    ])
+    @pytest.mark.parametrize(
+        ("override", "sentence"),
+        [
+            ("distill.stps=3", "unknown key distill.stps: did you mean steps?"),
+            ("dsitill.steps=3", "unknown key dsitill: did you mean distill?"),
+            ("teacher.modle=x", "unknown key teacher.modle: did you mean model?"),
+            ("student.hiden_size=64", "unknown key student.hiden_size: did you mean hidden_size?"),
+            ("evaluation.qqqq=1", "unknown key evaluation.qqqq: known keys are sentences, stsb"),
+            ("a..b=1", "unknown key a: known keys are name, "),
+        ],
+    )
     def test_unknown_keys(self, refusal, override, sentence):
         assert sentence in refusal(override)
 
-    @pytest.mark.parametrize(("override", "key"), [
-        ("distill.steps=0", "distill.steps"), ("distill.steps=1.5", "distill.steps"),
-        ("distill.warmup=1.5", "distill.warmup"), ("distill.learning_rate=0", "distill.learning_rate"),
-        ("distill.learning_rate=.nan", "distill.learning_rate"), ("distill.optimizer=adam", "distill.optimizer"),
-        ("distill.group_size=2", "distill.group_size"), ("distill.layer_map=unifrom", "distill.layer_map"),
-        ("distill.layer_map=[[1,2,3]]", "distill.layer_map"), ("distill.layer_map=[]", "distill.layer_map"),
-        ("distill.losses={}", "distill.losses"), ("distill.losses.hidden_mse=-1", "distill.losses.hidden_mse.weight"),
-        ("distill.losses.hidden_mse=x", "distill.losses.hidden_mse.weight"), ("corpus.sources=a", "corpus.sources"),
-        ("corpus.held_out_every=1", "corpus.held_out_every"), ("seed=-1", "seed"),
-        ("delivery.weights=int2", "delivery.weights"),
-        ("teacher.sha256=53", "teacher.sha256"), ("distill.trackers=[abc]", "distill.trackers.0"),
-    ])
+    @pytest.mark.parametrize(
+        ("override", "key"),
+        [
+            ("distill.steps=0", "distill.steps"),
+            ("distill.steps=1.5", "distill.steps"),
+            ("distill.warmup=1.5", "distill.warmup"),
+            ("distill.learning_rate=0", "distill.learning_rate"),
+            ("distill.learning_rate=.nan", "distill.learning_rate"),
+            ("distill.optimizer=adam", "distill.optimizer"),
+            ("distill.group_size=2", "distill.group_size"),
+            ("distill.layer_map=unifrom", "distill.layer_map"),
+            ("distill.layer_map=[[1,2,3]]", "distill.layer_map"),
+            ("distill.layer_map=[]", "distill.layer_map"),
+            ("distill.losses={}", "distill.losses"),
+            ("distill.losses.hidden_mse=-1", "distill.losses.hidden_mse.weight"),
+            ("distill.losses.hidden_mse=x", "distill.losses.hidden_mse.weight"),
+            ("corpus.sources=a", "corpus.sources"),
+            ("corpus.held_out_every=1", "corpus.held_out_every"),
+            ("seed=-1", "seed"),
+            ("delivery.weights=int2", "delivery.weights"),
+            ("teacher.sha256=53", "teacher.sha256"),
+            ("distill.trackers=[abc]", "distill.trackers.0"),
+        ],
+    )
     def test_wrong_values_name_their_key(self, refusal, override, key):
         assert f"recipe.yaml: {key}: " in refusal(override)
 
@@ -86,22 +101,33 @@ class TestStrictness:
         with pytest.raises(InputError, match="name: string should match"):
             parse_recipe({"name": name, "teacher": {"model": "m"}, "corpus": {"sources": ["a"]}}, "here")
 
-    @pytest.mark.parametrize("key", ["distill.steps", "distill.learning_rate", "distill.warmup", "delivery.budget", "seed"])
+    @pytest.mark.parametrize(
+        "key", ["distill.steps", "distill.learning_rate", "distill.warmup", "delivery.budget", "seed"]
+    )
     def test_true_is_no_number(self, refusal, key):
         assert f"{key}: write a number (got True)" in refusal(f"{key}=true")
 
 
 class TestContradictions:
-    @pytest.mark.parametrize(("overrides", "sentence"), [
-        (["distill.batch_size=10", "distill.gradient_accumulation=3"], "must be a multiple of gradient_accumulation"),
-        (["distill.batch_size=10"], "batch_size must be a multiple of gradient_accumulation times group_size"),
-        (["student.max_position_embeddings=64"], "max_length 128 is over student.max_position_embeddings 64"),
-        (["dual.mode=two_stage", "dual.steps=3", "distill="], "two_stage trains only the teacher: add a distill section"),
-        (["distill.group_size=1"], "group_similarity compares near sentences: set distill.group_size to 4"),
-        (["distill.losses.student_masked_lm=1"], "losses.student_masked_lm: nothing is masked: set distill.mask"),
-        (["dual.mode=joint", "dual.steps=3", "dual.mask=0"], "nothing is masked: set dual.mask"),
-        (["dual.mode=match", "dual.steps=3", "dual.losses.group_similarity=1"], "set dual.group_size to 4"),
-    ])
+    @pytest.mark.parametrize(
+        ("overrides", "sentence"),
+        [
+            (
+                ["distill.batch_size=10", "distill.gradient_accumulation=3"],
+                "must be a multiple of gradient_accumulation",
+            ),
+            (["distill.batch_size=10"], "batch_size must be a multiple of gradient_accumulation times group_size"),
+            (["student.max_position_embeddings=64"], "max_length 128 is over student.max_position_embeddings 64"),
+            (
+                ["dual.mode=two_stage", "dual.steps=3", "distill="],
+                "two_stage trains only the teacher: add a distill section",
+            ),
+            (["distill.group_size=1"], "group_similarity compares near sentences: set distill.group_size to 4"),
+            (["distill.losses.student_masked_lm=1"], "losses.student_masked_lm: nothing is masked: set distill.mask"),
+            (["dual.mode=joint", "dual.steps=3", "dual.mask=0"], "nothing is masked: set dual.mask"),
+            (["dual.mode=match", "dual.steps=3", "dual.losses.group_similarity=1"], "set dual.group_size to 4"),
+        ],
+    )
     def test_are_refused_when_the_recipe_is_read(self, refusal, overrides, sentence):
         assert sentence in refusal(*overrides)
 
@@ -113,7 +139,9 @@ class TestContradictions:
 class TestNumbersAndWords:
     """YAML 1.1 reads 1e-4 as a string, no as false and 2026-01-31 as a date."""
 
-    @pytest.mark.parametrize(("written", "number"), [("1e-4", 1e-4), ("1E-4", 1e-4), ("2.5e-3", 2.5e-3), ("1.e-3", 1e-3)])
+    @pytest.mark.parametrize(
+        ("written", "number"), [("1e-4", 1e-4), ("1E-4", 1e-4), ("2.5e-3", 2.5e-3), ("1.e-3", 1e-3)]
+    )
     def test_exponents(self, load, written, number):
         assert load(f"distill.learning_rate={written}").distill.learning_rate == number
         text = TEXT.replace("steps: 10", f"steps: 10\n  learning_rate: {written}")
@@ -130,7 +158,9 @@ class TestNumbersAndWords:
         assert load(text=TEXT.replace("steps: 10", f"steps: 10\n  precision: {written}")).distill.precision == "no"
 
     def test_precision_false_is_refused(self, refusal):
-        assert "distill.precision: input should be 'no', 'bf16' or 'fp16' (got False)" in refusal("distill.precision=false")
+        assert "distill.precision: input should be 'no', 'bf16' or 'fp16' (got False)" in refusal(
+            "distill.precision=false"
+        )
 
     @pytest.mark.parametrize(
         ("written", "value"), [("no", False), ("false", False), ("off", False), ("yes", True), ("true", True)]
@@ -142,11 +172,25 @@ class TestNumbersAndWords:
         assert load("vocabulary.required=[no, yes, on, y]").vocabulary.required == ["no", "yes", "on", "y"]
         assert load("name=2026-01-31").name == "2026-01-31"
 
-    @pytest.mark.parametrize(("written", "size"), [
-        ("7MB", 7_000_000), ("7 MB", 7_000_000), ("7_000_000", 7_000_000), ("7000000", 7_000_000), ("6.5MB", 6_500_000),
-        ("1kB", 1_000), ("1KB", 1_000), ("1.001kB", 1_001), ("2KiB", 2_048), ("1MiB", 1_048_576), ("1GB", 10**9),
-        ("1GiB", 2**30), ("12B", 12), ("7e6", 7_000_000),
-    ])
+    @pytest.mark.parametrize(
+        ("written", "size"),
+        [
+            ("7MB", 7_000_000),
+            ("7 MB", 7_000_000),
+            ("7_000_000", 7_000_000),
+            ("7000000", 7_000_000),
+            ("6.5MB", 6_500_000),
+            ("1kB", 1_000),
+            ("1KB", 1_000),
+            ("1.001kB", 1_001),
+            ("2KiB", 2_048),
+            ("1MiB", 1_048_576),
+            ("1GB", 10**9),
+            ("1GiB", 2**30),
+            ("12B", 12),
+            ("7e6", 7_000_000),
+        ],
+    )
     def test_sizes(self, load, written, size):
         assert load(f"delivery.budget={written}").delivery.budget == size
 
@@ -162,9 +206,15 @@ class TestNumbersAndWords:
 class TestOverrides:
     def test_values_sections_and_lists(self, load):
         recipe = load(
-            "distill.steps=3", "index.passages=p.jsonl", "evaluation.stsb.test=a=b.jsonl", "corpus.sources=[a, b]",
-            "distill.losses.hidden_mse.weight=3", "distill.losses.hidden_mse.direction=down", "student.hidden_size=64",
-            "distill.layer_map=[[1, 2], [2, 4]]", "teacher.model=x=y",
+            "distill.steps=3",
+            "index.passages=p.jsonl",
+            "evaluation.stsb.test=a=b.jsonl",
+            "corpus.sources=[a, b]",
+            "distill.losses.hidden_mse.weight=3",
+            "distill.losses.hidden_mse.direction=down",
+            "student.hidden_size=64",
+            "distill.layer_map=[[1, 2], [2, 4]]",
+            "teacher.model=x=y",
         )
         assert recipe.distill.steps == 3 and recipe.index.passages == "p.jsonl" and recipe.teacher.model == "x=y"
         assert recipe.corpus.sources == ["a", "b"] and recipe.evaluation.stsb == {"test": "a=b.jsonl"}
@@ -177,26 +227,37 @@ class TestOverrides:
     def test_the_last_one_wins(self, load):
         assert load("distill.steps=3", "distill.steps=4").distill.steps == 4
 
-    @pytest.mark.parametrize(("override", "sentence"), [
-        ("distill.steps", "distill.steps: write an override as key.subkey=value"),
-        ("name.x=3", "name.x=3: name is a value, not a section"),
-        ("distill.steps=[1,", "distill.steps=[1,: not YAML"),
-        ("distill.steps=@x", "distill.steps=@x: not YAML"),
-        ("distill.losses={a: 1, a: 2}", "a is written twice"),
-    ])
+    @pytest.mark.parametrize(
+        ("override", "sentence"),
+        [
+            ("distill.steps", "distill.steps: write an override as key.subkey=value"),
+            ("name.x=3", "name.x=3: name is a value, not a section"),
+            ("distill.steps=[1,", "distill.steps=[1,: not YAML"),
+            ("distill.steps=@x", "distill.steps=@x: not YAML"),
+            ("distill.losses={a: 1, a: 2}", "a is written twice"),
+        ],
+    )
     def test_malformed(self, refusal, override, sentence):
         assert sentence in refusal(override)
 
 
 class TestFiles:
-    @pytest.mark.parametrize(("text", "sentence"), [
-        ("a: [\n", "not YAML at line 2"), ("a: b: c", "not YAML at line 1: mapping values are not allowed here"),
-        ("a: \x01", "not YAML: special characters are not allowed"), (b"a: \xff", "not UTF-8 text at byte 3"),
-        ("", "a recipe is a mapping of sections"), ("- a", "a recipe is a mapping of sections"), ("a", "is a mapping"),
-        ("a: !!python/object/apply:os.getcwd []", "not YAML at line 1: could not determine a constructor"),
-        (TEXT + "distill: {steps: 3}", "not YAML at line 9: distill is written twice"),
-        (TEXT + "7: 8", "7: keys should be strings"), ("a: 2026-13-45", "name is missing"),
-    ])
+    @pytest.mark.parametrize(
+        ("text", "sentence"),
+        [
+            ("a: [\n", "not YAML at line 2"),
+            ("a: b: c", "not YAML at line 1: mapping values are not allowed here"),
+            ("a: \x01", "not YAML: special characters are not allowed"),
+            (b"a: \xff", "not UTF-8 text at byte 3"),
+            ("", "a recipe is a mapping of sections"),
+            ("- a", "a recipe is a mapping of sections"),
+            ("a", "is a mapping"),
+            ("a: !!python/object/apply:os.getcwd []", "not YAML at line 1: could not determine a constructor"),
+            (TEXT + "distill: {steps: 3}", "not YAML at line 9: distill is written twice"),
+            (TEXT + "7: 8", "7: keys should be strings"),
+            ("a: 2026-13-45", "name is missing"),
+        ],
+    )
     def test_that_are_no_recipes(self, refusal, text, sentence):
         assert sentence in refusal(text=text)
 
@@ -208,10 +269,15 @@ class TestFiles:
 
 
 class TestDump:
-    @pytest.mark.parametrize("overrides", [
-        (), ("distill.precision=no",), ("distill.losses.hidden_mse={weight: 1, direction: down}",),
-        ("dual.steps=5", "dual.mode=match", "dual.layer_map=[[1, 2], [2, 4]]", "masked_lm_head.steps=7"),
-    ])
+    @pytest.mark.parametrize(
+        "overrides",
+        [
+            (),
+            ("distill.precision=no",),
+            ("distill.losses.hidden_mse={weight: 1, direction: down}",),
+            ("dual.steps=5", "dual.mode=match", "dual.layer_map=[[1, 2], [2, 4]]", "masked_lm_head.steps=7"),
+        ],
+    )
     def test_is_read_back_as_the_same(self, load, overrides):
         recipe = load(*overrides)
         assert load(text=dump_recipe(recipe)) == recipe
@@ -222,11 +288,18 @@ class TestDump:
         assert data["delivery"]["budget"] == 7_000_000 and data["distill"]["precision"] == "bf16"
         assert data["distill"]["losses"] == {"group_similarity": 20.0, "sentence_cosine": {"weight": 0.5, "start": 2.0}}
 
-    @given(words=st.lists(st.one_of(
-        st.text(st.characters(codec="utf-8", categories=["L", "N", "P", "S", "Zs"]), max_size=12),
-        st.from_regex(r"[-+]?\d{1,3}(\.\d?)?[eE:_-]?[-+]?\d{0,3}", fullmatch=True),
-        st.sampled_from(["no", "yes", "null", "~", "1e5", "0x1f", "1:30", "2026-01-31", "true", "=", "<<", ".inf", "- a"]),
-    )), rate=st.floats(1e-12, 1e3))
+    @given(
+        words=st.lists(
+            st.one_of(
+                st.text(st.characters(codec="utf-8", categories=["L", "N", "P", "S", "Zs"]), max_size=12),
+                st.from_regex(r"[-+]?\d{1,3}(\.\d?)?[eE:_-]?[-+]?\d{0,3}", fullmatch=True),
+                st.sampled_from(
+                    ["no", "yes", "null", "~", "1e5", "0x1f", "1:30", "2026-01-31", "true", "=", "<<", ".inf", "- a"]
+                ),
+            )
+        ),
+        rate=st.floats(1e-12, 1e3),
+    )
     @settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
     def test_any_words_and_numbers_survive(self, load, words, rate):
         recipe = load()

@@ -66,11 +66,25 @@ class Page(HTMLParser):
 
 def metrics(stage: str, steps: int):
     for step in range(1, steps + 1):
-        yield {"stage": stage, "step": step, "tokens": 1000 * step, "seconds": 0.1 * step, "kind": "train",
-               "loss": 1 / step, "losses": {"similarity": 0.1 / step, "cosine": 0.5 / step},
-               "lr": 1e-3 / step, "grad_norm": None, "tokens_per_second": 9000}
-    yield {"stage": stage, "step": steps, "tokens": 1000 * steps, "kind": "evaluation",
-           "metrics": {"rank_agreement": 0.94}}
+        yield {
+            "stage": stage,
+            "step": step,
+            "tokens": 1000 * step,
+            "seconds": 0.1 * step,
+            "kind": "train",
+            "loss": 1 / step,
+            "losses": {"similarity": 0.1 / step, "cosine": 0.5 / step},
+            "lr": 1e-3 / step,
+            "grad_norm": None,
+            "tokens_per_second": 9000,
+        }
+    yield {
+        "stage": stage,
+        "step": steps,
+        "tokens": 1000 * steps,
+        "kind": "evaluation",
+        "metrics": {"rank_agreement": 0.94},
+    }
 
 
 @pytest.fixture
@@ -87,10 +101,14 @@ def run(tmp_path) -> RunDir:
     for row in metrics("dual", 5):
         run.append_metrics(row)
     (run.stage("distill") / "checkpoints").mkdir(parents=True)
-    write_json(run.stage("vocab") / "comparison.json", {
-        "student": {"size": 5000, "pieces_per_word": 1.29}, "teacher": {"size": 30522, "coverage": 0.94},
-        "examples": [{"word": "dataframe", "teacher": ["data", "##frame"], "student": "dataframe"}],
-    })
+    write_json(
+        run.stage("vocab") / "comparison.json",
+        {
+            "student": {"size": 5000, "pieces_per_word": 1.29},
+            "teacher": {"size": 30522, "coverage": 0.94},
+            "examples": [{"word": "dataframe", "teacher": ["data", "##frame"], "student": "dataframe"}],
+        },
+    )
     return run
 
 
@@ -98,9 +116,26 @@ def test_everything_is_shown(run):
     path = write_report(run)
     assert path == run.path / "report.html"
     page = Page(path.read_text(encoding="utf-8"))
-    for text in ["91.80 MB", "6.91 MB", "13.3 times smaller", "0.9401", "5.20 ms", "12.4 min", "stsb test",
-                 "delivered int8", "Training: dual", "Training: distill", "similarity", "learning rate",
-                 "##frame", "94.00 %", "30,522", "unfinished", "size: 5000", "Environment"]:
+    for text in [
+        "91.80 MB",
+        "6.91 MB",
+        "13.3 times smaller",
+        "0.9401",
+        "5.20 ms",
+        "12.4 min",
+        "stsb test",
+        "delivered int8",
+        "Training: dual",
+        "Training: distill",
+        "similarity",
+        "learning rate",
+        "##frame",
+        "94.00 %",
+        "30,522",
+        "unfinished",
+        "size: 5000",
+        "Environment",
+    ]:
         assert text in page.text, text
     assert page.tags.count("svg") == 8
     run.start("report")
@@ -161,10 +196,16 @@ def test_an_empty_run_has_a_page_without_sections(tmp_path):
     assert page.text.endswith("nothing")
 
 
-@pytest.mark.parametrize("name, heading", [
-    ("summary.json", "Result"), ("recipe.yaml", "Recipe"), ("environment.json", "Environment"),
-    ("metrics.jsonl", "Training: distill"), ("vocab/comparison.json", "Vocabulary"),
-])
+@pytest.mark.parametrize(
+    "name, heading",
+    [
+        ("summary.json", "Result"),
+        ("recipe.yaml", "Recipe"),
+        ("environment.json", "Environment"),
+        ("metrics.jsonl", "Training: distill"),
+        ("vocab/comparison.json", "Vocabulary"),
+    ],
+)
 def test_what_is_missing_is_left_out(run, name, heading):
     assert heading in Page(write_report(run).read_text(encoding="utf-8")).text
     (run.path / name).unlink()
@@ -206,9 +247,12 @@ def test_curves_are_against_tokens_and_hold_every_loss():
     rows = list(metrics("distill", 10)) + [{"stage": "other", "step": 1, "loss": 5.0}]
     panel = training_panel("distill", rows)
     assert [plot["title"] for plot in panel["plots"]] == [
-        "Losses, each part unweighted", "Evaluation", "Learning rate", "Tokens per second"]
-    assert panel["plots"][0]["legend"] == [
-        ("total", 0, "0.1000"), ("similarity", 1, "0.0100"), ("cosine", 2, "0.0500")]
+        "Losses, each part unweighted",
+        "Evaluation",
+        "Learning rate",
+        "Tokens per second",
+    ]
+    assert panel["plots"][0]["legend"] == [("total", 0, "0.1000"), ("similarity", 1, "0.0100"), ("cosine", 2, "0.0500")]
     assert ">tokens<" in panel["plots"][0]["svg"]
     assert ">step<" in training_panel("other", rows)["plots"][0]["svg"]  # tokens were not logged
 
@@ -231,7 +275,10 @@ def test_timings_prefer_the_summary_and_fall_back_to_the_metrics(run):
     rows = run.metrics()
     timings = stage_timings(run, rows, {"vocab": {"minutes": 1.0, "seconds": 3}, "dual": {"seconds": 30}})
     assert [(t["name"], t["text"], t["done"]) for t in timings] == [
-        ("vocab", "1.0 min", True), ("dual", "30.0 s", True), ("distill", "2.0 s", False)]
+        ("vocab", "1.0 min", True),
+        ("dual", "30.0 s", True),
+        ("distill", "2.0 s", False),
+    ]
     assert [t["percent"] for t in timings] == pytest.approx([100, 50, 100 * 2 / 60])
 
 

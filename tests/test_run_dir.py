@@ -96,15 +96,29 @@ def test_a_broken_metrics_line_in_the_middle_is_named(run):
 
 
 def test_json_is_strict_whatever_numbers_come_in(tmp_path):
-    value = {"nan": float("nan"), "numpy": np.float32(0.5), "torch": torch.tensor(3), 7: (np.int64(1), "é"),
-             "inside": [np.float64("inf")], "path": Path("a/b"), "none": None, "yes": True}
+    value = {
+        "nan": float("nan"),
+        "numpy": np.float32(0.5),
+        "torch": torch.tensor(3),
+        7: (np.int64(1), "é"),
+        "inside": [np.float64("inf")],
+        "path": Path("a/b"),
+        "none": None,
+        "yes": True,
+    }
     write_json(tmp_path / "x.json", value)
 
     def refuse(constant):
         raise AssertionError(f"{constant} is not JSON")
 
     assert json.loads((tmp_path / "x.json").read_text(encoding="utf-8"), parse_constant=refuse) == {
-        "nan": None, "numpy": 0.5, "torch": 3, "7": [1, "é"], "inside": [None], "path": "a/b", "none": None,
+        "nan": None,
+        "numpy": 0.5,
+        "torch": 3,
+        "7": [1, "é"],
+        "inside": [None],
+        "path": "a/b",
+        "none": None,
         "yes": True,
     }
 

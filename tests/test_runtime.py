@@ -80,8 +80,15 @@ def test_a_path_outside_the_folder_is_refused(copy):
             load(copy)
 
 
-@pytest.mark.parametrize("content,words", [("{", "not JSON"), ("[]", "lacks"), ('{"graph": "g"}', "lacks"), (
-    '{"graph": "g", "dimension": 4, "files": {}}', "no sha256 of g")])
+@pytest.mark.parametrize(
+    "content,words",
+    [
+        ("{", "not JSON"),
+        ("[]", "lacks"),
+        ('{"graph": "g"}', "lacks"),
+        ('{"graph": "g", "dimension": 4, "files": {}}', "no sha256 of g"),
+    ],
+)
 def test_a_broken_manifest_is_refused(copy, content, words):
     (copy / "MANIFEST.json").write_text(content)
     with pytest.raises(InputError, match=words):

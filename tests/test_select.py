@@ -82,12 +82,7 @@ def test_the_selection_is_close_to_the_best_there_is():
     words = [("aabb", 9), ("aab", 7), ("abab", 5), ("bbaa", 4), ("bab", 2), ("ba", 1)]
     fixed = ["a", "b", "##a", "##b"]
     parts = sorted(
-        {
-            ("" if i == 0 else "##") + w[i:j]
-            for w, _ in words
-            for i in range(len(w))
-            for j in range(i + 2, len(w) + 1)
-        }
+        {("" if i == 0 else "##") + w[i:j] for w, _ in words for i in range(len(w)) for j in range(i + 2, len(w) + 1)}
     )
     for extra in range(1, 5):
         best = min(total(words, [*fixed, *chosen]) for chosen in itertools.combinations(parts, extra))

@@ -104,7 +104,9 @@ def byte_level(lines, *, add_prefix_space):
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=add_prefix_space)
     trainer = trainers.BpeTrainer(
-        vocab_size=310, special_tokens=["<s>", "<pad>", "</s>", "<unk>", "<mask>"], show_progress=False,
+        vocab_size=310,
+        special_tokens=["<s>", "<pad>", "</s>", "<unk>", "<mask>"],
+        show_progress=False,
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
     )
     tokenizer.train_from_iterator(lines, trainer)
@@ -115,12 +117,12 @@ def metaspace(lines, *, sequence):
     """XLM-R's and ALBERT's form is the sequence; with padding, which must not get into a mean."""
     tokenizer = Tokenizer(models.Unigram())
     split = pre_tokenizers.Metaspace()
-    tokenizer.pre_tokenizer = (
-        pre_tokenizers.Sequence([pre_tokenizers.WhitespaceSplit(), split]) if sequence else split
-    )
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence([pre_tokenizers.WhitespaceSplit(), split]) if sequence else split
     tokenizer.normalizer = normalizers.NFKC()
     trainer = trainers.UnigramTrainer(
-        vocab_size=90, special_tokens=["<s>", "<pad>", "</s>", "<unk>", "<mask>"], unk_token="<unk>",
+        vocab_size=90,
+        special_tokens=["<s>", "<pad>", "</s>", "<unk>", "<mask>"],
+        unk_token="<unk>",
         show_progress=False,
     )
     tokenizer.train_from_iterator(lines, trainer)
@@ -191,8 +193,14 @@ def test_a_roberta_body_is_taken_with_its_positions(pad, lines, tmp_path):
     pieces[0], pieces[pad] = pieces[pad], pieces[0]
     save_tokenizer(pieces, tmp_path)
     config = RobertaConfig(
-        vocab_size=200, hidden_size=32, num_hidden_layers=2, num_attention_heads=4, intermediate_size=64,
-        max_position_embeddings=31 + pad, pad_token_id=pad, type_vocab_size=1,
+        vocab_size=200,
+        hidden_size=32,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        intermediate_size=64,
+        max_position_embeddings=31 + pad,
+        pad_token_id=pad,
+        type_vocab_size=1,
     )
     perturbed(RobertaForMaskedLM(config)).save_pretrained(tmp_path)
     teacher = load_teacher(str(tmp_path))
@@ -270,8 +278,7 @@ def test_random_deeper_and_wider_students(teacher, small_vocabulary):
 def test_a_distilbert_teacher_lends_its_shape(lines, tmp_path, small_vocabulary):
     save_tokenizer(wordpiece_pieces(lines, 200), tmp_path)
     config = DistilBertConfig(
-        vocab_size=200, dim=32, n_layers=2, n_heads=4, hidden_dim=48, max_position_embeddings=30,
-        activation="relu",
+        vocab_size=200, dim=32, n_layers=2, n_heads=4, hidden_dim=48, max_position_embeddings=30, activation="relu"
     )
     DistilBertForMaskedLM(config).save_pretrained(tmp_path)
     student, _, report = build_student(StudentSection(), load_teacher(str(tmp_path)), small_vocabulary)
@@ -323,9 +330,7 @@ def test_a_saved_students_tokenizer(saved, small_vocabulary, lines):
 
 @pytest.mark.parametrize("pooling", ["mean", "cls"])
 @pytest.mark.parametrize("normalize", [True, False])
-def test_sentence_transformers_gives_our_embedding(
-    pooling, normalize, teacher, small_vocabulary, tmp_path, lines
-):
+def test_sentence_transformers_gives_our_embedding(pooling, normalize, teacher, small_vocabulary, tmp_path, lines):
     logging.getLogger("sentence_transformers").setLevel(logging.ERROR)
     from sentence_transformers import SentenceTransformer
 

@@ -25,16 +25,17 @@ from vocabshrink.teacher import (
 )
 
 BODY = {
-    "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 64,
+    "hidden_size": 32,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "intermediate_size": 64,
     "max_position_embeddings": 64,
 }
 SHAPES = {
     # An activation of its own for BERT: a head that takes gelu for granted would not show with gelu.
     "bert": BODY | {"hidden_act": "relu"},
     # RoBERTa's own head is gelu whatever its config says.
-    "roberta": BODY | {
-        "hidden_act": "relu", "pad_token_id": 1, "layer_norm_eps": 1e-5, "max_position_embeddings": 66,
-    },
+    "roberta": BODY | {"hidden_act": "relu", "pad_token_id": 1, "layer_norm_eps": 1e-5, "max_position_embeddings": 66},
     "xlm-roberta": BODY | {"pad_token_id": 1, "max_position_embeddings": 66},
     "albert": BODY | {"embedding_size": 16, "pad_token_id": 0},  # its activation is gelu_new
     "distilbert": {"dim": 32, "n_layers": 2, "n_heads": 4, "hidden_dim": 64, "max_position_embeddings": 64},
@@ -50,7 +51,9 @@ def train_tokenizer(family: str, lines) -> Tokenizer:
         tokenizer = Tokenizer(models.BPE())
         tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
         trainer = trainers.BpeTrainer(
-            vocab_size=400, special_tokens=special, initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+            vocab_size=400,
+            special_tokens=special,
+            initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
             show_progress=False,
         )
     else:
@@ -160,11 +163,9 @@ def test_chunks_are_the_plain_pass(family, embedded, folders):
 def test_pool_words_is_a_mean_for_each_word():
     generator = torch.Generator().manual_seed(1)
     hidden = torch.randn(3, 9, 5, generator=generator)
-    words = torch.tensor([
-        [-1, 0, 0, 1, 2, 2, 2, -1, -1],
-        [-1, 0, 2, 2, -1, -1, -1, -1, -1],
-        [-1, -1, -1, -1, -1, -1, -1, -1, -1],
-    ])
+    words = torch.tensor(
+        [[-1, 0, 0, 1, 2, 2, 2, -1, -1], [-1, 0, 2, 2, -1, -1, -1, -1, -1], [-1, -1, -1, -1, -1, -1, -1, -1, -1]]
+    )
     pooled = pool_words(hidden, words, 4)
     assert pooled.shape == (3, 4, 5)
     for row in range(3):
@@ -198,8 +199,10 @@ def test_old_names_of_layer_norm_are_read(folders, tmp_path):
 
     folder = shutil.copytree(folders["bert"], tmp_path / "m")
     tensors = load_file(folder / "model.safetensors")
-    old = {n.replace("LayerNorm.weight", "LayerNorm.gamma").replace("LayerNorm.bias", "LayerNorm.beta"): t
-           for n, t in tensors.items()}
+    old = {
+        n.replace("LayerNorm.weight", "LayerNorm.gamma").replace("LayerNorm.bias", "LayerNorm.beta"): t
+        for n, t in tensors.items()
+    }
     assert old.keys() != tensors.keys()
     save_file(old, folder / "model.safetensors", metadata={"format": "pt"})
     head, expected = load_teacher(str(folder)).head, load_teacher(str(folders["bert"])).head
@@ -212,7 +215,8 @@ def test_old_names_of_layer_norm_are_read(folders, tmp_path):
 
 def test_a_folder_without_its_parts_is_refused(tiny_teacher, tmp_path):
     for missing, message in (
-        ("config.json", "config.json is missing"), ("model.safetensors", "no model.safetensors"),
+        ("config.json", "config.json is missing"),
+        ("model.safetensors", "no model.safetensors"),
         ("tokenizer.json", "no tokenizer.json"),
     ):
         folder = shutil.copytree(tiny_teacher, tmp_path / missing.split(".")[0])

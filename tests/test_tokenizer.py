@@ -11,9 +11,7 @@ from tokenizer_build.errors import InputError
 from tokenizer_build.tokenizer import SPECIAL_TOKENS, load_tokenizer, make_tokenizer, save_tokenizer
 
 PIECES = [*SPECIAL_TOKENS, *"abcdeéé!漢", *(f"##{c}" for c in "abcdeé"), "abc", "##bcd", "É"]
-TEXT = st.text(
-    st.one_of(st.sampled_from("abcdeéÉABC !漢\t\u0301\x1c"), st.characters(codec="utf-8")), max_size=40
-)
+TEXT = st.text(st.one_of(st.sampled_from("abcdeéÉABC !漢\t\u0301\x1c"), st.characters(codec="utf-8")), max_size=40)
 PIECES = list(dict.fromkeys(PIECES))
 
 
@@ -61,11 +59,7 @@ def test_pairs_lengths_and_special_tokens(loaded):
 
 def test_the_files_are_as_promised(tmp_path):
     save_tokenizer(PIECES, tmp_path)
-    assert sorted(p.name for p in tmp_path.iterdir()) == [
-        "tokenizer.json",
-        "tokenizer_config.json",
-        "vocab.txt",
-    ]
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["tokenizer.json", "tokenizer_config.json", "vocab.txt"]
     assert (tmp_path / "vocab.txt").read_text("utf-8").split("\n") == [*PIECES, ""]
     saved = json.loads((tmp_path / "tokenizer.json").read_text("utf-8"))
     assert [token["content"] for token in saved["added_tokens"]] == SPECIAL_TOKENS

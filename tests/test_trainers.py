@@ -21,9 +21,7 @@ def text():
     """The shared made-up text, with misspellings so that there is more to learn than 300 words."""
     rng = random.Random(3)
     extra = [
-        "".join(
-            rng.choices(["ka", "lo", "mi", "ne", "ru", "sa", "to", "vi", "we", "zu"], k=rng.randint(2, 5))
-        )
+        "".join(rng.choices(["ka", "lo", "mi", "ne", "ru", "sa", "to", "vi", "we", "zu"], k=rng.randint(2, 5)))
         for _ in range(3000)
     ]
     return [*made_up_text(), " ".join(extra), "漢字 déjà!"]
@@ -61,16 +59,11 @@ def test_every_trainer_keeps_what_is_required(name, trained, counts, teacher):
     assert set(alphabet_pieces(characters)) <= set(pieces)
     assert "##!" not in pieces and "##漢" not in pieces  # always words by themselves
     tokenizer = make_tokenizer(pieces)
-    assert (
-        "[UNK]"
-        not in tokenizer.encode(" ".join(word for word, _ in spellable_words(counts, characters))).tokens
-    )
+    assert "[UNK]" not in tokenizer.encode(" ".join(word for word, _ in spellable_words(counts, characters))).tokens
 
 
 def test_fewest_needs_the_fewest_pieces(trained, counts):
-    measured = {
-        name: measure(counts, make_tokenizer(pieces))["pieces_per_word"] for name, pieces in trained.items()
-    }
+    measured = {name: measure(counts, make_tokenizer(pieces))["pieces_per_word"] for name, pieces in trained.items()}
     assert all(measured["fewest"] <= 0.99 * measured[name] for name in ("wordpiece", "bpe", "unigram"))
     assert measured["fewest"] <= measured["prune"]
 
@@ -112,19 +105,10 @@ def test_the_same_bytes_whatever_the_hash_seed_threads_and_order_of_the_counts(c
         pieces = f(counts, 300, required=[], teacher_vocabulary=teacher)
         expected += f"{name} {hashlib.sha256(chr(10).join(pieces).encode()).hexdigest()}\n"
     for seed, threads, backwards in (("1", "1", False), ("77", "4", True)):
-        environment = {
-            **os.environ,
-            "PYTHONHASHSEED": seed,
-            "RAYON_NUM_THREADS": threads,
-            "OMP_NUM_THREADS": threads,
-        }
+        environment = {**os.environ, "PYTHONHASHSEED": seed, "RAYON_NUM_THREADS": threads, "OMP_NUM_THREADS": threads}
         program = PROGRAM.format(tests=here, backwards=backwards)
         out = subprocess.run(
-            [sys.executable, "-c", program],
-            capture_output=True,
-            text=True,
-            env=environment,
-            cwd=os.path.dirname(here),
+            [sys.executable, "-c", program], capture_output=True, text=True, env=environment, cwd=os.path.dirname(here)
         )
         assert out.stdout == expected, out.stderr
 
@@ -166,11 +150,6 @@ def test_marks_in_the_text_are_text():
 
 
 def test_every_family_of_teacher_is_written_as_wordpiece():
-    assert teacher_pieces(["[CLS]", "[unused1]", "the", "##ing", "!", "...", "##s"]) == [
-        "the",
-        "##ing",
-        "!",
-        "##s",
-    ]
+    assert teacher_pieces(["[CLS]", "[unused1]", "the", "##ing", "!", "...", "##s"]) == ["the", "##ing", "!", "##s"]
     assert teacher_pieces(["<s>", "▁the", "ing", "▁", "s"]) == ["the", "##ing", "##s"]
     assert teacher_pieces(["<s>", "Ġthe", "ing", "Ġ", "Ã©"]) == ["the", "##ing"]

@@ -71,8 +71,9 @@ def train(
 @app.command()
 def compare(
     counts: Annotated[Path, typer.Argument(help="Counts written by `count`.")],
-    tokenizers: Annotated[list[Path], typer.Argument(help="Folders or tokenizer.json files; overlaps are "
-                                                          "with the first.")],
+    tokenizers: Annotated[
+        list[Path], typer.Argument(help="Folders or tokenizer.json files; overlaps are with the first.")
+    ],
 ) -> None:
     """Compare tokenizers of any family: pieces per word, one-piece words, unknown words, overlap."""
     _print(comparison.compare(read_counts(counts), {str(path): path for path in tokenizers}))
@@ -89,9 +90,7 @@ def _count(sources: list[str], column: str, cased: bool, processes: int):
             done += characters
             bar.update(task, description=f"counting: {done / 1e6:,.0f} M characters")
 
-        counts = count_words(
-            sources, column=column, lowercase=not cased, processes=processes, progress=advance
-        )
+        counts = count_words(sources, column=column, lowercase=not cased, processes=processes, progress=advance)
     messages.print(f"{counts.total():,} words, {len(counts):,} distinct, in {done / 1e6:,.1f} M characters")
     return counts
 
@@ -114,8 +113,10 @@ def _required_words(path: Path, lowercase: bool) -> list[str]:
         word = line.strip()
         words = [part for chunk in word.split() for part in split_chunk(chunk, lowercase)]
         if len(words) != 1:
-            raise InputError(f"{path}: {word!r} is {len(words)} words for a BERT tokenizer and cannot be one "
-                             "piece: write one word per line, without punctuation")
+            raise InputError(
+                f"{path}: {word!r} is {len(words)} words for a BERT tokenizer and cannot be one "
+                "piece: write one word per line, without punctuation"
+            )
         out += words
     return out
 

@@ -87,11 +87,23 @@ def learned_pieces(words: Sequence[tuple[str, int]], size: int, model: str, mark
     rows = (f"{w if marked else starts[w[0]] + w[1:]}\t{n}" for w, n in usable)
     blob = io.BytesIO()
     sentencepiece.SentencePieceTrainer.train(
-        sentence_iterator=rows, input_format="tsv", model_writer=blob, model_type=model,
-        vocab_size=size + 2 * len(characters) + 2, hard_vocab_limit=False, character_coverage=1.0,
-        normalization_rule_name="identity", add_dummy_prefix=marked, split_by_unicode_script=False,
-        split_by_number=False, max_sentencepiece_length=LONGEST_PIECE, bos_id=-1, eos_id=-1, num_threads=1,
-        input_sentence_size=0, minloglevel=2,
+        sentence_iterator=rows,
+        input_format="tsv",
+        model_writer=blob,
+        model_type=model,
+        vocab_size=size + 2 * len(characters) + 2,
+        hard_vocab_limit=False,
+        character_coverage=1.0,
+        normalization_rule_name="identity",
+        add_dummy_prefix=marked,
+        split_by_unicode_script=False,
+        split_by_number=False,
+        max_sentencepiece_length=LONGEST_PIECE,
+        bos_id=-1,
+        eos_id=-1,
+        num_threads=1,
+        input_sentence_size=0,
+        minloglevel=2,
     )
     trained = sentencepiece.SentencePieceProcessor(model_proto=blob.getvalue())
     out = []

@@ -16,8 +16,13 @@ from tokenizer_build.errors import InputError
 from tokenizer_build.tokenizer import load_tokenizer
 
 BATCH = 10_000  # words
-HEADINGS = {"size": "pieces", "pieces_per_word": "pieces/word", "coverage": "one-piece words",
-            "unknown_rate": "unknown words", "overlap_with_first": "in the first"}
+HEADINGS = {
+    "size": "pieces",
+    "pieces_per_word": "pieces/word",
+    "coverage": "one-piece words",
+    "unknown_rate": "unknown words",
+    "overlap_with_first": "in the first",
+}
 
 
 def compare(counts: Mapping[str, int], tokenizers: Mapping[str, str | Path]) -> dict[str, dict[str, float]]:
@@ -36,8 +41,11 @@ def compare(counts: Mapping[str, int], tokenizers: Mapping[str, str | Path]) -> 
     out = {}
     for name, tokenizer in loaded.items():
         own = vocabularies[name]
-        out[name] = {"size": tokenizer.get_vocab_size(), **measure(counts, tokenizer),
-                     "overlap_with_first": len(own & first) / max(1, len(own))}
+        out[name] = {
+            "size": tokenizer.get_vocab_size(),
+            **measure(counts, tokenizer),
+            "overlap_with_first": len(own & first) / max(1, len(own)),
+        }
     return out
 
 
@@ -72,8 +80,11 @@ def table(measured: Mapping[str, Mapping[str, float]]):
 
 def markdown(measured: Mapping[str, Mapping[str, float]]) -> str:
     """The comparison as a Markdown table."""
-    rows = [["tokenizer", *HEADINGS.values()], ["---", *("--:" for _ in HEADINGS)],
-            *([name, *_cells(values)] for name, values in measured.items())]
+    rows = [
+        ["tokenizer", *HEADINGS.values()],
+        ["---", *("--:" for _ in HEADINGS)],
+        *([name, *_cells(values)] for name, values in measured.items()),
+    ]
     return "".join(f"| {' | '.join(row)} |\n" for row in rows)
 
 

@@ -61,8 +61,10 @@ def read_lines(sources: Sequence[str | Path], column: str = "text") -> Iterator[
                     else:
                         yield from _cut(line, place)
     if empty:
-        raise InputError(f"there is no text in {', '.join(map(str, sources)) or 'an empty list of sources'}: "
-                         "give at least one file with text in it")
+        raise InputError(
+            f"there is no text in {', '.join(map(str, sources)) or 'an empty list of sources'}: "
+            "give at least one file with text in it"
+        )
 
 
 def read_blocks(
@@ -98,14 +100,17 @@ def expand(sources: Sequence[str | Path]) -> list[str]:
             hidden = {p for p in below if any(part.startswith(".") for part in p.relative_to(path).parts)}
             found = [str(p) for p in below if p not in hidden]
             if not found:
-                raise InputError(f"the folder {source} holds no corpus file: files there must end in .txt, "
-                                 ".md, .rst, .jsonl, .csv, .tsv or .parquet, plain or compressed")
+                raise InputError(
+                    f"the folder {source} holds no corpus file: files there must end in .txt, "
+                    ".md, .rst, .jsonl, .csv, .tsv or .parquet, plain or compressed"
+                )
             out += found
         else:
             found = sorted(p for p in glob.glob(source, recursive=True) if Path(p).is_file())
             if not found:
-                raise InputError(f"{source} does not exist: name a file, a folder, a glob that matches, or "
-                                 "datasets:NAME:SPLIT")
+                raise InputError(
+                    f"{source} does not exist: name a file, a folder, a glob that matches, or datasets:NAME:SPLIT"
+                )
             out += found
     return out
 
@@ -150,14 +155,17 @@ def _open(path: Path, compression: str):
 def _decode(raw: bytes, path: Path, offset: int) -> str:
     """UTF-8 of bytes that start at `offset` of the (decompressed) file and end at a line's end."""
     if (nul := raw.find(b"\0")) >= 0:
-        raise InputError(f"{path} has a NUL byte at byte {offset + nul}: it is a binary or UTF-16 file; "
-                         "leave it out, or convert it to UTF-8 text")
+        raise InputError(
+            f"{path} has a NUL byte at byte {offset + nul}: it is a binary or UTF-16 file; "
+            "leave it out, or convert it to UTF-8 text"
+        )
     try:
         text = raw.decode("utf-8")
     except UnicodeDecodeError as error:
         place = f"byte {offset + error.start} (0x{raw[error.start]:02x})"
-        raise InputError(f"{path} is not UTF-8 at {place}: convert it, for example with `iconv -f latin1 -t "
-                         "utf-8`, or leave it out") from error
+        raise InputError(
+            f"{path} is not UTF-8 at {place}: convert it, for example with `iconv -f latin1 -t utf-8`, or leave it out"
+        ) from error
     return text if offset else text.removeprefix("\ufeff")  # some editors open a file with that mark
 
 
@@ -202,8 +210,10 @@ def _jsonl_documents(path: Path, compression: str, column: str) -> Iterator[tupl
         try:
             record = json.loads(line)
         except json.JSONDecodeError as error:
-            raise InputError(f"{place} is not JSON ({error.msg}, column {error.colno}): mend or remove it; "
-                             "every line must be one JSON object") from error
+            raise InputError(
+                f"{place} is not JSON ({error.msg}, column {error.colno}): mend or remove it; "
+                "every line must be one JSON object"
+            ) from error
         if not isinstance(record, dict):
             raise InputError(f'{place} is no JSON object: every line must be one, like {{"{column}": "..."}}')
         yield place, _text_of(record, column, place)
@@ -233,19 +243,20 @@ def _parquet_documents(path: Path, column: str) -> Iterator[tuple[str, str]]:
                 raise _missing(str(path), column, kinds)
             kind = kinds[column].value_type if pyarrow.types.is_dictionary(kinds[column]) else kinds[column]
             if not (pyarrow.types.is_string(kind) or pyarrow.types.is_large_string(kind)):
-                raise InputError(f"{path}: the column {column!r} holds {kind}, not strings; the columns are "
-                                 f"{', '.join(kinds)}")
+                raise InputError(
+                    f"{path}: the column {column!r} holds {kind}, not strings; the columns are {', '.join(kinds)}"
+                )
             for batch in file.iter_batches(batch_size=256, columns=[column], use_threads=False):
                 for document in batch.column(0).to_pylist():
                     row += 1
                     if document is not None:
                         yield f"{path}, row {row}", document
     except pyarrow.ArrowInvalid as error:
-        raise InputError(f"{path} is no readable parquet file ({error}): write it again, or leave it "
-                         "out") from error
+        raise InputError(f"{path} is no readable parquet file ({error}): write it again, or leave it out") from error
     except UnicodeDecodeError as error:
-        raise InputError(f"{path}: a text between rows {row + 1} and {row + 256} is not UTF-8: write the "
-                         "file again from UTF-8 text") from error
+        raise InputError(
+            f"{path}: a text between rows {row + 1} and {row + 256} is not UTF-8: write the file again from UTF-8 text"
+        ) from error
 
 
 def _hub_documents(source: str, column: str) -> Iterator[tuple[str, str]]:
@@ -297,5 +308,7 @@ def _cut(line: str, place: str) -> Iterator[str]:
 
 
 def _no_white_space(place: str) -> InputError:
-    return InputError(f"{place}: more than {LONGEST_LINE} characters without white space; that is no text "
-                      "(base64? a minified program?): remove it or break it up")
+    return InputError(
+        f"{place}: more than {LONGEST_LINE} characters without white space; that is no text "
+        "(base64? a minified program?): remove it or break it up"
+    )

@@ -91,9 +91,7 @@ def fold(counts: Counter[str], words: Mapping[str, int], maximum: int) -> None:
             del counts[word]
 
 
-def _counted(
-    blocks: Iterator[list[str]], lowercase: bool, processes: int
-) -> Iterator[tuple[int, dict[str, int]]]:
+def _counted(blocks: Iterator[list[str]], lowercase: bool, processes: int) -> Iterator[tuple[int, dict[str, int]]]:
     """(characters, counts) of every block, in order; at most two blocks per process are held at a time."""
     count = partial(_count_sized, lowercase=lowercase)
     if processes <= 1:
@@ -124,8 +122,12 @@ def write_counts(counts: Mapping[str, int], path: str | Path) -> None:
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     rows = sorted(counts.items(), key=lambda item: (-item[1], item[0]))
-    table = pyarrow.table({"word": pyarrow.array([word for word, _ in rows], pyarrow.string()),
-                           "count": pyarrow.array([count for _, count in rows], pyarrow.int64())})
+    table = pyarrow.table(
+        {
+            "word": pyarrow.array([word for word, _ in rows], pyarrow.string()),
+            "count": pyarrow.array([count for _, count in rows], pyarrow.int64()),
+        }
+    )
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
     try:
         pyarrow.parquet.write_table(table, temporary, compression="zstd")
@@ -142,9 +144,7 @@ def read_counts(path: str | Path) -> Counter[str]:
     try:
         table = pyarrow.parquet.read_table(path, columns=["word", "count"])
     except (OSError, pyarrow.ArrowInvalid) as error:
-        raise InputError(f"{path} holds no word counts ({error}): write it with `tokenizer_build "
-                         "count`") from error
+        raise InputError(f"{path} holds no word counts ({error}): write it with `tokenizer_build count`") from error
     if table.column_names != ["word", "count"]:
-        raise InputError(f"{path} holds no word counts (columns word and count): write it with "
-                         "`tokenizer_build count`")
+        raise InputError(f"{path} holds no word counts (columns word and count): write it with `tokenizer_build count`")
     return Counter(dict(zip(table.column(0).to_pylist(), table.column(1).to_pylist(), strict=True)))

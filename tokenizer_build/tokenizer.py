@@ -33,16 +33,15 @@ def make_tokenizer(pieces: Sequence[str], *, lowercase: bool = True) -> Tokenize
     tokenizer.pre_tokenizer = BertPreTokenizer()
     tokenizer.decoder = decoders.WordPiece(prefix="##")
     tokenizer.post_processor = TemplateProcessing(
-        single="[CLS]:0 $A:0 [SEP]:0", pair="[CLS]:0 $A:0 [SEP]:0 $B:1 [SEP]:1",
+        single="[CLS]:0 $A:0 [SEP]:0",
+        pair="[CLS]:0 $A:0 [SEP]:0 $B:1 [SEP]:1",
         special_tokens=[(token, ids[token]) for token in ("[CLS]", "[SEP]")],
     )
     tokenizer.add_special_tokens([AddedToken(t, special=True, normalized=False) for t in SPECIAL_TOKENS])
     return tokenizer
 
 
-def save_tokenizer(
-    pieces: Sequence[str], folder: str | Path, *, lowercase: bool = True, max_length: int = 512
-) -> None:
+def save_tokenizer(pieces: Sequence[str], folder: str | Path, *, lowercase: bool = True, max_length: int = 512) -> None:
     """Write tokenizer.json, tokenizer_config.json and vocab.txt into `folder`, which may hold other files.
 
     `max_length` is the longest input, in pieces, that the model accepts. Every file appears whole or not at
@@ -51,8 +50,12 @@ def save_tokenizer(
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     settings = {
-        "tokenizer_class": "BertTokenizer", "do_lower_case": lowercase, "strip_accents": None,
-        "tokenize_chinese_chars": True, "model_max_length": max_length, **ROLES,
+        "tokenizer_class": "BertTokenizer",
+        "do_lower_case": lowercase,
+        "strip_accents": None,
+        "tokenize_chinese_chars": True,
+        "model_max_length": max_length,
+        **ROLES,
     }
     files = {
         "tokenizer.json": make_tokenizer(pieces, lowercase=lowercase).to_str(pretty=True),

@@ -110,6 +110,8 @@ def _fixed(counts: Counts, characters: Sequence[str], required: Sequence[str], s
     fixed = list(dict.fromkeys([*alphabet_pieces(characters), *own]))
     least = len(SPECIAL_TOKENS) + len(fixed)
     if size < least:
-        raise InputError(f"{size} pieces cannot hold the {len(SPECIAL_TOKENS)} special tokens, the alphabet "
-                         f"({len(characters)} characters) and the required words: allow at least {least}")
+        raise InputError(
+            f"{size} pieces cannot hold the {len(SPECIAL_TOKENS)} special tokens, the alphabet "
+            f"({len(characters)} characters) and the required words: allow at least {least}"
+        )
     return fixed

@@ -94,15 +94,24 @@ class PieceTable:
         self.teacher_size = teacher_size or lexicon.meta["teacher"]["size"]
         self.student_size = lexicon.meta["student"]["size"]
         self.words = len(lexicon.counts)
-        self.offsets = np.concatenate([lexicon.teacher_offsets, lexicon.student_offsets[1:] + lexicon.teacher_offsets[-1]])
+        self.offsets = np.concatenate(
+            [lexicon.teacher_offsets, lexicon.student_offsets[1:] + lexicon.teacher_offsets[-1]]
+        )
         self.pieces = np.concatenate([lexicon.teacher_ids, lexicon.student_ids + self.teacher_size]).astype(np.int64)
         self.lengths = np.diff(self.offsets).astype(np.int64)
         self.longest = np.maximum(self.lengths[: self.words], self.lengths[self.words :])
         self.teacher_special, self.student_special = (special_tokens(lexicon, side) for side in ("teacher", "student"))
 
     def gather(
-        self, word_ids: np.ndarray, sequence: np.ndarray, count: int, from_student: np.ndarray | bool, *,
-        masked: np.ndarray | None = None, rng: np.random.Generator | None = None, combined: bool = False,
+        self,
+        word_ids: np.ndarray,
+        sequence: np.ndarray,
+        count: int,
+        from_student: np.ndarray | bool,
+        *,
+        masked: np.ndarray | None = None,
+        rng: np.random.Generator | None = None,
+        combined: bool = False,
     ) -> Pieces:
         """Pads the words' pieces into sequences.
 
@@ -170,8 +179,7 @@ class Segments:
 
 
 def cut_segments(
-    stream: WordStream, lexicon: Lexicon, *, unit: str, max_pieces: int, min_words: int, held_out_every: int,
-    max_words: int | None = None,
+    stream: WordStream, lexicon: Lexicon, *, unit: str, max_pieces: int, min_words: int, held_out_every: int
 ) -> tuple[Segments, Segments]:
     """Cuts the stream at line ends (and, for unit "sentence", at sentence ends) and at `max_pieces`.
 
@@ -200,8 +208,6 @@ def cut_segments(
         # A word belongs to the window in which its last piece falls; a first word that began in the window before
         # may carry it a few pieces over, which is why windows are cut one longest ordinary word (8 pieces) short.
         window = (ends - (ends[starts] - cost[starts])[run] - 1) // max(1, max_pieces - 8)
-        if max_words:
-            window = window * 2**20 + (np.arange(len(words)) - starts[run]) // max_words
         new_segment = new_run.copy()
         new_segment[1:] |= window[1:] != window[:-1]
         begin = np.flatnonzero(new_segment)
@@ -214,11 +220,12 @@ def cut_segments(
             found[held_out].append((begin[chosen] + offsets[0], length[chosen].astype(np.int32)))
     empty = (np.zeros(0, np.int64), np.zeros(0, np.int32))
     training, held_out = (
-        Segments(*(np.concatenate(parts) for parts in zip(*(found[side] or [empty]), strict=True))) for side in (False, True)
+        Segments(*(np.concatenate(parts) for parts in zip(*(found[side] or [empty]), strict=True)))
+        for side in (False, True)
     )
     if not len(training.starts):
         raise InputError(
-            f"corpus: no run of at least {min_words} words fits {max_pieces} pieces: give more text or a larger max_length"
+            f"corpus: no run of {min_words} or more words fits {max_pieces} pieces: give more text or raise max_length"
         )
     return training, held_out
 
@@ -230,8 +237,18 @@ class Batcher:
     """Batches of segments by step number."""
 
     def __init__(
-        self, table: PieceTable, stream: WordStream, lexicon: Lexicon, segments: Segments, *, batch_size: int, seed: int,
-        sides: tuple[str, ...], group_size: int = 1, p: Callable[[int], float] = lambda step: 0.5, mask: float = 0.0,
+        self,
+        table: PieceTable,
+        stream: WordStream,
+        lexicon: Lexicon,
+        segments: Segments,
+        *,
+        batch_size: int,
+        seed: int,
+        sides: tuple[str, ...],
+        group_size: int = 1,
+        p: Callable[[int], float] = lambda step: 0.5,
+        mask: float = 0.0,
         max_pieces: int = 126,
     ):
         self.table, self.stream, self.segments = table, stream, segments

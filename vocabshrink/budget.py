@@ -90,8 +90,9 @@ def weights_bytes(shape: Shape, format: str) -> int:
         counts = parameters(shape)
         return (counts["total"] - counts["pooler"]) * 4 + overhead
     hidden = shape.hidden_size
-    tables = sum(_matrix_bytes(rows, hidden, "int8", False)
-                 for rows in (shape.max_position_embeddings, shape.type_vocab_size))
+    tables = sum(
+        _matrix_bytes(rows, hidden, "int8", False) for rows in (shape.max_position_embeddings, shape.type_vocab_size)
+    )
     tables += _matrix_bytes(shape.vocab_size, hidden, format, False)
     matrices = sum(_matrix_bytes(rows, columns, format, True) for rows, columns in _matrices(shape))
     vectors = sum(rows for rows, _ in _matrices(shape)) + 4 * hidden
@@ -126,8 +127,10 @@ def refusal(
         mends.append(describe(smaller[0]))  # GRAPHS runs from the largest to the smallest
     if not mends:
         mends.append("fewer layers or a smaller hidden_size (no vocabulary and no format fits)")
-    return (f"{recipe} needs {_megabytes(needed)} at {describe(format)}: over the budget of "
-            f"{_megabytes(budget_bytes)} by {_megabytes(needed - budget_bytes)}; use {', or '.join(mends)}")
+    return (
+        f"{recipe} needs {_megabytes(needed)} at {describe(format)}: over the budget of "
+        f"{_megabytes(budget_bytes)} by {_megabytes(needed - budget_bytes)}; use {', or '.join(mends)}"
+    )
 
 
 def _matrices(shape: Shape) -> list[tuple[int, int]]:

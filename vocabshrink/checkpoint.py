@@ -33,7 +33,9 @@ def save_checkpoint(folder: Path, task: nn.Module, optimizer, meta: dict, scaler
     shutil.rmtree(temporary, ignore_errors=True)
     try:
         temporary.mkdir(parents=True)
-        save_file({name: t.cpu().contiguous() for name, t in trained_state(task).items()}, temporary / "model.safetensors")
+        save_file(
+            {name: t.cpu().contiguous() for name, t in trained_state(task).items()}, temporary / "model.safetensors"
+        )
         tensors, numbers = {}, {}
         for index, state in optimizer.state_dict()["state"].items():
             for name, value in state.items():
@@ -46,11 +48,17 @@ def save_checkpoint(folder: Path, task: nn.Module, optimizer, meta: dict, scaler
         meta = meta | {"optimizer_numbers": numbers, "scaler": scaler.state_dict() if scaler else None}
         (temporary / "meta.json").write_text(json.dumps(meta, indent=2), encoding="utf-8")
     except (OSError, SafetensorError) as error:
-        full = getattr(error, "errno", None) == errno.ENOSPC or "No space left" in str(error) or "os error 28" in str(error)
+        full = (
+            getattr(error, "errno", None) == errno.ENOSPC
+            or "No space left" in str(error)
+            or "os error 28" in str(error)
+        )
         if not full:
             raise
         shutil.rmtree(temporary, ignore_errors=True)
-        raise InputError(f"{folder}: the disk is full: free some space and run again, the checkpoint before is whole") from None
+        raise InputError(
+            f"{folder}: the disk is full: free some space and run again, the checkpoint before is whole"
+        ) from None
     if folder.exists():
         shutil.rmtree(before, ignore_errors=True)
         folder.rename(before)
@@ -82,10 +90,14 @@ def load_checkpoint(folder: Path, task: nn.Module, optimizer, meta: dict, scaler
         state = load_file(folder / "optimizer.safetensors")
         random = load_file(folder / "random.safetensors")
     except (OSError, SafetensorError) as error:
-        raise InputError(f"{folder}: damaged checkpoint ({error}): delete the folder to train this stage anew") from None
+        raise InputError(
+            f"{folder}: damaged checkpoint ({error}): delete the folder to train this stage anew"
+        ) from None
     current = trained_state(task)
     if {n: t.shape for n, t in saved.items()} != {n: t.shape for n, t in current.items()}:
-        raise InputError(f"{folder}: checkpoint of another recipe (shapes differ): delete it, or give the run another name")
+        raise InputError(
+            f"{folder}: checkpoint of another recipe (shapes differ): delete it, or give the run another name"
+        )
     for name, tensor in current.items():
         tensor.copy_(saved[name])
     full = optimizer.state_dict()

@@ -15,7 +15,9 @@ from tokenizer_build.errors import InputError
 
 app = typer.Typer(
     help="Compress a BERT-type encoder to under 7 MB by giving it a much smaller vocabulary.",
-    no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False,
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
 )
 RecipePath = Annotated[Path, typer.Argument(help="a recipe (YAML)")]
 Overrides = Annotated[list[str] | None, typer.Argument(help="settings over the recipe's: section.key=value ...")]
@@ -34,7 +36,8 @@ def open_run(recipe: Path, overrides: list[str] | None):
 
 @app.command()
 def run(
-    recipe: RecipePath, overrides: Overrides = None,
+    recipe: RecipePath,
+    overrides: Overrides = None,
     since: Annotated[float | None, typer.Option(help="Unix time from which summary.json counts its minutes")] = None,
 ):
     """Do every stage that the recipe asks for; finished ones are skipped."""
@@ -72,7 +75,10 @@ def show_summary(summary: dict) -> None:
     table = Table("", *SYSTEMS, title=f"{summary['minutes']:.1f} minutes")
     for key, row in summary.items():
         if isinstance(row, dict) and not key.endswith("_by_block"):
-            shown = [f"{row[s]:,.0f}" if key == "bytes" and s in row else f"{row[s]:.4g}" if s in row else "" for s in SYSTEMS]
+            shown = [
+                f"{row[s]:,.0f}" if key == "bytes" and s in row else f"{row[s]:.4g}" if s in row else ""
+                for s in SYSTEMS
+            ]
             table.add_row(key.replace("_", " "), *shown)
     Console(width=None if sys.stdout.isatty() else 100).print(table)
 
@@ -121,12 +127,15 @@ def harvest(out: Annotated[Path, typer.Argument(help="a .jsonl or .jsonl.gz to w
         return
     started = time.monotonic()
     counts = harvest_to(out, processes=os.cpu_count() or 1)
-    print(f"{out}: {counts['words']:,} words in {counts['paragraphs']:,} paragraphs, {time.monotonic() - started:.0f} s")
+    print(
+        f"{out}: {counts['words']:,} words in {counts['paragraphs']:,} paragraphs, {time.monotonic() - started:.0f} s"
+    )
 
 
 @app.command()
 def search(
-    artifact: Annotated[Path, typer.Argument(help="an artifact with an index, or a run's export folder")], query: str,
+    artifact: Annotated[Path, typer.Argument(help="an artifact with an index, or a run's export folder")],
+    query: str,
     top: Annotated[int, typer.Option(min=1)] = 5,
     as_json: Annotated[bool, typer.Option("--json", help="one JSON object a line")] = False,
 ):
@@ -135,7 +144,11 @@ def search(
 
     folder = artifact / "model" if (artifact / "model" / "MANIFEST.json").is_file() else artifact
     for hit in search_index(folder, query, top):
-        print(json.dumps(hit, ensure_ascii=False) if as_json else f"{hit['score']:.3f}  {hit.get('source', '')}\n       {hit['text']}")
+        print(
+            json.dumps(hit, ensure_ascii=False)
+            if as_json
+            else f"{hit['score']:.3f}  {hit.get('source', '')}\n       {hit['text']}"
+        )
 
 
 def main() -> None:
@@ -146,8 +159,18 @@ def main() -> None:
         print(f"vocabshrink: {error}", file=sys.stderr)
         sys.exit(2)
     except ImportError as error:
-        known = {"torch": "train", "transformers": "train", "accelerate": "train", "pydantic": "train", "yaml": "train",
-                 "pyarrow": "train", "scipy": "train", "onnx": "train", "matplotlib": "report", "jinja2": "report"}
+        known = {
+            "torch": "train",
+            "transformers": "train",
+            "accelerate": "train",
+            "pydantic": "train",
+            "yaml": "train",
+            "pyarrow": "train",
+            "scipy": "train",
+            "onnx": "train",
+            "matplotlib": "report",
+            "jinja2": "report",
+        }
         extra = known.get((error.name or "").partition(".")[0])
         if extra is None:
             raise

@@ -49,15 +49,23 @@ LAYERWISE = {"hidden_mse", "hidden_cosine", "hidden_normalized", "embedding_mse"
 
 def run_view(backbone, side, word_count: int, pooling: str, normalize: bool, *, embeddings=None, layers: bool) -> View:
     """One model's pass. Without `layers` only the last hidden states are kept, as the view's only ones."""
-    return View(side, run_backbone(backbone, side, embeddings=embeddings, layers=layers), pooling, normalize, word_count)
+    return View(
+        side, run_backbone(backbone, side, embeddings=embeddings, layers=layers), pooling, normalize, word_count
+    )
 
 
 class Distillation(TrainingTask):
     """Student and frozen teacher, each on its own segmentation of the same words."""
 
     def __init__(
-        self, stage: DistillStage, teacher: Teacher, student: nn.Module, pairs: Pairs, *,
-        head: MaskedLMHead | None = None, directions: Tensor | None = None,
+        self,
+        stage: DistillStage,
+        teacher: Teacher,
+        student: nn.Module,
+        pairs: Pairs,
+        *,
+        head: MaskedLMHead | None = None,
+        directions: Tensor | None = None,
     ):
         super().__init__()
         self.losses, self.pairs, self.layers = stage.losses, pairs, bool(LAYERWISE & set(stage.losses))

@@ -24,16 +24,18 @@ from vocabshrink.projection import ParameterProjection, widen
 from vocabshrink.recipe import DualStage
 from vocabshrink.teacher import MaskedLMHead, Teacher
 
+COMPARING = {
+    "hidden_mse",
+    "hidden_cosine",
+    "hidden_normalized",
+    "embedding_mse",
+    "sentence_cosine",
+    "batch_similarity",
+}
 LOSSES_OF_MODE = {
-    "joint": {
-        "student_masked_lm", "teacher_masked_lm", "parameters_down", "parameters_up", "hidden_mse", "hidden_cosine",
-        "hidden_normalized", "embedding_mse", "sentence_cosine", "batch_similarity",
-    },
+    "joint": COMPARING | {"student_masked_lm", "teacher_masked_lm", "parameters_down", "parameters_up"},
     "two_stage": {"teacher_masked_lm"},
-    "match": {
-        "hidden_mse", "hidden_cosine", "hidden_normalized", "embedding_mse", "sentence_cosine", "batch_similarity",
-        "group_similarity",
-    },
+    "match": COMPARING | {"group_similarity"},
 }
 
 
@@ -61,8 +63,14 @@ class DualTraining(TrainingTask):
     """The teacher on mixed input and, in joint mode, the student beside it."""
 
     def __init__(
-        self, stage: DualStage, teacher: Teacher, student: nn.Module, pairs: Pairs, *,
-        student_head: MaskedLMHead | None = None, directions: Tensor | None = None,
+        self,
+        stage: DualStage,
+        teacher: Teacher,
+        student: nn.Module,
+        pairs: Pairs,
+        *,
+        student_head: MaskedLMHead | None = None,
+        directions: Tensor | None = None,
     ):
         super().__init__()
         self.losses, self.pairs, self.mode = stage.losses, pairs, stage.mode
@@ -75,10 +83,13 @@ class DualTraining(TrainingTask):
             self.up = self.embedding.up  # one map up of this width
         self.teacher_head, self.head = teacher.head, student_head
         self.student_bias = nn.Parameter(torch.zeros(student.config.vocab_size))  # of the teacher's second softmax
-        self.projections = nn.ModuleDict({
-            direction: ParameterProjection(student, teacher.backbone, pairs, direction)
-            for direction in ("down", "up") if f"parameters_{direction}" in self.losses
-        })
+        self.projections = nn.ModuleDict(
+            {
+                direction: ParameterProjection(student, teacher.backbone, pairs, direction)
+                for direction in ("down", "up")
+                if f"parameters_{direction}" in self.losses
+            }
+        )
         freeze_unread(self)
         if self.mode == "match":  # both sides are the teacher, in its own width
             self.up.requires_grad_(False)
@@ -100,20 +111,29 @@ class DualTraining(TrainingTask):
         count = batch.word_mask.shape[1]
         forward = Forward(batch, self.pairs, self.up, self.down)
         mixed = run_view(
-            self.teacher, batch.mixed, count, self.pooling, self.normalize,
-            embeddings=self.embedding(batch.mixed.ids), layers=self.layers,
+            self.teacher,
+            batch.mixed,
+            count,
+            self.pooling,
+            self.normalize,
+            embeddings=self.embedding(batch.mixed.ids),
+            layers=self.layers,
         )
         if self.mode == "match":
             forward.up = forward.down = nn.Identity()
             forward.student = mixed
             with torch.no_grad():
-                forward.teacher = run_view(self.teacher, batch.teacher, count, self.pooling, self.normalize, layers=self.layers)
+                forward.teacher = run_view(
+                    self.teacher, batch.teacher, count, self.pooling, self.normalize, layers=self.layers
+                )
             return forward
         # the student learns from the teacher, not the teacher from the student: only masked LM moves the teacher
         forward.teacher = replace(mixed, hidden=tuple(state.detach() for state in mixed.hidden))
         if self.teacher_head is not None:
             forward.masked_lm["teacher"] = lambda: masked_lm_loss(
-                mixed.hidden[-1], batch.mixed.labels, self.teacher_head,
+                mixed.hidden[-1],
+                batch.mixed.labels,
+                self.teacher_head,
                 [self.embedding.teacher_table.weight, self.embedding.student_rows()],
                 [self.teacher_head.bias, self.student_bias],
             )
@@ -121,11 +141,15 @@ class DualTraining(TrainingTask):
             student = run_view(self.student, batch.student, count, self.pooling, self.normalize, layers=self.layers)
             forward.student = student
             forward.masked_lm["student"] = lambda: masked_lm_loss(
-                student.hidden[-1], batch.student.labels, self.head,
-                [self.student.get_input_embeddings().weight], [self.head.bias],
+                student.hidden[-1],
+                batch.student.labels,
+                self.head,
+                [self.student.get_input_embeddings().weight],
+                [self.head.bias],
             )
         forward.parameters = {
-            direction: lambda p=projection: p(self.student, self.teacher) for direction, projection in self.projections.items()
+            direction: lambda p=projection: p(self.student, self.teacher)
+            for direction, projection in self.projections.items()
         }
         return forward
 

@@ -153,8 +153,14 @@ def pack_nibbles(codes: np.ndarray) -> np.ndarray:
 
 
 def build_graph(
-    state: dict[str, np.ndarray], config, *, weights: str, group_size: int, max_positions: int,
-    pooling: str = "mean", normalize: bool = True,
+    state: dict[str, np.ndarray],
+    config,
+    *,
+    weights: str,
+    group_size: int,
+    max_positions: int,
+    pooling: str = "mean",
+    normalize: bool = True,
 ) -> onnx.ModelProto:
     """The ONNX model of a BERT encoder whose parameters are `state` (transformers' names, float32 arrays)."""
     graph = Graph(weights, group_size)
@@ -173,8 +179,10 @@ def build_graph(
         return graph.node("Transpose", [graph.node("Reshape", [hidden, shape])], perm=order)
 
     length = graph.node("Shape", ["input_ids"], start=1, end=2)
-    tables = {f"{name}_embeddings": state[f"embeddings.{name}_embeddings.weight"]
-              for name in ("word", "position", "token_type")}
+    tables = {
+        f"{name}_embeddings": state[f"embeddings.{name}_embeddings.weight"]
+        for name in ("word", "position", "token_type")
+    }
     pieces = graph.gather("word_embeddings", tables["word_embeddings"], "input_ids")
     positions = graph.first_rows("position_embeddings", tables["position_embeddings"][:max_positions], length)
     types = graph.gather("token_type_embeddings", tables["token_type_embeddings"], "token_type_ids")
@@ -189,8 +197,7 @@ def build_graph(
         name = f"encoder.layer.{layer}"
         parts = [f"{name}.attention.self.{part}" for part in ("query", "key", "value")]
         # Rows are rounded one by one, so the three matrices become one product without a change of value.
-        weight, offset = (np.concatenate([state[f"{part}.{kind}"] for part in parts])
-                          for kind in ("weight", "bias"))
+        weight, offset = (np.concatenate([state[f"{part}.{kind}"] for part in parts]) for kind in ("weight", "bias"))
         joint = graph.linear(f"{name}.attention.self", weight, offset, hidden)
         query, key, value = graph.node("Split", [joint], 3, axis=-1, num_outputs=3)
         query = heads_of(graph.node("Mul", [query, scale]), [0, 2, 1, 3])
@@ -239,8 +246,15 @@ def build_graph(
 
 
 def export_embedder(
-    model_folder: str | Path, out_folder: str | Path, *, weights: str, group_size: int = 128,
-    max_positions: int, pooling: str = "mean", normalize: bool = True, budget_bytes: int | None = None,
+    model_folder: str | Path,
+    out_folder: str | Path,
+    *,
+    weights: str,
+    group_size: int = 128,
+    max_positions: int,
+    pooling: str = "mean",
+    normalize: bool = True,
+    budget_bytes: int | None = None,
     manifest: dict | None = None,
 ) -> dict:
     """Write the delivery of a model folder and return its manifest (also in MANIFEST.json).
@@ -255,8 +269,13 @@ def export_embedder(
     model = _load_bert(model_folder)
     _check_settings(model.config, weights, group_size, max_positions, pooling)
     _check_place(out_folder)
-    settings = {"weights": weights, "group_size": group_size if weights == "int4" else None,
-                "max_positions": max_positions, "pooling": pooling, "normalize": normalize}
+    settings = {
+        "weights": weights,
+        "group_size": group_size if weights == "int4" else None,
+        "max_positions": max_positions,
+        "pooling": pooling,
+        "normalize": normalize,
+    }
     state = {name: value.float().numpy() for name, value in model.state_dict().items()}
     proto = build_graph(state, model.config, **(settings | {"group_size": group_size}))
 
@@ -270,8 +289,13 @@ def export_embedder(
         check = _check(place / GRAPH_FILES[weights], model, settings)
         names = ("config.json", GRAPH_FILES[weights], "tokenizer.json", "tokenizer_config.json")
         files = {name: _facts(place / name) for name in names}
-        written = {"graph": GRAPH_FILES[weights], "dimension": model.config.hidden_size, **settings,
-                   "files": files, "check": check}
+        written = {
+            "graph": GRAPH_FILES[weights],
+            "dimension": model.config.hidden_size,
+            **settings,
+            "files": files,
+            "check": check,
+        }
         full = {**(manifest or {}), **written}
         _weigh(full, place / "MANIFEST.json", budget_bytes)
         os.chmod(place, 0o755)  # mkdtemp's is for its owner alone
@@ -319,10 +343,23 @@ def _check_place(out_folder: Path) -> None:
 
 
 def _small_config(config, max_positions: int) -> dict:
-    kept = ("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size",
-            "hidden_act", "type_vocab_size", "layer_norm_eps", "pad_token_id")
-    return {"architectures": ["BertModel"], "model_type": "bert", "max_position_embeddings": max_positions,
-            **{name: getattr(config, name) for name in kept}}
+    kept = (
+        "vocab_size",
+        "hidden_size",
+        "num_hidden_layers",
+        "num_attention_heads",
+        "intermediate_size",
+        "hidden_act",
+        "type_vocab_size",
+        "layer_norm_eps",
+        "pad_token_id",
+    )
+    return {
+        "architectures": ["BertModel"],
+        "model_type": "bert",
+        "max_position_embeddings": max_positions,
+        **{name: getattr(config, name) for name in kept},
+    }
 
 
 def _copy_tokenizer(model_folder: Path, place: Path, vocab_size: int, max_positions: int) -> None:
@@ -330,10 +367,15 @@ def _copy_tokenizer(model_folder: Path, place: Path, vocab_size: int, max_positi
     tokenizer = json.loads((model_folder / "tokenizer.json").read_text(encoding="utf-8"))
     pieces = tokenizer["model"]["vocab"]
     if len(pieces) != vocab_size:
-        raise InputError(f"{model_folder} has {len(pieces):,} pieces in tokenizer.json and {vocab_size:,} in "
-                         "its model: save the two together again")
+        raise InputError(
+            f"{model_folder} has {len(pieces):,} pieces in tokenizer.json and {vocab_size:,} in "
+            "its model: save the two together again"
+        )
     tokenizer["truncation"] = {
-        "direction": "Right", "max_length": max_positions, "strategy": "LongestFirst", "stride": 0,
+        "direction": "Right",
+        "max_length": max_positions,
+        "strategy": "LongestFirst",
+        "stride": 0,
     }
     tokenizer["padding"] = None
     _write_json(place / "tokenizer.json", tokenizer)
@@ -366,11 +408,15 @@ def _check(path: Path, model: BertModel, settings: dict) -> dict:
         fake_quantize_(model, 4 if weights == "int4" else 8, settings["group_size"] or 128)
         check["same_weights"] = least_cosine()
         if check["same_weights"] < LEAST_AGREEMENT[weights]:
-            raise InputError(f"the {weights} graph gives a cosine of {check['same_weights']} with torch on "
-                             f"the same weights, under {LEAST_AGREEMENT[weights]}: use other weights")
+            raise InputError(
+                f"the {weights} graph gives a cosine of {check['same_weights']} with torch on "
+                f"the same weights, under {LEAST_AGREEMENT[weights]}: use other weights"
+            )
     if check["fp32"] < LEAST_FIDELITY[weights]:
-        raise InputError(f"{weights} gives a cosine of {check['fp32']} with the unrounded model, under "
-                         f"{LEAST_FIDELITY[weights]}: use a smaller group_size or weights of more bits")
+        raise InputError(
+            f"{weights} gives a cosine of {check['fp32']} with the unrounded model, under "
+            f"{LEAST_FIDELITY[weights]}: use a smaller group_size or weights of more bits"
+        )
     return check
 
 
@@ -383,15 +429,18 @@ def awkward_inputs(vocab_size: int, longest: int, types: int = 2) -> list[dict[s
         places = np.arange(max(lengths))[None]
         mask = places < np.array(lengths)[:, None]
         second = (places >= np.array(lengths)[:, None] // 2) & mask & (max(lengths) > 1) & (types > 1)
-        feeds.append({"input_ids": ids * mask, "attention_mask": mask.astype(np.int64),
-                      "token_type_ids": second.astype(np.int64)})
+        feeds.append(
+            {
+                "input_ids": ids * mask,
+                "attention_mask": mask.astype(np.int64),
+                "token_type_ids": second.astype(np.int64),
+            }
+        )
     return feeds
 
 
 @torch.no_grad()
-def torch_embedding(
-    model: BertModel, feed: dict[str, np.ndarray], pooling: str, normalize: bool
-) -> np.ndarray:
+def torch_embedding(model: BertModel, feed: dict[str, np.ndarray], pooling: str, normalize: bool) -> np.ndarray:
     """The reference: [batch, hidden] float32 from torch for the graph's inputs."""
     tensors = {name: torch.from_numpy(values) for name, values in feed.items()}
     hidden = model(**tensors).last_hidden_state

@@ -240,7 +240,7 @@ def _blocks(lines: list[str]) -> Iterator[list[str]]:
             literal_indent = indent
             continue
         if directive:
-            line = " " * indent + bare[directive.end():].strip()
+            line = " " * indent + bare[directive.end() :].strip()
             if not line.strip():
                 continue
         block.append(line)
@@ -266,8 +266,10 @@ def _split(block: list[str]) -> Iterator[list[str]]:
             paragraph = []  # the line above an underline is a heading
             continue
         starts = bare.startswith(".. ") or any(p.match(bare) for p in (ITEM, FIELD, ARGUMENT, PARAMETER))
-        below_parameter = len(paragraph) == 1 and indent > last_indent and (
-            PARAMETER.match(paragraph[0]) or paragraph[0].endswith(":") or len(paragraph[0].split()) == 1
+        below_parameter = (
+            len(paragraph) == 1
+            and indent > last_indent
+            and (PARAMETER.match(paragraph[0]) or paragraph[0].endswith(":") or len(paragraph[0].split()) == 1)
         )
         if paragraph and (starts or below_parameter or indent < last_indent):
             yield paragraph
@@ -286,9 +288,9 @@ def _prose(lines: list[str]) -> str | None:
         return None  # a comment, a citation, a link target
     text = " ".join(lines)
     if field := FIELD.match(text):
-        text = f"{field.group(1)}: {text[field.end():]}"
+        text = f"{field.group(1)}: {text[field.end() :]}"
     elif item := ITEM.match(text):
-        text = text[item.end():]
+        text = text[item.end() :]
     if "`" in text:
         text = LITERAL.sub(r"\1", LINK.sub(r"\1", ROLE.sub(r"\1", text)))
     text = " ".join(CITATION.sub("", text).split())

@@ -47,15 +47,25 @@ CACHED_CHARACTERS = 1_000  # longer chunks are not words of a language and will 
 CHECKED_CHARACTERS = 500_000  # of the first block, compared with whole-line tokenisation
 TABLES = ("teacher_offsets", "teacher_ids", "student_offsets", "student_ids", "counts", "ends_sentence")
 LOCAL_NORMALIZERS = (
-    "BertNormalizer", "NFC", "NFD", "NFKC", "NFKD", "Lowercase", "StripAccents", "Nmt", "Strip", "Precompiled"
+    "BertNormalizer",
+    "NFC",
+    "NFD",
+    "NFKC",
+    "NFKD",
+    "Lowercase",
+    "StripAccents",
+    "Nmt",
+    "Strip",
+    "Precompiled",
 )
 PRE_TOKENIZERS_AT_SPACES = ("BertPreTokenizer", "Whitespace", "WhitespaceSplit", "Metaspace", "ByteLevel")
-EDGES = (
-    " ", "  ", "   ", " \t", "\t ", "\u00a0 ", " \u00a0", "\u200b ", ". ", " '", "▁ ", " ▁", "é ", " \u0301",
-)
+EDGES = (" ", "  ", "   ", " \t", "\t ", "\u00a0 ", " \u00a0", "\u200b ", ". ", " '", "▁ ", " ▁", "é ", " \u0301")
 ROLES = {
-    "pad": ("[PAD]", "<pad>"), "unk": ("[UNK]", "<unk>"), "cls": ("[CLS]", "<s>"),
-    "sep": ("[SEP]", "</s>"), "mask": ("[MASK]", "<mask>"),
+    "pad": ("[PAD]", "<pad>"),
+    "unk": ("[UNK]", "<unk>"),
+    "cls": ("[CLS]", "<s>"),
+    "sep": ("[SEP]", "</s>"),
+    "mask": ("[MASK]", "<mask>"),
 }
 
 CHUNK = re.compile(r" *[^ ]+| +")
@@ -104,10 +114,7 @@ class WordStream:
         """Maps what `encode_corpus` wrote. Raises InputError where the folder is no finished lexicon."""
         folder = Path(folder)
         _read_meta(folder)
-        return cls(
-            np.load(folder / "word_ids.npy", mmap_mode="r"),
-            np.load(folder / "line_offsets.npy", mmap_mode="r"),
-        )
+        return cls(np.load(folder / "word_ids.npy", mmap_mode="r"), np.load(folder / "line_offsets.npy", mmap_mode="r"))
 
 
 def _read_meta(folder: Path) -> dict:
@@ -166,7 +173,7 @@ def tokenizer_file(path: str | Path) -> Path:
 
 
 def check_family(path: str | Path) -> str:
-    """"wordpiece", "byte-level", "metaspace" or "words": how the tokenizer of this file keeps words apart.
+    """ "wordpiece", "byte-level", "metaspace" or "words": how the tokenizer of this file keeps words apart.
 
     Raises InputError, with the reason, for a tokenizer that cannot be cut at spaces exactly: one that reads
     whole sentences or single characters, whose parts are not known to act locally, or that is random.
@@ -274,7 +281,8 @@ class _Splitter:
         # BERT's normalizer maps character by character and its pre-tokenizer isolates punctuation and drops
         # white space. Cutting there too halves the distinct chunks ("word", not "word," and "(word").
         if all(
-            isinstance(t.normalizer, BertNormalizer) and isinstance(t.pre_tokenizer, BertPreTokenizer)
+            isinstance(t.normalizer, BertNormalizer)
+            and isinstance(t.pre_tokenizer, BertPreTokenizer)
             and all(token.special for token in t.get_added_tokens_decoder().values())
             for t in tokenizers
         ):
@@ -289,7 +297,8 @@ class _Splitter:
         if character not in self.known:
             self.known[character] = unicodedata.category(character)[0] in "LNPS" and all(
                 n.normalize_str(f"a{character} b") == n.normalize_str(f"a{character}") + n.normalize_str(" b")
-                and n.normalize_str(character).strip() and not n.normalize_str(f"a{character}")[-1].isspace()
+                and n.normalize_str(character).strip()
+                and not n.normalize_str(f"a{character}")[-1].isspace()
                 for n in self.normalizers
             )
         return self.known[character]

@@ -53,7 +53,9 @@ class Lamb(torch.optim.Optimizer):
                 direction = direction / ((state["exp_avg_sq"] / (1 - beta2**step)).sqrt() + group["eps"])
                 direction = direction + group["weight_decay"] * parameter
                 weight_norm, step_norm = parameter.norm(), direction.norm()
-                trust = torch.where((weight_norm > 0) & (step_norm > 0), weight_norm / step_norm, torch.ones_like(weight_norm))
+                trust = torch.where(
+                    (weight_norm > 0) & (step_norm > 0), weight_norm / step_norm, torch.ones_like(weight_norm)
+                )
                 parameter.add_(direction * trust, alpha=-group["lr"])
 
 
@@ -99,8 +101,11 @@ def make_accelerator(settings: TrainingSection, run: RunDir) -> Accelerator:
         torch.set_num_threads(settings.threads)
     AcceleratorState._reset_state()  # else the precision of the process' first stage would be every stage's
     accelerator = Accelerator(
-        mixed_precision=settings.precision, log_with=settings.trackers or None, project_dir=str(run.path),
-        dataloader_config=DataLoaderConfiguration(), gradient_accumulation_steps=settings.gradient_accumulation,
+        mixed_precision=settings.precision,
+        log_with=settings.trackers or None,
+        project_dir=str(run.path),
+        dataloader_config=DataLoaderConfiguration(),
+        gradient_accumulation_steps=settings.gradient_accumulation,
     )
     if (launched := int(os.environ.get("WORLD_SIZE", "1"))) != accelerator.num_processes:
         # Accelerate takes several processes without a GPU for strangers; they would write into one folder.
@@ -112,8 +117,15 @@ def make_accelerator(settings: TrainingSection, run: RunDir) -> Accelerator:
 
 
 def train(
-    task: TrainingTask, batcher: Batcher, settings: TrainingSection, run: RunDir, stage: str, *,
-    fingerprint: str, accelerator: Accelerator, evaluate: Callable[[TrainingTask], dict] | None = None,
+    task: TrainingTask,
+    batcher: Batcher,
+    settings: TrainingSection,
+    run: RunDir,
+    stage: str,
+    *,
+    fingerprint: str,
+    accelerator: Accelerator,
+    evaluate: Callable[[TrainingTask], dict] | None = None,
 ) -> dict:
     """Trains the task in place for `settings.steps` optimizer steps, resuming from the stage's checkpoint.
 
@@ -149,7 +161,11 @@ def train(
     def save():
         if accelerator.is_main_process:
             meta = {
-                "stage": stage, "step": step, "tokens": tokens, "seconds": time.monotonic() - started, "losses": parts,
+                "stage": stage,
+                "step": step,
+                "tokens": tokens,
+                "seconds": time.monotonic() - started,
+                "losses": parts,
                 "fingerprint": fingerprint,
             }
             save_checkpoint(checkpoint, task, optimizer.optimizer, meta, accelerator.scaler)
@@ -167,7 +183,11 @@ def train(
                     losses = wrapped(batch.to(accelerator.device))
                     loss = sum(weights[name] * value.float() for name, value in losses.items())
                     accelerator.backward(loss)
-                    norm = accelerator.clip_grad_norm_(task.parameters(), settings.clip) if accelerator.sync_gradients else None
+                    norm = (
+                        accelerator.clip_grad_norm_(task.parameters(), settings.clip)
+                        if accelerator.sync_gradients
+                        else None
+                    )
                     optimizer.step()
                     optimizer.zero_grad()
                 step_tokens += batch.tokens
@@ -181,7 +201,11 @@ def train(
                 total = sum(weights[name] * value for name, value in parts.items())
                 scaled = accelerator.scaler is not None  # fp16 skips a step whose gradient overflows by itself
                 if not math.isfinite(total) or (norm is not None and not scaled and not math.isfinite(norm)):
-                    kept = f"the checkpoint of step {meta_step} is kept" if (meta_step := last_saved(checkpoint)) else "no checkpoint yet"
+                    kept = (
+                        f"the checkpoint of step {meta_step} is kept"
+                        if (meta_step := last_saved(checkpoint))
+                        else "no checkpoint yet"
+                    )
                     raise InputError(
                         f"{stage}: the loss is {total} at step {step} (gradient norm {float(norm or 0):.3g}); {kept}: "
                         f"lower {stage}.learning_rate (now {settings.learning_rate:g}) or use precision: no"
@@ -189,8 +213,14 @@ def train(
             if accelerator.is_main_process and (step % log_every == 0 or step in (1, settings.steps)):
                 now = time.monotonic()
                 row = {
-                    "stage": stage, "step": step, "tokens": tokens, "seconds": round(now - started, 2), "kind": "train",
-                    "loss": total, "losses": parts, "lr": optimizer.param_groups[0]["lr"],
+                    "stage": stage,
+                    "step": step,
+                    "tokens": tokens,
+                    "seconds": round(now - started, 2),
+                    "kind": "train",
+                    "loss": total,
+                    "losses": parts,
+                    "lr": optimizer.param_groups[0]["lr"],
                     "grad_norm": float(norm) if norm is not None else None,
                     "tokens_per_second": round((tokens - window_tokens) / max(now - window_start, 1e-9)),
                 }
@@ -199,14 +229,28 @@ def train(
                 note = f"loss {total:.4f}  {row['tokens_per_second']:,} tokens/s"
                 bar.update(shown, completed=step, note=note)
                 if not sys.stderr.isatty() and (step % (10 * log_every) == 0 or step in (1, settings.steps)):
-                    left = (now - started) / max(step - first_step, 1) * (settings.steps - step) if step > first_step else 0
-                    print(f"{stage} step {step}/{settings.steps}  {note}  {left / 60:.1f} min left", file=sys.stderr, flush=True)
+                    left = (
+                        (now - started) / max(step - first_step, 1) * (settings.steps - step)
+                        if step > first_step
+                        else 0
+                    )
+                    print(
+                        f"{stage} step {step}/{settings.steps}  {note}  {left / 60:.1f} min left",
+                        file=sys.stderr,
+                        flush=True,
+                    )
                 if settings.trackers:
-                    accelerator.log({"loss": total, "lr": row["lr"], **{f"losses/{k}": v for k, v in parts.items()}}, step=step)
+                    accelerator.log(
+                        {"loss": total, "lr": row["lr"], **{f"losses/{k}": v for k, v in parts.items()}}, step=step
+                    )
             if evaluate and accelerator.is_main_process and (step in evaluate_at or step == settings.steps):
                 metrics = evaluate(task)
-                run.append_metrics({"stage": stage, "step": step, "tokens": tokens, "kind": "evaluation", "metrics": metrics})
-                bar.console.print(f"{stage} step {step}: " + "  ".join(f"{k} {v:.4f}" for k, v in metrics.items()), soft_wrap=True)
+                run.append_metrics(
+                    {"stage": stage, "step": step, "tokens": tokens, "kind": "evaluation", "metrics": metrics}
+                )
+                bar.console.print(
+                    f"{stage} step {step}: " + "  ".join(f"{k} {v:.4f}" for k, v in metrics.items()), soft_wrap=True
+                )
                 if settings.trackers:
                     accelerator.log({f"evaluation/{k}": v for k, v in metrics.items()}, step=step)
             # Only what was checked is saved, so that a loss gone wrong never replaces the good checkpoint.
@@ -227,5 +271,11 @@ def last_saved(checkpoint: Path) -> int:
 def progress_bar(shown: bool) -> Progress:
     """A bar on a terminal; in a log, nothing but the plain lines."""
     console = Console(file=sys.stderr if shown else open(os.devnull, "w"))  # noqa: SIM115 - lives as long as the process
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn(), TextColumn("{task.fields[note]}"))
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeRemainingColumn(),
+        TextColumn("{task.fields[note]}"),
+    )
     return Progress(*columns, console=console, disable=not (shown and sys.stderr.isatty()))

@@ -24,6 +24,7 @@ from vocabshrink.teacher import pool_sentence, pool_words
 
 Direction = Literal["up", "down"]
 
+
 @dataclass
 class View:
     """One model's pass over one side of the batch. hidden: all hidden states [B, T, D], embedding output first."""

@@ -19,8 +19,15 @@ TIMED_SENTENCES = 100
 
 
 def measure_systems(
-    held_out: HeldOut, rated: dict[str, RatedPairs], *, teacher_folder: Path, untrained: Path, trained: Path, delivered: Path,
-    pooling: str, normalize: bool,
+    held_out: HeldOut,
+    rated: dict[str, RatedPairs],
+    *,
+    teacher_folder: Path,
+    untrained: Path,
+    trained: Path,
+    delivered: Path,
+    pooling: str,
+    normalize: bool,
 ) -> dict[str, dict[str, float]]:
     """{"bytes", "rank_agreement", "neighbour_overlap", "latency_ms", each rated set}: {system: figure}."""
     folders = {"teacher": teacher_folder, "untrained": untrained, "trained": trained}
@@ -45,10 +52,16 @@ def measure_systems(
     if teacher.model_type == "bert":
         with tempfile.TemporaryDirectory() as place:
             export_embedder(
-                teacher_folder, Path(place) / "teacher", weights="fp32", pooling=pooling, normalize=normalize,
+                teacher_folder,
+                Path(place) / "teacher",
+                weights="fp32",
+                pooling=pooling,
+                normalize=normalize,
                 max_positions=min(128, teacher.max_position_embeddings),
             )
-            figures["latency_ms"] = {"teacher": latency(load(Path(place) / "teacher").embed, held_out.texts)} | figures["latency_ms"]
+            figures["latency_ms"] = {"teacher": latency(load(Path(place) / "teacher").embed, held_out.texts)} | figures[
+                "latency_ms"
+            ]
     for name, pairs in rated.items():
         figures[name] = {system: pairs.spearman(embed) for system, embed in embedders.items()}
     return {key: {name: round(value, 4) for name, value in row.items()} for key, row in figures.items()}

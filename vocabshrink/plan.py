@@ -46,8 +46,10 @@ def check_budget(recipe: Recipe) -> None:
     """Refuses a recipe whose delivery cannot meet its size budget, saying what to change. Raises InputError."""
     student, _ = shapes(recipe)
     sentence = refusal(
-        delivered_shape(recipe, student), recipe.delivery.budget,
-        format_name(recipe.delivery.weights, recipe.delivery.group_size), recipe=recipe.name,
+        delivered_shape(recipe, student),
+        recipe.delivery.budget,
+        format_name(recipe.delivery.weights, recipe.delivery.group_size),
+        recipe=recipe.name,
     )
     if sentence:
         raise InputError(sentence)
@@ -83,12 +85,17 @@ def stage_costs(recipe: Recipe, run: RunDir) -> list[dict]:
             continue
         rows = run.metrics() if (run.path / "metrics.jsonl").is_file() else []
         done = [row for row in rows if row["stage"] == name and row["kind"] == "train"]
-        length = done[-1]["tokens"] / done[-1]["step"] / section.batch_size if done else section.max_length * GUESSED_FILL
+        length = (
+            done[-1]["tokens"] / done[-1]["step"] / section.batch_size if done else section.max_length * GUESSED_FILL
+        )
         tokens = int(section.steps * section.batch_size * length)
         forward_teacher, forward_student = flops_per_piece(teacher, int(length)), flops_per_piece(student, int(length))
         teacher_passes, student_passes = {
-            "teacher": (1, 0), "distill": (1, 3),
-            "dual": {"match": (4, 0), "two_stage": (3, 0), "joint": (3, 3)}[recipe.dual.mode if recipe.dual else "match"],
+            "teacher": (1, 0),
+            "distill": (1, 3),
+            "dual": {"match": (4, 0), "two_stage": (3, 0), "joint": (3, 3)}[
+                recipe.dual.mode if recipe.dual else "match"
+            ],
         }[name]
         flops = tokens * (teacher_passes * forward_teacher + student_passes * forward_student)
         costs.append({"stage": name, "tokens": tokens, "counted": bool(done), "flops": flops})
@@ -113,7 +120,9 @@ def plan_tables(recipe: Recipe, run: RunDir) -> list[Table]:
         size = delivery_bytes(delivered, name)
         mark = " (chosen)" if name == chosen else ""
         share = f"{size['total'] / recipe.delivery.budget:.0%}"
-        sizes.add_row(describe(name) + mark, f"{size['weights']:,}", f"{size['tokenizer']:,}", f"{size['total']:,}", share)
+        sizes.add_row(
+            describe(name) + mark, f"{size['weights']:,}", f"{size['tokenizer']:,}", f"{size['total']:,}", share
+        )
     costs = Table("stage", "tokens", "FLOPs", "hours here", title="training")
     speed = matrix_speed() * EFFICIENCY
     for cost in stage_costs(recipe, run):

@@ -322,6 +322,8 @@ def load_recipe(path: str | Path, overrides: list[str] | tuple[str, ...] = ()) -
         for parent in parents:
             if node.get(parent) is None:
                 node[parent] = {}
+            if isinstance(node[parent], int | float) and "losses" in parents[:-1]:
+                node[parent] = {"weight": node[parent]}  # the short form of a loss
             node = node[parent]
             if not isinstance(node, dict):
                 raise InputError(f"{override}: {parent} is a value, not a section")

@@ -119,21 +119,34 @@ def size_bars(summaries: dict[str, dict]) -> list[dict]:
             if not key.endswith("_by_block") or not isinstance(value, dict) or not value:
                 continue
             systems = value if all(isinstance(item, dict) for item in value.values()) else {"": value}
-            systems = {name: {block: n for block, n in parts.items() if _is_number(n) and n >= 0}
-                       for name, parts in systems.items() if isinstance(parts, dict)}
+            systems = {
+                name: {block: n for block, n in parts.items() if _is_number(n) and n >= 0}
+                for name, parts in systems.items()
+                if isinstance(parts, dict)
+            }
             longest = max((sum(parts.values()) for parts in systems.values()), default=0)
             if not longest:
                 continue
             unit = key.removesuffix("_by_block")
             blocks = list(dict.fromkeys(block for parts in systems.values() for block in parts))
-            charts.append({
-                "title": f"{_read(unit)} by block", "owner": owner, "blocks": blocks,
-                "bars": [{
-                    "name": name, "total": _figure(unit, sum(parts.values())),
-                    "parts": [(block, blocks.index(block) % len(SERIES), 100 * n / longest, _figure(unit, n))
-                              for block, n in parts.items()],
-                } for name, parts in systems.items()],
-            })
+            charts.append(
+                {
+                    "title": f"{_read(unit)} by block",
+                    "owner": owner,
+                    "blocks": blocks,
+                    "bars": [
+                        {
+                            "name": name,
+                            "total": _figure(unit, sum(parts.values())),
+                            "parts": [
+                                (block, blocks.index(block) % len(SERIES), 100 * n / longest, _figure(unit, n))
+                                for block, n in parts.items()
+                            ],
+                        }
+                        for name, parts in systems.items()
+                    ],
+                }
+            )
     return charts
 
 
@@ -150,8 +163,10 @@ def training_panel(stage: str, rows: list[dict]) -> dict:
     speed = [_curve("tokens per second", axis, train, ["tokens_per_second"])]
     plots = []
     for title, curves, log, marks in [
-        ("Losses, each part unweighted", losses, True, False), ("Evaluation", metrics, False, True),
-        ("Learning rate", rate, False, False), ("Tokens per second", speed, False, False),
+        ("Losses, each part unweighted", losses, True, False),
+        ("Evaluation", metrics, False, True),
+        ("Learning rate", rate, False, False),
+        ("Tokens per second", speed, False, False),
     ]:
         curves = [curve for curve in curves if curve.x]
         if curves:
@@ -201,8 +216,15 @@ def stage_timings(run: RunDir, rows: list[dict], stages: dict[str, dict]) -> lis
                 seconds[name] = summary[key] * factor
     names = _in_order({*stages, *seconds, *(n for n in STAGES if run.stage(n).is_dir())})
     longest = max(seconds.values(), default=0) or 1
-    return [{"name": name, "done": run.is_done(name), "text": _duration(seconds.get(name)),
-             "percent": 100 * seconds.get(name, 0) / longest} for name in names]
+    return [
+        {
+            "name": name,
+            "done": run.is_done(name),
+            "text": _duration(seconds.get(name)),
+            "percent": 100 * seconds.get(name, 0) / longest,
+        }
+        for name in names
+    ]
 
 
 def _curve(name: str, axis: str, rows: list[dict], keys: list[str]) -> Curve:
@@ -217,7 +239,7 @@ def _curve(name: str, axis: str, rows: list[dict], keys: list[str]) -> Curve:
     run = math.ceil(len(points) / POINTS) or 1
     curve = Curve(name)
     for start in range(0, len(points), run):
-        chunk = points[start:start + run]
+        chunk = points[start : start + run]
         curve.x.append(chunk[-1][0])
         curve.y.append(sum(y for _, y in chunk) / len(chunk))
     return curve
@@ -226,10 +248,21 @@ def _curve(name: str, axis: str, rows: list[dict], keys: list[str]) -> Curve:
 def _svg(name: str, curves: list[Curve], axis: str, *, log: bool, marks: bool) -> Markup:
     """An inline SVG whose colours are the page's CSS variables --ink, --grid and --series-0 to -7."""
     log = log and all(y > 0 for curve in curves for y in curve.y)
-    settings = {"svg.fonttype": "none", "svg.hashsalt": name, "font.size": 9, "text.parse_math": False,
-                "axes.spines.top": False, "axes.spines.right": False, "axes.edgecolor": GRID,
-                "axes.labelcolor": INK, "xtick.color": INK, "ytick.color": INK, "text.color": INK,
-                "axes.formatter.use_mathtext": False, "axes.unicode_minus": False}
+    settings = {
+        "svg.fonttype": "none",
+        "svg.hashsalt": name,
+        "font.size": 9,
+        "text.parse_math": False,
+        "axes.spines.top": False,
+        "axes.spines.right": False,
+        "axes.edgecolor": GRID,
+        "axes.labelcolor": INK,
+        "xtick.color": INK,
+        "ytick.color": INK,
+        "text.color": INK,
+        "axes.formatter.use_mathtext": False,
+        "axes.unicode_minus": False,
+    }
     with rc_context(settings):
         figure = Figure(figsize=(5.2, 2.7), layout="constrained")
         axes = figure.subplots()
@@ -250,7 +283,7 @@ def _svg(name: str, curves: list[Curve], axis: str, *, log: bool, marks: bool) -
         file = io.StringIO()
         figure.savefig(file, format="svg", transparent=True, metadata={"Date": None, "Creator": None})
     svg = file.getvalue()
-    svg = svg[svg.index("<svg"):]
+    svg = svg[svg.index("<svg") :]
     # Identifiers are unique in a file of its own, not among the many figures of one page.
     svg = re.sub(r'\bid="', f'id="{_slug(name)}-', svg)
     svg = re.sub(r'(xlink:href="|url\()#', rf"\1#{_slug(name)}-", svg)
@@ -281,8 +314,11 @@ def _is_number(value) -> bool:
 
 
 def _is_per_system(value) -> bool:
-    return isinstance(value, dict) and not value.keys().isdisjoint(SYSTEMS) and not any(
-        isinstance(item, (dict, list)) for item in value.values())
+    return (
+        isinstance(value, dict)
+        and not value.keys().isdisjoint(SYSTEMS)
+        and not any(isinstance(item, (dict, list)) for item in value.values())
+    )
 
 
 def _flat(value: dict, prefix: str = "") -> Iterable[tuple[str, str]]:

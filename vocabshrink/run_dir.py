@@ -109,15 +109,18 @@ class RunDir:
 
     def write_environment(self) -> None:
         """Write environment.json: what a reader needs to judge a figure, and nothing about who ran it."""
-        write_json(self.path / "environment.json", {
-            "date": datetime.now(UTC).strftime("%Y-%m-%d"),
-            "versions": {"python": platform.python_version(), **_versions()},
-            "platform": f"{platform.system()} {platform.machine()}",
-            "cpu": _cpu_model(),
-            "cpu_count": os.cpu_count(),
-            "gpus": _gpu_names(),
-            "git_commit": _git_commit(),
-        })
+        write_json(
+            self.path / "environment.json",
+            {
+                "date": datetime.now(UTC).strftime("%Y-%m-%d"),
+                "versions": {"python": platform.python_version(), **_versions()},
+                "platform": f"{platform.system()} {platform.machine()}",
+                "cpu": _cpu_model(),
+                "cpu_count": os.cpu_count(),
+                "gpus": _gpu_names(),
+                "git_commit": _git_commit(),
+            },
+        )
 
 
 @contextmanager

@@ -46,8 +46,10 @@ class Embedder:
         for start in range(0, len(order), batch_size):
             rows = order[start : start + batch_size]
             longest = len(encodings[rows[-1]].ids)
-            feed = {name: np.zeros((len(rows), longest), dtype=np.int64)
-                    for name in ("input_ids", "attention_mask", "token_type_ids")}
+            feed = {
+                name: np.zeros((len(rows), longest), dtype=np.int64)
+                for name in ("input_ids", "attention_mask", "token_type_ids")
+            }
             for line, i in enumerate(rows):
                 ids = encodings[i].ids
                 feed["input_ids"][line, : len(ids)] = ids
@@ -77,9 +79,7 @@ def load(folder: str | Path, threads: int = 1) -> Embedder:
     return Embedder(session, Tokenizer.from_file(str(paths["tokenizer.json"])), manifest)
 
 
-def build_index(
-    folder: str | Path, passages: Iterable[dict | str], *, batch_size: int = 32, threads: int = 1
-) -> int:
+def build_index(folder: str | Path, passages: Iterable[dict | str], *, batch_size: int = 32, threads: int = 1) -> int:
     """Embed passages (texts, or dicts with a "text") into folder/index; the number of passages.
 
     Writes passages.jsonl and vectors.npy [passages, dimension] float16; an index that was there is replaced.
@@ -123,8 +123,9 @@ def search(folder: str | Path, query: str, top: int = 5, threads: int = 1) -> li
     records = lines.read_text(encoding="utf-8").split("\n")[:-1]
     embedder = load(folder, threads)
     if vectors.shape != (len(records), embedder.dimension):
-        raise InputError(f"{matrix} is {vectors.shape} where {(len(records), embedder.dimension)} is needed: "
-                         "build the index again")
+        raise InputError(
+            f"{matrix} is {vectors.shape} where {(len(records), embedder.dimension)} is needed: build the index again"
+        )
     question = embedder.embed([query])[0]
     question /= max(float(np.linalg.norm(question)), 1e-12)
     scores = np.empty(len(records), dtype=np.float32)

@@ -75,6 +75,14 @@ class Run:
     recipe: Recipe
     dir: RunDir
 
+    def __post_init__(self):
+        dual, distill = self.recipe.dual, self.recipe.distill
+        if dual:
+            check_losses("dual", dual.losses, LOSSES_OF_MODE[dual.mode])
+        if distill:
+            of_dual_alone = {"teacher_masked_lm", "parameters_down", "parameters_up"}
+            check_losses("distill", distill.losses, set(LOSSES) - of_dual_alone)
+
     @cached_property
     def teacher_folder(self) -> Path:
         folder = resolve_model(self.recipe.teacher.model)
@@ -101,8 +109,14 @@ class Run:
     def settings_of(self, stage: str) -> dict:
         """The settings that decide a stage's output: its own sections and those of every stage before it."""
         sections = {
-            "count": ("corpus", "vocabulary"), "vocab": (), "encode": ("teacher",), "teacher": ("masked_lm_head", "seed"),
-            "dual": ("student", "dual"), "distill": ("distill",), "export": ("delivery", "evaluation", "index"), "report": (),
+            "count": ("corpus", "vocabulary"),
+            "vocab": (),
+            "encode": ("teacher",),
+            "teacher": ("masked_lm_head", "seed"),
+            "dual": ("student", "dual"),
+            "distill": ("distill",),
+            "export": ("delivery", "evaluation", "index"),
+            "report": (),
         }
         chosen: dict = {}
         for name in STAGES:
@@ -118,7 +132,12 @@ class Run:
     def held_out(self) -> HeldOut:
         lexicon, stream = self.words
         _, held_out = cut_segments(
-            stream, lexicon, unit="sentence", max_pieces=126, min_words=4, held_out_every=self.recipe.corpus.held_out_every
+            stream,
+            lexicon,
+            unit="sentence",
+            max_pieces=126,
+            min_words=4,
+            held_out_every=self.recipe.corpus.held_out_every,
         )
         return held_out_texts(stream, lexicon, held_out, self.recipe.evaluation.sentences, self.recipe.seed)
 
@@ -143,7 +162,9 @@ def run_stage(run: Run, name: str) -> bool:
     function, needs = STAGES[name]
     missing = [n for n in needs(run.recipe) if not run.dir.is_done(n)]
     if missing:
-        raise InputError(f"{run.dir.path}: stage {name} needs {missing[0]} first: vocabshrink {missing[0]} RECIPE, or run")
+        raise InputError(
+            f"{run.dir.path}: stage {name} needs {missing[0]} first: vocabshrink {missing[0]} RECIPE, or run"
+        )
     settings, kept = run.settings_of(name), run.dir.stage(name) / "settings.json"
     if main_process() and kept.is_file():
         different = first_difference(read_json(kept), settings)
@@ -191,7 +212,11 @@ def count(run: Run) -> dict:
         seen[0] += characters
 
     counts = count_words(
-        corpus.sources, column=corpus.column, lowercase=run.recipe.vocabulary.lowercase, processes=corpus.processes, progress=progress
+        corpus.sources,
+        column=corpus.column,
+        lowercase=run.recipe.vocabulary.lowercase,
+        processes=corpus.processes,
+        progress=progress,
     )
     write_counts(counts, run.dir.stage("count") / "counts.parquet")
     return {"words": sum(counts.values()), "distinct_words": len(counts)}
@@ -205,19 +230,26 @@ def vocab(run: Run) -> dict:
         counts, section.size, required=section.required, teacher_vocabulary=tokenizer.get_vocab()
     )
     save_tokenizer(pieces, folder, lowercase=section.lowercase)
-    comparison = compare(counts, {"teacher": run.teacher_folder / "tokenizer.json", "student": folder / "tokenizer.json"})
+    comparison = compare(
+        counts, {"teacher": run.teacher_folder / "tokenizer.json", "student": folder / "tokenizer.json"}
+    )
     student = Tokenizer.from_file(str(folder / "tokenizer.json"))
     examples = segmentation_examples(counts, tokenizer, student)
     write_json(folder / "comparison.json", comparison | {"examples": examples})
     return {"pieces": len(pieces), "comparison": comparison}
 
 
-def segmentation_examples(counts: dict[str, int], teacher: Tokenizer, student: Tokenizer, number: int = 12) -> list[dict]:
+def segmentation_examples(
+    counts: dict[str, int], teacher: Tokenizer, student: Tokenizer, number: int = 12
+) -> list[dict]:
     """Words that the student splits further than the teacher, spread over frequencies, for the report."""
     words = sorted((w for w in counts if w.isalpha() and len(w) > 5), key=lambda w: (-counts[w], w))[:20_000]
     found = []
     for word in words[200 :: max(1, len(words) // 400)]:
-        pieces = {name: t.encode(word, add_special_tokens=False).tokens for name, t in (("teacher", teacher), ("student", student))}
+        pieces = {
+            name: t.encode(word, add_special_tokens=False).tokens
+            for name, t in (("teacher", teacher), ("student", student))
+        }
         if len(pieces["student"]) > len(pieces["teacher"]):
             found.append({"word": word} | pieces)
     return found[:: max(1, len(found) // number)][:number]
@@ -232,31 +264,49 @@ def encode(run: Run) -> dict:
         seen[0] += words
 
     return encode_corpus(
-        read_blocks(corpus.sources, corpus.column), run.teacher_folder, run.vocab, run.dir.stage("encode"),
-        processes=corpus.processes, progress=progress,
+        read_blocks(corpus.sources, corpus.column),
+        run.teacher_folder,
+        run.vocab,
+        run.dir.stage("encode"),
+        processes=corpus.processes,
+        progress=progress,
     )
 
 
 # -------------------------------------------------------------------------------------------- training
 
 
-def make_batcher(run: Run, stage: TrainingSection, teacher: Teacher, sides: tuple[str, ...], accelerator, **options) -> Batcher:
+def make_batcher(
+    run: Run, stage: TrainingSection, teacher: Teacher, sides: tuple[str, ...], accelerator, **options
+) -> Batcher:
     lexicon, stream = run.words
     table = PieceTable(lexicon, teacher.table.num_embeddings)
     training, _ = cut_segments(
-        stream, lexicon, unit=getattr(stage, "unit", "line"), max_pieces=stage.max_length - 2, min_words=4,
+        stream,
+        lexicon,
+        unit=getattr(stage, "unit", "line"),
+        max_pieces=stage.max_length - 2,
+        min_words=4,
         held_out_every=run.recipe.corpus.held_out_every,
     )
     share = stage.batch_size // (accelerator.num_processes * stage.gradient_accumulation)
     group = options.get("group_size", 1)
     if share < group:
         raise InputError(
-            f"batch_size {stage.batch_size} over {accelerator.num_processes} processes and {stage.gradient_accumulation} "
-            f"accumulation steps leaves less than one group of {group}: make it larger"
+            f"batch_size {stage.batch_size} over {accelerator.num_processes} processes and "
+            f"{stage.gradient_accumulation} accumulation steps leaves less than one group of {group}: make it larger"
         )
     return Batcher(
-        table, stream, lexicon, training, batch_size=share, seed=run.recipe.seed, sides=sides, mask=stage.mask,
-        max_pieces=stage.max_length - 2, **options,
+        table,
+        stream,
+        lexicon,
+        training,
+        batch_size=share,
+        seed=run.recipe.seed,
+        sides=sides,
+        mask=stage.mask,
+        max_pieces=stage.max_length - 2,
+        **options,
     )
 
 
@@ -265,7 +315,7 @@ def fingerprint(run: Run, stage: str) -> str:
 
 
 def evaluator(run: Run, reference) -> Callable | None:
-    """Evaluation during training: rank agreement with the teacher as it was, and rated pairs where the recipe has any."""
+    """Evaluation during training: rank agreement with the teacher as it was, and the recipe's rated pairs."""
     recipe, held_out = run.recipe, run.held_out
     rated = {name: read_rated_pairs(path) for name, path in recipe.evaluation.stsb.items()}
     pooling, normalize = recipe.teacher.pooling, recipe.teacher.normalize
@@ -299,7 +349,9 @@ def teacher(run: Run) -> dict:
     )
     task = HeadTraining(teacher, {"teacher_masked_lm": Weighted()})
     batcher = make_batcher(run, stage, teacher, ("teacher",), accelerator)
-    result = train(task, batcher, stage, run.dir, "teacher", fingerprint=fingerprint(run, "teacher"), accelerator=accelerator)
+    result = train(
+        task, batcher, stage, run.dir, "teacher", fingerprint=fingerprint(run, "teacher"), accelerator=accelerator
+    )
     if accelerator.is_main_process:
         write_head(run.dir.stage("teacher") / "head", teacher.head)
     return result
@@ -309,7 +361,11 @@ def write_head(folder: Path, head: MaskedLMHead) -> None:
     from safetensors.torch import save_file
 
     folder.mkdir(parents=True, exist_ok=True)
-    names = {"dense": "cls.predictions.transform.dense", "norm": "cls.predictions.transform.LayerNorm", "bias": "cls.predictions.bias"}
+    names = {
+        "dense": "cls.predictions.transform.dense",
+        "norm": "cls.predictions.transform.LayerNorm",
+        "bias": "cls.predictions.bias",
+    }
     tensors = {}
     for key, value in head.state_dict().items():
         part, _, kind = key.partition(".")
@@ -319,12 +375,11 @@ def write_head(folder: Path, head: MaskedLMHead) -> None:
 
 def dual(run: Run) -> dict:
     stage, teacher = run.recipe.dual, run.teacher()
-    check_losses("dual", stage.losses, LOSSES_OF_MODE[stage.mode])
     uses_masked_lm = bool(MASKED_LM & set(stage.losses))
     if "teacher_masked_lm" in stage.losses and teacher.head is None:
         raise InputError(
-            f"dual.mode {stage.mode} needs a masked-LM head and {run.teacher_folder} has none: add a masked_lm_head section, "
-            "or choose dual.mode: match"
+            f"dual.mode {stage.mode} needs a masked-LM head and {run.teacher_folder} has none: add a masked_lm_head "
+            "section, or choose dual.mode: match"
         )
     torch.manual_seed(run.recipe.seed)
     accelerator = make_accelerator(stage, run.dir)
@@ -339,11 +394,22 @@ def dual(run: Run) -> dict:
     end = stage.p if stage.p_end is None else stage.p_end
     micro_steps = stage.steps * stage.gradient_accumulation * accelerator.num_processes
     batcher = make_batcher(
-        run, stage if uses_masked_lm else stage.model_copy(update={"mask": 0.0}), teacher, sides, accelerator,
-        group_size=stage.group_size, p=lambda index: stage.p + (end - stage.p) * min(1.0, index / micro_steps),
+        run,
+        stage if uses_masked_lm else stage.model_copy(update={"mask": 0.0}),
+        teacher,
+        sides,
+        accelerator,
+        group_size=stage.group_size,
+        p=lambda index: stage.p + (end - stage.p) * min(1.0, index / micro_steps),
     )
     result = train(
-        task, batcher, stage, run.dir, "dual", fingerprint=fingerprint(run, "dual"), accelerator=accelerator,
+        task,
+        batcher,
+        stage,
+        run.dir,
+        "dual",
+        fingerprint=fingerprint(run, "dual"),
+        accelerator=accelerator,
         evaluate=evaluator(run, run.teacher().backbone.to(accelerator.device)),
     )
     if accelerator.is_main_process:
@@ -366,11 +432,6 @@ def new_student_head(student, teacher: Teacher) -> MaskedLMHead:
 
 def distill(run: Run) -> dict:
     stage, teacher = run.recipe.distill, run.teacher()
-    check_losses("distill", stage.losses, set(LOSSES) - {"teacher_masked_lm", "parameters_down", "parameters_up"})
-    if "student_masked_lm" in stage.losses and not stage.mask:
-        raise InputError("distill.losses.student_masked_lm: nothing is masked: set distill.mask, 0.15 as in BERT")
-    if "group_similarity" in stage.losses and stage.group_size == 1:
-        raise InputError("distill.losses.group_similarity: it compares near sentences: set distill.group_size to 4")
     torch.manual_seed(run.recipe.seed)
     accelerator = make_accelerator(stage, run.dir)
     student, directions, report = build_student(run.recipe.student, teacher, run.vocab)
@@ -379,13 +440,21 @@ def distill(run: Run) -> dict:
         report = {"from": "dual"} | load_student(run.dir.stage("dual") / "student", student, head)
         trained_teacher = run.dir.stage("dual") / "teacher"
         if trained_teacher.is_dir():
-            teacher.backbone.load_state_dict(type(teacher.backbone).from_pretrained(trained_teacher).state_dict(), strict=False)
+            teacher.backbone.load_state_dict(
+                type(teacher.backbone).from_pretrained(trained_teacher).state_dict(), strict=False
+            )
     say(f"distill: student from {report}")
     pairs = layer_pairs(stage.layer_map, student.config.num_hidden_layers, teacher.config.num_hidden_layers)
     task = Distillation(stage, teacher, student, pairs, head=head, directions=directions)
     batcher = make_batcher(run, stage, teacher, ("student", "teacher"), accelerator, group_size=stage.group_size)
     result = train(
-        task, batcher, stage, run.dir, "distill", fingerprint=fingerprint(run, "distill"), accelerator=accelerator,
+        task,
+        batcher,
+        stage,
+        run.dir,
+        "distill",
+        fingerprint=fingerprint(run, "distill"),
+        accelerator=accelerator,
         evaluate=evaluator(run, run.teacher().backbone.to(accelerator.device)),
     )
     if accelerator.is_main_process:
@@ -424,22 +493,34 @@ def export(run: Run) -> dict:
 
     def deliver(manifest: dict) -> dict:
         return export_embedder(
-            trained, folder / "model", weights=section.weights, group_size=section.group_size,
+            trained,
+            folder / "model",
+            weights=section.weights,
+            group_size=section.group_size,
             max_positions=min(section.max_positions, student.config.max_position_embeddings),
-            pooling=teacher.pooling, normalize=teacher.normalize, budget_bytes=section.budget, manifest=manifest,
+            pooling=teacher.pooling,
+            normalize=teacher.normalize,
+            budget_bytes=section.budget,
+            manifest=manifest,
         )
 
     deliver(about)
     rated = {name: read_rated_pairs(path) for name, path in recipe.evaluation.stsb.items()}
     figures = measure_systems(
-        run.held_out, rated, teacher_folder=run.teacher_folder, untrained=folder / "untrained", trained=trained,
-        delivered=folder / "model", pooling=teacher.pooling, normalize=teacher.normalize,
+        run.held_out,
+        rated,
+        teacher_folder=run.teacher_folder,
+        untrained=folder / "untrained",
+        trained=trained,
+        delivered=folder / "model",
+        pooling=teacher.pooling,
+        normalize=teacher.normalize,
     )
     agreement = figures["rank_agreement"]
     if agreement["delivered"] < agreement["trained"] - section.tolerance:
         raise InputError(
-            f"{folder / 'model'}: {section.weights} costs too much: rank agreement {agreement['delivered']} is more than "
-            f"delivery.tolerance {section.tolerance} below {agreement['trained']}: use smaller groups or int8"
+            f"{folder / 'model'}: {section.weights} costs too much: rank agreement {agreement['delivered']} is more "
+            f"than delivery.tolerance {section.tolerance} below {agreement['trained']}: use smaller groups or int8"
         )
     figures["parameters_by_block"] = {"teacher": blocks_of(teacher.backbone), "student": blocks_of(student)}
     quality = {name: row for name, row in figures.items() if name not in ("bytes", "latency_ms", "parameters_by_block")}

@@ -44,13 +44,20 @@ def student_config(section: StudentSection, teacher_config, vocab_size: int) -> 
     hidden, heads = pick("hidden_size"), pick("num_attention_heads")
     if hidden % heads:
         raise InputError(f"student: num_attention_heads {heads} does not divide hidden_size {hidden}: choose a divisor")
-    positions = section.max_position_embeddings or teacher_config.max_position_embeddings - first_position(teacher_config)
+    positions = section.max_position_embeddings or teacher_config.max_position_embeddings - first_position(
+        teacher_config
+    )
     eps, activation = eps_and_activation(teacher_config)
     return BertConfig(
-        vocab_size=vocab_size, hidden_size=hidden, num_attention_heads=heads,
-        num_hidden_layers=pick("num_hidden_layers"), intermediate_size=pick("intermediate_size"),
-        max_position_embeddings=positions, type_vocab_size=getattr(teacher_config, "type_vocab_size", 0) or 1,
-        hidden_act=activation, layer_norm_eps=eps,
+        vocab_size=vocab_size,
+        hidden_size=hidden,
+        num_attention_heads=heads,
+        num_hidden_layers=pick("num_hidden_layers"),
+        intermediate_size=pick("intermediate_size"),
+        max_position_embeddings=positions,
+        type_vocab_size=getattr(teacher_config, "type_vocab_size", 0) or 1,
+        hidden_act=activation,
+        layer_norm_eps=eps,
     )
 
 
@@ -131,7 +138,10 @@ def build_student(
     table = teacher.table.weight.detach()
     width = table.shape[1]
     if config.hidden_size < width:
-        directions, turned = principal_directions(table, config.hidden_size), f" on {config.hidden_size} principal directions"
+        directions, turned = (
+            principal_directions(table, config.hidden_size),
+            f" on {config.hidden_size} principal directions",
+        )
     elif config.hidden_size > width:  # ALBERT's table is narrower than its layers
         directions, turned = torch.eye(width, config.hidden_size), f" in the first {width} columns"
     else:
@@ -154,8 +164,11 @@ def copy_body(student: BertModel, teacher: Teacher, layer_map: str | list) -> st
     if student.config.num_hidden_layers <= teacher.config.num_hidden_layers:
         pairs = layer_pairs(layer_map, student.config.num_hidden_layers, teacher.config.num_hidden_layers)
     else:
-        pairs = layer_pairs([(m, m) for m in range(1, teacher.config.num_hidden_layers + 1)],
-                            student.config.num_hidden_layers, teacher.config.num_hidden_layers)
+        pairs = layer_pairs(
+            [(m, m) for m in range(1, teacher.config.num_hidden_layers + 1)],
+            student.config.num_hidden_layers,
+            teacher.config.num_hidden_layers,
+        )
     source_layer = {m - 1: n - 1 for m, n in pairs if m and n}
     source = dict(teacher.backbone.named_parameters())
     same_heads = student.config.num_attention_heads == teacher.config.num_attention_heads
@@ -182,7 +195,9 @@ def copy_body(student: BertModel, teacher: Teacher, layer_map: str | list) -> st
         copied_in_layers += in_layer
     others = f", {copied - copied_in_layers} others"
     if not copied_in_layers:
-        return "random: no layer of the teacher has this shape" + (f" ({copied} other variables copied)" if copied else "")
+        return "random: no layer of the teacher has this shape" + (
+            f" ({copied} other variables copied)" if copied else ""
+        )
     copied_pairs = [(m + 1, n + 1) for m, n in source_layer.items()]
     return f"teacher's, pairs {copied_pairs} ({copied_in_layers} of {in_layers} variables of layers copied{others})"
 
@@ -205,14 +220,20 @@ def save_student(
     model.save_pretrained(temporary)
     for name in TOKENIZER_FILES:
         shutil.copy(tokenizer_folder / name, temporary / name)
-    modules = [("0", "", "Transformer"), ("1", "1_Pooling", "Pooling")] + [("2", "2_Normalize", "Normalize")] * normalize
+    modules = [("0", "", "Transformer"), ("1", "1_Pooling", "Pooling")] + [
+        ("2", "2_Normalize", "Normalize")
+    ] * normalize
     write = {
-        "modules.json": [{"idx": int(i), "name": i, "path": path, "type": f"sentence_transformers.models.{kind}"}
-                         for i, path, kind in modules],
+        "modules.json": [
+            {"idx": int(i), "name": i, "path": path, "type": f"sentence_transformers.models.{kind}"}
+            for i, path, kind in modules
+        ],
         "sentence_bert_config.json": {"max_seq_length": student.config.max_position_embeddings, "do_lower_case": False},
         "1_Pooling/config.json": {
-            "word_embedding_dimension": student.config.hidden_size, "pooling_mode_cls_token": pooling == "cls",
-            "pooling_mode_mean_tokens": pooling == "mean", "pooling_mode_max_tokens": False,
+            "word_embedding_dimension": student.config.hidden_size,
+            "pooling_mode_cls_token": pooling == "cls",
+            "pooling_mode_mean_tokens": pooling == "mean",
+            "pooling_mode_max_tokens": False,
             "pooling_mode_mean_sqrt_len_tokens": False,
         },
     }

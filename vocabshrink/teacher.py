@@ -86,7 +86,7 @@ class Teacher:
 
 
 def resolve_model(model: str) -> Path:
-    """The folder of a model: a local folder, `package:NAME/SUBFOLDER`, or a hub name (fetched, the only network use)."""
+    """The folder of a model: a local folder, `package:NAME/SUBFOLDER`, or a hub name (the only use of the network)."""
     if model.startswith("package:"):
         name, _, inner = model.removeprefix("package:").partition("/")
         try:
@@ -94,7 +94,9 @@ def resolve_model(model: str) -> Path:
         except (ModuleNotFoundError, ValueError):  # of a dotted name's parent, or no name
             spec = None
         if spec is None or not spec.submodule_search_locations:
-            raise InputError(f"teacher.model {model}: package {name} is not installed: pip install {name.replace('_', '-')}")
+            raise InputError(
+                f"teacher.model {model}: package {name} is not installed: pip install {name.replace('_', '-')}"
+            )
         folder = Path(next(iter(spec.submodule_search_locations))) / inner
     else:
         folder = Path(model).expanduser()
@@ -109,7 +111,9 @@ def resolve_model(model: str) -> Path:
         return Path(snapshot_download(model, allow_patterns=["*.json", "*.safetensors", "*.txt", "*.model"]))
     except (HFValidationError, HfHubHTTPError, LocalEntryNotFoundError, OfflineModeIsEnabled) as error:
         reason = str(error).splitlines()[0]
-        raise InputError(f"teacher.model {model}: neither a local folder nor to be had from the hub: {reason}") from None
+        raise InputError(
+            f"teacher.model {model}: neither a local folder nor to be had from the hub: {reason}"
+        ) from None
 
 
 def check_folder(folder: Path, sha256: str | None = None) -> None:
@@ -118,11 +122,15 @@ def check_folder(folder: Path, sha256: str | None = None) -> None:
         raise InputError(f"{folder}: not a model folder: config.json is missing")
     weights = sorted(folder.glob("*.safetensors"))
     if not weights:
-        raise InputError(f"{folder}: no model.safetensors: convert the weights with save_pretrained (pickles are not read)")
+        raise InputError(
+            f"{folder}: no model.safetensors: convert the weights with save_pretrained (pickles are not read)"
+        )
     if not (folder / "tokenizer.json").is_file():
         raise InputError(f"{folder}: no tokenizer.json: save the fast tokenizer there with save_pretrained")
     if sha256 and (found := file_sha256(weights[0])) != sha256:
-        raise InputError(f"{weights[0]}: sha256 is {found}, the recipe's teacher.sha256 is {sha256}: not the same weights")
+        raise InputError(
+            f"{weights[0]}: sha256 is {found}, the recipe's teacher.sha256 is {sha256}: not the same weights"
+        )
     vocab_size = json.loads((folder / "config.json").read_text(encoding="utf-8")).get("vocab_size")
     pieces = Tokenizer.from_file(str(folder / "tokenizer.json")).get_vocab_size()
     if vocab_size is not None and pieces > vocab_size:
@@ -166,8 +174,10 @@ def load_head(folder: Path, backbone: nn.Module) -> MaskedLMHead | None:
         with safe_open(path, framework="pt") as file:
             for dense, norm, bias in HEADS:
                 wanted = [f"{dense}.weight", f"{dense}.bias", f"{norm}.weight", f"{norm}.bias", bias]
-                legacy = [name.replace("LayerNorm.weight", "LayerNorm.gamma").replace("LayerNorm.bias", "LayerNorm.beta")
-                          for name in wanted]
+                legacy = [
+                    name.replace("LayerNorm.weight", "LayerNorm.gamma").replace("LayerNorm.bias", "LayerNorm.beta")
+                    for name in wanted
+                ]
                 for names in (wanted, legacy):
                     if set(names) <= set(file.keys()):
                         keys = ["dense.weight", "dense.bias", "norm.weight", "norm.bias", "bias"]
@@ -197,7 +207,11 @@ def run_backbone(
     size, width = side.ids.shape
 
     def forward(rows, columns: int) -> tuple[torch.Tensor, ...]:
-        inputs = {"input_ids": side.ids[rows, :columns]} if embeddings is None else {"inputs_embeds": embeddings[rows, :columns]}
+        inputs = (
+            {"input_ids": side.ids[rows, :columns]}
+            if embeddings is None
+            else {"inputs_embeds": embeddings[rows, :columns]}
+        )
         output = backbone(**inputs, attention_mask=side.attention_mask[rows, :columns], output_hidden_states=layers)
         return output.hidden_states if layers else (output.last_hidden_state,)
 

@@ -40,7 +40,8 @@ from itertools import islice
 from tokenizer_build.corpus import read_blocks
 from vocabshrink.lexicon import encode_corpus
 corpus, teacher, student, folder, blocks, size = sys.argv[1:]
-blocks_read = (block[: len(block) // 10] if size == "small" else block for block in islice(read_blocks([corpus]), int(blocks)))
+share = 10 if size == "small" else 1
+blocks_read = (block[: len(block) // share] for block in islice(read_blocks([corpus]), int(blocks)))
 encode_corpus(blocks_read, teacher, student, folder)
 print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024)
 """
@@ -83,7 +84,14 @@ def main() -> None:
             stream, lexicon, unit="line", max_pieces=MAX_LENGTH - 2, min_words=4, held_out_every=1_000_000
         )
         batcher = Batcher(
-            PieceTable(lexicon), stream, lexicon, training, batch_size=BATCH, seed=0, sides=("mixed", "student"), mask=0.15,
+            PieceTable(lexicon),
+            stream,
+            lexicon,
+            training,
+            batch_size=BATCH,
+            seed=0,
+            sides=("mixed", "student"),
+            mask=0.15,
             max_pieces=MAX_LENGTH - 2,
         )
 
@@ -108,17 +116,20 @@ def main() -> None:
             speeds.append(tokens_per_second(ours, 3))
             ratios.append(speeds[-1] / tokens_per_second(peer, 6))
         peaks = {
-            size: round(encoding_peak(arguments.corpus, teacher, student, Path(place) / size, arguments.blocks, size), 1)
+            size: round(
+                encoding_peak(arguments.corpus, teacher, student, Path(place) / size, arguments.blocks, size), 1
+            )
             for size in ("small", "whole")
         }
     result = {
-        "tokens_per_second": round(sorted(speeds)[1]), "ratio_to_retokenising": round(sorted(ratios)[1], 1),
+        "tokens_per_second": round(sorted(speeds)[1]),
+        "ratio_to_retokenising": round(sorted(ratios)[1], 1),
         "encoding_peak_mb": {"tenth": peaks["small"], "whole": peaks["whole"]},
     }
     write_json(arguments.out, result)
     print(f"mixed, masked batches   {result['tokens_per_second'] / 1e6:.1f} M tokens/s on one core (bar: 5 M)")
     print(f"against re-tokenising   {result['ratio_to_retokenising']:.1f}x (bar: 20x)")
-    print(f"peak memory of encoding {peaks['small']:.0f} MB for a tenth of the text, {peaks['whole']:.0f} MB for all of it")
+    print(f"peak memory of encoding {peaks['small']:.0f} MB of a tenth of the text, {peaks['whole']:.0f} MB of all")
     print(json.dumps(result))
     own = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
     print(f"(this process: {own:.0f} MB)")

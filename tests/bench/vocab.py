@@ -30,15 +30,11 @@ print(next(int(line.split()[1]) / 1000 for line in open("/proc/self/status") if 
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--corpus", nargs="+", required=True)
     parser.add_argument("--teacher", required=True)
     parser.add_argument("--out", type=Path, default=Path("artifacts/bench/vocab.json"))
-    parser.add_argument(
-        "--megabytes", type=float, default=60.0, help="millions of characters, from all paths alike"
-    )
+    parser.add_argument("--megabytes", type=float, default=60.0, help="millions of characters, from all paths alike")
     parser.add_argument("--processes", type=int, default=1)
     arguments = parser.parse_args()
     os.environ["RAYON_NUM_THREADS"] = str(arguments.processes)  # read when `tokenizers` first starts threads
@@ -70,9 +66,7 @@ def write_text(corpus: list[str], characters: float, path: Path) -> None:
 
 def peak_of_counting(text: Path, times: int) -> float:
     """Megabytes at the peak of a process that counts the text so many times over (Linux)."""
-    out = subprocess.run(
-        [sys.executable, "-c", PEAK, *[str(text)] * times], capture_output=True, text=True, check=True
-    )
+    out = subprocess.run([sys.executable, "-c", PEAK, *[str(text)] * times], capture_output=True, text=True, check=True)
     return round(float(out.stdout), 1)
 
 
@@ -98,10 +92,7 @@ def measure_all(text: Path, teacher: str, processes: int) -> dict:
         theirs = measure(counts, trained_on_counts(counts, size, characters))
         x, y = theirs["pieces_per_word"], ours["pieces_per_word"]
         result["pieces_per_word"][str(size)] = {"wordpiece": x, "fewest": y, "ratio": y / x}
-        print(
-            f"{size}: unknown words {ours['unknown_rate']:.4%}, theirs {theirs['unknown_rate']:.4%}",
-            flush=True,
-        )
+        print(f"{size}: unknown words {ours['unknown_rate']:.4%}, theirs {theirs['unknown_rate']:.4%}", flush=True)
         if size == 5000:
             own = set(teacher_pieces(pieces))
             result["teacher_overlap"][str(size)] = len(own & vocabulary.keys()) / len(own)
@@ -136,13 +127,8 @@ def trained_on_counts(counts, size: int, characters: int):
     tokenizer = Tokenizer(models.WordPiece(unk_token="[UNK]"))
     tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     tokenizer.train_from_iterator(text(), wordpiece_trainer(size, characters))
-    trained = Tokenizer(
-        models.WordPiece(tokenizer.get_vocab(), unk_token="[UNK]", max_input_chars_per_word=100)
-    )
-    trained.normalizer, trained.pre_tokenizer = (
-        normalizers.BertNormalizer(),
-        pre_tokenizers.BertPreTokenizer(),
-    )
+    trained = Tokenizer(models.WordPiece(tokenizer.get_vocab(), unk_token="[UNK]", max_input_chars_per_word=100))
+    trained.normalizer, trained.pre_tokenizer = (normalizers.BertNormalizer(), pre_tokenizers.BertPreTokenizer())
     return trained
 
 
@@ -150,10 +136,7 @@ def seconds_on_text(text: Path, size: int, characters: int) -> float:
     from tokenizers import Tokenizer, models, normalizers, pre_tokenizers
 
     tokenizer = Tokenizer(models.WordPiece(unk_token="[UNK]"))
-    tokenizer.normalizer, tokenizer.pre_tokenizer = (
-        normalizers.BertNormalizer(),
-        pre_tokenizers.BertPreTokenizer(),
-    )
+    tokenizer.normalizer, tokenizer.pre_tokenizer = (normalizers.BertNormalizer(), pre_tokenizers.BertPreTokenizer())
     start = time.perf_counter()
     tokenizer.train([str(text)], wordpiece_trainer(size, characters))
     return time.perf_counter() - start
@@ -168,11 +151,7 @@ def print_tables(result: dict) -> None:
     def row(name: str, value: float, bar: float, at_most: bool, *pair: str) -> None:
         met = value <= bar if at_most else value >= bar
         table.add_row(
-            name,
-            *(pair or ("", "")),
-            f"{value:.4f}",
-            f"{'<=' if at_most else '>='} {bar}",
-            "met" if met else "MISSED",
+            name, *(pair or ("", "")), f"{value:.4f}", f"{'<=' if at_most else '>='} {bar}", "met" if met else "MISSED"
         )
 
     for size, values in result["pieces_per_word"].items():
