@@ -105,3 +105,19 @@ def test_plan_and_list_print_their_tables(write_recipe, tmp_path):
     listed = vocabshrink("list").stdout
     for word in ("fewest", "group_similarity", "uniform"):
         assert word in listed
+
+
+def test_a_refused_stage_can_be_mended_in_the_recipe(write_recipe, tmp_path):
+    refused("count", write_recipe(corpus={"sources": []}), folder=tmp_path)
+    assert vocabshrink("count", write_recipe(), folder=tmp_path).returncode == 0
+
+
+def test_a_short_loss_takes_an_override_of_its_argument(write_recipe, tmp_path):
+    shown = vocabshrink("show", write_recipe("match"), "distill.losses.group_similarity.start=2", folder=tmp_path)
+    losses = yaml.safe_load(shown.stdout)["distill"]["losses"]
+    assert losses["group_similarity"] == {"weight": 20.0, "start": 2.0}
+
+
+def test_a_loss_that_a_stage_cannot_give_is_refused_before_anything_runs(write_recipe, tmp_path):
+    dual = {"mode": "match", "steps": 2, "learning_rate": 1e-3, "losses": {"teacher_masked_lm": 1}}
+    assert "dual.losses.teacher_masked_lm" in refused("count", write_recipe(dual=dual), folder=tmp_path)

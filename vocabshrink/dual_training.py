@@ -24,14 +24,7 @@ from vocabshrink.projection import ParameterProjection, widen
 from vocabshrink.recipe import DualStage
 from vocabshrink.teacher import MaskedLMHead, Teacher
 
-COMPARING = {
-    "hidden_mse",
-    "hidden_cosine",
-    "hidden_normalized",
-    "embedding_mse",
-    "sentence_cosine",
-    "batch_similarity",
-}
+COMPARING = {"hidden_mse", "hidden_cosine", "hidden_normalized", "embedding_mse", "sentence_cosine", "batch_similarity"}
 LOSSES_OF_MODE = {
     "joint": COMPARING | {"student_masked_lm", "teacher_masked_lm", "parameters_down", "parameters_up"},
     "two_stage": {"teacher_masked_lm"},

@@ -166,13 +166,13 @@ def run_stage(run: Run, name: str) -> bool:
             f"{run.dir.path}: stage {name} needs {missing[0]} first: vocabshrink {missing[0]} RECIPE, or run"
         )
     settings, kept = run.settings_of(name), run.dir.stage(name) / "settings.json"
-    if main_process() and kept.is_file():
+    # a report is cheap, and stale as soon as any stage ran again
+    if run.dir.is_done(name) and name != "report":
         different = first_difference(read_json(kept), settings)
         if different:
             raise InputError(
                 f"{kept.parent}: made by another recipe: {different}: give the run another name, or delete the folder"
             )
-    if run.dir.is_done(name) and name != "report":  # a report is cheap, and stale as soon as any stage ran again
         say(f"{name}: done before")
         return False
     if main_process():
