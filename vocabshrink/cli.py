@@ -1,5 +1,6 @@
 """The command line. Bad input is one sentence on stderr and exit code 2; torch is imported only by what trains."""
 
+import errno
 import json
 import os
 import sys
@@ -157,6 +158,12 @@ def main() -> None:
         app()
     except InputError as error:
         print(f"vocabshrink: {error}", file=sys.stderr)
+        sys.exit(2)
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+            raise
+        where = error.filename or "a file"
+        print(f"vocabshrink: the disk is full (writing {where}): free some space and run again", file=sys.stderr)
         sys.exit(2)
     except ImportError as error:
         known = {

@@ -44,7 +44,9 @@ def main() -> None:
         write_text(arguments.corpus, arguments.megabytes * 1e6, text)
         write_text(arguments.corpus, arguments.megabytes * 1e5, tenth)
         peaks = {name: peak_of_counting(tenth, times) for name, times in (("1x", 1), ("10x", 10))}
-        result = measure_all(text, arguments.teacher, arguments.processes)
+        from vocabshrink.teacher import resolve_model
+
+        result = measure_all(text, str(resolve_model(arguments.teacher)), arguments.processes)
     result["counting_peak_mb"] = peaks
     arguments.out.parent.mkdir(parents=True, exist_ok=True)
     arguments.out.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
