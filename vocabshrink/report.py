@@ -113,11 +113,12 @@ def headline_tiles(summary: dict) -> list[tuple[str, str, str]]:
 
 def size_bars(summaries: dict[str, dict]) -> list[dict]:
     """Bars for every `*_by_block` entry: {"encoder": n, ...}, or that per system, {"teacher": {...}, ...}."""
-    charts = []
+    charts, seen = [], []
     for owner, summary in summaries.items():
         for key, value in summary.items():
-            if not key.endswith("_by_block") or not isinstance(value, dict) or not value:
-                continue
+            if not key.endswith("_by_block") or not isinstance(value, dict) or not value or value in seen:
+                continue  # the run's summary repeats a stage's figures
+            seen.append(value)
             systems = value if all(isinstance(item, dict) for item in value.values()) else {"": value}
             systems = {
                 name: {block: n for block, n in parts.items() if _is_number(n) and n >= 0}

@@ -242,7 +242,7 @@ def vocab(run: Run) -> dict:
 def segmentation_examples(
     counts: dict[str, int], teacher: Tokenizer, student: Tokenizer, number: int = 12
 ) -> list[dict]:
-    """Words that the student splits further than the teacher, spread over frequencies, for the report."""
+    """Words that the two cut into different numbers of pieces, spread over frequencies, for the report."""
     words = sorted((w for w in counts if w.isalpha() and len(w) > 5), key=lambda w: (-counts[w], w))[:20_000]
     found = []
     for word in words[200 :: max(1, len(words) // 400)]:
@@ -250,7 +250,7 @@ def segmentation_examples(
             name: t.encode(word, add_special_tokens=False).tokens
             for name, t in (("teacher", teacher), ("student", student))
         }
-        if len(pieces["student"]) > len(pieces["teacher"]):
+        if len(pieces["student"]) != len(pieces["teacher"]):
             found.append({"word": word} | pieces)
     return found[:: max(1, len(found) // number)][:number]
 
