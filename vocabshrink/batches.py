@@ -225,7 +225,8 @@ def cut_segments(
     )
     if not len(training.starts):
         raise InputError(
-            f"corpus: no run of {min_words} or more words fits {max_pieces} pieces: give more text or raise max_length"
+            f"corpus: no run of at least {min_words} words fits {max_pieces} pieces: give more text "
+            "or a larger max_length"
         )
     return training, held_out
 
