@@ -247,3 +247,17 @@ def test_over_budget_leaves_no_delivery(tiny_teacher, corpus_file, tmp_path):
     with pytest.raises(InputError, match="over the budget"):
         run_all(data, tmp_path / "run")
     assert not (tmp_path / "run/export/model").exists()
+
+
+def test_a_vocabulary_that_is_there_is_taken_as_it_is(match_run, tiny_teacher, corpus_file, tmp_path):
+    """The delivery's own tokenizer leads back to the vocabulary that it came from."""
+    _, run = match_run
+    data = tiny_recipe(tiny_teacher, corpus_file, "untrained")
+    data["vocabulary"] = {"size": 999, "tokenizer": str(run.dir.path / "export/model")}
+    again = Run(parse_recipe(data, "test"), RunDir(tmp_path / "again"))
+    for name in ("count", "vocab"):
+        run_stage(again, name)
+    assert (again.vocab / "vocab.txt").read_bytes() == (run.vocab / "vocab.txt").read_bytes()
+    assert json.loads((again.vocab / "tokenizer.json").read_text()) == json.loads(
+        (run.vocab / "tokenizer.json").read_text()
+    )

@@ -12,6 +12,7 @@ from rich.table import Table
 from tokenizers import Tokenizer
 
 from tokenizer_build.errors import InputError
+from tokenizer_build.tokenizer import load_tokenizer
 from vocabshrink.budget import FORMATS, Shape, delivery_bytes, describe, format_name, parameters, refusal
 from vocabshrink.recipe import Recipe
 from vocabshrink.run_dir import RunDir
@@ -33,7 +34,9 @@ def shapes(recipe: Recipe) -> tuple[Shape, Shape]:
         raise InputError(f"{folder}/config.json has no {missing[0]}: {kind} is not an encoder of BERT's line")
     teacher = Shape(config["vocab_size"], *(config[name] for name in fields), config.get("type_vocab_size", 2))
     chosen = (getattr(recipe.student, name) or config[name] for name in fields)
-    student = Shape(recipe.vocabulary.size, *chosen, teacher.type_vocab_size)
+    given = recipe.vocabulary.tokenizer
+    size = load_tokenizer(given).get_vocab_size() if given else recipe.vocabulary.size
+    student = Shape(size, *chosen, teacher.type_vocab_size)
     return student, teacher
 
 

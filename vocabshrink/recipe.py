@@ -122,6 +122,7 @@ class VocabularySection(Section):
     trainer: Literal["fewest", "wordpiece", "bpe", "unigram", "prune"] = "fewest"
     lowercase: bool = True
     required: list[str] = []  # words that must be one piece, whatever the counts say
+    tokenizer: str | None = None  # a folder whose WordPiece vocabulary is taken as it is, instead of training one
 
 
 class StudentSection(Section):

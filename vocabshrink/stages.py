@@ -16,12 +16,13 @@ from pathlib import Path
 
 import torch
 from tokenizers import Tokenizer
+from tokenizers.models import WordPiece
 
 from tokenizer_build.compare import compare
 from tokenizer_build.corpus import read_blocks
 from tokenizer_build.count import count_words, read_counts, write_counts
 from tokenizer_build.errors import InputError
-from tokenizer_build.tokenizer import save_tokenizer
+from tokenizer_build.tokenizer import load_tokenizer, save_tokenizer
 from tokenizer_build.trainers import TRAINERS
 from vocabshrink.batches import Batcher, PieceTable, cut_segments
 from vocabshrink.distillation import Distillation
@@ -226,9 +227,18 @@ def vocab(run: Run) -> dict:
     section, folder = run.recipe.vocabulary, run.vocab
     counts = read_counts(run.dir.stage("count") / "counts.parquet")
     tokenizer = Tokenizer.from_file(str(run.teacher_folder / "tokenizer.json"))
-    pieces = TRAINERS[section.trainer](
-        counts, section.size, required=section.required, teacher_vocabulary=tokenizer.get_vocab()
-    )
+    if section.tokenizer:
+        given = load_tokenizer(section.tokenizer)
+        if not isinstance(given.model, WordPiece):
+            kind = type(given.model).__name__
+            raise InputError(
+                f"vocabulary.tokenizer {section.tokenizer}: {kind}, not WordPiece: name a WordPiece tokenizer"
+            )
+        pieces = sorted(given.get_vocab(), key=given.token_to_id)
+    else:
+        pieces = TRAINERS[section.trainer](
+            counts, section.size, required=section.required, teacher_vocabulary=tokenizer.get_vocab()
+        )
     save_tokenizer(pieces, folder, lowercase=section.lowercase)
     comparison = compare(
         counts, {"teacher": run.teacher_folder / "tokenizer.json", "student": folder / "tokenizer.json"}
