@@ -88,12 +88,12 @@ class DualTraining(TrainingTask):
             self.up.requires_grad_(False)
             self.down.requires_grad_(False)
         self.embedding.up.requires_grad_(True)
-        # match has the teacher's own reading as its target, so the body must not move; its table never needs to
+        # only masked LM moves the teacher; in match mode its own reading is the target and must stay
         train_teacher = stage.train_teacher and "teacher_masked_lm" in self.losses
         self.teacher.requires_grad_(train_teacher)
         self.student_bias.requires_grad_("teacher_masked_lm" in self.losses)
         if self.teacher_head is not None:
-            self.teacher_head.requires_grad_(train_teacher and "teacher_masked_lm" in self.losses)
+            self.teacher_head.requires_grad_(train_teacher)
         if self.head is not None:
             self.head.requires_grad_("student_masked_lm" in self.losses)
         if self.mode != "joint":

@@ -15,7 +15,6 @@ from pathlib import Path
 import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
-from accelerate.utils import DataLoaderConfiguration
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
@@ -104,7 +103,6 @@ def make_accelerator(settings: TrainingSection, run: RunDir) -> Accelerator:
         mixed_precision=settings.precision,
         log_with=settings.trackers or None,
         project_dir=str(run.path),
-        dataloader_config=DataLoaderConfiguration(),
         gradient_accumulation_steps=settings.gradient_accumulation,
     )
     if (launched := int(os.environ.get("WORLD_SIZE", "1"))) != accelerator.num_processes:
@@ -270,7 +268,7 @@ def last_saved(checkpoint: Path) -> int:
 
 def progress_bar(shown: bool) -> Progress:
     """A bar on a terminal; in a log, nothing but the plain lines."""
-    console = Console(file=sys.stderr if shown else open(os.devnull, "w"))  # noqa: SIM115 - lives as long as the process
+    console = Console(stderr=True, quiet=not shown)
     columns = (
         TextColumn("{task.description}"),
         BarColumn(),

@@ -88,8 +88,6 @@ def parse_size(value: Any) -> Any:
     return value
 
 
-STAGE_NAMES = ("count", "vocab", "encode", "teacher", "dual", "distill", "export", "report")
-
 Number = BeforeValidator(refuse_boolean)
 Bytes = Annotated[int, BeforeValidator(parse_size), Number, Field(gt=0)]
 Share = Annotated[float, Number, Field(ge=0, le=1)]

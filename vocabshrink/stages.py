@@ -202,22 +202,27 @@ def stages_of(recipe: Recipe) -> list[str]:
 # ------------------------------------------------------------------------------------------------ text
 
 
+def saying_millions(stage: str, unit: str, every: int) -> Callable[[int], None]:
+    """A progress callback that adds up what it is given and says so every few millions."""
+    seen = 0
+
+    def progress(more: int) -> None:
+        nonlocal seen
+        before, seen = seen, seen + more
+        if seen // (every * 1_000_000) > before // (every * 1_000_000):
+            say(f"{stage}: {seen / 1e6:,.0f} M {unit}")
+
+    return progress
+
+
 def count(run: Run) -> dict:
     corpus = run.recipe.corpus
-    every = 50_000_000
-    seen = [0]
-
-    def progress(characters: int) -> None:
-        if (seen[0] + characters) // every > seen[0] // every:
-            say(f"count: {(seen[0] + characters) / 1e6:,.0f} M characters")
-        seen[0] += characters
-
     counts = count_words(
         corpus.sources,
         column=corpus.column,
         lowercase=run.recipe.vocabulary.lowercase,
         processes=corpus.processes,
-        progress=progress,
+        progress=saying_millions("count", "characters", every=50),
     )
     write_counts(counts, run.dir.stage("count") / "counts.parquet")
     return {"words": sum(counts.values()), "distinct_words": len(counts)}
@@ -266,20 +271,14 @@ def segmentation_examples(
 
 
 def encode(run: Run) -> dict:
-    corpus, seen = run.recipe.corpus, [0]
-
-    def progress(words: int) -> None:
-        if (seen[0] + words) // 10_000_000 > seen[0] // 10_000_000:
-            say(f"encode: {(seen[0] + words) / 1e6:,.0f} M words")
-        seen[0] += words
-
+    corpus = run.recipe.corpus
     return encode_corpus(
         read_blocks(corpus.sources, corpus.column),
         run.teacher_folder,
         run.vocab,
         run.dir.stage("encode"),
         processes=corpus.processes,
-        progress=progress,
+        progress=saying_millions("encode", "words", every=10),
     )
 
 
@@ -324,23 +323,25 @@ def fingerprint(run: Run, stage: str) -> str:
     return json.dumps(run.settings_of(stage), sort_keys=True)
 
 
-def evaluator(run: Run, reference) -> Callable | None:
-    """Evaluation during training: rank agreement with the teacher as it was, and the recipe's rated pairs."""
+def evaluator(run: Run, teacher: Teacher, accelerator) -> Callable | None:
+    """Evaluation during training: rank agreement with the teacher as it is now, and the recipe's rated pairs.
+
+    Made before training, which may change the teacher; None on the processes that do not evaluate.
+    """
+    if not accelerator.is_main_process:
+        return None
     recipe, held_out = run.recipe, run.held_out
     rated = {name: read_rated_pairs(path) for name, path in recipe.evaluation.stsb.items()}
     pooling, normalize = recipe.teacher.pooling, recipe.teacher.normalize
-    of_teacher: list = []  # embedded once, when first needed
+    backbone = teacher.backbone.to(accelerator.device)
+    of_teacher = torch_embedder(backbone, run.teacher_folder, pooling, normalize, max_length=128)(held_out.texts)
 
     def evaluate(task) -> dict:
-        student = task.student
-        if not of_teacher:
-            embed = torch_embedder(reference, run.teacher_folder, pooling, normalize, max_length=128)
-            of_teacher.append(embed(held_out.texts))
-        embed = torch_embedder(student, run.vocab, pooling, normalize, max_length=128)
+        embed = torch_embedder(task.student, run.vocab, pooling, normalize, max_length=128)
         vectors = embed(held_out.texts)
         return {
-            "rank_agreement": held_out.rank_agreement(vectors, of_teacher[0]),
-            "neighbour_overlap": held_out.neighbour_overlap(vectors, of_teacher[0]),
+            "rank_agreement": held_out.rank_agreement(vectors, of_teacher),
+            "neighbour_overlap": held_out.neighbour_overlap(vectors, of_teacher),
         } | {name: pairs.spearman(embed) for name, pairs in rated.items()}
 
     return evaluate
@@ -393,6 +394,7 @@ def dual(run: Run) -> dict:
         )
     torch.manual_seed(run.recipe.seed)
     accelerator = make_accelerator(stage, run.dir)
+    evaluate = evaluator(run, teacher, accelerator)
     student, directions, report = build_student(run.recipe.student, teacher, run.vocab)
     say(f"dual: student embeddings {report['embeddings']}; layers {report['layers']}")
     head = new_student_head(student, teacher) if stage.mode == "joint" else None
@@ -420,7 +422,7 @@ def dual(run: Run) -> dict:
         "dual",
         fingerprint=fingerprint(run, "dual"),
         accelerator=accelerator,
-        evaluate=evaluator(run, run.teacher().backbone.to(accelerator.device)),
+        evaluate=evaluate,
     )
     if accelerator.is_main_process:
         folder = run.dir.stage("dual")
@@ -444,6 +446,7 @@ def distill(run: Run) -> dict:
     stage, teacher = run.recipe.distill, run.teacher()
     torch.manual_seed(run.recipe.seed)
     accelerator = make_accelerator(stage, run.dir)
+    evaluate = evaluator(run, teacher, accelerator)
     student, directions, report = build_student(run.recipe.student, teacher, run.vocab)
     head = new_student_head(student, teacher) if "student_masked_lm" in stage.losses else None
     if run.recipe.dual:
@@ -465,7 +468,7 @@ def distill(run: Run) -> dict:
         "distill",
         fingerprint=fingerprint(run, "distill"),
         accelerator=accelerator,
-        evaluate=evaluator(run, run.teacher().backbone.to(accelerator.device)),
+        evaluate=evaluate,
     )
     if accelerator.is_main_process:
         save_student(run.dir.stage("distill") / "student", student, head, run.vocab, teacher.pooling, teacher.normalize)
