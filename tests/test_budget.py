@@ -1,7 +1,9 @@
 import subprocess
 import sys
+from dataclasses import replace
 
 import pytest
+import transformers
 from transformers import BertConfig, BertModel
 
 from vocabshrink.budget import (
@@ -9,19 +11,19 @@ from vocabshrink.budget import (
     GRAPHS,
     Shape,
     delivery_bytes,
-    format_name,
     largest_vocabulary,
     parameters,
     refusal,
     weights_bytes,
 )
-from vocabshrink.export import build_graph
+from vocabshrink.export import TASKS, build_graph
+from vocabshrink.quantize import formats_of, save_compact
 
 MINILM = Shape(5_000, 384, 6, 1_536, max_position_embeddings=128)
 
 
 def bert(shape: Shape, heads: int = 2, **keywords) -> BertModel:
-    config = BertConfig(**vars(shape), num_attention_heads=heads)
+    config = BertConfig(**(vars(shape) | {"task": None}), num_attention_heads=heads)
     return BertModel(config, **keywords)
 
 
@@ -37,20 +39,25 @@ def test_parameters_are_torchs(shape):
     assert counts["pooler"] == sum(p.numel() for p in model.pooler.parameters())
 
 
+MIXED = {"embeddings": "int4-64", "positions": "int4-32", "attention": "int8", "feed_forward": "fp16", "head": "fp32"}
+
+
+@pytest.mark.parametrize("task", TASKS)
 @pytest.mark.parametrize("shape", SMALL)
-@pytest.mark.parametrize("format", GRAPHS)
-def test_predicted_graph_is_the_written_graph(shape, format):
-    model = bert(shape, add_pooling_layer=False)
-    state = {name: value.numpy() for name, value in model.state_dict().items()}
-    weights, _, group_size = format.partition("-")
-    proto = build_graph(
-        state,
-        model.config,
-        weights=weights,
-        group_size=int(group_size or 32),
-        max_positions=shape.max_position_embeddings,
-    )
-    assert weights_bytes(shape, format) == pytest.approx(proto.ByteSize(), rel=0.005)
+def test_predicted_files_are_the_written_files(shape, task, tmp_path):
+    shape = replace(shape, task=task, labels=3)
+    config = BertConfig(**(vars(shape) | {"task": None}), num_attention_heads=2, num_labels=3)
+    pooler = {"add_pooling_layer": False} if task == "embedding" else {}
+    model = getattr(transformers, TASKS[task])(config, **pooler)
+    state = {name.removeprefix("bert."): value.numpy() for name, value in model.state_dict().items()}
+    for format in (*GRAPHS, "fp16", MIXED):
+        proto = build_graph(state, config, task=task, formats=formats_of(format))
+        predicted = weights_bytes(shape, format)
+        # A head's nodes and, of mixed formats, a layer's are estimated: a few hundred bytes each.
+        assert predicted == pytest.approx(proto.ByteSize(), rel=0.005, abs=1_000 + 150 * shape.num_hidden_layers)
+    for format in ("int8", "int4-128", "int3-32", MIXED):
+        written = save_compact(model, tmp_path, format).stat().st_size
+        assert weights_bytes(shape, format, compact=True) == pytest.approx(written, rel=0.005, abs=3_000)
 
 
 @pytest.mark.parametrize("format", ["fp32", "fp16"])
@@ -104,9 +111,8 @@ def test_a_tokenizer_that_exists_is_measured(tmp_path):
 
 
 def test_unknown_format_and_names():
-    assert format_name("int4", 64) == "int4-64" and format_name("int8", 64) == "int8"
-    with pytest.raises(ValueError, match="int3"):
-        weights_bytes(MINILM, "int3")
+    with pytest.raises(ValueError, match="int5"):
+        weights_bytes(MINILM, "int5")
 
 
 def test_needs_neither_torch_nor_transformers():

@@ -3,6 +3,13 @@
 `vocabshrink.load(folder)` opens a delivered model and needs no torch; training lives in the other modules.
 """
 
-from vocabshrink.runtime import load
-
 __all__ = ["load"]
+
+
+def __getattr__(name: str):
+    """`load`, imported when it is asked for: `import vocabshrink` alone costs nothing."""
+    if name != "load":
+        raise AttributeError(f"module 'vocabshrink' has no attribute {name!r}")
+    from vocabshrink.runtime import load
+
+    return load

@@ -12,7 +12,7 @@ from pathlib import Path
 from transformers import AutoConfig, AutoModel
 
 from vocabshrink.evaluation import Embed, HeldOut, RatedPairs, torch_embedder
-from vocabshrink.export import export_embedder
+from vocabshrink.export import export_model
 from vocabshrink.runtime import load
 
 TIMED_SENTENCES = 100
@@ -51,10 +51,11 @@ def measure_systems(
     teacher = AutoConfig.from_pretrained(teacher_folder)
     if teacher.model_type == "bert":
         with tempfile.TemporaryDirectory() as place:
-            export_embedder(
+            export_model(
                 teacher_folder,
                 Path(place) / "teacher",
-                weights="fp32",
+                task="embedding",
+                formats="fp32",
                 pooling=pooling,
                 normalize=normalize,
                 max_positions=min(128, teacher.max_position_embeddings),
