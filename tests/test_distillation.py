@@ -1,17 +1,23 @@
 """Distillation: the teacher never moves, the student does, and agreement is worth nothing."""
 
+import math
+
 import pytest
 import torch
+import torch.nn.functional as F
 from tiny_training import NARROW, PLAIN, encode, make_batcher, mean_loss
+from tokenizers import Tokenizer
 from transformers import BertForMaskedLM
 
-from vocabshrink.distillation import Distillation
+from tokenizer_build.errors import InputError
+from vocabshrink.distillation import LOSSES_OF_DISTILLATION, Distillation
 from vocabshrink.layer_map import layer_pairs
 from vocabshrink.lexicon import encode_corpus
 from vocabshrink.loop import make_accelerator, train
+from vocabshrink.losses import ACROSS_VOCABULARIES, ATTENTION, LAYERWISE, MASKED_LM
 from vocabshrink.recipe import DistillStage, StudentSection
 from vocabshrink.run_dir import RunDir
-from vocabshrink.student import build_student, save_student
+from vocabshrink.student import build_student, save_student, shared_pieces, spellings
 from vocabshrink.teacher import MaskedLMHead, load_teacher
 
 SENTENCES = {"hidden_mse": 1.0, "sentence_cosine": 1.0, "batch_similarity": 1.0}
@@ -25,17 +31,24 @@ def words(lines, tiny_teacher, tmp_path_factory):
 
 
 def make(words, teacher_folder, losses, shape=NARROW, **options):
-    """(task, batcher, stage)"""
+    """(task, batcher, stage); the stage masks words and makes groups where the losses need it."""
+    if MASKED_LM & set(losses):
+        options = {"mask": 0.3} | options
+    if "group_similarity" in losses:
+        options = {"group_size": 4} | options
     stage = DistillStage(**({"steps": 30, "batch_size": 8, "learning_rate": 1e-2, "losses": losses} | PLAIN | options))
     torch.manual_seed(0)
     teacher = load_teacher(str(teacher_folder))
     student, directions, _ = build_student(StudentSection(**shape), teacher, words[0])
     width = student.config.hidden_size
-    head = MaskedLMHead(width, width, student.config.vocab_size) if "student_masked_lm" in losses else None
+    head = MaskedLMHead(width, width, student.config.vocab_size) if MASKED_LM & set(losses) else None
     pairs = layer_pairs(stage.layer_map, student.config.num_hidden_layers, teacher.config.num_hidden_layers)
-    task = Distillation(stage, teacher, student, pairs, head=head, directions=directions)
-    batcher = make_batcher(words[1], teacher, ("student", "teacher"), mask=stage.mask, group_size=stage.group_size)
-    return task, batcher, stage
+    tokenizers = [Tokenizer.from_file(str(folder / "tokenizer.json")) for folder in (words[0], teacher_folder)]
+    shared, spelling = shared_pieces(*tokenizers), spellings(*tokenizers)
+    of_both = {"shared": torch.from_numpy(shared), "spelling": torch.from_numpy(spelling)}
+    task = Distillation(stage, teacher, student, pairs, head=head, directions=directions, **of_both)
+    sides, drawn = ("student", "teacher"), {"mask": stage.mask, "group_size": stage.group_size}
+    return task, make_batcher(words[1], teacher, sides, shared=shared, **drawn), stage
 
 
 @pytest.mark.parametrize(
@@ -45,12 +58,11 @@ def make(words, teacher_folder, losses, shape=NARROW, **options):
         {"hidden_cosine": DOWN, "embedding_mse": 1.0},
         {"hidden_normalized": 1.0, "student_masked_lm": 0.1},
         {"group_similarity": 1.0, "sentence_cosine": 1.0},
+        {"attention_scores": 1.0, "hidden_mse": 1.0, "embedding_mse": 1.0},  # TinyBERT
     ],
 )
 def test_the_student_learns_and_the_teacher_never_moves(losses, words, tiny_teacher, tmp_path):
-    options = {"mask": 0.15} if "student_masked_lm" in losses else {}
-    options |= {"group_size": 4} if "group_similarity" in losses else {}
-    task, batcher, stage = make(words, tiny_teacher, losses, **options)
+    task, batcher, stage = make(words, tiny_teacher, losses)
     before, loss_before = {name: value.clone() for name, value in task.state_dict().items()}, mean_loss(task, batcher)
     run = RunDir(tmp_path)
     train(task, batcher, stage, run, "distill", fingerprint="f", accelerator=make_accelerator(stage, run))
@@ -72,11 +84,12 @@ def test_the_student_learns_and_the_teacher_never_moves(losses, words, tiny_teac
         ({"embedding_mse": 1.0, "batch_similarity": 1.0}, {"up"}),
         ({"batch_similarity": 1.0}, set()),
         ({"student_masked_lm": 1.0}, set()),
+        ({"hidden_contrastive": DOWN, "attention_kl": 1.0}, {"down"}),
+        ({"attention_scores": 1.0, "masked_lm_reduce": 1.0}, set()),
     ],
 )
 def test_helpers_that_no_loss_reads_are_frozen(losses, reads, words, tiny_teacher):
-    options = {"mask": 0.15} if "student_masked_lm" in losses else {}
-    task, batcher, _ = make(words, tiny_teacher, losses, **options)
+    task, batcher, _ = make(words, tiny_teacher, losses)
     helpers = {name.split(".")[0] for name, p in task.named_parameters() if p.requires_grad}
     assert helpers - {"student", "head"} == reads
     sum(task(batcher.batch(0)).values()).backward()
@@ -84,23 +97,173 @@ def test_helpers_that_no_loss_reads_are_frozen(losses, reads, words, tiny_teache
     assert all(p.grad is None for p in task.teacher.parameters())
 
 
+@pytest.mark.parametrize("layer_map", ["uniform", "emd", [[1, [1, 2]], [2, 4]]])
+@pytest.mark.parametrize("name", sorted(LOSSES_OF_DISTILLATION))
+def test_every_loss_works_across_vocabularies(name, layer_map, words, tiny_teacher):
+    """Gradients of all that the student has to give, of nothing of the teacher; only what is read is computed."""
+    task, batcher, _ = make(words, tiny_teacher, {name: 1.0}, layer_map=layer_map)
+    batch = batcher.batch(0)
+    assert not torch.equal(batch.student.units, batch.teacher.units)
+    forward = task.view(batch)
+    assert len(forward.student.hidden) == (3 if name in LAYERWISE else 1)
+    if name == "student_masked_lm":
+        assert forward.teacher is None  # who compares with no one pays for no one
+    else:
+        assert (forward.teacher.passed.queries is not None) == (name in ATTENTION)
+    loss = task(batch)[name]
+    loss.backward()
+    assert loss.shape == () and torch.isfinite(loss) and loss > 0
+    gradients = [p.grad for p in task.student.parameters() if p.grad is not None]
+    assert sum(g.abs().sum() for g in gradients) > 0 and all(bool(g.isfinite().all()) for g in gradients)
+    assert all(p.grad is None for name, p in task.named_parameters() if name.startswith("teacher"))
+
+
+@pytest.mark.parametrize("name", sorted(LOSSES_OF_DISTILLATION))
+def test_every_loss_is_about_the_same_in_bfloat16(name, words, tiny_teacher):
+    task, batcher, _ = make(words, tiny_teacher, {name: 1.0})
+    plain = task(batcher.batch(0))[name]
+    with torch.autocast("cpu", torch.bfloat16):
+        loss = task(batcher.batch(0))[name]
+    loss.backward()
+    assert loss.item() == pytest.approx(plain.item(), rel=0.1)
+
+
 def test_agreement_is_zero(lines, tiny_teacher, tmp_path):
     """A student that is its teacher, on the teacher's own vocabulary: every distance is nothing."""
     encode_corpus([lines], tiny_teacher, tiny_teacher, tmp_path)
-    names = (
-        "hidden_mse",
-        "hidden_cosine",
-        "hidden_normalized",
-        "embedding_mse",
-        "sentence_cosine",
-        "group_similarity",
-        "batch_similarity",
-    )
-    task, batcher, _ = make((tiny_teacher, tmp_path), tiny_teacher, dict.fromkeys(names, 1.0), {}, group_size=4)
+    names = sorted(LOSSES_OF_DISTILLATION - {"student_masked_lm"})
+    task, batcher, _ = make((tiny_teacher, tmp_path), tiny_teacher, dict.fromkeys(names, 1.0), {})
     assert isinstance(task.up, torch.nn.Identity) and isinstance(task.down, torch.nn.Identity)
+    task.head.load_state_dict(task.teacher_head.state_dict())
     for index in range(3):
-        for name, value in task(batcher.batch(index)).items():
+        batch = batcher.batch(index)
+        batch.teacher = batch.student  # the same noise for masked words
+        for name, value in task(batch).items():
             assert abs(float(value.detach())) < 1e-6, name
+
+
+class TestOneVocabulary:
+    """Where both read the teacher's pieces, losses are those of the papers, from what transformers gives."""
+
+    @pytest.fixture(scope="class")
+    def case(self, lines, tiny_teacher, tmp_path_factory):
+        """(task with every loss, a batch, both models' outputs with attentions, real positions [B, T])"""
+        folder = tmp_path_factory.mktemp("one")
+        encode_corpus([lines], tiny_teacher, tiny_teacher, folder)
+        losses = dict.fromkeys(sorted(LOSSES_OF_DISTILLATION), 1.0) | {"value_relations": {"heads": 8}}
+        shape = NARROW | {"num_attention_heads": 4, "initialize": "random"}
+        task, batcher, _ = make((tiny_teacher, folder), tiny_teacher, losses, shape)
+        with torch.no_grad():
+            for parameter in (*task.student.parameters(), *task.teacher.parameters()):
+                parameter.add_(torch.randn_like(parameter) * 0.1)  # maps that are far from even
+            batch = batcher.batch(1)
+            outputs = []
+            for model, side in ((task.student, batch.student), (task.teacher, batch.teacher)):
+                model.set_attn_implementation("eager")
+                inputs = {"input_ids": side.ids, "attention_mask": side.attention_mask}
+                outputs.append(model(**inputs, output_hidden_states=True, output_attentions=True))
+            return task(batch), batch, outputs, batch.student.attention_mask.bool(), task
+
+    def test_units_are_pieces(self, case):
+        _, batch, _, real, _ = case
+        places = torch.arange(real.shape[1]).expand(len(real), -1)
+        assert torch.equal(batch.student.units, places.where(real, -1)) and torch.equal(batch.unit_mask, real)
+
+    def test_hidden_states(self, case):
+        losses, _, (student, teacher), real, task = case
+        terms = {"hidden_mse": [], "hidden_mae": [], "hidden_cosine": []}
+        for m, n in ((1, 2), (2, 4)):
+            s, t = task.up(student.hidden_states[m][real]), teacher.hidden_states[n][real]
+            terms["hidden_mse"].append(F.mse_loss(s, t))
+            terms["hidden_mae"].append(F.l1_loss(s, t))
+            terms["hidden_cosine"].append(1 - F.cosine_similarity(s, t).mean())
+        for name, values in terms.items():
+            torch.testing.assert_close(losses[name], sum(values) / 2)
+        expected = F.mse_loss(task.up(student.hidden_states[0][real]), teacher.hidden_states[0][real])
+        torch.testing.assert_close(losses["embedding_mse"], expected)
+
+    def test_attention(self, case):
+        """Against the maps that transformers returns, without their padding."""
+        losses, _, (student, teacher), real, _ = case
+        terms = []
+        for m, n in ((0, 1), (1, 3)):
+            rows = []
+            for row, length in enumerate(real.sum(1)):
+                s, t = (o.attentions[k][row, :, :length, :length] for o, k in ((student, m), (teacher, n)))
+                rows.append((t * (t / s).log()).sum(-1).flatten())
+            terms.append(torch.cat(rows).mean())
+        torch.testing.assert_close(losses["attention_kl"], sum(terms) / 2)
+
+    def maps(self, case, left, right, heads):
+        """(student's, teacher's) products [heads, L, L] of each matched layer and sentence, from the weights."""
+        _, _, (student, teacher), real, task = case
+        for m, n in ((0, 1), (1, 3)):
+            found = []
+            for row, length in enumerate(real.sum(1)):
+                both = []
+                for output, model, k in ((student, task.student, m), (teacher, task.teacher, n)):
+                    attention, states = model.encoder.layer[k].attention.self, output.hidden_states[k][row, :length]
+                    a, b = (getattr(attention, part)(states).unflatten(-1, (heads, -1)) for part in (left, right))
+                    both.append(torch.einsum("ihd,jhd->hij", a, b) / math.sqrt(a.shape[-1]))
+                found.append(both)
+            yield found
+
+    @torch.no_grad()
+    def test_attention_scores(self, case):
+        terms = []
+        for found in self.maps(case, "query", "key", 4):
+            terms.append(torch.cat([(s - t).square().flatten() for s, t in found]).mean())
+        torch.testing.assert_close(case[0]["attention_scores"], sum(terms) / 2)
+
+    @pytest.mark.parametrize(("kind", "heads"), [("query", 4), ("key", 4), ("value", 8)])
+    @torch.no_grad()
+    def test_relations(self, case, kind, heads):
+        terms = []
+        for found in self.maps(case, kind, kind, heads):
+            rows = [F.kl_div(s.log_softmax(-1), t.softmax(-1), reduction="none").sum(-1).flatten() for s, t in found]
+            terms.append(torch.cat(rows).mean())
+        torch.testing.assert_close(case[0][f"{kind}_relations"], sum(terms) / 2)
+
+    @torch.no_grad()
+    def test_soft_masked_words(self, case):
+        losses, batch, (student, teacher), _, task = case
+        where = batch.student.labels >= 0
+        tables = task.student.get_input_embeddings().weight, task.teacher.get_input_embeddings().weight
+        s = task.head(student.last_hidden_state[where], tables[0])
+        t = task.teacher_head(teacher.last_hidden_state[where], tables[1])
+        expected = F.kl_div(s.log_softmax(-1), t.softmax(-1), reduction="batchmean")
+        torch.testing.assert_close(losses["masked_lm_match"], expected)
+        words = slice(5, None)  # special tokens are not spelt
+        expected = F.kl_div(s[:, words].log_softmax(-1), t[:, words].softmax(-1), reduction="batchmean")
+        torch.testing.assert_close(losses["masked_lm_reduce"], expected)
+
+
+class TestRefusals:
+    def make(self, words, tiny_teacher, name, *, teacher_head=True, student_head=True, **of_both):
+        stage = DistillStage(steps=1, batch_size=8, mask=0.15, losses={name: 1.0})
+        teacher = load_teacher(str(tiny_teacher))
+        if not teacher_head:
+            teacher.head = None
+        student, directions, _ = build_student(StudentSection(**NARROW), teacher, words[0])
+        head = MaskedLMHead(16, 16, student.config.vocab_size) if student_head else None
+        return Distillation(stage, teacher, student, ((1, (1,)),), head=head, directions=directions, **of_both)
+
+    @pytest.mark.parametrize("name", sorted(ACROSS_VOCABULARIES))
+    def test_without_a_teachers_head(self, name, words, tiny_teacher):
+        with pytest.raises(InputError, match=f"{name} needs a masked-LM head and .* has none: add a masked_lm_head"):
+            self.make(words, tiny_teacher, name, teacher_head=False)
+
+    @pytest.mark.parametrize("name", sorted(MASKED_LM - {"teacher_masked_lm"}))
+    def test_without_a_students_head(self, name, words, tiny_teacher):
+        with pytest.raises(InputError, match=f"{name}: the student has no masked-LM head"):
+            self.make(words, tiny_teacher, name, student_head=False)
+
+    def test_without_common_pieces(self, words, tiny_teacher):
+        for name in ACROSS_VOCABULARIES:
+            with pytest.raises(InputError, match=f"{name}: no piece is known to stand in both vocabularies"):
+                self.make(words, tiny_teacher, name)
+        with pytest.raises(InputError, match="masked_lm_match: no piece is known"):
+            self.make(words, tiny_teacher, "masked_lm_match", shared=torch.full((150,), -1))
 
 
 @torch.no_grad()

@@ -8,7 +8,7 @@ from tiny_training import NARROW, PLAIN, encode, make_batcher, mean_loss, pertur
 from transformers import AlbertConfig, AlbertForMaskedLM, AutoModel
 
 from tokenizer_build.tokenizer import save_tokenizer
-from vocabshrink.dual_training import LOSSES_OF_MODE, DualTraining, HeadTraining
+from vocabshrink.dual_training import COMPARING, LOSSES_OF_MODE, DualTraining, HeadTraining
 from vocabshrink.layer_map import layer_pairs
 from vocabshrink.loop import make_accelerator, train
 from vocabshrink.recipe import DualStage, StudentSection, TrainingSection, Weighted
@@ -88,6 +88,7 @@ def test_what_has_a_gradient(mode, shape, words, tiny_teacher):
         {"student_masked_lm": 1.0, "teacher_masked_lm": 1.0, "batch_similarity": 1.0, "parameters_down": 1.0},
         {"student_masked_lm": 1.0, "hidden_cosine": 1.0, "parameters_up": 1.0, "parameters_down": 1.0},
         {"teacher_masked_lm": 1.0, "hidden_mse": 1.0, "sentence_cosine": 1.0},
+        {"teacher_masked_lm": 1.0, "attention_kl": 1.0, "value_relations": 1.0, "hidden_mse": 1.0},
         {name: 1.0 for name in sorted(LOSSES_OF_MODE["joint"])},
     ],
 )
@@ -98,6 +99,24 @@ def test_no_parameter_waits_for_a_gradient_that_never_comes(losses, shape, words
     assert found.keys() == losses.keys() and all(torch.isfinite(v) and v > 0 for v in found.values())
     sum(found.values()).backward()
     assert not {name for name, p in task.named_parameters() if p.requires_grad and p.grad is None}
+
+
+@pytest.mark.parametrize("name", sorted(COMPARING))
+def test_the_teacher_does_not_learn_from_the_student(name, words, tiny_teacher):
+    """In joint mode its states are targets, whatever the loss reads; only masked LM moves it."""
+    task, batcher, _ = make(words, tiny_teacher, "joint", losses={name: 1.0, "teacher_masked_lm": 1.0})
+    loss = task(batcher.batch(0))[name]
+    loss.backward()
+    assert torch.isfinite(loss) and loss > 0
+    assert moving(task) and not moving(task) & names_under(task, "teacher.", "teacher_head.")
+
+
+@pytest.mark.parametrize("name", sorted(COMPARING))
+def test_every_comparison_serves_in_match_mode(name, words, tiny_teacher):
+    task, batcher, _ = make(words, tiny_teacher, "match", losses={name: 1.0})
+    loss = task(batcher.batch(0))[name]
+    loss.backward()
+    assert torch.isfinite(loss) and loss > 0 and TABLE in moving(task)
 
 
 def test_a_teacher_that_is_not_trained_stays(words, tiny_teacher):
@@ -132,7 +151,7 @@ def test_the_vocabulary_that_segmented_a_word_predicts_it(words, tiny_teacher):
     task.teacher_head.bias.normal_()
     first, batch = task.embedding.teacher_table.num_embeddings, batcher.batch(3)
     labels = batch.mixed.labels
-    (hidden,) = run_backbone(task.teacher, batch.mixed, embeddings=task.embedding(batch.mixed.ids))
+    hidden = run_backbone(task.teacher, batch.mixed, embeddings=task.embedding(batch.mixed.ids)).hidden[-1]
     terms = {"teacher": [], "student": []}
     for row, column in (labels >= 0).nonzero().tolist():
         label, state = int(labels[row, column]), task.teacher_head.transform(hidden[row, column])
@@ -152,8 +171,10 @@ def test_the_vocabulary_that_segmented_a_word_predicts_it(words, tiny_teacher):
 def test_mixing_is_the_teachers_or_the_students_segmentation(p, words, tiny_teacher):
     task, batcher, _ = make(words, tiny_teacher, "match", p=p)
     batch, first = batcher.batch(1), task.embedding.teacher_table.num_embeddings
-    inside = batch.mixed.words >= 0
-    assert bool(((batch.mixed.ids[inside] >= first) == bool(p)).all())
+    side = batch.mixed
+    last = side.attention_mask.sum(1, keepdim=True) - 1
+    words = (side.units > 0) & (torch.arange(side.units.shape[1]) < last)  # neither [CLS] nor [SEP], nor padding
+    assert bool(((side.ids[words] >= first) == bool(p)).all())
     losses = task(batch)
     assert losses.keys() == {"hidden_mse", "batch_similarity", "sentence_cosine"}
     for name, value in losses.items():  # agreement is worth nothing

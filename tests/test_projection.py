@@ -86,8 +86,16 @@ class TestParameterProjection:
         assert set(pairs) == {name for name, _ in models[0].named_parameters()} - {"embeddings.word_embeddings.weight"}
 
     def test_layers_outside_the_map_are_left_out(self, models):
-        names = [name for name, _ in match_parameters(*models, ((0, 0), (2, 4)))]
+        names = [name for name, _ in match_parameters(*models, ((0, (0,)), (2, (4,))))]
         assert not [name for name in names if ".layer.0." in name] and [name for name in names if ".layer.1." in name]
+
+    def test_of_a_block_the_last_layer_counts(self, models):
+        pairs = dict(match_parameters(*models, layer_pairs("block_mean", 2, 4)))
+        assert pairs["encoder.layer.0.output.dense.bias"] == "encoder.layer.1.output.dense.bias"
+
+    def test_emd_is_refused(self, models):
+        with pytest.raises(InputError, match="emd has no one teacher layer for parameter projections: choose another"):
+            ParameterProjection(*models, layer_pairs("emd", 2, 4), "up")
 
     @pytest.mark.parametrize("direction", ["up", "down"])
     def test_variables_of_one_shape_share_a_pair(self, models, direction):
@@ -143,4 +151,4 @@ class TestParameterProjection:
 
     def test_other_architectures_are_refused(self, models):
         with pytest.raises(InputError, match="need teacher and student of one architecture"):
-            ParameterProjection(nn.Linear(2, 2), models[1], ((1, 1),), "up")
+            ParameterProjection(nn.Linear(2, 2), models[1], ((1, (1,)),), "up")

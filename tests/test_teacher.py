@@ -1,7 +1,8 @@
-"""Every family of teacher gives what transformers gives: hidden states, masked-LM logits, pooled words."""
+"""Every family of teacher gives what transformers gives: hidden states, attention, masked-LM logits; pooled units."""
 
 import json
 import shutil
+from dataclasses import replace
 
 import pytest
 import torch
@@ -18,8 +19,9 @@ from vocabshrink.teacher import (
     check_folder,
     file_sha256,
     load_teacher,
+    pool_attention,
     pool_sentence,
-    pool_words,
+    pool_units,
     resolve_model,
     run_backbone,
 )
@@ -34,13 +36,37 @@ BODY = {
 SHAPES = {
     # An activation of its own for BERT: a head that takes gelu for granted would not show with gelu.
     "bert": BODY | {"hidden_act": "relu"},
-    # RoBERTa's own head is gelu whatever its config says.
-    "roberta": BODY | {"hidden_act": "relu", "pad_token_id": 1, "layer_norm_eps": 1e-5, "max_position_embeddings": 66},
-    "xlm-roberta": BODY | {"pad_token_id": 1, "max_position_embeddings": 66},
+    # RoBERTa's own head is gelu whatever its config says. It tells no token types apart.
+    "roberta": BODY
+    | {
+        "hidden_act": "relu",
+        "pad_token_id": 1,
+        "layer_norm_eps": 1e-5,
+        "max_position_embeddings": 66,
+        "type_vocab_size": 1,
+    },
+    "xlm-roberta": BODY | {"pad_token_id": 1, "max_position_embeddings": 66, "type_vocab_size": 1},
+    "camembert": BODY | {"pad_token_id": 1, "max_position_embeddings": 66, "type_vocab_size": 1},
     "albert": BODY | {"embedding_size": 16, "pad_token_id": 0},  # its activation is gelu_new
     "distilbert": {"dim": 32, "n_layers": 2, "n_heads": 4, "hidden_dim": 64, "max_position_embeddings": 64},
     "mpnet": BODY | {"pad_token_id": 1, "max_position_embeddings": 66},
 }
+# Where each family keeps layer m's query projection, and its name in the key's and the value's.
+LAYERS = {
+    "bert": "encoder.layer.{}.attention.self.query",
+    "roberta": "encoder.layer.{}.attention.self.query",
+    "xlm-roberta": "encoder.layer.{}.attention.self.query",
+    "camembert": "encoder.layer.{}.attention.self.query",
+    "albert": "encoder.albert_layer_groups.0.albert_layers.0.attention.query",
+    "distilbert": "transformer.layer.{}.attention.q_lin",
+}
+NAMES = {
+    "queries": {"query": "query", "q_lin": "q_lin"},
+    "keys": {"query": "key", "q_lin": "k_lin"},
+    "values": {"query": "value", "q_lin": "v_lin"},
+}
+RAGGED = [30, 4, 5, 29, 6, 4, 3, 30, 11, 2]  # run in chunks
+EVEN = [20, 13, 20, 17]
 
 
 def train_tokenizer(family: str, lines) -> Tokenizer:
@@ -104,14 +130,14 @@ def test_head_and_hidden_states_are_those_of_transformers(family, folders):
     reference = AutoModelForMaskedLM.from_pretrained(folders[family], dtype=torch.float32).eval()
     side = random_side(teacher.table.num_embeddings, [20, 13, 2], pad=teacher.config.pad_token_id)
     expected = reference(input_ids=side.ids, attention_mask=side.attention_mask, output_hidden_states=True)
-    hidden = run_backbone(teacher.backbone, side, layers=True)
+    hidden = run_backbone(teacher.backbone, side, layers=True).hidden
     real = side.attention_mask.bool()
     assert len(hidden) == 3
     for ours, theirs in zip(hidden, expected.hidden_states, strict=True):
         torch.testing.assert_close(ours[real], theirs[real], atol=1e-5, rtol=1e-5)
     logits = teacher.head(hidden[-1], teacher.table.weight)
     torch.testing.assert_close(logits[real], expected.logits[real], atol=1e-5, rtol=1e-5)
-    (last,) = run_backbone(teacher.backbone, side)
+    (last,) = run_backbone(teacher.backbone, side).hidden
     torch.testing.assert_close(last, hidden[-1])
     assert not teacher.backbone.training and getattr(teacher.backbone, "pooler", None) is None
 
@@ -122,8 +148,8 @@ def test_mixed_embedding_without_student_pieces_is_the_plain_input(family, folde
     teacher = load_teacher(str(folders[family]))
     embedding = MixedEmbedding(teacher.table, torch.nn.Embedding(7, 8), None)
     side = random_side(teacher.table.num_embeddings, [20, 13, 2], pad=teacher.config.pad_token_id)
-    (plain,) = run_backbone(teacher.backbone, side)
-    (mixed,) = run_backbone(teacher.backbone, side, embeddings=embedding(side.ids))
+    plain = run_backbone(teacher.backbone, side).hidden[0]
+    mixed = run_backbone(teacher.backbone, side, embeddings=embedding(side.ids)).hidden[0]
     real = side.attention_mask.bool()
     torch.testing.assert_close(mixed[real], plain[real], atol=1e-6, rtol=1e-6)
 
@@ -145,12 +171,11 @@ def test_mixed_embedding_takes_each_piece_from_its_table():
 @torch.no_grad()
 def test_chunks_are_the_plain_pass(family, embedded, folders):
     teacher = load_teacher(str(folders[family]))
-    lengths = [30, 4, 5, 29, 6, 4, 3, 30, 11, 2]
-    side = random_side(teacher.table.num_embeddings, lengths, pad=teacher.config.pad_token_id)
+    side = random_side(teacher.table.num_embeddings, RAGGED, pad=teacher.config.pad_token_id)
     widths = []
     teacher.backbone.register_forward_hook(lambda module, inputs, output: widths.append(output[0].shape[1]))
     embeddings = teacher.table(side.ids) if embedded else None
-    chunked = run_backbone(teacher.backbone, side, embeddings=embeddings, layers=True)
+    chunked = run_backbone(teacher.backbone, side, embeddings=embeddings, layers=True).hidden
     assert widths == [4, 6, 30, 30]  # three of ten rows each, by length
     inputs = {"inputs_embeds": embeddings} if embedded else {"input_ids": side.ids}
     plain = teacher.backbone(**inputs, attention_mask=side.attention_mask, output_hidden_states=True)
@@ -160,19 +185,185 @@ def test_chunks_are_the_plain_pass(family, embedded, folders):
         torch.testing.assert_close(ours[real], theirs[real], atol=1e-5, rtol=1e-5)
 
 
-def test_pool_words_is_a_mean_for_each_word():
-    generator = torch.Generator().manual_seed(1)
-    hidden = torch.randn(3, 9, 5, generator=generator)
-    words = torch.tensor(
-        [[-1, 0, 0, 1, 2, 2, 2, -1, -1], [-1, 0, 2, 2, -1, -1, -1, -1, -1], [-1, -1, -1, -1, -1, -1, -1, -1, -1]]
-    )
-    pooled = pool_words(hidden, words, 4)
-    assert pooled.shape == (3, 4, 5)
+@pytest.mark.parametrize("lengths", [EVEN, RAGGED])
+@pytest.mark.parametrize("family", SHAPES)
+@torch.no_grad()
+def test_token_types_are_read_where_there_are_two(family, lengths, folders):
+    teacher = load_teacher(str(folders[family]))
+    side = random_side(teacher.table.num_embeddings, lengths, pad=teacher.config.pad_token_id)
+    typed = replace(side, token_types=(torch.arange(side.ids.shape[1]) > 2).long() * side.attention_mask)
+    found, plain = (run_backbone(teacher.backbone, s, layers=True).hidden for s in (typed, side))
+    real = side.attention_mask.bool()
+    if family in ("bert", "albert"):
+        expected = teacher.backbone(
+            input_ids=side.ids,
+            attention_mask=side.attention_mask,
+            token_type_ids=typed.token_types,
+            output_hidden_states=True,
+        ).hidden_states
+        assert (found[-1] - plain[-1])[real].abs().max() > 0.01
+    else:
+        expected = plain
+    for ours, theirs in zip(found, expected, strict=True):
+        torch.testing.assert_close(ours[real], theirs[real], atol=1e-5, rtol=1e-5)
+
+
+class TestQueriesKeysValues:
+    @pytest.mark.parametrize("lengths", [EVEN, RAGGED])
+    @pytest.mark.parametrize("attention", ["eager", "sdpa"])
+    @pytest.mark.parametrize("family", LAYERS)
+    @torch.no_grad()
+    def test_are_the_projections_of_the_layer_before(self, family, attention, lengths, folders):
+        teacher = load_teacher(str(folders[family]))
+        teacher.backbone.set_attn_implementation(attention)
+        side = random_side(teacher.table.num_embeddings, lengths, pad=teacher.config.pad_token_id)
+        passed = run_backbone(teacher.backbone, side, layers=True, qkv=True)
+        plain = run_backbone(teacher.backbone, side, layers=True)
+        weights = dict(teacher.backbone.named_parameters())
+        real = side.attention_mask.bool()
+        assert plain.queries is plain.keys is plain.values is None
+        for kind, names in NAMES.items():
+            states = getattr(passed, kind)
+            assert len(states) == 2
+            for layer, (found, before) in enumerate(zip(states, plain.hidden[:-1], strict=True)):
+                place, _, query = LAYERS[family].format(layer).rpartition(".")
+                weight, bias = (weights[f"{place}.{names[query]}.{part}"] for part in ("weight", "bias"))
+                expected = before @ weight.T + bias
+                assert found.shape == (*side.ids.shape, 32)
+                torch.testing.assert_close(found[real], expected[real], atol=1e-5, rtol=1e-4)
+        for ours, theirs in zip(passed.hidden, plain.hidden, strict=True):
+            torch.testing.assert_close(ours, theirs, rtol=0, atol=0)
+
+    @pytest.mark.parametrize("attention", ["eager", "sdpa"])
+    @pytest.mark.parametrize("family", LAYERS)
+    @torch.no_grad()
+    def test_give_the_attention_of_transformers(self, family, attention, folders):
+        """output_attentions is of eager attention alone; the layers that are read are those of either."""
+        teacher = load_teacher(str(folders[family]))
+        side = random_side(teacher.table.num_embeddings, EVEN, pad=teacher.config.pad_token_id)
+        inputs = {"input_ids": side.ids, "attention_mask": side.attention_mask}
+        expected = teacher.backbone(**inputs, output_attentions=True).attentions
+        teacher.backbone.set_attn_implementation(attention)
+        passed = run_backbone(teacher.backbone, side, qkv=True)
+        assert len(expected) == len(passed.queries) == 2 and len(passed.hidden) == 1
+        real = side.attention_mask.bool()
+        for queries, keys, theirs in zip(passed.queries, passed.keys, expected, strict=True):
+            ours = attend(queries, keys, side.attention_mask, heads=4).transpose(1, 2)
+            torch.testing.assert_close(ours[real], theirs.transpose(1, 2)[real], atol=1e-5, rtol=1e-4)
+
+    @pytest.mark.parametrize("lengths", [EVEN, RAGGED])
+    @pytest.mark.parametrize("family", LAYERS)
+    def test_carry_gradients_to_all_that_made_them(self, family, lengths, folders):
+        teacher = load_teacher(str(folders[family]))
+        side = random_side(teacher.table.num_embeddings, lengths, pad=teacher.config.pad_token_id)
+        for kind, names in NAMES.items():
+            teacher.backbone.zero_grad()
+            getattr(run_backbone(teacher.backbone, side, qkv=True), kind)[-1].pow(2).sum().backward()
+            weights = dict(teacher.backbone.named_parameters())
+            place, _, query = LAYERS[family].format(1).rpartition(".")
+            assert weights[f"{place}.{names[query]}.weight"].grad.abs().max() > 0
+            assert weights[f"{LAYERS[family].format(0).rpartition('.')[0]}.{query}.weight"].grad.abs().max() > 0
+            assert teacher.table.weight.grad.abs().max() > 0
+
+    @pytest.mark.parametrize("lengths", [EVEN, RAGGED])
+    def test_are_pooled_in_float32_under_autocast(self, lengths, folders):
+        teacher = load_teacher(str(folders["bert"]))
+        side = random_side(teacher.table.num_embeddings, lengths)
+        units = torch.where(side.attention_mask.bool(), torch.arange(side.ids.shape[1]) // 2, -1)
+        with torch.autocast("cpu", torch.bfloat16):
+            passed = run_backbone(teacher.backbone, side, qkv=True)
+            assert all(s.dtype == torch.bfloat16 for s in (*passed.queries, *passed.keys, *passed.values))
+            maps = attend(passed.queries[-1].float(), passed.keys[-1].float(), side.attention_mask, heads=4)
+            pooled = pool_attention(maps, units, 15)
+            states = pool_units(passed.values[-1], units, 15)
+        assert pooled.dtype == states.dtype == torch.float32
+        rows = (torch.arange(15) <= units.max(1).values[:, None]).float()
+        torch.testing.assert_close(pooled.sum(-1), rows.unsqueeze(1).expand(-1, 4, -1), atol=1e-5, rtol=0)
+        (pooled.pow(2).sum() + states.pow(2).sum()).backward()
+        for parameter in teacher.backbone.encoder.layer[0].parameters():
+            assert parameter.grad.isfinite().all()
+
+    def test_of_other_architectures_are_refused(self, folders):
+        teacher = load_teacher(str(folders["mpnet"]))  # its scores have relative positions added
+        side = random_side(teacher.table.num_embeddings, EVEN, pad=1)
+        with pytest.raises(InputError, match="^mpnet: where its attention is .*, or a model among bert, "):
+            run_backbone(teacher.backbone, side, qkv=True)
+        albert = load_teacher(str(folders["albert"])).backbone
+        albert.config.inner_group_num = 2
+        with pytest.raises(InputError, match="^albert: "):
+            run_backbone(albert, side, qkv=True)
+
+    def test_leave_no_hook_behind(self, folders):
+        backbone = load_teacher(str(folders["bert"])).backbone
+        run_backbone(backbone, random_side(100, EVEN), qkv=True)
+        with pytest.raises(IndexError):
+            run_backbone(backbone, Pieces(torch.full((1, 4), 10**6), torch.ones(1, 4), torch.zeros(1, 4)), qkv=True)
+        assert not any(module._forward_hooks for module in backbone.modules() if isinstance(module, torch.nn.Linear))
+
+
+def attend(queries, keys, attention_mask, heads: int) -> torch.Tensor:
+    """softmax(Q K^T / sqrt(d)) [B, h, T, T] by hand."""
+    queries, keys = (state.unflatten(-1, (heads, -1)).transpose(1, 2) for state in (queries, keys))
+    scores = queries @ keys.mT / queries.shape[-1] ** 0.5
+    return scores.float().masked_fill(attention_mask[:, None, None] == 0, -torch.inf).softmax(-1)
+
+
+UNITS = torch.tensor([[0, 1, 1, 2, 4, 4, 4, 5, -1], [0, 1, 3, 3, 4, -1, -1, -1, -1], [-1] * 9])
+
+
+@pytest.mark.parametrize("total", [False, True])
+def test_pool_units_is_a_mean_or_sum_for_each_unit(total):
+    hidden = torch.randn(3, 9, 5, generator=torch.Generator().manual_seed(1))
+    pooled = pool_units(hidden, UNITS, 6, total=total)
+    assert pooled.shape == (3, 6, 5)
     for row in range(3):
-        for word in range(4):
-            mine = [hidden[row, column] for column in range(9) if words[row, column] == word]
-            expected = torch.stack(mine).mean(0) if mine else torch.zeros(5)
-            torch.testing.assert_close(pooled[row, word], expected)
+        for unit in range(6):
+            mine = [hidden[row, column] for column in range(9) if UNITS[row, column] == unit]
+            expected = sum(mine) / (1 if total else len(mine)) if mine else torch.zeros(5)
+            torch.testing.assert_close(pooled[row, unit], expected)
+
+
+class TestPoolAttention:
+    @pytest.fixture
+    def maps(self):
+        """[3, 2, 9, 9] scores before the softmax, padded keys at minus infinity."""
+        scores = torch.randn(3, 2, 9, 9, generator=torch.Generator().manual_seed(3))
+        return scores.masked_fill((UNITS == -1)[:, None, None], -torch.inf)
+
+    def test_sums_targets_and_averages_sources(self, maps):
+        maps = maps[:2].softmax(-1)
+        pooled = pool_attention(maps, UNITS[:2], 6)
+        assert pooled.shape == (2, 2, 6, 6)
+        for row in range(2):
+            for source in range(6):
+                for target in range(6):
+                    block = maps[row][:, UNITS[row] == source][:, :, UNITS[row] == target]
+                    expected = block.sum(-1).mean(-1) if block.numel() else torch.zeros(2)
+                    torch.testing.assert_close(pooled[row, :, source, target], expected)
+        there = torch.tensor([[1.0, 1, 1, 0, 1, 1], [1, 1, 0, 1, 1, 0]])
+        torch.testing.assert_close(pooled.sum(-1), there.unsqueeze(1).expand(-1, 2, -1))
+
+    def test_averages_scores_on_both_axes(self, maps):
+        pooled = pool_attention(maps, UNITS, 6, scores=True)
+        assert pooled.isfinite().all()  # also behind padding at minus infinity
+        for row in range(3):
+            for source in range(6):
+                for target in range(6):
+                    block = maps[row][:, UNITS[row] == source][:, :, UNITS[row] == target]
+                    expected = block.mean((1, 2)) if block.numel() else torch.zeros(2)
+                    torch.testing.assert_close(pooled[row, :, source, target], expected)
+
+    @pytest.mark.parametrize("scores", [False, True])
+    def test_of_units_that_are_pieces_changes_nothing(self, maps, scores):
+        maps = maps[:1, :, :8, :8]
+        pooled = pool_attention(maps, torch.arange(8)[None], 8, scores=scores)
+        torch.testing.assert_close(pooled, maps, rtol=0, atol=0)
+
+    @pytest.mark.parametrize("scores", [False, True])
+    def test_gradients_are_finite_behind_padding(self, maps, scores):
+        maps = maps[:2].requires_grad_()
+        pool_attention(maps if scores else maps.softmax(-1), UNITS[:2], 6, scores=scores).pow(2).sum().backward()
+        assert maps.grad[:, :, :5, :5].isfinite().all() and maps.grad.abs().sum() > 0
 
 
 @pytest.mark.parametrize("pooling", ["mean", "cls"])

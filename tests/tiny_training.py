@@ -31,12 +31,12 @@ def encode(lines: list[str], teacher_tokenizer: Path, root: Path) -> tuple[Path,
     return vocabulary, encoded
 
 
-def make_batcher(encoded: Path, teacher, sides: tuple[str, ...], **options) -> Batcher:
-    """Batches over the stream that `encode_corpus` wrote."""
+def make_batcher(encoded: Path, teacher, sides: tuple[str, ...], *, shared=None, **options) -> Batcher:
+    """Batches over the stream that `encode_corpus` wrote. shared: see `PieceTable`."""
     lexicon, stream = Lexicon.load(encoded), WordStream.load(encoded)
     segments, _ = cut_segments(stream, lexicon, unit="line", max_pieces=40, min_words=4, held_out_every=50)
     options = {"batch_size": 8, "seed": 0, "max_pieces": 40} | options
-    table = PieceTable(lexicon, teacher.table.num_embeddings)
+    table = PieceTable(lexicon, teacher.table.num_embeddings, shared)
     return Batcher(table, stream, lexicon, segments, sides=sides, **options)
 
 

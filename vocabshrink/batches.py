@@ -5,9 +5,13 @@ position in the data is the step number and a resumed run sees exactly the batch
 
 Both vocabularies' segmentations stand in one CSR table of 2W rows (row w: word w in the teacher's pieces; row W + w:
 in the student's), and student pieces are numbered after the teacher's. Segmenting a batch with any mixture is then a
-gather; whole-word masks and the word-by-word alignment of the two models fall out of it.
+gather; whole-word masks and the alignment of the two models fall out of it.
 
-Shapes: B sequences, T pieces in a padded sequence, M words in a padded sequence.
+Hidden states and attention of two models are compared unit by unit. A word is one unit where the vocabularies spell it
+differently, and as many units as pieces where they spell it alike: so equal vocabularies are compared piece by piece,
+as the papers do, and different ones wherever they can be. [CLS] is unit 0, the separators are the last units.
+
+Shapes: B sequences, T pieces in a padded sequence, U units in a padded sequence, n words of all sequences.
 """
 
 from collections.abc import Callable, Iterator
@@ -26,50 +30,60 @@ POOL_BATCHES = 64  # batches sorted by length together: little padding, and stil
 
 @dataclass(frozen=True)
 class Special:
-    """Ids of one vocabulary's special tokens."""
+    """Ids of one vocabulary's special tokens.
+
+    double_sep: a pair is written as by RoBERTa, `<s> A </s> </s> B </s>` and without token types; else as by BERT.
+    """
 
     cls: int
     sep: int
     pad: int
     mask: int
+    double_sep: bool = False
 
 
 @dataclass
 class Pieces:
-    """One model's side of a batch. All tensors are torch, int64 where not said otherwise.
+    """One model's side of a batch. All tensors are torch, int64.
 
     ids [B, T]: piece ids; student pieces are offset by the teacher's vocabulary size where the input is mixed.
-    attention_mask [B, T]. words [B, T]: index of the piece's word in its sequence, -1 at special tokens and padding.
-    labels [B, T]: the true piece at masked positions, -100 elsewhere; None without masking.
+    attention_mask [B, T]. units [B, T]: the piece's unit in its sequence, -1 at padding only.
+    labels [B, T]: the true piece at masked positions, or a task's label at a word's first piece; -100 elsewhere; None
+    without either. token_types [B, T]: 1 from the second sentence of a pair on; None without pairs, or without types.
     """
 
     ids: torch.Tensor
     attention_mask: torch.Tensor
-    words: torch.Tensor
+    units: torch.Tensor
     labels: torch.Tensor | None = None
+    token_types: torch.Tensor | None = None
 
 
 @dataclass
 class Batch:
     """What one step sees.
 
-    student: in the student's pieces. teacher: in the teacher's. mixed: mixed, in combined ids. word_mask [B, M] bool:
-    true at words that every side has whole. Sides that a task does not ask for are None. tokens: student pieces.
+    student: in the student's pieces. teacher: in the teacher's. mixed: mixed, in combined ids. unit_mask [B, U] bool:
+    true at units that every side has whole, special tokens included. Sides that a task does not ask for are None.
+    tokens: student pieces. targets: [B] int64 classes or [B] float scores of a task, whose training set has this batch
+    at `rows` [B] int64; None outside tasks.
     """
 
     student: Pieces | None
     teacher: Pieces | None
     mixed: Pieces | None
-    word_mask: torch.Tensor
+    unit_mask: torch.Tensor
     tokens: int
+    targets: torch.Tensor | None = None
+    rows: torch.Tensor | None = None
 
     def to(self, device) -> "Batch":
-        def move(side):
-            if side is None:
-                return None
-            return Pieces(*(None if t is None else t.to(device, non_blocking=True) for t in vars(side).values()))
+        def move(value):
+            if isinstance(value, Pieces):
+                return Pieces(*map(move, vars(value).values()))
+            return value.to(device, non_blocking=True) if isinstance(value, torch.Tensor) else value
 
-        return Batch(move(self.student), move(self.teacher), move(self.mixed), self.word_mask.to(device), self.tokens)
+        return Batch(*map(move, vars(self).values()))
 
 
 def special_tokens(lexicon: Lexicon, side: str) -> Special:
@@ -83,14 +97,20 @@ def special_tokens(lexicon: Lexicon, side: str) -> Special:
     for role in roles:
         if found.get(role) is None:
             raise InputError(f"{side} tokenizer: it has no {role} token: add one to tokenizer.json")
-    return Special(**{role: found[role] for role in roles})
+    return Special(**{role: found[role] for role in roles}, double_sep=lexicon.meta[side].get("double_sep", False))
 
 
 class PieceTable:
     """The two segmentations of every word as one CSR table, and batches of pieces gathered from it."""
 
-    def __init__(self, lexicon: Lexicon, teacher_size: int | None = None):
-        """teacher_size: rows of the teacher's table, where its model has more of them than its tokenizer has pieces."""
+    def __init__(self, lexicon: Lexicon, teacher_size: int | None = None, shared: np.ndarray | None = None):
+        """The table of a lexicon's words.
+
+        Args:
+            teacher_size: rows of the teacher's table, where its model has more of them than its tokenizer has pieces.
+            shared: [V_S] the teacher's id of each student piece, -1 where it has none (see `shared_pieces`); None:
+                nothing is known to be spelt alike, and each word is one unit.
+        """
         self.teacher_size = teacher_size or lexicon.meta["teacher"]["size"]
         self.student_size = lexicon.meta["student"]["size"]
         self.words = len(lexicon.counts)
@@ -100,7 +120,23 @@ class PieceTable:
         self.pieces = np.concatenate([lexicon.teacher_ids, lexicon.student_ids + self.teacher_size]).astype(np.int64)
         self.lengths = np.diff(self.offsets).astype(np.int64)
         self.longest = np.maximum(self.lengths[: self.words], self.lengths[self.words :])
+        self.whole = (self.lengths[: self.words] > 0) & (self.lengths[self.words :] > 0)
+        self.alike = self._spelt_alike(lexicon, shared)
+        self.unit_counts = np.where(self.alike, self.lengths[: self.words], 1)
         self.teacher_special, self.student_special = (special_tokens(lexicon, side) for side in ("teacher", "student"))
+
+    def _spelt_alike(self, lexicon: Lexicon, shared: np.ndarray | None) -> np.ndarray:
+        """[W] bool: words of which both vocabularies make the same pieces."""
+        teacher, student = self.lengths[: self.words], self.lengths[self.words :]
+        if shared is None:
+            return np.zeros(self.words, dtype=bool)
+        alike = teacher == student
+        lengths = np.where(alike, teacher, 0)
+        within = np.arange(int(lengths.sum())) - np.repeat(np.cumsum(lengths) - lengths, lengths)
+        of_teacher = lexicon.teacher_ids[np.repeat(lexicon.teacher_offsets[:-1], lengths) + within]
+        of_student = lexicon.student_ids[np.repeat(lexicon.student_offsets[:-1], lengths) + within]
+        alike[np.repeat(np.arange(self.words), lengths)[shared[of_student] != of_teacher]] = False
+        return alike
 
     def gather(
         self,
@@ -109,6 +145,8 @@ class PieceTable:
         count: int,
         from_student: np.ndarray | bool,
         *,
+        second: np.ndarray | None = None,
+        labels: np.ndarray | None = None,
         masked: np.ndarray | None = None,
         rng: np.random.Generator | None = None,
         combined: bool = False,
@@ -118,44 +156,78 @@ class PieceTable:
         Args:
             word_ids: [n] words of all sequences, one after the other. sequence: [n] their sequence numbers, rising.
             count: B. from_student: [n] bool (or one bool): which words are segmented with the student's vocabulary.
+            second: [n] bool: words of a pair's second sentence, which follow the first's; None: single sentences.
+            labels: [n] a task's label of each word, or -100. It stands at the first piece; words that one vocabulary
+                cannot write lose it on every side, so that all sides have the same labels in the same order.
             masked: [n] bool: words predicted. 80 % of them become [MASK], 10 % random pieces, 10 % stay (BERT).
             combined: ids of the combined numbering, under the teacher's special tokens; else the vocabulary's own.
         """
         student_side = np.broadcast_to(np.asarray(from_student), word_ids.shape)
         rows = word_ids + student_side * self.words
         lengths = self.lengths[rows]
-        total = int(lengths.sum())
-        ends = np.cumsum(lengths)
-        index = np.arange(total)
-        ids = self.pieces[np.repeat(self.offsets[rows] - (ends - lengths), lengths) + index]
+        before = np.cumsum(lengths) - lengths
+        index = np.arange(int(lengths.sum()))
+        within = index - np.repeat(before, lengths)
+        ids = self.pieces[np.repeat(self.offsets[rows], lengths) + within]
+        own = not combined and np.all(from_student)  # the student's numbering; of no words, one bool still says it
+        special = self.student_special if own else self.teacher_special
+        shift = self.teacher_size if own else 0
+        ids = ids - shift
+
         per_sequence = np.bincount(sequence, weights=lengths, minlength=count).astype(np.int64)
-        first_word = np.searchsorted(sequence, np.arange(count))
-        piece_sequence = np.repeat(np.arange(count), per_sequence)
+        between = 0 if second is None else 1 + special.double_sep  # separators between the sentences of a pair
+        last = per_sequence + 1 + between
+        width = int(last.max(initial=1)) + 1
         column = index - np.repeat(np.cumsum(per_sequence) - per_sequence, per_sequence) + 1
-        width = int(per_sequence.max(initial=0)) + 2
-        special = self.teacher_special if combined or not student_side.all() else self.student_special
-        shift = 0 if combined or special is self.teacher_special else self.teacher_size
-        if shift:
-            ids = ids - shift
-        flat = piece_sequence * width + column
+        if between:
+            column = column + between * np.repeat(second, lengths)
+        flat = np.repeat(np.arange(count), per_sequence) * width + column
 
         def place(values, fill):
             out = np.full(count * width, fill, dtype=np.int64)
             out[flat] = values
             return out.reshape(count, width)
 
-        labels = None
+        placed = None
+        if labels is not None:
+            labels = np.where(self.whole[word_ids], labels, -100)
+            placed = place(np.where(within == 0, np.repeat(labels, lengths), -100), -100)
         if masked is not None:
             piece_masked = np.repeat(masked, lengths)
-            labels = place(np.where(piece_masked, ids, -100), -100)
+            placed = place(np.where(piece_masked, ids, -100), -100)
             ids = self._mask(ids, piece_masked, np.repeat(student_side, lengths), special, shift, rng)
-        padded = place(ids, special.pad)
-        rows_index = np.arange(count)
-        padded[:, 0] = special.cls
-        padded[rows_index, per_sequence + 1] = special.sep
-        attention = (np.arange(width) < (per_sequence + 2)[:, None]).astype(np.int64)
-        words = place(np.repeat(np.arange(len(word_ids)) - first_word[sequence], lengths), -1)
-        return Pieces(*(None if a is None else torch.from_numpy(a) for a in (padded, attention, words, labels)))
+        first_unit, totals = self._units(word_ids, sequence, count)
+        units = place(np.repeat(first_unit, lengths) + within * np.repeat(self.alike[word_ids], lengths), -1)
+        padded, row = place(ids, special.pad), np.arange(count)
+        padded[:, 0], units[:, 0] = special.cls, 0
+        token_types = None
+        if between:
+            first_sep = np.bincount(sequence, weights=lengths * ~second, minlength=count).astype(np.int64) + 1
+            for step in range(between):  # RoBERTa's two are one unit, as BERT's one is
+                padded[row, first_sep + step], units[row, first_sep + step] = special.sep, totals
+            if not special.double_sep:
+                columns = np.arange(width)
+                token_types = ((columns > first_sep[:, None]) & (columns <= last[:, None])).astype(np.int64)
+        padded[row, last], units[row, last] = special.sep, totals + (between > 0)
+        attention = (np.arange(width) <= last[:, None]).astype(np.int64)
+        return Pieces(
+            *(None if a is None else torch.from_numpy(a) for a in (padded, attention, units, placed, token_types))
+        )
+
+    def _units(self, word_ids: np.ndarray, sequence: np.ndarray, count: int) -> tuple[np.ndarray, np.ndarray]:
+        """Each word's first unit [n], and the number of units of each sequence before its separators [B]."""
+        counts = self.unit_counts[word_ids]
+        per_sequence = np.bincount(sequence, weights=counts, minlength=count).astype(np.int64)
+        return np.cumsum(counts) - counts - (np.cumsum(per_sequence) - per_sequence)[sequence] + 1, per_sequence + 1
+
+    def unit_mask(self, word_ids: np.ndarray, sequence: np.ndarray, count: int, *, pairs: bool = False) -> torch.Tensor:
+        """[B, U] bool: true at special tokens and at words that both vocabularies can write."""
+        first_unit, totals = self._units(word_ids, sequence, count)
+        totals = totals + 1 + pairs
+        mask = np.arange(int(totals.max(initial=0))) < totals[:, None]
+        broken = ~self.whole[word_ids] & ~self.alike[word_ids]  # alike and broken: no piece, and no unit
+        mask[sequence[broken], first_unit[broken]] = False
+        return torch.from_numpy(mask)
 
     def _mask(self, ids, piece_masked, piece_student, special, shift, rng):
         """Replaces masked pieces: 80 % [MASK], 10 % a random piece of the same vocabulary, 10 % unchanged."""
@@ -179,16 +251,26 @@ class Segments:
 
 
 def cut_segments(
-    stream: WordStream, lexicon: Lexicon, *, unit: str, max_pieces: int, min_words: int, held_out_every: int
+    stream: WordStream,
+    lexicon: Lexicon,
+    *,
+    unit: str,
+    max_pieces: int,
+    min_words: int,
+    held_out_every: int,
+    sides: tuple[str, ...] = ("mixed",),
 ) -> tuple[Segments, Segments]:
     """Cuts the stream at line ends (and, for unit "sentence", at sentence ends) and at `max_pieces`.
 
-    Pieces are counted in the vocabulary that needs more of them, so any mixture fits. A line is never split between
-    training and held-out segments.
+    Pieces are counted in the vocabulary that needs more of them, so any mixture fits; where the teacher alone reads, in
+    the teacher's, so that what it learns does not depend on the student's. A line is never split between training and
+    held-out segments.
 
     Returns: (training, held out) segments. Raises InputError where the corpus leaves none to train on.
     """
-    table_lengths = np.maximum(np.diff(lexicon.teacher_offsets), np.diff(lexicon.student_offsets)).astype(np.int64)
+    table_lengths = np.diff(lexicon.teacher_offsets).astype(np.int64)
+    if sides != ("teacher",):
+        table_lengths = np.maximum(table_lengths, np.diff(lexicon.student_offsets))
     found: dict[bool, list[tuple[np.ndarray, np.ndarray]]] = {False: [], True: []}
     line_offsets = stream.line_offsets
     for first_line in range(0, len(line_offsets) - 1, BLOCK_LINES):
@@ -282,12 +364,8 @@ class Batcher:
             gathered[side] = table.gather(
                 words, sequence, count, from_student, masked=masked, rng=rng, combined=side == "mixed"
             )
-        whole = (table.lengths[words] > 0) & (table.lengths[words + table.words] > 0)
-        per_sequence = np.bincount(sequence, minlength=count)
-        word_mask = np.zeros((count, int(per_sequence.max(initial=1))), dtype=bool)
-        word_mask[sequence, np.arange(len(words)) - np.searchsorted(sequence, np.arange(count))[sequence]] = whole
         tokens = int(table.lengths[words + table.words].sum()) + 2 * count
-        return Batch(**gathered, word_mask=torch.from_numpy(word_mask), tokens=tokens)
+        return Batch(**gathered, unit_mask=table.unit_mask(words, sequence, count), tokens=tokens)
 
     def _segments_of(self, index: int) -> np.ndarray:
         """Segment numbers of a batch: shuffled, then sorted by length within pools, so that batches hardly pad."""

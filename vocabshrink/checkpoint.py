@@ -19,8 +19,10 @@ from tokenizer_build.errors import InputError
 
 
 def trained_state(task: nn.Module) -> dict[str, torch.Tensor]:
-    """What training changes: the parameters with a gradient, shared ones once."""
-    return {name: parameter.detach() for name, parameter in task.named_parameters() if parameter.requires_grad}
+    """What training changes: the parameters with a gradient, shared ones once, and the scales of roundings."""
+    parameters = dict(task.named_parameters())
+    trained = {name: parameter.detach() for name, parameter in parameters.items() if parameter.requires_grad}
+    return trained | {name: tensor for name, tensor in task.state_dict().items() if name.endswith(".scales")}
 
 
 def save_checkpoint(folder: Path, task: nn.Module, optimizer, meta: dict, scaler=None) -> None:

@@ -4,13 +4,27 @@ Also `TrainingTask`, what the loop asks of any task: `forward(batch) -> {name: u
 and `embedding_parameters()`. Learned helpers (projections, heads) belong to the task, and never ship.
 """
 
+import inspect
+
 import torch
 from torch import Tensor, nn
 
-from vocabshrink.batches import Batch
+from tokenizer_build.errors import InputError
+from vocabshrink.batches import Batch, Pieces
 from vocabshrink.layer_map import Pairs
-from vocabshrink.losses import LOSSES, Forward, View, masked_lm_loss
+from vocabshrink.losses import (
+    ACROSS_VOCABULARIES,
+    ATTENTION,
+    LAYERWISE,
+    LOSSES,
+    MASKED_LM,
+    TASK,
+    Forward,
+    View,
+    masked_lm_loss,
+)
 from vocabshrink.projection import widen
+from vocabshrink.quantize import refit
 from vocabshrink.recipe import DistillStage, Losses
 from vocabshrink.teacher import MaskedLMHead, Teacher, run_backbone
 
@@ -37,21 +51,41 @@ class TrainingTask(nn.Module):
 
     def embedding_parameters(self) -> list[nn.Parameter]:
         """The piece embeddings, which take a learning rate of their own."""
-        return [self.student.get_input_embeddings().weight]
+        return list(self.student.get_input_embeddings().parameters())  # also where the weight is a rounded view of it
+
+    def before_step(self, step: int) -> None:
+        """What the task does to itself before an optimizer step, by the step's number alone, so that a resumed run
+        does the same."""
 
     def train(self, mode: bool = True):
         """Stays in eval mode: dropout is off on purpose (see student.py)."""
         return super().train(False)
 
 
-LAYERWISE = {"hidden_mse", "hidden_cosine", "hidden_normalized", "embedding_mse"}
+# What the stage can give: the others belong to dual training, which has mixed input, and to tasks.
+LOSSES_OF_DISTILLATION = set(LOSSES) - TASK - {"teacher_masked_lm", "parameters_down", "parameters_up"}
 
 
-def run_view(backbone, side, word_count: int, pooling: str, normalize: bool, *, embeddings=None, layers: bool) -> View:
-    """One model's pass. Without `layers` only the last hidden states are kept, as the view's only ones."""
-    return View(
-        side, run_backbone(backbone, side, embeddings=embeddings, layers=layers), pooling, normalize, word_count
-    )
+def run_view(
+    backbone: nn.Module,
+    side: Pieces,
+    unit_count: int,
+    pooling: str,
+    normalize: bool,
+    losses: Losses,
+    *,
+    embeddings: Tensor | None = None,
+) -> View:
+    """One model's pass, keeping what the losses read: all layers, queries, keys and values, or the last states alone.
+
+    embeddings [B, T, D_E]: instead of ids.
+    """
+    layers, qkv = (bool(kind & set(losses)) for kind in (LAYERWISE, ATTENTION))
+    passed = run_backbone(backbone, side, embeddings=embeddings, layers=layers, qkv=qkv)
+    return View(side, passed, pooling, normalize, unit_count, backbone.config.num_attention_heads)
+
+
+STEPS_OF_SCALES = 50  # after which the scales of a rounded student are fitted to its weights again
 
 
 class Distillation(TrainingTask):
@@ -66,27 +100,87 @@ class Distillation(TrainingTask):
         *,
         head: MaskedLMHead | None = None,
         directions: Tensor | None = None,
+        shared: Tensor | None = None,
+        spelling: Tensor | None = None,
     ):
+        """What the stage trains.
+
+        Args:
+            head: the student's, for masked-LM losses. directions: see `build_student`.
+            shared: [V_S] the teacher's id of the same piece, or -1; for masked_lm_match.
+            spelling: [V_T, K] the student's pieces that spell a teacher piece, then -1; for masked_lm_reduce.
+
+        Raises:
+            InputError: a masked-LM loss that lacks a head, or what it needs to know of the vocabularies.
+        """
         super().__init__()
-        self.losses, self.pairs, self.layers = stage.losses, pairs, bool(LAYERWISE & set(stage.losses))
+        self.losses, self.pairs = stage.losses, pairs
         self.student, self.head = student, head
         self.teacher = teacher.backbone.requires_grad_(False)
+        self.teacher_head = None
+        if ACROSS_VOCABULARIES & set(self.losses) and teacher.head is not None:
+            self.teacher_head = teacher.head.requires_grad_(False)
+        self.register_buffer("shared", shared, persistent=False)
+        self.register_buffer("spelling", spelling, persistent=False)
         self.pooling, self.normalize = teacher.pooling, teacher.normalize
         self.up, self.down = hidden_projections(student, teacher, directions)
+        check_masked_lm(self, teacher)
         freeze_unread(self)
 
+    def before_step(self, step: int) -> None:
+        if step % STEPS_OF_SCALES == 0:
+            refit(self.student)
+
     def view(self, batch: Batch) -> Forward:
-        count = batch.word_mask.shape[1]
-        with torch.no_grad():
-            teacher = run_view(self.teacher, batch.teacher, count, self.pooling, self.normalize, layers=self.layers)
-        student = run_view(self.student, batch.student, count, self.pooling, self.normalize, layers=self.layers)
-        forward = Forward(batch, self.pairs, self.up, self.down, student=student, teacher=teacher)
+        common = (batch.unit_mask.shape[1], self.pooling, self.normalize, self.losses)
+        teacher = None
+        if reads_teacher(self.losses):
+            with torch.no_grad():
+                teacher = run_view(self.teacher, batch.teacher, *common)
+        student = run_view(self.student, batch.student, *common)
+        forward = Forward(
+            batch,
+            self.pairs,
+            self.up,
+            self.down,
+            student=student,
+            teacher=teacher,
+            shared=self.shared,
+            spelling=self.spelling,
+        )
         if self.head is not None:
             table = self.student.get_input_embeddings().weight
+            student.predict = lambda states: self.head(states, table)
             forward.masked_lm["student"] = lambda: masked_lm_loss(
                 student.hidden[-1], batch.student.labels, self.head, [table], [self.head.bias]
             )
+        if self.teacher_head is not None:
+            teacher.predict = lambda states: self.teacher_head(states, self.teacher.get_input_embeddings().weight)
         return forward
+
+
+def reads_teacher(losses: Losses) -> bool:
+    """Whether any loss compares; masked words alone are what a student without a teacher trains on."""
+    return bool(set(losses) - {"student_masked_lm"})
+
+
+def check_masked_lm(task: Distillation, teacher: Teacher) -> None:
+    """Refuses masked-LM losses without their heads, or without what the two vocabularies have in common."""
+    known = {"masked_lm_match": task.shared, "masked_lm_reduce": task.spelling}
+    for name in MASKED_LM & set(task.losses):
+        if task.head is None:
+            raise InputError(f"distill.losses.{name}: the student has no masked-LM head: give it one")
+        if name not in known:
+            continue
+        if task.teacher_head is None:
+            raise InputError(
+                f"distill.losses.{name} needs a masked-LM head and {teacher.folder} has none: add a masked_lm_head "
+                "section, or leave this loss out"
+            )
+        if known[name] is None or not bool((known[name] >= 0).any()):
+            raise InputError(
+                f"distill.losses.{name}: no piece is known to stand in both vocabularies: leave this loss out"
+            )
 
 
 def hidden_projections(student: nn.Module, teacher: Teacher, directions: Tensor | None) -> tuple[nn.Module, nn.Module]:
@@ -100,7 +194,9 @@ def hidden_projections(student: nn.Module, teacher: Teacher, directions: Tensor 
 
 def freeze_unread(task: TrainingTask) -> None:
     """Freezes helpers that no chosen loss reads, so that no process waits for a gradient that never comes."""
-    names = set(task.losses)
-    directions = {task.losses[name].arguments.get("direction", "up") for name in names & LAYERWISE - {"embedding_mse"}}
+    names, directions = set(task.losses), set()
+    for name, chosen in task.losses.items():
+        if known := inspect.signature(LOSSES[name]).parameters.get("direction"):
+            directions.add(chosen.arguments.get("direction", known.default))
     task.up.requires_grad_(bool(names & {"embedding_mse", "sentence_cosine"}) or "up" in directions)
     task.down.requires_grad_("down" in directions)

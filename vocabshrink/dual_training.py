@@ -7,24 +7,22 @@ into the teacher's space by the teacher's own objective.
 
 Three modes, one task: `joint` (version 1: the student trains alongside, with parameter projections), `two_stage`
 (version 2: the teacher alone; distillation follows), and `match` for teachers without a masked-LM head: mixed input
-must give, word by word, what the teacher gives on its own segmentation, and only the new embeddings move. There the
+must give, unit by unit, what the teacher gives on its own segmentation, and only the new embeddings move. There the
 teacher on mixed input takes the student's seat, and every loss between student and teacher serves.
 """
-
-from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
 
 from vocabshrink.batches import Batch
-from vocabshrink.distillation import LAYERWISE, TrainingTask, freeze_unread, hidden_projections, run_view
+from vocabshrink.distillation import TrainingTask, freeze_unread, hidden_projections, run_view
 from vocabshrink.layer_map import Pairs
-from vocabshrink.losses import Forward, masked_lm_loss
+from vocabshrink.losses import ATTENTION, LAYERWISE, Forward, masked_lm_loss
 from vocabshrink.projection import ParameterProjection, widen
 from vocabshrink.recipe import DualStage
 from vocabshrink.teacher import MaskedLMHead, Teacher
 
-COMPARING = {"hidden_mse", "hidden_cosine", "hidden_normalized", "embedding_mse", "sentence_cosine", "batch_similarity"}
+COMPARING = LAYERWISE | ATTENTION | {"sentence_cosine", "batch_similarity"}
 LOSSES_OF_MODE = {
     "joint": COMPARING | {"student_masked_lm", "teacher_masked_lm", "parameters_down", "parameters_up"},
     "two_stage": {"teacher_masked_lm"},
@@ -67,7 +65,6 @@ class DualTraining(TrainingTask):
     ):
         super().__init__()
         self.losses, self.pairs, self.mode = stage.losses, pairs, stage.mode
-        self.layers = bool(LAYERWISE & set(stage.losses))
         self.teacher, self.student = teacher.backbone, student
         self.pooling, self.normalize = teacher.pooling, teacher.normalize
         self.embedding = MixedEmbedding(teacher.table, student.get_input_embeddings(), directions)
@@ -101,27 +98,17 @@ class DualTraining(TrainingTask):
             self.student.get_input_embeddings().requires_grad_(True)
 
     def view(self, batch: Batch) -> Forward:
-        count = batch.word_mask.shape[1]
+        common = (batch.unit_mask.shape[1], self.pooling, self.normalize, self.losses)
         forward = Forward(batch, self.pairs, self.up, self.down)
-        mixed = run_view(
-            self.teacher,
-            batch.mixed,
-            count,
-            self.pooling,
-            self.normalize,
-            embeddings=self.embedding(batch.mixed.ids),
-            layers=self.layers,
-        )
+        mixed = run_view(self.teacher, batch.mixed, *common, embeddings=self.embedding(batch.mixed.ids))
         if self.mode == "match":
             forward.up = forward.down = nn.Identity()
             forward.student = mixed
             with torch.no_grad():
-                forward.teacher = run_view(
-                    self.teacher, batch.teacher, count, self.pooling, self.normalize, layers=self.layers
-                )
+                forward.teacher = run_view(self.teacher, batch.teacher, *common)
             return forward
         # the student learns from the teacher, not the teacher from the student: only masked LM moves the teacher
-        forward.teacher = replace(mixed, hidden=tuple(state.detach() for state in mixed.hidden))
+        forward.teacher = mixed.detached()
         if self.teacher_head is not None:
             forward.masked_lm["teacher"] = lambda: masked_lm_loss(
                 mixed.hidden[-1],
@@ -131,8 +118,7 @@ class DualTraining(TrainingTask):
                 [self.teacher_head.bias, self.student_bias],
             )
         if self.mode == "joint":
-            student = run_view(self.student, batch.student, count, self.pooling, self.normalize, layers=self.layers)
-            forward.student = student
+            student = forward.student = run_view(self.student, batch.student, *common)
             forward.masked_lm["student"] = lambda: masked_lm_loss(
                 student.hidden[-1],
                 batch.student.labels,
@@ -159,7 +145,7 @@ class HeadTraining(TrainingTask):
 
     def view(self, batch: Batch) -> Forward:
         with torch.no_grad():
-            view = run_view(self.teacher, batch.teacher, batch.word_mask.shape[1], "mean", False, layers=False)
+            view = run_view(self.teacher, batch.teacher, batch.unit_mask.shape[1], "mean", False, self.losses)
         table = self.teacher.get_input_embeddings().weight
         forward = Forward(batch, (), nn.Identity(), nn.Identity())
         forward.masked_lm["teacher"] = lambda: masked_lm_loss(

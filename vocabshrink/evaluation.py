@@ -97,7 +97,7 @@ def torch_embedder(
             ids = torch.tensor([e.ids for e in encodings], device=device)
             mask = torch.tensor([e.attention_mask for e in encodings], device=device)
             with torch.autocast(device.type, torch.bfloat16):
-                hidden = run_backbone(backbone, Pieces(ids, mask, ids))[-1]
+                hidden = run_backbone(backbone, Pieces(ids, mask, units=ids)).hidden[-1]
             vectors = pool_sentence(hidden, mask, pooling, normalize).cpu().numpy()
             if out is None:
                 out = np.empty((len(texts), vectors.shape[1]), np.float32)

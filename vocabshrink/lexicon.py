@@ -144,7 +144,8 @@ def encode_corpus(
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # one thread a process; and spawn inherits it
     folder, paths = Path(folder), (tokenizer_file(teacher_tokenizer), tokenizer_file(student_tokenizer))
     meta = {side: _describe(path) for side, path in zip(("teacher", "student"), paths, strict=True)}
-    if (family := meta["student"]["family"]) != "wordpiece":
+    same = meta["student"]["sha256"] == meta["teacher"]["sha256"]  # a teacher alone on a task stands on both sides
+    if (family := meta["student"]["family"]) != "wordpiece" and not same:
         raise InputError(f"{paths[1]} is a {family} tokenizer; give the student a WordPiece vocabulary")
     partial = folder / ".partial"
     shutil.rmtree(partial, ignore_errors=True)
@@ -263,6 +264,7 @@ def _describe(path: Path) -> dict:
     return {
         "size": tokenizer.get_vocab_size(with_added_tokens=True),
         "special": special,
+        "double_sep": special["cls"] is not None and tokenizer.id_to_token(special["cls"]) == "<s>",  # between a pair
         "sha256": hashlib.sha256(path.read_bytes()).hexdigest(),
         "lowercase": normalizer is not None and normalizer.normalize_str("A") == "a",
         "family": family,

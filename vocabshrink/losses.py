@@ -1,51 +1,147 @@
 """Losses: pure functions of what one step saw, chosen and weighted by the recipe.
 
-Every loss is `f(forward, **arguments) -> scalar`; its signature, of Literals, is its schema. It is zero at agreement,
-padding never counts, and it is logged unweighted. Hidden states of teacher and student are compared word by word (mean
-of a word's pieces), because their sequences differ in length when their vocabularies do.
+Every loss is `f(forward, **arguments) -> scalar`; its signature is its schema: a choice of Literals, or a positive
+number. It is zero at agreement, padding never counts, and it is logged unweighted.
 
-Shapes: B sequences, T pieces, M words, D width (D_S student, D_T teacher), N masked pieces.
+Teacher and student are compared unit by unit (see batches.py), because their sequences differ in length when their
+vocabularies do: a unit's hidden state is the mean over its pieces, and so are its queries, keys and values. Attention
+scores are products, so that their mean over the pieces of two units is the product of two means, and no map between
+pieces need be made. Only attention distributions are pooled as maps: their softmax is over pieces. Where both
+vocabularies spell every word alike, units are pieces and each loss is the papers' own.
+
+Shapes: B sequences, T pieces, U units, D width (D_S student, D_T teacher), h heads, n units or pieces of the batch that
+count, V_S and V_T pieces in the vocabularies, C classes.
 """
 
 import inspect
-from collections.abc import Callable
-from dataclasses import dataclass, field
+import math
+from collections.abc import Callable, Hashable
+from dataclasses import dataclass, field, replace
 from functools import cached_property
-from typing import Literal, get_args
+from typing import Any, Literal, get_args, get_origin
 
+import numpy as np
 import torch
 import torch.nn.functional as F
+from scipy.optimize import linprog
 from torch import Tensor, nn
 
 from tokenizer_build.errors import InputError
 from vocabshrink.batches import Batch, Pieces
-from vocabshrink.layer_map import Pairs
-from vocabshrink.teacher import pool_sentence, pool_words
+from vocabshrink.layer_map import Pairs, SoftPairs
+from vocabshrink.teacher import Pass, pool_attention, pool_sentence, pool_units
 
 Direction = Literal["up", "down"]
+Layers = tuple[int, ...]  # 1-based, 0 is the embedding output; of several layers the mean is taken
+Kind = Literal["queries", "keys", "values"]
+
+
+class Cache(dict):
+    """Values made at most once: what several losses of a step read is computed by the first."""
+
+    def once(self, key: Hashable, make: Callable[[], Any]) -> Any:
+        if key not in self:
+            self[key] = make()
+        return self[key]
 
 
 @dataclass
 class View:
-    """One model's pass over one side of the batch. hidden: all hidden states [B, T, D], embedding output first."""
+    """One model's pass over one side of the batch. What is pooled from it is computed once.
 
-    side: Pieces
-    hidden: tuple[Tensor, ...]
-    pooling: str
-    normalize: bool
-    word_count: int
-    _words: dict[int, Tensor] = field(default_factory=dict, init=False)
+    unit_count: U. heads: of the model's attention. logits: a task's, [B, C], or [B, T, C] of a token task (or [n, C] at
+    its labelled pieces alone). predict: last hidden states [n, D] -> logits [n, V] over the model's own pieces.
+    """
 
-    def words(self, layer: int) -> Tensor:
-        """[B, M, D]"""
-        if layer not in self._words:
-            self._words[layer] = pool_words(self.hidden[layer], self.side.words, self.word_count)
-        return self._words[layer]
+    side: Pieces | None
+    passed: Pass | None
+    pooling: str = "mean"
+    normalize: bool = False
+    unit_count: int = 0
+    heads: int = 1
+    logits: Tensor | None = None
+    predict: Callable[[Tensor], Tensor] | None = None
+    _cache: Cache = field(default_factory=Cache, init=False, repr=False)
+
+    @property
+    def hidden(self) -> tuple[Tensor, ...]:
+        """The hidden states that were kept, [B, T, D] each."""
+        return self.passed.hidden
+
+    def detached(self) -> "View":
+        """The same view to learn from: no gradient goes back through it."""
+        parts = (part and tuple(tensor.detach() for tensor in part) for part in vars(self.passed).values())
+        return replace(self, passed=Pass(*parts))
+
+    def _mean(self, what: Hashable, layers: Layers, make: Callable[[int], Tensor]) -> Tensor:
+        """The mean over layers of what `make` gives for each, of which each is made once."""
+        made = [self._cache.once((what, layer), lambda layer=layer: make(layer)) for layer in layers]
+        return made[0] if len(made) == 1 else torch.stack(made).mean(0)
+
+    def states(self, layers: Layers) -> Tensor:
+        """Hidden states of units, [B, U, D] in float32."""
+        return self._mean("states", layers, lambda layer: self._pooled(self.hidden[layer]))
+
+    def _pooled(self, tensor: Tensor) -> Tensor:
+        return pool_units(tensor, self.side.units, self.unit_count)
+
+    def _split(self, kind: Kind, layer: int, heads: int) -> Tensor:
+        """Queries, keys or values of units by head, [B, heads, U, D / heads]."""
+        tensor = getattr(self.passed, kind)[layer - 1]
+        return by_head(self._cache.once((kind, layer), lambda: self._pooled(tensor)), heads)
+
+    def _products(self, left: Kind, right: Kind, layers: Layers, heads: int) -> Tensor:
+        def make(layer: int) -> Tensor:
+            return scaled_products(self._split(left, layer, heads), self._split(right, layer, heads))
+
+        return self._mean((left, right, heads), layers, make)
+
+    def scores(self, layers: Layers) -> Tensor:
+        """Attention scores between units before the softmax, Q K^T / sqrt(d), [B, h, U, U]."""
+        return self._products("queries", "keys", layers, self.heads)
+
+    def relations(self, kind: Kind, layers: Layers, heads: int) -> Tensor:
+        """X X^T / sqrt(D / heads) between units before the softmax, [B, heads, U, U]; X is `kind`, split anew.
+
+        Raises:
+            InputError: the heads do not divide the width.
+        """
+        width = getattr(self.passed, kind)[0].shape[-1]
+        if width % heads:
+            raise InputError(
+                f"losses: {heads} relation heads do not divide a width of {width}: set heads, their argument"
+            )
+        return self._products(kind, kind, layers, heads)
+
+    def attention(self, layers: Layers) -> Tensor:
+        """Attention distributions between units, [B, h, U, U]: a unit is attended to as much as all its pieces."""
+
+        def make(layer: int) -> Tensor:
+            queries, keys = (by_head(part[layer - 1], self.heads) for part in (self.passed.queries, self.passed.keys))
+            padding = self.side.attention_mask[:, None, None] == 0
+            maps = scaled_products(queries, keys).float().masked_fill(padding, -math.inf).softmax(-1)
+            return pool_attention(maps, self.side.units, self.unit_count)
+
+        return self._mean("attention", layers, make)
 
     @cached_property
     def sentence(self) -> Tensor:
         """[B, D]"""
         return pool_sentence(self.hidden[-1], self.side.attention_mask, self.pooling, self.normalize)
+
+    @cached_property
+    def task_logits(self) -> Tensor:
+        """A task's logits, [B, C], or [n, C] at the labelled pieces, which are as many on every side."""
+        return self.logits[self.side.labels >= 0] if self.logits.ndim == 3 else self.logits
+
+    @cached_property
+    def masked(self) -> tuple[Tensor, Tensor, Tensor]:
+        """Of the masked pieces: where they are [B, T] bool, their units numbered through the batch [n], and how many of
+        them each unit has [B U]."""
+        where = self.side.labels >= 0
+        first = torch.arange(len(where), device=where.device).unsqueeze(1) * self.unit_count
+        units = (self.side.units + first)[where]
+        return where, units, torch.bincount(units, minlength=len(where) * self.unit_count)
 
 
 @dataclass
@@ -53,9 +149,10 @@ class Forward:
     """What one step saw. A view that a stage does not run is None.
 
     student: the student on its pieces; in match mode, the teacher on mixed input takes its seat. teacher: what is
-    learnt from: the teacher on its own pieces or, in joint training, on mixed ones. up [D_S -> D_T] and down [D_T ->
-    D_S]: shared projections of hidden states. masked_lm: name -> function giving that model's masked-LM loss.
-    parameters: direction -> function giving the parameter projection loss.
+    learnt from: the teacher on its own pieces or, in joint training, on mixed ones; its view carries no gradient.
+    up [D_S -> D_T] and down [D_T -> D_S]: shared projections of hidden states. masked_lm: name -> function giving that
+    model's masked-LM loss. parameters: direction -> function giving the parameter projection loss. shared [V_S]: the
+    teacher's id of the same piece, or -1. spelling [V_T, K]: student pieces that spell a teacher piece, then -1.
     """
 
     batch: Batch
@@ -66,13 +163,120 @@ class Forward:
     teacher: View | None = None
     masked_lm: dict[str, Callable[[], Tensor]] = field(default_factory=dict)
     parameters: dict[str, Callable[[], Tensor]] = field(default_factory=dict)
+    shared: Tensor | None = None
+    spelling: Tensor | None = None
+    _cache: Cache = field(default_factory=Cache, init=False, repr=False)
 
-    def aligned(self, direction: Direction):
-        """Pairs of word states [n, D] of each matched layer pair, the student's brought up or the teacher's down."""
-        mask = self.batch.word_mask
-        for m, n in self.pairs:
-            student, teacher = self.student.words(m)[mask], self.teacher.words(n)[mask]
-            yield (self.up(student), teacher) if direction == "up" else (student, self.down(teacher))
+    @property
+    def targets(self) -> Tensor:
+        """Of a task: classes [B] int64, scores [B] float, or classes [n] at the student's labelled pieces."""
+        if self.batch.targets is not None:
+            return self.batch.targets
+        found = self.student.side.labels
+        return found[found >= 0]
+
+    def aligned(self, m: int, block: Layers, direction: Direction, states: str = "all") -> tuple[Tensor, Tensor]:
+        """States of a pair of layers in one width, the student's brought up or the teacher's down: [n, D] twice.
+
+        Those of all units that count or, for `states` "cls", of [CLS] alone, [B, D].
+        """
+
+        def of(view: View, layers: Layers, project: nn.Module) -> Tensor:
+            found = view.states(layers)
+            return project(found[:, 0] if states == "cls" else found[self.batch.unit_mask])
+
+        same = nn.Identity()
+        left, right = (self.up, same) if direction == "up" else (same, self.down)
+        return (
+            self._cache.once(("student", m, direction, states), lambda: of(self.student, (m,), left)),
+            self._cache.once(("teacher", block, direction, states), lambda: of(self.teacher, block, right)),
+        )
+
+
+# ------------------------------------------------------------------------------------------------ parts of losses
+
+
+def mean(values: Tensor) -> Tensor:
+    """The mean of all elements, zero where there are none: a batch without a masked word is worth nothing."""
+    return values.sum() / max(values.numel(), 1)
+
+
+def mean_squares(left: Tensor, right: Tensor) -> Tensor:
+    return (left - right).float().pow(2).mean()
+
+
+def one_minus_cosine(left: Tensor, right: Tensor) -> Tensor:
+    return (1 - F.cosine_similarity(left.float(), right.float(), dim=-1)).mean()
+
+
+def by_head(tensor: Tensor, heads: int) -> Tensor:
+    """[B, U, D] -> [B, heads, U, D / heads]"""
+    return tensor.unflatten(-1, (heads, -1)).transpose(1, 2)
+
+
+def scaled_products(left: Tensor, right: Tensor) -> Tensor:
+    """[..., U, d] twice -> [..., U, U]"""
+    return left @ right.mT / math.sqrt(left.shape[-1])
+
+
+def kl(student: Tensor, teacher: Tensor, temperature: float = 1.0) -> Tensor:
+    """KL(teacher || student) of the softmaxes of logits / T over the last axis, [..., C] twice -> [...].
+
+    It is times T², which keeps the gradients' size whatever T (Hinton et al. 2015, section 2).
+    """
+    student, teacher = (F.log_softmax(logits.float() / temperature, dim=-1) for logits in (student, teacher))
+    return (teacher.exp() * (teacher - student)).sum(-1) * temperature**2
+
+
+def kl_between_units(forward: Forward, student: Tensor, teacher: Tensor) -> Tensor:
+    """KL(teacher || student) of rows of logits [B, h, U, U], mean over heads and units, others than which are left out
+    of the rows too: a word that only one side can write has a share of attention there alone."""
+    counts = forward.batch.unit_mask
+    # a finite number, since infinity minus infinity is none; the softmax makes it exactly zero
+    student, teacher = (
+        logits.float().masked_fill(~counts[:, None, None], torch.finfo(torch.float32).min / 2)
+        for logits in (student, teacher)
+    )
+    return kl(student, teacher).mean(1)[counts].mean()
+
+
+def like_heads(student: Tensor, teacher: Tensor) -> tuple[Tensor, Tensor]:
+    """Maps [B, h, U, U] head by head or, where one model has more heads than the other, their means over heads."""
+    if student.shape[1] == teacher.shape[1]:
+        return student, teacher
+    return student.mean(1, keepdim=True), teacher.mean(1, keepdim=True)
+
+
+def transport(costs: Tensor) -> Tensor:
+    """The cheapest flow [M, N] between M and N layers of equal weight, exactly, by linear programming."""
+    rows, columns = costs.shape
+    constraints = np.vstack([np.kron(np.eye(rows), np.ones(columns)), np.kron(np.ones(rows), np.eye(columns))])
+    weights = np.concatenate([np.full(rows, 1 / rows), np.full(columns, 1 / columns)])
+    prices = np.nan_to_num(costs.detach().double().cpu().numpy())  # a loss that is not finite is the loop's to refuse
+    flow = linprog(prices.ravel(), A_eq=constraints, b_eq=weights, method="highs").x
+    return torch.as_tensor(flow, dtype=costs.dtype, device=costs.device).view(rows, columns)
+
+
+def over_layers(forward: Forward, cost: Callable[[int, Layers], Tensor], *, attention: bool = False) -> Tensor:
+    """The mean of cost(m, block) over the map's pairs; under the map `emd`, the cost of the cheapest transport.
+
+    BERT-EMD (Li et al. 2020, section 3) with weights of layers that stay uniform; no gradient goes through the flow.
+    attention: leaves out pairs with layer 0, where there is none.
+
+    Raises:
+        InputError: no pair is left.
+    """
+    pairs = [(m, block) for m, block in forward.pairs if not attention or (m and all(block))]
+    if not pairs:
+        raise InputError("layer_map: every pair in it has layer 0, where there is no attention: add a pair of layers")
+    costs = torch.stack([cost(m, block) for m, block in pairs])
+    if not isinstance(forward.pairs, SoftPairs):
+        return costs.mean()
+    costs = costs.view(len({m for m, _ in pairs}), -1)
+    return (transport(costs) * costs).sum()
+
+
+# ------------------------------------------------------------------------------------------------ masked words
 
 
 def masked_lm_loss(hidden: Tensor, labels: Tensor, head, tables: list[Tensor], biases: list[Tensor]) -> Tensor:
@@ -92,37 +296,193 @@ def masked_lm_loss(hidden: Tensor, labels: Tensor, head, tables: list[Tensor], b
     return total / max(len(labels), 1)
 
 
-def mean_squares(left: Tensor, right: Tensor) -> Tensor:
-    return (left - right).float().pow(2).mean()
+def student_masked_lm(forward: Forward) -> Tensor:
+    """The student's masked-LM cross-entropy on its own vocabulary."""
+    return forward.masked_lm["student"]()
 
 
-def one_minus_cosine(left: Tensor, right: Tensor) -> Tensor:
-    return (1 - F.cosine_similarity(left.float(), right.float(), dim=-1)).mean()
+def teacher_masked_lm(forward: Forward) -> Tensor:
+    """The teacher's masked-LM cross-entropy on mixed input, one softmax per vocabulary (Zhao et al. 2019)."""
+    return forward.masked_lm["teacher"]()
+
+
+def masked_lm_match(forward: Forward, temperature: float = 1.0) -> Tensor:
+    """T² KL(p_T || p_S) at masked pieces that both vocabularies write alike, over the pieces that both have.
+
+    Student logits [n, V_S] and teacher logits [n, V_T] at units of one masked piece on each side and the same one; both
+    softmaxes see only the shared pieces (Kolesnikova et al. 2022, arXiv 2205.02340, "match"; with one vocabulary it is
+    DistilBERT's L_ce).
+    """
+    student, teacher = forward.student, forward.teacher
+    (here, units, counts), (there, teacher_units, teacher_counts) = student.masked, teacher.masked
+    alone = (counts == 1) & (teacher_counts == 1)
+    mine, theirs = alone[units], alone[teacher_units]  # units rise along both sides, so that the n-th meets the n-th
+    same = forward.shared[student.side.labels[here][mine]] == teacher.side.labels[there][theirs]
+    columns = (forward.shared >= 0).nonzero().squeeze(1)
+    logits = student.predict(student.hidden[-1][here][mine][same].float())
+    target = teacher.predict(teacher.hidden[-1][there][theirs][same].float())
+    return mean(kl(logits[:, columns], target[:, forward.shared[columns]], temperature))
+
+
+def masked_lm_reduce(forward: Forward, temperature: float = 1.0) -> Tensor:
+    """T² KL(p_T || p_S) over the teacher's pieces, at words that the teacher has masked as one piece.
+
+    The student's score of a teacher piece is the mean of its log-probabilities of the pieces that spell it, averaged
+    over the word's masked student pieces: [n, V_T] from [pieces, V_S]. Teacher pieces without a spelling are left out
+    of both softmaxes (after Kolesnikova et al. 2022, arXiv 2205.02340, "reduce-map").
+    """
+    student, teacher = forward.student, forward.teacher
+    (here, units, counts), (there, teacher_units, teacher_counts) = student.masked, teacher.masked
+    chosen = (teacher_counts == 1) & (counts > 0)
+    mine, theirs = chosen[units], chosen[teacher_units]
+    scores = F.log_softmax(student.predict(student.hidden[-1][here][mine].float()).float(), dim=-1)
+    row = (chosen.cumsum(0) - 1)[units[mine]]  # the word that each of the student's masked pieces belongs to
+    words = scores.new_zeros(int(chosen.sum()), scores.shape[1]).index_add(0, row, scores)
+    words = words / counts[chosen].unsqueeze(1)
+    spelt = (forward.spelling[:, 0] >= 0).nonzero().squeeze(1)
+    # mean over each spelling: bags of rows of [V_S + 1, n], of which the last stands for no piece
+    spelling = forward.spelling[spelt]
+    bags = spelling.where(spelling >= 0, words.shape[1])
+    by_piece = F.pad(words.T, (0, 0, 0, 1))
+    reduced = F.embedding_bag(bags, by_piece, mode="mean", padding_idx=words.shape[1]).T
+    target = teacher.predict(teacher.hidden[-1][there][theirs].float())
+    return mean(kl(reduced, target[:, spelt], temperature))
+
+
+# ------------------------------------------------------------------------------------------------ hidden states
 
 
 def hidden_mse(forward: Forward, direction: Direction = "up") -> Tensor:
-    """Mean squared error of word states over the matched layers, after the shared projection (TinyBERT, eq. 8)."""
-    return torch.stack([mean_squares(s, t) for s, t in forward.aligned(direction)]).mean()
+    """Mean squared error of unit states over the matched layers, after the shared projection (TinyBERT, eq. 8)."""
+    return over_layers(forward, lambda m, block: mean_squares(*forward.aligned(m, block, direction)))
+
+
+def hidden_mae(forward: Forward, direction: Direction = "up") -> Tensor:
+    """Mean absolute error of unit states over the matched layers: `hidden_mse` that far states do not rule."""
+    return over_layers(forward, lambda m, block: F.l1_loss(*in_float(forward.aligned(m, block, direction))))
+
+
+def hidden_huber(forward: Forward, direction: Direction = "up", delta: float = 1.0) -> Tensor:
+    """Huber's loss of unit states over the matched layers: half the square up to delta, then linear (Huber 1964)."""
+
+    def cost(m: int, block: Layers) -> Tensor:
+        return F.huber_loss(*in_float(forward.aligned(m, block, direction)), delta=delta)
+
+    return over_layers(forward, cost)
 
 
 def hidden_cosine(forward: Forward, direction: Direction = "up") -> Tensor:
-    """One minus cosine of word states over the matched layers (DistilBERT's L_cos, on words)."""
-    return torch.stack([one_minus_cosine(s, t) for s, t in forward.aligned(direction)]).mean()
+    """One minus cosine of unit states over the matched layers (DistilBERT's L_cos)."""
+    return over_layers(forward, lambda m, block: one_minus_cosine(*forward.aligned(m, block, direction)))
 
 
-def hidden_normalized(forward: Forward, direction: Direction = "up") -> Tensor:
-    """Mean squared distance of L2-normalised word states (patient KD, Sun et al. 2019, eq. 7, on words)."""
-    distances = [
-        (F.normalize(s.float(), dim=-1) - F.normalize(t.float(), dim=-1)).pow(2).sum(-1).mean()
-        for s, t in forward.aligned(direction)
-    ]
-    return torch.stack(distances).mean()
+def hidden_normalized(forward: Forward, direction: Direction = "up", states: Literal["all", "cls"] = "all") -> Tensor:
+    """Mean squared distance of L2-normalised states (patient KD, Sun et al. 2019, eq. 7: of [CLS], `states` cls)."""
+
+    def cost(m: int, block: Layers) -> Tensor:
+        student, teacher = of_length_one(forward.aligned(m, block, direction, states))
+        return (student - teacher).pow(2).sum(-1).mean()
+
+    return over_layers(forward, cost)
+
+
+def hidden_contrastive(
+    forward: Forward, direction: Direction = "up", temperature: float = 0.1, limit: int = 1024
+) -> Tensor:
+    """KL of softmax(t · t_j / τ) and softmax(s · t_j / τ): a unit's state is told from those of the batch's others.
+
+    InfoNCE (van den Oord et al. 2018, eq. 4) whose targets are the teacher's own similarities, so that near units are
+    no errors and agreement is zero. s, t: L2-normalised states [n, D]; j over at most `limit` units, evenly spaced over
+    the batch, because the cost is n².
+    """
+
+    def cost(m: int, block: Layers) -> Tensor:
+        student, teacher = of_length_one(forward.aligned(m, block, direction))
+        every = -(-len(teacher) // limit)
+        student, teacher = student[::every], teacher[::every]
+        return kl(student @ teacher.mT / temperature, teacher @ teacher.mT / temperature).mean()
+
+    return over_layers(forward, cost)
+
+
+def in_float(states: tuple[Tensor, Tensor]) -> list[Tensor]:
+    return [state.float() for state in states]
+
+
+def of_length_one(states: tuple[Tensor, Tensor]) -> list[Tensor]:
+    return [F.normalize(state.float(), dim=-1) for state in states]
 
 
 def embedding_mse(forward: Forward) -> Tensor:
-    """Mean squared error of the embedding outputs, word by word (TinyBERT, eq. 9)."""
-    mask = forward.batch.word_mask
-    return mean_squares(forward.up(forward.student.words(0)[mask]), forward.teacher.words(0)[mask])
+    """Mean squared error of the embedding outputs, unit by unit, after the projection up (TinyBERT, eq. 9)."""
+    return mean_squares(*forward.aligned(0, (0,), "up"))
+
+
+# ------------------------------------------------------------------------------------------------ attention
+
+
+def attention_scores(forward: Forward) -> Tensor:
+    """Mean squared error of the scores Q K^T / sqrt(d) between units, [B, h, U, U] (TinyBERT, eq. 7).
+
+    Head by head; where the models have different numbers of heads, the means over heads are compared.
+    """
+    counts = forward.batch.unit_mask
+    both = counts.unsqueeze(1) & counts.unsqueeze(2)
+
+    def cost(m: int, block: Layers) -> Tensor:
+        student, teacher = like_heads(forward.student.scores((m,)), forward.teacher.scores(block))
+        return (student - teacher).float().pow(2).mean(1)[both].mean()
+
+    return over_layers(forward, cost, attention=True)
+
+
+def attention_kl(forward: Forward) -> Tensor:
+    """KL(A_T || A_S) of the attention distributions between units, [B, h, U, U], mean over heads and units.
+
+    MiniLM (Wang et al. 2020, section 3.1), there of the last layer; arXiv 2308.13958 puts it in the place of TinyBERT's
+    MSE. Head by head; where the models have different numbers of heads, the means over heads are compared.
+    """
+
+    def cost(m: int, block: Layers) -> Tensor:
+        maps = like_heads(forward.student.attention((m,)), forward.teacher.attention(block))
+        return kl_between_units(forward, *(probabilities.clamp_min(1e-30).log() for probabilities in maps))
+
+    return over_layers(forward, cost, attention=True)
+
+
+def relations_kl(forward: Forward, kind: Kind, heads: int | None) -> Tensor:
+    """KL of softmax(X X^T / sqrt(d_r)) between units, [B, A_r, U, U], where X is split into A_r heads of width d_r."""
+    heads = heads or forward.teacher.heads
+
+    def cost(m: int, block: Layers) -> Tensor:
+        student, teacher = forward.student.relations(kind, (m,), heads), forward.teacher.relations(kind, block, heads)
+        return kl_between_units(forward, student, teacher)
+
+    return over_layers(forward, cost, attention=True)
+
+
+def query_relations(forward: Forward, heads: int | None = None) -> Tensor:
+    """KL of the relations between queries, softmax(Q Q^T / sqrt(d_r)) (MiniLMv2, Wang et al. 2021).
+
+    heads: A_r, which must divide both widths; the models' own numbers of heads do not matter. None: the teacher's.
+    """
+    return relations_kl(forward, "queries", heads)
+
+
+def key_relations(forward: Forward, heads: int | None = None) -> Tensor:
+    """KL of the relations between keys, softmax(K K^T / sqrt(d_r)) (MiniLMv2). heads: as in query_relations."""
+    return relations_kl(forward, "keys", heads)
+
+
+def value_relations(forward: Forward, heads: int | None = None) -> Tensor:
+    """KL of the relations between values, softmax(V V^T / sqrt(d_r)) (MiniLM, section 3.2; MiniLMv2).
+
+    heads: as in query_relations.
+    """
+    return relations_kl(forward, "values", heads)
+
+
+# ------------------------------------------------------------------------------------------------ sentences
 
 
 def sentence_cosine(forward: Forward) -> Tensor:
@@ -149,14 +509,47 @@ def batch_similarity(forward: Forward) -> Tensor:
     return similarity_mse(forward.student.sentence, forward.teacher.sentence)
 
 
-def student_masked_lm(forward: Forward) -> Tensor:
-    """The student's masked-LM cross-entropy on its own vocabulary."""
-    return forward.masked_lm["student"]()
+# ------------------------------------------------------------------------------------------------ tasks
 
 
-def teacher_masked_lm(forward: Forward) -> Tensor:
-    """The teacher's masked-LM cross-entropy on mixed input, one softmax per vocabulary (Zhao et al. 2019)."""
-    return forward.masked_lm["teacher"]()
+def labels(forward: Forward) -> Tensor:
+    """Cross-entropy with a task's classes, [B, C] or [n, C] at labelled pieces; of scores, the mean squared error.
+
+    The one loss of a task that no teacher is asked for: what it is zero at is the truth.
+    """
+    logits, targets = forward.student.task_logits.float(), forward.targets
+    if targets.is_floating_point():
+        return mean_squares(logits.squeeze(-1), targets)
+    return mean(F.cross_entropy(logits, targets, reduction="none"))
+
+
+def soft_labels(forward: Forward, temperature: float = 1.0, divergence: Literal["kl", "ce"] = "kl") -> Tensor:
+    """T² KL(p_T || p_S) of softmax(z / T), z [B, C] or [n, C] at labelled pieces (Hinton et al. 2015, eq. 1).
+
+    divergence ce: T² times the cross-entropy (TinyBERT, eq. 10, with T = 1), which is more by the teacher's
+    entropy: the same gradients, and not zero at agreement.
+
+    Raises:
+        InputError: a regression task, which has one output and no distribution.
+    """
+    student, teacher = forward.student.task_logits, forward.teacher.task_logits
+    if student.shape[-1] == 1:
+        raise InputError("losses.soft_labels: one output has no distribution: choose logits_mse for regression")
+    found = kl(student, teacher, temperature)
+    if divergence == "ce":
+        found = found + temperature**2 * torch.distributions.Categorical(logits=teacher.float() / temperature).entropy()
+    return mean(found)
+
+
+def logits_mse(forward: Forward) -> Tensor:
+    """Mean squared error of a task's logits, [B, C] or [n, C] at labelled pieces (Ba and Caruana 2014).
+
+    For regression, where the one logit is the score.
+    """
+    return mean((forward.student.task_logits - forward.teacher.task_logits).float().pow(2))
+
+
+# ------------------------------------------------------------------------------------------------ parameters
 
 
 def parameters_down(forward: Forward) -> Tensor:
@@ -172,19 +565,37 @@ def parameters_up(forward: Forward) -> Tensor:
 LOSSES: dict[str, Callable[..., Tensor]] = {
     "student_masked_lm": student_masked_lm,
     "teacher_masked_lm": teacher_masked_lm,
+    "masked_lm_match": masked_lm_match,
+    "masked_lm_reduce": masked_lm_reduce,
     "parameters_down": parameters_down,
     "parameters_up": parameters_up,
     "hidden_mse": hidden_mse,
+    "hidden_mae": hidden_mae,
+    "hidden_huber": hidden_huber,
     "hidden_cosine": hidden_cosine,
     "hidden_normalized": hidden_normalized,
+    "hidden_contrastive": hidden_contrastive,
     "embedding_mse": embedding_mse,
+    "attention_scores": attention_scores,
+    "attention_kl": attention_kl,
+    "query_relations": query_relations,
+    "key_relations": key_relations,
+    "value_relations": value_relations,
     "sentence_cosine": sentence_cosine,
     "group_similarity": group_similarity,
     "batch_similarity": batch_similarity,
+    "labels": labels,
+    "soft_labels": soft_labels,
+    "logits_mse": logits_mse,
 }
 
-# Losses that need masked words and a head; all others compare the student with the teacher.
-MASKED_LM = {"student_masked_lm", "teacher_masked_lm"}
+# Losses by what must be there for them; all others read the last hidden states of student and teacher.
+HIDDEN = {"hidden_mse", "hidden_mae", "hidden_huber", "hidden_cosine", "hidden_normalized", "hidden_contrastive"}
+LAYERWISE = HIDDEN | {"embedding_mse"}  # all hidden states
+ATTENTION = {"attention_scores", "attention_kl", "query_relations", "key_relations", "value_relations"}
+ACROSS_VOCABULARIES = {"masked_lm_match", "masked_lm_reduce"}  # masked words, and a head on either side
+MASKED_LM = {"student_masked_lm", "teacher_masked_lm"} | ACROSS_VOCABULARIES  # masked words and a head
+TASK = {"labels", "soft_labels", "logits_mse"}  # a task's logits
 
 
 def check_losses(section: str, losses: dict, available: set[str]) -> None:
@@ -204,7 +615,17 @@ def check_losses(section: str, losses: dict, available: set[str]) -> None:
             if argument not in known:
                 takes = ", ".join(known) or "none"
                 raise InputError(f"{section}.losses.{name}.{argument}: unknown argument: it takes {takes}")
-            values = get_args(known[argument].annotation)
-            if value not in values:
-                choices = " or ".join(map(str, values))
-                raise InputError(f"{section}.losses.{name}.{argument}: {value!r} is not {choices}")
+            if wanted := unmet(known[argument].annotation, value):
+                raise InputError(f"{section}.losses.{name}.{argument}: {value!r} is not {wanted}")
+
+
+def unmet(annotation: Any, value: Any) -> str | None:
+    """What an argument of this annotation must be and the value is not, or None."""
+    if get_origin(annotation) is Literal:
+        choices = get_args(annotation)
+        return None if value in choices else " or ".join(map(str, choices))
+    if value is None and type(None) in get_args(annotation):
+        return None
+    kinds, name = ((int, float), "a positive number") if annotation is float else ((int,), "a positive whole number")
+    good = isinstance(value, kinds) and not isinstance(value, bool) and 0 < value < math.inf
+    return None if good else name

@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from tokenizer_build.errors import InputError
-from vocabshrink.layer_map import Pairs
+from vocabshrink.layer_map import Pairs, SoftPairs
 
 
 def principal_directions(table: torch.Tensor, width: int, weights: torch.Tensor | None = None) -> torch.Tensor:
@@ -78,9 +78,17 @@ def shape_key(source, target) -> str:
 
 
 def match_parameters(student: nn.Module, teacher: nn.Module, pairs: Pairs) -> list[tuple[str, str]]:
-    """(student name, teacher name) of the variables of one role: layers by the map (1-based), the rest by name."""
+    """(student name, teacher name) of the variables of one role: layers by the map (1-based), the rest by name.
+
+    Parameters have no mean that does anything, so of a block the last layer counts, whose output the block's is.
+
+    Raises:
+        InputError: the map `emd`, which matches every layer with every other.
+    """
+    if isinstance(pairs, SoftPairs):
+        raise InputError("layer_map: emd has no one teacher layer for parameter projections: choose another map")
     teacher_names = {name: p for name, p in teacher.named_parameters()}
-    layer_of = {m - 1: n - 1 for m, n in pairs if m > 0 and n > 0}
+    layer_of = {m - 1: block[-1] - 1 for m, block in pairs if m > 0 and block[-1] > 0}
     matched = []
     for name, parameter in student.named_parameters():
         if "word_embeddings" in name:

@@ -1,0 +1,410 @@
+"""The stages of real tasks: `task_teacher` fine-tunes the teacher on labels, `finetune` the student, over seeds.
+
+The unit of work is one training: a task, a setting of the grid, a seed. Its folder stands under the stage's
+`checkpoints/`, the one place that an unfinished stage keeps, and ends with `metrics.json`: a stage that is started
+again skips what has one, so that a crash costs at most the unit in work (and of that, what the loop's own checkpoint
+does not hold). At its end the stage puts the results where readers look: `TASK/seed-N/metrics.json`, `TASK/model`.
+
+The grid is searched as the papers do: every setting with the first seed, the best on validation then with all seeds.
+What is random about a seed is the new head, what the student does not start from anything, and the order of rows.
+"""
+
+import hashlib
+import itertools
+import json
+import math
+import shutil
+import statistics
+from dataclasses import replace
+from functools import cached_property
+from pathlib import Path
+
+import numpy as np
+import torch
+from accelerate import PartialState
+from pydantic import ValidationError
+from safetensors.numpy import save_file
+from torch import nn
+from transformers import BertModel
+
+from tokenizer_build.errors import InputError
+from vocabshrink.augment import augmented_rows
+from vocabshrink.classification import (
+    OF_LOGITS,
+    TaskTraining,
+    live_teacher,
+    load_task_model,
+    predict,
+    save_task_model,
+    student_model,
+)
+from vocabshrink.layer_map import layer_pairs
+from vocabshrink.loop import make_accelerator, train
+from vocabshrink.recipe import FinetuneStage, Phase, TaskSection, explain
+from vocabshrink.run_dir import RunDir, read_json, replacing, write_json
+from vocabshrink.student import first_position
+from vocabshrink.tasks import EncodedTask, Task, TaskBatcher, encode_task, headline, read_logits, score
+
+TEACHER_SEED = 0  # one fine-tuned teacher serves every seed of the students, as in the papers
+OF_SUMMARY = ("average", "seconds_per_step", "tokens", "test", "minutes")  # beside the tasks' names
+IMPORTANCE_ROWS = 64  # from which the importance of the teacher's parts is measured
+EVALUATION_BATCH = 128  # sequences of like length in a forward pass
+
+
+def train_task_teachers(run) -> dict:
+    """Fine-tunes the teacher on the labels of each task that names neither a fine-tuned teacher nor stored logits.
+
+    Writes TASK/model (a transformers folder), TASK/logits.safetensors (every split's; not for token tasks) and
+    TASK/metrics.json. Reads no student and no vocabulary. Returns {task: its metrics on validation}, "average".
+    """
+    stage, folder, results = run.recipe.finetune.teacher, run.dir.stage("task_teacher"), {}
+    for name, task in run.tasks.items():
+        section, unit = run.recipe.tasks[name], folder / "checkpoints" / name
+        if not trains_teacher(section):
+            continue
+        phases = phases_of([stage], section)
+        mark = fingerprint(run, "task_teacher", name, "", TEACHER_SEED)
+        if finished(unit, mark) is None:
+            with PartialState().main_process_first():
+                encoded = encode_task(task, run.teacher_folder, run.teacher_folder, unit / "encoded")
+            torch.manual_seed(TEACHER_SEED)
+            model = load_task_model(str(run.teacher_folder), task, trained=False)
+            result = fit(TaskTraining(model, task.kind), encoded, phases, RunDir(unit), name, TEACHER_SEED, mark)
+            if PartialState().is_main_process:
+                logits = {split: logits_of(model, encoded, split, phases[-1]) for split in task.splits}
+                result |= {split: score(task, logits[split], split) for split in task.splits if split != "train"}
+                save_task_model(unit / "model", model, run.teacher_folder)
+                if task.kind != "tokens":
+                    write_logits(unit / "logits.safetensors", logits)
+                finish(unit, result, mark)
+            PartialState().wait_for_everyone()
+        results[name] = finished(unit, mark)
+    if PartialState().is_main_process:
+        for name in results:
+            deliver(folder / "checkpoints" / name, folder / name, ("model", "logits.safetensors"))
+        shutil.rmtree(folder / "checkpoints", ignore_errors=True)
+    validation = {name: result["validation"] for name, result in results.items()}
+    return validation | {"average": statistics.fmean(map(headline, validation.values()))}
+
+
+def trains_teacher(section: TaskSection) -> bool:
+    """Whether a task's teacher is ours to fine-tune."""
+    return not (section.teacher or section.logits)
+
+
+def finetune(run) -> dict:
+    """Fine-tunes the student on every task, for every seed, at the grid's best setting.
+
+    Writes TASK/seed-N/metrics.json and metrics.jsonl, TASK/grid.json (headline on validation by setting, where there
+    is a grid) and, where the recipe saves models, TASK/model: the median seed's, on validation.
+
+    Returns: {task: {metric: {"median", "min", "max", "seeds" (how many)}}} on validation, "average" (over tasks, of the
+    median headline), "seconds_per_step", "tokens" (read in one seed's trainings), "test" (as the tasks' on validation).
+
+    Raises:
+        InputError: a phase needs of a task's teacher what there is not; see also `load_task_model`, `read_logits`.
+    """
+    stage, folder, chosen = run.recipe.finetune, run.dir.stage("finetune"), {}
+    subjects = {name: Subject(run, name, folder / "checkpoints" / name) for name in run.tasks}
+    for subject in subjects.values():
+        subject.check()  # all of them before the first is trained
+    for name, subject in subjects.items():
+        points, tried = subject.points, {}
+        if len(points) > 1:
+            tried = {point: headline(subject.train(point, stage.seeds[0])["validation"]) for point in points}
+        best = max(points, key=lambda point: tried.get(point, 0.0))
+        units = {seed: subject.train(best, seed) for seed in stage.seeds}
+        chosen[name] = (list(units.values()), best)
+        if PartialState().is_main_process:
+            for seed in units:
+                deliver(subject.folder / best / f"seed-{seed}", folder / name / f"seed-{seed}", ())
+            if tried:
+                write_json(folder / name / "grid.json", tried)
+            if stage.save_models:
+                seed = sorted(units, key=lambda seed: headline(units[seed]["validation"]))[(len(units) - 1) // 2]
+                shutil.copytree(subject.folder / best / f"seed-{seed}" / "model", folder / name / "model")
+                write_json(folder / name / "metrics.json", units[seed])  # of the model beside it
+    if PartialState().is_main_process:
+        shutil.rmtree(folder / "checkpoints", ignore_errors=True)
+    return summarise({name: units for name, (units, _) in chosen.items()})
+
+
+class Subject:
+    """A task with what all its trainings share: its encoded rows, its teacher, the teacher's logits of its rows."""
+
+    def __init__(self, run, name: str, folder: Path):
+        self.run, self.name, self.folder = run, name, folder
+        self.stage: FinetuneStage = run.recipe.finetune
+        self.section: TaskSection = run.recipe.tasks[name]
+        self.phases = phases_of(self.stage.phases, self.section)
+        self.reads = set().union(*(phase.losses for phase in self.phases)) - {"labels"}
+
+    @cached_property
+    def points(self) -> dict[str, list[Phase]]:
+        """The grid's settings: name -> phases. The last phase's settings vary.
+
+        Raises:
+            InputError: a value that the setting does not take.
+        """
+        *before, last = self.phases
+        points, grid = {}, self.stage.grid
+        for values in itertools.product(*grid.values()):
+            point = dict(zip(grid, values, strict=True))
+            try:
+                phase = Phase.model_validate(last.model_dump() | point)
+            except ValidationError as error:
+                raise InputError(f"finetune.grid: {explain(error.errors()[0])}") from None
+            points["_".join(f"{key}-{value:g}" for key, value in point.items()) or "only"] = [*before, phase]
+        return points
+
+    def check(self) -> None:
+        """Refuses losses whose teacher is not there, before anything is trained."""
+        where = f"tasks.{self.name}"
+        if self.name in OF_SUMMARY:
+            raise InputError(f"{where}: the summary has a figure of this name: give the task another")
+        layers = sorted(self.reads - OF_LOGITS)
+        if self.section.logits and not self.section.teacher:
+            if layers:
+                raise InputError(
+                    f"{where}.logits are logits alone and losses.{layers[0]} reads the teacher's layers: add "
+                    f"{where}.teacher, or take the logits out and add finetune.teacher"
+                )
+            if self.reads and self.stage.augment:
+                raise InputError(f"{where}.logits has none of augmented rows: add {where}.teacher, or do not augment")
+        self.points  # noqa: B018
+
+    @cached_property
+    def task(self) -> Task:
+        """The task, with the augmented copies behind its training rows where the recipe augments."""
+        task = self.run.tasks[self.name]
+        if not self.stage.augment:
+            return task
+        made = self.run.dir.stage("augment") / f"{self.name}.jsonl"
+        return replace(task, splits=task.splits | {"train": augmented_rows(task, made)})
+
+    @cached_property
+    def encoded(self) -> EncodedTask:
+        with PartialState().main_process_first():
+            return encode_task(self.task, self.run.teacher_folder, self.run.vocab, self.folder / "encoded")
+
+    @cached_property
+    def backbone(self):
+        return self.run.teacher()
+
+    @property
+    def teacher_folder(self) -> str | None:
+        """The fine-tuned teacher's folder; None where there are only stored logits."""
+        if not trains_teacher(self.section):
+            return self.section.teacher
+        return str((self.run.dir.stage("task_teacher") / self.name / "model").absolute())
+
+    @cached_property
+    def teacher(self) -> nn.Module | None:
+        """The fine-tuned teacher, where a phase runs it."""
+        if not live_teacher(self.reads, stored=self.logits is not None):
+            return None
+        return load_task_model(self.teacher_folder, self.task, trained=True)
+
+    @cached_property
+    def logits(self) -> torch.Tensor | None:
+        """[rows, C]: the teacher's logits of the training rows, read where they are stored, else made once and kept.
+
+        None where no phase reads them, and for token tasks, whose teacher is run in training.
+        """
+        if not self.reads & OF_LOGITS or self.task.kind == "tokens":
+            return None
+        path = self.folder / "logits.safetensors"
+        if self.section.logits:
+            path = Path(self.section.logits)
+        elif not (self.section.teacher or self.stage.augment):
+            path = Path(self.teacher_folder).with_name("logits.safetensors")
+        elif PartialState().is_main_process and not path.is_file():
+            teacher = load_task_model(self.teacher_folder, self.task, trained=True).to(PartialState().device)
+            logits = logits_of(teacher, self.encoded, "train", self.stage.phases[-1], side="teacher")
+            write_logits(path, {"train": logits})
+        PartialState().wait_for_everyone()
+        return torch.from_numpy(read_logits(path, self.task)["train"])
+
+    def train(self, point: str, seed: int) -> dict:
+        """One training, or what it gave before."""
+        phases, unit = self.points[point], self.folder / point / f"seed-{seed}"
+        mark = fingerprint(self.run, "finetune", self.name, point, seed)
+        if (result := finished(unit, mark)) is not None:
+            return result
+        torch.manual_seed(seed)
+        body, directions = self.student()
+        training = TaskTraining(
+            student_model(body, self.task, self.run.teacher_folder),
+            self.task.kind,
+            teacher=self.teacher,
+            logits=self.logits,
+            directions=directions,
+            pooling=self.backbone.pooling,
+            normalize=self.backbone.normalize,
+        )
+        shared = self.run.shared_pieces if self.teacher is not None else None
+        result = fit(training, self.encoded, phases, RunDir(unit), self.name, seed, mark, shared=shared)
+        if PartialState().is_main_process:
+            for split in (s for s in self.task.splits if s != "train"):
+                logits = logits_of(training.student, self.encoded, split, phases[-1])
+                result[split] = score(self.task, logits, split)
+            if self.stage.save_models:
+                save_task_model(unit / "model", training.student, self.run.vocab)
+            finish(unit, result | {"task": self.name, "seed": seed, "setting": point}, mark)
+        PartialState().wait_for_everyone()
+        return finished(unit, mark)
+
+    def student(self) -> tuple[BertModel, torch.Tensor | None]:
+        """The body to fine-tune, as the stages before left it, and the directions of its projections."""
+        student, directions, _ = self.run.start_student(self.backbone)
+        trained = [stage for stage in ("dual", "distill") if getattr(self.run.recipe, stage)]
+        if trained:
+            folder = self.run.dir.stage(trained[-1]) / "student"
+            student.load_state_dict(BertModel.from_pretrained(folder, add_pooling_layer=False).state_dict())
+        return student, directions
+
+
+def phases_of(phases: list[Phase], section: TaskSection) -> list[Phase]:
+    """The phases as a task asks for them: with its epochs and, for scores, which have no distribution to be soft,
+    with `logits_mse` in the place of `soft_labels` (TinyBERT and patient KD do so on STS-B)."""
+    found = []
+    for phase in phases:
+        losses = dict(phase.losses)
+        if section.kind == "regression" and (soft := losses.pop("soft_labels", None)):
+            losses.setdefault("logits_mse", soft.model_copy(update={"arguments": {}}))
+        found.append(phase.model_copy(update={"epochs": section.epochs or phase.epochs, "losses": losses}))
+    return found
+
+
+def fit(
+    training: TaskTraining,
+    encoded: EncodedTask,
+    phases: list[Phase],
+    unit: RunDir,
+    name: str,
+    seed: int,
+    mark: str,
+    *,
+    shared: np.ndarray | None = None,
+) -> dict:
+    """Trains phase after phase, each from where the one before ended; a phase that was cut off resumes.
+
+    Returns: {"steps", "tokens", "seconds", "seconds_per_step", "phases": [what the loop returned]}.
+    """
+    results = []
+    for number, phase in enumerate(phases, 1):
+        pairs = ()
+        if training.teacher is not None:
+            depths = (model.config.num_hidden_layers for model in (training.student, training.teacher))
+            pairs = layer_pairs(phase.layer_map, *depths, seed=seed)
+        training.begin(phase.losses, pairs)
+        accelerator = make_accelerator(phase, unit)
+        batcher = TaskBatcher(
+            encoded,
+            "train",
+            batch_size=max(1, phase.batch_size // (accelerator.num_processes * phase.gradient_accumulation)),
+            seed=seed,
+            sides=("student", "teacher") if training.live else ("student",),
+            max_pieces=longest(phase, training.student, training.teacher),
+            shared=shared,
+        )
+
+        def evaluate(task: TaskTraining, phase: Phase = phase) -> dict:
+            return score(encoded.task, logits_of(task.student, encoded, "validation", phase), "validation")
+
+        steps = min(phase.steps or math.inf, math.ceil(phase.epochs * batcher.rows / phase.batch_size))
+        results.append(
+            train(
+                training,
+                batcher,
+                phase.model_copy(update={"steps": steps}),
+                unit,
+                f"{name}-seed-{seed}-phase-{number}",
+                fingerprint=f"{mark} phase {number}",
+                accelerator=accelerator,
+                evaluate=evaluate if phase.evaluations and accelerator.is_main_process else None,
+            )
+        )
+        accelerator.unwrap_model(training, keep_fp32_wrapper=False)  # else the next phase wraps the wrapper
+    steps, tokens, seconds = (sum(result[key] for result in results) for key in ("steps", "tokens", "seconds"))
+    figures = {"steps": steps, "tokens": tokens, "seconds": round(seconds, 1), "seconds_per_step": seconds / steps}
+    return figures | {"phases": results}
+
+
+def longest(phase: Phase, *models: nn.Module | None) -> int:
+    """Pieces of a sequence without its two special ones: the phase's, or what fits the model with fewest positions."""
+    configs = [model.config for model in models if model is not None]
+    return min(phase.max_length, *(c.max_position_embeddings - first_position(c) for c in configs)) - 2
+
+
+def logits_of(model: nn.Module, encoded: EncodedTask, split: str, phase: Phase, *, side: str = "student"):
+    """The model's logits of a split, cut as in training (see `predict`)."""
+    batcher = TaskBatcher(
+        encoded, split, batch_size=EVALUATION_BATCH, seed=0, sides=(side,), max_pieces=longest(phase, model)
+    )
+    return predict(model, batcher, side=side, precision=phase.precision)
+
+
+def write_logits(path: Path, logits: dict[str, np.ndarray]) -> None:
+    """{split: [R, C]} as `read_logits` reads them."""
+    with replacing(path) as temporary:
+        save_file({f"{split}.logits": np.ascontiguousarray(values) for split, values in logits.items()}, temporary)
+
+
+def fingerprint(run, stage: str, name: str, point: str, seed: int) -> str:
+    """What decides one training. Not the other tasks, nor the other seeds and settings: they may come later."""
+    settings = run.settings_of(stage)
+    settings |= {"tasks": settings["tasks"][name], "finetune": settings.get("finetune", {}).get("phases")}
+    return hashlib.sha256(json.dumps([settings, point, seed], sort_keys=True).encode()).hexdigest()
+
+
+def finished(unit: Path, mark: str) -> dict | None:
+    """What a training gave before, or None. Raises InputError where it was another recipe's."""
+    if not (unit / "metrics.json").is_file():
+        return None
+    result = read_json(unit / "metrics.json")
+    if result["fingerprint"] != mark:
+        raise InputError(f"{unit}: made by another recipe: delete the folder, or give the run another name")
+    return result
+
+
+def finish(unit: Path, result: dict, mark: str) -> None:
+    """Writes a training's metrics.json, last, and frees what only its resuming needs."""
+    write_json(unit / "metrics.json", result | {"fingerprint": mark})
+    for entry in unit.iterdir():
+        if (entry / "checkpoints").is_dir():
+            shutil.rmtree(entry)
+
+
+def deliver(unit: Path, folder: Path, names: tuple[str, ...]) -> None:
+    """Copies a finished training's figures, and what else is named, to where readers look."""
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir(parents=True)
+    for name in ("metrics.json", "metrics.jsonl", *names):
+        source = unit / name
+        if source.is_dir():
+            shutil.copytree(source, folder / name)
+        elif source.is_file():
+            shutil.copy(source, folder / name)
+
+
+def summarise(units: dict[str, list[dict]]) -> dict:
+    """Median and range over each task's seeds, and what the trainings cost; see `finetune`."""
+    splits: dict[str, dict] = {"validation": {}, "test": {}}
+    for (split, found), (name, results) in itertools.product(splits.items(), units.items()):
+        if metrics := results[0].get(split):
+            found[name] = {metric: spread([result[split][metric] for result in results]) for metric in metrics}
+    every = list(itertools.chain(*units.values()))
+    average = statistics.fmean(
+        statistics.median(headline(result["validation"]) for result in results) for results in units.values()
+    )
+    return splits["validation"] | {
+        "average": average,
+        "seconds_per_step": sum(result["seconds"] for result in every) / sum(result["steps"] for result in every),
+        "tokens": sum(results[0]["tokens"] for results in units.values()),
+        "test": splits["test"],
+    }
+
+
+def spread(values: list[float]) -> dict:
+    return {"median": statistics.median(values), "min": min(values), "max": max(values), "seeds": len(values)}
