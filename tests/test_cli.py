@@ -1,8 +1,10 @@
 """The command line as its users meet it: bad input is one sentence on stderr, exit code 2, no traceback."""
 
+import json
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import yaml
@@ -121,3 +123,21 @@ def test_a_short_loss_takes_an_override_of_its_argument(write_recipe, tmp_path):
 def test_a_loss_that_a_stage_cannot_give_is_refused_before_anything_runs(write_recipe, tmp_path):
     dual = {"mode": "match", "steps": 2, "learning_rate": 1e-3, "losses": {"teacher_masked_lm": 1}}
     assert "dual.losses.teacher_masked_lm" in refused("count", write_recipe(dual=dual), folder=tmp_path)
+
+
+RELEASED = Path(__file__).parents[1] / "artifacts" / "minilm-l6-7mb"
+
+
+def test_lines_are_embedded_without_torch():
+    """A line in, a JSON object out; whose reader goes away early, that is no error."""
+    program = "import sys; sys.modules['torch'] = None; from vocabshrink.cli import main; main()"
+    command = [sys.executable, "-c", program, "embed", str(RELEASED)]
+    done = subprocess.run(command, input="a small encoder\na tiny model\n", capture_output=True, text=True)
+    rows = [json.loads(line) for line in done.stdout.splitlines()]
+    assert done.returncode == 0 and len(rows) == 2, done.stderr
+    (vector,) = (value for value in rows[0].values() if isinstance(value, list))
+    assert len(vector) == 384 and sum(x * x for x in vector) == pytest.approx(1, abs=1e-3)
+    refused = subprocess.run(
+        [*command[:-2], "classify", str(RELEASED)], input="a text\n", capture_output=True, text=True
+    )
+    assert refused.returncode == 2 and "Traceback" not in refused.stderr and "embedding" in refused.stderr

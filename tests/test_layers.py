@@ -9,10 +9,10 @@ import pytest
 ROOT = Path(__file__).resolve().parents[1]
 LAYERS = {
     "facts": "recipe run_dir layer_map budget",
-    "parts": "harvest lexicon batches teacher student projection augment tasks checkpoint evaluation",
-    "delivery": "__init__ quantize export runtime report measure",
-    "training": "losses dual_training distillation classification loop search",
-    "front": "cli stages plan __main__",
+    "parts": "harvest lexicon batches teacher student projection quantize augment tasks checkpoint evaluation",
+    "delivery": "__init__ export runtime report measure card bench web",
+    "training": "losses dual_training distillation classification finetune loop search",
+    "front": "cli stages plan ablations __main__",
 }
 MAY_IMPORT = {
     "facts": {"facts"},
@@ -27,6 +27,9 @@ WITHOUT_TORCH = {name for name, layer in LAYER_OF.items() if layer == "facts"} |
     "vocabshrink.harvest",
     "vocabshrink.runtime",
     "vocabshrink.report",
+    "vocabshrink.card",
+    "vocabshrink.bench",
+    "vocabshrink.web",
 }
 
 

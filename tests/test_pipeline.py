@@ -4,12 +4,16 @@ import json
 
 import numpy as np
 import pytest
+import torch
 import yaml
 from test_teacher import folders  # noqa: F401 - a fixture: a tiny model of each family, its tokenizer trained here
+from transformers import AutoModel
 
 from tokenizer_build.errors import InputError
+from vocabshrink.quantize import dequantize, load_compact, quantize
 from vocabshrink.recipe import parse_recipe
 from vocabshrink.run_dir import RunDir
+from vocabshrink.runtime import load
 from vocabshrink.stages import Run, run_stage, stages_of, summarise
 
 TRAINING = {"steps": 6, "batch_size": 16, "max_length": 48, "learning_rate": 1e-3, "precision": "no", "evaluations": 1}
@@ -261,3 +265,71 @@ def test_a_vocabulary_that_is_there_is_taken_as_it_is(match_run, tiny_teacher, c
     assert json.loads((again.vocab / "tokenizer.json").read_text()) == json.loads(
         (run.vocab / "tokenizer.json").read_text()
     )
+
+
+def quantize_of(model, name: str, format: str) -> float:
+    """How much one more rounding changes a weight, against its largest value."""
+    weight = model.get_parameter(name).detach().numpy()
+    return abs(dequantize(quantize(weight, format)) - weight).max() / abs(weight).max()
+
+
+def test_tasks_run_from_augmentation_to_report(tiny_teacher, corpus_file, lines, tmp_path):
+    """TinyBERT's two phases on augmented rows, after general distillation, each stage once and never again."""
+    words = ["ka", "lo", "mi"]
+    rows = [{"sentence1": line, "label": int(any(w in line.lower().split() for w in words))} for line in lines[:120]]
+    for name, part in {"train": rows[:80], "validation": rows[80:]}.items():
+        (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in part))
+    phase = {"epochs": 1, "batch_size": 16, "precision": "no", "learning_rate": 1e-3}
+    data = tiny_recipe(
+        tiny_teacher,
+        corpus_file,
+        "untrained",
+        student={"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 32},
+        distill=TRAINING | {"losses": {"attention_scores": 1, "hidden_mse": 1, "embedding_mse": 1}},
+        data=str(tmp_path),
+        tasks={"made_up": {"train": "train.jsonl", "validation": "validation.jsonl"}},
+        finetune={
+            "teacher": phase,
+            "phases": [
+                phase | {"losses": {"attention_scores": 1, "hidden_mse": 1, "embedding_mse": 1}},
+                phase | {"losses": {"soft_labels": 1}},
+            ],
+            "augment": {"copies": 2, "candidates": 3},
+            "seeds": [1, 2],
+        },
+        recovery=DISTILL | {"learning_rate": 1e-4},
+        delivery={
+            "weights": "int4-32",
+            "max_positions": 48,
+            "tolerance": 0.5,
+            "safetensors": "fp16",
+            "compact": "int3-32",
+        },
+    )
+    run = run_all(data, tmp_path / "run")
+    summary = summarise(run)
+    result = summary["tasks"]
+    export = tmp_path / "run/export"
+    texts = [row["sentence1"] for row in rows[80:]]
+    labels, scores = load(export / "made_up").classify(texts)
+    assert scores.shape == (40, 2) and set(labels) <= {"0", "1"}
+    right = sum(int(label) == row["label"] for label, row in zip(labels, rows[80:], strict=True)) / 40
+    assert summary["made_up"]["accuracy"]["delivered"] == pytest.approx(right)
+    # recovery left in the student what the files hold: rounding it again changes nothing
+    trained = AutoModel.from_pretrained(tmp_path / "run/quantize/student")
+    packed = load_compact(export / "model")
+    for name, one in trained.named_parameters():
+        if name.startswith("pooler"):  # of which an embedder has none
+            continue
+        two = packed.get_parameter(name)
+        assert torch.allclose(one[: len(two)], two, atol=2e-3), name  # the delivery has fewer positions
+    assert quantize_of(trained, "encoder.layer.0.attention.self.query.weight", "int3-32") < 1e-6
+    assert AutoModel.from_pretrained(export / "model").config.hidden_size == 16
+    card = (export / "made_up/README.md").read_text()
+    assert "A text classifier" in card and str(summary["made_up"]["bytes"])[:2] in card
+    assert 120 < len((tmp_path / "run/augment/made_up.jsonl").read_text().splitlines()) <= 160  # copies that differ
+    accuracy = result["made_up"]["accuracy"]
+    assert accuracy["min"] <= accuracy["median"] <= accuracy["max"] and accuracy["seeds"] == 2
+    assert (tmp_path / "run/finetune/made_up/model/config.json").is_file()
+    assert "made_up" in (tmp_path / "run/report.html").read_text()
+    assert not any(run_stage(run, name) for name in stages_of(run.recipe) if name != "report")

@@ -306,3 +306,68 @@ class TestDump:
         recipe.vocabulary.required, recipe.distill.learning_rate = words, rate
         recipe.evaluation.stsb = {word: word for word in words}
         assert load(text=dump_recipe(recipe)) == recipe
+
+
+TASKS = """
+name: tasks
+teacher: {model: some/folder}
+corpus: {sources: [text.txt]}
+data: glue
+tasks:
+  sst2: {train: sst2/train.jsonl, validation: /elsewhere/validation.jsonl, teacher: "package:tuned/sst2"}
+  rte: {train: rte/train.jsonl, validation: rte/validation.jsonl, logits: rte.safetensors}
+finetune:
+  teacher: {epochs: 2}
+  phases:
+    - {losses: {hidden_mse: 1}, epochs: 20}
+    - {losses: {soft_labels: {weight: 1, temperature: 2}}}
+"""
+
+
+class TestTasks:
+    def test_relative_files_start_from_the_data_folder_once(self, load):
+        recipe = load(text=TASKS)
+        assert (
+            recipe.tasks["sst2"].train == "glue/sst2/train.jsonl"
+            and recipe.tasks["rte"].logits == "glue/rte.safetensors"
+        )
+        assert recipe.tasks["sst2"].validation == "/elsewhere/validation.jsonl"
+        assert recipe.tasks["sst2"].teacher == "package:tuned/sst2"
+        assert load(text=dump_recipe(recipe)) == recipe
+
+    def test_an_override_reaches_into_a_list(self, load, refusal):
+        recipe = load("finetune.phases.1.losses.soft_labels.temperature=3", "finetune.phases.0.epochs=4", text=TASKS)
+        assert recipe.finetune.phases[1].losses["soft_labels"].arguments == {"temperature": 3}
+        assert recipe.finetune.phases[0].epochs == 4
+        for key in ("2", "first", "-1"):
+            assert f"{key} is not a position in finetune.phases: it has 2" in refusal(
+                f"finetune.phases.{key}.epochs=4", text=TASKS
+            )
+
+    @pytest.mark.parametrize(
+        ("override", "sentence"),
+        [
+            ("finetune.phases.0.epoch=3", "unknown key finetune.phases.0.epoch: did you mean epochs?"),
+            ("tasks.sst2.trian=x", "unknown key tasks.sst2.trian: did you mean train?"),
+            ("finetune.grid={lr: [1e-4]}", "'learning_rate'"),
+            ("finetune.seeds=[1, 1]", "a seed is written twice"),
+            ("finetune.phases=[]", "finetune.phases"),
+            ("tasks={}", "there is no task"),
+            ("tasks={a/b: {train: x, validation: y}}", "tasks.a/b"),
+            ("finetune.augment.p=1.5", "finetune.augment.p"),
+        ],
+    )
+    def test_refusals(self, refusal, override, sentence):
+        assert sentence in refusal(override, text=TASKS)
+
+    def test_a_phase_that_reads_a_teacher_needs_one_for_every_task(self, load, refusal):
+        assert "finetune.phases.0.losses.hidden_mse needs a fine-tuned teacher for task snips" in refusal(
+            "finetune.teacher=", "tasks.snips={train: a, validation: b}", text=TASKS
+        )
+        load("finetune.teacher=", text=TASKS)  # both tasks bring what they need
+        load(
+            "finetune.teacher=",
+            "tasks.snips={train: a, validation: b}",
+            "finetune.phases=[{losses: {labels: 1}}]",
+            text=TASKS,
+        )

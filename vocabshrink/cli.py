@@ -13,6 +13,7 @@ from rich.console import Console
 from rich.table import Table
 
 from tokenizer_build.errors import InputError
+from vocabshrink.run_dir import STAGE_NAMES, task_rows
 
 app = typer.Typer(
     help="Compress a BERT-type encoder to under 7 MB by giving it a much smaller vocabulary.",
@@ -21,18 +22,18 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 RecipePath = Annotated[Path, typer.Argument(help="a recipe (YAML)")]
+Force = Annotated[bool, typer.Option("--force", help="write a delivery that fails its gates, and say so in it")]
 Overrides = Annotated[list[str] | None, typer.Argument(help="settings over the recipe's: section.key=value ...")]
-STAGES = ("count", "vocab", "encode", "teacher", "dual", "distill", "export", "report")
 SYSTEMS = ("teacher", "untrained", "trained", "delivered")
 
 
-def open_run(recipe: Path, overrides: list[str] | None):
+def open_run(recipe: Path, overrides: list[str] | None, force: bool = False):
     from vocabshrink.recipe import load_recipe
     from vocabshrink.run_dir import RunDir
     from vocabshrink.stages import Run
 
     loaded = load_recipe(recipe, overrides or [])
-    return Run(loaded, RunDir(Path("artifacts") / loaded.name))
+    return Run(loaded, RunDir(Path("artifacts") / loaded.name), force)
 
 
 @app.command()
@@ -40,13 +41,15 @@ def run(
     recipe: RecipePath,
     overrides: Overrides = None,
     since: Annotated[float | None, typer.Option(help="Unix time from which summary.json counts its minutes")] = None,
+    force: Force = False,
 ):
     """Do every stage that the recipe asks for; finished ones are skipped."""
     from vocabshrink.plan import check_budget
     from vocabshrink.stages import main_process, run_stage, stages_of, summarise
 
-    opened = open_run(recipe, overrides)
-    check_budget(opened.recipe)
+    opened = open_run(recipe, overrides, force)
+    if not force:
+        check_budget(opened.recipe)
     for name in stages_of(opened.recipe):
         if name == "report" and main_process():
             summarise(opened, since)
@@ -58,30 +61,37 @@ def run(
 
 def add_stage(name: str) -> None:
     @app.command(name, help=f"Do the {name} stage of a recipe.")
-    def stage(recipe: RecipePath, overrides: Overrides = None):
+    def stage(recipe: RecipePath, overrides: Overrides = None, force: Force = False):
         from vocabshrink.stages import run_stage, summarise
 
-        opened = open_run(recipe, overrides)
-        if name == "report" and opened.dir.is_done("export"):
+        opened = open_run(recipe, overrides, force)
+        if name == "report":
             summarise(opened)
         run_stage(opened, name)
 
 
-for stage_name in STAGES:
+for stage_name in STAGE_NAMES:
     add_stage(stage_name)
 
 
 def show_summary(summary: dict) -> None:
-    """The headline table of a run."""
-    table = Table("", *SYSTEMS, title=f"{summary['minutes']:.1f} minutes")
-    for key, row in summary.items():
-        if isinstance(row, dict) and not key.endswith("_by_block"):
+    """The headline tables of a run."""
+    console = Console(width=None if sys.stdout.isatty() else 100)
+    systems = {k: row for k, row in summary.items() if isinstance(row, dict) and set(SYSTEMS) & set(row)}
+    if systems:
+        table = Table("", *SYSTEMS, title=f"{summary['minutes']:.1f} minutes")
+        for key, row in systems.items():
             shown = [
                 f"{row[s]:,.0f}" if key == "bytes" and s in row else f"{row[s]:.4g}" if s in row else ""
                 for s in SYSTEMS
             ]
             table.add_row(key.replace("_", " "), *shown)
-    Console(width=None if sys.stdout.isatty() else 100).print(table)
+        console.print(table)
+    if "tasks" in summary:
+        table = Table("task", "metric", "median", "min", "max", title="validation")
+        for row in task_rows(summary["tasks"]):
+            table.add_row(*row)
+        console.print(table)
 
 
 @app.command()
@@ -119,6 +129,18 @@ def list_parts():
 
 
 @app.command()
+def ablations(
+    files: Annotated[list[str], typer.Argument(help="ablation files (recipes/ablations/*.yaml), then key=value ...")],
+    root: Annotated[Path, typer.Option(help="where runs, tables and the page go")] = Path("artifacts/ablations"),
+):
+    """Run every variant and seed of the ablation files, each stage once; write summary.json, tables and a page."""
+    from vocabshrink.ablations import run_ablations
+
+    overrides = [word for word in files if "=" in word]
+    run_ablations([Path(word) for word in files if "=" not in word], overrides, root=root)
+
+
+@app.command()
 def harvest(out: Annotated[Path, typer.Argument(help="a .jsonl or .jsonl.gz to write")]):
     """Harvest the documentation of the installed Python packages as a corpus."""
     from vocabshrink.harvest import harvest as harvest_to
@@ -152,6 +174,72 @@ def search(
         )
 
 
+Artifacts = Annotated[list[Path], typer.Argument(help="delivered folders")]
+Threads = Annotated[int, typer.Option(min=1, help="processor threads")]
+BatchSize = Annotated[int, typer.Option(min=1, help="texts in a batch")]
+
+
+@app.command()
+def embed(artifact: Path, batch_size: BatchSize = 32, threads: Threads = 1):
+    """Embed the lines of standard input: one JSON object a line. Needs no torch."""
+    from vocabshrink.runtime import embed_lines
+
+    embed_lines(artifact, sys.stdin.buffer, sys.stdout, batch_size=batch_size, threads=threads)
+
+
+@app.command()
+def classify(artifact: Path, batch_size: BatchSize = 32, threads: Threads = 1):
+    """Classify the lines of standard input (first TAB second: a pair), or label their words. Needs no torch."""
+    from vocabshrink.runtime import classify_lines
+
+    classify_lines(artifact, sys.stdin.buffer, sys.stdout, batch_size=batch_size, threads=threads)
+
+
+@app.command()
+def web(
+    artifacts: Artifacts,
+    out: Path = Path("artifacts/web"),
+    passages: Annotated[Path | None, typer.Option(help="JSONL with a text in each row, to search in")] = None,
+    title: str = "Search by meaning, in your browser",
+    node_modules: Path = Path("tests/js/node_modules"),
+):
+    """Write a page that runs the artifacts in the browser."""
+    from vocabshrink.web import build_web
+
+    done = build_web(artifacts, out, passages, title, node_modules=node_modules)
+    print(f"{out}/index.html (any static server), {out}/standalone.html (from a disk); {done['passages']} passages")
+
+
+@app.command()
+def bench(
+    artifacts: Artifacts,
+    teacher: Annotated[str | None, typer.Option(help="folder or package:NAME/FOLDER, exported as a peer")] = None,
+    static: Annotated[bool, typer.Option(help="a model2vec peer, distilled from the teacher")] = True,
+    task: Annotated[list[str] | None, typer.Option(help="name=folder of JSONL, for quality")] = None,
+    out: Path = Path("artifacts/bench/delivery.json"),
+    seconds: Annotated[float, typer.Option(help="of calls for each length, batch and number of threads")] = 2.0,
+):
+    """Measure artifacts beside their teacher and a static peer."""
+    from vocabshrink.bench import bench as measure
+    from vocabshrink.bench import bench_tables
+
+    if teacher:
+        from vocabshrink.teacher import resolve_model
+
+    tasks = dict(entry.split("=", 1) for entry in task or [])
+    report = measure(
+        artifacts,
+        teacher=resolve_model(teacher) if teacher else None,
+        static=static,
+        tasks=tasks,
+        out=out,
+        seconds=seconds,
+        progress=lambda line: print(line, file=sys.stderr),
+    )
+    for table in bench_tables(report):
+        Console().print(table)
+
+
 def main() -> None:
     """The console script: InputError becomes one sentence and exit code 2."""
     try:
@@ -159,6 +247,8 @@ def main() -> None:
     except InputError as error:
         print(f"vocabshrink: {error}", file=sys.stderr)
         sys.exit(2)
+    except BrokenPipeError:  # of `| head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     except OSError as error:
         if error.errno not in (errno.ENOSPC, errno.EDQUOT):
             raise
@@ -175,6 +265,7 @@ def main() -> None:
             "pyarrow": "train",
             "scipy": "train",
             "onnx": "train",
+            "sklearn": "train",
             "matplotlib": "report",
             "jinja2": "report",
         }

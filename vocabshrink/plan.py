@@ -13,8 +13,8 @@ from tokenizers import Tokenizer
 
 from tokenizer_build.errors import InputError
 from tokenizer_build.tokenizer import load_tokenizer
-from vocabshrink.budget import FORMATS, Shape, delivery_bytes, describe, format_name, parameters, refusal
-from vocabshrink.recipe import Recipe
+from vocabshrink.budget import FORMATS, Shape, delivery_bytes, describe, parameters, refusal
+from vocabshrink.recipe import DeliverySection, Recipe
 from vocabshrink.run_dir import RunDir
 from vocabshrink.teacher import check_folder, resolve_model
 
@@ -40,19 +40,22 @@ def shapes(recipe: Recipe) -> tuple[Shape, Shape]:
     return student, teacher
 
 
+def delivery_of(recipe: Recipe) -> DeliverySection:
+    return recipe.delivery or DeliverySection()
+
+
 def delivered_shape(recipe: Recipe, student: Shape) -> Shape:
-    positions = min(student.max_position_embeddings, recipe.delivery.max_positions)
+    positions = min(student.max_position_embeddings, delivery_of(recipe).max_positions)
     return Shape(**vars(student) | {"max_position_embeddings": positions})
 
 
 def check_budget(recipe: Recipe) -> None:
     """Refuses a recipe whose delivery cannot meet its size budget, saying what to change. Raises InputError."""
+    if recipe.delivery is None:
+        return
     student, _ = shapes(recipe)
     sentence = refusal(
-        delivered_shape(recipe, student),
-        recipe.delivery.budget,
-        format_name(recipe.delivery.weights, recipe.delivery.group_size),
-        recipe=recipe.name,
+        delivered_shape(recipe, student), recipe.delivery.budget, recipe.delivery.weights, recipe=recipe.name
     )
     if sentence:
         raise InputError(sentence)
@@ -108,21 +111,22 @@ def stage_costs(recipe: Recipe, run: RunDir) -> list[dict]:
 def plan_tables(recipe: Recipe, run: RunDir) -> list[Table]:
     """The plan as tables for a terminal or a log."""
     student, teacher = shapes(recipe)
+    delivery = delivery_of(recipe)
     delivered = delivered_shape(recipe, student)
     blocks = Table("parameters", "teacher", "student", title=f"{recipe.name}: parameters by block")
     of_teacher, of_student = parameters(teacher), parameters(student)
     for name in of_student:
         blocks.add_row(name, f"{of_teacher[name]:,}", f"{of_student[name]:,}")
-    of_budget = f"of {recipe.delivery.budget:,}"
+    of_budget = f"of {delivery.budget:,}"
     sizes = Table("format", "weights", "tokenizer", "all files", of_budget, title="bytes of every delivery")
     tokenizer = run.stage("vocab") / "tokenizer.json"
-    chosen = format_name(recipe.delivery.weights, recipe.delivery.group_size)
+    chosen = delivery.weights
     if tokenizer.is_file():
         delivered = Shape(**vars(delivered) | {"vocab_size": Tokenizer.from_file(str(tokenizer)).get_vocab_size()})
-    for name in FORMATS:
+    for name in (*FORMATS, *([] if chosen in FORMATS else [chosen])):
         size = delivery_bytes(delivered, name)
         mark = " (chosen)" if name == chosen else ""
-        share = f"{size['total'] / recipe.delivery.budget:.0%}"
+        share = f"{size['total'] / delivery.budget:.0%}"
         sizes.add_row(
             describe(name) + mark, f"{size['weights']:,}", f"{size['tokenizer']:,}", f"{size['total']:,}", share
         )

@@ -9,7 +9,7 @@ import difflib
 import os
 import re
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, get_args
 
 import yaml
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
@@ -73,7 +73,10 @@ def check_layer_map(value: Any) -> Any:
     else:
         good = isinstance(value, list) and value and all(isinstance(p, list | tuple) and len(p) == 2 for p in value)
     if not good:
-        raise ValueError(f"write {', '.join(LAYER_MAPS)} or pairs of layers [[student, teacher], ...]")
+        raise ValueError(
+            f"write {', '.join(LAYER_MAPS)} or pairs of layers [[student, teacher], ...], or [student, [teacher, ...]] "
+            "for the mean of a block"
+        )
     return value
 
 
@@ -93,7 +96,13 @@ Bytes = Annotated[int, BeforeValidator(parse_size), Number, Field(gt=0)]
 Share = Annotated[float, Number, Field(ge=0, le=1)]
 Positive = Annotated[int, Number, Field(gt=0)]
 Rate = Annotated[float, Number, Field(gt=0)]
-LayerMap = Annotated[str | list[tuple[int, int]], BeforeValidator(check_layer_map)]
+LayerMap = Annotated[str | list[tuple[int, int | list[int]]], BeforeValidator(check_layer_map)]
+
+
+Format = Literal[
+    "fp32", "fp16", "int8", "int4-32", "int4-64", "int4-128", "int3-32", "int3-64", "int3-128"
+]  # 3 bits in compact weights alone
+WeightFormats = Format | dict[Literal["embeddings", "positions", "attention", "feed_forward", "head"], Format]
 
 
 class Section(BaseModel):
@@ -131,8 +140,10 @@ class StudentSection(Section):
     num_attention_heads: Positive | None = None
     intermediate_size: Positive | None = None
     max_position_embeddings: Positive | None = None
-    initialize: Literal["teacher", "random"] = "teacher"
-    layer_map: str | list[tuple[int, int]] = "uniform"  # which teacher layer each layer starts from
+    # teacher: piece means, and layers copied where shapes agree. extract_*: also heads, feed-forward neurons and, for a
+    # narrower student, hidden dimensions cut out of the teacher's (Extract-then-Distill)
+    initialize: Literal["teacher", "random", "extract_random", "extract_importance"] = "teacher"
+    layer_map: LayerMap = "uniform"  # which teacher layer each layer starts from
 
 
 class TrainingSection(Section):
@@ -188,7 +199,7 @@ Losses = Annotated[dict[str, Weighted], Field(min_length=1)]
 
 def check_stage(section: str, stage: "DualStage | DistillStage") -> None:
     """Refuses losses that the stage's other settings leave without masked words or without near sentences."""
-    masked = [name for name in stage.losses if name.endswith("masked_lm")]
+    masked = [name for name in stage.losses if "masked_lm" in name]
     if masked and not stage.mask:
         raise ValueError(f"losses.{masked[0]}: nothing is masked: set {section}.mask, 0.15 as in BERT")
     if "group_similarity" in stage.losses and stage.group_size == 1:
@@ -249,12 +260,83 @@ class DistillStage(TrainingSection):
         return self
 
 
+class Phase(TrainingSection):
+    """One phase of a task's fine-tuning. Without a loss that reads the teacher, it is plain fine-tuning."""
+
+    steps: Positive | None = None  # at most; None: what the epochs need
+    epochs: Rate = 3.0
+    batch_size: Positive = 32
+    warmup: Share = 0.1
+    evaluations: Annotated[int, Number, Field(ge=0)] = 0
+    losses: Losses = {"labels": Weighted()}
+    layer_map: LayerMap = "uniform"
+
+
+class AugmentSection(Section):
+    """TinyBERT's data augmentation: each word is replaced, with probability p, by one of the nearest candidates."""
+
+    p: Share = 0.4
+    copies: Positive = 20  # of each training row (the paper's N_a)
+    candidates: Positive = 15  # the paper's K
+
+
+class FinetuneStage(Section):
+    """Fine-tunes the student on every task, alone or from a fine-tuned teacher, phase after phase."""
+
+    phases: Annotated[list[Phase], Field(min_length=1)] = [Phase()]
+    teacher: Phase | None = None  # fine-tunes the teacher where a task names neither a folder nor stored logits
+    seeds: Annotated[list[Annotated[int, Number, Field(ge=0)]], Field(min_length=1)] = [1]
+    # settings of the last phase, every combination tried on validation with the first seed
+    grid: dict[Literal["learning_rate", "batch_size", "epochs"], Annotated[list[float], Field(min_length=1)]] = {}
+    augment: AugmentSection | None = None
+    save_models: bool = True  # the model of each task's median seed
+
+    @model_validator(mode="after")
+    def seeds_differ(self):
+        if len(set(self.seeds)) < len(self.seeds):
+            raise ValueError("seeds: a seed is written twice: every seed is a run of its own")
+        return self
+
+
+class TaskSection(Section):
+    """A labelled task in JSONL or CSV files. The order of labels is the order of the model's outputs."""
+
+    train: str
+    validation: str
+    test: str | None = None
+    kind: Literal["classification", "regression", "tokens"] = "classification"
+    labels: list[str] | None = None  # None: of the meta.json beside the train file, else those of the rows, sorted
+    text: Annotated[list[str], Field(min_length=1, max_length=2)] = ["sentence1", "sentence2"]
+    tokens: str = "tokens"
+    label: str | None = None  # the field's name; None: label, or slots for tokens
+    metrics: list[Literal["accuracy", "f1", "f1_macro", "matthews", "pearson", "spearman", "slot_f1"]] | None = None
+    train_rows: Positive | None = None  # a seeded sample of this many
+    evaluation_rows: Positive | None = None
+    epochs: Rate | None = None  # over the phases'
+    teacher: str | None = None  # a fine-tuned teacher's folder
+    logits: str | None = None  # a teacher's stored logits (safetensors, one tensor a split) instead of a teacher
+
+
 class DeliverySection(Section):
-    weights: Literal["fp32", "int8", "int4"] = "int4"
-    group_size: Literal[32, 64, 128] = 128
+    # of the graph: one format, or one for each class of tensor
+    weights: WeightFormats = "int4-128"
+    kernel: Literal["auto", "unsigned", "signed", "blocks"] = "auto"  # of int8 products; see export.py
+    safetensors: Literal["fp16", "fp32"] | None = None  # adds weights for AutoModel and SentenceTransformer
+    compact: WeightFormats | None = None  # adds packed weights for load_compact
     max_positions: Positive = 128  # of the delivery
-    budget: Bytes = 7_000_000
-    tolerance: Rate = 0.02  # how far below the trained student's rank agreement the delivery may fall
+    budget: Bytes = 7_000_000  # of the files that onnxruntime needs
+    tolerance: Rate = 0.02  # how far below the trained student's figures the delivery's may fall
+
+    @model_validator(mode="after")
+    def kernels_read_it(self):
+        for key in ("weights", "compact"):
+            chosen = getattr(self, key)
+            if isinstance(chosen, dict) and (missing := {"embeddings", "attention", "feed_forward"} - set(chosen)):
+                raise ValueError(f"{key}: {min(missing)} has no format: give each of these classes one")
+        formats = self.weights.values() if isinstance(self.weights, dict) else [self.weights]
+        if any(format.startswith("int3") for format in formats):
+            raise ValueError("weights: no ONNX kernel reads 3 bits: they are for delivery.compact")
+        return self
 
 
 class IndexSection(Section):
@@ -265,7 +347,8 @@ class IndexSection(Section):
 
 
 class EvaluationSection(Section):
-    sentences: Positive = 1000  # held-out sentences for rank agreement and neighbour overlap
+    # held-out sentences for rank agreement and neighbour overlap; 0 leaves these out
+    sentences: Annotated[int, Number, Field(ge=0)] = 1000
     stsb: dict[str, str] = {}  # name -> JSONL with sentence1, sentence2, label; scored by Spearman
 
 
@@ -279,19 +362,54 @@ class Recipe(Section):
     masked_lm_head: TeacherStage | None = None
     dual: DualStage | None = None
     distill: DistillStage | None = None
-    delivery: DeliverySection = DeliverySection()
+    # trains on through the rounding of delivery.compact or, without it, of delivery.weights (straight-through)
+    recovery: DistillStage | None = None
+    data: str = "."  # the folder that relative paths of tasks start from; once read, they have it in them
+    tasks: dict[Annotated[str, Field(pattern=r"^[A-Za-z0-9_][A-Za-z0-9._-]*$")], TaskSection] = {}
+    finetune: FinetuneStage | None = None
+    delivery: DeliverySection | None = DeliverySection()  # null: no artifact is wanted
     evaluation: EvaluationSection = EvaluationSection()
     index: IndexSection | None = None
 
     @model_validator(mode="after")
+    def find_task_files(self):
+        for task in self.tasks.values():
+            for field in ("train", "validation", "test", "teacher", "logits"):
+                if (path := getattr(task, field)) is not None and not path.startswith("package:"):
+                    setattr(task, field, str(Path(self.data) / Path(path).expanduser()))
+        self.data = "."
+        return self
+
+    @model_validator(mode="after")
     def consistent(self):
+        if self.recovery and not self.delivery:
+            raise ValueError("recovery trains through the delivery's rounding: add a delivery section, or leave it out")
         if self.dual and self.dual.mode == "two_stage" and not self.distill:
             raise ValueError("dual.mode two_stage trains only the teacher: add a distill section")
-        longest = max((s.max_length for s in (self.dual, self.distill) if s), default=0)
+        if taken := {"test", "average", "tokens", "seconds_per_step"} & set(self.tasks):
+            raise ValueError(f"tasks.{min(taken)}: the summary has another use for this name: choose another")
+        if self.finetune and not self.tasks:
+            raise ValueError("finetune: there is no task: add a tasks section")
+        if self.finetune:
+            for number, phase in enumerate(self.finetune.phases):
+                check_phase(self, number, phase)
+        phases = self.finetune.phases if self.finetune else []
+        longest = max((s.max_length for s in (self.dual, self.distill, self.recovery, *phases) if s), default=0)
         positions = self.student.max_position_embeddings
         if positions and longest > positions:
             raise ValueError(f"max_length {longest} is over student.max_position_embeddings {positions}")
         return self
+
+
+def check_phase(recipe: Recipe, number: int, phase: Phase) -> None:
+    """Refuses a phase that learns from a teacher that no one gives."""
+    reading = [name for name in phase.losses if name != "labels"]
+    for name, task in recipe.tasks.items():
+        if reading and not (recipe.finetune.teacher or task.teacher or task.logits):
+            raise ValueError(
+                f"finetune.phases.{number}.losses.{reading[0]} needs a fine-tuned teacher for task {name}: add "
+                f"finetune.teacher, tasks.{name}.teacher or tasks.{name}.logits"
+            )
 
 
 def load_recipe(path: str | Path, overrides: list[str] | tuple[str, ...] = ()) -> Recipe:
@@ -316,18 +434,28 @@ def load_recipe(path: str | Path, overrides: list[str] | tuple[str, ...] = ()) -
         key, equals, value = override.partition("=")
         if not equals:
             raise InputError(f"{override}: write an override as key.subkey=value")
-        *parents, last = key.split(".")
-        node = data
-        for parent in parents:
-            if node.get(parent) is None:
-                node[parent] = {}
-            if isinstance(node[parent], int | float) and "losses" in parents[:-1]:
-                node[parent] = {"weight": node[parent]}  # the short form of a loss
-            node = node[parent]
-            if not isinstance(node, dict):
-                raise InputError(f"{override}: {parent} is a value, not a section")
-        node[last] = parse_yaml(value, override) if value else None
+        override_value(data, key.split("."), parse_yaml(value, override) if value else None, override)
     return parse_recipe(data, str(path))
+
+
+def override_value(data: dict, keys: list[str], value: Any, origin: str) -> None:
+    """Sets data[a][b][c] for keys a.b.c, making the sections on the way; a number is the position in a list."""
+    node: Any = data
+    for depth, key in enumerate(keys):
+        if isinstance(node, list):
+            if not key.isdigit() or int(key) >= len(node):
+                raise InputError(f"{origin}: {key} is not a position in {'.'.join(keys[:depth])}: it has {len(node)}")
+            key = int(key)
+        elif not isinstance(node, dict):
+            raise InputError(f"{origin}: {keys[depth - 1]} is a value, not a section")
+        if depth == len(keys) - 1:
+            node[key] = value
+            return
+        if isinstance(node, dict) and node.get(key) is None:
+            node[key] = {}
+        if isinstance(node[key], int | float) and "losses" in keys[:depth]:
+            node[key] = {"weight": node[key]}  # the short form of a loss
+        node = node[key]
 
 
 def parse_recipe(data: dict, origin: str) -> Recipe:
@@ -339,15 +467,21 @@ def parse_recipe(data: dict, origin: str) -> Recipe:
         raise InputError(f"{origin}: {explain(first)}") from None
 
 
+def section_in(annotation: Any) -> type[BaseModel] | None:
+    """The section that an annotation speaks of, however wrapped in lists, dictionaries and unions."""
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        return annotation
+    return next((found for inner in get_args(annotation) if (found := section_in(inner))), None)
+
+
 def explain(error: Any) -> str:
     """One sentence for a pydantic error: the key, what is wrong, and the nearest known key for a misspelt one."""
-    where = ".".join(str(part) for part in error["loc"])
+    where = ".".join(str(part) for part in error["loc"] if "[" not in str(part))  # not the name of a union's branch
     if error["type"] == "extra_forbidden":
-        section: Any = Recipe
+        section: type[BaseModel] | None = Recipe
         for part in error["loc"][:-1]:
-            field = section.model_fields.get(part) if isinstance(section, type) else None
-            candidates = (field.annotation, *getattr(field.annotation, "__args__", ())) if field else ()
-            section = next((c for c in candidates if isinstance(c, type) and issubclass(c, BaseModel)), None)
+            field = section.model_fields.get(part) if section else None
+            section = section_in(field.annotation) if field else section  # a list's position or a task's name
         known = list(section.model_fields) if section else []
         near = difflib.get_close_matches(str(error["loc"][-1]), known, 1, cutoff=0.5)
         return f"unknown key {where}: " + (f"did you mean {near[0]}?" if near else f"known keys are {', '.join(known)}")
@@ -362,9 +496,13 @@ def explain(error: Any) -> str:
 def dump_recipe(recipe: Recipe) -> str:
     """The resolved recipe as YAML, every default written out; losses in the short form that recipes use."""
     data = recipe.model_dump(exclude_none=True)
-    for section in ("dual", "distill"):
-        for name, loss in (data.get(section) or {}).get("losses", {}).items():
+    finetune = data.get("finetune") or {}
+    stages = map(data.get, ("dual", "distill", "recovery"))
+    for section in (*stages, *finetune.get("phases", []), finetune.get("teacher")):
+        for name, loss in (section or {}).get("losses", {}).items():
             arguments = loss.pop("arguments")
             short = list(loss) == ["weight"] and not arguments
-            data[section]["losses"][name] = loss["weight"] if short else loss | arguments
+            section["losses"][name] = loss["weight"] if short else loss | arguments
+    if recipe.delivery is None:  # left out, it would mean the default one
+        data["delivery"] = None
     return yaml.dump(data, Dumper=RecipeDumper, sort_keys=False, allow_unicode=True)

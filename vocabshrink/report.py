@@ -14,7 +14,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from vocabshrink.run_dir import RunDir, read_json, write_text
+from vocabshrink.run_dir import STAGE_NAMES, RunDir, read_json, task_rows, write_text
 
 try:
     import jinja2
@@ -24,8 +24,8 @@ try:
 except ImportError as error:
     raise ImportError("the report needs matplotlib and jinja2: pip install 'vocabshrink[report]'") from error
 
+STAGES = STAGE_NAMES[:-1]  # a page does not list its own making
 SYSTEMS = ("teacher", "untrained", "trained", "delivered")
-STAGES = ("count", "vocab", "encode", "teacher", "dual", "distill", "finetune", "quantize", "export")
 POINTS = 300  # per curve; more is not seen at the width of a page
 # Drawn in these colours by matplotlib, then replaced by CSS variables of the page.
 INK, GRID, SERIES = "#010101", "#020202", tuple(f"#0303{i:02x}" for i in range(8))
@@ -58,6 +58,7 @@ def write_report(run: RunDir) -> Path:
         name=run.path.resolve().name,
         tiles=headline_tiles(summary),
         headline=headline_table(summary),
+        tasks=task_rows(summary["tasks"]) if "tasks" in summary else [],
         blocks=size_bars({"run": summary, **stages}),
         training=[panel for panel in panels if panel["plots"]],
         vocabulary=vocabulary_table(comparison),

@@ -9,6 +9,7 @@ processes train together, only the main one may write here.
 """
 
 import errno
+import hashlib
 import json
 import math
 import os
@@ -16,15 +17,30 @@ import platform
 import shutil
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from importlib import metadata
 from pathlib import Path, PurePath
 
 from tokenizer_build.errors import InputError
 
+# In the order in which they run; the command line and the report must know them without loading what they do.
+STAGE_NAMES = (
+    "count",
+    "vocab",
+    "encode",
+    "teacher",
+    "dual",
+    "distill",
+    "quantize",
+    "task_teacher",
+    "augment",
+    "finetune",
+    "export",
+    "report",
+)
 PACKAGES = ("vocabshrink", "torch", "transformers", "tokenizers", "accelerate", "onnxruntime", "numpy")
 
 
@@ -121,6 +137,36 @@ class RunDir:
                 "git_commit": _git_commit(),
             },
         )
+
+
+@dataclass(frozen=True)
+class SharedRunDir(RunDir):
+    """A run whose stages stand in `shared`, a folder of many runs, each under the hash of the settings that decide it.
+
+    So what two runs have in common is made once. settings_of: stage name -> those settings (`Run.settings_of`). At
+    `path` are the run's own files alone: recipe, environment, and the metrics of the stages that it made itself.
+    """
+
+    shared: Path
+    settings_of: Callable[[str], dict]
+    _stages: dict[str, Path] = field(default_factory=dict, init=False, repr=False, compare=False)
+
+    def stage(self, name: str) -> Path:
+        if name not in self._stages:  # asked for thousands of times, and a recipe does not change
+            text = json.dumps(_plain(self.settings_of(name)), sort_keys=True)
+            self._stages[name] = Path(self.shared) / f"{name}-{hashlib.sha256(text.encode()).hexdigest()[:16]}"
+        return self._stages[name]
+
+
+def task_rows(tasks: dict) -> list[tuple[str, ...]]:
+    """(task, metric, median, min, max) of a fine-tuning's summary as text, the average of the tasks last."""
+    rows = [
+        (task, metric, *(f"{figures[key]:.4f}" for key in ("median", "min", "max")))
+        for task, metrics in tasks.items()
+        if isinstance(metrics, dict) and task != "test"
+        for metric, figures in metrics.items()
+    ]
+    return [*rows, ("average", "", f"{tasks['average']:.4f}", "", "")]
 
 
 @contextmanager

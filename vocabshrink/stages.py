@@ -14,9 +14,12 @@ from functools import cached_property
 from itertools import islice
 from pathlib import Path
 
+import numpy as np
 import torch
+from pydantic import BaseModel
 from tokenizers import Tokenizer
 from tokenizers.models import WordPiece
+from transformers import BertModel
 
 from tokenizer_build.compare import compare
 from tokenizer_build.corpus import read_blocks
@@ -24,20 +27,25 @@ from tokenizer_build.count import count_words, read_counts, write_counts
 from tokenizer_build.errors import InputError
 from tokenizer_build.tokenizer import load_tokenizer, save_tokenizer
 from tokenizer_build.trainers import TRAINERS
+from vocabshrink.augment import augment_task
 from vocabshrink.batches import Batcher, PieceTable, cut_segments
-from vocabshrink.distillation import Distillation
+from vocabshrink.card import write_card
+from vocabshrink.distillation import LOSSES_OF_DISTILLATION, Distillation, reads_teacher
 from vocabshrink.dual_training import LOSSES_OF_MODE, DualTraining, HeadTraining
 from vocabshrink.evaluation import HeldOut, held_out_texts, read_rated_pairs, torch_embedder
-from vocabshrink.export import export_embedder
+from vocabshrink.export import export_model
+from vocabshrink.finetune import finetune, train_task_teachers, trains_teacher
 from vocabshrink.layer_map import layer_pairs
 from vocabshrink.lexicon import Lexicon, WordStream, encode_corpus
 from vocabshrink.loop import make_accelerator, train
-from vocabshrink.losses import LOSSES, MASKED_LM, check_losses
+from vocabshrink.losses import MASKED_LM, TASK, check_losses
 from vocabshrink.measure import measure_systems
-from vocabshrink.recipe import Recipe, TrainingSection, Weighted, dump_recipe
+from vocabshrink.quantize import bake, quantization_aware
+from vocabshrink.recipe import DistillStage, Recipe, TrainingSection, Weighted, dump_recipe
 from vocabshrink.run_dir import RunDir, read_json, write_json, write_text
-from vocabshrink.runtime import build_index
-from vocabshrink.student import build_student, save_student
+from vocabshrink.runtime import Delivery, build_index, load
+from vocabshrink.student import build_student, save_student, shared_pieces, spellings
+from vocabshrink.tasks import Rows, Task, read_task, score
 from vocabshrink.teacher import (
     MaskedLMHead,
     Teacher,
@@ -51,6 +59,9 @@ from vocabshrink.teacher import (
 
 # Settings that change how fast or how visibly a run goes, but not what it makes.
 IMMATERIAL = {"processes", "threads", "trackers", "evaluations", "checkpoint_minutes"}
+
+
+STUDENTS = ("dual", "distill", "quantize")  # the stages that leave a student, each from the one before
 
 
 def main_process() -> bool:
@@ -75,14 +86,20 @@ class Run:
 
     recipe: Recipe
     dir: RunDir
+    force: bool = False  # export writes a delivery that fails its gates, with the failures in its manifest
 
     def __post_init__(self):
-        dual, distill = self.recipe.dual, self.recipe.distill
+        dual, finetune = self.recipe.dual, self.recipe.finetune
         if dual:
             check_losses("dual", dual.losses, LOSSES_OF_MODE[dual.mode])
-        if distill:
-            of_dual_alone = {"teacher_masked_lm", "parameters_down", "parameters_up"}
-            check_losses("distill", distill.losses, set(LOSSES) - of_dual_alone)
+        for name in ("distill", "recovery"):
+            if stage := getattr(self.recipe, name):
+                check_losses(name, stage.losses, LOSSES_OF_DISTILLATION)
+        if finetune:
+            for number, phase in enumerate(finetune.phases):
+                check_losses(f"finetune.phases.{number}", phase.losses, LOSSES_OF_DISTILLATION - MASKED_LM | TASK)
+            if finetune.teacher:
+                check_losses("finetune.teacher", finetune.teacher.losses, {"labels"})
 
     @cached_property
     def teacher_folder(self) -> Path:
@@ -98,6 +115,16 @@ class Run:
     def vocab(self) -> Path:
         return self.dir.stage("vocab")
 
+    @cached_property
+    def tokenizers(self) -> tuple[Tokenizer, Tokenizer]:
+        """The student's and the teacher's."""
+        student, teacher = (Tokenizer.from_file(str(f / "tokenizer.json")) for f in (self.vocab, self.teacher_folder))
+        return student, teacher
+
+    @cached_property
+    def shared_pieces(self) -> np.ndarray:
+        return shared_pieces(*self.tokenizers)
+
     def teacher(self) -> Teacher:
         """The recipe's teacher, fresh from its folder, with the head that the teacher stage trained for it."""
         section = self.recipe.teacher
@@ -107,27 +134,48 @@ class Run:
             teacher.head = load_head(trained / "head", teacher.backbone)
         return teacher
 
+    def start_student(self, teacher: Teacher) -> tuple[BertModel, torch.Tensor | None, dict]:
+        """`build_student` by the recipe; what extraction by importance measures, it measures on the corpus."""
+        section, batch = self.recipe.student, None
+        if section.initialize == "extract_importance":
+            lexicon, stream = self.words
+            limits = {"max_pieces": 126, "min_words": 4, "held_out_every": self.recipe.corpus.held_out_every}
+            segments, _ = cut_segments(stream, lexicon, unit="line", **limits)
+            table = PieceTable(lexicon, teacher.table.num_embeddings)
+            options = {"batch_size": 64, "seed": self.recipe.seed, "sides": ("teacher",)}
+            batch = Batcher(table, stream, lexicon, segments, **options).batch(0).teacher
+        return build_student(section, teacher, self.vocab, batch=batch, seed=self.recipe.seed)
+
+    @cached_property
+    def tasks(self) -> dict[str, Task]:
+        return {name: read_task(section, name) for name, section in self.recipe.tasks.items()}
+
     def settings_of(self, stage: str) -> dict:
-        """The settings that decide a stage's output: its own sections and those of every stage before it."""
-        sections = {
-            "count": ("corpus", "vocabulary"),
-            "vocab": (),
-            "encode": ("teacher",),
-            "teacher": ("masked_lm_head", "seed"),
-            "dual": ("student", "dual"),
-            "distill": ("distill",),
-            "export": ("delivery", "evaluation", "index"),
-            "report": (),
+        """The settings that decide a stage's output: its own and, of the stages before it, those that it reads."""
+        own = {
+            "count": ["corpus.sources", "corpus.column", "vocabulary.lowercase"],
+            "vocab": ["vocabulary", "teacher"],
+            "encode": [],
+            # in the teacher's pieces alone, whatever the student's vocabulary
+            "teacher": ["corpus", "teacher", "masked_lm_head", "seed"],
+            "dual": ["student", "dual", "seed", "corpus"],
+            "distill": ["student", "distill", "seed", "corpus"],
+            "quantize": ["recovery", "delivery.weights", "delivery.compact"],
+            "task_teacher": ["teacher", "tasks", "finetune.teacher"],
+            "augment": ["teacher", "tasks", "finetune.augment"],
+            "finetune": ["student", "tasks", "finetune"],
+            "export": ["student", "delivery", "evaluation", "index"],
+            "report": [],
         }
         chosen: dict = {}
-        for name in STAGES:
-            for section in sections[name]:
-                value = getattr(self.recipe, section)
-                value = value.model_dump(mode="json", exclude=IMMATERIAL) if hasattr(value, "model_dump") else value
-                chosen[section] = value
-            if name == stage:
-                return chosen
-        raise KeyError(stage)
+        for name in STAGES[stage][1](self.recipe) if stage != "teacher" else []:
+            chosen |= self.settings_of(name)
+        for path in own[stage]:
+            value = self.recipe
+            for part in path.split("."):
+                value = getattr(value, part)
+            chosen[path] = material(value)
+        return chosen
 
     @cached_property
     def held_out(self) -> HeldOut:
@@ -141,6 +189,15 @@ class Run:
             held_out_every=self.recipe.corpus.held_out_every,
         )
         return held_out_texts(stream, lexicon, held_out, self.recipe.evaluation.sentences, self.recipe.seed)
+
+
+def material(value):
+    """A section as plain values, without what changes nothing but speed or looks."""
+    if isinstance(value, BaseModel):
+        value = value.model_dump(mode="json")
+    if isinstance(value, dict):
+        return {key: material(item) for key, item in value.items() if key not in IMMATERIAL}
+    return [material(item) for item in value] if isinstance(value, list) else value
 
 
 def first_difference(before, now, path: str = "") -> str | None:
@@ -183,7 +240,7 @@ def run_stage(run: Run, name: str) -> bool:
         run.dir.write_environment()
     wait_for_everyone()
     started = time.monotonic()
-    training = name in ("teacher", "dual", "distill")
+    training = name in ("teacher", *STUDENTS, "task_teacher", "finetune")
     summary = function(run) if training or main_process() else {}
     if main_process():
         run.dir.finish(name, {"minutes": round((time.monotonic() - started) / 60, 2)} | summary)
@@ -195,7 +252,17 @@ def run_stage(run: Run, name: str) -> bool:
 
 def stages_of(recipe: Recipe) -> list[str]:
     """The stages that a recipe asks for, in order."""
-    optional = {"teacher": recipe.masked_lm_head, "dual": recipe.dual, "distill": recipe.distill}
+    finetune = recipe.finetune
+    optional = {
+        "teacher": recipe.masked_lm_head,
+        "dual": recipe.dual,
+        "distill": recipe.distill,
+        "quantize": recipe.recovery,
+        "task_teacher": finetune and finetune.teacher and any(map(trains_teacher, recipe.tasks.values())),
+        "augment": finetune and finetune.augment,
+        "finetune": finetune,
+        "export": recipe.delivery,
+    }
     return [name for name in STAGES if name not in optional or optional[name]]
 
 
@@ -289,10 +356,11 @@ def make_batcher(
     run: Run, stage: TrainingSection, teacher: Teacher, sides: tuple[str, ...], accelerator, **options
 ) -> Batcher:
     lexicon, stream = run.words
-    table = PieceTable(lexicon, teacher.table.num_embeddings)
+    table = PieceTable(lexicon, teacher.table.num_embeddings, run.shared_pieces)
     training, _ = cut_segments(
         stream,
         lexicon,
+        sides=sides,
         unit=getattr(stage, "unit", "line"),
         max_pieces=stage.max_length - 2,
         min_words=4,
@@ -326,23 +394,30 @@ def fingerprint(run: Run, stage: str) -> str:
 def evaluator(run: Run, teacher: Teacher, accelerator) -> Callable | None:
     """Evaluation during training: rank agreement with the teacher as it is now, and the recipe's rated pairs.
 
-    Made before training, which may change the teacher; None on the processes that do not evaluate.
+    Made before training, which may change the teacher; None where there is nothing to measure, and on the processes
+    that do not evaluate.
     """
-    if not accelerator.is_main_process:
+    recipe = run.recipe
+    if not accelerator.is_main_process or not (recipe.evaluation.sentences or recipe.evaluation.stsb):
         return None
-    recipe, held_out = run.recipe, run.held_out
+    held_out = run.held_out if recipe.evaluation.sentences else None
     rated = {name: read_rated_pairs(path) for name, path in recipe.evaluation.stsb.items()}
     pooling, normalize = recipe.teacher.pooling, recipe.teacher.normalize
     backbone = teacher.backbone.to(accelerator.device)
-    of_teacher = torch_embedder(backbone, run.teacher_folder, pooling, normalize, max_length=128)(held_out.texts)
+    of_teacher = torch_embedder(backbone, run.teacher_folder, pooling, normalize, max_length=128)(
+        held_out.texts if held_out else []
+    )
 
     def evaluate(task) -> dict:
         embed = torch_embedder(task.student, run.vocab, pooling, normalize, max_length=128)
+        figures = {name: pairs.spearman(embed) for name, pairs in rated.items()}
+        if held_out is None:
+            return figures
         vectors = embed(held_out.texts)
         return {
             "rank_agreement": held_out.rank_agreement(vectors, of_teacher),
             "neighbour_overlap": held_out.neighbour_overlap(vectors, of_teacher),
-        } | {name: pairs.spearman(embed) for name, pairs in rated.items()}
+        } | figures
 
     return evaluate
 
@@ -395,12 +470,12 @@ def dual(run: Run) -> dict:
     torch.manual_seed(run.recipe.seed)
     accelerator = make_accelerator(stage, run.dir)
     evaluate = evaluator(run, teacher, accelerator)
-    student, directions, report = build_student(run.recipe.student, teacher, run.vocab)
+    student, directions, report = run.start_student(teacher)
     say(f"dual: student embeddings {report['embeddings']}; layers {report['layers']}")
     head = new_student_head(student, teacher) if stage.mode == "joint" else None
     # in match mode the teacher stands on both sides, so the map is of its layers to its own
     depth = (teacher if stage.mode == "match" else student).config.num_hidden_layers
-    pairs = layer_pairs(stage.layer_map, depth, teacher.config.num_hidden_layers)
+    pairs = layer_pairs(stage.layer_map, depth, teacher.config.num_hidden_layers, seed=run.recipe.seed)
     task = DualTraining(stage, teacher, student, pairs, student_head=head, directions=directions)
     sides = {"joint": ("mixed", "student"), "two_stage": ("mixed",), "match": ("mixed", "teacher")}[stage.mode]
     end = stage.p if stage.p_end is None else stage.p_end
@@ -443,42 +518,68 @@ def new_student_head(student, teacher: Teacher) -> MaskedLMHead:
 
 
 def distill(run: Run) -> dict:
-    stage, teacher = run.recipe.distill, run.teacher()
+    return distil_into_student(run, "distill", run.recipe.distill)
+
+
+def quantize(run: Run) -> dict:
+    """Trains on through the rounding of the delivery, of its packed weights where it has some, which the student's
+    weights then hold exactly."""
+    delivery = run.recipe.delivery
+    return distil_into_student(run, "quantize", run.recipe.recovery, delivery.compact or delivery.weights)
+
+
+def distil_into_student(run: Run, name: str, stage: DistillStage, formats=None) -> dict:
+    teacher = run.teacher()
     torch.manual_seed(run.recipe.seed)
     accelerator = make_accelerator(stage, run.dir)
     evaluate = evaluator(run, teacher, accelerator)
-    student, directions, report = build_student(run.recipe.student, teacher, run.vocab)
-    head = new_student_head(student, teacher) if "student_masked_lm" in stage.losses else None
-    if run.recipe.dual:
-        report = {"from": "dual"} | load_student(run.dir.stage("dual") / "student", student, head)
+    student, directions, report = run.start_student(teacher)
+    head = new_student_head(student, teacher) if MASKED_LM & set(stage.losses) else None
+    before = [n for n in STUDENTS[: STUDENTS.index(name)] if n in stages_of(run.recipe)]
+    if before:
+        report = {"from": before[-1]} | load_student(run.dir.stage(before[-1]) / "student", student, head)
         trained_teacher = run.dir.stage("dual") / "teacher"
         if trained_teacher.is_dir():
             teacher.backbone.load_state_dict(
                 type(teacher.backbone).from_pretrained(trained_teacher).state_dict(), strict=False
             )
-    say(f"distill: student from {report}")
-    pairs = layer_pairs(stage.layer_map, student.config.num_hidden_layers, teacher.config.num_hidden_layers)
-    task = Distillation(stage, teacher, student, pairs, head=head, directions=directions)
-    batcher = make_batcher(run, stage, teacher, ("student", "teacher"), accelerator, group_size=stage.group_size)
+    say(f"{name}: student from {report}")
+    if formats:
+        quantization_aware(student, formats)
+    layers = student.config.num_hidden_layers, teacher.config.num_hidden_layers
+    pairs = layer_pairs(stage.layer_map, *layers, seed=run.recipe.seed)
+    across = {"masked_lm_match", "masked_lm_reduce"} & set(stage.losses)
+    task = Distillation(
+        stage,
+        teacher,
+        student,
+        pairs,
+        head=head,
+        directions=directions,
+        shared=torch.from_numpy(run.shared_pieces) if across else None,
+        spelling=torch.from_numpy(spellings(*run.tokenizers)) if across else None,
+    )
+    sides = ("student", "teacher") if reads_teacher(stage.losses) else ("student",)
+    batcher = make_batcher(run, stage, teacher, sides, accelerator, group_size=stage.group_size)
     result = train(
         task,
         batcher,
         stage,
         run.dir,
-        "distill",
-        fingerprint=fingerprint(run, "distill"),
+        name,
+        fingerprint=fingerprint(run, name),
         accelerator=accelerator,
         evaluate=evaluate,
     )
     if accelerator.is_main_process:
-        save_student(run.dir.stage("distill") / "student", student, head, run.vocab, teacher.pooling, teacher.normalize)
+        if formats:
+            bake(student)
+        save_student(run.dir.stage(name) / "student", student, head, run.vocab, teacher.pooling, teacher.normalize)
     return result | {"start": report}
 
 
 def load_student(folder: Path, student, head: MaskedLMHead | None) -> dict:
     """Puts a saved student (and head) into a built one, in place."""
-    from transformers import BertModel
-
     student.load_state_dict(BertModel.from_pretrained(folder, add_pooling_layer=False).state_dict())
     saved = load_head(folder, student)
     if head is not None and saved is not None:
@@ -486,62 +587,125 @@ def load_student(folder: Path, student, head: MaskedLMHead | None) -> dict:
     return {"folder": folder.name, "head": saved is not None}
 
 
+def augment(run: Run) -> dict:
+    """Writes the augmented training rows of every task."""
+    section, teacher = run.recipe.finetune.augment, run.teacher()
+    return {
+        name: augment_task(
+            task,
+            teacher,
+            run.dir.stage("augment") / f"{name}.jsonl",
+            p=section.p,
+            copies=section.copies,
+            candidates=section.candidates,
+            seed=0,
+            progress=saying_millions("augment", "rows", every=1),
+        )
+        for name, task in run.tasks.items()
+    }
+
+
 # -------------------------------------------------------------------------------------------- delivery
 
 
-def final_student(run: Run, untrained: Path) -> Path:
-    """The model folder to ship: the last training stage's, or the untrained student where the recipe trains none."""
-    trained = [name for name in ("dual", "distill") if getattr(run.recipe, name)]
-    return run.dir.stage(trained[-1]) / "student" if trained else untrained
-
-
 def export(run: Run) -> dict:
-    """Writes the delivery, loads it back, and measures teacher, untrained, trained and delivered side by side."""
+    """Writes the delivery, loads it back, and measures teacher, untrained, trained and delivered side by side; and a
+    delivery of each task's model, measured on its validation rows."""
     recipe, section, folder = run.recipe, run.recipe.delivery, run.dir.stage("export")
+    if not recipe.evaluation.sentences:
+        raise InputError("evaluation.sentences: 0 leaves nothing to check the delivery by: give at least 20")
     teacher = run.teacher()
-    student, _, _ = build_student(recipe.student, teacher, run.vocab)
+    student, _, _ = run.start_student(teacher)
     save_student(folder / "untrained", student, None, run.vocab, teacher.pooling, teacher.normalize)
-    trained = final_student(run, folder / "untrained")
-    about = {"recipe": recipe.name, "teacher_sha256": file_sha256(next(run.teacher_folder.glob("*.safetensors")))}
-
-    def deliver(manifest: dict) -> dict:
-        return export_embedder(
-            trained,
-            folder / "model",
-            weights=section.weights,
-            group_size=section.group_size,
-            max_positions=min(section.max_positions, student.config.max_position_embeddings),
-            pooling=teacher.pooling,
-            normalize=teacher.normalize,
-            budget_bytes=section.budget,
-            manifest=manifest,
-        )
-
-    deliver(about)
+    done = [run.dir.stage(name) / "student" for name in STUDENTS if name in stages_of(recipe)] or [folder / "untrained"]
+    trained = done[-2] if recipe.recovery and len(done) > 1 else done[-1]  # before rounding came into it
     rated = {name: read_rated_pairs(path) for name, path in recipe.evaluation.stsb.items()}
-    figures = measure_systems(
-        run.held_out,
-        rated,
-        teacher_folder=run.teacher_folder,
-        untrained=folder / "untrained",
-        trained=trained,
-        delivered=folder / "model",
+    figures: dict = {}
+
+    def measure(delivered: Path) -> dict:
+        figures.update(
+            measure_systems(
+                run.held_out,
+                rated,
+                teacher_folder=run.teacher_folder,
+                untrained=folder / "untrained",
+                trained=trained,
+                delivered=delivered,
+                pooling=teacher.pooling,
+                normalize=teacher.normalize,
+            )
+        )
+        return {name: row for name, row in figures.items() if name not in ("bytes", "latency_ms")}
+
+    options = {
+        "formats": section.weights,
+        "kernel": None if section.kernel == "auto" else section.kernel,
+        "max_positions": min(section.max_positions, student.config.max_position_embeddings),
+        "safetensors": section.safetensors,
+        "compact": section.compact,
+        "budget_bytes": section.budget,
+        "tolerance": section.tolerance,
+        "force": run.force,
+    }
+    about = {"recipe": recipe.name, "teacher_sha256": file_sha256(next(run.teacher_folder.glob("*.safetensors")))}
+    manifest = export_model(
+        done[-1],
+        folder / "model",
+        task="embedding",
         pooling=teacher.pooling,
         normalize=teacher.normalize,
+        texts=run.held_out.texts[:64],
+        measure=measure,
+        gates=["rank_agreement", *rated],
+        manifest=about,
+        **options,
     )
-    agreement = figures["rank_agreement"]
-    if agreement["delivered"] < agreement["trained"] - section.tolerance:
-        raise InputError(
-            f"{folder / 'model'}: {section.weights} costs too much: rank agreement {agreement['delivered']} is more "
-            f"than delivery.tolerance {section.tolerance} below {agreement['trained']}: use smaller groups or int8"
-        )
+    figures["bytes"]["delivered"] = manifest["delivery_bytes"]
     figures["parameters_by_block"] = {"teacher": blocks_of(teacher.backbone), "student": blocks_of(student)}
-    quality = {name: row for name, row in figures.items() if name not in ("bytes", "latency_ms", "parameters_by_block")}
-    figures["bytes"]["delivered"] = deliver(about | {"quality": quality})["delivery_bytes"]
+    origin = {
+        "teacher": recipe.teacher.model,
+        "sources": [Path(source).name for source in recipe.corpus.sources],
+        "vocabulary": read_json(run.vocab / "comparison.json"),
+    }
+    write_card(folder / "model", manifest, **origin)
     if recipe.index:
         passages = islice(read_passages(Path(recipe.index.passages)), recipe.index.limit)
         figures["indexed_passages"] = build_index(folder / "model", passages, threads=os.cpu_count() or 1)
+    for name, task in run.tasks.items() if recipe.finetune and recipe.finetune.save_models else ():
+        kind = "tokens" if task.kind == "tokens" else "classification"
+        source, rows = run.dir.stage("finetune") / name, task.splits["validation"]
+        trained_figures = read_json(source / "metrics.json")["validation"]
+
+        def measure_task(delivered: Path, task=task, rows=rows, before=trained_figures) -> dict:
+            after = score(task, delivered_outputs(load(delivered), task, rows), "validation")
+            return {metric: {"trained": before[metric], "delivered": after[metric]} for metric in after}
+
+        texts = [row if isinstance(row, str) else " ".join(row) for row in rows.first[:64]]
+        written = export_model(
+            source / "model",
+            folder / name,
+            task=kind,
+            texts=texts,
+            measure=measure_task,
+            manifest=about | {"trained_for": name},
+            **options,
+        )
+        write_card(folder / name, written, **origin)
+        figures[name] = {"bytes": written["delivery_bytes"]} | written["quality"]
     return figures
+
+
+def delivered_outputs(model: Delivery, task: Task, rows: Rows) -> list[np.ndarray]:
+    """What a delivery says of each row, in the form that `score` takes: [C], or of a token task [words, C]."""
+    if task.kind != "tokens":
+        texts = rows.first if rows.second is None else list(zip(rows.first, rows.second, strict=True))
+        return list(model.classify(texts)[1])
+    found = []
+    for words, labelled in zip(rows.first, model.label_tokens(rows.first), strict=True):
+        numbers = [task.labels.index(entry["label"]) for entry in labelled]
+        outside = task.labels.index("O") if "O" in task.labels else 0  # of words beyond the model's positions
+        found.append(np.eye(len(task.labels))[numbers + [outside] * (len(words) - len(numbers))])
+    return found
 
 
 def blocks_of(model) -> dict[str, int]:
@@ -571,31 +735,34 @@ def report(run: Run) -> dict:
 
 
 def summarise(run: Run, since: float | None = None) -> dict:
-    """Writes and returns summary.json of the run: the export stage's figures and the minutes, from `since` if given."""
-    stages = [read_json(run.dir.stage(n) / "summary.json") for n in stages_of(run.recipe) if run.dir.is_done(n)]
-    minutes = sum(s["minutes"] for s in stages) if since is None else (time.time() - since) / 60
-    figures = read_json(run.dir.stage("export") / "summary.json")
-    summary = {"minutes": round(minutes, 2)} | {k: v for k, v in figures.items() if isinstance(v, dict)}
+    """Writes and returns summary.json of the run: what delivery and tasks measured, and the minutes, from `since` if
+    given."""
+    done = {n: read_json(run.dir.stage(n) / "summary.json") for n in stages_of(run.recipe) if run.dir.is_done(n)}
+    minutes = sum(s["minutes"] for s in done.values()) if since is None else (time.time() - since) / 60
+    summary = {"minutes": round(minutes, 2)} | {k: v for k, v in done.get("export", {}).items() if isinstance(v, dict)}
+    if "finetune" in done:
+        summary["tasks"] = done["finetune"]
     write_json(run.dir.path / "summary.json", summary)
     return summary
 
 
-def needs_text(recipe: Recipe) -> list[str]:
-    return ["encode"]
-
-
-def needs_training(recipe: Recipe) -> list[str]:
-    return [name for name in ("teacher", "dual", "distill") if name in stages_of(recipe)]
+def needed(*names: str) -> Callable[[Recipe], list[str]]:
+    """Those of the stages that a recipe asks for."""
+    return lambda recipe: [name for name in names if name in stages_of(recipe)]
 
 
 # name -> (function, the stages that must be done before)
 STAGES: dict[str, tuple[Callable[[Run], dict], Callable[[Recipe], list[str]]]] = {
-    "count": (count, lambda recipe: []),
-    "vocab": (vocab, lambda recipe: ["count"]),
-    "encode": (encode, lambda recipe: ["vocab"]),
-    "teacher": (teacher, needs_text),
-    "dual": (dual, lambda recipe: ["encode", *(["teacher"] if recipe.masked_lm_head else [])]),
-    "distill": (distill, lambda recipe: ["encode", *(["dual"] if recipe.dual else [])]),
-    "export": (export, lambda recipe: ["encode", *needs_training(recipe)]),
-    "report": (report, lambda recipe: []),
+    "count": (count, needed()),
+    "vocab": (vocab, needed("count")),
+    "encode": (encode, needed("vocab")),
+    "teacher": (teacher, needed("encode")),
+    "dual": (dual, needed("encode", "teacher")),
+    "distill": (distill, needed("encode", "teacher", "dual")),
+    "quantize": (quantize, needed("encode", "teacher", "dual", "distill")),
+    "task_teacher": (train_task_teachers, needed()),
+    "augment": (augment, needed("teacher")),
+    "finetune": (finetune, needed("encode", "teacher", "dual", "distill", "task_teacher", "augment")),
+    "export": (export, needed("encode", "teacher", "dual", "distill", "quantize", "finetune")),
+    "report": (report, needed()),
 }

@@ -1,0 +1,488 @@
+"""Ablations: variants of one recipe, each run under several seeds, and the table that compares them.
+
+An ablation file names a base recipe and, for every variant, the settings that differ. Every (variant, seed) is an
+ordinary run, but all runs keep their stages in one folder, named by the settings that decide them (`SharedRunDir`): the
+vocabulary, the teacher's head or a general student that variants have in common is made once, and so is a variant that
+stands in two files. What costs: every seed has its own fine-tuning, and with `vary: run` its own student too.
+
+The same command may run several times at once on one machine: each takes what no other is at, so that n commands keep
+n cores busy. The lock is the kernel's and dies with its process. Tables are views of finished stages, written anew
+after each; a killed command loses no more than an unfinished stage's steps since its last checkpoint.
+"""
+
+import copy
+import difflib
+import fcntl
+import io
+import re
+import shutil
+import statistics
+import time
+from collections import deque
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import jinja2
+from markupsafe import Markup
+from matplotlib import rc_context
+from matplotlib.figure import Figure
+from pydantic import Field, ValidationError, model_validator
+
+from tokenizer_build.errors import InputError
+from vocabshrink.recipe import Recipe, Section, explain, load_recipe, override_value, parse_recipe, parse_yaml
+from vocabshrink.run_dir import RunDir, SharedRunDir, read_json, write_json, write_text
+from vocabshrink.stages import Run, run_stage, say, stages_of
+
+DELIVERY = {"export", "report"}  # of a run, which no table here reads
+GENERAL = ("dual", "distill")  # the stages that train a student before it sees a task
+TEACHER = "(teacher)"  # its label among the variants
+COSTS = ("seconds_per_step", "general_seconds_per_step")
+Seeds = Annotated[list[Annotated[int, Field(ge=0, strict=True)]], Field(min_length=1)]
+
+
+class Ablation(Section):
+    """One table: a base recipe, what all variants change in it, and what each changes."""
+
+    name: str = Field(pattern=r"^[A-Za-z0-9_][A-Za-z0-9._-]*$")
+    title: str
+    base: str  # a recipe's path, from this file's folder
+    seeds: Seeds = [1, 2, 3]
+    vary: Literal["finetune", "run"] = "finetune"  # what a seed changes: fine-tuning, or the general stages too
+    baseline: str | None = None  # the variant that the others are compared with
+    common: dict[str, Any] = {}  # section.key -> value, of every variant
+    variants: Annotated[dict[str, dict[str, Any]], Field(min_length=1)]  # label -> {section.key: value}
+
+    @model_validator(mode="after")
+    def consistent(self):
+        if self.baseline is not None and self.baseline not in self.variants:
+            raise ValueError(f"baseline: there is no variant {self.baseline}: write one of {', '.join(self.variants)}")
+        if len(set(self.seeds)) < len(self.seeds):
+            raise ValueError("seeds: a seed is written twice: every seed is a run of its own")
+        folders = [slug(label) for label in self.variants]
+        if twice := next((f for f in folders if folders.count(f) > 1 or not f), None):
+            raise ValueError(f"variants: two labels share the folder {twice!r}: make them differ in their letters")
+        return self
+
+
+@dataclass(frozen=True)
+class Unit:
+    """One variant under one seed."""
+
+    ablation: Ablation
+    variant: str
+    seed: int
+    recipe: Recipe
+    dir: SharedRunDir
+
+    @property
+    def label(self) -> str:
+        return f"{self.ablation.name}: {self.variant}, seed {self.seed}"
+
+    @property
+    def stages(self) -> list[str]:
+        return [name for name in stages_of(self.recipe) if name not in DELIVERY]
+
+    @property
+    def done(self) -> bool:
+        return self.dir.is_done("finetune")
+
+
+def slug(label: str) -> str:
+    return re.sub(r"[^A-Za-z0-9._-]+", "_", label).strip("_")
+
+
+def read_ablation(path: Path, overrides: list[str] | tuple[str, ...] = ()) -> Ablation:
+    """An ablation file, with `seeds=[...]` of the command line.
+
+    Raises:
+        InputError: a missing or malformed file, an unknown key, a wrong value.
+    """
+    try:
+        data = parse_yaml(path.read_text(encoding="utf-8"), str(path))
+    except OSError as error:
+        raise InputError(f"{path}: cannot be read as an ablation: {error.strerror}") from None
+    except UnicodeDecodeError as error:
+        raise InputError(f"{path}: not UTF-8 text at byte {error.start}: write it as UTF-8") from None
+    if not isinstance(data, dict) or "variants" not in data:
+        raise InputError(f"{path}: an ablation is a mapping with name, title, base and variants; a recipe goes to run")
+    for override in overrides:
+        data["seeds"] = parse_yaml(override.partition("=")[2], override)
+    try:
+        return Ablation.model_validate(data)
+    except ValidationError as error:
+        first = error.errors()[0]
+        known = list(Ablation.model_fields)
+        near = difflib.get_close_matches(str(first["loc"][0]) if first["loc"] else "", known, 1, cutoff=0.5)
+        if first["type"] == "extra_forbidden":
+            hint = f"did you mean {near[0]}?" if near else f"known keys are {', '.join(known)}"
+            raise InputError(f"{path}: unknown key {first['loc'][0]}: {hint}") from None
+        raise InputError(f"{path}: {explain(first)}") from None
+
+
+def units_of(path: Path, overrides: list[str] | tuple[str, ...], root: Path) -> list[Unit]:
+    """Every variant under every seed, seeds outermost, so that a table fills evenly.
+
+    A setting is the base recipe's, then the command line's, then that of `common`, then the variant's: the command line
+    scales all variants and cannot undo what makes them differ. null leaves a key out.
+
+    Raises:
+        InputError: naming the file and the variant, before anything is trained.
+    """
+    ablation = read_ablation(path, [o for o in overrides if o.startswith("seeds=")])
+    base = path.parent / ablation.base
+    load_recipe(base)  # its own mistakes are refused in its own name
+    data = parse_yaml(base.read_text(encoding="utf-8"), str(base))
+    for override in overrides:
+        key, equals, value = override.partition("=")
+        if not equals:
+            raise InputError(f"{override}: write an override as key.subkey=value")
+        if key != "seeds":
+            change(data, key, parse_yaml(value, override) if value else None, f"{override} over {base}")
+    units = []
+    for seed in ablation.seeds:
+        for label, changes in ablation.variants.items():
+            origin, changed = f"{path}: variant {label}", copy.deepcopy(data)
+            changed["name"] = f"{ablation.name}-{slug(label)}"
+            for key, value in (ablation.common | changes).items():
+                change(changed, key, copy.deepcopy(value), f"{origin}: {key}")
+            changed = without_left_out(changed)
+            if not isinstance(changed.get("finetune"), dict):
+                raise InputError(f"{origin}: it has no finetune section: variants are compared by their tasks")
+            changed["finetune"]["seeds"] = [seed]
+            if ablation.vary == "run":
+                changed["seed"] = seed
+            recipe = parse_recipe(changed, origin)
+            own = root / ablation.name / slug(label) / f"seed-{seed}"
+            try:
+                settings_of = Run(recipe, RunDir(own)).settings_of
+            except InputError as error:
+                raise InputError(f"{origin}: {error}") from None
+            folder = SharedRunDir(own, root / "stages", settings_of)
+            units.append(Unit(ablation, label, seed, recipe, folder))
+    return units
+
+
+LEFT_OUT = "\0left out"  # stands where null was written until all changes are made, so that positions in lists stay
+
+
+def change(data: dict, key: str, value: Any, origin: str) -> None:
+    """Sets section.key of a recipe's plain values; null leaves it out.
+
+    Raises:
+        InputError: the section is not there (what changes a section that a recipe lacks is rarely meant), or nothing
+            to leave out.
+    """
+    keys = key.split(".")
+    needed = keys if value is None else keys[:-1]
+    if not holds(data, needed):
+        raise InputError(f"{origin}: the base recipe has no {'.'.join(needed)}: correct the key, or add it there")
+    override_value(data, keys, LEFT_OUT if value is None else value, origin)
+
+
+def holds(data: Any, keys: list[str]) -> bool:
+    """Whether data[a][b][c] stands there, null or not; a number is the position in a list."""
+    for key in keys:
+        if isinstance(data, dict) and key in data:
+            data = data[key]
+        elif isinstance(data, list) and key.isdigit() and int(key) < len(data):
+            data = data[int(key)]
+        else:
+            return False
+    return True
+
+
+def without_left_out(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: without_left_out(item) for key, item in value.items() if item != LEFT_OUT}
+    if isinstance(value, list):
+        return [without_left_out(item) for item in value if item != LEFT_OUT]
+    return value
+
+
+@contextmanager
+def claimed(folder: Path) -> Iterator[bool]:
+    """Whether the stage at `folder` is this process' alone; False where another one is at it."""
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with folder.with_name(folder.name + ".lock").open("w") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            yield False
+        else:
+            yield True
+
+
+def advance(unit: Unit) -> bool:
+    """Runs the unit's stages that are not done; False, with some perhaps done, if another process is at the next."""
+    run = Run(unit.recipe, unit.dir)  # afresh: what it reads of text and tasks is freed with it
+    for name in unit.stages:
+        folder = unit.dir.stage(name)
+        if not unit.dir.is_done(name):
+            with claimed(folder) as mine:
+                if not mine:
+                    return False
+                if not unit.dir.is_done(name):  # nor became so while this process came here
+                    say(f"{unit.label}: {name}")
+                    run_stage(run, name)
+        shutil.rmtree(folder / "checkpoints", ignore_errors=True)  # optimizer states, larger than all that is kept
+    return True
+
+
+def run_ablations(
+    files: list[Path], overrides: list[str] | tuple[str, ...] = (), root: Path = Path("artifacts/ablations")
+) -> dict:
+    """Runs every variant of the files under every seed and writes the tables after each; finished ones are skipped.
+
+    Returns: summary.json of `root`: {"rows": one per variant, task and metric (`rows_of`), "minutes": of all stages}.
+    Raises InputError: a bad file before anything runs; else, after all that can run did, what stopped the others.
+    """
+    ablations = [units_of(Path(path), overrides, root) for path in files]
+    names = [units[0].ablation.name for units in ablations]
+    if twice := next((name for name in names if names.count(name) > 1), None):
+        raise InputError(f"two of the files are named {twice}: give each ablation a name of its own")
+    RunDir(root).write_environment()
+    waiting, failed = deque(unit for units in ablations for unit in units), {}
+    held = 0  # units found to be another process' work since this one last did some
+    while waiting:
+        unit = waiting.popleft()
+        try:
+            finished = advance(unit)
+        except InputError as error:
+            failed[unit.label] = error
+            say(f"{unit.label}: {error}")
+            continue
+        if finished:
+            held = 0
+            write_tables([units for units in ablations if units[0].ablation.name == unit.ablation.name], root)
+            continue
+        waiting.append(unit)
+        held += 1
+        if held >= len(waiting):
+            time.sleep(2)
+            held = 0
+    summary = write_tables(ablations, root)
+    if failed:
+        label, error = next(iter(failed.items()))
+        others = f" (and {len(failed) - 1} more)" if len(failed) > 1 else ""
+        raise InputError(f"{label}{others}: {error}")
+    return summary
+
+
+# ------------------------------------------------------------------------------------------------ tables
+
+
+AVERAGE = ("validation", "average", "average")  # as a task's figures are named: split, task, metric
+
+
+def figures_of(unit: Unit) -> dict:
+    """What a finished unit measured: {"measured": {(split, task, metric): value}, "tokens", and COSTS}; the cost of the
+    general stages is None where the student went straight to its tasks."""
+    summary = read_json(unit.dir.stage("finetune") / "summary.json")
+    general = [read_json(unit.dir.stage(name) / "summary.json") for name in GENERAL if name in unit.stages]
+    steps = sum(stage["steps"] for stage in general)
+    measured = {
+        (split, task, metric): value["median"]
+        for split, found in (("validation", summary), ("test", summary["test"]))
+        for task in unit.recipe.tasks
+        for metric, value in found.get(task, {}).items()
+    }
+    return {
+        "measured": measured | {AVERAGE: summary["average"]},
+        "tokens": summary["tokens"] + sum(stage["tokens"] for stage in general),
+        "seconds_per_step": summary["seconds_per_step"],
+        "general_seconds_per_step": sum(stage["seconds"] for stage in general) / steps if steps else None,
+    }
+
+
+def rows_of(units: list[Unit]) -> list[dict]:
+    """One row per variant, split, task and metric, and one (task "average") for the mean of the tasks' headlines.
+
+    Each: ablation, recipe (the variant), split, task, metric, median, spread (largest less smallest), values and seeds
+    (in order), tokens (of the student's own training, general and on tasks), seconds_per_step (of fine-tuning),
+    general_seconds_per_step, average (the variant's median on validation); with a baseline also difference (of medians)
+    and clear (whether no seed of the one reaches into the other's range). Variants without a finished seed have no row;
+    the teacher fine-tuned on the same rows, where a variant has one, comes first as TEACHER.
+    """
+    ablation = units[0].ablation
+    rows = teacher_rows(units)
+    for label in ablation.variants:
+        done = [unit for unit in units if unit.variant == label and unit.done]
+        figures = [figures_of(unit) for unit in done]
+        about = {"seeds": [unit.seed for unit in done]} | {
+            name: median_of([f[name] for f in figures]) for name in ("tokens", *COSTS)
+        }
+        for place in figures[0]["measured"] if figures else ():
+            rows.append(row_of(ablation, label, place, [f["measured"] for f in figures]) | about)
+    against = {place_of(row): row for row in rows if row["recipe"] == ablation.baseline}
+    for row in rows:
+        other = against.get(place_of(row))
+        if other and other is not row:
+            row["difference"] = row["median"] - other["median"]
+            row["clear"] = min(row["values"]) > max(other["values"]) or max(row["values"]) < min(other["values"])
+    return rows
+
+
+def row_of(ablation: Ablation, label: str, place: tuple[str, str, str], measured: list[dict]) -> dict:
+    split, task, metric = place
+    values = [of_seed[place] for of_seed in measured]
+    return {
+        "ablation": ablation.name,
+        "recipe": label,
+        "split": split,
+        "task": task,
+        "metric": metric,
+        "median": statistics.median(values),
+        "spread": max(values) - min(values),
+        "values": values,
+        "average": statistics.median(of_seed[AVERAGE] for of_seed in measured),
+    }
+
+
+def place_of(row: dict) -> tuple[str, str, str]:
+    return row["split"], row["task"], row["metric"]
+
+
+def teacher_rows(units: list[Unit]) -> list[dict]:
+    """As `rows_of`, of the fine-tuned teacher: one seed, validation alone, and no cost."""
+    unit = next((u for u in units if "task_teacher" in u.stages and u.dir.is_done("task_teacher")), None)
+    if unit is None:
+        return []
+    summary = read_json(unit.dir.stage("task_teacher") / "summary.json")
+    measured = {("validation", t, m): v for t in unit.recipe.tasks for m, v in summary.get(t, {}).items()}
+    measured[AVERAGE] = summary["average"]
+    about = {"seeds": [0], "tokens": None} | dict.fromkeys(COSTS)
+    return [row_of(unit.ablation, TEACHER, place, [measured]) | about for place in measured]
+
+
+def median_of(values: list) -> float | None:
+    values = [value for value in values if value is not None]
+    return statistics.median(values) if values else None
+
+
+def write_tables(ablations: list[list[Unit]], root: Path) -> dict:
+    """Writes each ablation's summary.json, table.md and plot.svg into its folder, and those of all into `root`.
+
+    `root` gathers every ablation that has a summary there, so that files may be run one by one.
+    """
+    for units in ablations:
+        ablation, folder = units[0].ablation, root / units[0].ablation.name
+        rows = rows_of(units)
+        stages = {unit.dir.stage(name) for unit in units for name in unit.stages if unit.dir.is_done(name)}
+        minutes = {stage.name: read_json(stage / "summary.json").get("minutes", 0) for stage in sorted(stages)}
+        write_text(folder / "table.md", markdown(rows, ablation.baseline))
+        write_text(folder / "plot.svg", plot(rows, ablation.name, ablation.baseline))
+        write_json(  # last: what has a summary is whole
+            folder / "summary.json",
+            {"title": ablation.title, "baseline": ablation.baseline, "rows": rows, "minutes": minutes}
+            | {"finished": sum(unit.done for unit in units), "runs": len(units)},
+        )
+    every = {path.parent.name: read_json(path) for path in sorted(root.glob("*/summary.json"))}
+    shared = {stage: minutes for one in every.values() for stage, minutes in one["minutes"].items()}
+    summary = {
+        "rows": [row for one in every.values() for row in one["rows"]],
+        "minutes": round(sum(shared.values()), 1),  # a stage that several ablations share counts once
+        "finished": {name: f"{one['finished']} of {one['runs']}" for name, one in every.items()},
+    }
+    write_json(root / "summary.json", summary)
+    tables = {name: (root / name / "table.md").read_text(encoding="utf-8") for name in every}
+    parts = [f"## {one['title']}\n\n{tables[name]}" for name, one in every.items()]
+    write_text(root / "tables.md", "\n".join(parts))
+    write_page(every, summary, root)
+    return summary
+
+
+def cells_of(rows: list[dict]) -> tuple[list[str], dict[str, list[str]]]:
+    """Column heads, and for each variant its cells: every metric, the average, the difference, tokens and cost."""
+    rows = [row for row in rows if row["split"] == "validation"]
+    measures = list(dict.fromkeys(place_of(row) for row in rows))
+    compared = any("difference" in row for row in rows)
+    heads = [task if task == metric else f"{task} {metric}" for _, task, metric in measures]
+    heads += (["against baseline"] if compared else []) + ["tokens", "s/step", "general s/step"]
+    cells: dict[str, list[str]] = {}
+    for label in dict.fromkeys(row["recipe"] for row in rows):
+        mine = {place_of(row): row for row in rows if row["recipe"] == label}
+        average = mine[AVERAGE]
+        cells[label] = [figure(mine.get(measure)) for measure in measures]
+        if compared:
+            mark = "*" if average.get("clear") else ""
+            cells[label].append(f"{100 * average['difference']:+.1f}{mark}" if "difference" in average else "")
+        cells[label].append("" if average["tokens"] is None else f"{average['tokens'] / 1e6:.2f} M")
+        cells[label] += ["" if average[cost] is None else f"{average[cost]:.3f}" for cost in COSTS]
+    return heads, cells
+
+
+def figure(row: dict | None) -> str:
+    if row is None:
+        return ""
+    return f"{100 * row['median']:.1f}" + (f" ({100 * row['spread']:.1f})" if len(row["values"]) > 1 else "")
+
+
+def markdown(rows: list[dict], baseline: str | None) -> str:
+    """The table for people: 100 times the median, and in brackets the largest less the smallest seed."""
+    if not rows:
+        return "No run has finished yet.\n"
+    heads, cells = cells_of(rows)
+    lines = ["| | " + " | ".join(heads) + " |", "|---|" + "--:|" * len(heads)]
+    lines += [f"| {label.replace('|', '/')} | " + " | ".join(row) + " |" for label, row in cells.items()]
+    rows = [row for row in rows if row["recipe"] != TEACHER and place_of(row) == AVERAGE]
+    seeds = max((row["seeds"] for row in rows), key=len, default=[])
+    note = f"100 × median (largest − smallest) of seeds {', '.join(map(str, seeds))}"
+    fewer = [row["recipe"] for row in rows if len(row["seeds"]) < len(seeds)]
+    note += f"; fewer so far: {', '.join(fewer)}" if fewer else ""
+    note += f"; against {baseline}, * where no seed of the one is in the other's range" if baseline else ""
+    return "\n".join(lines) + f"\n\n{note}.\n"
+
+
+def plot(rows: list[dict], name: str, baseline: str | None) -> str:
+    """An SVG: each variant's average, a dot per seed and a line at the median; the baseline's range as a band.
+
+    Its colours are CSS variables with a default, so that it follows the page that it stands in, or stands alone.
+    """
+    rows = [row for row in rows if place_of(row) == AVERAGE][::-1]
+    colours = {"#010101": "--ink, #24272b", "#020202": "--grid, #d5d8dc", "#030303": "--series-0, #1f5fa8"}
+    ink, grid, series = colours
+    settings = {"svg.fonttype": "none", "svg.hashsalt": name, "font.size": 9, "text.parse_math": False}
+    settings |= {f"axes.spines.{side}": False for side in ("top", "right", "left")}
+    settings |= {key: ink for key in ("axes.labelcolor", "xtick.color", "ytick.color", "text.color")}
+    with rc_context(settings | {"axes.edgecolor": grid}):
+        drawing = Figure(figsize=(7, 0.6 + 0.3 * len(rows)), layout="constrained")
+        axes = drawing.subplots()
+        for height, row in enumerate(rows):
+            values = [100 * value for value in row["values"]]
+            if row["recipe"] == baseline:
+                axes.axvspan(min(values), max(values), color=grid, alpha=0.5, linewidth=0)
+            axes.plot(values, [height] * len(values), "o", color=series, markersize=4, alpha=0.7, markeredgewidth=0)
+            axes.plot([100 * row["median"]] * 2, [height - 0.32, height + 0.32], color=series, linewidth=2)
+        axes.set_yticks(range(len(rows)), [row["recipe"] for row in rows])
+        axes.set_ylim(-0.6, len(rows) - 0.4)
+        axes.grid(axis="x", color=grid, linewidth=0.6)
+        axes.set_axisbelow(True)
+        axes.tick_params(length=0)
+        axes.set_xlabel("mean of the tasks' headline metrics × 100")
+        file = io.StringIO()
+        drawing.savefig(file, format="svg", transparent=True, metadata={"Date": None, "Creator": None})
+    svg = file.getvalue()
+    svg = re.sub(r"<metadata>.*?</metadata>", "", svg[svg.index("<svg") :], flags=re.DOTALL)
+    svg = re.sub(r'\bid="', f'id="{name}-', svg)  # unique among the figures of one page
+    svg = re.sub(r'(xlink:href="|url\()#', rf"\1#{name}-", svg)
+    for colour, variable in colours.items():
+        svg = svg.replace(colour, f"var({variable})")
+    return svg
+
+
+def write_page(every: dict[str, dict], summary: dict, root: Path) -> None:
+    """index.html of `root`: every table and plot, offline, in one file."""
+    parts = []
+    for name, one in every.items():
+        heads, cells = cells_of(one["rows"]) if one["rows"] else ([], {})
+        drawn = root / name / "plot.svg"
+        picture = Markup(drawn.read_text(encoding="utf-8")) if one["rows"] and drawn.is_file() else ""
+        parts.append(one | {"name": name, "heads": heads, "cells": cells, "plot": picture})
+    loader = jinja2.FileSystemLoader(Path(__file__).parent)
+    pages = jinja2.Environment(loader=loader, autoescape=True, undefined=jinja2.StrictUndefined)
+    page = pages.get_template("ablations.html.jinja")
+    environment = read_json(root / "environment.json")
+    write_text(root / "index.html", page.render(ablations=parts, summary=summary, environment=environment))
