@@ -11,7 +11,6 @@ after each; a killed command loses no more than an unfinished stage's steps sinc
 """
 
 import copy
-import difflib
 import fcntl
 import io
 import re
@@ -113,13 +112,7 @@ def read_ablation(path: Path, overrides: list[str] | tuple[str, ...] = ()) -> Ab
     try:
         return Ablation.model_validate(data)
     except ValidationError as error:
-        first = error.errors()[0]
-        known = list(Ablation.model_fields)
-        near = difflib.get_close_matches(str(first["loc"][0]) if first["loc"] else "", known, 1, cutoff=0.5)
-        if first["type"] == "extra_forbidden":
-            hint = f"did you mean {near[0]}?" if near else f"known keys are {', '.join(known)}"
-            raise InputError(f"{path}: unknown key {first['loc'][0]}: {hint}") from None
-        raise InputError(f"{path}: {explain(first)}") from None
+        raise InputError(f"{path}: {explain(error.errors()[0], Ablation)}") from None
 
 
 def units_of(path: Path, overrides: list[str] | tuple[str, ...], root: Path) -> list[Unit]:

@@ -35,7 +35,7 @@ from vocabshrink.layer_map import Pairs
 from vocabshrink.losses import TASK, Forward, View
 from vocabshrink.recipe import Losses
 from vocabshrink.tasks import Task, TaskBatcher, check_label_order
-from vocabshrink.teacher import check_folder, resolve_model, run_backbone
+from vocabshrink.teacher import attention_kind, check_folder, resolve_model, run_backbone
 
 OF_LOGITS = TASK - {"labels"}  # losses that read the teacher's logits and nothing else of it
 
@@ -80,7 +80,6 @@ def load_task_model(model: str, task: Task, *, trained: bool) -> nn.Module:
     folder = resolve_model(model)
     check_folder(folder)
     loader = AutoModelForTokenClassification if task.kind == "tokens" else AutoModelForSequenceClassification
-    attention = "sdpa" if torch.cuda.is_available() else "eager"  # as in load_teacher
     try:
         config = AutoConfig.from_pretrained(folder)
         if config.model_type not in HEADS:
@@ -91,7 +90,7 @@ def load_task_model(model: str, task: Task, *, trained: bool) -> nn.Module:
         loaded, report = loader.from_pretrained(
             folder,
             dtype=torch.float32,
-            attn_implementation=attention,
+            attn_implementation=attention_kind(),
             output_loading_info=True,
             **({} if trained else label_names(task) | {"ignore_mismatched_sizes": True}),
         )

@@ -40,14 +40,12 @@ from vocabshrink.classification import (
 )
 from vocabshrink.layer_map import layer_pairs
 from vocabshrink.loop import make_accelerator, train
-from vocabshrink.recipe import FinetuneStage, Phase, TaskSection, explain
+from vocabshrink.recipe import OF_SUMMARY, FinetuneStage, Phase, TaskSection, explain
 from vocabshrink.run_dir import RunDir, read_json, replacing, write_json
-from vocabshrink.student import first_position
+from vocabshrink.student import first_position, load_student
 from vocabshrink.tasks import EncodedTask, Task, TaskBatcher, encode_task, headline, read_logits, score
 
 TEACHER_SEED = 0  # one fine-tuned teacher serves every seed of the students, as in the papers
-OF_SUMMARY = ("average", "seconds_per_step", "tokens", "test", "minutes")  # beside the tasks' names
-IMPORTANCE_ROWS = 64  # from which the importance of the teacher's parts is measured
 EVALUATION_BATCH = 128  # sequences of like length in a forward pass
 
 
@@ -259,8 +257,7 @@ class Subject:
         student, directions, _ = self.run.start_student(self.backbone)
         trained = [stage for stage in ("dual", "distill") if getattr(self.run.recipe, stage)]
         if trained:
-            folder = self.run.dir.stage(trained[-1]) / "student"
-            student.load_state_dict(BertModel.from_pretrained(folder, add_pooling_layer=False).state_dict())
+            load_student(self.run.dir.stage(trained[-1]) / "student", student)
         return student, directions
 
 

@@ -272,6 +272,10 @@ class Phase(TrainingSection):
     layer_map: LayerMap = "uniform"
 
 
+# What a fine-tuning's summary says beside the tasks' names.
+OF_SUMMARY = {"average", "seconds_per_step", "tokens", "test", "minutes"}
+
+
 class AugmentSection(Section):
     """TinyBERT's data augmentation: each word is replaced, with probability p, by one of the nearest candidates."""
 
@@ -386,8 +390,8 @@ class Recipe(Section):
             raise ValueError("recovery trains through the delivery's rounding: add a delivery section, or leave it out")
         if self.dual and self.dual.mode == "two_stage" and not self.distill:
             raise ValueError("dual.mode two_stage trains only the teacher: add a distill section")
-        if taken := {"test", "average", "tokens", "seconds_per_step"} & set(self.tasks):
-            raise ValueError(f"tasks.{min(taken)}: the summary has another use for this name: choose another")
+        if taken := OF_SUMMARY & set(self.tasks):
+            raise ValueError(f"tasks.{min(taken)}: the summary has a figure of this name: give the task another")
         if self.finetune and not self.tasks:
             raise ValueError("finetune: there is no task: add a tasks section")
         if self.finetune:
@@ -474,11 +478,12 @@ def section_in(annotation: Any) -> type[BaseModel] | None:
     return next((found for inner in get_args(annotation) if (found := section_in(inner))), None)
 
 
-def explain(error: Any) -> str:
-    """One sentence for a pydantic error: the key, what is wrong, and the nearest known key for a misspelt one."""
+def explain(error: Any, root: type[BaseModel] = Recipe) -> str:
+    """One sentence for a pydantic error of a `root`: the key, what is wrong, and the nearest known key for a misspelt
+    one."""
     where = ".".join(str(part) for part in error["loc"] if "[" not in str(part))  # not the name of a union's branch
     if error["type"] == "extra_forbidden":
-        section: type[BaseModel] | None = Recipe
+        section: type[BaseModel] | None = root
         for part in error["loc"][:-1]:
             field = section.model_fields.get(part) if section else None
             section = section_in(field.annotation) if field else section  # a list's position or a task's name

@@ -38,13 +38,13 @@ from vocabshrink.finetune import finetune, train_task_teachers, trains_teacher
 from vocabshrink.layer_map import layer_pairs
 from vocabshrink.lexicon import Lexicon, WordStream, encode_corpus
 from vocabshrink.loop import make_accelerator, train
-from vocabshrink.losses import MASKED_LM, TASK, check_losses
+from vocabshrink.losses import ACROSS_VOCABULARIES, MASKED_LM, TASK, check_losses
 from vocabshrink.measure import measure_systems
 from vocabshrink.quantize import bake, quantization_aware
 from vocabshrink.recipe import DistillStage, Recipe, TrainingSection, Weighted, dump_recipe
 from vocabshrink.run_dir import RunDir, read_json, write_json, write_text
 from vocabshrink.runtime import Delivery, build_index, load
-from vocabshrink.student import build_student, save_student, shared_pieces, spellings
+from vocabshrink.student import build_student, load_student, save_student, shared_pieces, spellings
 from vocabshrink.tasks import Rows, Task, read_task, score
 from vocabshrink.teacher import (
     MaskedLMHead,
@@ -546,19 +546,7 @@ def distil_into_student(run: Run, name: str, stage: DistillStage, formats=None) 
     say(f"{name}: student from {report}")
     if formats:
         quantization_aware(student, formats)
-    layers = student.config.num_hidden_layers, teacher.config.num_hidden_layers
-    pairs = layer_pairs(stage.layer_map, *layers, seed=run.recipe.seed)
-    across = {"masked_lm_match", "masked_lm_reduce"} & set(stage.losses)
-    task = Distillation(
-        stage,
-        teacher,
-        student,
-        pairs,
-        head=head,
-        directions=directions,
-        shared=torch.from_numpy(run.shared_pieces) if across else None,
-        spelling=torch.from_numpy(spellings(*run.tokenizers)) if across else None,
-    )
+    task = make_distillation(run, stage, teacher, student, head, directions)
     sides = ("student", "teacher") if reads_teacher(stage.losses) else ("student",)
     batcher = make_batcher(run, stage, teacher, sides, accelerator, group_size=stage.group_size)
     result = train(
@@ -578,13 +566,22 @@ def distil_into_student(run: Run, name: str, stage: DistillStage, formats=None) 
     return result | {"start": report}
 
 
-def load_student(folder: Path, student, head: MaskedLMHead | None) -> dict:
-    """Puts a saved student (and head) into a built one, in place."""
-    student.load_state_dict(BertModel.from_pretrained(folder, add_pooling_layer=False).state_dict())
-    saved = load_head(folder, student)
-    if head is not None and saved is not None:
-        head.load_state_dict(saved.state_dict())
-    return {"folder": folder.name, "head": saved is not None}
+def make_distillation(
+    run: Run, stage: DistillStage, teacher: Teacher, student: BertModel, head: MaskedLMHead | None, directions
+) -> Distillation:
+    """The task of a stage, with what the chosen losses must know of the two vocabularies."""
+    layers = student.config.num_hidden_layers, teacher.config.num_hidden_layers
+    across = bool(ACROSS_VOCABULARIES & set(stage.losses))
+    return Distillation(
+        stage,
+        teacher,
+        student,
+        layer_pairs(stage.layer_map, *layers, seed=run.recipe.seed),
+        head=head,
+        directions=directions,
+        shared=torch.from_numpy(run.shared_pieces) if across else None,
+        spelling=torch.from_numpy(spellings(*run.tokenizers)) if across else None,
+    )
 
 
 def augment(run: Run) -> dict:

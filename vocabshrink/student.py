@@ -26,7 +26,7 @@ from vocabshrink.batches import Pieces
 from vocabshrink.layer_map import layer_pairs
 from vocabshrink.projection import principal_directions
 from vocabshrink.recipe import StudentSection
-from vocabshrink.teacher import MaskedLMHead, Teacher, eps_and_activation
+from vocabshrink.teacher import MaskedLMHead, Teacher, eps_and_activation, load_head
 
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "vocab.txt")
 
@@ -427,6 +427,15 @@ def keep(scores: dict, config: BertConfig) -> dict:
         inside = {name: (first + highest(found[name][heads], size)).flatten() for name in ("queries", "values")}
         layers.append(inside | {"neurons": highest(found["neurons"], config.intermediate_size)})
     return {"dims": highest(scores["dims"], config.hidden_size), "layers": layers}
+
+
+def load_student(folder: Path, student: BertModel, head: MaskedLMHead | None = None) -> dict:
+    """Puts a saved student (and head) into a built one, in place. Returns where from, for the log."""
+    student.load_state_dict(BertModel.from_pretrained(folder, add_pooling_layer=False).state_dict())
+    saved = load_head(folder, student)
+    if head is not None and saved is not None:
+        head.load_state_dict(saved.state_dict())
+    return {"folder": folder.name, "head": saved is not None}
 
 
 def save_student(

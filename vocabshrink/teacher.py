@@ -155,10 +155,9 @@ def load_teacher(model: str, *, pooling: str = "mean", normalize: bool = True, s
     """
     folder = resolve_model(model)
     check_folder(folder, sha256)
-    attention = "sdpa" if torch.cuda.is_available() else "eager"  # measured: eager trains 1.6x faster on a CPU in bf16
     try:
         config = AutoConfig.from_pretrained(folder)
-        backbone = AutoModel.from_pretrained(folder, dtype=torch.float32, attn_implementation=attention)
+        backbone = AutoModel.from_pretrained(folder, dtype=torch.float32, attn_implementation=attention_kind())
     except (ValueError, OSError, KeyError) as error:
         raise InputError(f"{folder}: transformers cannot load it: {str(error).splitlines()[0]}") from None
     if config.is_encoder_decoder:
@@ -166,6 +165,11 @@ def load_teacher(model: str, *, pooling: str = "mean", normalize: bool = True, s
     if getattr(backbone, "pooler", None) is not None:
         backbone.pooler = None  # next-sentence head: no one reads it, and it would be trained as dead weight
     return Teacher(backbone.eval(), load_head(folder, backbone), folder, pooling, normalize)
+
+
+def attention_kind() -> str:
+    """Of transformers' implementations, the one that trains fastest: measured, eager is 1.6x on a CPU in bf16."""
+    return "sdpa" if torch.cuda.is_available() else "eager"
 
 
 def load_head(folder: Path, backbone: nn.Module) -> MaskedLMHead | None:

@@ -16,14 +16,11 @@ os.environ["OMP_NUM_THREADS"] = "1"
 
 import torch
 
-from vocabshrink.distillation import Distillation
-from vocabshrink.layer_map import layer_pairs
 from vocabshrink.loop import make_accelerator, parameter_groups
 from vocabshrink.losses import MASKED_LM
 from vocabshrink.recipe import DistillStage, load_recipe
 from vocabshrink.run_dir import RunDir, write_json
-from vocabshrink.stages import Run, make_batcher, new_student_head
-from vocabshrink.student import spellings
+from vocabshrink.stages import Run, make_batcher, make_distillation, new_student_head
 
 PLAIN = "no teacher (masked LM)"
 # method -> (losses, layer map)
@@ -50,19 +47,9 @@ def make_step(run: Run, losses: dict, layer_map: str, batch_size: int, length: i
     )
     teacher = run.teacher()
     student, directions, _ = run.start_student(teacher)
-    pairs = layer_pairs(layer_map, student.config.num_hidden_layers, teacher.config.num_hidden_layers)
     head = new_student_head(student, teacher) if MASKED_LM & set(losses) else None
     accelerator = make_accelerator(stage, run.dir)
-    task = Distillation(
-        stage,
-        teacher,
-        student,
-        pairs,
-        head=head,
-        directions=directions,
-        shared=torch.from_numpy(run.shared_pieces),
-        spelling=torch.from_numpy(spellings(*run.tokenizers)),
-    )
+    task = make_distillation(run, stage, teacher, student, head, directions)
     optimizer = torch.optim.AdamW(parameter_groups(task, stage))
     task, optimizer = accelerator.prepare(task, optimizer)
     batcher = make_batcher(run, stage, teacher, ("student", "teacher"), accelerator)
