@@ -10,6 +10,7 @@ from test_teacher import folders  # noqa: F401 - a fixture: a tiny model of each
 from transformers import AutoModel
 
 from tokenizer_build.errors import InputError
+from vocabshrink.cli import show_summary
 from vocabshrink.quantize import dequantize, load_compact, quantize
 from vocabshrink.recipe import parse_recipe
 from vocabshrink.run_dir import RunDir
@@ -273,7 +274,7 @@ def quantize_of(model, name: str, format: str) -> float:
     return abs(dequantize(quantize(weight, format)) - weight).max() / abs(weight).max()
 
 
-def test_tasks_run_from_augmentation_to_report(tiny_teacher, corpus_file, lines, tmp_path):
+def test_tasks_run_from_augmentation_to_report(tiny_teacher, corpus_file, lines, tmp_path, capsys):
     """TinyBERT's two phases on augmented rows, after general distillation, each stage once and never again."""
     words = ["ka", "lo", "mi"]
     rows = [{"sentence1": line, "label": int(any(w in line.lower().split() for w in words))} for line in lines[:120]]
@@ -308,6 +309,9 @@ def test_tasks_run_from_augmentation_to_report(tiny_teacher, corpus_file, lines,
     )
     run = run_all(data, tmp_path / "run")
     summary = summarise(run)
+    show_summary(summary)
+    shown = capsys.readouterr().out
+    assert "rank agreement" in shown and "by block" not in shown and "made_up" in shown and "average" in shown
     result = summary["tasks"]
     export = tmp_path / "run/export"
     texts = [row["sentence1"] for row in rows[80:]]

@@ -77,7 +77,11 @@ for stage_name in STAGE_NAMES:
 def show_summary(summary: dict) -> None:
     """The headline tables of a run."""
     console = Console(width=None if sys.stdout.isatty() else 100)
-    systems = {k: row for k, row in summary.items() if isinstance(row, dict) and set(SYSTEMS) & set(row)}
+    systems = {
+        key: row
+        for key, row in summary.items()
+        if isinstance(row, dict) and not key.endswith("_by_block") and set(SYSTEMS) & set(row)
+    }
     if systems:
         table = Table("", *SYSTEMS, title=f"{summary['minutes']:.1f} minutes")
         for key, row in systems.items():
