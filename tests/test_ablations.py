@@ -11,8 +11,9 @@ import yaml
 
 from tokenizer_build.errors import InputError
 from vocabshrink import ablations, stages
-from vocabshrink.ablations import claimed, figures_of, plot, read_ablation, rows_of, run_ablations, units_of
+from vocabshrink.ablations import figures_of, plot, read_ablation, rows_of, run_ablations, units_of
 from vocabshrink.run_dir import RunDir, read_json
+from vocabshrink.variants import claimed
 
 TRAINING = {"steps": 4, "batch_size": 16, "max_length": 32, "learning_rate": 1e-3, "precision": "no", "threads": 1}
 LAYERS = {"epochs": 1, "batch_size": 8, "max_length": 32, "learning_rate": 1e-3, "precision": "no", "threads": 1}
@@ -147,7 +148,7 @@ def test_bad_overrides_are_refused(tmp_path, override, message):
 
 
 def recipes(units) -> dict:
-    return {unit.variant: unit.recipe for unit in units}
+    return {unit.variant: unit.run.recipe for unit in units}
 
 
 def test_the_command_line_scales_and_the_variant_has_the_last_word(tmp_path):
@@ -178,10 +179,10 @@ def test_null_takes_out_a_loss_a_phase_or_a_section(tmp_path):
 def test_what_a_seed_changes(tmp_path):
     for vary, seeds_of_runs in (("finetune", {0}), ("run", {1, 2, 3})):
         units = units_of(written(tmp_path, vary=vary), [], tmp_path / "root")
-        assert {unit.recipe.seed for unit in units} == seeds_of_runs
-        assert [unit.recipe.finetune.seeds for unit in units] == [[1], [1], [2], [2], [3], [3]]
-        general = {unit.dir.stage("distill") for unit in units if unit.variant == "all"}
-        assert len(general) == len(seeds_of_runs) and len({unit.dir.stage("finetune") for unit in units}) == 6
+        assert {unit.run.recipe.seed for unit in units} == seeds_of_runs
+        assert [unit.run.recipe.finetune.seeds for unit in units] == [[1], [1], [2], [2], [3], [3]]
+        general = {unit.run.dir.stage("distill") for unit in units if unit.variant == "all"}
+        assert len(general) == len(seeds_of_runs) and len({unit.run.dir.stage("finetune") for unit in units}) == 6
 
 
 def test_stages_in_common_are_made_once(tmp_path, made):

@@ -11,8 +11,8 @@ LAYERS = {
     "facts": "recipe run_dir layer_map budget",
     "parts": "harvest lexicon batches teacher student projection quantize augment tasks checkpoint evaluation",
     "delivery": "__init__ export runtime report measure card bench web",
-    "training": "losses dual_training distillation classification finetune loop search",
-    "front": "cli stages plan ablations __main__",
+    "training": "losses dual_training distillation recorded classification finetune loop",
+    "front": "cli stages plan variants ablations search __main__",
 }
 MAY_IMPORT = {
     "facts": {"facts"},

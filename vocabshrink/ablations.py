@@ -1,25 +1,20 @@
 """Ablations: variants of one recipe, each run under several seeds, and the table that compares them.
 
-An ablation file names a base recipe and, for every variant, the settings that differ. Every (variant, seed) is an
-ordinary run, but all runs keep their stages in one folder, named by the settings that decide them (`SharedRunDir`): the
-vocabulary, the teacher's head or a general student that variants have in common is made once, and so is a variant that
-stands in two files. What costs: every seed has its own fine-tuning, and with `vary: run` its own student too.
+An ablation file names a base recipe and, for every variant, the settings that differ. Every (variant, seed) is a run
+that shares its stages with the others (variants.py): the vocabulary, the teacher's head or a general student that
+variants have in common is made once, and so is a variant that stands in two files. What costs: every seed has its own
+fine-tuning, and with `vary: run` its own student too.
 
-The same command may run several times at once on one machine: each takes what no other is at, so that n commands keep
-n cores busy. The lock is the kernel's and dies with its process. Tables are views of finished stages, written anew
-after each; a killed command loses no more than an unfinished stage's steps since its last checkpoint.
+Started several times at once, each command takes what no other is at, so that n commands keep n cores busy. Tables are
+views of finished stages, written anew after each; a killed command loses no more than an unfinished stage's steps since
+its last checkpoint.
 """
 
-import copy
-import fcntl
 import io
 import re
-import shutil
 import statistics
 import time
 from collections import deque
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -31,11 +26,11 @@ from matplotlib.figure import Figure
 from pydantic import Field, ValidationError, model_validator
 
 from tokenizer_build.errors import InputError
-from vocabshrink.recipe import Recipe, Section, explain, load_recipe, override_value, parse_recipe, parse_yaml
-from vocabshrink.run_dir import RunDir, SharedRunDir, read_json, write_json, write_text
-from vocabshrink.stages import Run, run_stage, say, stages_of
+from vocabshrink.recipe import Section, explain, parse_yaml
+from vocabshrink.run_dir import RunDir, read_json, write_json, write_text
+from vocabshrink.stages import say
+from vocabshrink.variants import Variant, advance, base_values, make_variant
 
-DELIVERY = {"export", "report"}  # of a run, which no table here reads
 GENERAL = ("dual", "distill")  # the stages that train a student before it sees a task
 TEACHER = "(teacher)"  # its label among the variants
 COSTS = ("seconds_per_step", "general_seconds_per_step")
@@ -73,20 +68,7 @@ class Unit:
     ablation: Ablation
     variant: str
     seed: int
-    recipe: Recipe
-    dir: SharedRunDir
-
-    @property
-    def label(self) -> str:
-        return f"{self.ablation.name}: {self.variant}, seed {self.seed}"
-
-    @property
-    def stages(self) -> list[str]:
-        return [name for name in stages_of(self.recipe) if name not in DELIVERY]
-
-    @property
-    def done(self) -> bool:
-        return self.dir.is_done("finetune")
+    run: Variant
 
 
 def slug(label: str) -> str:
@@ -125,103 +107,20 @@ def units_of(path: Path, overrides: list[str] | tuple[str, ...], root: Path) -> 
         InputError: naming the file and the variant, before anything is trained.
     """
     ablation = read_ablation(path, [o for o in overrides if o.startswith("seeds=")])
-    base = path.parent / ablation.base
-    load_recipe(base)  # its own mistakes are refused in its own name
-    data = parse_yaml(base.read_text(encoding="utf-8"), str(base))
-    for override in overrides:
-        key, equals, value = override.partition("=")
-        if not equals:
-            raise InputError(f"{override}: write an override as key.subkey=value")
-        if key != "seeds":
-            change(data, key, parse_yaml(value, override) if value else None, f"{override} over {base}")
+    base = base_values(path.parent / ablation.base, [o for o in overrides if not o.startswith("seeds=")])
     units = []
     for seed in ablation.seeds:
-        for label, changes in ablation.variants.items():
-            origin, changed = f"{path}: variant {label}", copy.deepcopy(data)
-            changed["name"] = f"{ablation.name}-{slug(label)}"
-            for key, value in (ablation.common | changes).items():
-                change(changed, key, copy.deepcopy(value), f"{origin}: {key}")
-            changed = without_left_out(changed)
-            if not isinstance(changed.get("finetune"), dict):
+        for label, own in ablation.variants.items():
+            origin, changes = f"{path}: variant {label}", ablation.common | own
+            if not isinstance(changes.get("finetune", base.get("finetune")), dict):
                 raise InputError(f"{origin}: it has no finetune section: variants are compared by their tasks")
-            changed["finetune"]["seeds"] = [seed]
-            if ablation.vary == "run":
-                changed["seed"] = seed
-            recipe = parse_recipe(changed, origin)
-            own = root / ablation.name / slug(label) / f"seed-{seed}"
-            try:
-                settings_of = Run(recipe, RunDir(own)).settings_of
-            except InputError as error:
-                raise InputError(f"{origin}: {error}") from None
-            folder = SharedRunDir(own, root / "stages", settings_of)
-            units.append(Unit(ablation, label, seed, recipe, folder))
+            changes |= {"name": f"{ablation.name}-{slug(label)}", "finetune.seeds": [seed]}
+            changes |= {"seed": seed} if ablation.vary == "run" else {}
+            folder = root / ablation.name / slug(label) / f"seed-{seed}"
+            title = f"{ablation.name}: {label}, seed {seed}"
+            run = make_variant(base, changes, folder, root / "stages", origin=origin, label=title)
+            units.append(Unit(ablation, label, seed, run))
     return units
-
-
-LEFT_OUT = "\0left out"  # stands where null was written until all changes are made, so that positions in lists stay
-
-
-def change(data: dict, key: str, value: Any, origin: str) -> None:
-    """Sets section.key of a recipe's plain values; null leaves it out.
-
-    Raises:
-        InputError: the section is not there (what changes a section that a recipe lacks is rarely meant), or nothing
-            to leave out.
-    """
-    keys = key.split(".")
-    needed = keys if value is None else keys[:-1]
-    if not holds(data, needed):
-        raise InputError(f"{origin}: the base recipe has no {'.'.join(needed)}: correct the key, or add it there")
-    override_value(data, keys, LEFT_OUT if value is None else value, origin)
-
-
-def holds(data: Any, keys: list[str]) -> bool:
-    """Whether data[a][b][c] stands there, null or not; a number is the position in a list."""
-    for key in keys:
-        if isinstance(data, dict) and key in data:
-            data = data[key]
-        elif isinstance(data, list) and key.isdigit() and int(key) < len(data):
-            data = data[int(key)]
-        else:
-            return False
-    return True
-
-
-def without_left_out(value: Any) -> Any:
-    if isinstance(value, dict):
-        return {key: without_left_out(item) for key, item in value.items() if item != LEFT_OUT}
-    if isinstance(value, list):
-        return [without_left_out(item) for item in value if item != LEFT_OUT]
-    return value
-
-
-@contextmanager
-def claimed(folder: Path) -> Iterator[bool]:
-    """Whether the stage at `folder` is this process' alone; False where another one is at it."""
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    with folder.with_name(folder.name + ".lock").open("w") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            yield False
-        else:
-            yield True
-
-
-def advance(unit: Unit) -> bool:
-    """Runs the unit's stages that are not done; False, with some perhaps done, if another process is at the next."""
-    run = Run(unit.recipe, unit.dir)  # afresh: what it reads of text and tasks is freed with it
-    for name in unit.stages:
-        folder = unit.dir.stage(name)
-        if not unit.dir.is_done(name):
-            with claimed(folder) as mine:
-                if not mine:
-                    return False
-                if not unit.dir.is_done(name):  # nor became so while this process came here
-                    say(f"{unit.label}: {name}")
-                    run_stage(run, name)
-        shutil.rmtree(folder / "checkpoints", ignore_errors=True)  # optimizer states, larger than all that is kept
-    return True
 
 
 def run_ablations(
@@ -242,10 +141,10 @@ def run_ablations(
     while waiting:
         unit = waiting.popleft()
         try:
-            finished = advance(unit)
+            finished = advance(unit.run)
         except InputError as error:
-            failed[unit.label] = error
-            say(f"{unit.label}: {error}")
+            failed[unit.run.label] = error
+            say(f"{unit.run.label}: {error}")
             continue
         if finished:
             held = 0
@@ -273,13 +172,13 @@ AVERAGE = ("validation", "average", "average")  # as a task's figures are named:
 def figures_of(unit: Unit) -> dict:
     """What a finished unit measured: {"measured": {(split, task, metric): value}, "tokens", and COSTS}; the cost of the
     general stages is None where the student went straight to its tasks."""
-    summary = read_json(unit.dir.stage("finetune") / "summary.json")
-    general = [read_json(unit.dir.stage(name) / "summary.json") for name in GENERAL if name in unit.stages]
+    summary = read_json(unit.run.dir.stage("finetune") / "summary.json")
+    general = [read_json(unit.run.dir.stage(name) / "summary.json") for name in GENERAL if name in unit.run.stages]
     steps = sum(stage["steps"] for stage in general)
     measured = {
         (split, task, metric): value["median"]
         for split, found in (("validation", summary), ("test", summary["test"]))
-        for task in unit.recipe.tasks
+        for task in unit.run.recipe.tasks
         for metric, value in found.get(task, {}).items()
     }
     return {
@@ -302,7 +201,7 @@ def rows_of(units: list[Unit]) -> list[dict]:
     ablation = units[0].ablation
     rows = teacher_rows(units)
     for label in ablation.variants:
-        done = [unit for unit in units if unit.variant == label and unit.done]
+        done = [unit for unit in units if unit.variant == label and unit.run.done]
         figures = [figures_of(unit) for unit in done]
         about = {"seeds": [unit.seed for unit in done]} | {
             name: median_of([f[name] for f in figures]) for name in ("tokens", *COSTS)
@@ -340,11 +239,11 @@ def place_of(row: dict) -> tuple[str, str, str]:
 
 def teacher_rows(units: list[Unit]) -> list[dict]:
     """As `rows_of`, of the fine-tuned teacher: one seed, validation alone, and no cost."""
-    unit = next((u for u in units if "task_teacher" in u.stages and u.dir.is_done("task_teacher")), None)
+    unit = next((u for u in units if "task_teacher" in u.run.stages and u.run.dir.is_done("task_teacher")), None)
     if unit is None:
         return []
-    summary = read_json(unit.dir.stage("task_teacher") / "summary.json")
-    measured = {("validation", t, m): v for t in unit.recipe.tasks for m, v in summary.get(t, {}).items()}
+    summary = read_json(unit.run.dir.stage("task_teacher") / "summary.json")
+    measured = {("validation", t, m): v for t in unit.run.recipe.tasks for m, v in summary.get(t, {}).items()}
     measured[AVERAGE] = summary["average"]
     about = {"seeds": [0], "tokens": None} | dict.fromkeys(COSTS)
     return [row_of(unit.ablation, TEACHER, place, [measured]) | about for place in measured]
@@ -363,14 +262,14 @@ def write_tables(ablations: list[list[Unit]], root: Path) -> dict:
     for units in ablations:
         ablation, folder = units[0].ablation, root / units[0].ablation.name
         rows = rows_of(units)
-        stages = {unit.dir.stage(name) for unit in units for name in unit.stages if unit.dir.is_done(name)}
+        stages = {unit.run.dir.stage(name) for unit in units for name in unit.run.stages if unit.run.dir.is_done(name)}
         minutes = {stage.name: read_json(stage / "summary.json").get("minutes", 0) for stage in sorted(stages)}
         write_text(folder / "table.md", markdown(rows, ablation.baseline))
         write_text(folder / "plot.svg", plot(rows, ablation.name, ablation.baseline))
         write_json(  # last: what has a summary is whole
             folder / "summary.json",
             {"title": ablation.title, "baseline": ablation.baseline, "rows": rows, "minutes": minutes}
-            | {"finished": sum(unit.done for unit in units), "runs": len(units)},
+            | {"finished": sum(unit.run.done for unit in units), "runs": len(units)},
         )
     every = {path.parent.name: read_json(path) for path in sorted(root.glob("*/summary.json"))}
     shared = {stage: minutes for one in every.values() for stage, minutes in one["minutes"].items()}

@@ -17,6 +17,7 @@ Shapes: B sequences, T pieces in a padded sequence, U units in a padded sequence
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -58,6 +59,9 @@ class Pieces:
     labels: torch.Tensor | None = None
     token_types: torch.Tensor | None = None
 
+    def to(self, device) -> "Pieces":
+        return Pieces(*(v if v is None else v.to(device, non_blocking=True) for v in vars(self).values()))
+
 
 @dataclass
 class Batch:
@@ -66,7 +70,7 @@ class Batch:
     student: in the student's pieces. teacher: in the teacher's. mixed: mixed, in combined ids. unit_mask [B, U] bool:
     true at units that every side has whole, special tokens included. Sides that a task does not ask for are None.
     tokens: student pieces. targets: [B] int64 classes or [B] float scores of a task, whose training set has this batch
-    at `rows` [B] int64; None outside tasks.
+    at `rows` [B] int64; None outside tasks. recorded: the teacher's view of the batch where it was kept (recorded.py).
     """
 
     student: Pieces | None
@@ -76,11 +80,12 @@ class Batch:
     tokens: int
     targets: torch.Tensor | None = None
     rows: torch.Tensor | None = None
+    recorded: Any = None
 
     def to(self, device) -> "Batch":
         def move(value):
             if isinstance(value, Pieces):
-                return Pieces(*map(move, vars(value).values()))
+                return value.to(device)
             return value.to(device, non_blocking=True) if isinstance(value, torch.Tensor) else value
 
         return Batch(*map(move, vars(self).values()))

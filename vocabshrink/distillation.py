@@ -133,8 +133,8 @@ class Distillation(TrainingTask):
 
     def view(self, batch: Batch) -> Forward:
         common = (batch.unit_mask.shape[1], self.pooling, self.normalize, self.losses)
-        teacher = None
-        if reads_teacher(self.losses):
+        teacher = batch.recorded
+        if teacher is None and reads_teacher(self.losses):
             with torch.no_grad():
                 teacher = run_view(self.teacher, batch.teacher, *common)
         student = run_view(self.student, batch.student, *common)

@@ -44,6 +44,7 @@ from vocabshrink.recipe import OF_SUMMARY, FinetuneStage, Phase, TaskSection, ex
 from vocabshrink.run_dir import RunDir, read_json, replacing, write_json
 from vocabshrink.student import first_position, load_student
 from vocabshrink.tasks import EncodedTask, Task, TaskBatcher, encode_task, headline, read_logits, score
+from vocabshrink.teacher import attention_kind
 
 TEACHER_SEED = 0  # one fine-tuned teacher serves every seed of the students, as in the papers
 EVALUATION_BATCH = 128  # sequences of like length in a forward pass
@@ -185,10 +186,6 @@ class Subject:
         with PartialState().main_process_first():
             return encode_task(self.task, self.run.teacher_folder, self.run.vocab, self.folder / "encoded")
 
-    @cached_property
-    def backbone(self):
-        return self.run.teacher()
-
     @property
     def teacher_folder(self) -> str | None:
         """The fine-tuned teacher's folder; None where there are only stored logits."""
@@ -237,8 +234,8 @@ class Subject:
             teacher=self.teacher,
             logits=self.logits,
             directions=directions,
-            pooling=self.backbone.pooling,
-            normalize=self.backbone.normalize,
+            pooling=self.run.recipe.teacher.pooling,
+            normalize=self.run.recipe.teacher.normalize,
         )
         shared = self.run.shared_pieces if self.teacher is not None else None
         result = fit(training, self.encoded, phases, RunDir(unit), self.name, seed, mark, shared=shared)
@@ -254,10 +251,14 @@ class Subject:
 
     def student(self) -> tuple[BertModel, torch.Tensor | None]:
         """The body to fine-tune, as the stages before left it, and the directions of its projections."""
-        student, directions, _ = self.run.start_student(self.backbone)
         trained = [stage for stage in ("dual", "distill") if getattr(self.run.recipe, stage)]
-        if trained:
-            load_student(self.run.dir.stage(trained[-1]) / "student", student)
+        folder = self.run.dir.stage(trained[-1]) / "student" if trained else None
+        if folder and self.teacher is None:  # no projections to start: the body is all that is asked for
+            options = {"add_pooling_layer": False, "attn_implementation": attention_kind()}
+            return BertModel.from_pretrained(folder, **options).eval(), None
+        student, directions, _ = self.run.start_student(self.run.teacher())
+        if folder:
+            load_student(folder, student)
         return student, directions
 
 

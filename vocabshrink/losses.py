@@ -80,15 +80,16 @@ class View:
 
     def states(self, layers: Layers) -> Tensor:
         """Hidden states of units, [B, U, D] in float32."""
-        return self._mean("states", layers, lambda layer: self._pooled(self.hidden[layer]))
+        return self._mean("states", layers, lambda layer: self.pooled(self.hidden[layer]))
 
-    def _pooled(self, tensor: Tensor) -> Tensor:
+    def pooled(self, tensor: Tensor) -> Tensor:
+        """Of pieces [B, T, D], the means of units [B, U, D] in float32."""
         return pool_units(tensor, self.side.units, self.unit_count)
 
     def _split(self, kind: Kind, layer: int, heads: int) -> Tensor:
         """Queries, keys or values of units by head, [B, heads, U, D / heads]."""
         tensor = getattr(self.passed, kind)[layer - 1]
-        return by_head(self._cache.once((kind, layer), lambda: self._pooled(tensor)), heads)
+        return by_head(self._cache.once((kind, layer), lambda: self.pooled(tensor)), heads)
 
     def _products(self, left: Kind, right: Kind, layers: Layers, heads: int) -> Tensor:
         def make(layer: int) -> Tensor:

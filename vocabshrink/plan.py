@@ -35,6 +35,7 @@ def shapes(recipe: Recipe) -> tuple[Shape, Shape]:
     teacher = Shape(config["vocab_size"], *(config[name] for name in fields), config.get("type_vocab_size", 2))
     chosen = (getattr(recipe.student, name) or config[name] for name in fields)
     given = recipe.vocabulary.tokenizer
+    given = folder if given == "teacher" else given
     size = load_tokenizer(given).get_vocab_size() if given else recipe.vocabulary.size
     student = Shape(size, *chosen, teacher.type_vocab_size)
     return student, teacher

@@ -129,7 +129,8 @@ class VocabularySection(Section):
     trainer: Literal["fewest", "wordpiece", "bpe", "unigram", "prune"] = "fewest"
     lowercase: bool = True
     required: list[str] = []  # words that must be one piece, whatever the counts say
-    tokenizer: str | None = None  # a folder whose WordPiece vocabulary is taken as it is, instead of training one
+    # a folder whose WordPiece vocabulary is taken as it is, instead of training one; `teacher`: the teacher's own
+    tokenizer: str | None = None
 
 
 class StudentSection(Section):
@@ -253,6 +254,8 @@ class DistillStage(TrainingSection):
     unit: Literal["sentence", "line"] = "line"
     group_size: Literal[1, 4] = 1  # 4: each sentence beside a rare-word swap, a dropped word, a half or rotation
     mask: Share = 0.0
+    # keeps what the teacher says of each batch on disk, for the other runs of an ablation or a search (recorded.py)
+    record_teacher: bool = False
 
     @model_validator(mode="after")
     def losses_can_be_given(self):

