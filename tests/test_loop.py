@@ -150,7 +150,10 @@ def test_a_run_trains_and_logs_unweighted_losses(tmp_path):
     mean = lambda rows: sum(row["losses"]["squares"] for row in rows) / len(rows)  # noqa: E731
     assert mean(rows[-8:]) < 0.8 * mean(rows[:8])
     assert [row["step"] for row in run.metrics() if row["kind"] == "evaluation"] == [10, 20, 30, 40]
-    assert seen == [task] * 4
+    assert seen == [task] * 4 and result["evaluation"] == {"agreement": 0.5}
+    assert run_training(tmp_path, steps=40, evaluate=lambda task: {"agreement": 0.7})[1]["evaluation"] == {
+        "agreement": 0.7  # measured anew behind the last step, where a killed run may stand
+    }
     assert result["steps"] == 40 and result["tokens"] == 320 and result["losses"] == last["losses"]
     assert rows[0]["lr"] == 0.05 and rows[20]["lr"] == pytest.approx(0.025) and last["tokens"] == 320
 

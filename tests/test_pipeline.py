@@ -268,6 +268,15 @@ def test_a_vocabulary_that_is_there_is_taken_as_it_is(match_run, tiny_teacher, c
     )
 
 
+def test_the_teachers_own_vocabulary_is_kept_piece_by_piece(tiny_teacher, corpus_file, tmp_path):
+    data = tiny_recipe(tiny_teacher, corpus_file, "untrained")
+    data["vocabulary"] = {"tokenizer": "teacher"}
+    run = Run(parse_recipe(data, "test"), RunDir(tmp_path / "own"))
+    for name in ("count", "vocab"):
+        run_stage(run, name)
+    assert (run.vocab / "vocab.txt").read_text() == (tiny_teacher / "vocab.txt").read_text()
+
+
 def quantize_of(model, name: str, format: str) -> float:
     """How much one more rounding changes a weight, against its largest value."""
     weight = model.get_parameter(name).detach().numpy()

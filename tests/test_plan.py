@@ -27,6 +27,10 @@ class TestShapes:
         assert teacher == Shape(300, 32, 4, 64, 64, 2)
         assert student == Shape(200, 16, 2, 64, 64, 2)
 
+    def test_the_teachers_own_vocabulary_has_its_size(self, tiny_teacher):
+        student, _ = plan.shapes(make_recipe(tiny_teacher, vocabulary={"tokenizer": "teacher"}))
+        assert student.vocab_size == 300
+
     def test_the_delivery_keeps_fewer_positions(self, tiny_teacher):
         for positions, expected in ((40, 40), (500, 64)):
             recipe = make_recipe(tiny_teacher, delivery={"max_positions": positions})

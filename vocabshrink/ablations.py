@@ -10,7 +10,6 @@ views of finished stages, written anew after each; a killed command loses no mor
 its last checkpoint.
 """
 
-import io
 import re
 import statistics
 import time
@@ -21,11 +20,11 @@ from typing import Annotated, Any, Literal
 
 import jinja2
 from markupsafe import Markup
-from matplotlib import rc_context
 from matplotlib.figure import Figure
 from pydantic import Field, ValidationError, model_validator
 
 from tokenizer_build.errors import InputError
+from vocabshrink.drawing import GRID, SERIES, svg_of
 from vocabshrink.recipe import Section, explain, parse_yaml
 from vocabshrink.run_dir import RunDir, read_json, write_json, write_text
 from vocabshrink.stages import say
@@ -329,40 +328,25 @@ def markdown(rows: list[dict], baseline: str | None) -> str:
 
 
 def plot(rows: list[dict], name: str, baseline: str | None) -> str:
-    """An SVG: each variant's average, a dot per seed and a line at the median; the baseline's range as a band.
-
-    Its colours are CSS variables with a default, so that it follows the page that it stands in, or stands alone.
-    """
+    """An SVG: each variant's average, a dot per seed and a line at the median; the baseline's range as a band."""
     rows = [row for row in rows if place_of(row) == AVERAGE][::-1]
-    colours = {"#010101": "--ink, #24272b", "#020202": "--grid, #d5d8dc", "#030303": "--series-0, #1f5fa8"}
-    ink, grid, series = colours
-    settings = {"svg.fonttype": "none", "svg.hashsalt": name, "font.size": 9, "text.parse_math": False}
-    settings |= {f"axes.spines.{side}": False for side in ("top", "right", "left")}
-    settings |= {key: ink for key in ("axes.labelcolor", "xtick.color", "ytick.color", "text.color")}
-    with rc_context(settings | {"axes.edgecolor": grid}):
-        drawing = Figure(figsize=(7, 0.6 + 0.3 * len(rows)), layout="constrained")
-        axes = drawing.subplots()
+
+    def draw(figure: Figure) -> None:
+        axes = figure.subplots()
         for height, row in enumerate(rows):
             values = [100 * value for value in row["values"]]
             if row["recipe"] == baseline:
-                axes.axvspan(min(values), max(values), color=grid, alpha=0.5, linewidth=0)
-            axes.plot(values, [height] * len(values), "o", color=series, markersize=4, alpha=0.7, markeredgewidth=0)
-            axes.plot([100 * row["median"]] * 2, [height - 0.32, height + 0.32], color=series, linewidth=2)
+                axes.axvspan(min(values), max(values), color=GRID, alpha=0.5, linewidth=0)
+            axes.plot(values, [height] * len(values), "o", color=SERIES[0], markersize=4, alpha=0.7, markeredgewidth=0)
+            axes.plot([100 * row["median"]] * 2, [height - 0.32, height + 0.32], color=SERIES[0], linewidth=2)
         axes.set_yticks(range(len(rows)), [row["recipe"] for row in rows])
         axes.set_ylim(-0.6, len(rows) - 0.4)
-        axes.grid(axis="x", color=grid, linewidth=0.6)
-        axes.set_axisbelow(True)
+        axes.spines["left"].set_visible(False)
+        axes.grid(axis="x", color=GRID, linewidth=0.6)
         axes.tick_params(length=0)
         axes.set_xlabel("mean of the tasks' headline metrics × 100")
-        file = io.StringIO()
-        drawing.savefig(file, format="svg", transparent=True, metadata={"Date": None, "Creator": None})
-    svg = file.getvalue()
-    svg = re.sub(r"<metadata>.*?</metadata>", "", svg[svg.index("<svg") :], flags=re.DOTALL)
-    svg = re.sub(r'\bid="', f'id="{name}-', svg)  # unique among the figures of one page
-    svg = re.sub(r'(xlink:href="|url\()#', rf"\1#{name}-", svg)
-    for colour, variable in colours.items():
-        svg = svg.replace(colour, f"var({variable})")
-    return svg
+
+    return svg_of(name, draw, (7, 0.6 + 0.3 * len(rows)), alone=True)
 
 
 def write_page(every: dict[str, dict], summary: dict, root: Path) -> None:

@@ -161,21 +161,52 @@ def harvest(out: Annotated[Path, typer.Argument(help="a .jsonl or .jsonl.gz to w
 
 @app.command()
 def search(
-    artifact: Annotated[Path, typer.Argument(help="an artifact with an index, or a run's export folder")],
-    query: str,
-    top: Annotated[int, typer.Option(min=1)] = 5,
+    subject: Annotated[Path, typer.Argument(help="a search file (YAML); or an artifact with an index, or its run")],
+    words: Annotated[list[str] | None, typer.Argument(help="of a search, settings; of an artifact, the query")] = None,
+    proxy_check: Annotated[bool, typer.Option("--proxy-check", help="measure how well the proxy ranks")] = False,
+    root: Annotated[Path, typer.Option(help="where searches go")] = Path("artifacts/search"),
+    top: Annotated[int, typer.Option(min=1, help="answers to a query")] = 5,
     as_json: Annotated[bool, typer.Option("--json", help="one JSON object a line")] = False,
 ):
-    """Answer from an artifact's own passages. Needs no torch."""
+    """Search for the layer map of a YAML file; or answer a query from an artifact's own passages, without torch."""
+    if subject.suffix in (".yaml", ".yml"):
+        from vocabshrink.search import run_search
+
+        show_search(run_search(subject, words or [], root, proxy_check=proxy_check))
+        return
     from vocabshrink.runtime import search as search_index
 
-    folder = artifact / "model" if (artifact / "model" / "MANIFEST.json").is_file() else artifact
-    for hit in search_index(folder, query, top):
+    if not words:
+        raise InputError(f"{subject}: there is no query: write one behind it (and a search file's name ends in .yaml)")
+    folder = subject / "model" if (subject / "model" / "MANIFEST.json").is_file() else subject
+    for hit in search_index(folder, " ".join(words), top):
         print(
             json.dumps(hit, ensure_ascii=False)
             if as_json
             else f"{hit['score']:.3f}  {hit.get('source', '')}\n       {hit['text']}"
         )
+
+
+def show_search(summary: dict) -> None:
+    """The headline of a finished search."""
+    table = Table("", "quality", *summary["tasks"], "bytes", title=summary["title"])
+    results = {f"front {number}": row for number, row in enumerate(summary.get("front", []), 1)}
+    if "best" in summary:
+        results["found"] = summary["best"]
+    if "random_search" in summary:
+        results["random search"] = summary["random_search"]
+    for name, row in (results | summary["named"]).items():
+        if "quality" in row:
+            label = f"{name}: {row['words']}" if "words" in row else name
+            figures = [row["quality"], *(row["scores"][task] for task in summary["tasks"])]
+            table.add_row(label, *(f"{100 * figure:.2f}" for figure in figures), f"{row['bytes']:,.0f}")
+    Console(width=None if sys.stdout.isatty() else 120).print(table)
+    for label, found in summary.get("confirm", {}).get("against", {}).items():
+        mark = "beyond" if found["clear"] else "within"
+        print(f"unseen tasks: found against {label} {100 * found['difference']:+.2f}, {mark} the seeds' spread")
+    if "proxy_check" in summary:
+        low, high = summary["proxy_check"]["interval"]
+        print(f"proxy's rank correlation {summary['proxy_check']['spearman']:.2f} ({low:.2f} to {high:.2f})")
 
 
 Artifacts = Annotated[list[Path], typer.Argument(help="delivered folders")]
@@ -270,6 +301,8 @@ def main() -> None:
             "scipy": "train",
             "onnx": "train",
             "sklearn": "train",
+            "optuna": "search",
+            "sqlalchemy": "search",
             "matplotlib": "report",
             "jinja2": "report",
         }

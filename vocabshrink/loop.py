@@ -135,8 +135,8 @@ def train(
     Rank r of W processes takes micro-batch (step * accumulation + a) * W + r, so one batch of the recipe is one step
     whatever the number of processes; `batcher` must be made for batch_size / (W * accumulation).
 
-    Returns: {"steps", "tokens", "seconds", "losses"}. Raises InputError: a checkpoint of another recipe, a
-    loss that is not a number (the last good checkpoint stays).
+    Returns: {"steps", "tokens", "seconds", "losses"}, and the last "evaluation" where there is any. Raises InputError:
+    a checkpoint of another recipe, a loss that is not a number (the last good checkpoint stays).
     """
     optimizer = OPTIMIZERS[settings.optimizer](parameter_groups(task, settings))
     checkpoint = run.stage(stage) / "checkpoints" / "last"
@@ -157,6 +157,7 @@ def train(
     evaluate_at = {round(settings.steps * k / (settings.evaluations + 1)) for k in range(1, settings.evaluations + 1)}
     log_every = max(1, settings.steps // 200)
     first_step, started, saved_at = step, time.monotonic() - seconds, time.monotonic()
+    measured: dict | None = None
     micro = range(step * accumulation, settings.steps * accumulation)
     batches = prefetch(batcher, (m * world + accelerator.process_index for m in micro))
     window_tokens, window_start = tokens, time.monotonic()
@@ -248,15 +249,15 @@ def train(
                         {"loss": total, "lr": row["lr"], **{f"losses/{k}": v for k, v in parts.items()}}, step=step
                     )
             if evaluate and accelerator.is_main_process and (step in evaluate_at or step == settings.steps):
-                metrics = evaluate(task)
+                measured = evaluate(task)
                 run.append_metrics(
-                    {"stage": stage, "step": step, "tokens": tokens, "kind": "evaluation", "metrics": metrics}
+                    {"stage": stage, "step": step, "tokens": tokens, "kind": "evaluation", "metrics": measured}
                 )
                 bar.console.print(
-                    f"{stage} step {step}: " + "  ".join(f"{k} {v:.4f}" for k, v in metrics.items()), soft_wrap=True
+                    f"{stage} step {step}: " + "  ".join(f"{k} {v:.4f}" for k, v in measured.items()), soft_wrap=True
                 )
                 if settings.trackers:
-                    accelerator.log({f"evaluation/{k}": v for k, v in metrics.items()}, step=step)
+                    accelerator.log({f"evaluation/{k}": v for k, v in measured.items()}, step=step)
             # Only what was checked is saved, so that a loss gone wrong never replaces the good checkpoint.
             if checked and (time.monotonic() - saved_at > 60 * settings.checkpoint_minutes or step == settings.steps):
                 save()
@@ -264,7 +265,10 @@ def train(
     accelerator.wait_for_everyone()
     if settings.trackers:
         accelerator.end_training()
-    return {"steps": step, "tokens": tokens, "seconds": round(time.monotonic() - started, 1), "losses": parts}
+    result = {"steps": step, "tokens": tokens, "seconds": round(time.monotonic() - started, 1), "losses": parts}
+    if evaluate and accelerator.is_main_process:
+        result["evaluation"] = evaluate(task) if measured is None else measured  # None: resumed behind the last step
+    return result
 
 
 def last_saved(checkpoint: Path) -> int:

@@ -371,7 +371,8 @@ class Recipe(Section):
     distill: DistillStage | None = None
     # trains on through the rounding of delivery.compact or, without it, of delivery.weights (straight-through)
     recovery: DistillStage | None = None
-    data: str = "."  # the folder that relative paths of tasks start from; once read, they have it in them
+    # the folder that relative paths of tasks and of rated pairs start from; once read, they have it in them
+    data: str = "."
     tasks: dict[Annotated[str, Field(pattern=r"^[A-Za-z0-9_][A-Za-z0-9._-]*$")], TaskSection] = {}
     finetune: FinetuneStage | None = None
     delivery: DeliverySection | None = DeliverySection()  # null: no artifact is wanted
@@ -384,6 +385,8 @@ class Recipe(Section):
             for field in ("train", "validation", "test", "teacher", "logits"):
                 if (path := getattr(task, field)) is not None and not path.startswith("package:"):
                     setattr(task, field, str(Path(self.data) / Path(path).expanduser()))
+        for name, path in self.evaluation.stsb.items():
+            self.evaluation.stsb[name] = str(Path(self.data) / Path(path).expanduser())
         self.data = "."
         return self
 

@@ -76,7 +76,7 @@ class RecordingBatcher:
             )
         self.batcher, self.teacher, self.folder, self.stage = batcher, teacher.eval(), folder, stage
         self.pooling, self.normalize, self.device = pooling, normalize, device
-        layers = teacher.config.num_hidden_layers
+        self.heads, layers = teacher.config.num_attention_heads, teacher.config.num_hidden_layers
         self.kinds = {"hidden": layers + 1} if LAYERWISE & set(stage.losses) else {}
         if ATTENTION & set(stage.losses):
             self.kinds |= dict.fromkeys(("queries", "keys", "values"), layers)
@@ -90,8 +90,8 @@ class RecordingBatcher:
         row = torch.arange(units).expand(len(batch.unit_mask), units)
         side = Pieces(row, torch.ones_like(row), row)  # every unit one piece
         kept = {kind: Kept(path, kind, count, self.device) for kind, count in self.kinds.items()}
-        heads = self.teacher.config.num_attention_heads
-        view = View(side.to(self.device), Pass(**{"hidden": ()} | kept), self.pooling, self.normalize, units, heads)
+        states = Pass(**{"hidden": ()} | kept)
+        view = View(side.to(self.device), states, self.pooling, self.normalize, units, self.heads)
         with safe_open(path, framework="pt") as file:
             view.sentence = file.get_tensor("sentence").to(self.device)
         batch.teacher, batch.recorded = None, view

@@ -7,9 +7,7 @@ HTML: both follow the reader's light or dark setting. The page is a view: every 
 beside it. Long curves are averaged to a few hundred points, which keeps the page small and readable.
 """
 
-import io
 import math
-import re
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -19,16 +17,15 @@ from vocabshrink.run_dir import STAGE_NAMES, RunDir, read_json, task_rows, write
 try:
     import jinja2
     from markupsafe import Markup
-    from matplotlib import rc_context
     from matplotlib.figure import Figure
+
+    from vocabshrink.drawing import GRID, SERIES, svg_of
 except ImportError as error:
     raise ImportError("the report needs matplotlib and jinja2: pip install 'vocabshrink[report]'") from error
 
 STAGES = STAGE_NAMES[:-1]  # a page does not list its own making
 SYSTEMS = ("teacher", "untrained", "trained", "delivered")
 POINTS = 300  # per curve; more is not seen at the width of a page
-# Drawn in these colours by matplotlib, then replaced by CSS variables of the page.
-INK, GRID, SERIES = "#010101", "#020202", tuple(f"#0303{i:02x}" for i in range(8))
 
 
 @dataclass
@@ -248,25 +245,9 @@ def _curve(name: str, axis: str, rows: list[dict], keys: list[str]) -> Curve:
 
 
 def _svg(name: str, curves: list[Curve], axis: str, *, log: bool, marks: bool) -> Markup:
-    """An inline SVG whose colours are the page's CSS variables --ink, --grid and --series-0 to -7."""
     log = log and all(y > 0 for curve in curves for y in curve.y)
-    settings = {
-        "svg.fonttype": "none",
-        "svg.hashsalt": name,
-        "font.size": 9,
-        "text.parse_math": False,
-        "axes.spines.top": False,
-        "axes.spines.right": False,
-        "axes.edgecolor": GRID,
-        "axes.labelcolor": INK,
-        "xtick.color": INK,
-        "ytick.color": INK,
-        "text.color": INK,
-        "axes.formatter.use_mathtext": False,
-        "axes.unicode_minus": False,
-    }
-    with rc_context(settings):
-        figure = Figure(figsize=(5.2, 2.7), layout="constrained")
+
+    def draw(figure: Figure) -> None:
         axes = figure.subplots()
         for index, curve in enumerate(curves):
             mark = "o" if marks or len(curve.x) == 1 else None
@@ -282,19 +263,8 @@ def _svg(name: str, curves: list[Curve], axis: str, *, log: bool, marks: bool) -
         axes.grid(axis="y", color=GRID, linewidth=0.6)
         axes.tick_params(which="both", length=0)
         axes.set_xlabel(axis)
-        file = io.StringIO()
-        figure.savefig(file, format="svg", transparent=True, metadata={"Date": None, "Creator": None})
-    svg = file.getvalue()
-    svg = svg[svg.index("<svg") :]
-    # Identifiers are unique in a file of its own, not among the many figures of one page.
-    svg = re.sub(r'\bid="', f'id="{_slug(name)}-', svg)
-    svg = re.sub(r'(xlink:href="|url\()#', rf"\1#{_slug(name)}-", svg)
-    svg = re.sub(r"<metadata>.*?</metadata>", "", svg, flags=re.DOTALL)
-    svg = re.sub(r'<svg [^>]*(viewBox="[^"]*")[^>]*>', r'<svg \1 role="img">', svg, count=1)
-    variables = {INK: "ink", GRID: "grid", **{colour: f"series-{i}" for i, colour in enumerate(SERIES)}}
-    for colour, variable in variables.items():
-        svg = svg.replace(colour, f"var(--{variable})")
-    return Markup(svg)
+
+    return svg_of(name, draw)
 
 
 def _optional_json(path: Path) -> dict:
@@ -373,7 +343,3 @@ def _duration(seconds: float | None) -> str:
         return f"{seconds:.1f} s"
     minutes = round(seconds / 60)
     return f"{seconds / 60:.1f} min" if seconds < 3600 else f"{minutes // 60} h {minutes % 60:02} min"
-
-
-def _slug(name: str) -> str:
-    return re.sub(r"[^A-Za-z0-9-]", lambda match: f"_{ord(match.group()):x}", name)
