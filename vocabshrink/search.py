@@ -374,17 +374,22 @@ def measure_latency(recipe: Recipe, vocab_size: int) -> float:
 
 @dataclass(frozen=True)
 class Opened:
-    """A search that is under way."""
+    """A search that is under way. base: the plain values of the full run; overrides: those of the recipe."""
 
     search: Search
     path: Path
     overrides: list[str]
     root: Path
+    base: dict
     candidates: Candidates
 
     @property
     def space(self) -> Space:
         return self.candidates.space
+
+    def full(self, changes: dict[str, Any]) -> Recipe:
+        """The full run with these settings."""
+        return make_variant(self.base, changes, self.root, self.root, origin=str(self.path), label="").recipe
 
 
 def open_search(path: Path, overrides: list[str] | tuple[str, ...], root: Path) -> Opened:
@@ -404,7 +409,7 @@ def open_search(path: Path, overrides: list[str] | tuple[str, ...], root: Path) 
             raise InputError(f"{override}: {explain(error.errors()[0], Search)}") from None
     others = [override for override in overrides if not override.startswith("search.")]
     base, own = base_values(path.parent / search.base, others), root / search.name
-    return Opened(search, path, others, own, Candidates(search, base, own, str(path)))
+    return Opened(search, path, others, own, base, Candidates(search, base, own, str(path)))
 
 
 def run_search(
@@ -643,13 +648,11 @@ def summarise(opened: Opened, rows: list[dict]) -> dict:
     drawn = [row for row in rows if row["kind"] == "random" and row["state"] == "complete"]
     if drawn:
         best = in_short(max(drawn, key=lambda row: row["quality"]))
-        summary["random_search"] = best | {
-            "trials": len({row["genome"] for row in rows if row["kind"] == "random" and row["scores"]})
-        }
+        genomes = {row["genome"] for row in rows if row["kind"] == "random" and row["scores"]}
+        summary["random_search"] = best | {"trials": len(genomes)}
     new = [row for row in genetic if row["scores"] and not row["again"]]
-    summary["trials"] = {
-        state: sum(r["state"] == state for r in genetic) for state in ("complete", "given up", "refused")
-    }
+    states = [row["state"] for row in genetic]
+    summary["trials"] = {state: states.count(state) for state in ("complete", "given up", "refused")}
     summary["trials"] |= {"trained": len({row["genome"] for row in new}), "asked": len(genetic)}
     return summary | {"cost": cost_of(opened, new, complete[0]["changes"])}
 
@@ -681,14 +684,7 @@ def cost_of(opened: Opened, rows: list[dict], changes: dict[str, Any]) -> dict:
     """
     seconds = sum(row["seconds"] or 0 for row in rows)
     cost = {"search_seconds": round(seconds), "seconds_per_trial": round(seconds / max(len(rows), 1), 1)}
-    full = make_variant(
-        base_values(opened.path.parent / opened.search.base, opened.overrides),
-        {},
-        opened.root,
-        opened.root,
-        origin=str(opened.path),
-        label="",
-    ).recipe
+    full = opened.full({})
     variant = opened.candidates.variant(changes, opened.search.tasks[0])
     stage = variant.recipe.distill
     if not (full.distill and stage and variant.dir.is_done("distill")):
@@ -798,8 +794,7 @@ def check_proxy(opened: Opened, rows: list[dict]) -> dict:
 
 def tasks_of(opened: Opened, names: list[str]) -> dict:
     """The tasks as the base recipe has them, not as the proxy cut them."""
-    base = base_values(opened.path.parent / opened.search.base, opened.overrides)
-    return {name: section for name, section in base["tasks"].items() if name in names}
+    return {name: section for name, section in opened.base["tasks"].items() if name in names}
 
 
 def rank_correlation(first: list[float], second: list[float]) -> tuple[float, list[float]]:
@@ -817,28 +812,14 @@ def rank_correlation(first: list[float], second: list[float]) -> tuple[float, li
 def write_results(opened: Opened, rows: list[dict], summary: dict) -> None:
     """Writes the recipes, the table of trials, the page and, last, summary.json."""
     search, root = opened.search, opened.root
-    base = base_values(opened.path.parent / search.base, opened.overrides)
     results = [summary["best"]] if "best" in summary else summary["front"]
     for number, result in enumerate(results, 1):
         name = f"{search.name}_best" if "best" in summary else f"{search.name}_front_{number}"
-        changes = result["changes"] | {"name": name}
-        recipe = make_variant(base, changes, root, root, origin=str(opened.path), label=name).recipe
         place = root / "best.yaml" if "best" in summary else root / "front" / f"{number:02}.yaml"
-        write_text(place, dump_recipe(recipe))
+        write_text(place, dump_recipe(opened.full(result["changes"] | {"name": name})))
     table = io.StringIO()
-    columns = [
-        "kind",
-        "number",
-        "state",
-        "name",
-        "words",
-        "quality",
-        *search.tasks,
-        "bytes",
-        "latency",
-        "seconds",
-        "genome",
-    ]
+    about = ["kind", "number", "state", "name", "words", "quality"]
+    columns = [*about, *search.tasks, "bytes", "latency", "seconds", "genome"]
     writer = csv.DictWriter(table, columns, extrasaction="ignore", lineterminator="\n")
     writer.writeheader()
     for row in rows:
