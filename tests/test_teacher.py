@@ -13,6 +13,7 @@ from transformers import AutoConfig, AutoModel, AutoModelForMaskedLM
 
 from tokenizer_build.errors import InputError
 from tokenizer_build.tokenizer import make_tokenizer
+from vocabshrink import teacher as teacher_module
 from vocabshrink.batches import Pieces
 from vocabshrink.dual_training import MixedEmbedding
 from vocabshrink.teacher import (
@@ -67,6 +68,11 @@ NAMES = {
 }
 RAGGED = [30, 4, 5, 29, 6, 4, 3, 30, 11, 2]  # run in chunks
 EVEN = [20, 13, 20, 17]
+
+
+@pytest.fixture(autouse=True)
+def small_batches_are_cut_too(monkeypatch):
+    monkeypatch.setattr(teacher_module, "LEAST_POSITIONS", 0)
 
 
 def train_tokenizer(family: str, lines) -> Tokenizer:

@@ -3,13 +3,13 @@
 A batch is a function of its number, and a teacher that does not learn answers it alike each time: runs that differ in
 the student, the layer map or the weights of their losses, as a search's candidates do, can share the answers. Kept are
 the states of units (batches.py), float16, and the sentence embedding: what losses between units read, at 2 D bytes a
-unit and layer (0.75 KB for a width of 384; with attention three times that). A teacher twelve times the student's size
-is then a file to read: a step of a 4 x 192 student costs what it costs without a teacher.
+unit and layer (0.75 KB for a width of 384; with attention three times that, 28 KB a word for twelve layers). A teacher
+twelve times the student's size is then a file to read: a step of a 4 x 192 student costs what it costs without one.
 
 Not kept: what losses read piece by piece, that is attention distributions and masked words (`NOT_KEPT`).
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -21,12 +21,24 @@ from torch import Tensor, nn
 from tokenizer_build.errors import InputError
 from vocabshrink.batches import Batch, Batcher, Pieces
 from vocabshrink.distillation import run_view
-from vocabshrink.losses import ACROSS_VOCABULARIES, ATTENTION, LAYERWISE, View
+from vocabshrink.losses import ACROSS_VOCABULARIES, LAYERWISE, View
 from vocabshrink.recipe import DistillStage
 from vocabshrink.run_dir import replacing
 from vocabshrink.teacher import Pass
 
 NOT_KEPT = {"attention_kl"} | ACROSS_VOCABULARIES
+# kind of states -> the losses that read it
+READ_BY = {
+    "hidden": LAYERWISE,
+    "queries": {"attention_scores", "query_relations"},
+    "keys": {"attention_scores", "key_relations"},
+    "values": {"value_relations"},
+}
+
+
+def kinds_kept(losses: Iterable[str]) -> list[str]:
+    """The kinds of states that are kept for these losses."""
+    return [kind for kind, readers in READ_BY.items() if readers & set(losses)]
 
 
 @dataclass(frozen=True)
@@ -77,9 +89,7 @@ class RecordingBatcher:
         self.batcher, self.teacher, self.folder, self.stage = batcher, teacher.eval(), folder, stage
         self.pooling, self.normalize, self.device = pooling, normalize, device
         self.heads, layers = teacher.config.num_attention_heads, teacher.config.num_hidden_layers
-        self.kinds = {"hidden": layers + 1} if LAYERWISE & set(stage.losses) else {}
-        if ATTENTION & set(stage.losses):
-            self.kinds |= dict.fromkeys(("queries", "keys", "values"), layers)
+        self.kinds = {kind: layers + (kind == "hidden") for kind in kinds_kept(stage.losses)}
 
     def batch(self, index: int) -> Batch:
         """The index-th batch, after the teacher has read it, now or before."""

@@ -63,7 +63,7 @@ from vocabshrink.recipe import (
 )
 from vocabshrink.run_dir import RunDir, read_json, write_json, write_text
 from vocabshrink.search_page import write_page
-from vocabshrink.stages import STUDENTS, Run, material, say
+from vocabshrink.stages import STUDENTS, Run, say
 from vocabshrink.student import student_config
 from vocabshrink.tasks import encode_task, headline, score
 from vocabshrink.teacher import resolve_model
@@ -250,9 +250,16 @@ def genome_of(changes: dict[str, Any]) -> str:
 
 
 def evaluation_of(variant: Variant) -> dict[str, float]:
-    """What the general student, the last one that the run trains, measured at its end."""
-    last = [name for name in STUDENTS if name in variant.stages][-1]
-    return read_json(variant.dir.stage(last) / "summary.json")["evaluation"]
+    """Spearman on the rated pairs of evaluation.stsb of the general student, the last one that the run trains.
+
+    Raises:
+        InputError: the stage was made before evaluation.stsb had these pairs.
+    """
+    stage = variant.dir.stage([name for name in STUDENTS if name in variant.stages][-1])
+    found = read_json(stage / "summary.json").get("evaluation", {})
+    if missing := set(variant.recipe.evaluation.stsb) - set(found):
+        raise InputError(f"{stage}: it was made without evaluation.stsb.{min(missing)}: delete the folder")
+    return {name: found[name] for name in variant.recipe.evaluation.stsb}
 
 
 class GivenUp(Exception):
@@ -531,10 +538,11 @@ def open_study(opened: Opened, url: str, name: str) -> optuna.Study:
 
 def study_mark(opened: Opened) -> str:
     """What decides a genome's score, and so whether trials of two commands may be compared."""
-    search, base = opened.search, opened.candidates.recipe
-    chosen = search.model_dump(include={"tasks", "map", "genes", "objectives", "budget", "proxy"})
-    recipe = material(base.model_copy(update={"name": "", "evaluation": None, "index": None}))
-    return hashlib.sha256(json.dumps([chosen, recipe], sort_keys=True).encode()).hexdigest()
+    search, candidates = opened.search, opened.candidates
+    chosen = search.model_dump(include={"tasks", "map", "genes", "objectives", "budget"})
+    runs = [candidates.variant({}, task) for task in search.tasks]
+    settings = [run.dir.settings_of(run.stages[-1]) | {"rated": run.recipe.evaluation.stsb} for run in runs]
+    return hashlib.sha256(json.dumps([chosen, settings], sort_keys=True).encode()).hexdigest()
 
 
 def trained(study: optuna.Study) -> set[str]:
@@ -712,7 +720,7 @@ def longer_runs(opened: Opened, name: str, title: str, variants: dict[str, dict]
             task: headline({metric: value["median"] for metric, value in done[task].items()})
             for task in unit.run.recipe.tasks
         }
-        scores |= evaluation_of(unit.run) if unit.run.recipe.evaluation.stsb else {}
+        scores |= evaluation_of(unit.run)
         found.setdefault(unit.variant, {})[unit.seed] = scores
     return found
 

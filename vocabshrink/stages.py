@@ -39,11 +39,11 @@ from vocabshrink.finetune import finetune, train_task_teachers, trains_teacher
 from vocabshrink.layer_map import layer_pairs
 from vocabshrink.lexicon import Lexicon, WordStream, encode_corpus
 from vocabshrink.loop import make_accelerator, train
-from vocabshrink.losses import ACROSS_VOCABULARIES, ATTENTION, LAYERWISE, MASKED_LM, TASK, check_losses
+from vocabshrink.losses import ACROSS_VOCABULARIES, MASKED_LM, TASK, check_losses
 from vocabshrink.measure import measure_systems
 from vocabshrink.quantize import bake, quantization_aware
 from vocabshrink.recipe import DistillStage, Recipe, TrainingSection, Weighted, dump_recipe
-from vocabshrink.recorded import RecordingBatcher
+from vocabshrink.recorded import RecordingBatcher, kinds_kept
 from vocabshrink.run_dir import RunDir, read_json, write_json, write_text
 from vocabshrink.runtime import Delivery, build_index, load
 from vocabshrink.student import build_student, load_student, save_student, shared_pieces, spellings
@@ -580,9 +580,11 @@ OF_STUDENT |= {"optimizer", "weight_decay", "warmup", "decay", "clip"}
 def records_of(run: Run, name: str, accelerator) -> Path:
     """The folder that runs share which see these batches of this text with this teacher."""
     stage = material(getattr(run.recipe, name))
-    kinds = [bool(kind & set(stage["losses"])) for kind in (LAYERWISE, ATTENTION)]
     deciding = run.settings_of("encode") | {"corpus": material(run.recipe.corpus), "seed": run.recipe.seed}
-    deciding |= {"stage": {key: value for key, value in stage.items() if key not in OF_STUDENT}, "kinds": kinds}
+    deciding |= {
+        "stage": {key: value for key, value in stage.items() if key not in OF_STUDENT},
+        "kinds": kinds_kept(stage["losses"]),
+    }
     trained = run.settings_of("dual") if (run.dir.stage("dual") / "teacher").is_dir() else None
     deciding |= {"processes": accelerator.num_processes, "trained teacher": trained}
     text = json.dumps(deciding, sort_keys=True)
