@@ -28,7 +28,7 @@ from vocabshrink.drawing import GRID, SERIES, svg_of
 from vocabshrink.recipe import Section, explain, parse_yaml
 from vocabshrink.run_dir import RunDir, read_json, write_json, write_text
 from vocabshrink.stages import say
-from vocabshrink.variants import Variant, advance, base_values, make_variant
+from vocabshrink.variants import Variant, advance, base_values, make_variant, read_yaml
 
 GENERAL = ("dual", "distill")  # the stages that train a student before it sees a task
 TEACHER = "(teacher)"  # its label among the variants
@@ -80,12 +80,7 @@ def read_ablation(path: Path, overrides: list[str] | tuple[str, ...] = ()) -> Ab
     Raises:
         InputError: a missing or malformed file, an unknown key, a wrong value.
     """
-    try:
-        data = parse_yaml(path.read_text(encoding="utf-8"), str(path))
-    except OSError as error:
-        raise InputError(f"{path}: cannot be read as an ablation: {error.strerror}") from None
-    except UnicodeDecodeError as error:
-        raise InputError(f"{path}: not UTF-8 text at byte {error.start}: write it as UTF-8") from None
+    data = read_yaml(path, "an ablation")
     if not isinstance(data, dict) or "variants" not in data:
         raise InputError(f"{path}: an ablation is a mapping with name, title, base and variants; a recipe goes to run")
     for override in overrides:

@@ -67,7 +67,16 @@ from vocabshrink.stages import STUDENTS, Run, say
 from vocabshrink.student import student_config
 from vocabshrink.tasks import encode_task, headline, score
 from vocabshrink.teacher import resolve_model
-from vocabshrink.variants import Variant, advance, base_values, change, claimed, make_variant, without_left_out
+from vocabshrink.variants import (
+    Variant,
+    advance,
+    base_values,
+    change,
+    claimed,
+    make_variant,
+    read_yaml,
+    without_left_out,
+)
 
 NAMED_MAPS = ("uniform", "last", "skip", "first", "random")  # what the found map is compared with
 Genes = dict[str, int]
@@ -150,12 +159,7 @@ class Search(Section):
 
 def read_search(path: Path) -> Search:
     """A search file. Raises InputError: a missing or malformed file, an unknown key, a wrong value."""
-    try:
-        data = parse_yaml(path.read_text(encoding="utf-8"), str(path))
-    except OSError as error:
-        raise InputError(f"{path}: cannot be read as a search: {error.strerror}") from None
-    except UnicodeDecodeError as error:
-        raise InputError(f"{path}: not UTF-8 text at byte {error.start}: write it as UTF-8") from None
+    data = read_yaml(path, "a search")
     if not isinstance(data, dict) or "base" not in data:
         raise InputError(f"{path}: a search is a mapping with name, title, base and tasks; a recipe goes to run")
     try:
@@ -255,6 +259,8 @@ def evaluation_of(variant: Variant) -> dict[str, float]:
     Raises:
         InputError: the stage was made before evaluation.stsb had these pairs.
     """
+    if not variant.recipe.evaluation.stsb:
+        return {}
     stage = variant.dir.stage([name for name in STUDENTS if name in variant.stages][-1])
     found = read_json(stage / "summary.json").get("evaluation", {})
     if missing := set(variant.recipe.evaluation.stsb) - set(found):
@@ -606,8 +612,8 @@ def behind(search: Search, study: optuna.Study, known: dict[str, float], scores:
 
 def row_of(kind: str, trial: optuna.trial.FrozenTrial, space: Space) -> dict:
     """One trial: kind, number, state (complete, given up, refused, failed), name (of a named map), genome, changes,
-    words, quality (None before all tasks are done), scores by task, bytes, latency, seconds, again (whether it was
-    known)."""
+    words, layers (of the student), quality (None before all tasks are done), scores by task, bytes, latency, seconds,
+    again (whether it was known)."""
     about = trial.user_attrs
     complete = trial.state == optuna.trial.TrialState.COMPLETE
     pruned = trial.state == optuna.trial.TrialState.PRUNED
@@ -615,8 +621,10 @@ def row_of(kind: str, trial: optuna.trial.FrozenTrial, space: Space) -> dict:
     keys = ("name", "genome", "changes", "scores", "bytes", "latency", "seconds", "refused")
     row = {"kind": kind, "number": trial.number, "state": state} | {key: about.get(key) for key in keys}
     quality = statistics.fmean(about["scores"].values()) if complete else None
-    words = space.words(row["changes"]) if row["changes"] else ""
-    return row | {"words": words, "quality": quality, "again": about.get("again", False)}
+    row |= {"quality": quality, "again": about.get("again", False)}
+    if row["changes"] is None:  # its process died at once
+        return row | {"words": "", "layers": None}
+    return row | {"words": space.words(row["changes"]), "layers": space.depth(row["changes"])}
 
 
 # ------------------------------------------------------------------------------------------------ results
@@ -636,7 +644,7 @@ def summarise(opened: Opened, rows: list[dict]) -> dict:
         raise InputError(f"{opened.path}: no candidate could be trained: {min(reasons)}")
     summary: dict[str, Any] = {"title": search.title, "objectives": search.objectives, "tasks": search.tasks}
     summary |= {"map_settings": search.map.settings if search.map else []}
-    summary |= {"layers": [opened.space.student_layers, opened.space.teacher_layers]}
+    summary |= {"teacher_layers": opened.space.teacher_layers}
     if len(search.objectives) == 1:
         best = max(complete, key=lambda row: row["quality"])
         summary["best"] = in_short(best)
@@ -666,7 +674,7 @@ def summarise(opened: Opened, rows: list[dict]) -> dict:
 
 
 def in_short(row: dict) -> dict:
-    keys = ("number", "genome", "changes", "words", "quality", "scores", "bytes", "latency", "name")
+    keys = ("number", "genome", "changes", "words", "layers", "quality", "scores", "bytes", "latency", "name")
     return {key: row[key] for key in keys if row[key] is not None}
 
 

@@ -23,7 +23,7 @@ def write_page(rows: list[dict], summary: dict, root: Path) -> None:
     for result in results if summary["map_settings"] else ():
         title = result["genome"]
         figures[f"map-{title}"] = picture(
-            f"map-{title}", result["changes"][summary["map_settings"][0]], summary["layers"]
+            f"map-{title}", result["changes"][summary["map_settings"][0]], result["layers"], summary["teacher_layers"]
         )
     for objective in summary["objectives"]:
         if objective != "quality":
@@ -79,14 +79,12 @@ def history(rows: list[dict]) -> str:
     return svg_of("history", draw, (7, 2.9))
 
 
-def picture(name: str, pairs: list, layers: list[int]) -> str:
+def picture(name: str, pairs: list, depth: int, teacher: int) -> str:
     """Student layers below, teacher layers above, a line for each pair."""
 
     def draw(figure: Figure) -> None:
         axes = figure.subplots()
-        deepest, teacher = max([m for m, _ in pairs], default=1), layers[1]
-        depth = max(deepest, 2)
-        where = [1 + (m - 1) * (teacher - 1) / (depth - 1) for m in range(1, depth + 1)]
+        where = [1 + (m - 1) * (teacher - 1) / max(depth - 1, 1) for m in range(1, depth + 1)]
         learning = dict(pairs)
         for m, n in learning.items():
             axes.plot([where[m - 1], n], [0, 1], color=SERIES[0], linewidth=1.8)

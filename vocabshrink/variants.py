@@ -40,6 +40,20 @@ class Variant:
         return self.dir.is_done("finetune")
 
 
+def read_yaml(path: Path, kind: str) -> Any:
+    """The value of a file that names a base recipe. kind: "an ablation", "a search".
+
+    Raises:
+        InputError: a missing or malformed file.
+    """
+    try:
+        return parse_yaml(path.read_text(encoding="utf-8"), str(path))
+    except OSError as error:
+        raise InputError(f"{path}: cannot be read as {kind}: {error.strerror}") from None
+    except UnicodeDecodeError as error:
+        raise InputError(f"{path}: not UTF-8 text at byte {error.start}: write it as UTF-8") from None
+
+
 def base_values(path: Path, overrides: list[str] | tuple[str, ...]) -> dict:
     """The plain values of a recipe with the command line's settings, for `make_variant` to change.
 
