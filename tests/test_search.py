@@ -139,7 +139,7 @@ def test_genes_are_settings(written, tmp_path):
         "distill.layer_map": pairs,
         "student.layer_map": pairs,
     }
-    assert space.words(changes) == "1 3; losses.hidden_mse None; student.hidden_size 16"
+    assert space.words(changes) == "1 3; hidden_mse None; hidden_size 16"
 
 
 def test_crossing_maps_are_kept_where_order_is_not_asked(written, tmp_path):

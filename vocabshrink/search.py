@@ -41,7 +41,7 @@ from transformers import AutoConfig, BertModel
 from tokenizer_build.errors import InputError
 from vocabshrink.ablations import run_ablations, units_of
 from vocabshrink.bench import time_calls
-from vocabshrink.budget import delivery_bytes
+from vocabshrink.budget import delivery_bytes, describe
 from vocabshrink.classification import load_task_model
 from vocabshrink.export import KERNELS, build_graph
 from vocabshrink.finetune import logits_of
@@ -215,7 +215,10 @@ class Space:
         if self.search.map:
             pairs = dict(changes[self.search.map.settings[0]])
             shown.append(" ".join(str(pairs.get(m, 0)) for m in range(1, self.depth(changes) + 1)))
-        return "; ".join(shown + [f"{key.removeprefix('distill.')} {changes[key]}" for key in self.search.genes])
+        for key in self.search.genes:
+            value = changes[key]
+            shown.append(f"{key.rpartition('.')[2]} {describe(value) if isinstance(value, dict) else value}")
+        return "; ".join(shown)
 
     def named(self, name: str) -> Genes:
         """The genome of a named map; of other genes the base's value, or the first."""

@@ -20,11 +20,10 @@ def write_page(rows: list[dict], summary: dict, root: Path) -> None:
     """rows: of all trials, `search.row_of`. summary: `search.summarise` and what was confirmed and checked since."""
     results = [summary["best"]] if "best" in summary else summary["front"]
     figures = {"history": history(rows)}
-    for result in results if summary["map_settings"] else ():
-        title = result["genome"]
-        figures[f"map-{title}"] = picture(
-            f"map-{title}", result["changes"][summary["map_settings"][0]], result["layers"], summary["teacher_layers"]
-        )
+    if "best" in summary and summary["map_settings"]:
+        best = summary["best"]
+        pairs = best["changes"][summary["map_settings"][0]]
+        figures["map"] = picture(pairs, best["layers"], summary["teacher_layers"])
     for objective in summary["objectives"]:
         if objective != "quality":
             figures[f"front-{objective}"] = front_picture(rows, summary["front"], objective)
@@ -79,7 +78,7 @@ def history(rows: list[dict]) -> str:
     return svg_of("history", draw, (7, 2.9))
 
 
-def picture(name: str, pairs: list, depth: int, teacher: int) -> str:
+def picture(pairs: list, depth: int, teacher: int) -> str:
     """Student layers below, teacher layers above, a line for each pair."""
 
     def draw(figure: Figure) -> None:
@@ -101,7 +100,7 @@ def picture(name: str, pairs: list, depth: int, teacher: int) -> str:
         axes.set_ylim(-0.5, 1.5)
         axes.axis("off")
 
-    return svg_of(name, draw, (5.6, 1.8))
+    return svg_of("map", draw, (5.6, 1.8))
 
 
 def front_picture(rows: list[dict], front: list[dict], objective: str) -> str:
