@@ -335,6 +335,12 @@ class TestTasks:
         assert recipe.tasks["sst2"].teacher == "package:tuned/sst2"
         assert load(text=dump_recipe(recipe)) == recipe
 
+    def test_rated_pairs_start_from_the_data_folder_too(self, load):
+        recipe = load("evaluation.stsb={test: stsb/test.jsonl, other: /elsewhere/pairs.jsonl}", text=TASKS)
+        assert recipe.evaluation.stsb == {"test": "glue/stsb/test.jsonl", "other": "/elsewhere/pairs.jsonl"}
+        assert load(text=dump_recipe(recipe)) == recipe
+        assert load("evaluation.stsb={test: stsb/test.jsonl}").evaluation.stsb == {"test": "stsb/test.jsonl"}
+
     def test_an_override_reaches_into_a_list(self, load, refusal):
         recipe = load("finetune.phases.1.losses.soft_labels.temperature=3", "finetune.phases.0.epochs=4", text=TASKS)
         assert recipe.finetune.phases[1].losses["soft_labels"].arguments == {"temperature": 3}

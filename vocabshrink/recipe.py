@@ -385,8 +385,9 @@ class Recipe(Section):
             for field in ("train", "validation", "test", "teacher", "logits"):
                 if (path := getattr(task, field)) is not None and not path.startswith("package:"):
                     setattr(task, field, str(Path(self.data) / Path(path).expanduser()))
-        for name, path in self.evaluation.stsb.items():
-            self.evaluation.stsb[name] = str(Path(self.data) / Path(path).expanduser())
+        if self.data != ".":
+            for name, path in self.evaluation.stsb.items():
+                self.evaluation.stsb[name] = str(Path(self.data) / Path(path).expanduser())
         self.data = "."
         return self
 

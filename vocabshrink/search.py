@@ -513,7 +513,7 @@ def explore(opened: Opened, kind: Literal["genetic", "random"]) -> list[dict]:
             left = each * max(search.trials - done, 0) / 60
             words = opened.space.words(trial.user_attrs["changes"])
             say(f"{name} {done}/{search.trials}  {words}  quality {quality:.4f}{state}  {left:.1f} min left")
-        if done >= search.trials or len(study.trials) >= ASKED * search.trials:
+        if done >= search.trials or len(study.get_trials(deepcopy=False)) >= ASKED * search.trials:
             study.stop()
 
     if finished_before < search.trials and len(study.trials) < ASKED * search.trials:
@@ -556,7 +556,8 @@ def study_mark(opened: Opened) -> str:
 
 def trained(study: optuna.Study) -> set[str]:
     """The genomes of finished trials that cost a training."""
-    return {t.user_attrs["genome"] for t in study.trials if t.state.is_finished() and "scores" in t.user_attrs}
+    trials = study.get_trials(deepcopy=False)
+    return {t.user_attrs["genome"] for t in trials if t.state.is_finished() and "scores" in t.user_attrs}
 
 
 def attempt(opened: Opened, study: optuna.Study, trial: optuna.Trial, changes: dict[str, Any]) -> list[float]:
