@@ -271,10 +271,10 @@ def test_another_search_of_the_same_name_is_refused(mountains, tmp_path):
 
 
 def slow_quality(log, self, changes, task):
-    """A training of 50 ms whose result stays on the disk, as a finished stage does; its end is written to `log`."""
+    """A training of 100 ms whose result stays on the disk, as a finished stage does; its end is written to `log`."""
     kept = self.root / "made" / f"{genome_of(changes)}-{task}.json"
     if not kept.is_file():
-        time.sleep(0.05)
+        time.sleep(0.1)
         write_json(kept, sum(n for _, n in changes["distill.layer_map"]) / 100)
         with log.open("a") as file:
             file.write(f"{kept.name}\n")
@@ -296,7 +296,7 @@ def test_killed_ten_times_no_finished_trial_is_lost(written, tmp_path, monkeypat
         child = fork.Process(target=searching, args=(path, root, log))
         child.start()
         if kills < 10:
-            child.join(rng.uniform(0.3, 1.2))
+            child.join(rng.uniform(0.3, 0.9))
             if child.is_alive():
                 os.kill(child.pid, signal.SIGKILL)
                 kills += 1

@@ -712,7 +712,8 @@ def cost_of(opened: Opened, rows: list[dict], changes: dict[str, Any]) -> dict:
     done = read_json(variant.dir.stage("distill") / "summary.json")
     length = done["tokens"] / done["steps"] / stage.batch_size
     student, teacher = (flops_per_piece(shape, round(length)) for shape in shapes(variant.recipe))
-    speed = done["tokens"] * (3 * student + (0 if stage.record_teacher else teacher)) / done["seconds"]
+    # seconds are rounded to tenths, and a toy's are none
+    speed = done["tokens"] * (3 * student + (0 if stage.record_teacher else teacher)) / max(done["seconds"], 0.1)
     tokens = full.distill.steps * full.distill.batch_size * length
     full_seconds = tokens * (3 * student + teacher) / speed
     return cost | {"full_tokens": round(tokens), "full_seconds": round(full_seconds), "ratio": seconds / full_seconds}
