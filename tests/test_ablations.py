@@ -89,6 +89,9 @@ def finetuned(run) -> dict:
         "seconds_per_step": 0.25,
         "tokens": 500,
         "test": {"mood": {"accuracy": one(0.4)}},
+        "rounded": {"mood": {"accuracy": one(mood - 0.1)}, "average": mood - 0.1}
+        if run.recipe.finetune.rounded
+        else {},
     }
 
 
@@ -218,6 +221,17 @@ def test_rows_say_median_spread_cost_and_difference(tmp_path, made):
     assert rows["all", "test", "mood", "accuracy"]["median"] == 0.4
     teacher = rows["(teacher)", "validation", "average", "average"]
     assert teacher["median"] == 0.9 and teacher["tokens"] is None and teacher["seconds_per_step"] is None
+
+
+def test_rounded_models_have_rows_and_an_average_of_their_own(tmp_path, made):
+    variants = TWO | {"rounded": {"finetune.rounded": "int8"}}
+    summary = run_ablations([written(tmp_path, variants=variants)], root=tmp_path / "root")
+    rounded = {(r["recipe"], r["task"]): r["median"] for r in summary["rows"] if r["split"] == "rounded"}
+    assert rounded == pytest.approx({("rounded", "mood"): 0.82, ("rounded", "average"): 0.82})
+    table = (tmp_path / "root" / "two" / "table.md").read_text(encoding="utf-8").splitlines()
+    column = [cell.strip() for cell in table[0].split("|")].index("rounded average")
+    cells = {row.split("|")[1].strip(): row.split("|")[column].strip() for row in table[2:6]}
+    assert cells == {"(teacher)": "", "all": "", "labels only": "", "rounded": "82.0 (2.0)"}
 
 
 def test_the_markdown_table(tmp_path, made):

@@ -15,11 +15,13 @@ import vocabshrink.finetune
 from tokenizer_build.errors import InputError
 from tokenizer_build.tokenizer import save_tokenizer
 from vocabshrink.augment import augment_task
-from vocabshrink.finetune import finetune, phases_of, spread, train_task_teachers
+from vocabshrink.classification import load_task_model
+from vocabshrink.finetune import finetune, logits_of, phases_of, spread, train_task_teachers
+from vocabshrink.quantize import fake_quantize_
 from vocabshrink.recipe import Phase, TaskSection, parse_recipe
 from vocabshrink.run_dir import RunDir, read_json
 from vocabshrink.stages import Run, run_stage
-from vocabshrink.tasks import headline, predictions, read_logits, score
+from vocabshrink.tasks import encode_task, headline, predictions, read_logits, score
 
 KIND = {"topic": "classification", "rating": "regression", "slots": "tokens"}
 MARKS = {"bad": "kata", "good": "zubra"}  # words that decide a row's label
@@ -138,6 +140,7 @@ def test_students_learn_and_the_summary_says_how_well(taught, data, tiny_teacher
     summary = finetune(run)
     assert summary["slots"]["slot_f1"]["median"] > 0.8
     assert set(summary["rating"]) == {"pearson", "spearman"} and set(summary["test"]) == set(names)
+    assert summary["rounded"] == {}
     folder, headlines = run.dir.stage("finetune"), []
     for name in names:
         units = {seed: read_json(folder / name / f"seed-{seed}" / "metrics.json") for seed in (1, 2)}
@@ -180,6 +183,23 @@ def test_no_model_is_kept_where_none_is_wanted(data, tiny_teacher, tmp_path):
     finetune(run)
     files = {path.relative_to(run.dir.stage("finetune")).as_posix() for path in run.dir.stage("finetune").rglob("*.*")}
     assert files == {f"topic/seed-{seed}/metrics.{kind}" for seed in (1, 2, 3) for kind in ("json", "jsonl")}
+
+
+@pytest.mark.parametrize("name", ["topic", "slots"])
+def test_rounded_weights_are_scored_beside_the_trained(name, taught, data, tiny_teacher, tmp_path):
+    options = {"tasks": [name], "phases": [{"epochs": 3, **PLAIN}], "seeds": [1], "rounded": "int4-32"}
+    run = with_teachers(taught, data, tiny_teacher, tmp_path, **options)
+    summary = finetune(run)
+    folder, task = run.dir.stage("finetune") / name, run.tasks[name]
+    unit = read_json(folder / "metrics.json")
+    model = load_task_model(str(folder / "model"), task, trained=True)  # as trained: rounding came after
+    phase, encoded = run.recipe.finetune.phases[-1], encode_task(task, run.teacher_folder, run.vocab, tmp_path / "rows")
+    assert score(task, logits_of(model, encoded, "validation", phase), "validation") == unit["validation"]
+    logits = logits_of(fake_quantize_(model, "int4-32"), encoded, "validation", phase)
+    assert score(task, logits, "validation") == unit["rounded"]
+    assert summary["rounded"] == {name: {m: spread([v]) for m, v in unit["rounded"].items()}} | {
+        "average": headline(unit["rounded"])
+    }
 
 
 def test_soft_labels_of_scores_are_their_squares():

@@ -161,6 +161,7 @@ def run_ablations(
 
 
 AVERAGE = ("validation", "average", "average")  # as a task's figures are named: split, task, metric
+ROUNDED = ("rounded", "average", "average")  # of the models whose weights are rounded as finetune.rounded says
 
 
 def figures_of(unit: Unit) -> dict:
@@ -171,10 +172,12 @@ def figures_of(unit: Unit) -> dict:
     steps = sum(stage["steps"] for stage in general)
     measured = {
         (split, task, metric): value["median"]
-        for split, found in (("validation", summary), ("test", summary["test"]))
+        for split, found in (("validation", summary), ("test", summary["test"]), ("rounded", summary["rounded"]))
         for task in unit.run.recipe.tasks
         for metric, value in found.get(task, {}).items()
     }
+    if summary["rounded"]:
+        measured[ROUNDED] = summary["rounded"]["average"]
     return {
         "measured": measured | {AVERAGE: summary["average"]},
         "tokens": summary["tokens"] + sum(stage["tokens"] for stage in general),
@@ -282,10 +285,13 @@ def write_tables(ablations: list[list[Unit]], root: Path) -> dict:
 
 def cells_of(rows: list[dict]) -> tuple[list[str], dict[str, list[str]]]:
     """Column heads, and for each variant its cells: every metric, the average, the difference, tokens and cost."""
-    rows = [row for row in rows if row["split"] == "validation"]
+    rows = [row for row in rows if row["split"] == "validation" or place_of(row) == ROUNDED]
     measures = list(dict.fromkeys(place_of(row) for row in rows))
     compared = any("difference" in row for row in rows)
-    heads = [task if task == metric else f"{task} {metric}" for _, task, metric in measures]
+    heads = [
+        " ".join(dict.fromkeys(("rounded" * (split == "rounded"), task, metric))).strip()
+        for split, task, metric in measures
+    ]
     heads += (["against baseline"] if compared else []) + ["tokens", "s/step", "general s/step"]
     cells: dict[str, list[str]] = {}
     for label in dict.fromkeys(row["recipe"] for row in rows):

@@ -40,6 +40,7 @@ from vocabshrink.classification import (
 )
 from vocabshrink.layer_map import layer_pairs
 from vocabshrink.loop import make_accelerator, train
+from vocabshrink.quantize import fake_quantize_
 from vocabshrink.recipe import OF_SUMMARY, FinetuneStage, Phase, TaskSection, explain
 from vocabshrink.run_dir import RunDir, read_json, replacing, write_json
 from vocabshrink.student import first_position, load_student
@@ -98,7 +99,8 @@ def finetune(run) -> dict:
     is a grid) and, where the recipe saves models, TASK/model: the median seed's, on validation.
 
     Returns: {task: {metric: {"median", "min", "max", "seeds" (how many)}}} on validation, "average" (over tasks, of the
-    median headline), "seconds_per_step", "tokens" (read in one seed's trainings), "test" (as the tasks' on validation).
+    median headline), "seconds_per_step", "tokens" (read in one seed's trainings), "test" and "rounded" (as on
+    validation; the latter of rounded weights, with an "average" of its own).
 
     Raises:
         InputError: a phase needs of a task's teacher what there is not; see also `load_task_model`, `read_logits`.
@@ -245,6 +247,11 @@ class Subject:
                 result[split] = score(self.task, logits, split)
             if self.stage.save_models:
                 save_task_model(unit / "model", training.student, self.run.vocab)
+            if self.stage.rounded:  # last: the weights are replaced
+                logits = logits_of(
+                    fake_quantize_(training.student, self.stage.rounded), self.encoded, "validation", phases[-1]
+                )
+                result["rounded"] = score(self.task, logits, "validation")
             finish(unit, result | {"task": self.name, "seed": seed, "setting": point}, mark)
         PartialState().wait_for_everyone()
         return finished(unit, mark)
@@ -388,19 +395,25 @@ def deliver(unit: Path, folder: Path, names: tuple[str, ...]) -> None:
 
 def summarise(units: dict[str, list[dict]]) -> dict:
     """Median and range over each task's seeds, and what the trainings cost; see `finetune`."""
-    splits: dict[str, dict] = {"validation": {}, "test": {}}
+    splits: dict[str, dict] = {"validation": {}, "test": {}, "rounded": {}}
     for (split, found), (name, results) in itertools.product(splits.items(), units.items()):
         if metrics := results[0].get(split):
             found[name] = {metric: spread([result[split][metric] for result in results]) for metric in metrics}
     every = list(itertools.chain(*units.values()))
-    average = statistics.fmean(
-        statistics.median(headline(result["validation"]) for result in results) for results in units.values()
-    )
+
+    def average(split: str) -> float:
+        return statistics.fmean(
+            statistics.median(headline(result[split]) for result in results) for results in units.values()
+        )
+
+    if splits["rounded"]:
+        splits["rounded"]["average"] = average("rounded")
     return splits["validation"] | {
-        "average": average,
+        "average": average("validation"),
         "seconds_per_step": sum(result["seconds"] for result in every) / sum(result["steps"] for result in every),
         "tokens": sum(results[0]["tokens"] for results in units.values()),
         "test": splits["test"],
+        "rounded": splits["rounded"],
     }
 
 

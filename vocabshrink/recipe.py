@@ -276,7 +276,7 @@ class Phase(TrainingSection):
 
 
 # What a fine-tuning's summary says beside the tasks' names.
-OF_SUMMARY = {"average", "seconds_per_step", "tokens", "test", "minutes"}
+OF_SUMMARY = {"average", "seconds_per_step", "tokens", "test", "rounded", "minutes"}
 
 
 class AugmentSection(Section):
@@ -297,6 +297,7 @@ class FinetuneStage(Section):
     grid: dict[Literal["learning_rate", "batch_size", "epochs"], Annotated[list[float], Field(min_length=1)]] = {}
     augment: AugmentSection | None = None
     save_models: bool = True  # the model of each task's median seed
+    rounded: WeightFormats | None = None  # validates each model also with its weights as such a delivery keeps them
 
     @model_validator(mode="after")
     def seeds_differ(self):
