@@ -216,6 +216,8 @@ def test_rows_say_median_spread_cost_and_difference(tmp_path, made):
     assert mood["ablation"] == "two" and mood["difference"] == pytest.approx(0.2) and mood["clear"]
     pairs = rows["all", "validation", "pairs", "f1"]
     assert pairs["difference"] == 0 and not pairs["clear"]
+    alone = run_ablations([path], ["seeds=[1]"], root=tmp_path / "one")["rows"]
+    assert {row["clear"] for row in alone if "difference" in row} == {False}
     plain = rows["labels only", "validation", "mood", "accuracy"]
     assert "difference" not in plain and plain["tokens"] == 500 and plain["general_seconds_per_step"] is None
     assert rows["all", "test", "mood", "accuracy"]["median"] == 0.4
@@ -240,7 +242,7 @@ def test_the_markdown_table(tmp_path, made):
         "| | mood accuracy | pairs f1 | pairs accuracy | average | against baseline | tokens | s/step "
         "| general s/step |\n"
         "|---|--:|--:|--:|--:|--:|--:|--:|--:|\n"
-        "| (teacher) | 95.0 | 90.0 | 80.0 | 90.0 | +21.5* |  |  |  |\n"
+        "| (teacher) | 95.0 | 90.0 | 80.0 | 90.0 | +21.5 |  |  |  |\n"
         "| all | 92.0 (2.0) | 70.0 (0.0) | 60.0 (0.0) | 78.5 (1.0) | +10.0* | 0.00 M | 0.250 | 0.500 |\n"
         "| labels only | 72.0 (2.0) | 70.0 (0.0) | 60.0 (0.0) | 68.5 (1.0) |  | 0.00 M | 0.250 |  |\n"
         "\n"

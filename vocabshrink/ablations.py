@@ -192,8 +192,8 @@ def rows_of(units: list[Unit]) -> list[dict]:
     Each: ablation, recipe (the variant), split, task, metric, median, spread (largest less smallest), values and seeds
     (in order), tokens (of the student's own training, general and on tasks), seconds_per_step (of fine-tuning),
     general_seconds_per_step, average (the variant's median on validation); with a baseline also difference (of medians)
-    and clear (whether no seed of the one reaches into the other's range). Variants without a finished seed have no row;
-    the teacher fine-tuned on the same rows, where a variant has one, comes first as TEACHER.
+    and clear (whether no seed of the one reaches into the other's range, where both have several). Variants without a
+    finished seed have no row; the teacher fine-tuned on the same rows, where a variant has one, comes first as TEACHER.
     """
     ablation = units[0].ablation
     rows = teacher_rows(units)
@@ -210,7 +210,9 @@ def rows_of(units: list[Unit]) -> list[dict]:
         other = against.get(place_of(row))
         if other and other is not row:
             row["difference"] = row["median"] - other["median"]
-            row["clear"] = min(row["values"]) > max(other["values"]) or max(row["values"]) < min(other["values"])
+            ours, theirs = row["values"], other["values"]
+            apart = min(ours) > max(theirs) or max(ours) < min(theirs)
+            row["clear"] = apart and min(len(ours), len(theirs)) > 1  # one seed has no spread
     return rows
 
 

@@ -43,7 +43,7 @@ from vocabshrink.loop import make_accelerator, train
 from vocabshrink.quantize import fake_quantize_
 from vocabshrink.recipe import OF_SUMMARY, FinetuneStage, Phase, TaskSection, explain
 from vocabshrink.run_dir import RunDir, read_json, replacing, write_json
-from vocabshrink.student import first_position, load_student
+from vocabshrink.student import first_position
 from vocabshrink.tasks import EncodedTask, Task, TaskBatcher, encode_task, headline, read_logits, score
 from vocabshrink.teacher import attention_kind
 
@@ -257,16 +257,14 @@ class Subject:
         return finished(unit, mark)
 
     def student(self) -> tuple[BertModel, torch.Tensor | None]:
-        """The body to fine-tune, as the stages before left it, and the directions of its projections."""
+        """The body to fine-tune, as the stages before left it, and the directions that its projections start from."""
         trained = [stage for stage in ("dual", "distill") if getattr(self.run.recipe, stage)]
-        folder = self.run.dir.stage(trained[-1]) / "student" if trained else None
-        if folder and self.teacher is None:  # no projections to start: the body is all that is asked for
-            options = {"add_pooling_layer": False, "attn_implementation": attention_kind()}
-            return BertModel.from_pretrained(folder, **options).eval(), None
-        student, directions, _ = self.run.start_student(self.run.teacher())
-        if folder:
-            load_student(folder, student)
-        return student, directions
+        if not trained:
+            student, directions, _ = self.run.start_student(self.run.teacher())
+            return student, directions
+        options = {"add_pooling_layer": False, "attn_implementation": attention_kind()}
+        student = BertModel.from_pretrained(self.run.dir.stage(trained[-1]) / "student", **options).eval()
+        return student, None if self.teacher is None else self.run.directions
 
 
 def phases_of(phases: list[Phase], section: TaskSection) -> list[Phase]:

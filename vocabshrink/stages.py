@@ -149,6 +149,11 @@ class Run:
         return build_student(section, teacher, self.vocab, batch=batch, seed=self.recipe.seed)
 
     @cached_property
+    def directions(self) -> torch.Tensor | None:
+        """Of `start_student`, for those that load a student which was trained meanwhile."""
+        return self.start_student(self.teacher())[1]
+
+    @cached_property
     def tasks(self) -> dict[str, Task]:
         return {name: read_task(section, name) for name, section in self.recipe.tasks.items()}
 
