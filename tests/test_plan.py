@@ -61,6 +61,15 @@ class TestBudget:
         assert f"small needs {needed / 1e6:.2f} MB at fp32: over the budget of 0.10 MB by" in sentence
         assert "; use " in sentence and "\n" not in sentence
 
+    def test_the_heads_of_tasks_count(self, tiny_teacher):
+        """Pooler and classifier: what the embedder's budget holds, the classifier's does not."""
+        edge = delivery_bytes(Shape(200, 32, 4, 64, 64, 2), "int4-128")["total"]
+        files = {"train": "mood/train.jsonl", "validation": "mood/validation.jsonl"}
+        sections = {"tasks": {"mood": files}, "finetune": {}, "delivery": {"budget": edge}}
+        with pytest.raises(InputError, match="small with its head for mood needs"):
+            plan.check_budget(make_recipe(tiny_teacher, **sections))
+        plan.check_budget(make_recipe(tiny_teacher, **sections | {"finetune": {"save_models": False}}))
+
     def test_positions_of_the_delivery_count(self, tiny_teacher):
         """At the edge: 64 positions do not fit where 8 do."""
         edge = delivery_bytes(Shape(200, 32, 4, 64, 8, 2), "int4-128")["total"]

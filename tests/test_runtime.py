@@ -438,8 +438,36 @@ def test_the_runtime_needs_no_torch(deliveries):
     assert done.returncode == 0 and done.stdout.strip() == "(1, 8)", done.stderr
 
 
-def test_the_released_model_knows_what_is_alike():
+SHIPPED = ("minilm-l6-7mb", "sst2-7mb", "snips-slots-3mb")
+
+
+@pytest.mark.parametrize("name", SHIPPED)
+def test_what_is_shipped_is_whole_and_under_seven_megabytes(name):
+    folder = RELEASED.parent / name
+    manifest = json.loads((folder / "MANIFEST.json").read_text(encoding="utf-8"))
+    load(folder)  # checks every sum
+    on_disk = {path: (folder / path).stat().st_size for path in manifest["loaders"]["onnxruntime"]["files"]}
+    assert sum(on_disk.values()) == manifest["delivery_bytes"] < 7_000_000
+    card = (folder / "README.md").read_text(encoding="utf-8")
+    assert f"{manifest['delivery_bytes']:,} bytes" in card
+
+
+def test_the_released_embedder_knows_what_is_alike():
     model = load(RELEASED)
     cat, dog, sort = model.embed(["A cat sleeps.", "The dog is asleep.", "Sort a list by two keys in Python."])
     assert cat @ dog > cat @ sort + 0.2
     assert np.linalg.norm(cat) == pytest.approx(1, abs=1e-5)
+
+
+def test_the_released_classifier_knows_praise_from_blame():
+    model = load(RELEASED.parent / "sst2-7mb")
+    labels, scores = model.classify(
+        ["A gripping, funny and beautifully acted film.", "Dull, badly written and far too long.", "Not good at all."]
+    )
+    assert list(labels) == ["positive", "negative", "negative"] and scores.max(1).min() > 0.8
+
+
+def test_the_released_tagger_finds_the_slots():
+    (words,) = load(RELEASED.parent / "snips-slots-3mb").label_tokens(["will it rain in Paris tomorrow"])
+    found = {word["word"].lower(): word["label"] for word in words}
+    assert found["paris"] == "B-city" and found["tomorrow"] == "B-timeRange" and found["will"] == "O"

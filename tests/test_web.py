@@ -142,12 +142,18 @@ def test_the_page_searches_in_chromium(page, tmp_path, where):
 
 @browser
 @needs_browser
-def test_the_page_classifies_and_labels_as_the_runtime_does(tiny_teacher, tmp_path, lines):
+@pytest.mark.parametrize("released", [False, True])
+def test_the_page_classifies_and_labels_as_the_runtime_does(tiny_teacher, tmp_path, lines, released):
+    """Models in fp32, and the released ones: a classifier in 4 bits, a tagger in 8."""
     pytest.importorskip("torch")
-    folders = [bert_delivery(tmp_path, tiny_teacher, task) for task in ("classification", "tokens")]
+    if released:
+        folders, text = [RELEASED.parent / name for name in ("sst2-7mb", "snips-slots-3mb")], "is it dull in paris now"
+    else:
+        folders = [bert_delivery(tmp_path, tiny_teacher, task) for task in ("classification", "tokens")]
+        text = " ".join(lines[0].split()[:5])
     build_web(folders, tmp_path / "web", title="Two models", node_modules=JS / "node_modules")
-    text = " ".join(lines[0].split()[:5])
-    shown = node("page_test.mjs", page=str(tmp_path / "web"), query=text, panel=0)
+    shot = {"shot": str(Path(SHOTS) / "web-tasks.png")} if SHOTS and released else {}
+    shown = node("page_test.mjs", page=str(tmp_path / "web"), query=text, panel=0, **shot)
     assert shown["problems"] == []
     model = load(folders[0])
     _, (scores,) = model.classify([text])

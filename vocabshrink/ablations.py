@@ -25,6 +25,7 @@ from pydantic import Field, ValidationError, model_validator
 
 from tokenizer_build.errors import InputError
 from vocabshrink.drawing import GRID, SERIES, svg_of
+from vocabshrink.plan import check_budget
 from vocabshrink.recipe import Section, explain, parse_yaml
 from vocabshrink.run_dir import RunDir, read_json, write_json, write_text
 from vocabshrink.stages import say
@@ -113,6 +114,10 @@ def units_of(path: Path, overrides: list[str] | tuple[str, ...], root: Path) -> 
             folder = root / ablation.name / slug(label) / f"seed-{seed}"
             title = f"{ablation.name}: {label}, seed {seed}"
             run = make_variant(base, changes, folder, root / "stages", origin=origin, label=title)
+            try:
+                check_budget(run.recipe)
+            except InputError as error:
+                raise InputError(f"{origin}: {error}") from None
             units.append(Unit(ablation, label, seed, run))
     return units
 

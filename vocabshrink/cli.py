@@ -45,9 +45,10 @@ def run(
 ):
     """Do every stage that the recipe asks for; finished ones are skipped."""
     from vocabshrink.plan import check_budget
-    from vocabshrink.stages import main_process, run_stage, stages_of, summarise
+    from vocabshrink.stages import check_delivery, main_process, run_stage, stages_of, summarise
 
     opened = open_run(recipe, overrides, force)
+    check_delivery(opened.recipe)
     if not force:
         check_budget(opened.recipe)
     for name in stages_of(opened.recipe):

@@ -23,6 +23,7 @@ from vocabshrink.lexicon import Lexicon, WordStream
 from vocabshrink.teacher import pool_sentence, run_backbone
 
 Embed = Callable[[list[str]], np.ndarray]
+LEAST_SENTENCES = 20  # of which agreement and neighbours mean anything
 
 
 @dataclass(frozen=True)
@@ -43,9 +44,9 @@ class HeldOut:
 
 
 def held_out_texts(stream: WordStream, lexicon: Lexicon, segments: Segments, count: int, seed: int) -> HeldOut:
-    """Draws sentences of 4 to 40 words and makes their near ones. Raises InputError where there are fewer than 20."""
+    """Draws sentences of 4 to 40 words and makes their near ones. Raises InputError where there are too few."""
     fitting = np.flatnonzero((segments.lengths >= 4) & (segments.lengths <= 40))
-    if len(fitting) < 20:
+    if len(fitting) < LEAST_SENTENCES:
         raise InputError(
             f"corpus: only {len(fitting)} held-out sentences of 4 to 40 words: give more text or a smaller "
             "corpus.held_out_every"

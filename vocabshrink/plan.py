@@ -7,6 +7,7 @@ of that speed that training reached on the machines it was measured on: good to 
 
 import json
 import time
+from dataclasses import replace
 
 from rich.table import Table
 from tokenizers import Tokenizer
@@ -51,15 +52,21 @@ def delivered_shape(recipe: Recipe, student: Shape) -> Shape:
 
 
 def check_budget(recipe: Recipe) -> None:
-    """Refuses a recipe whose delivery cannot meet its size budget, saying what to change. Raises InputError."""
+    """Refuses a recipe whose deliveries cannot meet their size budget, saying what to change. Raises InputError.
+
+    Tasks whose labels stand in their files alone count as having two: a label is a row, and a row is nothing.
+    """
     if recipe.delivery is None:
         return
-    student, _ = shapes(recipe)
-    sentence = refusal(
-        delivered_shape(recipe, student), recipe.delivery.budget, recipe.delivery.weights, recipe=recipe.name
-    )
-    if sentence:
-        raise InputError(sentence)
+    embedder = delivered_shape(recipe, shapes(recipe)[0])
+    delivered = {recipe.name: embedder}
+    for name, task in recipe.tasks.items() if recipe.finetune and recipe.finetune.save_models else ():
+        kind = "tokens" if task.kind == "tokens" else "classification"
+        head = replace(embedder, task=kind, labels=len(task.labels or "ab"))
+        delivered[f"{recipe.name} with its head for {name}"] = head
+    for name, shape in delivered.items():
+        if sentence := refusal(shape, recipe.delivery.budget, recipe.delivery.weights, recipe=name):
+            raise InputError(sentence)
 
 
 def flops_per_piece(shape: Shape, length: int) -> int:

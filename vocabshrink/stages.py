@@ -33,7 +33,7 @@ from vocabshrink.batches import Batcher, PieceTable, cut_segments
 from vocabshrink.card import write_card
 from vocabshrink.distillation import LOSSES_OF_DISTILLATION, Distillation, reads_teacher
 from vocabshrink.dual_training import LOSSES_OF_MODE, DualTraining, HeadTraining
-from vocabshrink.evaluation import HeldOut, held_out_texts, read_rated_pairs, torch_embedder
+from vocabshrink.evaluation import LEAST_SENTENCES, HeldOut, held_out_texts, read_rated_pairs, torch_embedder
 from vocabshrink.export import export_model
 from vocabshrink.finetune import finetune, train_task_teachers, trains_teacher
 from vocabshrink.layer_map import layer_pairs
@@ -635,12 +635,20 @@ def augment(run: Run) -> dict:
 # -------------------------------------------------------------------------------------------- delivery
 
 
+def check_delivery(recipe: Recipe) -> None:
+    """Refuses, before anything is trained, a recipe whose delivery could not be checked. Raises InputError."""
+    if recipe.delivery and recipe.evaluation.sentences < LEAST_SENTENCES:
+        raise InputError(
+            f"evaluation.sentences: {recipe.evaluation.sentences} are too few to check the delivery by: give at least "
+            f"{LEAST_SENTENCES}, or no delivery"
+        )
+
+
 def export(run: Run) -> dict:
     """Writes the delivery, loads it back, and measures teacher, untrained, trained and delivered side by side; and a
     delivery of each task's model, measured on its validation rows."""
     recipe, section, folder = run.recipe, run.recipe.delivery, run.dir.stage("export")
-    if not recipe.evaluation.sentences:
-        raise InputError("evaluation.sentences: 0 leaves nothing to check the delivery by: give at least 20")
+    check_delivery(recipe)
     teacher = run.teacher()
     student, _, _ = run.start_student(teacher)
     save_student(folder / "untrained", student, None, run.vocab, teacher.pooling, teacher.normalize)
