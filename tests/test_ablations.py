@@ -225,6 +225,14 @@ def test_rows_say_median_spread_cost_and_difference(tmp_path, made):
     assert teacher["median"] == 0.9 and teacher["tokens"] is None and teacher["seconds_per_step"] is None
 
 
+def test_what_is_over_its_budget_is_refused_before_anything_runs(tmp_path, made, tiny_teacher):
+    changes = {"teacher.model": str(tiny_teacher), "delivery": {"budget": 1000}}
+    path = written(tmp_path, variants=TWO | {"heavy": changes})
+    with pytest.raises(InputError, match="two: heavy, seed 1: two-heavy needs .* MB at .*: over the budget"):
+        run_ablations([path], root=tmp_path / "root")
+    assert made == []
+
+
 def test_rounded_models_have_rows_and_an_average_of_their_own(tmp_path, made):
     variants = TWO | {"rounded": {"finetune.rounded": "int8"}}
     summary = run_ablations([written(tmp_path, variants=variants)], root=tmp_path / "root")

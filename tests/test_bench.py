@@ -103,7 +103,7 @@ def test_the_static_peer_is_as_wide_as_its_budget_allows(tmp_path, monkeypatch):
 
     monkeypatch.setitem(sys.modules, "model2vec.distill", None)
     monkeypatch.setitem(sys.modules, "model2vec", types.ModuleType("model2vec"))
-    with pytest.raises(InputError, match=r"pip install 'model2vec\[distill\]'"):
+    with pytest.raises(InputError, match=r"pip install 'model2vec\[distill\]>=0.10'"):
         module.static_system(teacher, tmp_path / "peers", print)
     monkeypatch.setitem(sys.modules, "model2vec.distill", types.SimpleNamespace(distill=distill))
     for _ in range(2):

@@ -125,6 +125,12 @@ def test_a_loss_that_a_stage_cannot_give_is_refused_before_anything_runs(write_r
     assert "dual.losses.teacher_masked_lm" in refused("count", write_recipe(dual=dual), folder=tmp_path)
 
 
+def test_a_delivery_that_nothing_could_check_is_refused_before_anything_runs(write_recipe, tmp_path):
+    sentence = refused("run", write_recipe(), "evaluation.sentences=5", folder=tmp_path)
+    assert "evaluation.sentences: 5 are too few to check the delivery by: give at least 20" in sentence
+    assert not list(tmp_path.rglob("counts.parquet"))
+
+
 RELEASED = Path(__file__).parents[1] / "artifacts" / "minilm-l6-7mb"
 
 

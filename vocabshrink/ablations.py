@@ -114,10 +114,6 @@ def units_of(path: Path, overrides: list[str] | tuple[str, ...], root: Path) -> 
             folder = root / ablation.name / slug(label) / f"seed-{seed}"
             title = f"{ablation.name}: {label}, seed {seed}"
             run = make_variant(base, changes, folder, root / "stages", origin=origin, label=title)
-            try:
-                check_budget(run.recipe)
-            except InputError as error:
-                raise InputError(f"{origin}: {error}") from None
             units.append(Unit(ablation, label, seed, run))
     return units
 
@@ -134,6 +130,11 @@ def run_ablations(
     names = [units[0].ablation.name for units in ablations]
     if twice := next((name for name in names if names.count(name) > 1), None):
         raise InputError(f"two of the files are named {twice}: give each ablation a name of its own")
+    for unit in (unit for units in ablations for unit in units):
+        try:
+            check_budget(unit.run.recipe)
+        except InputError as error:
+            raise InputError(f"{unit.run.label}: {error}") from None
     RunDir(root).write_environment()
     waiting, failed = deque(unit for units in ablations for unit in units), {}
     held = 0  # units found to be another process' work since this one last did some

@@ -185,7 +185,7 @@ def static_system(teacher: Path, peers: Path, progress: Callable[[str], None]) -
             from model2vec.distill import distill
         except ImportError as error:
             raise InputError(
-                f"the static peer needs {error.name}: pip install 'model2vec[distill]', or leave it out"
+                f"the static peer needs {error.name}: pip install 'model2vec[distill]>=0.10', or leave it out"
             ) from error
         progress(f"distilling {teacher} into static vectors (a minute or more)")
         pieces = len(json.loads((teacher / "tokenizer.json").read_bytes())["model"]["vocab"])
