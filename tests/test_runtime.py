@@ -438,7 +438,7 @@ def test_the_runtime_needs_no_torch(deliveries):
     assert done.returncode == 0 and done.stdout.strip() == "(1, 8)", done.stderr
 
 
-SHIPPED = ("minilm-l6-7mb", "sst2-7mb", "snips-slots-3mb")
+SHIPPED = ("minilm-l6-7mb", "minilm-fast-7mb", "sst2-7mb", "snips-slots-3mb")
 
 
 @pytest.mark.parametrize("name", SHIPPED)
