@@ -202,6 +202,14 @@ def test_rounded_weights_are_scored_beside_the_trained(name, taught, data, tiny_
     }
 
 
+def test_the_first_task_of_a_process_starts_like_any_other(taught, data, tiny_teacher, tmp_path):
+    run = with_teachers(taught, data, tiny_teacher, tmp_path, phases=[LAYERS])
+    torch.manual_seed(0)
+    expected = torch.rand(1)
+    torch.manual_seed(0)
+    assert run.directions is not None and torch.rand(1) == expected
+
+
 def test_soft_labels_of_scores_are_their_squares():
     section = TaskSection(train="t", validation="v", kind="regression", epochs=5)
     weights = {"labels": 0.5, "soft_labels": {"weight": 2.0, "temperature": 3.0}}

@@ -296,10 +296,7 @@ def cells_of(rows: list[dict]) -> tuple[list[str], dict[str, list[str]]]:
     rows = [row for row in rows if row["split"] == "validation" or place_of(row) == ROUNDED]
     measures = list(dict.fromkeys(place_of(row) for row in rows))
     compared = any("difference" in row for row in rows)
-    heads = [
-        " ".join(dict.fromkeys(("rounded" * (split == "rounded"), task, metric))).strip()
-        for split, task, metric in measures
-    ]
+    heads = [heading(*measure) for measure in measures]
     heads += (["against baseline"] if compared else []) + ["tokens", "s/step", "general s/step"]
     cells: dict[str, list[str]] = {}
     for label in dict.fromkeys(row["recipe"] for row in rows):
@@ -312,6 +309,11 @@ def cells_of(rows: list[dict]) -> tuple[list[str], dict[str, list[str]]]:
         cells[label].append("" if average["tokens"] is None else f"{average['tokens'] / 1e6:.2f} M")
         cells[label] += ["" if average[cost] is None else f"{average[cost]:.3f}" for cost in COSTS]
     return heads, cells
+
+
+def heading(split: str, task: str, metric: str) -> str:
+    name = task if task == metric else f"{task} {metric}"
+    return name if split == "validation" else f"{split} {name}"
 
 
 def figure(row: dict | None) -> str:

@@ -62,7 +62,7 @@ def check_budget(recipe: Recipe) -> None:
     delivered = {recipe.name: embedder}
     for name, task in recipe.tasks.items() if recipe.finetune and recipe.finetune.save_models else ():
         kind = "tokens" if task.kind == "tokens" else "classification"
-        head = replace(embedder, task=kind, labels=len(task.labels or "ab"))
+        head = replace(embedder, task=kind, labels=len(task.labels or ()) or 2)
         delivered[f"{recipe.name} with its head for {name}"] = head
     for name, shape in delivered.items():
         if sentence := refusal(shape, recipe.delivery.budget, recipe.delivery.weights, recipe=name):

@@ -150,8 +150,10 @@ class Run:
 
     @cached_property
     def directions(self) -> torch.Tensor | None:
-        """Of `start_student`, for those that load a student which was trained meanwhile."""
-        return self.start_student(self.teacher())[1]
+        """Of `start_student`, for those that load a student which was trained meanwhile. Made when first asked for, so
+        it leaves torch's generator as it was: a head is the same whichever task comes first."""
+        with torch.random.fork_rng(devices=[]):
+            return self.start_student(self.teacher())[1]
 
     @cached_property
     def tasks(self) -> dict[str, Task]:
