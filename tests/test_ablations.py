@@ -225,6 +225,13 @@ def test_rows_say_median_spread_cost_and_difference(tmp_path, made):
     assert teacher["median"] == 0.9 and teacher["tokens"] is None and teacher["seconds_per_step"] is None
 
 
+def test_a_launcher_is_refused(tmp_path, made, monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(InputError, match="start this command several times"):
+        run_ablations([written(tmp_path)], root=tmp_path / "root")
+    assert not made
+
+
 def test_what_is_over_its_budget_is_refused_before_anything_runs(tmp_path, made, tiny_teacher):
     changes = {"teacher.model": str(tiny_teacher), "delivery": {"budget": 1000}}
     path = written(tmp_path, variants=TWO | {"heavy": changes})

@@ -16,7 +16,8 @@ from vocabshrink.budget import (
     refusal,
     weights_bytes,
 )
-from vocabshrink.export import TASKS, build_graph
+from vocabshrink.export import TASKS
+from vocabshrink.graph import build_graph
 from vocabshrink.quantize import formats_of, save_compact
 
 MINILM = Shape(5_000, 384, 6, 1_536, max_position_embeddings=128)

@@ -10,7 +10,7 @@ ROOT = Path(__file__).resolve().parents[1]
 LAYERS = {
     "facts": "recipe run_dir layer_map budget",
     "parts": "harvest lexicon batches teacher student projection quantize augment tasks checkpoint evaluation",
-    "delivery": "__init__ drawing export runtime report measure card bench web",
+    "delivery": "__init__ drawing graph export delivery runtime report measure card bench web",
     "training": "losses dual_training distillation recorded classification finetune loop",
     "front": "cli stages plan variants ablations search search_page __main__",
 }

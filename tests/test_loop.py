@@ -1,14 +1,8 @@
 """The loop: its optimizer against the paper's formulas, and stopped, split or shared runs against whole ones."""
 
-import os
-import socket
-import subprocess
-import sys
-from pathlib import Path
-
 import pytest
 import torch
-from tiny_training import PLAIN, NumberBatcher, Regression, encode, run_both
+from tiny_training import PLAIN, NumberBatcher, Regression, encode, launch, run_both
 from torch import nn
 
 from tokenizer_build.errors import InputError
@@ -313,31 +307,7 @@ def test_two_processes_are_one(tiny_teacher, lines, tmp_path):
     process accumulates the same micro-batches. Only the main process writes.
     """
     vocabulary, encoded = encode(lines, tiny_teacher, tmp_path)
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    command = [
-        sys.executable,
-        "-m",
-        "accelerate.commands.launch",
-        "--multi_gpu",
-        "--num_processes",
-        "2",
-        "--num_machines",
-        "1",
-        "--mixed_precision",
-        "no",
-        "--dynamo_backend",
-        "no",
-        "--main_process_port",
-        str(port),
-        "-m",
-        "tiny_training",
-        *map(str, (tmp_path / "two", tiny_teacher, vocabulary, encoded)),
-    ]
-    env = os.environ | {"ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"}
-    answer = subprocess.run(command, cwd=Path(__file__).parent, env=env, capture_output=True, text=True, timeout=120)
-    assert answer.returncode == 0, answer.stderr[-3000:]
+    launch("tiny_training", tmp_path / "two", tiny_teacher, vocabulary, encoded, cwd=tmp_path)
     run_both(tmp_path / "one", tiny_teacher, vocabulary, encoded, parts=2, accumulation=2)
     two, one = RunDir(tmp_path / "two").metrics(), RunDir(tmp_path / "one").metrics()
     assert len(list((tmp_path / "two").rglob("*.jsonl"))) == 1

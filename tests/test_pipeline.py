@@ -7,13 +7,14 @@ import pytest
 import torch
 import yaml
 from test_teacher import folders  # noqa: F401 - a fixture: a tiny model of each family, its tokenizer trained here
+from tiny_training import launch
 from transformers import AutoModel
 
 from tokenizer_build.errors import InputError
 from vocabshrink.cli import show_summary
 from vocabshrink.quantize import dequantize, load_compact, quantize
 from vocabshrink.recipe import parse_recipe
-from vocabshrink.run_dir import RunDir
+from vocabshrink.run_dir import RunDir, read_json
 from vocabshrink.runtime import load
 from vocabshrink.stages import Run, run_stage, stages_of, summarise
 
@@ -283,20 +284,20 @@ def quantize_of(model, name: str, format: str) -> float:
     return abs(dequantize(quantize(weight, format)) - weight).max() / abs(weight).max()
 
 
-def test_tasks_run_from_augmentation_to_report(tiny_teacher, corpus_file, lines, tmp_path, capsys):
-    """TinyBERT's two phases on augmented rows, after general distillation, each stage once and never again."""
+def recipe_of_tasks(teacher, corpus_file, lines, folder) -> dict:
+    """TinyBERT's two phases on augmented rows, after general distillation; 80 rows that a word decides."""
     words = ["ka", "lo", "mi"]
     rows = [{"sentence1": line, "label": int(any(w in line.lower().split() for w in words))} for line in lines[:120]]
     for name, part in {"train": rows[:80], "validation": rows[80:]}.items():
-        (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in part))
+        (folder / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in part))
     phase = {"epochs": 1, "batch_size": 16, "precision": "no", "learning_rate": 1e-3}
-    data = tiny_recipe(
-        tiny_teacher,
+    return tiny_recipe(
+        teacher,
         corpus_file,
         "untrained",
         student={"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 32},
         distill=TRAINING | {"losses": {"attention_scores": 1, "hidden_mse": 1, "embedding_mse": 1}},
-        data=str(tmp_path),
+        data=str(folder),
         tasks={"made_up": {"train": "train.jsonl", "validation": "validation.jsonl"}},
         finetune={
             "teacher": phase,
@@ -316,17 +317,22 @@ def test_tasks_run_from_augmentation_to_report(tiny_teacher, corpus_file, lines,
             "compact": "int3-32",
         },
     )
-    run = run_all(data, tmp_path / "run")
+
+
+def test_tasks_run_from_augmentation_to_report(tiny_teacher, corpus_file, lines, tmp_path, capsys):
+    """Each stage once and never again."""
+    run = run_all(recipe_of_tasks(tiny_teacher, corpus_file, lines, tmp_path), tmp_path / "run")
     summary = summarise(run)
     show_summary(summary)
     shown = capsys.readouterr().out
     assert "rank agreement" in shown and "by block" not in shown and "made_up" in shown and "average" in shown
     result = summary["tasks"]
     export = tmp_path / "run/export"
-    texts = [row["sentence1"] for row in rows[80:]]
+    rows = [json.loads(line) for line in (tmp_path / "validation.jsonl").read_text().splitlines()]
+    texts = [row["sentence1"] for row in rows]
     labels, scores = load(export / "made_up").classify(texts)
     assert scores.shape == (40, 2) and set(labels) <= {"0", "1"}
-    right = sum(int(label) == row["label"] for label, row in zip(labels, rows[80:], strict=True)) / 40
+    right = sum(int(label) == row["label"] for label, row in zip(labels, rows, strict=True)) / 40
     assert summary["made_up"]["accuracy"]["delivered"] == pytest.approx(right)
     # recovery left in the student what the files hold: rounding it again changes nothing
     trained = AutoModel.from_pretrained(tmp_path / "run/quantize/student")
@@ -346,3 +352,24 @@ def test_tasks_run_from_augmentation_to_report(tiny_teacher, corpus_file, lines,
     assert (tmp_path / "run/finetune/made_up/model/config.json").is_file()
     assert "made_up" in (tmp_path / "run/report.html").read_text()
     assert not any(run_stage(run, name) for name in stages_of(run.recipe) if name != "report")
+
+
+def test_two_processes_run_every_stage(tiny_teacher, corpus_file, lines, tmp_path):
+    """`accelerate launch` on two CPU processes, started on nothing: they wait for each other between and within the
+    stages, leave the files of one process, and train as one does that accumulates the same micro-batches."""
+    data = recipe_of_tasks(tiny_teacher, corpus_file, lines, tmp_path)
+    data |= {"dual": TRAINING | {"mode": "joint"}, "name": "two"}
+    data["finetune"] |= {"grid": {"learning_rate": [1e-4, 1e-3]}}
+    (tmp_path / "two.yaml").write_text(yaml.safe_dump(data))
+    launch("vocabshrink", "run", "two.yaml", cwd=tmp_path)
+    trainings = [data["dual"], data["distill"], data["recovery"], data["finetune"]["teacher"]]
+    for section in trainings + data["finetune"]["phases"]:
+        section["gradient_accumulation"] = 2
+    one, two = run_all(data, tmp_path / "one").dir, RunDir(tmp_path / "artifacts/two")
+    files = {path.relative_to(one.path) for path in one.path.rglob("*") if path.is_file()}
+    assert files == {path.relative_to(two.path) for path in two.path.rglob("*") if path.is_file()}
+    ours, theirs = ([row for row in run.metrics() if row["kind"] == "train"] for run in (two, one))
+    assert [(row["stage"], row["step"]) for row in ours] == [(row["stage"], row["step"]) for row in theirs]
+    assert [row["loss"] for row in ours] == pytest.approx([row["loss"] for row in theirs], rel=0.01)
+    ours, theirs = (read_json(run.stage("finetune") / "summary.json")["made_up"] for run in (two, one))
+    assert ours == theirs

@@ -106,6 +106,12 @@ def test_bad_files_are_refused_by_name(written, tmp_path, keys, message):
     assert not (tmp_path / "root").exists()
 
 
+def test_a_launcher_is_refused(written, tmp_path, monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(InputError, match="start this command several times"):
+        run_search(written(), root=tmp_path / "root")
+
+
 def test_what_is_no_search_is_refused(written, tmp_path):
     with pytest.raises(InputError, match="cannot be read as a search: No such file"):
         read_search(tmp_path / "absent.yaml")

@@ -1,5 +1,8 @@
 """Small parts of training runs for the tests, and a program that `accelerate launch` runs as two processes."""
 
+import os
+import socket
+import subprocess
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,6 +24,32 @@ from vocabshrink.teacher import load_teacher
 
 NARROW = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 24}
 PLAIN = {"precision": "no", "evaluations": 0, "warmup": 0.0}
+
+
+def launch(*arguments, cwd: Path) -> subprocess.CompletedProcess:
+    """`accelerate launch` of a module and its arguments as two processes on the CPU, which must end well."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    options = [
+        "--multi_gpu",
+        "--num_processes",
+        "2",
+        "--num_machines",
+        "1",
+        "--mixed_precision",
+        "no",
+        "--dynamo_backend",
+        "no",
+    ]
+    command = [sys.executable, "-m", "accelerate.commands.launch", *options, "--main_process_port", str(port), "-m"]
+    paths = os.pathsep.join([str(Path(__file__).parent), str(Path(__file__).parents[1])])
+    env = os.environ | {"ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1", "PYTHONPATH": paths}
+    done = subprocess.run(
+        [*command, *map(str, arguments)], cwd=cwd, env=env, capture_output=True, text=True, timeout=300
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    return done
 
 
 def encode(lines: list[str], teacher_tokenizer: Path, root: Path) -> tuple[Path, Path]:

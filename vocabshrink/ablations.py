@@ -29,7 +29,7 @@ from vocabshrink.plan import check_budget
 from vocabshrink.recipe import Section, explain, parse_yaml
 from vocabshrink.run_dir import RunDir, read_json, write_json, write_text
 from vocabshrink.stages import say
-from vocabshrink.variants import Variant, advance, base_values, make_variant, read_yaml
+from vocabshrink.variants import Variant, advance, base_values, make_variant, read_yaml, refuse_launcher
 
 GENERAL = ("dual", "distill")  # the stages that train a student before it sees a task
 TEACHER = "(teacher)"  # its label among the variants
@@ -126,6 +126,7 @@ def run_ablations(
     Returns: summary.json of `root`: {"rows": one per variant, task and metric (`rows_of`), "minutes": of all stages}.
     Raises InputError: a bad file before anything runs; else, after all that can run did, what stopped the others.
     """
+    refuse_launcher()
     ablations = [units_of(Path(path), overrides, root) for path in files]
     names = [units[0].ablation.name for units in ablations]
     if twice := next((name for name in names if names.count(name) > 1), None):

@@ -44,8 +44,9 @@ def run(
     force: Force = False,
 ):
     """Do every stage that the recipe asks for; finished ones are skipped."""
+    from vocabshrink.delivery import check_delivery
     from vocabshrink.plan import check_budget
-    from vocabshrink.stages import check_delivery, main_process, run_stage, stages_of, summarise
+    from vocabshrink.stages import main_process, run_stage, stages_of, summarise
 
     opened = open_run(recipe, overrides, force)
     check_delivery(opened.recipe)

@@ -79,6 +79,7 @@ def train_task_teachers(run) -> dict:
                 finish(unit, result, mark)
             PartialState().wait_for_everyone()
         results[name] = finished(unit, mark)
+    PartialState().wait_for_everyone()  # all have read what is about to go
     if PartialState().is_main_process:
         for name in results:
             deliver(folder / "checkpoints" / name, folder / name, ("model", "logits.safetensors"))
@@ -125,6 +126,7 @@ def finetune(run) -> dict:
                 seed = sorted(units, key=lambda seed: headline(units[seed]["validation"]))[(len(units) - 1) // 2]
                 shutil.copytree(subject.folder / best / f"seed-{seed}" / "model", folder / name / "model")
                 write_json(folder / name / "metrics.json", units[seed])  # of the model beside it
+    PartialState().wait_for_everyone()  # all have read what is about to go
     if PartialState().is_main_process:
         shutil.rmtree(folder / "checkpoints", ignore_errors=True)
     return summarise({name: units for name, (units, _) in chosen.items()})
@@ -215,11 +217,13 @@ class Subject:
             path = Path(self.section.logits)
         elif not (self.section.teacher or self.stage.augment):
             path = Path(self.teacher_folder).with_name("logits.safetensors")
-        elif PartialState().is_main_process and not path.is_file():
-            teacher = load_task_model(self.teacher_folder, self.task, trained=True).to(PartialState().device)
-            logits = logits_of(teacher, self.encoded, "train", self.stage.phases[-1], side="teacher")
-            write_logits(path, {"train": logits})
-        PartialState().wait_for_everyone()
+        else:
+            encoded = self.encoded  # by all processes: they wait for each other there
+            if PartialState().is_main_process and not path.is_file():
+                teacher = load_task_model(self.teacher_folder, self.task, trained=True).to(PartialState().device)
+                logits = logits_of(teacher, encoded, "train", self.stage.phases[-1], side="teacher")
+                write_logits(path, {"train": logits})
+            PartialState().wait_for_everyone()
         return torch.from_numpy(read_logits(path, self.task)["train"])
 
     def train(self, point: str, seed: int) -> dict:

@@ -43,8 +43,8 @@ from vocabshrink.ablations import run_ablations, units_of
 from vocabshrink.bench import time_calls
 from vocabshrink.budget import delivery_bytes, describe
 from vocabshrink.classification import load_task_model
-from vocabshrink.export import KERNELS, build_graph
 from vocabshrink.finetune import logits_of
+from vocabshrink.graph import KERNELS, build_graph
 from vocabshrink.layer_map import layer_pairs
 from vocabshrink.plan import delivered_shape, delivery_of, flops_per_piece, shapes
 from vocabshrink.quantize import fake_quantize_, formats_of
@@ -75,6 +75,7 @@ from vocabshrink.variants import (
     claimed,
     make_variant,
     read_yaml,
+    refuse_launcher,
     without_left_out,
 )
 
@@ -440,6 +441,7 @@ def run_search(
     Writes into `root`/NAME: study.db, best.yaml (or front/N.yaml), trials.csv, search.html, summary.json; and
     `root`/summary.json, which gathers all searches. Returns the search's summary.
     """
+    refuse_launcher()
     opened = open_search(path, overrides, root)
     search = opened.search
     if proxy_check and not search.check:

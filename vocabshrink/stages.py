@@ -9,10 +9,9 @@ import json
 import os
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
-from itertools import islice
 from pathlib import Path
 
 import numpy as np
@@ -30,30 +29,26 @@ from tokenizer_build.tokenizer import load_tokenizer, save_tokenizer
 from tokenizer_build.trainers import TRAINERS
 from vocabshrink.augment import augment_task
 from vocabshrink.batches import Batcher, PieceTable, cut_segments
-from vocabshrink.card import write_card
+from vocabshrink.delivery import export
 from vocabshrink.distillation import LOSSES_OF_DISTILLATION, Distillation, reads_teacher
 from vocabshrink.dual_training import LOSSES_OF_MODE, DualTraining, HeadTraining
-from vocabshrink.evaluation import LEAST_SENTENCES, HeldOut, held_out_texts, read_rated_pairs, torch_embedder
-from vocabshrink.export import export_model
+from vocabshrink.evaluation import HeldOut, held_out_texts, read_rated_pairs, torch_embedder
 from vocabshrink.finetune import finetune, train_task_teachers, trains_teacher
 from vocabshrink.layer_map import layer_pairs
 from vocabshrink.lexicon import Lexicon, WordStream, encode_corpus
 from vocabshrink.loop import make_accelerator, train
 from vocabshrink.losses import ACROSS_VOCABULARIES, MASKED_LM, TASK, check_losses
-from vocabshrink.measure import measure_systems
 from vocabshrink.quantize import bake, quantization_aware
 from vocabshrink.recipe import DistillStage, Recipe, TrainingSection, Weighted, dump_recipe
 from vocabshrink.recorded import RecordingBatcher, kinds_kept
 from vocabshrink.run_dir import RunDir, read_json, write_json, write_text
-from vocabshrink.runtime import Delivery, build_index, load
 from vocabshrink.student import build_student, load_student, save_student, shared_pieces, spellings
-from vocabshrink.tasks import Rows, Task, read_task, score
+from vocabshrink.tasks import Task, read_task
 from vocabshrink.teacher import (
     MaskedLMHead,
     Teacher,
     check_folder,
     eps_and_activation,
-    file_sha256,
     load_head,
     load_teacher,
     resolve_model,
@@ -73,8 +68,10 @@ def main_process() -> bool:
 def wait_for_everyone() -> None:
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         from accelerate import PartialState
+        from accelerate.utils import parse_flag_from_env
 
-        PartialState().wait_for_everyone()
+        # The first of a process to be made decides what it sees: on CPUs nobody, unless told of them.
+        PartialState(cpu=parse_flag_from_env("ACCELERATE_USE_CPU")).wait_for_everyone()
 
 
 def say(text: str) -> None:
@@ -154,6 +151,11 @@ class Run:
         it leaves torch's generator as it was: a head is the same whichever task comes first."""
         with torch.random.fork_rng(devices=[]):
             return self.start_student(self.teacher())[1]
+
+    @property
+    def students(self) -> dict[str, Path]:
+        """The students that the run trains, each from the one before: {stage: folder}."""
+        return {name: self.dir.stage(name) / "student" for name in stages_of(self.recipe) if name in STUDENTS}
 
     @cached_property
     def tasks(self) -> dict[str, Task]:
@@ -544,9 +546,9 @@ def distil_into_student(run: Run, name: str, stage: DistillStage, formats=None) 
     evaluate = evaluator(run, teacher, accelerator)
     student, directions, report = run.start_student(teacher)
     head = new_student_head(student, teacher) if MASKED_LM & set(stage.losses) else None
-    before = [n for n in STUDENTS[: STUDENTS.index(name)] if n in stages_of(run.recipe)]
-    if before:
-        report = {"from": before[-1]} | load_student(run.dir.stage(before[-1]) / "student", student, head)
+    stages = [*run.students]
+    if before := stages[: stages.index(name)]:
+        report = {"from": before[-1]} | load_student(run.students[before[-1]], student, head)
         trained_teacher = run.dir.stage("dual") / "teacher"
         if trained_teacher.is_dir():
             teacher.backbone.load_state_dict(
@@ -632,137 +634,6 @@ def augment(run: Run) -> dict:
         )
         for name, task in run.tasks.items()
     }
-
-
-# -------------------------------------------------------------------------------------------- delivery
-
-
-def check_delivery(recipe: Recipe) -> None:
-    """Refuses, before anything is trained, a recipe whose delivery could not be checked. Raises InputError."""
-    if recipe.delivery and recipe.evaluation.sentences < LEAST_SENTENCES:
-        raise InputError(
-            f"evaluation.sentences: {recipe.evaluation.sentences} are too few to check the delivery by: give at least "
-            f"{LEAST_SENTENCES}, or no delivery"
-        )
-
-
-def export(run: Run) -> dict:
-    """Writes the delivery, loads it back, and measures teacher, untrained, trained and delivered side by side; and a
-    delivery of each task's model, measured on its validation rows."""
-    recipe, section, folder = run.recipe, run.recipe.delivery, run.dir.stage("export")
-    check_delivery(recipe)
-    teacher = run.teacher()
-    student, _, _ = run.start_student(teacher)
-    save_student(folder / "untrained", student, None, run.vocab, teacher.pooling, teacher.normalize)
-    done = [run.dir.stage(name) / "student" for name in STUDENTS if name in stages_of(recipe)] or [folder / "untrained"]
-    trained = done[-2] if recipe.recovery and len(done) > 1 else done[-1]  # before rounding came into it
-    rated = {name: read_rated_pairs(path) for name, path in recipe.evaluation.stsb.items()}
-    figures: dict = {}
-
-    def measure(delivered: Path) -> dict:
-        figures.update(
-            measure_systems(
-                run.held_out,
-                rated,
-                teacher_folder=run.teacher_folder,
-                untrained=folder / "untrained",
-                trained=trained,
-                delivered=delivered,
-                pooling=teacher.pooling,
-                normalize=teacher.normalize,
-            )
-        )
-        return {name: row for name, row in figures.items() if name not in ("bytes", "latency_ms")}
-
-    options = {
-        "formats": section.weights,
-        "kernel": None if section.kernel == "auto" else section.kernel,
-        "max_positions": min(section.max_positions, student.config.max_position_embeddings),
-        "safetensors": section.safetensors,
-        "compact": section.compact,
-        "budget_bytes": section.budget,
-        "tolerance": section.tolerance,
-        "force": run.force,
-    }
-    about = {"recipe": recipe.name, "teacher_sha256": file_sha256(next(run.teacher_folder.glob("*.safetensors")))}
-    manifest = export_model(
-        done[-1],
-        folder / "model",
-        task="embedding",
-        pooling=teacher.pooling,
-        normalize=teacher.normalize,
-        texts=run.held_out.texts[:64],
-        measure=measure,
-        gates=["rank_agreement", *rated],
-        manifest=about,
-        **options,
-    )
-    figures["bytes"]["delivered"] = manifest["delivery_bytes"]
-    figures["parameters_by_block"] = {"teacher": blocks_of(teacher.backbone), "student": blocks_of(student)}
-    origin = {
-        "teacher": recipe.teacher.model,
-        "sources": [Path(source).name for source in recipe.corpus.sources],
-        "vocabulary": read_json(run.vocab / "comparison.json"),
-    }
-    write_card(folder / "model", manifest, **origin)
-    if recipe.index:
-        passages = islice(read_passages(Path(recipe.index.passages)), recipe.index.limit)
-        figures["indexed_passages"] = build_index(folder / "model", passages, threads=os.cpu_count() or 1)
-    for name, task in run.tasks.items() if recipe.finetune and recipe.finetune.save_models else ():
-        kind = "tokens" if task.kind == "tokens" else "classification"
-        source, rows = run.dir.stage("finetune") / name, task.splits["validation"]
-        trained_figures = read_json(source / "metrics.json")["validation"]
-
-        def measure_task(delivered: Path, task=task, rows=rows, before=trained_figures) -> dict:
-            after = score(task, delivered_outputs(load(delivered), task, rows), "validation")
-            return {metric: {"trained": before[metric], "delivered": after[metric]} for metric in after}
-
-        texts = [row if isinstance(row, str) else " ".join(row) for row in rows.first[:64]]
-        written = export_model(
-            source / "model",
-            folder / name,
-            task=kind,
-            texts=texts,
-            measure=measure_task,
-            manifest=about | {"trained_for": name},
-            **options,
-        )
-        write_card(folder / name, written, **origin)
-        figures[name] = {"bytes": written["delivery_bytes"]} | written["quality"]
-    return figures
-
-
-def delivered_outputs(model: Delivery, task: Task, rows: Rows) -> list[np.ndarray]:
-    """What a delivery says of each row, in the form that `score` takes: [C], or of a token task [words, C]."""
-    if task.kind != "tokens":
-        texts = rows.first if rows.second is None else list(zip(rows.first, rows.second, strict=True))
-        return list(model.classify(texts)[1])
-    found = []
-    for words, labelled in zip(rows.first, model.label_tokens(rows.first), strict=True):
-        numbers = [task.labels.index(entry["label"]) for entry in labelled]
-        outside = task.labels.index("O") if "O" in task.labels else 0  # of words beyond the model's positions
-        found.append(np.eye(len(task.labels))[numbers + [outside] * (len(words) - len(numbers))])
-    return found
-
-
-def blocks_of(model) -> dict[str, int]:
-    """Parameters of the piece table, of the other embeddings and of the layers, whatever the family."""
-    pieces = model.get_input_embeddings().weight.numel()
-    embeddings = sum(p.numel() for name, p in model.named_parameters() if "embeddings" in name)
-    return {"pieces": pieces, "other embeddings": embeddings - pieces, "layers": model.num_parameters() - embeddings}
-
-
-def read_passages(path: Path) -> Iterator[dict]:
-    """Rows of a JSONL file with a "text"."""
-    try:
-        with path.open(encoding="utf-8") as file:
-            for number, line in enumerate(file, 1):
-                try:
-                    yield json.loads(line)
-                except json.JSONDecodeError as error:
-                    raise InputError(f"{path}: line {number} is not JSON ({error}): correct or delete it") from None
-    except FileNotFoundError:
-        raise InputError(f"{path}: no such file: correct index.passages or leave the section out") from None
 
 
 def report(run: Run) -> dict:

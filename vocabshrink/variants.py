@@ -8,6 +8,7 @@ process' alone while it is made. The lock is the kernel's and dies with its proc
 
 import copy
 import fcntl
+import os
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -124,6 +125,15 @@ def without_left_out(value: Any) -> Any:
     if isinstance(value, list):
         return [without_left_out(item) for item in value if item != LEFT_OUT]
     return value
+
+
+def refuse_launcher() -> None:
+    """Raises InputError: started by a launcher, whose processes would take different runs and wait for each other."""
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        raise InputError(
+            "many runs want one process each: start this command several times, each on its own GPU "
+            "(CUDA_VISIBLE_DEVICES) or core, instead of by accelerate launch"
+        )
 
 
 @contextmanager

@@ -1,0 +1,161 @@
+"""The export stage: what a run leaves for its users, each delivery loaded back and measured before it is in place."""
+
+import json
+import os
+from collections.abc import Iterator
+from itertools import islice
+from pathlib import Path
+
+import numpy as np
+from transformers import BertModel
+
+from tokenizer_build.errors import InputError
+from vocabshrink.card import write_card
+from vocabshrink.evaluation import LEAST_SENTENCES, read_rated_pairs
+from vocabshrink.export import export_model
+from vocabshrink.measure import measure_systems
+from vocabshrink.recipe import Recipe
+from vocabshrink.run_dir import read_json
+from vocabshrink.runtime import Delivery, build_index, load
+from vocabshrink.student import save_student
+from vocabshrink.tasks import Rows, Task, score
+from vocabshrink.teacher import Teacher, file_sha256
+
+TEXTS = 64  # by which the kernel of int8 products is chosen
+
+
+def check_delivery(recipe: Recipe) -> None:
+    """Refuses, before anything is trained, a recipe whose delivery could not be checked. Raises InputError."""
+    if recipe.delivery and recipe.evaluation.sentences < LEAST_SENTENCES:
+        raise InputError(
+            f"evaluation.sentences: {recipe.evaluation.sentences} are too few to check the delivery by: give at least "
+            f"{LEAST_SENTENCES}, or no delivery"
+        )
+
+
+def export(run) -> dict:
+    """Writes the embedder's delivery and one of each task's model. Returns their figures, tasks' under their names."""
+    check_delivery(run.recipe)
+    teacher = run.teacher()
+    student, _, _ = run.start_student(teacher)
+    options = options_of(run, student.config.max_position_embeddings)
+    figures = export_embedder(run, teacher, student, options)
+    if run.recipe.finetune and run.recipe.finetune.save_models:
+        figures |= {name: export_task(run, task, options) for name, task in run.tasks.items()}
+    return figures
+
+
+def export_embedder(run, teacher: Teacher, student: BertModel, options: dict) -> dict:
+    """Delivers the trained student and measures teacher, untrained, trained and delivered side by side.
+
+    student: as it starts. options: what all deliveries have in common (`options_of`).
+    """
+    recipe, folder = run.recipe, run.dir.stage("export")
+    pooled = {"pooling": teacher.pooling, "normalize": teacher.normalize}
+    save_student(folder / "untrained", student, None, run.vocab, **pooled)
+    done = [*run.students.values()] or [folder / "untrained"]
+    trained = done[-2] if recipe.recovery and len(done) > 1 else done[-1]  # before rounding came into it
+    rated = {name: read_rated_pairs(path) for name, path in recipe.evaluation.stsb.items()}
+    figures: dict = {}
+
+    def measure(delivered: Path) -> dict:
+        systems = {"untrained": folder / "untrained", "trained": trained, "delivered": delivered}
+        figures.update(measure_systems(run.held_out, rated, teacher_folder=run.teacher_folder, **systems, **pooled))
+        return {name: row for name, row in figures.items() if name not in ("bytes", "latency_ms")}
+
+    manifest = export_model(
+        done[-1],
+        folder / "model",
+        task="embedding",
+        texts=run.held_out.texts[:TEXTS],
+        measure=measure,
+        gates=["rank_agreement", *rated],
+        **pooled,
+        **options,
+    )
+    figures["bytes"]["delivered"] = manifest["delivery_bytes"]
+    figures["parameters_by_block"] = {"teacher": blocks_of(teacher.backbone), "student": blocks_of(student)}
+    write_card(folder / "model", manifest, **origin_of(run))
+    if recipe.index:
+        passages = islice(read_passages(Path(recipe.index.passages)), recipe.index.limit)
+        figures["indexed_passages"] = build_index(folder / "model", passages, threads=os.cpu_count() or 1)
+    return figures
+
+
+def export_task(run, task: Task, options: dict) -> dict:
+    """Delivers a task's fine-tuned model, measured on its validation rows."""
+    source, folder = run.dir.stage("finetune") / task.name, run.dir.stage("export") / task.name
+    rows, before = task.splits["validation"], read_json(source / "metrics.json")["validation"]
+
+    def measure(delivered: Path) -> dict:
+        after = score(task, outputs_of(load(delivered), task, rows), "validation")
+        return {metric: {"trained": before[metric], "delivered": after[metric]} for metric in after}
+
+    manifest = export_model(
+        source / "model",
+        folder,
+        task="tokens" if task.kind == "tokens" else "classification",
+        texts=[row if isinstance(row, str) else " ".join(row) for row in rows.first[:TEXTS]],
+        measure=measure,
+        **options | {"manifest": options["manifest"] | {"trained_for": task.name}},
+    )
+    write_card(folder, manifest, **origin_of(run))
+    return {"bytes": manifest["delivery_bytes"]} | manifest["quality"]
+
+
+def options_of(run, positions: int) -> dict:
+    """What every delivery of the run has in common, as `export_model` takes it. positions: the student's."""
+    section, weights = run.recipe.delivery, next(run.teacher_folder.glob("*.safetensors"))
+    return {
+        "formats": section.weights,
+        "kernel": None if section.kernel == "auto" else section.kernel,
+        "max_positions": min(section.max_positions, positions),
+        "safetensors": section.safetensors,
+        "compact": section.compact,
+        "budget_bytes": section.budget,
+        "tolerance": section.tolerance,
+        "force": run.force,
+        "manifest": {"recipe": run.recipe.name, "teacher_sha256": file_sha256(weights)},
+    }
+
+
+def origin_of(run) -> dict:
+    """Where a delivery comes from, for its card."""
+    return {
+        "teacher": run.recipe.teacher.model,
+        "sources": [Path(source).name for source in run.recipe.corpus.sources],
+        "vocabulary": read_json(run.vocab / "comparison.json"),
+    }
+
+
+def outputs_of(model: Delivery, task: Task, rows: Rows) -> list[np.ndarray]:
+    """What a delivery says of each row, in the form that `score` takes: [C], or of a token task [words, C]."""
+    if task.kind != "tokens":
+        texts = rows.first if rows.second is None else list(zip(rows.first, rows.second, strict=True))
+        return list(model.classify(texts)[1])
+    found = []
+    for words, labelled in zip(rows.first, model.label_tokens(rows.first), strict=True):
+        numbers = [task.labels.index(entry["label"]) for entry in labelled]
+        outside = task.labels.index("O") if "O" in task.labels else 0  # of words beyond the model's positions
+        found.append(np.eye(len(task.labels))[numbers + [outside] * (len(words) - len(numbers))])
+    return found
+
+
+def blocks_of(model) -> dict[str, int]:
+    """Parameters of the piece table, of the other embeddings and of the layers, whatever the family."""
+    pieces = model.get_input_embeddings().weight.numel()
+    embeddings = sum(p.numel() for name, p in model.named_parameters() if "embeddings" in name)
+    return {"pieces": pieces, "other embeddings": embeddings - pieces, "layers": model.num_parameters() - embeddings}
+
+
+def read_passages(path: Path) -> Iterator[dict]:
+    """Rows of a JSONL file with a "text"."""
+    try:
+        with path.open(encoding="utf-8") as file:
+            for number, line in enumerate(file, 1):
+                try:
+                    yield json.loads(line)
+                except json.JSONDecodeError as error:
+                    raise InputError(f"{path}: line {number} is not JSON ({error}): correct or delete it") from None
+    except FileNotFoundError:
+        raise InputError(f"{path}: no such file: correct index.passages or leave the section out") from None
