@@ -614,21 +614,19 @@ class TaskBatcher(Batcher):
         seed: int,
         sides: tuple[str, ...] = ("student",),
         max_pieces: int = 126,
-        shuffle: bool = True,
         shared: np.ndarray | None = None,
-        teacher_size: int | None = None,
     ):
         """The batches of one split.
 
         Args:
             sides: "student", "teacher" or both. max_pieces: as in `Batcher`, special tokens of a single sentence not
-                counted; those that a pair has more are taken off here. shuffle: False gives the rows as they stand.
-            shared, teacher_size: of `PieceTable`.
+                counted; those that a pair has more are taken off here.
+            shared: of `PieceTable`.
         """
         self.task, self.split = encoded.task, encoded.task.splits[split]
-        self.table = PieceTable(encoded.lexicon, teacher_size, shared)
+        self.table = PieceTable(encoded.lexicon, shared=shared)
         self.rows = len(self.split)
-        self.per_batch, self.seed, self.sides, self.shuffle = max(1, batch_size), seed, sides, shuffle
+        self.per_batch, self.seed, self.sides = max(1, batch_size), seed, sides
         self.per_epoch = -(-self.rows // self.per_batch)
         self._epoch = None
         self._cut(encoded, encoded.starts[split], max_pieces)
@@ -668,15 +666,7 @@ class TaskBatcher(Batcher):
 
     def batch(self, index: int) -> Batch:
         """The index-th batch of the run."""
-        if self.shuffle:
-            return self.of_rows(self._segments_of(index))
-        start = index % self.per_epoch * self.per_batch
-        return self.of_rows(np.arange(start, min(start + self.per_batch, self.rows)))
-
-    def batches_in_order(self) -> Iterator[Batch]:
-        """Every row once, as they stand in the file."""
-        for start in range(0, self.rows, self.per_batch):
-            yield self.of_rows(np.arange(start, min(start + self.per_batch, self.rows)))
+        return self.of_rows(self._segments_of(index))
 
     def of_rows(self, rows: np.ndarray) -> Batch:
         """The batch of these rows [B]."""
