@@ -100,6 +100,8 @@ def finetuned(run) -> dict:
     [
         ({"baselin": "all"}, "two.yaml: unknown key baselin: did you mean baseline"),
         ({"baseline": "none"}, "baseline: there is no variant none: write one of all, labels only"),
+        ({"baseline": {"all": "none"}}, "baseline: there is no variant none: write one of all, labels only"),
+        ({"baseline": {"none": "all"}}, "baseline: there is no variant none: write one of all, labels only"),
         ({"seeds": [1, 1]}, "seeds: a seed is written twice"),
         ({"seeds": []}, "two.yaml: seeds: "),
         ({"vary": "teacher"}, "two.yaml: vary: "),
@@ -265,6 +267,22 @@ def test_the_markdown_table(tmp_path, made):
         "other's range.\n"
     )
     assert "## Two variants\n\n| | mood accuracy" in (tmp_path / "root" / "tables.md").read_text(encoding="utf-8")
+
+
+def test_a_variant_may_have_a_baseline_of_its_own(tmp_path, made, monkeypatch):
+    monkeypatch.setattr(ablations, "plot", plot)
+    variants = TWO | {"more": {"distill.steps": 5}, "less": {"distill.steps": 3}}
+    path = written(tmp_path, variants=variants, baseline={"all": "labels only", "more": "less"})
+    rows = run_ablations([path], root=tmp_path / "root")["rows"]
+    rows = [row for row in rows if "difference" in row and (row["split"], row["task"]) == ("validation", "mood")]
+    found = {row["recipe"]: (row["baseline"], row["clear"]) for row in rows}
+    assert found == {"all": ("labels only", True), "more": ("less", False)}
+    table = (tmp_path / "root" / "two" / "table.md").read_text(encoding="utf-8")
+    assert "; against its own baseline (all: labels only; more: less), * where" in table
+    cells = {line.split("|")[1].strip(): line.split("|")[6].strip() for line in table.splitlines() if "|" in line}
+    assert cells["(teacher)"] == cells["less"] == cells["labels only"] == "" and cells["all"] == "+10.0*"
+    page = (tmp_path / "root" / "index.html").read_text(encoding="utf-8")
+    assert "compared with its own baseline (all: labels only; more: less)." in page
 
 
 def test_the_page_is_whole_and_offline(tmp_path, made, monkeypatch):

@@ -45,20 +45,25 @@ class Ablation(Section):
     base: str  # a recipe's path, from this file's folder
     seeds: Seeds = [1, 2, 3]
     vary: Literal["finetune", "run"] = "finetune"  # what a seed changes: fine-tuning, or the general stages too
-    baseline: str | None = None  # the variant that the others are compared with
+    baseline: str | dict[str, str] | None = None  # the variant that all are compared with, or {variant: its own}
     common: dict[str, Any] = {}  # section.key -> value, of every variant
     variants: Annotated[dict[str, dict[str, Any]], Field(min_length=1)]  # label -> {section.key: value}
 
     @model_validator(mode="after")
     def consistent(self):
-        if self.baseline is not None and self.baseline not in self.variants:
-            raise ValueError(f"baseline: there is no variant {self.baseline}: write one of {', '.join(self.variants)}")
+        named = self.baseline if isinstance(self.baseline, dict) else {self.baseline: self.baseline}
+        for label in (label for pair in named.items() for label in pair):
+            if label is not None and label not in self.variants:
+                raise ValueError(f"baseline: there is no variant {label}: write one of {', '.join(self.variants)}")
         if len(set(self.seeds)) < len(self.seeds):
             raise ValueError("seeds: a seed is written twice: every seed is a run of its own")
         folders = [slug(label) for label in self.variants]
         if twice := next((f for f in folders if folders.count(f) > 1 or not f), None):
             raise ValueError(f"variants: two labels share the folder {twice!r}: make them differ in their letters")
         return self
+
+    def baseline_of(self, label: str) -> str | None:
+        return self.baseline.get(label) if isinstance(self.baseline, dict) else self.baseline
 
 
 @dataclass(frozen=True)
@@ -198,9 +203,10 @@ def rows_of(units: list[Unit]) -> list[dict]:
 
     Each: ablation, recipe (the variant), split, task, metric, median, spread (largest less smallest), values and seeds
     (in order), tokens (of the student's own training, general and on tasks), seconds_per_step (of fine-tuning),
-    general_seconds_per_step, average (the variant's median on validation); with a baseline also difference (of medians)
-    and clear (whether no seed of the one reaches into the other's range, where both have several). Variants without a
-    finished seed have no row; the teacher fine-tuned on the same rows, where a variant has one, comes first as TEACHER.
+    general_seconds_per_step, average (the variant's median on validation); where it has a baseline also its name,
+    difference (of medians) and clear (whether no seed of the one reaches into the other's range, where both have
+    several). Variants without a finished seed have no row; the teacher fine-tuned on the same rows, where a variant has
+    one, comes first as TEACHER.
     """
     ablation = units[0].ablation
     rows = teacher_rows(units)
@@ -212,10 +218,11 @@ def rows_of(units: list[Unit]) -> list[dict]:
         }
         for place in figures[0]["measured"] if figures else ():
             rows.append(row_of(ablation, label, place, [f["measured"] for f in figures]) | about)
-    against = {place_of(row): row for row in rows if row["recipe"] == ablation.baseline}
+    known = {(row["recipe"], place_of(row)): row for row in rows}
     for row in rows:
-        other = against.get(place_of(row))
+        other = known.get((ablation.baseline_of(row["recipe"]), place_of(row)))
         if other and other is not row:
+            row["baseline"] = other["recipe"]
             row["difference"] = row["median"] - other["median"]
             ours, theirs = row["values"], other["values"]
             apart = min(ours) > max(theirs) or max(ours) < min(theirs)
@@ -270,11 +277,11 @@ def write_tables(ablations: list[list[Unit]], root: Path) -> dict:
         rows = rows_of(units)
         stages = {unit.run.dir.stage(name) for unit in units for name in unit.run.stages if unit.run.dir.is_done(name)}
         minutes = {stage.name: read_json(stage / "summary.json").get("minutes", 0) for stage in sorted(stages)}
-        write_text(folder / "table.md", markdown(rows, ablation.baseline))
-        write_text(folder / "plot.svg", plot(rows, ablation.name, ablation.baseline))
+        write_text(folder / "table.md", markdown(rows))
+        write_text(folder / "plot.svg", plot(rows, ablation.name))
         write_json(  # last: what has a summary is whole
             folder / "summary.json",
-            {"title": ablation.title, "baseline": ablation.baseline, "rows": rows, "minutes": minutes}
+            {"title": ablation.title, "rows": rows, "minutes": minutes}
             | {"finished": sum(unit.run.done for unit in units), "runs": len(units)},
         )
     every = {path.parent.name: read_json(path) for path in sorted(root.glob("*/summary.json"))}
@@ -323,13 +330,22 @@ def figure(row: dict | None) -> str:
     return f"{100 * row['median']:.1f}" + (f" ({100 * row['spread']:.1f})" if len(row["values"]) > 1 else "")
 
 
-def markdown(rows: list[dict], baseline: str | None) -> str:
+def compared_with(rows: list[dict]) -> str:
+    """The baseline, or each variant with its own."""
+    found = {row["recipe"]: row["baseline"] for row in rows if "baseline" in row}
+    if len(set(found.values())) < 2:
+        return next(iter(found.values()), "")
+    return f"its own baseline ({'; '.join(f'{label}: {other}' for label, other in found.items())})"
+
+
+def markdown(rows: list[dict]) -> str:
     """The table for people: 100 times the median, and in brackets the largest less the smallest seed."""
     if not rows:
         return "No run has finished yet.\n"
     heads, cells = cells_of(rows)
     lines = ["| | " + " | ".join(heads) + " |", "|---|" + "--:|" * len(heads)]
     lines += [f"| {label.replace('|', '/')} | " + " | ".join(row) + " |" for label, row in cells.items()]
+    baseline = compared_with(rows)
     rows = [row for row in rows if row["recipe"] != TEACHER and place_of(row) == AVERAGE]
     seeds = max((row["seeds"] for row in rows), key=len, default=[])
     note = f"100 × median (largest − smallest) of seeds {', '.join(map(str, seeds))}"
@@ -339,8 +355,9 @@ def markdown(rows: list[dict], baseline: str | None) -> str:
     return "\n".join(lines) + f"\n\n{note}.\n"
 
 
-def plot(rows: list[dict], name: str, baseline: str | None) -> str:
-    """An SVG: each variant's average, a dot per seed and a line at the median; the baseline's range as a band."""
+def plot(rows: list[dict], name: str) -> str:
+    """An SVG: each variant's average, a dot per seed and a line at the median; a common baseline's range as a band."""
+    baseline = compared_with(rows)
     rows = [row for row in rows if place_of(row) == AVERAGE][::-1]
 
     def draw(figure: Figure) -> None:
@@ -368,7 +385,8 @@ def write_page(every: dict[str, dict], summary: dict, root: Path) -> None:
         heads, cells = cells_of(one["rows"]) if one["rows"] else ([], {})
         drawn = root / name / "plot.svg"
         picture = Markup(drawn.read_text(encoding="utf-8")) if one["rows"] and drawn.is_file() else ""
-        parts.append(one | {"name": name, "heads": heads, "cells": cells, "plot": picture})
+        about = {"name": name, "baseline": compared_with(one["rows"])}
+        parts.append(one | about | {"heads": heads, "cells": cells, "plot": picture})
     loader = jinja2.FileSystemLoader(Path(__file__).parent)
     pages = jinja2.Environment(loader=loader, autoescape=True, undefined=jinja2.StrictUndefined)
     page = pages.get_template("ablations.html.jinja")
