@@ -202,6 +202,21 @@ def test_rounded_weights_are_scored_beside_the_trained(name, taught, data, tiny_
     }
 
 
+@pytest.mark.parametrize("name", ["rating", "slots"])
+def test_a_model_trained_through_the_rounding_is_what_its_delivery_holds(name, taught, data, tiny_teacher, tmp_path):
+    options = {"tasks": [name], "phases": [SOFT | {"epochs": 6}], "seeds": [1]}
+    options |= {"rounded": "int4-32", "through_rounding": True}
+    run = with_teachers(taught, data, tiny_teacher, tmp_path, **options)
+    finetune(run)
+    folder, task = run.dir.stage("finetune") / name, run.tasks[name]
+    unit, model = read_json(folder / "metrics.json"), load_task_model(str(folder / "model"), task, trained=True)
+    assert unit["rounded"] == unit["validation"]
+    assert losses_of(folder / "seed-1")[-1] < 0.7 * losses_of(folder / "seed-1")[0]
+    before = {name: parameter.clone() for name, parameter in model.named_parameters()}
+    for name, parameter in fake_quantize_(model, "int4-32").named_parameters():
+        assert torch.allclose(parameter, before[name], rtol=1e-3, atol=1e-6), name
+
+
 def test_the_first_task_of_a_process_starts_like_any_other(taught, data, tiny_teacher, tmp_path):
     run = with_teachers(taught, data, tiny_teacher, tmp_path, phases=[LAYERS])
     torch.manual_seed(0)

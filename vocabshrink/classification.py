@@ -30,9 +30,10 @@ from transformers import (
 
 from tokenizer_build.errors import InputError
 from vocabshrink.batches import Batch, Pieces
-from vocabshrink.distillation import TrainingTask, freeze_unread, hidden_projections, run_view
+from vocabshrink.distillation import STEPS_OF_SCALES, TrainingTask, freeze_unread, hidden_projections, run_view
 from vocabshrink.layer_map import Pairs
 from vocabshrink.losses import TASK, Forward, View
+from vocabshrink.quantize import refit
 from vocabshrink.recipe import Losses
 from vocabshrink.tasks import Task, TaskBatcher, check_label_order
 from vocabshrink.teacher import attention_kind, check_folder, resolve_model, run_backbone
@@ -186,6 +187,10 @@ class TaskTraining(TrainingTask):
         body = {id(p) for name, p in self.student.base_model.named_parameters() if "pooler" not in name}
         for parameter in self.student.parameters():
             parameter.requires_grad_(id(parameter) in body or bool(TASK & set(losses)))
+
+    def before_step(self, step: int) -> None:
+        if step % STEPS_OF_SCALES == 0:
+            refit(self.student)
 
     def view(self, batch: Batch) -> Forward:
         forward = Forward(batch, self.pairs, self.up, self.down, student=self.run(self.student, batch.student, batch))

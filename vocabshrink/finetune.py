@@ -40,7 +40,7 @@ from vocabshrink.classification import (
 )
 from vocabshrink.layer_map import layer_pairs
 from vocabshrink.loop import make_accelerator, train
-from vocabshrink.quantize import fake_quantize_
+from vocabshrink.quantize import bake, fake_quantize_, quantization_aware
 from vocabshrink.recipe import OF_SUMMARY, FinetuneStage, Phase, TaskSection, explain
 from vocabshrink.run_dir import RunDir, read_json, replacing, write_json
 from vocabshrink.student import first_position
@@ -234,8 +234,11 @@ class Subject:
             return result
         torch.manual_seed(seed)
         body, directions = self.student()
+        model = student_model(body, self.task, self.run.teacher_folder)
+        if self.stage.through_rounding:
+            quantization_aware(model, self.stage.rounded)
         training = TaskTraining(
-            student_model(body, self.task, self.run.teacher_folder),
+            model,
             self.task.kind,
             teacher=self.teacher,
             logits=self.logits,
@@ -246,6 +249,8 @@ class Subject:
         shared = self.run.shared_pieces if self.teacher is not None else None
         result = fit(training, self.encoded, phases, RunDir(unit), self.name, seed, mark, shared=shared)
         if PartialState().is_main_process:
+            if self.stage.through_rounding:
+                bake(training.student)
             for split in (s for s in self.task.splits if s != "train"):
                 logits = logits_of(training.student, self.encoded, split, phases[-1])
                 result[split] = score(self.task, logits, split)
@@ -361,7 +366,9 @@ def write_logits(path: Path, logits: dict[str, np.ndarray]) -> None:
 def fingerprint(run, stage: str, name: str, point: str, seed: int) -> str:
     """What decides one training. Not the other tasks, nor the other seeds and settings: they may come later."""
     settings = run.settings_of(stage)
-    settings |= {"tasks": settings["tasks"][name], "finetune": settings.get("finetune", {}).get("phases")}
+    section = settings.get("finetune", {})
+    own = {key: section[key] for key in ("phases", "rounded", "through_rounding") if key in section}
+    settings |= {"tasks": settings["tasks"][name], "finetune": own}
     return hashlib.sha256(json.dumps([settings, point, seed], sort_keys=True).encode()).hexdigest()
 
 

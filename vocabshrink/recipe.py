@@ -298,9 +298,14 @@ class FinetuneStage(Section):
     augment: AugmentSection | None = None
     save_models: bool = True  # the model of each task's median seed
     rounded: WeightFormats | None = None  # validates each model also with its weights as such a delivery keeps them
+    # trains through that rounding (straight-through), so that the models are what their deliveries hold; left out of
+    # dumps where it is not set, so that what was trained before there was such a setting stays finished
+    through_rounding: bool = Field(default=False, exclude_if=lambda value: not value)
 
     @model_validator(mode="after")
     def seeds_differ(self):
+        if self.through_rounding and not self.rounded:
+            raise ValueError("through_rounding: there is no rounding: add finetune.rounded, the delivery's weights")
         if len(set(self.seeds)) < len(self.seeds):
             raise ValueError("seeds: a seed is written twice: every seed is a run of its own")
         return self
