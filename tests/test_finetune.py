@@ -204,8 +204,8 @@ def test_rounded_weights_are_scored_beside_the_trained(name, taught, data, tiny_
 
 @pytest.mark.parametrize("name", ["rating", "slots"])
 def test_a_model_trained_through_the_rounding_is_what_its_delivery_holds(name, taught, data, tiny_teacher, tmp_path):
-    options = {"tasks": [name], "phases": [SOFT | {"epochs": 6}], "seeds": [1]}
-    options |= {"rounded": "int4-32", "through_rounding": True}
+    phases = [SOFT | {"epochs": 4}, SOFT | {"epochs": 2, "through_rounding": True}]
+    options = {"tasks": [name], "phases": phases, "seeds": [1], "rounded": "int4-32"}
     run = with_teachers(taught, data, tiny_teacher, tmp_path, **options)
     finetune(run)
     folder, task = run.dir.stage("finetune") / name, run.tasks[name]

@@ -40,7 +40,7 @@ from vocabshrink.classification import (
 )
 from vocabshrink.layer_map import layer_pairs
 from vocabshrink.loop import make_accelerator, train
-from vocabshrink.quantize import bake, fake_quantize_, quantization_aware
+from vocabshrink.quantize import Formats, bake, fake_quantize_, is_rounded, quantization_aware
 from vocabshrink.recipe import OF_SUMMARY, FinetuneStage, Phase, TaskSection, explain
 from vocabshrink.run_dir import RunDir, read_json, replacing, write_json
 from vocabshrink.student import first_position
@@ -234,11 +234,8 @@ class Subject:
             return result
         torch.manual_seed(seed)
         body, directions = self.student()
-        model = student_model(body, self.task, self.run.teacher_folder)
-        if self.stage.through_rounding:
-            quantization_aware(model, self.stage.rounded)
         training = TaskTraining(
-            model,
+            student_model(body, self.task, self.run.teacher_folder),
             self.task.kind,
             teacher=self.teacher,
             logits=self.logits,
@@ -247,10 +244,9 @@ class Subject:
             normalize=self.run.recipe.teacher.normalize,
         )
         shared = self.run.shared_pieces if self.teacher is not None else None
-        result = fit(training, self.encoded, phases, RunDir(unit), self.name, seed, mark, shared=shared)
+        options = {"shared": shared, "rounding": self.stage.rounded}
+        result = fit(training, self.encoded, phases, RunDir(unit), self.name, seed, mark, **options)
         if PartialState().is_main_process:
-            if self.stage.through_rounding:
-                bake(training.student)
             for split in (s for s in self.task.splits if s != "train"):
                 logits = logits_of(training.student, self.encoded, split, phases[-1])
                 result[split] = score(self.task, logits, split)
@@ -298,6 +294,7 @@ def fit(
     mark: str,
     *,
     shared: np.ndarray | None = None,
+    rounding: Formats | None = None,
 ) -> dict:
     """Trains phase after phase, each from where the one before ended; a phase that was cut off resumes.
 
@@ -309,6 +306,8 @@ def fit(
         if training.teacher is not None:
             depths = (model.config.num_hidden_layers for model in (training.student, training.teacher))
             pairs = layer_pairs(phase.layer_map, *depths, seed=seed)
+        if phase.through_rounding and not is_rounded(training.student):
+            quantization_aware(training.student, rounding)
         training.begin(phase.losses, pairs)
         accelerator = make_accelerator(phase, unit)
         batcher = TaskBatcher(
@@ -338,6 +337,8 @@ def fit(
             )
         )
         accelerator.unwrap_model(training, keep_fp32_wrapper=False)  # else the next phase wraps the wrapper
+    if is_rounded(training.student):
+        bake(training.student)
     steps, tokens, seconds = (sum(result[key] for result in results) for key in ("steps", "tokens", "seconds"))
     figures = {"steps": steps, "tokens": tokens, "seconds": round(seconds, 1), "seconds_per_step": seconds / steps}
     return figures | {"phases": results}
@@ -367,7 +368,7 @@ def fingerprint(run, stage: str, name: str, point: str, seed: int) -> str:
     """What decides one training. Not the other tasks, nor the other seeds and settings: they may come later."""
     settings = run.settings_of(stage)
     section = settings.get("finetune", {})
-    own = {key: section[key] for key in ("phases", "rounded", "through_rounding") if key in section}
+    own = {key: section[key] for key in ("phases", "rounded") if key in section}
     settings |= {"tasks": settings["tasks"][name], "finetune": own}
     return hashlib.sha256(json.dumps([settings, point, seed], sort_keys=True).encode()).hexdigest()
 

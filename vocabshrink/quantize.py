@@ -203,6 +203,11 @@ def quantization_aware(model: nn.Module, formats: Formats) -> nn.Module:
     return model
 
 
+def is_rounded(model: nn.Module) -> bool:
+    """Whether the model is between `quantization_aware` and `bake`."""
+    return any(isinstance(module, Rounding) for module in model.modules())
+
+
 @torch.no_grad()
 def refit(model: nn.Module) -> None:
     """Fit the scales to the weights again: every hundred steps or so, never within one."""

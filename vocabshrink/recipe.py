@@ -273,6 +273,9 @@ class Phase(TrainingSection):
     evaluations: Annotated[int, Number, Field(ge=0)] = 0
     losses: Losses = {"labels": Weighted()}
     layer_map: LayerMap = "uniform"
+    # trains through finetune.rounded from here on (straight-through), so that the model is what its delivery holds;
+    # out of dumps where it is not set, so that what was trained before there was such a setting stays finished
+    through_rounding: bool = Field(default=False, exclude_if=lambda value: not value)
 
 
 # What a fine-tuning's summary says beside the tasks' names.
@@ -298,14 +301,11 @@ class FinetuneStage(Section):
     augment: AugmentSection | None = None
     save_models: bool = True  # the model of each task's median seed
     rounded: WeightFormats | None = None  # validates each model also with its weights as such a delivery keeps them
-    # trains through that rounding (straight-through), so that the models are what their deliveries hold; left out of
-    # dumps where it is not set, so that what was trained before there was such a setting stays finished
-    through_rounding: bool = Field(default=False, exclude_if=lambda value: not value)
 
     @model_validator(mode="after")
     def seeds_differ(self):
-        if self.through_rounding and not self.rounded:
-            raise ValueError("through_rounding: there is no rounding: add finetune.rounded, the delivery's weights")
+        if any(phase.through_rounding for phase in self.phases) and not self.rounded:
+            raise ValueError("phases: through_rounding has no rounding: add finetune.rounded, the delivery's weights")
         if len(set(self.seeds)) < len(self.seeds):
             raise ValueError("seeds: a seed is written twice: every seed is a run of its own")
         return self
