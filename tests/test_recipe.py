@@ -357,6 +357,8 @@ class TestTasks:
             ("tasks.sst2.trian=x", "unknown key tasks.sst2.trian: did you mean train?"),
             ("finetune.grid={lr: [1e-4]}", "'learning_rate'"),
             ("finetune.seeds=[1, 1]", "a seed is written twice"),
+            ("finetune.phases=[{through_rounding: true}]", "through_rounding has no rounding: add finetune.rounded"),
+            ("finetune.teacher={through_rounding: true}", "teacher.through_rounding: the teacher is not delivered"),
             ("finetune.phases=[]", "finetune.phases"),
             ("tasks={}", "there is no task"),
             ("tasks={a/b: {train: x, validation: y}}", "tasks.a/b"),

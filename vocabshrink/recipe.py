@@ -306,6 +306,8 @@ class FinetuneStage(Section):
     def seeds_differ(self):
         if any(phase.through_rounding for phase in self.phases) and not self.rounded:
             raise ValueError("phases: through_rounding has no rounding: add finetune.rounded, the delivery's weights")
+        if self.teacher and self.teacher.through_rounding:
+            raise ValueError("teacher.through_rounding: the teacher is not delivered: leave it out")
         if len(set(self.seeds)) < len(self.seeds):
             raise ValueError("seeds: a seed is written twice: every seed is a run of its own")
         return self
