@@ -55,12 +55,10 @@ def corpus_file(lines, tmp_path_factory) -> Path:
     return path
 
 
-@pytest.fixture(scope="session")
-def tiny_teacher(lines, tmp_path_factory) -> Path:
-    """Folder of a 4-layer, 32-wide BertForMaskedLM with random weights and a 300-piece tokenizer."""
+def make_teacher(lines: list[str], folder: Path) -> None:
+    """A 4-layer, 32-wide BertForMaskedLM with random weights and a 300-piece tokenizer."""
     from transformers import BertConfig, BertForMaskedLM, BertTokenizerFast
 
-    folder = tmp_path_factory.mktemp("teacher")
     pieces = wordpiece_pieces(lines, 300)
     (folder / "vocab.txt").write_text("\n".join(pieces) + "\n", encoding="utf-8")
     BertTokenizerFast(vocab={p: i for i, p in enumerate(pieces)}, do_lower_case=True).save_pretrained(folder)
@@ -74,4 +72,26 @@ def tiny_teacher(lines, tmp_path_factory) -> Path:
         max_position_embeddings=64,
     )
     BertForMaskedLM(config).save_pretrained(folder)
+
+
+def remove_head(teacher: Path, folder: Path) -> None:
+    """The same model without its masked-LM head."""
+    from transformers import AutoModel
+
+    AutoModel.from_pretrained(teacher, add_pooling_layer=False).save_pretrained(folder)
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        (folder / name).write_bytes((teacher / name).read_bytes())
+
+
+@pytest.fixture(scope="session")
+def tiny_teacher(lines, tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("teacher")
+    make_teacher(lines, folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def headless_teacher(tiny_teacher, tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("headless")
+    remove_head(tiny_teacher, folder)
     return folder
