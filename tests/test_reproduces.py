@@ -19,7 +19,7 @@ GOLDEN = Path(__file__).parent / "golden" / "runs.json"
 TRAINING = {"steps": 20, "batch_size": 16, "max_length": 48, "learning_rate": 1e-3, "precision": "no", "evaluations": 1}
 NEAR = {"unit": "sentence", "group_size": 4}
 NARROW = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 32}
-PHASE = {"epochs": 4, "batch_size": 16, "precision": "no", "learning_rate": 1e-3}
+PHASE = {"epochs": 4, "steps": 20, "batch_size": 16, "precision": "no", "learning_rate": 1e-3}
 LAYERS = {"attention_scores": 1, "hidden_mse": 1, "embedding_mse": 1}
 RECIPES = {
     "joint": {
