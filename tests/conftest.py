@@ -95,3 +95,11 @@ def headless_teacher(tiny_teacher, tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("headless")
     remove_head(tiny_teacher, folder)
     return folder
+
+
+@pytest.fixture(scope="session")
+def folders(lines, tmp_path_factory) -> dict[str, Path]:
+    """{family: the folder of a tiny teacher}"""
+    from families import make_families
+
+    return make_families(lines, tmp_path_factory)

@@ -5,15 +5,16 @@ from pathlib import Path
 import pytest
 
 from tokenizer_build.errors import InputError
-from vocabshrink import search
-from vocabshrink.ablations import read_ablation, units_of
-from vocabshrink.dual_training import LOSSES_OF_MODE
-from vocabshrink.layer_map import layer_pairs
-from vocabshrink.losses import LOSSES, MASKED_LM, check_losses
-from vocabshrink.recipe import dump_recipe, load_recipe, parse_yaml
-from vocabshrink.run_dir import RunDir
-from vocabshrink.stages import Run, stages_of
-from vocabshrink.variants import base_values, make_variant
+from vocabshrink.lab import tune as search
+from vocabshrink.lab.ablations import read_ablation, units_of
+from vocabshrink.lab.variants import base_values, make_variant
+from vocabshrink.run.folder import RunDir
+from vocabshrink.run.layer_map import layer_pairs
+from vocabshrink.run.recipe import dump_recipe, load_recipe
+from vocabshrink.run.recipe_yaml import parse_yaml
+from vocabshrink.stages.stages import Run, stages_of
+from vocabshrink.training.dual_training import LOSSES_OF_MODE
+from vocabshrink.training.losses import LOSSES, MASKED_LM, check_losses
 
 FOLDER = Path(__file__).resolve().parents[1] / "recipes"
 FILES = sorted(path for pattern in ("*.yaml", "*.yml") for path in FOLDER.rglob(pattern))

@@ -12,15 +12,17 @@ from conftest import wordpiece_pieces
 from torch import nn
 
 from tokenizer_build.tokenizer import save_tokenizer
-from vocabshrink.batches import Batcher, PieceTable, cut_segments
-from vocabshrink.distillation import Distillation, TrainingTask
-from vocabshrink.layer_map import layer_pairs
-from vocabshrink.lexicon import Lexicon, WordStream, encode_corpus
-from vocabshrink.loop import make_accelerator, train
-from vocabshrink.recipe import DistillStage, StudentSection, TrainingSection, Weighted
-from vocabshrink.run_dir import RunDir
-from vocabshrink.student import build_student
-from vocabshrink.teacher import load_teacher
+from vocabshrink.data.batches import Batcher, cut_segments
+from vocabshrink.data.lexicon import Lexicon, WordStream, encode_corpus
+from vocabshrink.data.pieces import PieceTable
+from vocabshrink.models.student import build_student
+from vocabshrink.models.teacher import load_teacher
+from vocabshrink.run.folder import RunDir
+from vocabshrink.run.layer_map import layer_pairs
+from vocabshrink.run.recipe import DistillStage, StudentSection, TrainingSection, Weighted
+from vocabshrink.training.distillation import Distillation
+from vocabshrink.training.loop import make_accelerator, train
+from vocabshrink.training.task import TrainingTask
 
 NARROW = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 24}
 PLAIN = {"precision": "no", "evaluations": 0, "warmup": 0.0}

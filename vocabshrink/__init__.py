@@ -10,6 +10,6 @@ def __getattr__(name: str):
     """`load`, imported when it is asked for: `import vocabshrink` alone costs nothing."""
     if name != "load":
         raise AttributeError(f"module 'vocabshrink' has no attribute {name!r}")
-    from vocabshrink.runtime import load
+    from vocabshrink.runtime.delivery import load
 
     return load

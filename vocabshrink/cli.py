@@ -13,7 +13,8 @@ from rich.console import Console
 from rich.table import Table
 
 from tokenizer_build.errors import InputError
-from vocabshrink.run_dir import STAGE_NAMES, task_rows
+from vocabshrink.run.folder import task_rows
+from vocabshrink.run.stage import RENAMED, STAGES, stages_of
 
 app = typer.Typer(
     help="Compress a BERT-type encoder to under 7 MB by giving it a much smaller vocabulary.",
@@ -27,12 +28,16 @@ Overrides = Annotated[list[str] | None, typer.Argument(help="settings over the r
 SYSTEMS = ("teacher", "untrained", "trained", "delivered")
 
 
-def open_run(recipe: Path, overrides: list[str] | None, force: bool = False):
-    from vocabshrink.recipe import load_recipe
-    from vocabshrink.run_dir import RunDir
-    from vocabshrink.stages import Run
+def open_run(recipe: Path, overrides: list[str] | None, force: bool = False, *, check: bool = True):
+    """The run of a recipe; what cannot work is refused here."""
+    from vocabshrink.run.engine import Run
+    from vocabshrink.run.folder import RunDir
+    from vocabshrink.run.recipe import load_recipe
+    from vocabshrink.stages.checks import check_recipe
 
     loaded = load_recipe(recipe, overrides or [])
+    if check:
+        check_recipe(loaded, force=force)
     return Run(loaded, RunDir(Path("artifacts") / loaded.name), force)
 
 
@@ -44,14 +49,9 @@ def run(
     force: Force = False,
 ):
     """Do every stage that the recipe asks for; finished ones are skipped."""
-    from vocabshrink.delivery import check_delivery
-    from vocabshrink.plan import check_budget
-    from vocabshrink.stages import main_process, run_stage, stages_of, summarise
+    from vocabshrink.run.engine import main_process, run_stage, summarise
 
     opened = open_run(recipe, overrides, force)
-    check_delivery(opened.recipe)
-    if not force:
-        check_budget(opened.recipe)
     for name in stages_of(opened.recipe):
         if name == "report" and main_process():
             summarise(opened, since)
@@ -64,7 +64,7 @@ def run(
 def add_stage(name: str) -> None:
     @app.command(name, help=f"Do the {name} stage of a recipe.")
     def stage(recipe: RecipePath, overrides: Overrides = None, force: Force = False):
-        from vocabshrink.stages import run_stage, summarise
+        from vocabshrink.run.engine import run_stage, summarise
 
         opened = open_run(recipe, overrides, force)
         if name == "report":
@@ -72,8 +72,16 @@ def add_stage(name: str) -> None:
         run_stage(opened, name)
 
 
-for stage_name in STAGE_NAMES:
+def add_renamed(old: str, new: str) -> None:
+    @app.command(old, hidden=True, context_settings={"allow_extra_args": True, "ignore_unknown_options": True})
+    def renamed():
+        raise InputError(f"the stage {old} is called {new} now: vocabshrink {new} RECIPE")
+
+
+for stage_name in STAGES:
     add_stage(stage_name)
+for names in RENAMED.items():
+    add_renamed(*names)
 
 
 def show_summary(summary: dict) -> None:
@@ -103,9 +111,9 @@ def show_summary(summary: dict) -> None:
 @app.command()
 def plan(recipe: RecipePath, overrides: Overrides = None):
     """Print parameters, bytes of every format, tokens, FLOPs and hours; refuse what cannot meet its budget."""
-    from vocabshrink.plan import check_budget, plan_tables
+    from vocabshrink.stages.plan import check_budget, plan_tables
 
-    opened = open_run(recipe, overrides)
+    opened = open_run(recipe, overrides, check=False)
     console = Console(width=None if sys.stdout.isatty() else 110)
     for table in plan_tables(opened.recipe, opened.dir):
         console.print(table)
@@ -115,7 +123,7 @@ def plan(recipe: RecipePath, overrides: Overrides = None):
 @app.command()
 def show(recipe: RecipePath, overrides: Overrides = None):
     """Print the resolved recipe, every default written out."""
-    from vocabshrink.recipe import dump_recipe, load_recipe
+    from vocabshrink.run.recipe import dump_recipe, load_recipe
 
     print(dump_recipe(load_recipe(recipe, overrides or [])), end="")
 
@@ -124,8 +132,8 @@ def show(recipe: RecipePath, overrides: Overrides = None):
 def list_parts():
     """List vocabulary trainers, losses and layer maps."""
     from tokenizer_build.trainers import TRAINERS
-    from vocabshrink.layer_map import LAYER_MAPS
-    from vocabshrink.losses import LOSSES
+    from vocabshrink.run.layer_map import LAYER_MAPS
+    from vocabshrink.training.losses import LOSSES
 
     for title, parts in {"vocabulary.trainer": TRAINERS, "losses": LOSSES, "layer_map": LAYER_MAPS}.items():
         table = Table(title, "", box=None, title_justify="left")
@@ -140,7 +148,7 @@ def ablations(
     root: Annotated[Path, typer.Option(help="where runs, tables and the page go")] = Path("artifacts/ablations"),
 ):
     """Run every variant and seed of the ablation files, each stage once; write summary.json, tables and a page."""
-    from vocabshrink.ablations import run_ablations
+    from vocabshrink.lab.ablations import run_ablations
 
     overrides = [word for word in files if "=" in word]
     run_ablations([Path(word) for word in files if "=" not in word], overrides, root=root)
@@ -149,7 +157,7 @@ def ablations(
 @app.command()
 def harvest(out: Annotated[Path, typer.Argument(help="a .jsonl or .jsonl.gz to write")]):
     """Harvest the documentation of the installed Python packages as a corpus."""
-    from vocabshrink.harvest import harvest as harvest_to
+    from vocabshrink.lab.harvest import harvest as harvest_to
 
     if out.is_file():
         print(f"{out}: harvested before", file=sys.stderr)
@@ -172,11 +180,11 @@ def search(
 ):
     """Search for the layer map of a YAML file; or answer a query from an artifact's own passages, without torch."""
     if subject.suffix in (".yaml", ".yml"):
-        from vocabshrink.search import run_search
+        from vocabshrink.lab.tune import run_search
 
         show_search(run_search(subject, words or [], root, proxy_check=proxy_check))
         return
-    from vocabshrink.runtime import search as search_index
+    from vocabshrink.runtime.index import search as search_index
 
     if not words:
         raise InputError(f"{subject}: there is no query: write one behind it (and a search file's name ends in .yaml)")
@@ -219,7 +227,7 @@ BatchSize = Annotated[int, typer.Option(min=1, help="texts in a batch")]
 @app.command()
 def embed(artifact: Path, batch_size: BatchSize = 32, threads: Threads = 1):
     """Embed the lines of standard input: one JSON object a line. Needs no torch."""
-    from vocabshrink.runtime import embed_lines
+    from vocabshrink.runtime.lines import embed_lines
 
     embed_lines(artifact, sys.stdin.buffer, sys.stdout, batch_size=batch_size, threads=threads)
 
@@ -227,7 +235,7 @@ def embed(artifact: Path, batch_size: BatchSize = 32, threads: Threads = 1):
 @app.command()
 def classify(artifact: Path, batch_size: BatchSize = 32, threads: Threads = 1):
     """Classify the lines of standard input (first TAB second: a pair), or label their words. Needs no torch."""
-    from vocabshrink.runtime import classify_lines
+    from vocabshrink.runtime.lines import classify_lines
 
     classify_lines(artifact, sys.stdin.buffer, sys.stdout, batch_size=batch_size, threads=threads)
 
@@ -241,7 +249,7 @@ def web(
     node_modules: Path = Path("tests/js/node_modules"),
 ):
     """Write a page that runs the artifacts in the browser."""
-    from vocabshrink.web import build_web
+    from vocabshrink.pages.web import build_web
 
     done = build_web(artifacts, out, passages, title, node_modules=node_modules)
     print(f"{out}/index.html (any static server), {out}/standalone.html (from a disk); {done['passages']} passages")
@@ -257,11 +265,11 @@ def bench(
     seconds: Annotated[float, typer.Option(help="of calls for each length, batch and number of threads")] = 2.0,
 ):
     """Measure artifacts beside their teacher and a static peer."""
-    from vocabshrink.bench import bench as measure
-    from vocabshrink.bench import bench_tables
+    from vocabshrink.lab.bench import bench as measure
+    from vocabshrink.lab.bench import bench_tables
 
     if teacher:
-        from vocabshrink.teacher import resolve_model
+        from vocabshrink.models.teacher import resolve_model
 
     tasks = dict(entry.split("=", 1) for entry in task or [])
     report = measure(

@@ -24,12 +24,13 @@ from transformers.utils import logging
 
 from tokenizer_build.corpus import read_blocks
 from tokenizer_build.count import count_block
+from tokenizer_build.files import write_json
 from tokenizer_build.tokenizer import save_tokenizer
 from tokenizer_build.trainers import TRAINERS
-from vocabshrink.batches import Batcher, PieceTable, cut_segments
-from vocabshrink.lexicon import Lexicon, WordStream, encode_corpus
-from vocabshrink.run_dir import write_json
-from vocabshrink.teacher import resolve_model
+from vocabshrink.data.batches import Batcher, cut_segments
+from vocabshrink.data.lexicon import Lexicon, WordStream, encode_corpus
+from vocabshrink.data.pieces import PieceTable
+from vocabshrink.models.teacher import resolve_model
 
 MAX_LENGTH, BATCH = 128, 256
 ENCODE = """

@@ -16,11 +16,12 @@ os.environ["OMP_NUM_THREADS"] = "1"
 
 import torch
 
-from vocabshrink.loop import make_accelerator, parameter_groups
-from vocabshrink.losses import MASKED_LM
-from vocabshrink.recipe import DistillStage, load_recipe
-from vocabshrink.run_dir import RunDir, write_json
-from vocabshrink.stages import Run, make_batcher, make_distillation, new_student_head
+from tokenizer_build.files import write_json
+from vocabshrink.run.folder import RunDir
+from vocabshrink.run.recipe import DistillStage, load_recipe
+from vocabshrink.stages.stages import Run, make_batcher, make_distillation, new_student_head
+from vocabshrink.training.loop import make_accelerator, parameter_groups
+from vocabshrink.training.losses import MASKED_LM
 
 PLAIN = "no teacher (masked LM)"
 # method -> (losses, layer map)

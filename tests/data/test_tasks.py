@@ -1,0 +1,797 @@
+"""Task files are read as meant or refused; batches are the tokenizers' own encoding; metrics are the papers'."""
+
+import csv
+import io
+import json
+import math
+from collections.abc import Iterator
+
+import numpy as np
+import pytest
+import torch
+from conftest import wordpiece_pieces
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from safetensors.numpy import save_file
+from tokenizers.implementations import ByteLevelBPETokenizer
+from transformers import AutoTokenizer, BertTokenizerFast, RobertaTokenizerFast
+
+from tokenizer_build.errors import InputError
+from vocabshrink.data import tasks
+from vocabshrink.data.batches import Batch
+from vocabshrink.data.metrics import headline, slot_f1, spans
+from vocabshrink.data.task_batches import TaskBatcher, encode_task
+from vocabshrink.data.tasks import Rows, Task, check_label_order, predictions, read_logits, read_task, score
+from vocabshrink.run.recipe import TaskSection
+
+SINGLE = [{"sentence1": "kalo mine", "label": 0}, {"sentence1": "Ru, sato!", "label": 1}]
+PAIRS = [row | {"sentence2": f"second {i}"} for i, row in enumerate(SINGLE)]
+TOKENS = [{"tokens": ["kalo", "mine"], "slots": ["B-x", "O"]}, {"tokens": ["ru"], "slots": ["O"]}]
+
+
+def jsonl(rows: list[dict], ascii: bool = False) -> str:
+    return "".join(json.dumps(row, ensure_ascii=ascii) + "\n" for row in rows)
+
+
+def as_csv(rows: list[dict]) -> str:
+    file = io.StringIO(newline="")
+    writer = csv.DictWriter(file, list(rows[0]))
+    writer.writeheader()
+    writer.writerows(rows)
+    return file.getvalue()
+
+
+@pytest.fixture
+def write(tmp_path):
+    """Writes train and validation files (and a test one, and meta.json) and returns the task's section."""
+
+    def write(train, validation=None, test=None, meta=None, suffix="jsonl", **section):
+        contents = {"train": train, "validation": train if validation is None else validation, "test": test}
+        for split, rows in contents.items():
+            if rows is not None:
+                text = (as_csv if suffix == "csv" else jsonl)(rows) if isinstance(rows, list) else rows
+                path = tmp_path / f"{split}.{suffix}"
+                path.write_bytes(text if isinstance(text, bytes) else text.encode())
+                section.setdefault(split, str(path))
+        if meta is not None:
+            (tmp_path / "meta.json").write_text(json.dumps(meta), encoding="utf-8")
+        return TaskSection(**section)
+
+    return write
+
+
+@pytest.fixture
+def read(write):
+    return lambda *contents, **options: read_task(write(*contents, **options), "it")
+
+
+class TestRead:
+    def test_single_sentences(self, read):
+        task = read(SINGLE, meta={"labels": ["bad", "good"], "metrics": ["accuracy", "f1"]})
+        assert (task.name, task.kind, task.labels, task.metrics) == (
+            "it",
+            "classification",
+            ["bad", "good"],
+            ["accuracy", "f1"],
+        )
+        rows = task.splits["train"]
+        assert rows.first == ["kalo mine", "Ru, sato!"] and rows.second is None and len(rows) == 2
+        assert rows.targets.tolist() == [0, 1] and rows.targets.dtype == np.int64
+        assert list(task.splits) == ["train", "validation"]
+
+    def test_pairs_scores_and_tokens(self, read):
+        assert read(PAIRS).splits["train"].second == ["second 0", "second 1"]
+        scores = read([row | {"label": x} for row, x in zip(PAIRS, [2, 3.5], strict=True)], kind="regression")
+        assert scores.splits["train"].targets.tolist() == [2.0, 3.5] and scores.labels == []
+        assert scores.metrics == ["pearson", "spearman"]
+        tokens = read(TOKENS, kind="tokens", meta={"labels": ["other"], "slots": ["O", "B-x"]})
+        assert tokens.labels == ["O", "B-x"] and tokens.metrics == ["slot_f1"]
+        assert tokens.splits["train"].first == [["kalo", "mine"], ["ru"]]
+        assert [row.tolist() for row in tokens.splits["train"].targets] == [[1, 0], [0]]
+
+    def test_fields_of_any_name(self, read):
+        rows = [{"q": "a", "p": "b", "fine": "x"}, {"q": "c", "p": "d", "fine": "y"}]
+        meta = {"labels": ["coarse"], "fine": ["y", "x"]}
+        task = read(rows, text=["q", "p"], label="fine", meta=meta)
+        assert task.labels == ["y", "x"] and task.splits["train"].targets.tolist() == [1, 0]
+        assert task.splits["train"].second == ["b", "d"]
+        assert read(rows, text=["p"], label="fine").splits["train"].first == ["b", "d"]
+        tags = [{"w": ["a"], "t": ["N"]}, {"w": ["b", "c"], "t": ["V", "N"]}]
+        task = read(tags, kind="tokens", tokens="w", label="t")
+        assert task.labels == ["N", "V"] and task.metrics == ["accuracy"]  # no spans to find
+
+    @pytest.mark.parametrize(
+        ("values", "options", "labels", "targets"),
+        [
+            (["b", "a", "b"], {}, ["a", "b"], [1, 0, 1]),
+            ([2, 10, 2], {}, ["2", "10"], [0, 1, 0]),  # numbers that begin nowhere are names, sorted as numbers
+            ([-1, 0, 1], {}, ["-1", "0", "1"], [0, 1, 2]),
+            (["1", "0", "1"], {"meta": {"labels": ["no", "yes"]}}, ["no", "yes"], [1, 0, 1]),
+            (["yes", 0, 1], {"meta": {"labels": ["no", "yes"]}}, ["no", "yes"], [1, 0, 1]),
+            (["yes", "no"], {"labels": ["yes", "no"], "meta": {"labels": ["no", "yes"]}}, ["yes", "no"], [0, 1]),
+            ([0, 1], {"labels": ["yes", "no"], "meta": {"labels": ["no", "yes"]}}, ["yes", "no"], [1, 0]),
+            ([0, 1], {"labels": ["yes", "no"]}, ["yes", "no"], [0, 1]),
+            ([0, 1], {"labels": ["minus", "plus"], "meta": {"labels": ["no", "yes"]}}, ["minus", "plus"], [0, 1]),
+            ([1, 2], {"labels": ["2", "1"]}, ["2", "1"], [1, 0]),
+        ],
+    )
+    def test_names_and_numbers_of_labels(self, read, values, options, labels, targets):
+        task = read([{"sentence1": "kalo", "label": value} for value in values], **options)
+        assert (task.labels, task.splits["train"].targets.tolist()) == (labels, targets)
+
+    @pytest.mark.parametrize("end", ["\n", "\r\n"])
+    @pytest.mark.parametrize("mark", [b"", b"\xef\xbb\xbf"])
+    @pytest.mark.parametrize("suffix", ["jsonl", "csv"])
+    def test_line_ends_and_byte_order_marks(self, read, end, mark, suffix):
+        rows = [{"sentence1": "a, \u2028 \"b\" \u0085 'c'", "label": "x"}, {"sentence1": "d\ne\x0b", "label": "y"}]
+        text = (as_csv(rows).replace("\r\n", "\n") if suffix == "csv" else jsonl(rows)) + "\n"
+        rows[1]["sentence1"] = rows[1]["sentence1"].replace("\n", end) if suffix == "csv" else rows[1]["sentence1"]
+        task = read(mark + text.replace("\n", end).encode(), suffix=suffix)
+        assert task.splits["train"].first == [row["sentence1"] for row in rows]
+        assert task.splits["train"].targets.tolist() == [0, 1]
+
+    @given(
+        st.lists(st.tuples(st.text(min_size=1), st.text(min_size=1), st.sampled_from(["x", "y, z", '"'])), min_size=1),
+        st.booleans(),
+    )
+    @settings(max_examples=100, deadline=None)
+    def test_any_text_survives_either_format(self, tmp_path_factory, rows, ascii):
+        rows = [(first + "a", second + "b", label) for first, second, label in rows]
+        rows += [("end", "end", label) for label in ("x", "y, z")]  # at least two labels
+        fields = [dict(zip(("sentence1", "sentence2", "label"), row, strict=True)) for row in rows]
+        folder = tmp_path_factory.mktemp("any")
+        found = []
+        for name, text in (("a.jsonl", jsonl(fields, ascii)), ("a.csv", as_csv(fields))):
+            path = folder / name
+            path.write_bytes(text.encode("utf-8", "surrogatepass"))
+            found.append(read_task(TaskSection(train=str(path), validation=str(path)), "it"))
+        for task in found:
+            names = [task.labels[i] for i in task.splits["train"].targets]
+            assert list(zip(task.splits["train"].first, task.splits["train"].second, names, strict=True)) == rows
+
+    def test_tokens_in_csv_are_split_at_spaces(self, read):
+        rows = [{"tokens": "kalo  mine ,", "slots": "B-x I-x O"}, {"tokens": "ru", "slots": "O"}]
+        task = read(rows, kind="tokens", suffix="csv")
+        assert task.splits["train"].first == [["kalo", "mine", ","], ["ru"]]
+        assert [row.tolist() for row in task.splits["train"].targets] == [[0, 1, 2], [2]]
+
+    def test_a_sample_is_seeded_and_grows(self, read):
+        rows = [{"sentence1": f"kalo {i}", "label": i % 2} for i in range(50)]
+        task = read(rows, rows, rows, train_rows=20, evaluation_rows=8)
+        train, validation = task.splits["train"], task.splits["validation"]
+        assert (len(train), len(validation), len(task.splits["test"]), train.file_rows) == (20, 8, 8, 50)
+        assert train.first == [f"kalo {i}" for i in train.numbers] and (np.diff(train.numbers) > 0).all()
+        assert train.numbers.max() >= 20  # of the whole file, not of its head
+        assert train.targets.tolist() == [i % 2 for i in train.numbers]
+        assert set(validation.numbers) < set(train.numbers)  # of the same rows: a larger sample holds the smaller
+        assert read(rows, train_rows=20).splits["train"].numbers.tolist() == train.numbers.tolist()
+        everything = read(rows, train_rows=50).splits["train"]
+        assert everything.numbers is None and len(everything) == 50
+
+    @pytest.mark.parametrize("unknown", [{}, {"label": -1}, {"label": None}, {"label": ""}, {"label": "-1"}])
+    def test_test_rows_without_labels(self, read, unknown):
+        blind = [{"sentence1": "kalo"} | unknown]
+        assert read(SINGLE, test=blind).splits["test"].targets.tolist() == [-1]
+        with pytest.raises(InputError, match=r"validation.jsonl: row 1"):
+            read(SINGLE, blind)
+        scored = [row | {"label": x} for row, x in zip(SINGLE, [-1, 0.5], strict=True)]
+        if unknown.get("label") != "-1":
+            assert np.isnan(read(scored, test=blind, kind="regression").splits["test"].targets).all()
+        assert read(scored, test=scored, kind="regression").splits["test"].targets.tolist() == [-1, 0.5]
+
+    def test_test_tokens_without_labels(self, read):
+        task = read(TOKENS, test=[{"tokens": ["a", "b"]}, {"tokens": ["a"], "slots": [-1]}], kind="tokens")
+        assert [row.tolist() for row in task.splits["test"].targets] == [[-1, -1], [-1]]
+
+    def test_minus_one_may_be_a_label(self, read):
+        rows = [{"sentence1": "kalo", "label": value} for value in (-1, 1)]
+        assert read(rows, test=rows).splits["test"].targets.tolist() == [0, 1]
+
+
+def changed(rows, **fields):
+    """The rows, the second one changed."""
+    return [rows[0], {key: value for key, value in (rows[1] | fields).items() if value is not ...}]
+
+
+WRONG = {
+    "unknown label": (
+        changed(SINGLE, label="odd"),
+        {"meta": {"labels": ["bad", "good"]}},
+        "row 2: label 'odd' is none of bad, good: correct it, or add it to tasks.it.labels",
+    ),
+    "number too large": (changed(SINGLE, label=2), {"labels": ["a", "b"]}, "row 2: label 2 is none of a, b"),
+    "number below zero": (changed(SINGLE, label=-1), {"labels": ["a", "b"]}, "row 2: label -1 is none of a, b"),
+    "zero where one is first": (changed(SINGLE, label=0), {"labels": ["1", "2"]}, "row 1: label 0 is none of 1, 2"),
+    "boolean label": (changed(SINGLE, label=True), {"labels": ["a", "b"]}, "row 2: label True is none of a, b"),
+    "float label": (changed(SINGLE, label=1.0), {}, "row 2: label is 1.0, no label: .* set kind: regression"),
+    "boolean, no names": (changed(SINGLE, label=True), {}, "row 2: label is True, no label"),
+    "no label": (changed(SINGLE, label=...), {"labels": ["a", "b"]}, "row 2 has no label: add it, or name the label's"),
+    "no label, no names": (changed(SINGLE, label=...), {}, "row 2 has no label"),
+    "no text": (changed(SINGLE, sentence1=...), {}, r"row 2 has no sentence1 \(but label\): add it, or name the fie"),
+    "no second text": (changed(PAIRS, sentence2=...), {}, r"row 2 has no sentence2 \(but sentence1, label\)"),
+    "a second text later": (changed(SINGLE, sentence2="b"), {}, "row 2 has sentence2 and the first training row has"),
+    "misspelt field": (PAIRS, {"text": ["sentence1", "sentance2"]}, "row 1 has no sentance2"),
+    "text a number": (changed(SINGLE, sentence1=7), {}, "row 2: sentence1 is 7, not text: write it as a string"),
+    "text null": (changed(PAIRS, sentence2=None), {}, "row 2: sentence2 is None, not text"),
+    "text empty": (changed(SINGLE, sentence1=" \t"), {}, "row 2: sentence1 is empty: write its text or take the row"),
+    "second text empty": (changed(PAIRS, sentence2=""), {}, "row 2: sentence2 is empty"),
+    "surrogate": (
+        '{"sentence1": "a", "label": 0}\n{"sentence1": "\\ud800", "label": 1}',
+        {},
+        "row 2: sentence1 has a lone surrogate: mend its encoding",
+    ),
+    "score a word": (changed(SINGLE, label="high"), {"kind": "regression"}, "row 2: label is 'high', no score: wri"),
+    "score a boolean": (changed(SINGLE, label=True), {"kind": "regression"}, "row 2: label is True, no score"),
+    "score NaN": (changed(SINGLE, label=math.nan), {"kind": "regression"}, "row 2: label is nan, no score"),
+    "score infinite": (changed(SINGLE, label="inf"), {"kind": "regression"}, "row 2: label is 'inf', no score"),
+    "score huge": (changed(SINGLE, label=10**400), {"kind": "regression"}, "row 2: label is 10+[.]{3}, no score"),
+    "score missing": (changed(SINGLE, label=...), {"kind": "regression"}, "row 2 has no label: add it"),
+    "scores equal": ([SINGLE[0]] * 2, {"kind": "regression"}, r"train.jsonl: every row has the label 0.0: give r"),
+    "one label": ([SINGLE[0]] * 3, {"labels": ["a", "b"]}, "train.jsonl: every row has the label 'a': give ro"),
+    "one token label": ([TOKENS[1]], {"kind": "tokens"}, "every row has the label 'O'"),
+    "no rows": ("", {}, "train.jsonl: there are no rows in it: give at least one, or leave the split out"),
+    "blank rows": ("\n \r\n", {}, "there are no rows in it"),
+    "not JSON": ('{"sentence1": "a", "label": 0}\n\n{"sentence1": ', {}, "row 3 is not a JSON object: write one"),
+    "not an object": ("[1, 2]", {}, "row 1 is not a JSON object"),
+    "deep": ("[" * 100_000, {}, "row 1 is not a JSON object"),
+    "not UTF-8": ('{"sentence1": "caf\xe9"}'.encode("latin-1"), {}, "not UTF-8 text at byte 18: write the ro"),
+    "UTF-16": (jsonl(SINGLE).encode("utf-16"), {}, "not UTF-8 text at byte 0"),
+    "no tokens": (changed(TOKENS, tokens=...), {"kind": "tokens"}, "row 2 has no list tokens: add it, or name its f"),
+    "tokens empty": (changed(TOKENS, tokens=[]), {"kind": "tokens"}, "row 2 has no list tokens"),
+    "a token a number": (changed(TOKENS, tokens=[3]), {"kind": "tokens"}, r"row 2: tokens\[0\] is 3, not text"),
+    "a token empty": (changed(TOKENS, tokens=[""]), {"kind": "tokens"}, r"row 2: tokens\[0\] is empty"),
+    "more labels": (changed(TOKENS, slots=["O", "O"]), {"kind": "tokens"}, "row 2 has 1 tokens and 2 slots: give each"),
+    "labels no list": (changed(TOKENS, slots=7), {"kind": "tokens", "labels": ["O", "B-x"]}, "row 2: label 7 is none"),
+    "no token labels": (
+        changed(TOKENS, slots=...),
+        {"kind": "tokens", "labels": ["O", "B-x"]},
+        "row 2 has 1 tokens and 0 slots: give each token one",
+    ),
+    "metric of another kind": (SINGLE, {"metrics": ["pearson"]}, "'pearson' is no metric of classification: use"),
+    "metric in meta": (SINGLE, {"meta": {"metrics": ["bleu"]}}, "'bleu' is no metric of classification"),
+    "f1 of three": (SINGLE, {"labels": ["a", "b", "c"], "metrics": ["f1"]}, "f1 is of two labels and there are 3"),
+    "labels twice": (SINGLE, {"labels": ["a", "a"]}, "tasks.it.labels: a label is written twice"),
+    "labels of scores": (SINGLE, {"labels": ["a", "b"], "kind": "regression"}, "tasks.it.labels: a regression has"),
+    "labels in meta": (SINGLE, {"meta": {"labels": "two"}}, "meta.json: its labels are not a list of names: wr"),
+    "meta a list": (SINGLE, {"meta": []}, "meta.json: not a JSON object"),
+}
+
+
+class TestRefusals:
+    @pytest.mark.parametrize(("train", "options", "message"), WRONG.values(), ids=WRONG)
+    def test_wrong_files(self, read, train, options, message):
+        with pytest.raises(InputError, match=message) as error:
+            read(train, **options)
+        assert "\n" not in str(error.value)
+
+    @pytest.mark.parametrize(
+        ("text", "message"),
+        [
+            ("kalo mine,0\nru,1\n", r"row 2 has no sentence1 \(but kalo mine, 0\): .*a CSV needs a header line"),
+            ("sentence1,label\nkalo,mine,0\n", "row 2 has 3 cells and the header 2: quote cells that hold commas"),
+            ('sentence1,label\n"kalo "mine"",0\n', r"row 2 is not CSV \(.*\): double the quotes inside quotes"),
+            ('sentence1,label\n"kalo,0\n', r"row 2 is not CSV"),
+            ("sentence1,sentence1,label\na,b,0\n", "the header names a column twice: sentence1, sentence1, label"),
+            ("sentence1,label\n", "there are no rows in it"),
+            ("\n\n", "there are no rows in it"),
+            ("sentence1,label\na,0\nb,\n", "row 3 has no label"),
+        ],
+    )
+    def test_wrong_csv(self, read, text, message):
+        with pytest.raises(InputError, match=message):
+            read(text, suffix="csv")
+
+    def test_every_split_is_checked(self, read):
+        with pytest.raises(InputError, match=r"validation.jsonl: row 2: label 5 is none of 0, 1"):
+            read(SINGLE, changed(SINGLE, label=5))
+        with pytest.raises(InputError, match=r"test.jsonl: row 2: sentence1 is empty"):
+            read(SINGLE, test=changed(SINGLE, sentence1=""))
+        with pytest.raises(InputError, match=r"validation.jsonl: there are no rows"):
+            read(SINGLE, "")
+        with pytest.raises(InputError, match=r"validation.jsonl: row 1 has no sentence2"):
+            read(PAIRS, SINGLE)
+
+    def test_a_broken_row_is_told_of_whatever_the_sample(self, read):
+        rows = [SINGLE[i % 2] for i in range(30)]
+        for place in (3, 17):
+            with pytest.raises(InputError, match=f"row {place + 1}: sentence1 is empty"):
+                read([*rows[:place], {"sentence1": "", "label": 0}, *rows[place + 1 :]], train_rows=2)
+
+    def test_missing_and_unreadable_files(self, tmp_path, write):
+        section = write(SINGLE)
+        for path, message in (
+            ("none.jsonl", "none.jsonl: no such task file: correct its path in the tasks section"),
+            (".", "the suffix says neither .jsonl nor .csv"),
+            ("train.tsv", "train.tsv: the suffix says neither .jsonl nor .csv: write the rows as one of them"),
+        ):
+            with pytest.raises(InputError, match=message):
+                read_task(section.model_copy(update={"train": str(tmp_path / path)}), "it")
+        (tmp_path / "folder.csv").mkdir()
+        with pytest.raises(InputError, match="folder.csv: cannot be read as a task file: Is a directory"):
+            read_task(section.model_copy(update={"validation": str(tmp_path / "folder.csv")}), "it")
+        (tmp_path / "meta.json").write_text("{")
+        with pytest.raises(InputError, match="meta.json: not a JSON file"):
+            read_task(section, "it")
+
+
+def made(kind="classification", labels=("no", "yes"), targets=(0, 1), metrics=("accuracy",), name="it") -> Task:
+    """A task whose texts do not matter."""
+    targets = list(map(np.array, targets)) if kind == "tokens" else np.array(targets)
+    rows = Rows(["kalo"] * len(targets), None, targets, None, len(targets))
+    return Task(name, kind, list(labels), {"train": rows, "validation": rows}, list(metrics))
+
+
+class TestLabelOrder:
+    def test_the_same_labels_pass(self):
+        check_label_order(made(), {0: "NO", 1: "Yes"}, "teacher")
+        check_label_order(made(), {"1": "yes", "0": "no"}, "teacher")  # as JSON has the keys
+        check_label_order(made(), {0: "LABEL_0", 1: "LABEL_1"}, "teacher")
+        check_label_order(made("regression", labels=(), targets=(0.5, 1)), {0: "LABEL_0"}, "teacher")
+
+    @pytest.mark.parametrize(
+        ("id2label", "message"),
+        [
+            ({0: "yes", 1: "no"}, "teacher: its labels are in another order: yes, no instead of no, yes: write its"),
+            ({0: "bad", 1: "good"}, "it has other labels: bad, good instead of no, yes"),
+            ({0: "LABEL_1", 1: "LABEL_0"}, "it has other labels"),
+            ({0: "no", 1: "yes", 2: "perhaps"}, r"it has 3 labels and task it has 2 \(no, yes\): choose a teacher of"),
+        ],
+    )
+    def test_others_are_refused(self, id2label, message):
+        with pytest.raises(InputError, match=message):
+            check_label_order(made(), id2label, "teacher")
+
+    def test_a_classifier_is_no_regression(self):
+        with pytest.raises(InputError, match="it has 2 outputs and task it is a regression"):
+            check_label_order(made("regression", labels=()), {0: "no", 1: "yes"}, "teacher")
+
+
+class TestLogits:
+    @pytest.fixture
+    def store(self, tmp_path):
+        def store(**tensors):
+            path = tmp_path / "stored.safetensors"
+            save_file({name.replace("_", "."): np.ascontiguousarray(t) for name, t in tensors.items()}, path)
+            return path
+
+        return store
+
+    def test_are_read(self, store):
+        logits = np.arange(4, dtype=np.float64).reshape(2, 2)
+        for names in (("train", "validation"), ("train_logits", "validation_logits")):
+            found = read_logits(store(**dict(zip(names, [logits, -logits], strict=True)), other=logits), made())
+            assert found["train"].tolist() == logits.tolist() and found["validation"].tolist() == (-logits).tolist()
+            assert found["train"].dtype == np.float32
+        assert list(read_logits(store(train=logits), made())) == ["train"]
+        scores = made("regression", labels=(), targets=(0.5, 1))
+        assert read_logits(store(train=np.ones(2)), scores)["train"].shape == (2, 1)
+
+    def test_of_a_sample(self, store, read):
+        rows = [{"sentence1": "kalo", "label": i % 2} for i in range(30)]
+        task = read(rows, train_rows=7)
+        numbers, logits = task.splits["train"].numbers, np.random.default_rng(0).normal(size=(30, 2))
+        labels = np.arange(30) % 2
+        whole = read_logits(store(train_logits=logits, train_labels=labels), task)["train"]
+        assert whole.tolist() == logits[numbers].astype(np.float32).tolist()
+        part = read_logits(store(train_logits=logits[numbers], train_labels=labels[numbers]), task)["train"]
+        assert np.array_equal(part, whole)
+        labels[numbers[3]] = 1 - labels[numbers[3]]
+        with pytest.raises(InputError, match=f"train row {numbers[3] + 1} has another label than the task's file"):
+            read_logits(store(train_logits=logits, train_labels=labels), task)
+
+    @pytest.mark.parametrize(
+        ("tensors", "message"),
+        [
+            ({"train": np.ones((3, 2))}, r"train has logits of shape \[3, 2\] and the task 2 rows: make them from"),
+            ({"train": np.ones((2, 2)), "validation": np.ones((1, 2))}, r"validation has logits of shape \[1, 2\]"),
+            ({"train": np.ones((2, 3))}, r"train has 3 logits a row and the task 2 labels \(no, yes\)"),
+            ({"train": np.ones(2)}, r"logits of shape \[2\]"),
+            ({"train": np.array([[0, 1], [np.nan, 0]])}, "train row 2 is not finite: write the logits anew"),
+            ({"train": np.array([[np.inf, 1], [0, 0]])}, "train row 1 is not finite"),
+            ({"train_logits": np.ones((2, 2)), "train_labels": np.array([1, 0])}, "train row 1 has another label"),
+            ({"validation": np.ones((2, 2))}, r"it has no tensor train.logits \(but validation\)"),
+        ],
+    )
+    def test_others_are_refused(self, store, tensors, message):
+        with pytest.raises(InputError, match=message):
+            read_logits(store(**tensors), made())
+
+    def test_files_that_cannot_be_read(self, tmp_path, store):
+        with pytest.raises(InputError, match="none.safetensors: no such file of logits: correct tasks.it.logits"):
+            read_logits(tmp_path / "none.safetensors", made())
+        (tmp_path / "half.safetensors").write_bytes(store(train=np.ones((2, 2))).read_bytes()[:-3])
+        with pytest.raises(InputError, match="half.safetensors: not a safetensors file"):
+            read_logits(tmp_path / "half.safetensors", made())
+        with pytest.raises(InputError, match="stored logits serve one label a row, not tokens"):
+            read_logits(tmp_path / "none.safetensors", made("tokens", ("O",), [[0]]))
+
+
+class TestMetrics:
+    @pytest.mark.parametrize(
+        ("tags", "expected"),
+        [
+            ([], set()),
+            (["O", "O"], set()),
+            (["B-x", "I-x", "O"], {("x", 0, 2)}),
+            (["B-x", "B-x"], {("x", 0, 1), ("x", 1, 2)}),
+            (["I-x", "I-x", "I-y"], {("x", 0, 2), ("y", 2, 3)}),  # a span may begin with I- where none is open
+            (["B-x", "O", "I-x"], {("x", 0, 1), ("x", 2, 3)}),
+            (["B-x", "I-y", "I-y", "B-y"], {("x", 0, 1), ("y", 1, 3), ("y", 3, 4)}),
+            (["B-a-b", "I-a-b"], {("a-b", 0, 2)}),
+            (["B", "I", "O", "I"], {("", 0, 2), ("", 3, 4)}),
+            (["B-x", "NOUN", "I-x"], {("x", 0, 1), ("x", 2, 3)}),
+        ],
+    )
+    def test_spans(self, tags, expected):
+        assert spans(tags) == expected
+
+    def test_slot_f1_by_hand(self):
+        truth = [["B-x", "I-x", "O", "B-y"], ["O", "B-x"]]
+        guess = [["B-x", "I-x", "B-z", "B-y"], ["B-x", "I-x"]]  # 2 of 3 found, 2 of 4 right
+        assert slot_f1(truth, guess) == pytest.approx(2 * (2 / 3) * (2 / 4) / (2 / 3 + 2 / 4))
+        assert slot_f1(truth, truth) == 1 and slot_f1([["O"]], [["O"]]) == 0
+        assert slot_f1([["B-x", "O"]], [["B-x", "I-x"]]) == 0  # a longer span is another one
+
+    def test_classification_by_hand(self):
+        task = made(targets=[1, 1, 1, 0, 0, 0], metrics=["accuracy", "f1", "f1_macro", "matthews"])
+        guesses = np.array([1, 1, 0, 1, 0, 0])
+        found = score(task, np.eye(2)[guesses], "validation")
+        assert found["accuracy"] == pytest.approx(4 / 6)
+        assert found["f1"] == pytest.approx(2 / 3) and found["f1_macro"] == pytest.approx(2 / 3)
+        assert found["matthews"] == pytest.approx((2 * 2 - 1 * 1) / 9)
+        assert headline(found) == pytest.approx((4 / 6 + 2 / 3 + 2 / 3 + 1 / 3) / 4)
+        lopsided = made(targets=[1, 0, 0, 0], metrics=["f1", "matthews"])
+        assert score(lopsided, np.eye(2)[[0, 0, 0, 0]], "train") == {"f1": 0, "matthews": 0}
+        assert score(lopsided, np.eye(2)[[1, 1, 0, 0]], "train")["f1"] == pytest.approx(2 / 3)  # of the second label
+
+    def test_regression_by_hand(self):
+        task = made("regression", (), [1.0, 2, 3, 4], ["pearson", "spearman"])
+        found = score(task, np.array([[1.0], [2], [3], [10]]), "train")
+        assert found["spearman"] == pytest.approx(1)
+        assert found["pearson"] == pytest.approx(14 / math.sqrt(5 * 50))
+        assert score(task, np.array([4.0, 3, 2, 1]), "train") == pytest.approx({"pearson": -1, "spearman": -1})
+        assert score(task, np.ones(4), "train") == {"pearson": 0, "spearman": 0}  # says nothing, and is no NaN
+
+    def test_tokens_by_hand(self):
+        task = made("tokens", ["O", "B-x", "I-x"], [[0, 1, 2], [1]], ["slot_f1", "accuracy", "f1_macro"])
+        found = score(task, [np.eye(3)[[0, 1, 0]], np.eye(3)[[1]]], "train")
+        assert found["slot_f1"] == pytest.approx(0.5) and found["accuracy"] == pytest.approx(3 / 4)
+        assert found["f1_macro"] == pytest.approx((2 / 3 + 1 + 0) / 3)
+
+    def test_rows_without_labels_are_left_out(self):
+        assert score(made(targets=[1, -1, 0]), np.eye(2)[[1, 0, 1]], "train") == {"accuracy": 0.5}
+        assert score(made(targets=[-1, -1]), np.eye(2), "train") == {} and math.isnan(headline({}))
+        scores = made("regression", (), [1.0, np.nan, 2, 3], ["spearman"])
+        assert score(scores, np.array([1.0, 9, 2, 3]), "train") == pytest.approx({"spearman": 1})
+        tokens = made("tokens", ["O", "B-x"], [[-1], [1]], ["accuracy"])
+        assert score(tokens, [np.eye(2)[[0]], np.eye(2)[[1]]], "train") == {"accuracy": 1}
+
+    def test_predictions_are_named(self):
+        assert predictions(made(), np.eye(2)) == ["no", "yes"]
+        assert predictions(made("regression", ()), np.array([[0.5], [2]])) == [0.5, 2.0]
+        assert predictions(made("tokens", ["O", "B-x"], [[1], [0, 0]]), [np.eye(2)[[1]], np.eye(2)]) == [
+            ["B-x"],
+            ["O", "B-x"],
+        ]
+
+    @pytest.mark.parametrize("value", [np.nan, np.inf])
+    def test_a_model_that_diverged_is_told_of(self, value):
+        with pytest.raises(InputError, match="task it: the model's outputs are not finite: lower the learning rate"):
+            score(made(), np.array([[0, 1], [value, 0]]), "train")
+
+    def test_another_number_of_rows_is_a_mistake(self):
+        with pytest.raises(ValueError, match="train has 2 rows and the model answered 3"):
+            score(made(), np.eye(2)[[0, 1, 0]], "train")
+
+
+# ---------------------------------------------------------------------------------------------- batches
+
+
+@pytest.fixture(scope="module")
+def student_folder(lines, tmp_path_factory):
+    """A small WordPiece vocabulary whose special tokens have other ids than the teacher's."""
+    folder = tmp_path_factory.mktemp("student")
+    pieces = ["[MASK]", "[SEP]", "[UNK]", "[PAD]", "[CLS]"] + wordpiece_pieces(lines, 120)[5:]
+    BertTokenizerFast(vocab={p: i for i, p in enumerate(pieces)}, do_lower_case=True).save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def byte_level_teacher(lines, tmp_path_factory):
+    """Folder of a RoBERTa-like tokenizer."""
+    tokenizer = ByteLevelBPETokenizer()
+    special = ["<s>", "<pad>", "</s>", "<unk>", "<mask>"]
+    tokenizer.train_from_iterator(lines, vocab_size=400, special_tokens=special, show_progress=False)
+    folder = tmp_path_factory.mktemp("roberta")
+    merges = [tuple(pair) for pair in json.loads(tokenizer.to_str())["model"]["merges"]]
+    RobertaTokenizerFast(vocab=tokenizer.get_vocab(), merges=merges).save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def teachers(tiny_teacher, byte_level_teacher):
+    return {"bert": tiny_teacher, "roberta": byte_level_teacher}
+
+
+WORDS = [
+    "kalo",
+    "mine",
+    "Rusa",
+    "tovi",
+    "zubra",
+    "qxz",
+    "it's",
+    "42.",
+    "한국",
+    "caf\u00e9",
+    "wequ\u200b",
+    "\u200b",
+    "a\u00a0b",
+]
+SENTENCES = st.lists(st.sampled_from(WORDS), min_size=1, max_size=12).map(" ".join)
+
+
+def task_of(first, second=None, *, kind="classification", targets=None, labels=("no", "yes"), validation=None) -> Task:
+    if targets is None:
+        targets = np.arange(len(first)) % 2
+    splits = {"train": Rows(first, second, targets)} | ({"validation": validation} if validation else {})
+    return Task("made", kind, list(labels), splits, ["accuracy"])
+
+
+def in_order(batcher: TaskBatcher) -> Iterator[Batch]:
+    """Every row once, as they stand in the file."""
+    for start in range(0, batcher.rows, batcher.per_batch):
+        yield batcher.of_rows(np.arange(start, min(start + batcher.per_batch, batcher.rows)))
+
+
+def real(side, tensor=None) -> list[list[int]]:
+    """The rows without padding."""
+    return [
+        row[mask.bool()].tolist()
+        for row, mask in zip(side.ids if tensor is None else tensor, side.attention_mask, strict=True)
+    ]
+
+
+class TestEncoding:
+    @pytest.mark.parametrize("family", ["bert", "roberta"])
+    @pytest.mark.parametrize("pair", [False, True])
+    def test_batches_are_the_tokenizers_own_encoding(self, teachers, student_folder, tmp_path, family, pair):
+        tokenizers = {
+            "teacher": AutoTokenizer.from_pretrained(teachers[family]),
+            "student": AutoTokenizer.from_pretrained(student_folder),
+        }
+
+        @given(st.lists(st.tuples(SENTENCES, SENTENCES), min_size=1, max_size=6))
+        @settings(max_examples=40, deadline=None)
+        def holds(rows):
+            first, second = map(list, zip(*rows, strict=True))
+            first, second = [*first, "ru"], [*second, "mine"]  # so that there are words at all
+            task = task_of(first, second if pair else None)
+            encoded = encode_task(task, teachers[family], student_folder, tmp_path)
+            batcher = TaskBatcher(encoded, "train", batch_size=4, seed=0, sides=("student", "teacher"), max_pieces=900)
+            for batch in in_order(batcher):
+                numbers = batch.rows.tolist()
+                for name, tokenizer in tokenizers.items():
+                    side = getattr(batch, name)
+                    texts = [[text[i] for i in numbers] for text in ([first, second] if pair else [first])]
+                    expected = tokenizer(*texts)
+                    assert real(side) == expected["input_ids"]
+                    if pair and name == "student" or family == "bert" and pair:
+                        assert real(side, side.token_types) == expected["token_type_ids"]
+                    else:
+                        assert side.token_types is None
+                assert batch.targets.tolist() == [i % 2 for i in numbers]
+                assert batch.tokens == int(batch.student.attention_mask.sum())
+                units = torch.stack([side.units.max(1).values for side in (batch.student, batch.teacher)])
+                assert units.max() + 1 == batch.unit_mask.shape[1] and torch.equal(units[0], units[1])
+
+        holds()
+
+    @pytest.mark.parametrize("family", ["bert", "roberta"])
+    def test_tokens_are_read_as_in_the_sentence(self, teachers, student_folder, tmp_path, family):
+        """And a token's label stands at its first piece on either side."""
+        tokenizers = {
+            "teacher": AutoTokenizer.from_pretrained(teachers[family]),
+            "student": AutoTokenizer.from_pretrained(student_folder),
+        }
+
+        @given(st.lists(st.lists(st.sampled_from(WORDS), min_size=1, max_size=9), min_size=1, max_size=5))
+        @settings(max_examples=40, deadline=None)
+        def holds(rows):
+            rows = [*rows, ["ru"]]  # so that there are words at all
+            targets = [np.arange(len(row)) + 20 * i for i, row in enumerate(rows)]  # every token its own label
+            task = task_of(rows, kind="tokens", targets=targets, labels=list(map(str, range(100))))
+            encoded = encode_task(task, teachers[family], student_folder, tmp_path)
+            batcher = TaskBatcher(encoded, "train", batch_size=3, seed=0, sides=("student", "teacher"), max_pieces=900)
+            for batch in in_order(batcher):
+                assert batch.targets is None
+                for name, tokenizer in tokenizers.items():
+                    side, sentences = getattr(batch, name), [" ".join(rows[i]) for i in batch.rows]
+                    assert real(side) == tokenizer(sentences)["input_ids"]
+                    for place, i in enumerate(batch.rows.tolist()):
+                        seen = [k for k, token in enumerate(rows[i]) if token != "\u200b"]  # BERT reads it as nothing
+                        before = [tokenizer(" ".join(rows[i][:k]))["input_ids"][:-1] for k in seen]
+                        expected = {len(ids): 20 * i + k for ids, k in zip(before, seen, strict=True)}
+                        labels = side.labels[place].tolist()
+                        assert {where: label for where, label in enumerate(labels) if label != -100} == expected
+
+        holds()
+
+    def test_is_done_once_for_the_same_rows(self, teachers, student_folder, tmp_path, monkeypatch):
+        rows = Rows(["mine kalo"], None, np.array([1]))
+        task = task_of(["kalo mine", "ru"], validation=rows)
+        first = encode_task(task, teachers["bert"], student_folder, tmp_path)
+        assert first.starts["train"].tolist() == [0, 1, 2] and first.starts["validation"].tolist() == [2, 3]
+        calls, encode = [], tasks.encode_corpus
+        monkeypatch.setattr(tasks, "encode_corpus", lambda *args: calls.append(args) or encode(*args))
+        again = encode_task(task, teachers["bert"], student_folder, tmp_path)
+        assert not calls and np.array_equal(again.stream.word_ids, first.stream.word_ids)
+        for other, teacher in (
+            (task_of(["kalo mine", "ru"], validation=Rows(["mine kalu"], None, np.array([1]))), "bert"),
+            (task, "bert"),
+            (task, "roberta"),
+        ):
+            encode_task(other, teachers[teacher], student_folder, tmp_path)
+        assert len(calls) == 3
+
+    def test_a_crash_leaves_no_half_truth(self, teachers, student_folder, tmp_path, monkeypatch):
+        def fail(*args):
+            raise KeyboardInterrupt
+
+        encode_task(task_of(["kalo mine"]), teachers["bert"], student_folder, tmp_path)
+        with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+            patch.setattr(tasks, "write_json", fail)  # the new words are there and the mark is not
+            encode_task(task_of(["mine ru kalo"]), teachers["bert"], student_folder, tmp_path)
+        found = encode_task(task_of(["kalo mine"]), teachers["bert"], student_folder, tmp_path)
+        assert found.stream.line_offsets.tolist() == [0, 2]
+
+
+@pytest.fixture(scope="module")
+def long_task(lines, teachers, student_folder, tmp_path_factory):
+    """Pairs of many lengths, encoded."""
+    rng = np.random.default_rng(0)
+    first, second = ([" ".join(rng.choice(lines, rng.integers(1, 4))) for _ in range(60)] for _ in range(2))
+    return encode_task(task_of(first, second), teachers["bert"], student_folder, tmp_path_factory.mktemp("long"))
+
+
+def halves(side, row) -> tuple[list[int], list[int]]:
+    """Pieces of the two sentences of a pair, special tokens left out."""
+    ids, types = (t[row][side.attention_mask[row].bool()].tolist() for t in (side.ids, side.token_types))
+    first = types.index(1)
+    return ids[1 : first - 1], ids[first:-1]
+
+
+class TestTruncation:
+    @pytest.mark.parametrize("limit", [10, 17, 40, 61])
+    def test_the_longer_sentence_loses_its_end_by_whole_words(self, long_task, limit):
+        sides = ("student", "teacher")
+        whole, cut = (
+            TaskBatcher(long_task, "train", batch_size=60, seed=0, sides=sides, max_pieces=n).of_rows(np.arange(60))
+            for n in (10_000, limit)
+        )
+        assert cut.student.ids.shape[1] <= limit + 2 and cut.teacher.ids.shape[1] <= limit + 2
+        shortened, longest = 0, int(np.diff(long_task.lexicon.student_offsets).max())
+        for row in range(60):
+            before, after = halves(whole.student, row), halves(cut.student, row)
+            room, sizes = limit - 1, list(map(len, before))
+            while sum(sizes) > room:  # a piece at a time off the longer, the second where they are equal
+                sizes[int(sizes[1] >= sizes[0])] -= 1
+            for full, kept, size in zip(before, after, sizes, strict=True):
+                assert kept == full[: len(kept)] and size - longest < len(kept) <= size
+                shortened += len(kept) < len(full)
+            if sum(map(len, before)) <= room:
+                assert before == after
+            # and the same words are left on both sides
+            assert cut.student.units[row].max() == cut.teacher.units[row].max()
+        assert shortened > 0
+
+    def test_of_single_sentences(self, teachers, student_folder, tmp_path):
+        task = task_of(["kalo mine ru sato", "kalo"])
+        batcher = TaskBatcher(
+            encode_task(task, teachers["bert"], student_folder, tmp_path), "train", batch_size=2, seed=0, max_pieces=9
+        )
+        tokenizer = AutoTokenizer.from_pretrained(student_folder)
+        words = [tokenizer(word, add_special_tokens=False)["input_ids"] for word in ("kalo", "mine", "ru", "sato")]
+        fitting = next(n for n in (4, 3, 2, 1) if sum(map(len, words[:n])) <= 9)
+        assert fitting < 4
+        found = real(batcher.of_rows(np.array([0])).student)[0][1:-1]
+        assert found == [piece for word in words[:fitting] for piece in word]
+
+    def test_of_tokens_cuts_labels_too(self, teachers, student_folder, tmp_path):
+        task = task_of([["kalo", "mine", "ru"]], kind="tokens", targets=[np.array([0, 1, 0])])
+        encoded = encode_task(task, teachers["bert"], student_folder, tmp_path)
+        batcher = TaskBatcher(encoded, "train", batch_size=1, seed=0, max_pieces=1000)
+        whole = batcher.of_rows(np.array([0])).student
+        size = int(whole.attention_mask.sum()) - 2
+        batch = TaskBatcher(encoded, "train", batch_size=1, seed=0, max_pieces=size - 1).of_rows(np.array([0]))
+        assert batch.student.labels[batch.student.labels >= 0].tolist() == [0, 1]
+
+    def test_nothing_may_be_left(self, teachers, student_folder, tmp_path):
+        """Text that a vocabulary reads as nothing, or a first word that is too long, is an empty sequence."""
+        task = task_of(["\u200b", "kalominerusatovi" * 3, "ru"])
+        encoded = encode_task(task, teachers["bert"], student_folder, tmp_path)
+        batcher = TaskBatcher(encoded, "train", batch_size=3, seed=0, sides=("student", "teacher"), max_pieces=5)
+        batch = next(in_order(batcher))
+        assert batch.student.attention_mask.sum(1).tolist()[:2] == [2, 2]
+        only = batcher.of_rows(np.array([0, 1]))
+        assert only.student.ids.shape == (2, 2) and only.unit_mask.all() and only.tokens == 4
+
+
+class TestBatcher:
+    def test_a_batch_is_a_function_of_its_number(self, long_task):
+        one, other = (TaskBatcher(long_task, "train", batch_size=8, seed=3) for _ in range(2))
+        rows = {index: one.batch(index).rows.tolist() for index in (0, 9, 3, 16)}
+        assert all(other.batch(index).rows.tolist() == rows[index] for index in (16, 3, 0, 9))
+        assert TaskBatcher(long_task, "train", batch_size=8, seed=4).batch(0).rows.tolist() != rows[0]
+        assert (one.rows, one.per_epoch) == (60, 8)
+
+    def test_every_row_once_an_epoch(self, long_task):
+        batcher = TaskBatcher(long_task, "train", batch_size=8, seed=3)
+        for epoch in (0, 1):
+            seen = [batcher.batch(8 * epoch + i).rows.tolist() for i in range(8)]
+            assert sorted(sum(seen, [])) == list(range(60))
+            assert sum(seen, []) != list(range(60))
+
+    def test_targets(self, teachers, student_folder, tmp_path):
+        task = task_of(["kalo", "mine"], kind="regression", targets=np.array([0.5, 2]), labels=())
+        encoded = encode_task(task, teachers["bert"], student_folder, tmp_path)
+        batch = TaskBatcher(encoded, "train", batch_size=2, seed=0).of_rows(np.array([1, 0]))
+        assert batch.targets.dtype == torch.float32 and batch.targets.tolist() == [2, 0.5]
+        assert batch.rows.dtype == torch.int64 and batch.rows.tolist() == [1, 0]
+        assert batch.teacher is None and batch.mixed is None
+
+    def test_shared_pieces_are_units(self, teachers, tmp_path):
+        encoded = encode_task(task_of(["kalo mine", "ru"]), teachers["bert"], teachers["bert"], tmp_path)
+        shared = np.arange(300)
+        batch = TaskBatcher(encoded, "train", batch_size=2, seed=0, shared=shared).of_rows(np.array([0]))
+        assert batch.student.units.tolist() == [list(range(batch.student.ids.shape[1]))]
+
+
+class TestPredict:
+    @pytest.mark.parametrize("side", ["student", "teacher"])
+    def test_in_the_order_of_the_rows(self, long_task, side):
+        batcher = TaskBatcher(long_task, "train", batch_size=8, seed=0, sides=("student", "teacher"))
+        widths = []
+
+        def model(batch):
+            widths.append(getattr(batch, side).ids.shape[1])
+            return torch.stack([batch.rows, -batch.rows], 1).bfloat16()
+
+        found = batcher.predict(model, side)
+        assert found.shape == (60, 2) and found.dtype == np.float32
+        assert found[:, 0].tolist() == torch.arange(60).bfloat16().tolist()
+        unsorted = [getattr(batch, side).ids.shape[1] for batch in in_order(batcher)]
+        assert sum(widths) < sum(unsorted) and len(widths) == len(unsorted)
+        assert score(long_task.task, batcher.predict(lambda b: torch.eye(2)[b.targets]), "train") == {"accuracy": 1}
+
+    def test_of_scores(self, teachers, student_folder, tmp_path):
+        task = task_of(["kalo", "mine", "ru"], kind="regression", targets=np.array([0.5, 2, 1]), labels=())
+        batcher = TaskBatcher(
+            encode_task(task, teachers["bert"], student_folder, tmp_path), "train", batch_size=2, seed=0
+        )
+        assert batcher.predict(lambda batch: batch.targets).tolist() == [[0.5], [2], [1]]
+        assert predictions(task, batcher.predict(lambda batch: batch.targets[:, None])) == [0.5, 2, 1]
+
+    @pytest.mark.parametrize("side", ["student", "teacher"])
+    def test_of_tokens(self, teachers, student_folder, tmp_path, side):
+        """Each token is answered by its own first piece; those that are cut off or invisible are O."""
+        rows = [["kalo", "\u200b", "mine"], ["ru", "sa"], ["kalo"] * 40]
+        targets = [np.array([1, 2, 2]), np.array([2, -1]), np.ones(40, int)]
+        task = task_of(rows, kind="tokens", targets=targets, labels=["x", "O", "B-y"])
+        encoded = encode_task(task, teachers["roberta"], student_folder, tmp_path)
+        sides = ("student", "teacher")
+        batcher = TaskBatcher(encoded, "train", batch_size=2, seed=0, sides=sides, max_pieces=30)
+
+        def model(batch):
+            """Class 0 at a token's first piece (that of the side), class 2 elsewhere."""
+            assert batch.student.labels is None and batch.teacher.labels is None
+            pieces = getattr(batcher.of_rows(batch.rows.numpy()), side)
+            first = pieces.labels >= 0
+            return torch.where(first[..., None], torch.tensor([9.0, 0, 0]), torch.tensor([0, 0, 9.0]))
+
+        found = batcher.predict(model, side)
+        answers = [np.argmax(row, 1).tolist() for row in found]
+        assert answers[0] == [0, 1, 0]
+        assert answers[1] == [0, 2]  # the unlabelled one is answered too, and had no label in the batch
+        assert len(answers[2]) == 40 and answers[2][0] == 0 and answers[2][-1] == 1
+        assert set(answers[2]) == {0, 1} and answers[2] == sorted(answers[2])

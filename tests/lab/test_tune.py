@@ -1,0 +1,486 @@
+"""The search: genes, the genetic algorithm on a known landscape, killing and sharing, the real stages."""
+
+import json
+import multiprocessing
+import os
+import random
+import re
+import signal
+import statistics
+import time
+from functools import partial
+
+import optuna
+import pytest
+import yaml
+from scipy.stats import spearmanr
+from test_ablations import BASE, TRAINING, write_task
+
+from tokenizer_build.errors import InputError
+from tokenizer_build.files import read_json, write_json
+from vocabshrink.lab import tune as search
+from vocabshrink.lab.tune import (
+    NAMED_MAPS,
+    behind,
+    explore,
+    front,
+    genome_of,
+    measure_latency,
+    open_search,
+    rank_correlation,
+    read_search,
+    run_search,
+)
+from vocabshrink.run.recipe import load_recipe
+
+SMALL = {"name": "small", "title": "A small search", "base": "base.yaml", "tasks": ["mood", "pairs"], "trials": 8}
+SMALL |= {"population": 4, "give_up": None}
+
+
+@pytest.fixture
+def written(tmp_path, tiny_teacher):
+    """A function that writes a search file beside its base recipe and gives its path."""
+
+    def write(base=None, /, **keys):
+        base = BASE | {"teacher": {"model": str(tiny_teacher)}} | (base or {})
+        base["finetune"] = {"phases": [BASE["finetune"]["phases"][0] | {"losses": {"labels": 1}}], "save_models": False}
+        (tmp_path / "base.yaml").write_text(yaml.safe_dump(base), encoding="utf-8")
+        path = tmp_path / "small.yaml"
+        path.write_text(yaml.safe_dump(SMALL | keys, sort_keys=False), encoding="utf-8")
+        return path
+
+    return write
+
+
+@pytest.fixture
+def landscape(monkeypatch):
+    """Candidates judged by a function of their settings in the place of training; a list of what was judged."""
+    judged = []
+
+    def use(function):
+        def quality(self, changes, task):
+            judged.append((genome_of(changes), task))
+            return function(changes, task)
+
+        monkeypatch.setattr(search.Candidates, "quality", quality)
+        return judged
+
+    return use
+
+
+def opened(path, root, *overrides):
+    found = open_search(path, list(overrides), root)
+    found.root.mkdir(parents=True, exist_ok=True)
+    return found
+
+
+# ------------------------------------------------------------------------------------------------ files
+
+
+@pytest.mark.parametrize(
+    "keys, message",
+    [
+        ({"trails": 3}, "small.yaml: unknown key trails: did you mean trials"),
+        ({"tasks": ["moods"]}, "there is no task moods in the recipe: it has mood, pairs"),
+        ({"objectives": ["bytes"]}, "objectives: quality is missing"),
+        ({"objectives": ["quality", "quality"]}, "objectives: one is written twice"),
+        ({"map": None}, "there is nothing to search for: add map or genes"),
+        ({"genes": {"distill.layer_map": ["last", "first"]}}, "genes.distill.layer_map: map.settings has it already"),
+        ({"genes": {"distill.stpes": [1, 2]}}, "unknown key distill.stpes: did you mean steps"),
+        ({"genes": {"dual.p": [0.1, 1]}}, "dual.p: the base recipe has no dual"),
+        ({"genes": {"student.hidden_size": [16, "wide"]}}, "student.hidden_size"),
+        ({"genes": {"student.num_hidden_layers": [2, 6]}}, "a student of 6 layers has more than its teacher's 4"),
+        ({"map": {"settings": ["distill.layer_maps"]}}, "unknown key distill.layer_maps: did you mean layer_map"),
+        ({"proxy": {"distill.stepz": 1}}, "small.yaml: proxy: unknown key distill.stepz"),
+        ({"proxy": {"dual.steps": 1}}, "small.yaml: proxy.dual.steps: the base recipe has no dual"),
+        ({"proxy": {"finetune": None}}, "the recipe has no finetune section: candidates are judged by their tasks"),
+        ({"confirm": {"tasks": ["mood"]}}, "confirm.tasks: the search has seen mood"),
+        ({"check": {"settings": {}, "maps": 7}}, "check.maps"),
+        ({"objectives": ["quality", "bytes"], "check": {"settings": {}}}, "check and confirm are of one best map"),
+        ({"base": "nowhere.yaml"}, "nowhere.yaml: no such recipe"),
+    ],
+)
+def test_bad_files_are_refused_by_name(written, tmp_path, keys, message):
+    with pytest.raises(InputError, match=re.escape(message)):
+        open_search(written(**keys), [], tmp_path / "root")
+    assert not (tmp_path / "root").exists()
+
+
+def test_a_launcher_is_refused(written, tmp_path, monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(InputError, match="start this command several times"):
+        run_search(written(), root=tmp_path / "root")
+
+
+def test_what_is_no_search_is_refused(written, tmp_path):
+    with pytest.raises(InputError, match="cannot be read as a search: No such file"):
+        read_search(tmp_path / "absent.yaml")
+    (tmp_path / "bytes.yaml").write_bytes(b"\xff\xfe")
+    with pytest.raises(InputError, match="not UTF-8 text at byte 0"):
+        read_search(tmp_path / "bytes.yaml")
+    path = written()
+    with pytest.raises(InputError, match="a search is a mapping with name, title, base and tasks"):
+        read_search(path.with_name("base.yaml"))
+    with pytest.raises(InputError, match="search.trials=0: trials: "):
+        open_search(path, ["search.trials=0"], tmp_path)
+    with pytest.raises(InputError, match="search.trails=1: unknown key trails"):
+        open_search(path, ["search.trails=1"], tmp_path)
+    with pytest.raises(InputError, match="--proxy-check: there is no check section"):
+        run_search(path, [], tmp_path / "root", proxy_check=True)
+    assert open_search(path, ["search.trials=3", "distill.steps=9"], tmp_path).search.trials == 3
+
+
+# ------------------------------------------------------------------------------------------------ genes
+
+
+def test_genes_are_settings(written, tmp_path):
+    genes = {"distill.losses.hidden_mse": [1, 10, None], "student.hidden_size": [8, 16]}
+    space = opened(written(genes=genes, map={"settings": ["distill.layer_map", "student.layer_map"]}), tmp_path).space
+    assert space.sizes == {"layer_1": 5, "layer_2": 5, "distill.losses.hidden_mse": 3, "student.hidden_size": 2}
+    changes = space.changes({"layer_1": 3, "layer_2": 1, "distill.losses.hidden_mse": 2, "student.hidden_size": 1})
+    pairs = [[1, 1], [2, 3]]  # in order
+    assert changes == {
+        "distill.losses.hidden_mse": None,
+        "student.hidden_size": 16,
+        "distill.layer_map": pairs,
+        "student.layer_map": pairs,
+    }
+    assert space.words(changes) == "1 3; hidden_mse None; hidden_size 16"
+
+
+def test_crossing_maps_are_kept_where_order_is_not_asked(written, tmp_path):
+    space = opened(written(map={"ordered": False}), tmp_path).space
+    assert space.changes({"layer_1": 4, "layer_2": 1}) == {"distill.layer_map": [[1, 4], [2, 1]]}
+    assert space.changes({"layer_1": 0, "layer_2": 2}) == {"distill.layer_map": [[2, 2]]}
+
+
+def test_genes_of_absent_layers_are_silent(written, tmp_path):
+    space = opened(written(genes={"student.num_hidden_layers": [2, 4]}), tmp_path).space
+    genes = {"layer_1": 1, "layer_2": 2, "layer_3": 3, "layer_4": 4}
+    shallow, again, deep = (
+        space.changes(genes | {"student.num_hidden_layers": n, "layer_4": last}) for n, last in ((0, 4), (0, 1), (1, 4))
+    )
+    assert shallow == again and shallow["distill.layer_map"] == [[1, 1], [2, 2]]
+    assert deep["distill.layer_map"] == [[1, 1], [2, 2], [3, 3], [4, 4]]
+
+
+def test_named_maps_are_genomes(written, tmp_path):
+    space = opened(written(genes={"distill.losses.hidden_mse": [5, 1]}), tmp_path).space
+    maps = {name: space.changes(space.named(name)) for name in NAMED_MAPS}
+    assert maps["uniform"]["distill.layer_map"] == [[1, 2], [2, 4]]
+    assert maps["last"]["distill.layer_map"] == [[1, 3], [2, 4]]
+    assert maps["first"]["distill.layer_map"] == [[1, 1], [2, 2]]
+    assert maps["skip"]["distill.layer_map"] == [[1, 2]]
+    assert {changes["distill.losses.hidden_mse"] for changes in maps.values()} == {1}  # the base's
+
+
+# ------------------------------------------------------------------------------------------------ the algorithm
+
+BEST = (2, 5, 9, 12)  # of a landscape with a slope, a ridge and a trap: all-zero genes are a local optimum
+
+
+def height(genes) -> float:
+    far = sum(abs(gene - best) for gene, best in zip(genes, BEST, strict=True))
+    trap = 0.55 - 0.05 * sum(genes)
+    return max(1 - far / 30 + 0.1 * sum(map(int.__eq__, genes, BEST)), trap)
+
+
+def reference(seed: int, trials: int, population: int, crossover=0.9, swap=0.5) -> float:
+    """The genetic algorithm in plain Python: binary tournaments, uniform crossover, a new value for each gene with
+    probability 1 / genes, and of parents and children the best go on. Returns the best height of `trials` genomes."""
+    rng, known = random.Random(seed), {}
+
+    def judged(genes):
+        if len(known) < trials:
+            known.setdefault(genes, height(genes))
+        return known.get(genes, -1.0)
+
+    def parent(alive):
+        return max(rng.sample(alive, 2), key=judged)
+
+    alive = [tuple(rng.randint(0, 12) for _ in BEST) for _ in range(population)]
+    while len(known) < trials:
+        children = []
+        for _ in range(population):
+            first, second = parent(alive), parent(alive)
+            crossed = rng.random() < crossover
+            child = [b if crossed and rng.random() < swap else a for a, b in zip(first, second, strict=True)]
+            children.append(tuple(rng.randint(0, 12) if rng.random() < 1 / len(BEST) else gene for gene in child))
+        alive = sorted({*alive, *children}, key=judged, reverse=True)[:population]
+        alive += [tuple(rng.randint(0, 12) for _ in BEST) for _ in range(population - len(alive))]
+    return max(known.values())
+
+
+@pytest.fixture
+def mountains(written, landscape, monkeypatch):
+    """A search over that landscape: four student layers, twelve of the teacher, unordered."""
+    monkeypatch.setattr(search.Candidates, "weigh", lambda self, changes: {"bytes": 1.0})
+    monkeypatch.setattr(search, "space_of", lambda *found: search.Space(found[0], found[1], 12, 4))
+    monkeypatch.setattr(search, "NAMED_MAPS", ())
+
+    def judge(changes, task):
+        pairs = dict(changes["distill.layer_map"])
+        return height([pairs.get(m, 0) for m in (1, 2, 3, 4)])
+
+    judged = landscape(judge)
+    base = {"student": BASE["student"] | {"num_hidden_layers": 4}}
+    return partial(written, base, map={"ordered": False}, tasks=["mood"], population=10, trials=80), judged
+
+
+def test_the_search_climbs_as_the_reference_does(mountains, tmp_path):
+    write, judged = mountains
+    found = {"genetic": [], "random": []}
+    for seed in range(3):
+        running = opened(write(seed=seed, name=f"seed{seed}"), tmp_path / "root")
+        for kind, best in found.items():
+            rows = explore(running, kind)
+            assert len({row["genome"] for row in rows}) == 80
+            best.append(max(row["quality"] for row in rows))
+    expected = [reference(seed, trials=80, population=10) for seed in range(20)]
+    assert height(BEST) == pytest.approx(1.4)
+    assert statistics.fmean(found["genetic"]) > statistics.fmean(found["random"]) + 0.05
+    assert statistics.fmean(found["genetic"]) > statistics.fmean(expected) - 2 * statistics.stdev(expected)
+
+
+def test_a_seed_decides_the_search(mountains, tmp_path):
+    write, _ = mountains
+    first, again, other = (
+        [row["genome"] for row in explore(opened(write(seed=seed, trials=30), tmp_path / place), "genetic")]
+        for place, seed in (("a", 1), ("b", 1), ("c", 2))
+    )
+    assert first == again != other
+
+
+def test_no_genome_is_paid_for_twice_and_the_best_survives(mountains, tmp_path):
+    write, judged = mountains
+    rows = explore(opened(write(trials=60), tmp_path / "root"), "genetic")
+    paid = [row for row in rows if row["scores"] and not row["again"]]
+    assert len(paid) == len({row["genome"] for row in paid}) == 60
+    assert all(row["quality"] == max(r["quality"] for r in rows if r["genome"] == row["genome"]) for row in rows)
+    before = len(judged)
+    assert explore(opened(write(trials=60), tmp_path / "root"), "genetic") == rows and len(judged) == before
+    more = explore(opened(write(trials=70), tmp_path / "root"), "genetic")
+    assert more[: len(rows)] == rows and len({row["genome"] for row in more}) == 70
+
+
+def test_another_search_of_the_same_name_is_refused(mountains, tmp_path):
+    write, _ = mountains
+    explore(opened(write(trials=3), tmp_path / "root"), "genetic")
+    explore(opened(write(trials=4, population=4), tmp_path / "root"), "genetic")  # not what a score depends on
+    with pytest.raises(InputError, match="study small is of other genes, tasks or proxy settings"):
+        explore(opened(write(trials=4, proxy={"distill.steps": 2}), tmp_path / "root"), "genetic")
+    with pytest.raises(InputError, match="storage nosuch://x: cannot be opened"):
+        explore(opened(write(storage="nosuch://x"), tmp_path / "root"), "genetic")
+
+
+# ------------------------------------------------------------------------------------------------ killing, sharing
+
+
+def slow_quality(log, self, changes, task):
+    """A training of 100 ms whose result stays on the disk, as a finished stage does; its end is written to `log`."""
+    kept = self.root / "made" / f"{genome_of(changes)}-{task}.json"
+    if not kept.is_file():
+        time.sleep(0.1)
+        write_json(kept, sum(n for _, n in changes["distill.layer_map"]) / 100)
+        with log.open("a") as file:
+            file.write(f"{kept.name}\n")
+    return read_json(kept)
+
+
+def searching(path, root, log):
+    search.Candidates.quality = lambda *arguments: slow_quality(log, *arguments)
+    rows = explore(opened(path, root), "genetic")
+    write_json(root / f"rows-{os.getpid()}.json", [row["genome"] for row in rows])
+
+
+def test_killed_ten_times_no_finished_trial_is_lost(written, tmp_path, monkeypatch):
+    monkeypatch.setattr(search.Candidates, "quality", search.Candidates.quality)  # restored after the children
+    path, root, log = written(trials=20, map={"ordered": False}, population=8), tmp_path / "root", tmp_path / "log"
+    fork, rng, finished, kills = multiprocessing.get_context("fork"), random.Random(0), {}, 0
+    url = f"sqlite:///{root / 'small' / 'study.db'}"
+    while True:
+        child = fork.Process(target=searching, args=(path, root, log))
+        child.start()
+        if kills < 10:
+            child.join(rng.uniform(0.3, 0.9))
+            if child.is_alive():
+                os.kill(child.pid, signal.SIGKILL)
+                kills += 1
+        child.join(120)
+        if (root / "small" / "study.db").is_file():
+            try:
+                trials = optuna.load_study(study_name="small", storage=url).trials
+            except KeyError:  # killed before the study was made
+                trials = []
+            now = {t.number: t.values for t in trials if t.state == optuna.trial.TrialState.COMPLETE}
+            assert finished.items() <= now.items()
+            finished = now
+        if child.exitcode == 0:
+            break
+    assert kills >= 5  # a fast machine may end before the tenth
+    made = log.read_text().split()
+    assert len(made) == len(set(made)) and len({name.partition("-")[0] for name in made}) >= 20
+
+
+def test_two_processes_share_a_study(written, tmp_path, monkeypatch):
+    monkeypatch.setattr(search.Candidates, "quality", search.Candidates.quality)
+    path, root, log = written(trials=20, map={"ordered": False}), tmp_path / "root", tmp_path / "log"
+    fork = multiprocessing.get_context("fork")
+    opened(path, root)
+    children = [fork.Process(target=searching, args=(path, root, log)) for _ in range(2)]
+    for child in children:
+        child.start()
+        time.sleep(0.5)
+    for child in children:
+        child.join(120)
+    assert [child.exitcode for child in children] == [0, 0]
+    first, second = (read_json(root / f"rows-{child.pid}.json") for child in children)
+    assert 20 <= len({*first, *second}) <= 21  # the other's last one was under way
+
+
+# ------------------------------------------------------------------------------------------------ giving up, budgets
+
+
+def test_what_stays_behind_is_given_up_after_its_first_task(written, landscape, tmp_path):
+    def judge(changes, task):
+        return sum(n for _, n in changes["distill.layer_map"]) / 10
+
+    judged = landscape(judge)
+    rule = {"below": 0.5, "after": 6}
+    rows = explore(opened(written(give_up=rule, trials=16, map={"ordered": False}), tmp_path / "root"), "genetic")
+    up = [row for row in rows if row["state"] == "given up" and not row["again"]]
+    assert up and all(row["quality"] is None and len(row["scores"]) == 1 and not row["name"] for row in up)
+    assert len(judged) < 2 * len(rows)
+    best = max(row["quality"] for row in rows if row["state"] == "complete")
+    assert all(row["scores"]["mood"] < best for row in up)
+
+
+def test_only_as_light_ones_give_a_candidate_up(written, tmp_path):
+    found = read_search(written(objectives=["quality", "bytes"], give_up={"below": 0.9, "after": 2}))
+    study = optuna.create_study(directions=["maximize", "minimize"])
+    for quality, size in ((0.9, 100), (0.8, 100), (0.1, 10), (0.2, 10)):
+        attributes = {"scores": {"mood": quality, "pairs": quality}, "bytes": size}
+        trial = optuna.trial.create_trial(values=[quality, size], user_attrs=attributes)
+        study.add_trial(trial)
+    assert behind(found, study, {"bytes": 100.0}, {"mood": 0.5})
+    assert not behind(found, study, {"bytes": 20.0}, {"mood": 0.5})
+    assert not behind(found, study, {"bytes": 5.0}, {"mood": 0.0})  # fewer than two are as light
+
+
+def test_over_the_budget_nothing_is_trained(written, landscape, tmp_path):
+    judged = landscape(lambda changes, task: changes["vocabulary.size"] / 1000)
+    path = written(map=None, genes={"vocabulary.size": [100, 160, 900]}, budget=60_000, objectives=["quality", "bytes"])
+    summary = run_search(path, [], tmp_path / "root")
+    rows = {json.dumps(r["changes"]): r for r in explore(opened(path, tmp_path / "root"), "genetic")}
+    assert rows['{"vocabulary.size": 900}']["state"] == "refused"
+    assert "bytes are over the budget of 60,000" in rows['{"vocabulary.size": 900}']["refused"]
+    assert len(judged) == len(set(judged)) == 4 or {g for g, _ in judged} == {
+        genome_of({"vocabulary.size": size}) for size in (100, 160)
+    }
+    assert [r["changes"]["vocabulary.size"] for r in summary["front"]] == [160, 100]  # neither beats the other
+    assert {p.name for p in (tmp_path / "root" / "small" / "front").iterdir()} == {"01.yaml", "02.yaml"}
+
+
+def test_no_trainable_candidate_is_one_sentence(written, landscape, tmp_path):
+    landscape(lambda changes, task: 0.5)
+    with pytest.raises(InputError, match="no candidate could be trained: .* over the budget of 1,000"):
+        run_search(written(budget=1000), [], tmp_path / "root")
+
+
+def test_the_front_is_what_nothing_beats():
+    points = [(0.9, 100), (0.8, 50), (0.8, 60), (0.7, 50), (0.95, 100), (0.1, 5), (0.95, 100)]
+    rows = [{"genome": f"{q}/{b}", "quality": q, "bytes": b} for q, b in points]
+    kept = [(row["quality"], row["bytes"]) for row in front(rows, ["quality", "bytes"])]
+    assert kept == [(0.95, 100), (0.8, 50), (0.1, 5)]
+
+
+def test_rank_correlation_has_its_interval():
+    first, second = [1, 2, 3, 4, 5, 6, 7, 8], [2, 1, 4, 3, 6, 5, 8, 7]
+    rho, (low, high) = rank_correlation(first, second)
+    assert rho == pytest.approx(spearmanr(first, second).statistic)
+    assert -1 < low < rho < high < 1 and low == pytest.approx(0.436, abs=0.02)  # by hand: z 1.53 - 1.96 * 0.534
+    assert rank_correlation(first, first) == (1.0, [1.0, 1.0])
+
+
+# ------------------------------------------------------------------------------------------------ the real stages
+
+
+@pytest.fixture
+def real(written, tiny_teacher, corpus_file, lines, tmp_path):
+    """A function that writes a search whose base trains in a second: two tasks, four steps on text."""
+    for name, word in (("mood", "ka"), ("pairs", "lo")):
+        rows = [{"sentence1": line, "label": int(word in line.lower())} for line in lines[:90]]
+        write_task(tmp_path / name, rows)
+    base = {"corpus": BASE["corpus"] | {"sources": [str(corpus_file)]}, "data": str(tmp_path)}
+    tasks = {name: {k: v for k, v in BASE["tasks"][name].items() if k != "metrics"} for name in ("mood", "pairs")}
+    base |= {"tasks": tasks, "distill": TRAINING | {"steps": 8, "losses": {"hidden_mse": 1}}}
+    return partial(written, base)
+
+
+def test_a_tiny_search_end_to_end(real, tmp_path):
+    """Search, random search, check and confirmation: every file, no stage twice, the best map runs."""
+    longer = {"distill.steps": 6}
+    path = real(
+        tasks=["mood"],
+        proxy={"distill.steps": 2, "distill.record_teacher": True},
+        random_search=True,
+        check={"settings": longer},
+        confirm={"settings": longer, "tasks": ["pairs"], "seeds": [1, 2]},
+    )
+    summary = run_search(path, [], tmp_path / "root", proxy_check=True)
+    root = tmp_path / "root" / "small"
+    assert read_json(tmp_path / "root" / "summary.json") == {"small": read_json(root / "summary.json")}
+    assert summary["trials"]["trained"] == 8 and summary["random_search"]["trials"] == 8
+    assert set(summary["named"]) == set(NAMED_MAPS)
+    assert summary["best"]["quality"] >= max(row["quality"] for row in summary["named"].values())
+    assert summary["cost"]["ratio"] > 0 and summary["cost"]["seconds_per_trial"] > 0
+    assert summary["confirm"]["seeds"] == [1, 2] and set(summary["confirm"]["unseen"]) == {"found", *NAMED_MAPS}
+    assert len(summary["proxy_check"]["maps"]) == 8 and len(summary["proxy_check"]["interval"]) == 2
+    best = load_recipe(root / "best.yaml")
+    assert [list(pair) for pair in best.distill.layer_map] == summary["best"]["changes"]["distill.layer_map"]
+    assert best.distill.steps == 8 and not best.distill.record_teacher  # the full run, not the proxy
+    page = (root / "search.html").read_text(encoding="utf-8")
+    assert page.count("<svg") == 4 and not re.findall(r'(?:src|href)="(?!#)', page) and "<script" not in page
+    assert "8 candidates of all ranks" in page and summary["best"]["words"] in page
+    rows = (root / "trials.csv").read_text(encoding="utf-8").splitlines()
+    assert rows[0].startswith("kind,number,state,name,words,quality,mood") and len(rows) >= 17
+    before = {p: p.stat().st_mtime_ns for p in (root / "runs" / "stages").rglob("DONE")}
+    assert run_search(path, [], tmp_path / "root", proxy_check=True)["best"] == summary["best"]
+    assert before == {p: p.stat().st_mtime_ns for p in (root / "runs" / "stages").rglob("DONE")}
+
+
+def test_shape_bits_and_rated_pairs_together(real, lines, tmp_path):
+    """Joint mode: the rounded model is judged, latency is measured once a shape, rated pairs need no fine-tuning."""
+    rated = [
+        {"sentence1": a, "sentence2": b, "label": i % 5}
+        for i, (a, b) in enumerate(zip(lines[:59], lines[1:60], strict=True))
+    ]
+    (tmp_path / "rated.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rated), encoding="utf-8")
+    path = real(
+        tasks=["near", "mood"],
+        map=None,
+        proxy={
+            "distill.steps": 2,
+            "delivery": {"budget": 100_000},
+            "evaluation": {"sentences": 0, "stsb": {"near": "rated.jsonl"}},
+        },
+        genes={"delivery.weights": ["int8", "int4-32"], "student.num_hidden_layers": [1, 2]},
+        objectives=["quality", "bytes", "latency"],
+        trials=4,
+    )
+    summary = run_search(path, [], tmp_path / "root")
+    root = tmp_path / "root" / "small"
+    latencies = read_json(root / "latency.json")
+    assert len(latencies) == 4 and all(value > 0 for value in latencies.values())
+    assert list((root / "runs" / "stages").glob("finetune-*/mood/rounded.json"))
+    assert all({"near", "mood"} == set(r["scores"]) and r["latency"] > 0 for r in summary["front"])
+    page = (root / "search.html").read_text(encoding="utf-8")
+    assert "The front" in page and page.count("<svg") == 3
+
+
+def test_deeper_shapes_are_slower(written, tmp_path):
+    recipe = open_search(written(), [], tmp_path).candidates.recipe
+    wide = {"hidden_size": 256, "intermediate_size": 1024, "num_attention_heads": 4}
+    shapes = (recipe.student.model_copy(update=wide | {"num_hidden_layers": layers}) for layers in (1, 8))
+    shallow, deep = (measure_latency(recipe.model_copy(update={"student": shape}), 200) for shape in shapes)
+    assert 0 < shallow < deep

@@ -1,0 +1,294 @@
+"""transformers.js, in Node and in Chromium, beside our runtime; and the page that `build_web` writes.
+
+Those marked `browser` need node, npm's packages (`npm ci --ignore-scripts --prefix tests/js`) and Chromium; elsewhere
+they are skipped. Nothing is downloaded while they run: a request to any host but the local server fails a test.
+"""
+
+import gzip
+import json
+import os
+import shutil
+import subprocess
+from pathlib import Path
+
+import numpy as np
+import pytest
+from test_delivery import RELEASED, write_delivery
+
+import vocabshrink.pages.web as web
+from tokenizer_build.errors import InputError
+from vocabshrink.pages.web import build_web
+from vocabshrink.runtime.delivery import load
+from vocabshrink.runtime.index import build_index
+
+JS = Path(__file__).parents[1] / "js"
+SHOTS = os.environ.get("VOCABSHRINK_SCREENSHOTS")  # a folder to keep the screenshots in
+CHROMIUM = os.environ.get("CHROMIUM") or next(
+    filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None
+)
+MISSING = [
+    what
+    for what, there in {
+        "node": shutil.which("node"),
+        "node_modules (npm ci --ignore-scripts --prefix tests/js)": (JS / "node_modules").is_dir(),
+        "chromium": CHROMIUM,
+    }.items()
+    if not there
+]
+browser = pytest.mark.browser
+needs_browser = pytest.mark.skipif(bool(MISSING), reason=f"missing: {', '.join(MISSING)}")
+TEXTS = [
+    "hello world",
+    "How do I sort a list by two keys?",
+    "Ünïcödé naïveté, crème brûlée — “quoted” … and 東京 or 🙂!",
+    "a",
+    "don't split_this-wrongly: x=3.14, foo@bar.com #tag\ttab\nline",
+    "UPPER lower MiXeD ÀÉÎ",
+]
+LONG = "Supercalifragilisticexpialidocious " * 40  # transformers.js cuts it after its [SEP] was added, which is lost
+PASSAGES = [
+    {"text": "Remove a folder and everything in it.", "source": "rmtree"},
+    {"text": "Read the rows of a spreadsheet that was saved as text.", "source": "csv"},
+    {"text": "Wait until another thread has ended.", "source": "join"},
+    {"text": "Choose several items at random.", "source": "sample"},
+]
+
+
+def node(script: str, **request) -> dict:
+    done = subprocess.run(
+        ["node", str(JS / script)],
+        input=json.dumps(request),
+        capture_output=True,
+        text=True,
+        timeout=300,
+        env=os.environ | ({"CHROMIUM": CHROMIUM} if CHROMIUM else {}),
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    return json.loads(done.stdout)
+
+
+def agree(answer: dict) -> None:
+    """Both ways to an embedding in transformers.js give ours; of the last text, which is cut, nearly."""
+    ours = load(RELEASED).embed([*TEXTS, LONG])
+    for way in ("pipeline", "sentence_embedding"):
+        theirs = np.array(answer[way])
+        cosines = (ours * theirs).sum(1)
+        assert cosines.min() > 0.99, way
+        np.testing.assert_allclose(theirs[:-1], ours[:-1], atol=1e-3, err_msg=way)
+
+
+@browser
+@needs_browser
+def test_transformers_js_in_node_gives_our_embeddings():
+    answer = node(
+        "node_test.mjs",
+        root=str(RELEASED.parent),
+        model=RELEASED.name,
+        dtype="q4",
+        task="embedding",
+        texts=[*TEXTS, LONG],
+    )
+    agree(answer)
+
+
+@browser
+@needs_browser
+@pytest.mark.parametrize("build", ["wasm", "webgpu"])
+def test_transformers_js_in_chromium_gives_our_embeddings(build):
+    """Both builds of onnxruntime-web; webgpu's is the one that transformers.js asks for by itself."""
+    request = {"root": str(RELEASED.parent), "model": RELEASED.name, "dtype": "q4", "task": "embedding"}
+    result = node("browser_test.mjs", build=build, texts=[*TEXTS, LONG], **request)
+    assert result["problems"] == []
+    agree(result["answer"])
+
+
+@pytest.fixture(scope="module")
+def page(tmp_path_factory) -> Path:
+    place = tmp_path_factory.mktemp("page")
+    (place / "passages.jsonl").write_text("".join(json.dumps(passage) + "\n" for passage in PASSAGES))
+    out = place / "web"
+    examples = {"embedding": ["delete a directory tree", "pick some at random"]}
+    build_web(
+        RELEASED,
+        out,
+        place / "passages.jsonl",
+        "Search <by> meaning",
+        examples=examples,
+        node_modules=JS / "node_modules",
+    )
+    return out
+
+
+@browser
+@needs_browser
+@pytest.mark.parametrize("where", ["folder", "standalone"])
+def test_the_page_searches_in_chromium(page, tmp_path, where):
+    shot = Path(SHOTS or tmp_path) / f"web-{where}.png"
+    target = page if where == "folder" else page / "standalone.html"
+    look = {"dark": where == "standalone", "width": 1000 if where == "folder" else 390}
+    shown = node("page_test.mjs", page=str(target), query="delete a directory", shot=str(shot), **look)
+    assert shown["problems"] == [] and shown["state"] == "ready" and "4 passages" in shown["status"]
+    assert shown["answers"][0].startswith("Remove a folder") and shown["answers"][0].endswith("rmtree")
+    assert len(shown["answers"]) == len(PASSAGES)
+    query, passage = load(RELEASED).embed(["delete a directory", PASSAGES[0]["text"]])
+    assert float(shown["answers"][0].split("\n")[2]) == pytest.approx(float(query @ passage), abs=0.02)
+    assert not shown["overflow"] and shown["unnamed"] == 0 and shown["focused"] == "text-0"
+    figures = shown["figures"]
+    assert figures["Model"] == "6.97 MB"
+    assert figures["Runtime"] == "14.79 MB"
+    for name in ("Ready after", "Last query", "Median of queries"):
+        assert float(figures[name].split()[0]) > 0
+    assert shot.read_bytes().startswith(b"\x89PNG") and shot.stat().st_size > 20_000
+
+
+@browser
+@needs_browser
+@pytest.mark.parametrize("released", [False, True])
+def test_the_page_classifies_and_labels_as_the_runtime_does(tiny_teacher, tmp_path, lines, released):
+    """Models in fp32, and the released ones: a classifier in 4 bits, a tagger in 8."""
+    pytest.importorskip("torch")
+    if released:
+        folders, text = [RELEASED.parent / name for name in ("sst2-7mb", "snips-slots-3mb")], "is it dull in paris now"
+    else:
+        folders = [bert_delivery(tmp_path, tiny_teacher, task) for task in ("classification", "tokens")]
+        text = " ".join(lines[0].split()[:5])
+    build_web(folders, tmp_path / "web", title="Two models", node_modules=JS / "node_modules")
+    shot = {"shot": str(Path(SHOTS) / "web-tasks.png")} if SHOTS and released else {}
+    shown = node("page_test.mjs", page=str(tmp_path / "web"), query=text, panel=0, **shot)
+    assert shown["problems"] == []
+    model = load(folders[0])
+    _, (scores,) = model.classify([text])
+    expected = [f"{model.labels[i]}\n\n{100 * scores[i]:.1f} %" for i in np.argsort(-scores)]
+    assert shown["answers"] == expected
+    shown = node("page_test.mjs", page=str(tmp_path / "web"), query=text, panel=1)
+    (words,) = load(folders[1]).label_tokens([text])
+    expected = [word["word"] + ("" if word["label"] == "O" else "\n" + word["label"]) for word in words]
+    assert [answer for answer in shown["answers"]] == expected
+
+
+def bert_delivery(place: Path, tokenizer_from: Path, task: str) -> Path:
+    """A tiny random BERT with a head, exported in fp32."""
+    import torch
+    from transformers import BertConfig, BertForSequenceClassification, BertForTokenClassification
+
+    from vocabshrink.delivery.export import export_model
+
+    kind, labels = {
+        "classification": (BertForSequenceClassification, ["bad", "good", "so so"]),
+        "tokens": (BertForTokenClassification, ["O", "B-word"]),
+    }[task]
+    pieces = len(json.loads((tokenizer_from / "tokenizer.json").read_text())["model"]["vocab"])
+    torch.manual_seed(0)
+    config = BertConfig(
+        vocab_size=pieces,
+        hidden_size=32,
+        num_hidden_layers=1,
+        num_attention_heads=4,
+        intermediate_size=64,
+        max_position_embeddings=48,
+        initializer_range=0.3,
+        id2label=dict(enumerate(labels)),
+        label2id={label: i for i, label in enumerate(labels)},
+    )
+    kind(config).save_pretrained(place / f"{task}-model")
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        shutil.copy(tokenizer_from / name, place / f"{task}-model" / name)
+    export_model(place / f"{task}-model", place / task, task=task, formats="fp32", max_positions=24)
+    return place / task
+
+
+@pytest.fixture
+def packages(tmp_path) -> Path:
+    """node_modules with stand-ins of the files that are copied."""
+    place = tmp_path / "node_modules"
+    for name in (*web.RUNTIME.values(), "@huggingface/transformers/package.json", "onnxruntime-web/package.json"):
+        (place / name).parent.mkdir(parents=True, exist_ok=True)
+        (place / name).write_text('{"version": "1.2.3-dev"}')
+    return place
+
+
+@pytest.fixture
+def delivery(tiny_teacher, tmp_path) -> Path:
+    return write_delivery(tmp_path / "tiny", "embedding", tiny_teacher)
+
+
+def test_the_folder_holds_all_that_the_page_needs(delivery, packages, tmp_path):
+    passages = tmp_path / "passages.jsonl"
+    passages.write_text('{"text": "ka </script> lo", "other": 1}\n\n{"text": "mi", "source": "s"}\n')
+    done = build_web(delivery, tmp_path / "web", passages, "A <b>title</b>", node_modules=packages)
+    out = tmp_path / "web"
+    on_disk = {path.relative_to(out).as_posix(): path.stat().st_size for path in out.rglob("*") if path.is_file()}
+    assert done["files"] == on_disk and done["passages"] == 2
+    assert set(on_disk) == {
+        "index.html",
+        "standalone.html",
+        "passages.json",
+        "vectors.bin",
+        *(f"models/tiny/{name}" for name in ("config.json", "tokenizer.json", "onnx/model.onnx")),
+        *(f"runtime/{Path(name).name}" for name in web.RUNTIME.values()),
+    }
+    assert done["model"] == sum(size for name, size in on_disk.items() if name.startswith("models/"))
+    assert json.loads((out / "passages.json").read_text()) == [
+        {"text": "ka </script> lo"},
+        {"text": "mi", "source": "s"},
+    ]
+    vectors = np.frombuffer((out / "vectors.bin").read_bytes(), dtype=np.int8).reshape(2, 8).astype(np.float32)
+    ours = load(delivery).embed(["ka </script> lo", "mi"])
+    cosines = (vectors * ours).sum(1) / np.linalg.norm(vectors, axis=1) / np.linalg.norm(ours, axis=1)
+    assert cosines.min() > 0.999
+    text = (out / "index.html").read_text()
+    assert "A &lt;b&gt;title&lt;/b&gt;" in text and text.count("</script>") == 1
+    for word in ("http://", "https://", "//cdn"):
+        assert word not in text
+    # the one-file page holds the same files
+    import base64
+    import re
+
+    packed = json.loads(re.search(r"window.FILES = (\{.*?\});", (out / "standalone.html").read_text()).group(1))
+    for name, content in packed.items():
+        assert gzip.decompress(base64.b64decode(content)) == (out / name).read_bytes()
+    assert set(packed) == set(on_disk) - {"index.html", "standalone.html"}
+
+
+def test_an_index_is_used_and_a_page_is_replaced(delivery, packages, tmp_path):
+    assert build_web(delivery, tmp_path / "web", node_modules=packages)["passages"] == 0
+    build_index(delivery, ["ka", "lo", "mi"])
+    assert build_web([delivery], tmp_path / "web", node_modules=packages)["passages"] == 3
+    assert [path.name for path in tmp_path.iterdir() if path.name.startswith(".")] == []
+
+
+@pytest.mark.parametrize(
+    "content,words",
+    [
+        ("{", "line 1 is not JSON"),
+        ('{"text": "a"}\n{"body": "a"}', 'line 2 has no "text"'),
+        ('{"text": " "}', 'line 1 has no "text"'),
+        ("\n", "has 0 passages"),
+    ],
+)
+def test_bad_passages_are_refused(delivery, packages, tmp_path, content, words):
+    passages = tmp_path / "passages.jsonl"
+    passages.write_text(content)
+    with pytest.raises(InputError, match=words):
+        build_web(delivery, tmp_path / "web", passages, node_modules=packages)
+    assert not (tmp_path / "web").exists()
+
+
+def test_what_cannot_be_shown_is_refused(delivery, packages, tiny_teacher, tmp_path):
+    masked = write_delivery(tmp_path / "masked", "fill-mask", tiny_teacher)
+    tagger = write_delivery(tmp_path / "tagger", "tokens", tiny_teacher)
+    with pytest.raises(InputError, match="is for the task 'fill-mask'"):
+        build_web(masked, tmp_path / "web", node_modules=packages)
+    with pytest.raises(InputError, match="two of the folders are named tiny"):
+        build_web([delivery, delivery], tmp_path / "web", node_modules=packages)
+    with pytest.raises(InputError, match="by an embedder only"):
+        build_web(tagger, tmp_path / "web", tmp_path / "none.jsonl", node_modules=packages)
+    with pytest.raises(InputError, match="none.jsonl is missing"):
+        build_web(delivery, tmp_path / "web", tmp_path / "none.jsonl", node_modules=packages)
+    with pytest.raises(InputError, match="npm ci"):
+        build_web(delivery, tmp_path / "web", node_modules=tmp_path / "nowhere")
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "letter.txt").write_text("dear")
+    with pytest.raises(InputError, match="is no page of ours"):
+        build_web(delivery, tmp_path / "mine", node_modules=packages)
+    assert (tmp_path / "mine" / "letter.txt").is_file()

@@ -1,0 +1,475 @@
+import hashlib
+import io
+import json
+import shutil
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import onnx
+import pytest
+from onnx import TensorProto, helper, numpy_helper
+from tokenizers import Tokenizer
+
+from tokenizer_build.errors import InputError
+from vocabshrink.runtime.delivery import TASKS, load
+from vocabshrink.runtime.index import build_index, search
+from vocabshrink.runtime.lines import classify_lines, embed_lines
+
+LABELS = {"classification": ["bad", "good", "so so"], "tokens": ["O", "B-word"]}
+RELEASED = Path(__file__).resolve().parents[2] / "artifacts" / "minilm-l6-7mb"
+LONGEST = 24
+
+
+def write_graph(path: Path, task: str, pieces: int, *, ids=TensorProto.INT64, out=TensorProto.FLOAT) -> np.ndarray:
+    """A model of one matrix: rows of the pieces, for a text their mean. Returns the matrix [pieces, columns]."""
+    columns = {"embedding": 8, "fill-mask": pieces}.get(task) or len(LABELS[task])
+    table = np.random.default_rng(0).normal(size=(pieces, columns)).astype(np.float32)
+    nodes = [helper.make_node("Gather", ["table", "input_ids"], ["rows"])]
+    if task in ("embedding", "classification"):
+        nodes += [
+            helper.make_node("Cast", ["attention_mask"], ["mask"], to=TensorProto.FLOAT),
+            helper.make_node("Unsqueeze", ["mask", "last"], ["present"]),
+            helper.make_node("Mul", ["rows", "present"], ["kept"]),
+            helper.make_node("ReduceSum", ["kept", "one"], ["sum"], keepdims=0),
+            helper.make_node("ReduceSum", ["present", "one"], ["count"], keepdims=0),
+            helper.make_node("Div", ["sum", "count"], ["result"]),
+        ]
+    else:
+        nodes.append(helper.make_node("Identity", ["rows"], ["result"]))
+    nodes.append(helper.make_node("Cast", ["result"], [TASKS[task]], to=out))
+    shape = ["batch", columns] if task in ("embedding", "classification") else ["batch", "sequence", columns]
+    inputs = [
+        helper.make_tensor_value_info(name, kind, ["batch", "sequence"])
+        for name, kind in (("input_ids", ids), ("attention_mask", TensorProto.INT64))
+    ]
+    arrays = {"table": table, "last": np.array([-1]), "one": np.array([1])}
+    weights = [numpy_helper.from_array(values, name) for name, values in arrays.items()]
+    graph = helper.make_graph(nodes, "g", inputs, [helper.make_tensor_value_info(TASKS[task], out, shape)], weights)
+    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 21)], ir_version=10)
+    path.parent.mkdir(exist_ok=True)
+    onnx.save(model, path)
+    return table
+
+
+def write_manifest(folder: Path, task: str, **changes) -> None:
+    names = ["onnx/model.onnx", "tokenizer.json", "config.json"]
+    contents = {name: (folder / name).read_bytes() for name in names}
+    files = {name: {"bytes": len(c), "sha256": hashlib.sha256(c).hexdigest()} for name, c in contents.items()}
+    manifest = {"graph": names[0], "task": task, "max_positions": LONGEST, "files": files}
+    if task == "embedding":
+        manifest["dimension"] = 8
+    (folder / "MANIFEST.json").write_text(json.dumps(manifest | changes))
+
+
+def write_delivery(folder: Path, task: str, tokenizer_from: Path) -> Path:
+    folder.mkdir()
+    shutil.copy(tokenizer_from / "tokenizer.json", folder)
+    pieces = Tokenizer.from_file(str(folder / "tokenizer.json")).get_vocab_size()
+    write_graph(folder / "onnx" / "model.onnx", task, pieces)
+    labels = {str(i): label for i, label in enumerate(LABELS.get(task, []))}
+    (folder / "config.json").write_text(json.dumps({"vocab_size": pieces, "id2label": labels}))
+    write_manifest(folder, task)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def deliveries(tiny_teacher, tmp_path_factory) -> dict[str, Path]:
+    place = tmp_path_factory.mktemp("deliveries")
+    return {task: write_delivery(place / task, task, tiny_teacher) for task in TASKS}
+
+
+@pytest.fixture
+def copy(deliveries, tmp_path) -> Path:
+    return Path(shutil.copytree(deliveries["embedding"], tmp_path / "copy"))
+
+
+@pytest.fixture(scope="module")
+def expected(deliveries):
+    """The rows of a text's pieces, computed without the runtime: task, text or pair -> [pieces, columns]."""
+
+    def rows(task: str, *text) -> np.ndarray:
+        tokenizer = Tokenizer.from_file(str(deliveries[task] / "tokenizer.json"))
+        tokenizer.no_padding()
+        tokenizer.enable_truncation(LONGEST)
+        weights = onnx.load(deliveries[task] / "onnx" / "model.onnx").graph.initializer
+        table = next(numpy_helper.to_array(tensor) for tensor in weights if tensor.name == "table")
+        return table[tokenizer.encode(*text).ids]
+
+    return rows
+
+
+def test_embeds_in_the_order_of_the_texts(deliveries, expected, lines):
+    texts = [*lines[:9], "ka", " ".join(lines[:20])]  # of all lengths; the last is cut
+    model = load(deliveries["embedding"])
+    ours = model.embed(texts, batch_size=4)
+    assert ours.dtype == np.float32 and ours.shape == (11, model.dimension) and model.task == "embedding"
+    for text, row in zip(texts, ours, strict=True):
+        np.testing.assert_allclose(row, expected("embedding", text).mean(0), atol=1e-5)
+    assert model.embed([]).shape == (0, 8)
+
+
+def test_embeds_as_torch_does(tiny_teacher, tmp_path, lines):
+    import torch
+    from transformers import AutoTokenizer, BertConfig, BertModel
+
+    from vocabshrink.delivery.export import export_model
+
+    folder = tmp_path / "student"
+    pieces = Tokenizer.from_file(str(tiny_teacher / "tokenizer.json")).get_vocab_size()
+    shape = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 64}
+    torch.manual_seed(0)
+    BertModel(BertConfig(vocab_size=pieces, initializer_range=0.1, **shape)).save_pretrained(folder)
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        shutil.copy(tiny_teacher / name, folder)
+    export_model(folder, tmp_path / "delivery", task="embedding", formats="fp32", max_positions=24)
+    texts = [*lines[:5], " ".join(lines[:20])]
+    ours = load(tmp_path / "delivery").embed(texts, batch_size=4)
+    tokenizer, model = AutoTokenizer.from_pretrained(folder), BertModel.from_pretrained(folder).eval()
+    for text, row in zip(texts, ours, strict=True):
+        with torch.no_grad():
+            hidden = model(**tokenizer(text, return_tensors="pt", truncation=True, max_length=24)).last_hidden_state
+        theirs = torch.nn.functional.normalize(hidden.mean(1), dim=-1)[0]
+        np.testing.assert_allclose(row, theirs.numpy(), atol=1e-5)
+
+
+def test_classifies_texts_and_pairs(deliveries, expected, lines):
+    model = load(deliveries["classification"], threads=2)
+    texts = [lines[0], (lines[1], "ka lo"), *lines[2:8]]
+    best, scores = model.classify(texts, batch_size=3)
+    assert model.labels == LABELS["classification"] and scores.dtype == np.float32
+    for text, label, row in zip(texts, best, scores, strict=True):
+        logits = expected("classification", *([text] if isinstance(text, str) else text)).mean(0)
+        np.testing.assert_allclose(row, np.exp(logits) / np.exp(logits).sum(), atol=1e-5)
+        assert label == model.labels[logits.argmax()]
+    assert model.classify([])[0] == [] and model.classify([])[1].shape == (0, 3)
+
+
+def test_labels_words_by_their_first_pieces(deliveries, expected):
+    model = load(deliveries["tokens"])
+    text = "Kalo, zzqx mi"  # the comma is a piece of the first word, and zzqx is several pieces
+    (ours,) = model.label_tokens([text])
+    assert model.label_tokens([text.split(), "mi"])[0] == ours
+    assert [word["word"] for word in ours] == text.split()
+    tokenizer = model.tokenizer
+    first = [0]
+    for word in text.split():
+        first.append(first[-1] + len(tokenizer.encode(word, add_special_tokens=False).ids))
+    rows = expected("tokens", text)[1:]
+    for word, place in zip(ours, first, strict=False):
+        assert word["label"] == LABELS["tokens"][rows[place].argmax()]
+    assert len(model.label_tokens(["mi " * 1000])[0]) == LONGEST - 2  # the rest is cut
+
+
+def test_fills_a_mask(deliveries, expected):
+    model = load(deliveries["fill-mask"])
+    (best, second), _ = model.fill_mask(["Ka [MASK] lo.", "ka ka ka [MASK]"], top=2)
+    logits = expected("fill-mask", "Ka [MASK] lo.")[model.tokenizer.encode("Ka [MASK] lo.").tokens.index("[MASK]")]
+    order = np.argsort(-logits)
+    assert [model.tokenizer.token_to_id(hit["piece"]) for hit in (best, second)] == list(order[:2])
+    assert best["score"] > second["score"] > 0
+    for hit in (best, second):
+        inner = hit["piece"].startswith("##")
+        assert hit["text"] == (f"Ka{hit['piece'][2:]} lo." if inner else f"Ka {hit['piece']} lo.")
+    for text in ("ka lo", "[MASK] [MASK]", "ka " * 50 + "[MASK]"):
+        with pytest.raises(InputError, match=r"text 0 has \d \[MASK\]"):
+            model.fill_mask([text])
+
+
+@pytest.mark.parametrize("task", TASKS)
+def test_a_model_of_another_task_is_refused(deliveries, task):
+    model = load(deliveries[task])
+    methods = {"embed": "embedding", "classify": "classification", "label_tokens": "tokens", "fill_mask": "fill-mask"}
+    for method, needed in methods.items():
+        if needed != task:
+            with pytest.raises(
+                InputError, match=f"{method} needs a model of the task '{needed}': this one's is '{task}'"
+            ):
+                getattr(model, method)(["ka"])
+
+
+@pytest.mark.parametrize(
+    "texts,words",
+    [
+        ("ka lo", "list of texts"),
+        (["ka", 3], "text 1 is int"),
+        ([b"ka"], "text 0 is bytes"),
+        ([("ka", "lo")], "text 0 is tuple"),
+        ([np.array([1, 2])], "text 0 is ndarray"),
+        (["ka", ""], "text 1 is empty"),
+        ([" \n"], "text 0 is empty"),
+        (["ka \ud83d lo"], r"text 0 has a lone surrogate \('\\ud83d', character 3\)"),
+    ],
+)
+def test_embed_refuses_what_is_no_list_of_texts(deliveries, texts, words):
+    with pytest.raises(InputError, match=words):
+        load(deliveries["embedding"]).embed(texts)
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["ka lo mi " * 200_000, "ka" * 1_000_000, " " * 1_000_000 + "ka lo", "ka\u2003" * 300_000, "ka,lo." * 200_000],
+)
+def test_a_text_of_a_megabyte_is_cut_as_any_other(deliveries, expected, text):
+    model = load(deliveries["embedding"])
+    started = time.process_time()
+    (ours,) = model.embed([text])
+    assert time.process_time() - started < 20
+    np.testing.assert_allclose(ours, expected("embedding", text).mean(0), atol=1e-5)
+
+
+def test_missing_altered_and_truncated_files_are_refused(copy, tmp_path):
+    with pytest.raises(InputError, match="no MANIFEST.json"):
+        load(tmp_path)
+    tokenizer, graph = copy / "tokenizer.json", copy / "onnx" / "model.onnx"
+    text, weights = tokenizer.read_text(), graph.read_bytes()
+    tokenizer.write_text(text + " ")
+    with pytest.raises(InputError, match="tokenizer.json was altered"):
+        load(copy)
+    tokenizer.unlink()
+    with pytest.raises(InputError, match="tokenizer.json is missing"):
+        load(copy)
+    tokenizer.write_text(text)
+    graph.write_bytes(weights[: len(weights) // 2])
+    with pytest.raises(InputError, match=r"model.onnx is truncated \([\d,]+ of [\d,]+ bytes\)"):
+        load(copy)
+    graph.write_bytes(weights[:-1] + bytes([weights[-1] ^ 1]))
+    with pytest.raises(InputError, match="model.onnx was altered"):
+        load(copy)
+    graph.write_bytes(weights)
+    load(copy)
+
+
+def test_the_manifest_of_another_model_is_refused(copy, deliveries):
+    manifest = json.loads((copy / "MANIFEST.json").read_text())
+    for facts in manifest["files"].values():
+        facts |= {"sha256": "0" * 64, "bytes": 1}
+    (copy / "MANIFEST.json").write_text(json.dumps(manifest))
+    with pytest.raises(InputError, match="another model's"):
+        load(copy)
+    shutil.copy(deliveries["classification"] / "MANIFEST.json", copy)
+    with pytest.raises(InputError, match="altered|truncated"):
+        load(copy)
+    write_manifest(copy, "classification")
+    (copy / "config.json").write_text("{}")
+    write_manifest(copy, "classification")
+    with pytest.raises(InputError, match="id2label"):
+        load(copy)
+    (copy / "config.json").write_text('{"id2label": {"0": "a"}}')
+    write_manifest(copy, "classification")
+    with pytest.raises(InputError, match="no output logits"):
+        load(copy)
+    write_manifest(copy, "embedding", dimension=9)
+    with pytest.raises(InputError, match="8 columns where 9 are promised"):
+        load(copy)
+    (copy / "config.json").write_text('{"vocab_size": 10}')
+    write_manifest(copy, "embedding")
+    with pytest.raises(InputError, match="pieces and the model 10"):
+        load(copy)
+
+
+@pytest.mark.parametrize(
+    "kinds,words",
+    [
+        ({"ids": TensorProto.INT32}, r"input_ids is tensor\(int32\), not tensor\(int64\)"),
+        ({"out": TensorProto.FLOAT16}, r"sentence_embedding is tensor\(float16\), not tensor\(float\)"),
+    ],
+)
+def test_a_graph_of_another_dtype_is_refused(copy, kinds, words):
+    write_graph(copy / "onnx" / "model.onnx", "embedding", 300, **kinds)
+    write_manifest(copy, "embedding")
+    with pytest.raises(InputError, match=words):
+        load(copy)
+
+
+def test_files_that_are_no_graph_or_tokenizer_are_refused(copy):
+    graph, tokenizer = copy / "onnx" / "model.onnx", copy / "tokenizer.json"
+    weights = graph.read_bytes()
+    graph.write_bytes(b"not a graph")
+    write_manifest(copy, "embedding")
+    with pytest.raises(InputError, match="model.onnx is no graph that onnxruntime"):
+        load(copy)
+    graph.write_bytes(weights)
+    tokenizer.write_text("{}")
+    write_manifest(copy, "embedding")
+    with pytest.raises(InputError, match="tokenizer.json is no tokenizer"):
+        load(copy)
+
+
+def test_nothing_outside_the_folder_is_read(copy):
+    outside = copy.parent / "model.onnx"
+    (copy / "onnx" / "model.onnx").rename(outside)
+    (copy / "onnx" / "model.onnx").symlink_to(outside)
+    with pytest.raises(InputError, match="outside"):
+        load(copy)
+    manifest = json.loads((copy / "MANIFEST.json").read_text())
+    for name in ("../model.onnx", str(outside), "a/../../model.onnx", "a\0b"):
+        for graph in (name, manifest["graph"]):  # also where it is not a file that is needed
+            files = manifest["files"] | {name: manifest["files"]["onnx/model.onnx"]}
+            (copy / "MANIFEST.json").write_text(json.dumps(manifest | {"files": files, "graph": graph}))
+            with pytest.raises(InputError, match="outside"):
+                load(copy)
+
+
+def test_weights_outside_the_folder_are_not_read(copy):
+    """A graph may name other files for its weights; onnxruntime refuses those that leave its folder."""
+    (copy.parent / "secret").write_bytes(bytes(300 * 8 * 4))
+    path = copy / "onnx" / "model.onnx"
+    model = onnx.load(path)
+    table = next(tensor for tensor in model.graph.initializer if tensor.name == "table")
+    table.ClearField("raw_data")
+    table.data_location = TensorProto.EXTERNAL
+    for key, value in (("location", "../../secret"), ("offset", "0"), ("length", str(300 * 8 * 4))):
+        table.external_data.add(key=key, value=value)
+    path.write_bytes(model.SerializeToString())
+    write_manifest(copy, "embedding")
+    with pytest.raises(InputError, match="no graph that onnxruntime"):
+        load(copy)
+
+
+@pytest.mark.parametrize(
+    "content,words",
+    [
+        ("{", "not JSON"),
+        ("\udcff".encode("utf-8", "surrogateescape").decode("latin-1"), "not JSON"),
+        ("[]", "lacks"),
+        ('{"graph": "g"}', "lacks"),
+        ('{"graph": "g", "dimension": 4, "files": {}}', "no sha256 of g"),
+        ('{"graph": 3, "dimension": 4, "files": {}}', "no sha256 of 3"),
+        ('{"graph": "g", "dimension": 4, "files": []}', "files is not"),
+        ('{"graph": "g", "dimension": 4, "files": {"g": "x"}}', "files is not"),
+        ('{"graph": "g", "task": "poetry", "files": {}}', "the task 'poetry'"),
+    ],
+)
+def test_a_broken_manifest_is_refused(copy, content, words):
+    (copy / "MANIFEST.json").write_text(content)
+    with pytest.raises(InputError, match=words):
+        load(copy)
+
+
+def test_threads_and_batches_are_checked(copy):
+    with pytest.raises(InputError, match="threads is 0"):
+        load(copy, threads=0)
+    with pytest.raises(InputError, match="batch_size is 0"):
+        load(copy).embed(["ka"], batch_size=0)
+
+
+def test_lines_become_rows_of_json(deliveries, lines):
+    out = io.StringIO()
+    stream = [(line + "\r\n").encode() for line in lines[:7]]
+    assert embed_lines(deliveries["embedding"], iter(stream), out, batch_size=3) == 7
+    rows = [json.loads(row) for row in out.getvalue().splitlines()]
+    assert [row["text"] for row in rows] == lines[:7]
+    ours = load(deliveries["embedding"]).embed(lines[:7])
+    np.testing.assert_allclose([row["embedding"] for row in rows], ours, rtol=1e-6)
+
+    out = io.StringIO()
+    assert classify_lines(deliveries["classification"], [lines[0], f"{lines[1]}\t{lines[2]}\n"], out) == 2
+    model = load(deliveries["classification"])
+    best, scores = model.classify([lines[0], (lines[1], lines[2])])
+    rows = [json.loads(row) for row in out.getvalue().splitlines()]
+    assert [row["label"] for row in rows] == best
+    np.testing.assert_allclose([[row["scores"][label] for label in model.labels] for row in rows], scores, rtol=1e-6)
+
+    out = io.StringIO()
+    assert classify_lines(deliveries["tokens"], ["ka lo"], out) == 1
+    assert json.loads(out.getvalue())["words"] == load(deliveries["tokens"]).label_tokens(["ka lo"])[0]
+
+
+@pytest.mark.parametrize(
+    "stream,words",
+    [([b"ka\n", b"\n"], "line 2 is empty"), ([b"ka\xff\n"], "line 1 is not UTF-8"), (["\ud83d"], "line 1 has")],
+)
+def test_bad_lines_are_refused_by_number(deliveries, stream, words):
+    with pytest.raises(InputError, match=words):
+        embed_lines(deliveries["embedding"], stream, io.StringIO())
+
+
+def test_search_finds_the_passages_of_greatest_cosine(copy, lines):
+    passages = [{"text": line, "source": f"line {i}"} for i, line in enumerate(lines[:40])]
+    assert build_index(copy, passages[:3]) == 3
+    assert build_index(copy, iter(passages)) == 40  # the earlier index is replaced
+    assert np.load(copy / "index" / "vectors.npy").dtype == np.float16
+    assert sorted(path.name for path in (copy / "index").iterdir()) == ["passages.jsonl", "vectors.npy"]
+    found = search(copy, lines[7], top=3)
+    assert found[0]["source"] == "line 7" and found[0]["score"] == pytest.approx(1, abs=1e-3)
+    model = load(copy)
+    vectors = model.embed(lines[:40])
+    vectors /= np.linalg.norm(vectors, axis=1, keepdims=True)
+    scores = vectors @ vectors[7]
+    assert [hit["score"] for hit in found] == pytest.approx(sorted(scores, reverse=True)[:3], abs=1e-3)
+    assert len(search(copy, "ka", top=99)) == 40
+
+
+def test_texts_may_hold_any_line_separator(copy):
+    texts = ["ka\u2028lo\x85mi\nne", "ru sa"]
+    build_index(copy, texts)
+    assert {hit["text"] for hit in search(copy, "ka", top=2)} == set(texts)
+
+
+def test_bad_passages_and_indexes_are_refused(copy, deliveries):
+    with pytest.raises(InputError, match="has no index"):
+        search(copy, "ka")
+    with pytest.raises(InputError, match="no passage"):
+        build_index(copy, [])
+    with pytest.raises(InputError, match="passage 1 is neither"):
+        build_index(copy, ["ka", {"body": "lo"}])
+    with pytest.raises(InputError, match="task 'embedding'"):
+        build_index(deliveries["classification"], ["ka"])
+    build_index(copy, ["ka", "lo"])
+    with pytest.raises(InputError, match="top is 0"):
+        search(copy, "ka", top=0)
+    (copy / "index" / "passages.jsonl").write_text('{"text": "ka"}\n')
+    with pytest.raises(InputError, match="build the index again"):
+        search(copy, "ka")
+
+
+def test_the_runtime_needs_no_torch(deliveries):
+    """In an interpreter where torch and the other packages of training cannot be imported."""
+    absent = ["torch", "transformers", "onnx", "safetensors", "scipy", "pydantic", "yaml", "pyarrow", "sklearn"]
+    code = (
+        f"import sys\nsys.modules.update(dict.fromkeys({absent!r}))\n"
+        "import vocabshrink\nassert 'numpy' not in sys.modules\n"
+        "from vocabshrink import load\nfrom vocabshrink.runtime import load as same\nassert load is same\n"
+        "assert not {'onnxruntime', 'tokenizers'} & set(sys.modules)\n"
+        f"print(load({str(deliveries['embedding'])!r}).embed(['ka lo']).shape)\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 0 and done.stdout.strip() == "(1, 8)", done.stderr
+
+
+SHIPPED = ("minilm-l6-7mb", "minilm-fast-7mb", "sst2-7mb", "snips-slots-3mb")
+
+
+@pytest.mark.parametrize("name", SHIPPED)
+def test_what_is_shipped_is_whole_and_under_seven_megabytes(name):
+    folder = RELEASED.parent / name
+    manifest = json.loads((folder / "MANIFEST.json").read_text(encoding="utf-8"))
+    load(folder)  # checks every sum
+    on_disk = {path: (folder / path).stat().st_size for path in manifest["loaders"]["onnxruntime"]["files"]}
+    assert sum(on_disk.values()) == manifest["delivery_bytes"] < 7_000_000
+    card = (folder / "README.md").read_text(encoding="utf-8")
+    assert f"{manifest['delivery_bytes']:,} bytes" in card
+
+
+def test_the_released_embedder_knows_what_is_alike():
+    model = load(RELEASED)
+    cat, dog, sort = model.embed(["A cat sleeps.", "The dog is asleep.", "Sort a list by two keys in Python."])
+    assert cat @ dog > cat @ sort + 0.2
+    assert np.linalg.norm(cat) == pytest.approx(1, abs=1e-5)
+
+
+def test_the_released_classifier_knows_praise_from_blame():
+    model = load(RELEASED.parent / "sst2-7mb")
+    labels, scores = model.classify(
+        ["A gripping, funny and beautifully acted film.", "Dull, badly written and far too long.", "Not good at all."]
+    )
+    assert list(labels) == ["positive", "negative", "negative"] and scores.max(1).min() > 0.8
+
+
+def test_the_released_tagger_finds_the_slots():
+    (words,) = load(RELEASED.parent / "snips-slots-3mb").label_tokens(["will it rain in Paris tomorrow"])
+    found = {word["word"].lower(): word["label"] for word in words}
+    assert found["paris"] == "B-city" and found["tomorrow"] == "B-timeRange" and found["will"] == "O"

@@ -1,0 +1,389 @@
+"""The stages of tasks: what they write, that they learn, and that a crash costs no finished training."""
+
+import json
+import random
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from conftest import wordpiece_pieces
+from tiny_training import NARROW
+from transformers import AutoModelForSequenceClassification, AutoModelForTokenClassification, AutoTokenizer
+
+import vocabshrink.stages.tasks
+from tokenizer_build.errors import InputError
+from tokenizer_build.files import read_json
+from tokenizer_build.tokenizer import save_tokenizer
+from vocabshrink.data.metrics import headline
+from vocabshrink.data.task_batches import encode_task
+from vocabshrink.data.tasks import predictions, read_logits, score
+from vocabshrink.models.rounding import fake_quantize_
+from vocabshrink.models.task_model import load_task_model
+from vocabshrink.run.folder import RunDir
+from vocabshrink.run.recipe import Phase, TaskSection, parse_recipe
+from vocabshrink.stages.stages import Run, run_stage
+from vocabshrink.stages.tasks import finetune, spread, train_task_teachers
+from vocabshrink.training.augment import augment_task
+from vocabshrink.training.finetune import logits_of, phases_of
+
+KIND = {"topic": "classification", "rating": "regression", "slots": "tokens"}
+MARKS = {"bad": "kata", "good": "zubra"}  # words that decide a row's label
+PLAIN = {"precision": "no", "warmup": 0.0, "batch_size": 8, "max_length": 64, "learning_rate": 3e-3}
+SOFT = {"losses": {"soft_labels": 1.0}, "epochs": 0.5, **PLAIN}
+LAYERS = {"losses": {"hidden_mse": 1.0, "attention_kl": 1.0}, "epochs": 0.5, **PLAIN}
+
+
+@pytest.fixture(scope="module")
+def data(lines, tmp_path_factory) -> Path:
+    """Three tasks that a word decides, 64 rows to train on and 24 for each other split."""
+    folder, rng = tmp_path_factory.mktemp("data"), random.Random(0)
+    words = sorted({word.strip(".,!?").lower() for line in lines for word in line.split()} - {"42"})
+    for split, count in (("train", 64), ("validation", 24), ("test", 24)):
+        rows = {name: [] for name in KIND}
+        for _ in range(count):
+            label = rng.choice(sorted(MARKS))
+            tokens = rng.choices(words, k=5)
+            tokens.insert(rng.randrange(5), MARKS[label])
+            slots = ["B-mark" if token in MARKS.values() else "O" for token in tokens]
+            text = {"sentence1": " ".join(tokens[:4]), "sentence2": " ".join(tokens[4:])}
+            rows["topic"].append(text | {"label": label})
+            rows["rating"].append(text | {"label": float(label == "good") * 3 + len(tokens[0]) / 10})
+            rows["slots"].append({"tokens": tokens, "slots": slots})
+        for name, found in rows.items():
+            (folder / f"{name}-{split}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in found))
+    return folder
+
+
+def make(data, model, path, *, tasks=("topic",), changes=None, **finetune_section) -> Run:
+    """A run whose vocabulary is there; `changes` are of every task."""
+    sections = {
+        name: {s: str(data / f"{name}-{s}.jsonl") for s in ("train", "validation", "test")}
+        | {"kind": KIND[name]}
+        | (changes or {})
+        for name in tasks
+    }
+    finetune_section = {"teacher": {"epochs": 8, **PLAIN}, "seeds": [1, 2, 3]} | finetune_section
+    recipe = {
+        "name": "toy",
+        "teacher": {"model": str(model)},
+        "corpus": {"sources": ["none.txt"]},
+        "student": NARROW,
+        "tasks": sections,
+        "finetune": finetune_section,
+    }
+    run = Run(parse_recipe(recipe, "recipe"), RunDir(path))
+    texts = [line for file in sorted(data.glob("topic-*")) for line in file.read_text().split("\n")]
+    save_tokenizer(wordpiece_pieces(texts, 120), run.vocab)
+    return run
+
+
+@pytest.fixture(scope="module")
+def taught(data, tiny_teacher, tmp_path_factory) -> Run:
+    """A run whose teachers are trained, on all three tasks."""
+    run = make(data, tiny_teacher, tmp_path_factory.mktemp("taught"), tasks=KIND)
+    run_stage(run, "task_teacher")
+    return run
+
+
+def with_teachers(taught, data, model, path, **options) -> Run:
+    """Another run beside the same fine-tuned teachers."""
+    run = make(data, model, path, **options)
+    run.dir.stage("task_teacher").symlink_to(taught.dir.stage("task_teacher"))
+    return run
+
+
+def losses_of(unit: Path) -> list[float]:
+    rows = [json.loads(line) for line in (unit / "metrics.jsonl").read_text().splitlines()]
+    return [row["loss"] for row in rows if row["kind"] == "train"]
+
+
+# ------------------------------------------------------------------------------------------------ teachers
+
+
+def test_teachers_learn_their_tasks_and_are_written(taught, tiny_teacher):
+    folder = taught.dir.stage("task_teacher")
+    assert {path.name for path in folder.iterdir()} == {"DONE", *KIND, "settings.json", "summary.json"}
+    summary = read_json(folder / "summary.json")
+    assert summary["topic"]["accuracy"] > 0.8 and summary["slots"]["slot_f1"] > 0.8
+    assert summary["average"] == pytest.approx(np.mean([headline(summary[name]) for name in KIND]))
+    for name in KIND:
+        figures = read_json(folder / name / "metrics.json")
+        assert figures["steps"] == 64 and figures["validation"] == summary[name] and figures["test"]
+        assert losses_of(folder / name)[-1] < 0.5 * losses_of(folder / name)[0]
+        assert (folder / name / "logits.safetensors").exists() == (name != "slots")
+
+
+@torch.no_grad()
+def test_a_teacher_s_files_agree_with_each_other(taught):
+    folder, task = taught.dir.stage("task_teacher") / "topic", taught.tasks["topic"]
+    model = AutoModelForSequenceClassification.from_pretrained(folder / "model", dtype=torch.float32).eval()
+    assert model.config.id2label == {0: "bad", 1: "good"}
+    logits = read_logits(folder / "logits.safetensors", task)
+    assert set(logits) == {"train", "validation", "test"}
+    tokenizer = AutoTokenizer.from_pretrained(folder / "model")
+    for split, rows in task.splits.items():
+        inputs = tokenizer(rows.first, rows.second, return_tensors="pt", padding=True)
+        np.testing.assert_allclose(model(**inputs).logits.numpy(), logits[split], atol=1e-4)
+    assert score(task, logits["test"], "test") == read_json(folder / "metrics.json")["test"]
+
+
+def test_a_task_with_its_own_teacher_is_left_alone(taught, data, tiny_teacher, tmp_path):
+    model = str(taught.dir.stage("task_teacher") / "topic" / "model")
+    run = make(data, tiny_teacher, tmp_path, changes={"teacher": model}, phases=[SOFT], seeds=[1])
+    assert "task_teacher" not in vocabshrink.stages.stages_of(run.recipe)
+    assert finetune(run)["topic"]["accuracy"]["seeds"] == 1
+
+
+# ------------------------------------------------------------------------------------------------ students
+
+
+def test_students_learn_and_the_summary_says_how_well(taught, data, tiny_teacher, tmp_path):
+    phases, names = [LAYERS, SOFT | {"epochs": 4}], ("rating", "slots")
+    run = with_teachers(taught, data, tiny_teacher, tmp_path, tasks=names, phases=phases, seeds=[1, 2])
+    summary = finetune(run)
+    assert summary["slots"]["slot_f1"]["median"] > 0.8
+    assert set(summary["rating"]) == {"pearson", "spearman"} and set(summary["test"]) == set(names)
+    assert summary["rounded"] == {}
+    folder, headlines = run.dir.stage("finetune"), []
+    for name in names:
+        units = {seed: read_json(folder / name / f"seed-{seed}" / "metrics.json") for seed in (1, 2)}
+        for metric, found in summary[name].items():
+            assert found == spread([unit["validation"][metric] for unit in units.values()])
+        headlines += [headline(unit["validation"]) for unit in units.values()]
+        assert all(unit["steps"] == 4 + 32 and len(unit["phases"]) == 2 for unit in units.values())
+        assert len({tuple(losses_of(folder / name / f"seed-{seed}")) for seed in units}) == 2
+    assert summary["average"] == pytest.approx(np.mean(headlines))
+    assert summary["tokens"] > 2 * 36 * 8 * 8 and summary["seconds_per_step"] > 0
+    assert not list(folder.rglob("checkpoints"))
+
+
+@pytest.mark.parametrize("name, epochs", [("topic", 0.5), ("slots", 3)])
+def test_the_median_seed_s_model_is_delivered(name, epochs, taught, data, tiny_teacher, tmp_path):
+    run = with_teachers(taught, data, tiny_teacher, tmp_path, tasks=[name], phases=[{"epochs": epochs, **PLAIN}])
+    finetune(run)
+    folder, task = run.dir.stage("finetune") / name, run.tasks[name]
+    assert sorted(path.name for path in folder.iterdir()) == ["metrics.json", "model", "seed-1", "seed-2", "seed-3"]
+    loader = AutoModelForTokenClassification if name == "slots" else AutoModelForSequenceClassification
+    model = loader.from_pretrained(folder / "model", dtype=torch.float32).eval().requires_grad_(False)
+    tokenizer = AutoTokenizer.from_pretrained(folder / "model")
+    rows, logits = task.splits["validation"], []
+    for index, first in enumerate(rows.first):
+        if name == "slots":
+            inputs = tokenizer(first, is_split_into_words=True, return_tensors="pt")
+            words = inputs.word_ids()
+            logits.append(model(**inputs).logits[0, [words.index(i) for i in range(len(first))]].numpy())
+        else:
+            logits.append(model(**tokenizer(first, rows.second[index], return_tensors="pt")).logits[0].numpy())
+    figures = {seed: read_json(folder / f"seed-{seed}" / "metrics.json")["validation"] for seed in (1, 2, 3)}
+    median = sorted(figures.values(), key=headline)[1]
+    assert read_json(folder / "metrics.json")["validation"] == median
+    assert score(task, logits, "validation") == pytest.approx(median, abs=1e-3)
+    assert len(predictions(task, logits)) == 24
+
+
+def test_no_model_is_kept_where_none_is_wanted(data, tiny_teacher, tmp_path):
+    run = make(data, tiny_teacher, tmp_path, phases=[{"steps": 3, **PLAIN}], save_models=False, teacher=None)
+    finetune(run)
+    files = {path.relative_to(run.dir.stage("finetune")).as_posix() for path in run.dir.stage("finetune").rglob("*.*")}
+    assert files == {f"topic/seed-{seed}/metrics.{kind}" for seed in (1, 2, 3) for kind in ("json", "jsonl")}
+
+
+@pytest.mark.parametrize("name", ["topic", "slots"])
+def test_rounded_weights_are_scored_beside_the_trained(name, taught, data, tiny_teacher, tmp_path):
+    options = {"tasks": [name], "phases": [{"epochs": 3, **PLAIN}], "seeds": [1], "rounded": "int4-32"}
+    run = with_teachers(taught, data, tiny_teacher, tmp_path, **options)
+    summary = finetune(run)
+    folder, task = run.dir.stage("finetune") / name, run.tasks[name]
+    unit = read_json(folder / "metrics.json")
+    model = load_task_model(str(folder / "model"), task, trained=True)  # as trained: rounding came after
+    phase, encoded = run.recipe.finetune.phases[-1], encode_task(task, run.teacher_folder, run.vocab, tmp_path / "rows")
+    assert score(task, logits_of(model, encoded, "validation", phase), "validation") == unit["validation"]
+    logits = logits_of(fake_quantize_(model, "int4-32"), encoded, "validation", phase)
+    assert score(task, logits, "validation") == unit["rounded"]
+    assert summary["rounded"] == {name: {m: spread([v]) for m, v in unit["rounded"].items()}} | {
+        "average": headline(unit["rounded"])
+    }
+
+
+@pytest.mark.parametrize("name", ["rating", "slots"])
+def test_a_model_trained_through_the_rounding_is_what_its_delivery_holds(name, taught, data, tiny_teacher, tmp_path):
+    phases = [SOFT | {"epochs": 4}, SOFT | {"epochs": 2, "through_rounding": True}]
+    options = {"tasks": [name], "phases": phases, "seeds": [1], "rounded": "int4-32"}
+    run = with_teachers(taught, data, tiny_teacher, tmp_path, **options)
+    finetune(run)
+    folder, task = run.dir.stage("finetune") / name, run.tasks[name]
+    unit, model = read_json(folder / "metrics.json"), load_task_model(str(folder / "model"), task, trained=True)
+    assert unit["rounded"] == unit["validation"]
+    assert losses_of(folder / "seed-1")[-1] < 0.7 * losses_of(folder / "seed-1")[0]
+    before = {name: parameter.clone() for name, parameter in model.named_parameters()}
+    for name, parameter in fake_quantize_(model, "int4-32").named_parameters():
+        assert torch.allclose(parameter, before[name], rtol=1e-3, atol=1e-6), name
+
+
+def test_the_first_task_of_a_process_starts_like_any_other(taught, data, tiny_teacher, tmp_path):
+    run = with_teachers(taught, data, tiny_teacher, tmp_path, phases=[LAYERS])
+    torch.manual_seed(0)
+    expected = torch.rand(1)
+    torch.manual_seed(0)
+    assert run.directions is not None and torch.rand(1) == expected
+
+
+def test_soft_labels_of_scores_are_their_squares():
+    section = TaskSection(train="t", validation="v", kind="regression", epochs=5)
+    weights = {"labels": 0.5, "soft_labels": {"weight": 2.0, "temperature": 3.0}}
+    (phase,) = phases_of([Phase(losses=weights)], section)
+    assert phase.epochs == 5 and set(phase.losses) == {"labels", "logits_mse"}
+    assert phase.losses["logits_mse"].weight == 2.0 and phase.losses["logits_mse"].arguments == {}
+    (phase,) = phases_of([Phase(losses=weights)], section.model_copy(update={"kind": "classification", "epochs": None}))
+    assert phase.epochs == 3 and set(phase.losses) == {"labels", "soft_labels"}
+
+
+def test_the_grid_s_best_setting_is_taken(data, tiny_teacher, tmp_path):
+    grid = {"learning_rate": [1e-9, 3e-3], "batch_size": [8, 16]}
+    options = {"phases": [{"epochs": 3, **PLAIN}], "grid": grid, "seeds": [1, 2], "teacher": None}
+    run = make(data, tiny_teacher, tmp_path, tasks=["slots"], **options)
+    finetune(run)
+    folder = run.dir.stage("finetune") / "slots"
+    tried = read_json(folder / "grid.json")
+    assert set(tried) == {f"learning_rate-{rate}_batch_size-{size}" for rate in ("1e-09", "0.003") for size in (8, 16)}
+    best = max(tried, key=tried.get)
+    assert best.startswith("learning_rate-0.003") and tried[best] > 0.5
+    for seed in (1, 2):
+        unit = read_json(folder / f"seed-{seed}" / "metrics.json")
+        assert unit["setting"] == best
+        assert unit["steps"] == 3 * 64 // int(best.rpartition("-")[2])
+
+
+def test_a_setting_that_there_is_not_is_refused_before_training(data, tiny_teacher, tmp_path):
+    run = make(data, tiny_teacher, tmp_path, grid={"batch_size": [8, 8.5]}, teacher=None)
+    with pytest.raises(InputError, match=r"^finetune\.grid: batch_size: .*8\.5"):
+        finetune(run)
+    assert not run.dir.stage("finetune").exists()
+
+
+def test_stored_logits_need_no_teacher(taught, data, tiny_teacher, tmp_path):
+    """And are worth the teacher that gave them."""
+    logits = str(taught.dir.stage("task_teacher") / "topic" / "logits.safetensors")
+    own = make(data, tiny_teacher, tmp_path / "own", changes={"logits": logits}, phases=[SOFT], seeds=[1])
+    beside = with_teachers(taught, data, tiny_teacher, tmp_path / "beside", phases=[SOFT], seeds=[1])
+    finetune(own), finetune(beside)
+    first, second = (losses_of(run.dir.stage("finetune") / "topic" / "seed-1") for run in (own, beside))
+    assert first == second
+    with pytest.raises(InputError, match=r"tasks.topic.logits are logits alone and losses.attention_kl reads"):
+        finetune(make(data, tiny_teacher, tmp_path / "layers", changes={"logits": logits}, phases=[LAYERS]))
+    more = {"p": 0.4, "copies": 2, "candidates": 3}
+    with pytest.raises(InputError, match=r"tasks.topic.logits has none of augmented rows"):
+        finetune(make(data, tiny_teacher, tmp_path / "more", changes={"logits": logits}, phases=[SOFT], augment=more))
+
+
+@pytest.mark.parametrize("name", ["topic", "slots"])
+def test_augmented_rows_are_trained_on_with_the_teacher_s_logits(name, taught, data, tiny_teacher, tmp_path):
+    more = {"p": 0.4, "copies": 2, "candidates": 3}
+    options = {"tasks": [name], "phases": [SOFT], "seeds": [1], "augment": more}
+    run = with_teachers(taught, data, tiny_teacher, tmp_path, **options)
+    made = augment_task(run.tasks[name], run.teacher(), run.dir.stage("augment") / f"{name}.jsonl", seed=0, **more)
+    assert made["written"] > 64
+    finetune(run)
+    unit = read_json(run.dir.stage("finetune") / name / "seed-1" / "metrics.json")
+    assert unit["steps"] == -(-(64 + made["written"]) // 16)
+
+
+def test_a_summary_s_figure_is_no_task_s_name(data, tiny_teacher, tmp_path):
+    run = make(data, tiny_teacher, tmp_path, teacher=None)
+    run.recipe.tasks["average"] = run.recipe.tasks.pop("topic")
+    with pytest.raises(InputError, match=r"tasks.average: the summary has a figure of this name"):
+        finetune(run)
+
+
+def test_spread():
+    assert spread([3.0, 1.0, 2.0, 10.0]) == {"median": 2.5, "min": 1.0, "max": 10.0, "seeds": 4}
+
+
+# ------------------------------------------------------------------------------------------------ resuming
+
+
+class Killed(BaseException):
+    pass
+
+
+def killing(monkeypatch, at: int) -> list[str]:
+    """The loop's trainings by name, of which the `at`-th is killed at its end, before its figures are written."""
+    begun, train = [], vocabshrink.finetune.train
+
+    def counted(task, batcher, settings, run, stage, **options):
+        begun.append(stage)
+        result = train(task, batcher, settings, run, stage, **options)
+        if len(begun) == at:
+            raise Killed
+        return result
+
+    monkeypatch.setattr(vocabshrink.finetune, "train", counted)
+    return begun
+
+
+def finish_all(run: Run) -> dict:
+    for name in ("count", "vocab", "encode"):
+        run.dir.stage(name).mkdir(exist_ok=True)
+        (run.dir.stage(name) / "DONE").touch()
+        (run.dir.stage(name) / "settings.json").write_text(json.dumps(run.settings_of(name)))
+    run_stage(run, "finetune")
+    return read_json(run.dir.stage("finetune") / "summary.json")
+
+
+@pytest.mark.parametrize("at", [1, 4, 5])
+def test_a_crash_costs_no_finished_training(at, taught, data, tiny_teacher, tmp_path, monkeypatch):
+    options = {"phases": [LAYERS, SOFT], "seeds": [1, 2]}
+    whole = with_teachers(taught, data, tiny_teacher, tmp_path / "whole", **options)
+    expected = finish_all(whole)
+    run = with_teachers(taught, data, tiny_teacher, tmp_path / "cut", **options)
+    with monkeypatch.context() as patched:
+        killing(patched, at)
+        if at <= 4:
+            with pytest.raises(Killed):
+                finish_all(run)
+        else:  # killed while the results were put in their place
+            patched.setattr(vocabshrink.finetune, "summarise", lambda units: (_ for _ in ()).throw(Killed))
+            patched.setattr(vocabshrink.finetune.shutil, "rmtree", lambda *a, **k: None)
+            with pytest.raises(Killed):
+                finish_all(run)
+    begun = killing(monkeypatch, -1)
+    found = finish_all(run)
+    seeds = {1: [1, 1, 2, 2], 4: [2, 2], 5: []}[at]
+    assert [name.split("-")[2] for name in begun] == [str(seed) for seed in seeds]
+    timeless = ("minutes", "seconds_per_step")
+    assert {k: v for k, v in found.items() if k not in timeless} == {
+        k: v for k, v in expected.items() if k not in timeless
+    }
+    for seed in (1, 2):
+        units = (each.dir.stage("finetune") / "topic" / f"seed-{seed}" for each in (whole, run))
+        first, second = map(losses_of, units)
+        assert first == second
+    assert not (run.dir.stage("finetune") / "checkpoints").exists()
+
+
+def test_a_teacher_s_crash_costs_no_finished_teacher(data, tiny_teacher, tmp_path, monkeypatch):
+    run = make(data, tiny_teacher, tmp_path, tasks=KIND, teacher={"steps": 4, **PLAIN})
+    with monkeypatch.context() as patched, pytest.raises(Killed):
+        killing(patched, 2)
+        run_stage(run, "task_teacher")
+    begun = killing(monkeypatch, -1)
+    run_stage(run, "task_teacher")
+    assert [name.split("-")[0] for name in begun] == ["rating", "slots"]
+    assert all((run.dir.stage("task_teacher") / name / "model" / "config.json").exists() for name in KIND)
+    assert train_task_teachers(run)["topic"]  # nothing in its way
+
+
+def test_what_another_recipe_left_is_refused(data, tiny_teacher, tmp_path, monkeypatch):
+    options = {"seeds": [1, 2], "teacher": None}
+    run = make(data, tiny_teacher, tmp_path, phases=[{"steps": 3, **PLAIN}], **options)
+    with monkeypatch.context() as patched, pytest.raises(Killed):
+        killing(patched, 2)
+        finetune(run)
+    other = make(data, tiny_teacher, tmp_path, phases=[{"steps": 4, **PLAIN}], **options)
+    with pytest.raises(InputError, match=r"only/seed-1: made by another recipe: delete the folder"):
+        finetune(other)
+    more = make(data, tiny_teacher, tmp_path, phases=[{"steps": 3, **PLAIN}], seeds=[1, 2, 3], teacher=None)
+    begun = killing(monkeypatch, -1)
+    finetune(more)  # another seed is no other recipe
+    assert [name.split("-")[2] for name in begun] == ["2", "3"]

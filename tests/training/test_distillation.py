@@ -1,0 +1,289 @@
+"""Distillation: the teacher never moves, the student does, and agreement is worth nothing."""
+
+import math
+
+import pytest
+import torch
+import torch.nn.functional as F
+from tiny_training import NARROW, PLAIN, encode, make_batcher, mean_loss
+from tokenizers import Tokenizer
+from transformers import BertForMaskedLM
+
+from tokenizer_build.errors import InputError
+from vocabshrink.data.lexicon import encode_corpus
+from vocabshrink.models.spelling import shared_pieces, spellings
+from vocabshrink.models.student import build_student, save_student
+from vocabshrink.models.teacher import MaskedLMHead, load_teacher
+from vocabshrink.run.folder import RunDir
+from vocabshrink.run.layer_map import layer_pairs
+from vocabshrink.run.recipe import DistillStage, StudentSection
+from vocabshrink.training.distillation import LOSSES_OF_DISTILLATION, Distillation
+from vocabshrink.training.loop import make_accelerator, train
+from vocabshrink.training.losses import ACROSS_VOCABULARIES, ATTENTION, LAYERWISE, MASKED_LM
+
+SENTENCES = {"hidden_mse": 1.0, "sentence_cosine": 1.0, "batch_similarity": 1.0}
+DOWN = {"weight": 1.0, "direction": "down"}
+
+
+@pytest.fixture(scope="module")
+def words(lines, tiny_teacher, tmp_path_factory):
+    """(folder of the student's vocabulary, folder of lexicon and stream)."""
+    return encode(lines, tiny_teacher, tmp_path_factory.mktemp("words"))
+
+
+def make(words, teacher_folder, losses, shape=NARROW, **options):
+    """(task, batcher, stage); the stage masks words and makes groups where the losses need it."""
+    if MASKED_LM & set(losses):
+        options = {"mask": 0.3} | options
+    if "group_similarity" in losses:
+        options = {"group_size": 4} | options
+    stage = DistillStage(**({"steps": 30, "batch_size": 8, "learning_rate": 1e-2, "losses": losses} | PLAIN | options))
+    torch.manual_seed(0)
+    teacher = load_teacher(str(teacher_folder))
+    student, directions, _ = build_student(StudentSection(**shape), teacher, words[0])
+    width = student.config.hidden_size
+    head = MaskedLMHead(width, width, student.config.vocab_size) if MASKED_LM & set(losses) else None
+    pairs = layer_pairs(stage.layer_map, student.config.num_hidden_layers, teacher.config.num_hidden_layers)
+    tokenizers = [Tokenizer.from_file(str(folder / "tokenizer.json")) for folder in (words[0], teacher_folder)]
+    shared, spelling = shared_pieces(*tokenizers), spellings(*tokenizers)
+    of_both = {"shared": torch.from_numpy(shared), "spelling": torch.from_numpy(spelling)}
+    task = Distillation(stage, teacher, student, pairs, head=head, directions=directions, **of_both)
+    sides, drawn = ("student", "teacher"), {"mask": stage.mask, "group_size": stage.group_size}
+    return task, make_batcher(words[1], teacher, sides, shared=shared, **drawn), stage
+
+
+@pytest.mark.parametrize(
+    "losses",
+    [
+        SENTENCES,
+        {"hidden_cosine": DOWN, "embedding_mse": 1.0},
+        {"hidden_normalized": 1.0, "student_masked_lm": 0.1},
+        {"group_similarity": 1.0, "sentence_cosine": 1.0},
+        {"attention_scores": 1.0, "hidden_mse": 1.0, "embedding_mse": 1.0},  # TinyBERT
+    ],
+)
+def test_the_student_learns_and_the_teacher_never_moves(losses, words, tiny_teacher, tmp_path):
+    task, batcher, stage = make(words, tiny_teacher, losses)
+    before, loss_before = {name: value.clone() for name, value in task.state_dict().items()}, mean_loss(task, batcher)
+    run = RunDir(tmp_path)
+    train(task, batcher, stage, run, "distill", fingerprint="f", accelerator=make_accelerator(stage, run))
+    assert mean_loss(task, batcher) < 0.8 * loss_before
+    moved = {name for name, value in task.state_dict().items() if not torch.equal(value, before[name])}
+    assert not {name for name in moved if name.startswith("teacher.")}
+    weights = {name for name in before if name.startswith("student.") and name.endswith("weight")}
+    assert len(weights) > 15 and weights <= moved
+
+
+@pytest.mark.parametrize(
+    "losses, reads",
+    [
+        ({"hidden_mse": 1.0}, {"up"}),
+        ({"hidden_mse": DOWN}, {"down"}),
+        ({"hidden_mse": 1.0, "hidden_cosine": DOWN}, {"up", "down"}),
+        ({"hidden_mse": DOWN, "batch_similarity": 1.0}, {"down"}),
+        ({"hidden_mse": DOWN, "sentence_cosine": 1.0}, {"up", "down"}),
+        ({"embedding_mse": 1.0, "batch_similarity": 1.0}, {"up"}),
+        ({"batch_similarity": 1.0}, set()),
+        ({"student_masked_lm": 1.0}, set()),
+        ({"hidden_contrastive": DOWN, "attention_kl": 1.0}, {"down"}),
+        ({"attention_scores": 1.0, "masked_lm_reduce": 1.0}, set()),
+    ],
+)
+def test_helpers_that_no_loss_reads_are_frozen(losses, reads, words, tiny_teacher):
+    task, batcher, _ = make(words, tiny_teacher, losses)
+    helpers = {name.split(".")[0] for name, p in task.named_parameters() if p.requires_grad}
+    assert helpers - {"student", "head"} == reads
+    sum(task(batcher.batch(0)).values()).backward()
+    assert not {name for name, p in task.named_parameters() if p.requires_grad and p.grad is None}
+    assert all(p.grad is None for p in task.teacher.parameters())
+
+
+@pytest.mark.parametrize("layer_map", ["uniform", "emd", [[1, [1, 2]], [2, 4]]])
+@pytest.mark.parametrize("name", sorted(LOSSES_OF_DISTILLATION))
+def test_every_loss_works_across_vocabularies(name, layer_map, words, tiny_teacher):
+    """Gradients of all that the student has to give, of nothing of the teacher; only what is read is computed."""
+    task, batcher, _ = make(words, tiny_teacher, {name: 1.0}, layer_map=layer_map)
+    batch = batcher.batch(0)
+    assert not torch.equal(batch.student.units, batch.teacher.units)
+    forward = task.view(batch)
+    assert len(forward.student.hidden) == (3 if name in LAYERWISE else 1)
+    if name == "student_masked_lm":
+        assert forward.teacher is None  # who compares with no one pays for no one
+    else:
+        assert (forward.teacher.passed.queries is not None) == (name in ATTENTION)
+    loss = task(batch)[name]
+    loss.backward()
+    assert loss.shape == () and torch.isfinite(loss) and loss > 0
+    gradients = [p.grad for p in task.student.parameters() if p.grad is not None]
+    assert sum(g.abs().sum() for g in gradients) > 0 and all(bool(g.isfinite().all()) for g in gradients)
+    assert all(p.grad is None for name, p in task.named_parameters() if name.startswith("teacher"))
+
+
+@pytest.mark.parametrize("name", sorted(LOSSES_OF_DISTILLATION))
+def test_every_loss_is_about_the_same_in_bfloat16(name, words, tiny_teacher):
+    task, batcher, _ = make(words, tiny_teacher, {name: 1.0})
+    plain = task(batcher.batch(0))[name]
+    with torch.autocast("cpu", torch.bfloat16):
+        loss = task(batcher.batch(0))[name]
+    loss.backward()
+    assert loss.item() == pytest.approx(plain.item(), rel=0.1)
+
+
+def test_agreement_is_zero(lines, tiny_teacher, tmp_path):
+    """A student that is its teacher, on the teacher's own vocabulary: every distance is nothing."""
+    encode_corpus([lines], tiny_teacher, tiny_teacher, tmp_path)
+    names = sorted(LOSSES_OF_DISTILLATION - {"student_masked_lm"})
+    task, batcher, _ = make((tiny_teacher, tmp_path), tiny_teacher, dict.fromkeys(names, 1.0), {})
+    assert isinstance(task.up, torch.nn.Identity) and isinstance(task.down, torch.nn.Identity)
+    task.head.load_state_dict(task.teacher_head.state_dict())
+    for index in range(3):
+        batch = batcher.batch(index)
+        batch.teacher = batch.student  # the same noise for masked words
+        for name, value in task(batch).items():
+            assert abs(float(value.detach())) < 1e-6, name
+
+
+class TestOneVocabulary:
+    """Where both read the teacher's pieces, losses are those of the papers, from what transformers gives."""
+
+    @pytest.fixture(scope="class")
+    def case(self, lines, tiny_teacher, tmp_path_factory):
+        """(task with every loss, a batch, both models' outputs with attentions, real positions [B, T])"""
+        folder = tmp_path_factory.mktemp("one")
+        encode_corpus([lines], tiny_teacher, tiny_teacher, folder)
+        losses = dict.fromkeys(sorted(LOSSES_OF_DISTILLATION), 1.0) | {"value_relations": {"heads": 8}}
+        shape = NARROW | {"num_attention_heads": 4, "initialize": "random"}
+        task, batcher, _ = make((tiny_teacher, folder), tiny_teacher, losses, shape)
+        with torch.no_grad():
+            for parameter in (*task.student.parameters(), *task.teacher.parameters()):
+                parameter.add_(torch.randn_like(parameter) * 0.1)  # maps that are far from even
+            batch = batcher.batch(1)
+            outputs = []
+            for model, side in ((task.student, batch.student), (task.teacher, batch.teacher)):
+                model.set_attn_implementation("eager")
+                inputs = {"input_ids": side.ids, "attention_mask": side.attention_mask}
+                outputs.append(model(**inputs, output_hidden_states=True, output_attentions=True))
+            return task(batch), batch, outputs, batch.student.attention_mask.bool(), task
+
+    def test_units_are_pieces(self, case):
+        _, batch, _, real, _ = case
+        places = torch.arange(real.shape[1]).expand(len(real), -1)
+        assert torch.equal(batch.student.units, places.where(real, -1)) and torch.equal(batch.unit_mask, real)
+
+    def test_hidden_states(self, case):
+        losses, _, (student, teacher), real, task = case
+        terms = {"hidden_mse": [], "hidden_mae": [], "hidden_cosine": []}
+        for m, n in ((1, 2), (2, 4)):
+            s, t = task.up(student.hidden_states[m][real]), teacher.hidden_states[n][real]
+            terms["hidden_mse"].append(F.mse_loss(s, t))
+            terms["hidden_mae"].append(F.l1_loss(s, t))
+            terms["hidden_cosine"].append(1 - F.cosine_similarity(s, t).mean())
+        for name, values in terms.items():
+            torch.testing.assert_close(losses[name], sum(values) / 2)
+        expected = F.mse_loss(task.up(student.hidden_states[0][real]), teacher.hidden_states[0][real])
+        torch.testing.assert_close(losses["embedding_mse"], expected)
+
+    def test_attention(self, case):
+        """Against the maps that transformers returns, without their padding."""
+        losses, _, (student, teacher), real, _ = case
+        terms = []
+        for m, n in ((0, 1), (1, 3)):
+            rows = []
+            for row, length in enumerate(real.sum(1)):
+                s, t = (o.attentions[k][row, :, :length, :length] for o, k in ((student, m), (teacher, n)))
+                rows.append((t * (t / s).log()).sum(-1).flatten())
+            terms.append(torch.cat(rows).mean())
+        torch.testing.assert_close(losses["attention_kl"], sum(terms) / 2)
+
+    def maps(self, case, left, right, heads):
+        """(student's, teacher's) products [heads, L, L] of each matched layer and sentence, from the weights."""
+        _, _, (student, teacher), real, task = case
+        for m, n in ((0, 1), (1, 3)):
+            found = []
+            for row, length in enumerate(real.sum(1)):
+                both = []
+                for output, model, k in ((student, task.student, m), (teacher, task.teacher, n)):
+                    attention, states = model.encoder.layer[k].attention.self, output.hidden_states[k][row, :length]
+                    a, b = (getattr(attention, part)(states).unflatten(-1, (heads, -1)) for part in (left, right))
+                    both.append(torch.einsum("ihd,jhd->hij", a, b) / math.sqrt(a.shape[-1]))
+                found.append(both)
+            yield found
+
+    @torch.no_grad()
+    def test_attention_scores(self, case):
+        terms = []
+        for found in self.maps(case, "query", "key", 4):
+            terms.append(torch.cat([(s - t).square().flatten() for s, t in found]).mean())
+        torch.testing.assert_close(case[0]["attention_scores"], sum(terms) / 2)
+
+    @pytest.mark.parametrize(("kind", "heads"), [("query", 4), ("key", 4), ("value", 8)])
+    @torch.no_grad()
+    def test_relations(self, case, kind, heads):
+        terms = []
+        for found in self.maps(case, kind, kind, heads):
+            rows = [F.kl_div(s.log_softmax(-1), t.softmax(-1), reduction="none").sum(-1).flatten() for s, t in found]
+            terms.append(torch.cat(rows).mean())
+        torch.testing.assert_close(case[0][f"{kind}_relations"], sum(terms) / 2)
+
+    @torch.no_grad()
+    def test_soft_masked_words(self, case):
+        losses, batch, (student, teacher), _, task = case
+        where = batch.student.labels >= 0
+        tables = task.student.get_input_embeddings().weight, task.teacher.get_input_embeddings().weight
+        s = task.head(student.last_hidden_state[where], tables[0])
+        t = task.teacher_head(teacher.last_hidden_state[where], tables[1])
+        expected = F.kl_div(s.log_softmax(-1), t.softmax(-1), reduction="batchmean")
+        torch.testing.assert_close(losses["masked_lm_match"], expected)
+        words = slice(5, None)  # special tokens are not spelt
+        expected = F.kl_div(s[:, words].log_softmax(-1), t[:, words].softmax(-1), reduction="batchmean")
+        torch.testing.assert_close(losses["masked_lm_reduce"], expected)
+
+
+class TestRefusals:
+    def make(self, words, tiny_teacher, name, *, teacher_head=True, student_head=True, **of_both):
+        stage = DistillStage(steps=1, batch_size=8, mask=0.15, losses={name: 1.0})
+        teacher = load_teacher(str(tiny_teacher))
+        if not teacher_head:
+            teacher.head = None
+        student, directions, _ = build_student(StudentSection(**NARROW), teacher, words[0])
+        head = MaskedLMHead(16, 16, student.config.vocab_size) if student_head else None
+        return Distillation(stage, teacher, student, ((1, (1,)),), head=head, directions=directions, **of_both)
+
+    @pytest.mark.parametrize("name", sorted(ACROSS_VOCABULARIES))
+    def test_without_a_teachers_head(self, name, words, tiny_teacher):
+        with pytest.raises(InputError, match=f"{name} needs a masked-LM head and .* has none: add a masked_lm_head"):
+            self.make(words, tiny_teacher, name, teacher_head=False)
+
+    @pytest.mark.parametrize("name", sorted(MASKED_LM - {"teacher_masked_lm"}))
+    def test_without_a_students_head(self, name, words, tiny_teacher):
+        with pytest.raises(InputError, match=f"{name}: the student has no masked-LM head"):
+            self.make(words, tiny_teacher, name, student_head=False)
+
+    def test_without_common_pieces(self, words, tiny_teacher):
+        for name in ACROSS_VOCABULARIES:
+            with pytest.raises(InputError, match=f"{name}: no piece is known to stand in both vocabularies"):
+                self.make(words, tiny_teacher, name)
+        with pytest.raises(InputError, match="masked_lm_match: no piece is known"):
+            self.make(words, tiny_teacher, "masked_lm_match", shared=torch.full((150,), -1))
+
+
+@torch.no_grad()
+def test_the_masked_lm_loss_is_that_of_transformers(words, tiny_teacher, tmp_path):
+    task, batcher, _ = make(words, tiny_teacher, {"student_masked_lm": 1.0}, mask=0.15)
+    for parameter in task.head.parameters():
+        parameter.add_(torch.randn_like(parameter) * 0.1)
+    save_student(tmp_path / "student", task.student, task.head, words[0], "mean", True)
+    reference = BertForMaskedLM.from_pretrained(tmp_path / "student", dtype=torch.float32).eval()
+    side = batcher.batch(2).student
+    assert int((side.labels >= 0).sum()) > 5
+    expected = reference(input_ids=side.ids, attention_mask=side.attention_mask, labels=side.labels).loss
+    torch.testing.assert_close(task(batcher.batch(2))["student_masked_lm"], expected)
+
+
+def test_dropout_stays_off(words, tiny_teacher):
+    task, batcher, _ = make(words, tiny_teacher, SENTENCES)
+    task.train()
+    assert not any(module.training for module in task.modules())
+    first, second = (task(batcher.batch(0)) for _ in range(2))
+    assert all(torch.equal(first[name], second[name]) for name in SENTENCES)
+    assert task.embedding_parameters()[0] is task.student.get_input_embeddings().weight

@@ -1,0 +1,197 @@
+"""TODO: data.task_batches."""
+
+import hashlib
+import json
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from itertools import islice
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from tokenizer_build.files import write_json
+from vocabshrink.data.batches import Batch, Batcher, Segments
+from vocabshrink.data.lexicon import Lexicon, WordStream, encode_corpus, tokenizer_file
+from vocabshrink.data.pieces import PieceTable
+from vocabshrink.data.tasks import UNLABELLED, Task
+
+BLOCK_LINES = 10_000
+
+
+# ---------------------------------------------------------------------------------------------- batches
+
+
+@dataclass(frozen=True)
+class EncodedTask:
+    """A task's splits as words. Row i of a split has the stream's lines starts[split][i] : starts[split][i + 1]."""
+
+    task: Task
+    lexicon: Lexicon
+    stream: WordStream
+    starts: dict[str, np.ndarray]
+
+
+def encode_task(
+    task: Task, teacher_tokenizer: str | Path, student_tokenizer: str | Path, folder: str | Path
+) -> EncodedTask:
+    """Encodes all splits into one lexicon in `folder`, or reads it where the same rows were encoded before.
+
+    A line is a sentence, or a token of a token task: from the second on behind a space, so that byte-level vocabularies
+    read the tokens as they stand in the sentence.
+    """
+    folder = Path(folder)
+    starts, first = {}, 0
+    for split, rows in task.splits.items():
+        widths = [len(tokens) for tokens in rows.first] if task.kind == "tokens" else [1 + (rows.second is not None)]
+        starts[split] = first + np.concatenate([[0], np.cumsum(np.resize(widths, len(rows)))])
+        first = int(starts[split][-1])
+    inputs = hashlib.sha256()
+    for tokenizer in (teacher_tokenizer, student_tokenizer):
+        inputs.update(hashlib.sha256(tokenizer_file(tokenizer).read_bytes()).digest())
+    for line in _lines(task):
+        inputs.update(hashlib.sha256(line.encode()).digest())
+    finished, encoded = folder / "task.json", {"sha256": inputs.hexdigest(), "lines": first}
+    if not finished.is_file() or json.loads(finished.read_text(encoding="utf-8")) != encoded:
+        finished.unlink(missing_ok=True)
+        lines = _lines(task)
+        blocks = iter(lambda: list(islice(lines, BLOCK_LINES)), [])
+        encode_corpus(blocks, teacher_tokenizer, student_tokenizer, folder)
+        write_json(finished, encoded)
+    return EncodedTask(task, Lexicon.load(folder), WordStream.load(folder), starts)
+
+
+def _lines(task: Task) -> Iterator[str]:
+    for rows in task.splits.values():
+        for index, text in enumerate(rows.first):
+            if task.kind == "tokens":
+                yield from (f" {token}" if place else token for place, token in enumerate(text))
+            else:
+                yield text
+                if rows.second is not None:
+                    yield rows.second[index]
+
+
+class TaskBatcher(Batcher):
+    """Batches of a split by step number, and its outputs in the order of its rows."""
+
+    def __init__(
+        self,
+        encoded: EncodedTask,
+        split: str,
+        *,
+        batch_size: int,
+        seed: int,
+        sides: tuple[str, ...] = ("student",),
+        max_pieces: int = 126,
+        shared: np.ndarray | None = None,
+    ):
+        """The batches of one split.
+
+        Args:
+            sides: "student", "teacher" or both. max_pieces: as in `Batcher`, special tokens of a single sentence not
+                counted; those that a pair has more are taken off here.
+            shared: of `PieceTable`.
+        """
+        self.task, self.split = encoded.task, encoded.task.splits[split]
+        self.table = PieceTable(encoded.lexicon, shared=shared)
+        self.rows = len(self.split)
+        self.per_batch, self.seed, self.sides = max(1, batch_size), seed, sides
+        self.per_epoch = -(-self.rows // self.per_batch)
+        self._epoch = None
+        self._cut(encoded, encoded.starts[split], max_pieces)
+
+    def _cut(self, encoded: EncodedTask, starts: np.ndarray, max_pieces: int) -> None:
+        """Lays out the words that fit: a sentence loses its end, a pair's longer sentence first, by whole words."""
+        offsets = np.asarray(encoded.stream.line_offsets[starts[0] : starts[-1] + 1])
+        words = np.asarray(encoded.stream.word_ids[offsets[0] : offsets[-1]]).astype(np.int64)
+        line = np.repeat(np.arange(len(offsets) - 1), np.diff(offsets))
+        row = np.repeat(np.arange(self.rows), np.diff(starts))[line]
+        place = line + starts[0] - starts[row]  # which sentence of the pair, or which token
+        cost, pair = self.table.longest[words], self.split.second is not None
+        group, groups = (2 * row + place, 2 * self.rows) if pair else (row, self.rows)
+        sizes = np.bincount(group, weights=cost, minlength=groups).astype(np.int64)
+        if pair:
+            special = self.table.teacher_special.double_sep, self.table.student_special.double_sep
+            room = max_pieces - 1 - any(special)
+            left, right = sizes[::2], sizes[1::2]
+            limits = np.stack([np.maximum(room - right, -(-room // 2)), np.maximum(room - left, room // 2)], 1).ravel()
+        else:
+            limits = np.full(groups, max_pieces)
+        keep = np.cumsum(cost) - (np.cumsum(sizes) - sizes)[group] <= limits[group]
+        self.words, row, place = words[keep], row[keep], place[keep]
+        self.sizes = np.bincount(row, weights=cost[keep], minlength=self.rows)  # pieces of each row
+        lengths = np.bincount(row, minlength=self.rows)
+        self.segments = Segments(np.cumsum(lengths) - lengths, lengths)
+        self.second = place == 1 if pair else None
+        self.tokens = None
+        if self.task.kind == "tokens":  # a token is labelled at its first word that both vocabularies can write
+            line = starts[row] + place
+            whole = np.flatnonzero(self.table.whole[self.words])
+            first = whole[np.unique(line[whole], return_index=True)[1]]
+            self.tokens, self.labels = np.full((2, len(self.words)), -100)
+            self.tokens[first] = place[first]
+            targets = np.concatenate(self.split.targets)[line[first] - starts[0]]
+            self.labels[first] = np.where(targets == UNLABELLED, -100, targets)
+
+    def batch(self, index: int) -> Batch:
+        """The index-th batch of the run."""
+        return self.of_rows(self._segments_of(index))
+
+    def of_rows(self, rows: np.ndarray) -> Batch:
+        """The batch of these rows [B]."""
+        return self._gather(rows, None if self.tokens is None else self.labels)
+
+    def _gather(self, rows: np.ndarray, labels: np.ndarray | None) -> Batch:
+        lengths = self.segments.lengths[rows]
+        ends = np.cumsum(lengths)
+        index = np.repeat(self.segments.starts[rows] - (ends - lengths), lengths) + np.arange(int(ends[-1]))
+        words, sequence, count = self.words[index], np.repeat(np.arange(len(rows)), lengths), len(rows)
+        second = None if self.second is None else self.second[index]
+        labels = None if labels is None else labels[index]
+        sides = {
+            side: self.table.gather(words, sequence, count, side == "student", second=second, labels=labels)
+            for side in self.sides
+        }
+        targets = None
+        if self.task.kind != "tokens":
+            targets = torch.from_numpy(self.split.targets[rows])
+            targets = targets.float() if self.task.kind == "regression" else targets
+        pair = second is not None
+        special = 2 + (1 + self.table.student_special.double_sep if pair else 0)
+        return Batch(
+            sides.get("student"),
+            sides.get("teacher"),
+            None,
+            unit_mask=self.table.unit_mask(words, sequence, count, pairs=pair),
+            tokens=int(self.table.lengths[words + self.table.words].sum()) + special * count,
+            targets=targets,
+            rows=torch.from_numpy(np.asarray(rows, np.int64)),
+        )
+
+    def predict(self, model: Callable[[Batch], torch.Tensor], side: str = "student") -> np.ndarray | list[np.ndarray]:
+        """A model's outputs in the order of the rows, as `score` takes them: [R, C], or [tokens, C] for each row.
+
+        model: batch -> [B, C], or [B, T, C] for the pieces of `side`. Rows of like length go together. A token that was
+        cut off, or that has no piece, is answered O (the first label where there is no O).
+        """
+        order = np.argsort(self.sizes, kind="stable")
+        found: list = [None] * self.rows
+        outside = self.task.labels.index("O") if "O" in self.task.labels else 0
+        for start in range(0, self.rows, self.per_batch):
+            rows = order[start : start + self.per_batch]
+            batch = self._gather(rows, self.tokens)
+            places = getattr(batch, side).labels
+            for pieces in (batch.student, batch.teacher):
+                if pieces is not None:
+                    pieces.labels = None  # which were places here: no loss may take them for labels
+            outputs = model(batch).float().cpu().numpy()
+            for i, row in enumerate(rows):
+                if places is None:
+                    found[row] = outputs[i].reshape(-1)
+                    continue
+                found[row] = np.zeros((len(self.split.first[row]), len(self.task.labels)), np.float32)
+                found[row][:, outside] = 1.0
+                where = places[i] >= 0
+                found[row][places[i][where]] = outputs[i][where.numpy()]
+        return found if self.tokens is not None else np.stack(found)

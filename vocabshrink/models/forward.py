@@ -1,0 +1,158 @@
+"""TODO: models.forward."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from tokenizer_build.errors import InputError
+from vocabshrink.data.pieces import Pieces
+
+
+@dataclass
+class Pass:
+    """What a backbone's pass gave. hidden: all hidden states [B, T, D], embedding output first, or the last one only.
+
+    queries, keys, values: for each layer [B, T, D], all heads side by side, in the dtype of the pass (bfloat16 under
+    autocast); index 0 is layer 1. None where not asked for.
+    """
+
+    hidden: tuple[torch.Tensor, ...]
+    queries: tuple[torch.Tensor, ...] | None = None
+    keys: tuple[torch.Tensor, ...] | None = None
+    values: tuple[torch.Tensor, ...] | None = None
+
+
+BERT_PROJECTIONS = ("attention.self.query", "attention.self.key", "attention.self.value")
+# Where each family keeps the layers that give queries, keys and values. Only families whose scores are Q K^T / sqrt(d)
+# and nothing else: MPNet and DeBERTa add relative positions, ModernBERT rotates.
+PROJECTIONS = {
+    "bert": BERT_PROJECTIONS,
+    "roberta": BERT_PROJECTIONS,
+    "xlm-roberta": BERT_PROJECTIONS,
+    "camembert": BERT_PROJECTIONS,
+    "distilbert": ("attention.q_lin", "attention.k_lin", "attention.v_lin"),
+    "albert": ("attention.query", "attention.key", "attention.value"),
+}
+
+
+def check_attention(config) -> None:
+    """Refuses losses of attention for an architecture whose attention is not known. Raises InputError."""
+    if config.model_type not in PROJECTIONS or getattr(config, "inner_group_num", 1) != 1:  # ALBERT's layers in a layer
+        raise InputError(
+            f"{config.model_type}: where its attention is computed is not known, so that no loss can read it: choose "
+            f"losses of hidden states, or a model among {', '.join(PROJECTIONS)}"
+        )
+
+
+@contextmanager
+def captured(backbone: nn.Module) -> Iterator[tuple[list[torch.Tensor], ...]]:
+    """Lists that fill with each layer's queries, keys and values while the backbone runs: sdpa stays in use."""
+    check_attention(backbone.config)
+    family = backbone.config.model_type
+    found = ([], [], [])
+    handles = [
+        module.register_forward_hook(lambda module, inputs, output, into=into: into.append(output))
+        for name, module in backbone.named_modules()
+        for into, place in zip(found, PROJECTIONS[family], strict=True)
+        if name.endswith("." + place)
+    ]
+    try:
+        yield found
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+CHUNKS = 4  # of a batch whose sequences differ much in length
+# and that has so many positions: 32 short sentences take a quarter longer in four small passes than padded in one
+LEAST_POSITIONS = 4096
+
+
+def run_backbone(
+    backbone: nn.Module,
+    side: Pieces,
+    *,
+    embeddings: torch.Tensor | None = None,
+    layers: bool = False,
+    qkv: bool = False,
+) -> Pass:
+    """A pass over ids, or over embeddings [B, T, D_E] made outside: all hidden states (`layers`) or the last only.
+
+    Token types are read by models that tell two types apart. A batch of near sentences has halves beside wholes: where
+    a fifth or more of a large one would be padding, it is run in chunks of similar length, which a test holds equal to
+    the plain pass.
+
+    Raises:
+        InputError: `qkv` of an architecture whose attention is not known.
+    """
+    lengths = side.attention_mask.sum(1)
+    size, width = side.ids.shape
+    typed = side.token_types is not None and getattr(backbone.config, "type_vocab_size", 0) > 1
+
+    def forward(rows, columns: int) -> Pass:
+        inputs = (
+            {"input_ids": side.ids[rows, :columns]}
+            if embeddings is None
+            else {"inputs_embeds": embeddings[rows, :columns]}
+        )
+        if typed:
+            inputs["token_type_ids"] = side.token_types[rows, :columns]
+        with captured(backbone) if qkv else nullcontext(()) as found:
+            output = backbone(**inputs, attention_mask=side.attention_mask[rows, :columns], output_hidden_states=layers)
+        return Pass(output.hidden_states if layers else (output.last_hidden_state,), *map(tuple, found))
+
+    if size < 2 * CHUNKS or size * width < LEAST_POSITIONS or lengths.sum() > 0.8 * size * width:
+        return forward(slice(None), width)
+    order = lengths.argsort(stable=True)
+    parts = [forward(rows, int(lengths[rows[-1]])) for rows in order.chunk(CHUNKS)]
+    back = order.argsort()
+
+    def join(states: tuple[torch.Tensor, ...]) -> torch.Tensor:
+        return torch.cat([F.pad(state, (0, 0, 0, width - state.shape[1])) for state in states])[back]
+
+    fields = zip(*(vars(part).values() for part in parts), strict=True)
+    return Pass(*(None if field[0] is None else tuple(map(join, zip(*field, strict=True))) for field in fields))
+
+
+def pool_sentence(hidden: torch.Tensor, attention_mask: torch.Tensor, pooling: str, normalize: bool) -> torch.Tensor:
+    """[B, T, D], [B, T] -> sentence embedding [B, D] in float32."""
+    hidden = hidden.float()
+    if pooling == "cls":
+        vector = hidden[:, 0]
+    else:
+        mask = attention_mask.unsqueeze(-1).to(hidden.dtype)
+        vector = (hidden * mask).sum(1) / mask.sum(1).clamp_min(1)
+    return F.normalize(vector, dim=-1) if normalize else vector
+
+
+def pool_units(hidden: torch.Tensor, units: torch.Tensor, count: int, *, total: bool = False) -> torch.Tensor:
+    """Mean (`total`: sum) of each unit's pieces; zero where it has none.
+
+    hidden [B, T, D], units [B, T] (-1 at padding), count U -> [B, U, D] float32.
+    """
+    size, _, width = hidden.shape
+    slot = torch.where(units >= 0, units, count) + torch.arange(size, device=units.device).unsqueeze(1) * (count + 1)
+    pooled = torch.zeros(size * (count + 1), width, device=hidden.device)
+    pooled = pooled.index_add(0, slot.flatten(), hidden.float().flatten(0, 1))
+    if not total:
+        pooled = pooled / torch.bincount(slot.flatten(), minlength=len(pooled)).clamp_min(1).unsqueeze(1)
+    return pooled.view(size, count + 1, width)[:, :count]
+
+
+def pool_attention(maps: torch.Tensor, units: torch.Tensor, count: int, *, scores: bool = False) -> torch.Tensor:
+    """Attention between pieces as attention between units. maps [B, h, T, T], units [B, T] -> [B, h, U, U] float32.
+
+    What a unit attends with is the mean over its pieces. What it attends to is, for distributions, the sum over the
+    target's pieces, so that rows still sum to one; for `scores` (before the softmax) their mean.
+    """
+    heads = maps.shape[1]
+
+    def pool(maps, total):  # [B, h, T, X] -> [B, h, X, U]
+        pooled = pool_units(maps.transpose(1, 2).flatten(2), units, count, total=total)
+        return pooled.unflatten(2, (heads, -1)).permute(0, 2, 3, 1)
+
+    return pool(pool(maps, False), not scores)

@@ -1,0 +1,116 @@
+"""TODO: models.spelling."""
+
+import re
+
+import numpy as np
+import torch
+from tokenizers import Tokenizer, decoders, models
+
+
+def piece_means(student_tokenizer: Tokenizer, teacher_tokenizer: Tokenizer, table: torch.Tensor) -> torch.Tensor:
+    """[V_S, D]: for each student piece the mean of the teacher's pieces that spell it; its own row if it has one."""
+    rows = torch.zeros(student_tokenizer.get_vocab_size(), table.shape[1])
+    for piece, index in student_tokenizer.get_vocab().items():
+        rows[index] = table[spell(piece, teacher_tokenizer)].float().mean(0)
+    return rows
+
+
+ROLES = {"[PAD]": "<pad>", "[UNK]": "<unk>", "[CLS]": "<s>", "[SEP]": "</s>", "[MASK]": "<mask>"}
+NAMES = {theirs: ours for ours, theirs in ROLES.items()}
+
+
+def spell(piece: str, tokenizer: Tokenizer) -> list[int]:
+    """The teacher's ids for a student piece, `##` meaning "inside a word" in whatever way the teacher marks that."""
+    role = first_known(tokenizer, piece, ROLES[piece]) if piece in ROLES else None
+    if role is not None:
+        return [role]
+    unknown = first_known(tokenizer, "[UNK]", "<unk>") or 0
+    text, inside = (piece[2:], True) if piece.startswith("##") and len(piece) > 2 else (piece, False)
+    is_wordpiece = isinstance(tokenizer.model, models.WordPiece)
+    if is_wordpiece and (known := tokenizer.token_to_id(piece)) is not None:
+        return [known]
+    # Elsewhere the space belongs to the word: `the` is `Ġthe` or `▁the`, while a teacher's own `the` is the end of
+    # `bathe`. A full stop follows its word without a space, so that the mark is taken off it as off `##` pieces.
+    follows = inside or not any(map(str.isalnum, text))
+    text = text if follows or is_wordpiece else " " + text
+    if tokenizer.normalizer is not None:  # an uncased teacher reads `Berlin` as `berlin`
+        text = tokenizer.normalizer.normalize_str(text)
+    ids: list[int] = []
+    for number, (word, _) in enumerate(tokenizer.pre_tokenizer.pre_tokenize_str(text)):
+        if is_wordpiece:
+            ids += wordpieces(word, tokenizer, inside and number == 0) or [unknown]
+        else:
+            if follows and number == 0:
+                word = word.removeprefix("▁").removeprefix("Ġ")
+            ids += [token.id for token in tokenizer.model.tokenize(word)] if word else []
+    return ids or [unknown]
+
+
+def first_known(tokenizer: Tokenizer, *names: str) -> int | None:
+    return next((i for name in names if (i := tokenizer.token_to_id(name)) is not None), None)
+
+
+def wordpieces(word: str, tokenizer: Tokenizer, inside: bool) -> list[int]:
+    """Greedy longest match, also from inside a word, for which the model itself cannot be asked; empty if unknown."""
+    ids, start = [], 0
+    while start < len(word):
+        mark = "##" if inside or start else ""
+        ends = range(len(word), start, -1)
+        end = next((e for e in ends if tokenizer.token_to_id(mark + word[start:e]) is not None), None)
+        if end is None:
+            return []
+        ids.append(tokenizer.token_to_id(mark + word[start:end]))
+        start = end
+    return ids
+
+
+MARKED = re.compile(r"\[\w+\]|<[\w/|]+>")  # [CLS], <s>, [unused1]: no text spells them
+LONGEST_SPELLING = 8  # student pieces; longer ones are names and strings of signs that a teacher hardly predicts
+
+
+def shared_pieces(student_tokenizer: Tokenizer, teacher_tokenizer: Tokenizer) -> np.ndarray:
+    """[V_S] int64: the teacher's id of the same piece, -1 where it has none.
+
+    The same is the same text in the same place of a word: equal strings for two WordPiece vocabularies, else `the` is
+    `Ġthe` or `▁the`, `##ing` is `ing`, and a full stop the one that follows its word. One to one; special tokens agree
+    by their role.
+    """
+    shared = np.full(max(student_tokenizer.get_vocab().values()) + 1, -1, np.int64)
+    for piece, index in student_tokenizer.get_vocab().items():
+        ids = spell(piece, teacher_tokenizer)
+        if len(ids) == 1 and as_wordpiece(teacher_tokenizer.id_to_token(ids[0]), teacher_tokenizer) == piece:
+            shared[index] = ids[0]
+    return shared
+
+
+def spellings(student_tokenizer: Tokenizer, teacher_tokenizer: Tokenizer) -> np.ndarray:
+    """[V_T, K] int64: the student's ids that spell each teacher piece, -1 behind them; K is at most 8.
+
+    A row is all -1 for special tokens, for pieces with characters that the student does not know, for parts of a
+    character (byte-level families have them) and for spellings of more than eight pieces.
+    """
+    unknown = student_tokenizer.token_to_id("[UNK]")
+    rows: list[list[int]] = [[] for _ in range(max(teacher_tokenizer.get_vocab().values()) + 1)]
+    for piece, index in teacher_tokenizer.get_vocab().items():
+        text = None if MARKED.fullmatch(piece) else as_wordpiece(piece, teacher_tokenizer)
+        ids = spell(text, student_tokenizer) if text else []
+        if unknown not in ids and len(ids) <= LONGEST_SPELLING:
+            rows[index] = ids
+    width = max(map(len, rows), default=1) or 1
+    return np.array([ids + [-1] * (width - len(ids)) for ids in rows], np.int64).reshape(-1, width)
+
+
+def as_wordpiece(piece: str, tokenizer: Tokenizer) -> str | None:
+    """The piece as WordPiece writes it: `Ġthe` and `▁the` are `the`, `ing` is `##ing`, `<s>` is `[CLS]`.
+
+    None for a piece without text of its own: a lone mark, or bytes that are no character.
+    """
+    if piece in NAMES:
+        return NAMES[piece]
+    if isinstance(tokenizer.model, models.WordPiece):
+        return piece
+    text = decoders.ByteLevel().decode([piece]) if "ByteLevel" in str(tokenizer.pre_tokenizer) else piece
+    starts, text = text[:1] in (" ", "▁"), text.strip(" ▁")
+    if not text or "\ufffd" in text:
+        return None
+    return text if starts or not text[0].isalnum() else f"##{text}"  # WordPiece cuts around signs: none is inside

@@ -1,0 +1,146 @@
+"""Task models and their training: classifiers, regressors and taggers, with or without a fine-tuned teacher.
+
+The models are transformers' own, so that what is trained loads unchanged: the student is a
+`BertForSequenceClassification` or `BertForTokenClassification`, the teacher whatever the Auto classes make of its
+folder. Here a model is a body and a head, because the losses compare bodies word by word; `HEADS` says how each family
+gets from the last hidden states to logits. The head runs in float32 whatever the precision: scores that are equal in
+bfloat16 would be ties to a rank correlation, and the head costs nothing.
+
+A phase without a layer-wise loss runs no teacher where the teacher's logits of the training rows are stored: that
+makes soft labels cost as much as hard ones, and the teacher is then read once for all epochs, seeds and settings.
+"""
+
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import torch
+from safetensors import safe_open
+from torch import Tensor, nn
+from transformers import (
+    AutoModelForSequenceClassification,
+    AutoModelForTokenClassification,
+    BertConfig,
+    BertForSequenceClassification,
+    BertForTokenClassification,
+    BertModel,
+)
+
+from tokenizer_build.errors import InputError
+from vocabshrink.data.batches import Batch
+from vocabshrink.data.task_batches import TaskBatcher
+from vocabshrink.data.tasks import Task, check_label_order
+from vocabshrink.models.forward import run_backbone
+from vocabshrink.models.teacher import check_folder, load_config, load_model, resolve_model
+
+# model_type -> (model, last hidden states [B, T, D]) -> logits [B, C]; transformers' heads without their dropout
+HEADS: dict[str, Callable[[nn.Module, Tensor], Tensor]] = {
+    "bert": lambda model, hidden: model.classifier(model.bert.pooler(hidden)),
+    "roberta": lambda model, hidden: model.classifier(hidden),
+    "xlm-roberta": lambda model, hidden: model.classifier(hidden),
+    "albert": lambda model, hidden: model.classifier(model.albert.pooler_activation(model.albert.pooler(hidden[:, 0]))),
+    "distilbert": lambda model, hidden: model.classifier(model.pre_classifier(hidden[:, 0]).relu()),
+}
+
+
+def task_logits(model: nn.Module, hidden: Tensor, kind: str) -> Tensor:
+    """Last hidden states [B, T, D] -> float32 logits [B, C], C = 1 for regression; for token tasks [B, T, C]."""
+    with torch.autocast(hidden.device.type, enabled=False):
+        if kind == "tokens":
+            return model.classifier(hidden.float())
+        return HEADS[model.config.model_type](model, hidden.float())
+
+
+def label_names(task: Task) -> dict:
+    """What a model's config says of the task's labels; transformers takes one label for regression."""
+    names = task.labels if task.kind != "regression" else ["score"]
+    return {
+        "num_labels": len(names),
+        "id2label": dict(enumerate(names)),
+        "label2id": {name: index for index, name in enumerate(names)},
+    }
+
+
+def load_task_model(model: str, task: Task, *, trained: bool) -> nn.Module:
+    """A teacher's folder (or package:, or hub name) as a model of the task, in float32 and eval mode.
+
+    trained: the folder holds a fine-tuned model, whose labels must be the task's; else the head is new and random
+    (torch's seed), over whatever the folder holds.
+
+    Raises:
+        InputError: see `check_folder`; a fine-tuned model with other labels, in another order or without a head;
+            a family that has no entry in `HEADS`.
+    """
+    folder = resolve_model(model)
+    check_folder(folder)
+    loader = AutoModelForTokenClassification if task.kind == "tokens" else AutoModelForSequenceClassification
+    config = load_config(folder)
+    if config.model_type not in HEADS:
+        known = ", ".join(HEADS)
+        raise InputError(f"{folder}: {config.model_type} cannot be a task teacher: use one of {known}")
+    if trained:
+        check_label_order(task, config.id2label, str(folder))
+    options = {} if trained else label_names(task) | {"ignore_mismatched_sizes": True}
+    loaded, report = load_model(loader, folder, output_loading_info=True, **options)
+    if trained and any("classifier" in name for name in report["missing_keys"]):
+        raise InputError(
+            f"{folder}: no head for task {task.name} in its weights: name a model fine-tuned on the task, or leave "
+            f"tasks.{task.name}.teacher out and add finetune.teacher"
+        )
+    return loaded.eval()
+
+
+def student_model(student: BertModel, task: Task, teacher_folder: Path) -> nn.Module:
+    """A task model around a student's body, which it shares. The head is random, by torch's seed; the pooler is the
+    teacher's where it has one of this shape."""
+    config = BertConfig.from_dict(student.config.to_dict() | label_names(task))
+    config._attn_implementation = student.config._attn_implementation
+    if task.kind == "tokens":
+        model = BertForTokenClassification(config)
+    else:
+        model = BertForSequenceClassification(config)
+        for name, value in pooler_of(teacher_folder).items():
+            target = model.bert.pooler.dense.get_parameter(name)
+            if target.shape == value.shape:
+                target.data.copy_(value)
+    model.bert.load_state_dict(student.state_dict(), strict=False)
+    return model.eval()
+
+
+def pooler_of(folder: Path) -> dict[str, Tensor]:
+    """{"weight" [D, D], "bias" [D]} of a BERT's pooler from its files; empty where it has none."""
+    found = {}
+    for path in sorted(folder.glob("*.safetensors")):
+        with safe_open(path, framework="pt") as file:
+            for kind in ("weight", "bias"):
+                for name in {f"pooler.dense.{kind}", f"bert.pooler.dense.{kind}"} & set(file.keys()):
+                    found[kind] = file.get_tensor(name).float()
+    return found
+
+
+def save_task_model(folder: Path, model: nn.Module, tokenizer_folder: Path) -> None:
+    """Writes a folder that AutoModelForSequenceClassification (or ...TokenClassification) and AutoTokenizer load."""
+    temporary = folder.with_name(folder.name + ".partial")
+    shutil.rmtree(temporary, ignore_errors=True)
+    model.save_pretrained(temporary)
+    for name in ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "vocab.txt"):
+        if (tokenizer_folder / name).is_file():
+            shutil.copy(tokenizer_folder / name, temporary / name)
+    shutil.rmtree(folder, ignore_errors=True)
+    temporary.rename(folder)
+
+
+@torch.inference_mode()
+def predict(
+    model: nn.Module, batcher: TaskBatcher, *, side: str = "student", precision: str = "bf16"
+) -> np.ndarray | list[np.ndarray]:
+    """The model's logits of a split in the order of its rows, [R, C]; for token tasks [tokens, C] for each row."""
+    device = next(model.parameters()).device
+
+    def run(batch: Batch) -> Tensor:
+        with torch.autocast(device.type, torch.bfloat16, enabled=precision != "no"):
+            hidden = run_backbone(model.base_model, getattr(batch.to(device), side)).hidden[-1]
+        return task_logits(model, hidden, batcher.task.kind)
+
+    return batcher.predict(run, side)

@@ -1,0 +1,193 @@
+"""The engine that runs stages: a finished one is skipped, an unfinished training stage resumes.
+
+A stage reads files of the stages it needs and writes its own folder, `DONE` last. A finished stage made under other
+settings is refused, with the first setting that differs, rather than silently reused or overwritten.
+"""
+
+import importlib
+import json
+import os
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from pydantic import BaseModel
+
+from tokenizer_build.errors import InputError
+from tokenizer_build.files import read_json, write_json, write_text
+from vocabshrink.run.folder import RunDir
+from vocabshrink.run.recipe import Recipe, dump_recipe
+from vocabshrink.run.stage import STAGES, Stage, needed, setting, stages_of
+
+# Settings that change how fast or how visibly a run goes, but not what it makes.
+IMMATERIAL = {"processes", "threads", "trackers", "evaluations", "checkpoint_minutes"}
+
+
+@dataclass(frozen=True)
+class Run:
+    """A recipe and the folder of its run. force: export writes a delivery that fails its gates, and says so in it."""
+
+    recipe: Recipe
+    dir: RunDir
+    force: bool = False
+
+
+@dataclass(frozen=True)
+class Context:
+    """What a stage works with: the recipe, its own folder, and the folders of the stages that it needs."""
+
+    recipe: Recipe
+    dir: RunDir
+    stage: Stage
+    force: bool = False
+
+    @property
+    def folder(self) -> Path:
+        """The stage's own folder."""
+        return self.dir.stage(self.stage.name)
+
+    def folder_of(self, name: str) -> Path:
+        """The folder of a stage that this one needs, or of one that those need."""
+        if name not in needed(self.stage):
+            raise LookupError(f"stage {self.stage.name} reads {name}, which it does not say it needs")
+        return self.dir.stage(name)
+
+    def has(self, name: str) -> bool:
+        """Whether the recipe asks for a stage that this one may need."""
+        return name in needed(self.stage) and STAGES[name].asked(self.recipe)
+
+    @property
+    def students(self) -> dict[str, Path]:
+        """The students trained before this stage, each from the one before: {stage: its folder}."""
+        names = [name for name in stages_of(self.recipe) if STAGES[name].student and name in needed(self.stage)]
+        return {name: self.dir.stage(name) / "student" for name in names}
+
+    @property
+    def fingerprint(self) -> str:
+        """What decides the stage's output, as text: a checkpoint of another one is refused."""
+        return json.dumps(settings_of(self.recipe, self.stage.name), sort_keys=True)
+
+
+# ------------------------------------------------------------------------------------------------ settings
+
+
+def settings_of(recipe: Recipe, name: str) -> dict:
+    """{section.key: value} of what decides a stage's output: what it reads itself and what the stages it needs read."""
+    stage, chosen = STAGES[name], {}
+    for other in () if stage.alone else stage.needs:
+        if STAGES[other].asked(recipe):
+            chosen |= settings_of(recipe, other)
+    return chosen | {path: material(setting(recipe, path)) for path in stage.reads}
+
+
+def material(value: Any) -> Any:
+    """A section as plain values, without what changes nothing but speed or looks."""
+    if isinstance(value, BaseModel):
+        value = value.model_dump(mode="json")
+    if isinstance(value, dict):
+        return {key: material(item) for key, item in value.items() if key not in IMMATERIAL}
+    return [material(item) for item in value] if isinstance(value, list) else value
+
+
+def first_difference(before: Any, now: Any, path: str = "") -> str | None:
+    """The first key whose value differs, as `key (before -> now)`."""
+    if isinstance(before, dict) and isinstance(now, dict):
+        for key in before | now:
+            found = first_difference(before.get(key), now.get(key), f"{path}.{key}" if path else key)
+            if found:
+                return found
+        return None
+    return None if before == now else f"{path} ({json.dumps(before)} -> {json.dumps(now)})"
+
+
+# ------------------------------------------------------------------------------------------------ running
+
+
+def run_stage(run: Run, name: str) -> bool:
+    """Runs one stage unless it is done. Returns whether it ran.
+
+    Raises:
+        InputError: a stage that it needs is not done, or it is done under other settings.
+    """
+    stage, folder = STAGES[name], run.dir.stage(name)
+    missing = [n for n in stage.needs if STAGES[n].asked(run.recipe) and not run.dir.is_done(n)]
+    if missing:
+        raise InputError(
+            f"{run.dir.path}: stage {name} needs {missing[0]} first: vocabshrink {missing[0]} RECIPE, or run"
+        )
+    settings = settings_of(run.recipe, name)
+    if run.dir.is_done(name) and name != "report":  # a report is cheap, and stale as soon as any stage ran again
+        if different := first_difference(read_json(folder / "settings.json"), settings):
+            raise InputError(
+                f"{folder}: made by another recipe: {different}: give the run another name, or delete the folder"
+            )
+        say(f"{name}: done before")
+        return False
+    if main_process():
+        run.dir.start(name)
+        write_json(folder / "settings.json", settings)
+        write_text(run.dir.path / "recipe.yaml", dump_recipe(run.recipe))
+        run.dir.write_environment()
+    wait_for_everyone()
+    module, _, function = stage.do.partition(".")
+    do = getattr(importlib.import_module(f"vocabshrink.stages.{module}"), function)
+    started = time.monotonic()
+    summary = do(Context(run.recipe, run.dir, stage, run.force)) if stage.trains or main_process() else {}
+    if main_process():
+        minutes = (time.monotonic() - started) / 60
+        run.dir.finish(name, {"minutes": round(minutes, 2)} | summary)
+        shown = "  ".join(f"{key} {value}" for key, value in summary.items() if isinstance(value, int | float | str))
+        say(f"{name}: {minutes:.1f} min  {shown}")
+    wait_for_everyone()
+    return True
+
+
+def summarise(run: Run, since: float | None = None) -> dict:
+    """Writes and returns summary.json of the run: what delivery and tasks measured, and the minutes.
+
+    since: the Unix time from which they are counted; None: those of the stages are added up.
+    """
+    done = {n: read_json(run.dir.stage(n) / "summary.json") for n in stages_of(run.recipe) if run.dir.is_done(n)}
+    minutes = sum(s["minutes"] for s in done.values()) if since is None else (time.time() - since) / 60
+    summary = {"minutes": round(minutes, 2)} | {k: v for k, v in done.get("export", {}).items() if isinstance(v, dict)}
+    if "finetune" in done:
+        summary["tasks"] = done["finetune"]
+    write_json(run.dir.path / "summary.json", summary)
+    return summary
+
+
+def main_process() -> bool:
+    """Whether this is the process that writes, of those that a launcher started."""
+    return int(os.environ.get("RANK", "0")) == 0
+
+
+def wait_for_everyone() -> None:
+    """Returns when every process of the launcher has come here."""
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        from accelerate import PartialState
+        from accelerate.utils import parse_flag_from_env
+
+        # The first of a process to be made decides what it sees: on CPUs nobody, unless told of them.
+        PartialState(cpu=parse_flag_from_env("ACCELERATE_USE_CPU")).wait_for_everyone()
+
+
+def say(text: str) -> None:
+    """A line on stderr, of the main process alone."""
+    if main_process():
+        print(text, file=sys.stderr, flush=True)
+
+
+def saying_millions(stage: str, unit: str, every: int) -> Callable[[int], None]:
+    """A progress callback that adds up what it is given and says so every few millions."""
+    seen = 0
+
+    def progress(more: int) -> None:
+        nonlocal seen
+        before, seen = seen, seen + more
+        if seen // (every * 1_000_000) > before // (every * 1_000_000):
+            say(f"{stage}: {seen / 1e6:,.0f} M {unit}")
+
+    return progress

@@ -1,0 +1,479 @@
+"""A recipe is the whole specification of a run: one YAML file over typed defaults, and every default lives here.
+
+Strict on purpose. An unknown key is refused with the nearest known one, a key written twice is refused, `1e-4`
+is a number and `no` is a word although YAML 1.1 reads them otherwise, and a contradiction is refused when the
+recipe is read, not three hours into training.
+"""
+
+import difflib
+import os
+import re
+from pathlib import Path
+from typing import Annotated, Any, Literal, get_args
+
+import yaml
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
+
+from tokenizer_build.errors import InputError
+from vocabshrink.run.layer_map import LAYER_MAPS
+from vocabshrink.run.recipe_yaml import BOOLEANS, RecipeDumper, RecipeLoader, override_value, parse_yaml
+
+RecipeLoader.add_implicit_resolver("tag:yaml.org,2002:bool", BOOLEANS, list("tfTF"))
+for either in (RecipeLoader, RecipeDumper):
+    either.add_implicit_resolver(
+        "tag:yaml.org,2002:float", re.compile(r"[-+]?\d+(\.\d*)?[eE][-+]?\d+$"), list("-+0123456789")
+    )
+
+
+def refuse_boolean(value: Any) -> Any:
+    """Python takes true for 1; no number of a recipe means that."""
+    if isinstance(value, bool):
+        raise ValueError("write a number")
+    return value
+
+
+def check_layer_map(value: Any) -> Any:
+    """A known name, or pairs of layers; which layers there are is known only with the models (layer_map.py)."""
+    if isinstance(value, str):
+        good = value in LAYER_MAPS
+    else:
+        good = isinstance(value, list) and value and all(isinstance(p, list | tuple) and len(p) == 2 for p in value)
+    if not good:
+        raise ValueError(
+            f"write {', '.join(LAYER_MAPS)} or pairs of layers [[student, teacher], ...], or [student, [teacher, ...]] "
+            "for the mean of a block"
+        )
+    return value
+
+
+def parse_size(value: Any) -> Any:
+    """Bytes from `7MB`, `7_000_000` or a number; MB is 10^6 bytes, MiB is 2^20."""
+    if isinstance(value, str):
+        match = re.fullmatch(r"\s*(\d[\d_]*(?:\.\d+)?)\s*(kB|KB|MB|GB|KiB|MiB|GiB|B)?\s*", value)
+        if not match:
+            raise ValueError("write a size as 7MB or 7000000")
+        unit = {"kB": 1e3, "KB": 1e3, "MB": 1e6, "GB": 1e9, "KiB": 2**10, "MiB": 2**20, "GiB": 2**30}
+        return round(float(match[1].replace("_", "")) * unit.get(match[2], 1))
+    return value
+
+
+Number = BeforeValidator(refuse_boolean)
+Bytes = Annotated[int, BeforeValidator(parse_size), Number, Field(gt=0)]
+Share = Annotated[float, Number, Field(ge=0, le=1)]
+Positive = Annotated[int, Number, Field(gt=0)]
+Rate = Annotated[float, Number, Field(gt=0)]
+LayerMap = Annotated[str | list[tuple[int, int | list[int]]], BeforeValidator(check_layer_map)]
+
+
+Format = Literal[
+    "fp32", "fp16", "int8", "int4-32", "int4-64", "int4-128", "int3-32", "int3-64", "int3-128"
+]  # 3 bits in compact weights alone
+WeightFormats = Format | dict[Literal["embeddings", "positions", "attention", "feed_forward", "head"], Format]
+
+
+class Section(BaseModel):
+    model_config = ConfigDict(extra="forbid", protected_namespaces=())
+
+
+class TeacherSection(Section):
+    model: str  # a local folder, a hub name, or package:NAME/SUBFOLDER for a model inside an installed package
+    sha256: str | None = None  # of model.safetensors; checked before anything is built on it
+    pooling: Literal["mean", "cls"] = "mean"  # of the sentence embedding, where one is matched or delivered
+    normalize: bool = True
+
+
+class CorpusSection(Section):
+    sources: list[str]
+    column: str = "text"
+    # every n-th line is kept from training, for rank agreement and neighbours
+    held_out_every: Annotated[int, Number, Field(ge=2)] = 50
+    processes: Positive = Field(default_factory=lambda: os.cpu_count() or 1)
+
+
+class VocabularySection(Section):
+    size: Positive = 5000
+    trainer: Literal["fewest", "wordpiece", "bpe", "unigram", "prune"] = "fewest"
+    lowercase: bool = True
+    required: list[str] = []  # words that must be one piece, whatever the counts say
+    # a folder whose WordPiece vocabulary is taken as it is, instead of training one; `teacher`: the teacher's own
+    tokenizer: str | None = None
+
+
+class StudentSection(Section):
+    """A BERT shape. What is left out is the teacher's."""
+
+    num_hidden_layers: Positive | None = None
+    hidden_size: Positive | None = None
+    num_attention_heads: Positive | None = None
+    intermediate_size: Positive | None = None
+    max_position_embeddings: Positive | None = None
+    # teacher: piece means, and layers copied where shapes agree. extract_*: also heads, feed-forward neurons and, for a
+    # narrower student, hidden dimensions cut out of the teacher's (Extract-then-Distill)
+    initialize: Literal["teacher", "random", "extract_random", "extract_importance"] = "teacher"
+    layer_map: LayerMap = "uniform"  # which teacher layer each layer starts from
+
+
+class TrainingSection(Section):
+    """One training stage: how long, how large, how fast."""
+
+    steps: Positive
+    batch_size: Positive = 256  # sequences in one optimizer step, over all processes and accumulation steps
+    gradient_accumulation: Positive = 1
+    max_length: Positive = 128  # pieces, special tokens included
+    learning_rate: Rate = 5e-5
+    embedding_learning_rate: Rate | None = None  # None: learning_rate. New pieces have far more to learn
+    optimizer: Literal["adamw", "lamb"] = "adamw"
+    weight_decay: Annotated[float, Number, Field(ge=0)] = 0.01
+    warmup: Share = 0.06  # share of the steps
+    decay: Literal["linear", "cosine", "constant"] = "linear"
+    clip: Rate = 1.0
+    precision: Literal["no", "bf16", "fp16"] = "bf16"
+    # during training, evenly spaced, besides the one at its end
+    evaluations: Annotated[int, Number, Field(ge=0)] = 5
+    checkpoint_minutes: Rate = 5
+    threads: Positive | None = None  # of torch on a CPU; None leaves torch's choice
+    trackers: list[Literal["tensorboard", "wandb", "mlflow", "trackio"]] = []
+
+    @model_validator(mode="after")
+    def divisible(self):
+        if self.batch_size % self.gradient_accumulation:
+            raise ValueError("batch_size must be a multiple of gradient_accumulation")
+        return self
+
+
+class Weighted(Section):
+    """A loss chosen by the recipe: its weight, from `start` to `weight` over the run, and its own arguments."""
+
+    weight: Annotated[float, Number, Field(ge=0)] = 1.0
+    start: Annotated[float, Number, Field(ge=0)] | None = None
+    arguments: dict[str, Any] = {}
+
+    @model_validator(mode="before")
+    @classmethod
+    def number_is_weight(cls, value):
+        if isinstance(value, cls):
+            return value
+        if not isinstance(value, dict):
+            return {"weight": value}
+        if isinstance(value.get("arguments"), dict):  # this class's own form, which Python and model_dump use
+            return value
+        known = {key: value[key] for key in ("weight", "start") if key in value}
+        return known | {"arguments": {k: v for k, v in value.items() if k not in known}}
+
+
+Losses = Annotated[dict[str, Weighted], Field(min_length=1)]
+
+
+def check_stage(section: str, stage: "DualStage | DistillStage") -> None:
+    """Refuses losses that the stage's other settings leave without masked words or without near sentences."""
+    masked = [name for name in stage.losses if "masked_lm" in name]
+    if masked and not stage.mask:
+        raise ValueError(f"losses.{masked[0]}: nothing is masked: set {section}.mask, 0.15 as in BERT")
+    if "group_similarity" in stage.losses and stage.group_size == 1:
+        raise ValueError(f"losses.group_similarity compares near sentences: set {section}.group_size to 4")
+    if stage.batch_size % (stage.gradient_accumulation * stage.group_size):
+        raise ValueError("batch_size must be a multiple of gradient_accumulation times group_size")
+
+
+class TeacherStage(TrainingSection):
+    """Trains a masked-LM head on a teacher that has none."""
+
+    mask: Annotated[float, Number, Field(gt=0, le=1)] = 0.15
+
+
+class DualStage(TrainingSection):
+    """Dual training: the teacher reads each word in the student's pieces with probability p.
+
+    joint: version 1 of the paper, teacher and student together. two_stage: version 2, the teacher alone, then
+    `distill` trains the student. match: for teachers without a masked-LM head, mixed input must give, word by word,
+    what the teacher gives on its own segmentation.
+    """
+
+    mode: Literal["joint", "two_stage", "match"] = "joint"
+    p: Share = 0.5
+    p_end: Share | None = None  # p is ramped to this over the stage
+    mask: Share = 0.15
+    train_teacher: bool = True  # match mode keeps the body frozen whatever this says
+    losses: Losses | None = None
+    layer_map: LayerMap = "uniform"
+    unit: Literal["sentence", "line"] = "line"
+    group_size: Literal[1, 4] = 1  # as in distill; match only
+
+    @model_validator(mode="after")
+    def default_losses(self):
+        if self.losses is None:
+            names = {
+                "joint": {"teacher_masked_lm": 1.0, "student_masked_lm": 1.0, "parameters_up": 1.0},
+                "two_stage": {"teacher_masked_lm": 1.0},
+                "match": {"hidden_mse": 0.1, "batch_similarity": 20.0, "sentence_cosine": 0.5},
+            }[self.mode]
+            self.losses = {name: Weighted(weight=weight) for name, weight in names.items()}
+        check_stage("dual", self)
+        return self
+
+
+class DistillStage(TrainingSection):
+    """Trains the student on its own vocabulary against the teacher on the teacher's."""
+
+    losses: Losses
+    layer_map: LayerMap = "uniform"  # student layer, teacher layer; 0 is the embedding output
+    unit: Literal["sentence", "line"] = "line"
+    group_size: Literal[1, 4] = 1  # 4: each sentence beside a rare-word swap, a dropped word, a half or rotation
+    mask: Share = 0.0
+    # keeps what the teacher says of each batch on disk, for the other runs of an ablation or a search (recorded.py)
+    record_teacher: bool = False
+
+    @model_validator(mode="after")
+    def losses_can_be_given(self):
+        check_stage("distill", self)
+        return self
+
+
+class Phase(TrainingSection):
+    """One phase of a task's fine-tuning. Without a loss that reads the teacher, it is plain fine-tuning."""
+
+    steps: Positive | None = None  # at most; None: what the epochs need
+    epochs: Rate = 3.0
+    batch_size: Positive = 32
+    warmup: Share = 0.1
+    evaluations: Annotated[int, Number, Field(ge=0)] = 0
+    losses: Losses = {"labels": Weighted()}
+    layer_map: LayerMap = "uniform"
+    # trains through finetune.rounded from here on (straight-through), so that the model is what its delivery holds;
+    # out of dumps where it is not set, so that what was trained before there was such a setting stays finished
+    through_rounding: bool = Field(default=False, exclude_if=lambda value: not value)
+
+
+# What a fine-tuning's summary says beside the tasks' names.
+OF_SUMMARY = {"average", "seconds_per_step", "tokens", "test", "rounded", "minutes"}
+
+
+class AugmentSection(Section):
+    """TinyBERT's data augmentation: each word is replaced, with probability p, by one of the nearest candidates."""
+
+    p: Share = 0.4
+    copies: Positive = 20  # of each training row (the paper's N_a)
+    candidates: Positive = 15  # the paper's K
+
+
+class FinetuneStage(Section):
+    """Fine-tunes the student on every task, alone or from a fine-tuned teacher, phase after phase."""
+
+    phases: Annotated[list[Phase], Field(min_length=1)] = [Phase()]
+    teacher: Phase | None = None  # fine-tunes the teacher where a task names neither a folder nor stored logits
+    seeds: Annotated[list[Annotated[int, Number, Field(ge=0)]], Field(min_length=1)] = [1]
+    # settings of the last phase, every combination tried on validation with the first seed
+    grid: dict[Literal["learning_rate", "batch_size", "epochs"], Annotated[list[float], Field(min_length=1)]] = {}
+    augment: AugmentSection | None = None
+    save_models: bool = True  # the model of each task's median seed
+    rounded: WeightFormats | None = None  # validates each model also with its weights as such a delivery keeps them
+
+    @model_validator(mode="after")
+    def seeds_differ(self):
+        if any(phase.through_rounding for phase in self.phases) and not self.rounded:
+            raise ValueError("phases: through_rounding has no rounding: add finetune.rounded, the delivery's weights")
+        if self.teacher and self.teacher.through_rounding:
+            raise ValueError("teacher.through_rounding: the teacher is not delivered: leave it out")
+        if len(set(self.seeds)) < len(self.seeds):
+            raise ValueError("seeds: a seed is written twice: every seed is a run of its own")
+        return self
+
+
+class TaskSection(Section):
+    """A labelled task in JSONL or CSV files. The order of labels is the order of the model's outputs."""
+
+    train: str
+    validation: str
+    test: str | None = None
+    kind: Literal["classification", "regression", "tokens"] = "classification"
+    labels: list[str] | None = None  # None: of the meta.json beside the train file, else those of the rows, sorted
+    text: Annotated[list[str], Field(min_length=1, max_length=2)] = ["sentence1", "sentence2"]
+    tokens: str = "tokens"
+    label: str | None = None  # the field's name; None: label, or slots for tokens
+    metrics: list[Literal["accuracy", "f1", "f1_macro", "matthews", "pearson", "spearman", "slot_f1"]] | None = None
+    train_rows: Positive | None = None  # a seeded sample of this many
+    evaluation_rows: Positive | None = None
+    epochs: Rate | None = None  # over the phases'
+    teacher: str | None = None  # a fine-tuned teacher's folder
+    logits: str | None = None  # a teacher's stored logits (safetensors, one tensor a split) instead of a teacher
+
+    @property
+    def trains_teacher(self) -> bool:
+        """Whether a fine-tuned teacher is ours to make."""
+        return not (self.teacher or self.logits)
+
+
+class DeliverySection(Section):
+    # of the graph: one format, or one for each class of tensor
+    weights: WeightFormats = "int4-128"
+    kernel: Literal["auto", "unsigned", "signed", "blocks"] = "auto"  # of int8 products; see graph.py
+    safetensors: Literal["fp16", "fp32"] | None = None  # adds weights for AutoModel and SentenceTransformer
+    compact: WeightFormats | None = None  # adds packed weights for load_compact
+    max_positions: Positive = 128  # of the delivery
+    budget: Bytes = 7_000_000  # of the files that onnxruntime needs
+    tolerance: Rate = 0.02  # how far below the trained student's figures the delivery's may fall
+
+    @model_validator(mode="after")
+    def kernels_read_it(self):
+        for key in ("weights", "compact"):
+            chosen = getattr(self, key)
+            if isinstance(chosen, dict) and (missing := {"embeddings", "attention", "feed_forward"} - set(chosen)):
+                raise ValueError(f"{key}: {min(missing)} has no format: give each of these classes one")
+        formats = self.weights.values() if isinstance(self.weights, dict) else [self.weights]
+        if any(format.startswith("int3") for format in formats):
+            raise ValueError("weights: no ONNX kernel reads 3 bits: they are for delivery.compact")
+        return self
+
+
+class IndexSection(Section):
+    """Passages that the delivered embedder indexes, for `vocabshrink search`."""
+
+    passages: str  # JSONL with a text in each row
+    limit: Positive = 50_000
+
+
+class EvaluationSection(Section):
+    # held-out sentences for rank agreement and neighbour overlap; 0 leaves these out
+    sentences: Annotated[int, Number, Field(ge=0)] = 1000
+    stsb: dict[str, str] = {}  # name -> JSONL with sentence1, sentence2, label; scored by Spearman
+
+
+class Recipe(Section):
+    name: str = Field(pattern=r"^[A-Za-z0-9_][A-Za-z0-9._-]*$")  # the run's folder
+    seed: Annotated[int, Number, Field(ge=0)] = 0
+    teacher: TeacherSection
+    corpus: CorpusSection
+    vocabulary: VocabularySection = VocabularySection()
+    student: StudentSection = StudentSection()
+    masked_lm_head: TeacherStage | None = None
+    dual: DualStage | None = None
+    distill: DistillStage | None = None
+    # trains on through the rounding of delivery.compact or, without it, of delivery.weights (straight-through)
+    recovery: DistillStage | None = None
+    # the folder that relative paths of tasks and of rated pairs start from; once read, they have it in them
+    data: str = "."
+    tasks: dict[Annotated[str, Field(pattern=r"^[A-Za-z0-9_][A-Za-z0-9._-]*$")], TaskSection] = {}
+    finetune: FinetuneStage | None = None
+    delivery: DeliverySection | None = DeliverySection()  # null: no artifact is wanted
+    evaluation: EvaluationSection = EvaluationSection()
+    index: IndexSection | None = None
+
+    @model_validator(mode="after")
+    def find_task_files(self):
+        for task in self.tasks.values():
+            for field in ("train", "validation", "test", "teacher", "logits"):
+                if (path := getattr(task, field)) is not None and not path.startswith("package:"):
+                    setattr(task, field, str(Path(self.data) / Path(path).expanduser()))
+        if self.data != ".":
+            for name, path in self.evaluation.stsb.items():
+                self.evaluation.stsb[name] = str(Path(self.data) / Path(path).expanduser())
+        self.data = "."
+        return self
+
+    @model_validator(mode="after")
+    def consistent(self):
+        if self.recovery and not self.delivery:
+            raise ValueError("recovery trains through the delivery's rounding: add a delivery section, or leave it out")
+        if self.dual and self.dual.mode == "two_stage" and not self.distill:
+            raise ValueError("dual.mode two_stage trains only the teacher: add a distill section")
+        if taken := OF_SUMMARY & set(self.tasks):
+            raise ValueError(f"tasks.{min(taken)}: the summary has a figure of this name: give the task another")
+        if self.finetune and not self.tasks:
+            raise ValueError("finetune: there is no task: add a tasks section")
+        if self.finetune:
+            for number, phase in enumerate(self.finetune.phases):
+                check_phase(self, number, phase)
+        phases = self.finetune.phases if self.finetune else []
+        longest = max((s.max_length for s in (self.dual, self.distill, self.recovery, *phases) if s), default=0)
+        positions = self.student.max_position_embeddings
+        if positions and longest > positions:
+            raise ValueError(f"max_length {longest} is over student.max_position_embeddings {positions}")
+        return self
+
+
+def check_phase(recipe: Recipe, number: int, phase: Phase) -> None:
+    """Refuses a phase that learns from a teacher that no one gives."""
+    reading = [name for name in phase.losses if name != "labels"]
+    for name, task in recipe.tasks.items():
+        if reading and not (recipe.finetune.teacher or task.teacher or task.logits):
+            raise ValueError(
+                f"finetune.phases.{number}.losses.{reading[0]} needs a fine-tuned teacher for task {name}: add "
+                f"finetune.teacher, tasks.{name}.teacher or tasks.{name}.logits"
+            )
+
+
+def load_recipe(path: str | Path, overrides: list[str] | tuple[str, ...] = ()) -> Recipe:
+    """Reads a recipe and applies `a.b=value` overrides.
+
+    Raises:
+        InputError: a missing or malformed file, an unknown key (with the nearest known one), a wrong value.
+    """
+    path = Path(path)
+    try:
+        text = path.read_text(encoding="utf-8")
+    except FileNotFoundError:
+        raise InputError(f"{path}: no such recipe") from None
+    except UnicodeDecodeError as error:
+        raise InputError(f"{path}: not UTF-8 text at byte {error.start}: write the recipe as UTF-8") from None
+    except OSError as error:
+        raise InputError(f"{path}: cannot be read as a recipe: {error.strerror}") from None
+    data = parse_yaml(text, str(path))
+    if not isinstance(data, dict):
+        raise InputError(f"{path}: a recipe is a mapping of sections (name, teacher, corpus, ...)")
+    for override in overrides:
+        key, equals, value = override.partition("=")
+        if not equals:
+            raise InputError(f"{override}: write an override as key.subkey=value")
+        override_value(data, key.split("."), parse_yaml(value, override) if value else None, override)
+    return parse_recipe(data, str(path))
+
+
+def parse_recipe(data: dict, origin: str) -> Recipe:
+    """The validated recipe. Raises InputError with one sentence for the first thing that is wrong."""
+    try:
+        return Recipe.model_validate(data)
+    except ValidationError as error:
+        first = error.errors()[0]
+        raise InputError(f"{origin}: {explain(first)}") from None
+
+
+def section_in(annotation: Any) -> type[BaseModel] | None:
+    """The section that an annotation speaks of, however wrapped in lists, dictionaries and unions."""
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        return annotation
+    return next((found for inner in get_args(annotation) if (found := section_in(inner))), None)
+
+
+def explain(error: Any, root: type[BaseModel] = Recipe) -> str:
+    """One sentence for a pydantic error of a `root`: the key, what is wrong, and the nearest known key for a misspelt
+    one."""
+    where = ".".join(str(part) for part in error["loc"] if "[" not in str(part))  # not the name of a union's branch
+    if error["type"] == "extra_forbidden":
+        section: type[BaseModel] | None = root
+        for part in error["loc"][:-1]:
+            field = section.model_fields.get(part) if section else None
+            section = section_in(field.annotation) if field else section  # a list's position or a task's name
+        known = list(section.model_fields) if section else []
+        near = difflib.get_close_matches(str(error["loc"][-1]), known, 1, cutoff=0.5)
+        return f"unknown key {where}: " + (f"did you mean {near[0]}?" if near else f"known keys are {', '.join(known)}")
+    if error["type"] == "missing":
+        return f"{where} is missing"
+    message = error["msg"].removeprefix("Value error, ")
+    message = message[0].lower() + message[1:]
+    got = "" if isinstance(error["input"], dict) else f" (got {error['input']!r})"
+    return f"{where}: {message}{got}" if where else message
+
+
+def dump_recipe(recipe: Recipe) -> str:
+    """The resolved recipe as YAML, every default written out; losses in the short form that recipes use."""
+    data = recipe.model_dump(exclude_none=True)
+    finetune = data.get("finetune") or {}
+    stages = map(data.get, ("dual", "distill", "recovery"))
+    for section in (*stages, *finetune.get("phases", []), finetune.get("teacher")):
+        for name, loss in (section or {}).get("losses", {}).items():
+            arguments = loss.pop("arguments")
+            short = list(loss) == ["weight"] and not arguments
+            section["losses"][name] = loss["weight"] if short else loss | arguments
+    if recipe.delivery is None:  # left out, it would mean the default one
+        data["delivery"] = None
+    return yaml.dump(data, Dumper=RecipeDumper, sort_keys=False, allow_unicode=True)

@@ -1,0 +1,64 @@
+"""TODO: run.recipe_yaml."""
+
+import re
+from typing import Any
+
+import yaml
+
+from tokenizer_build.errors import InputError
+
+
+class RecipeLoader(yaml.SafeLoader):
+    """YAML without the traps of its version 1.1: only true and false are booleans, and no date is a date."""
+
+    yaml_implicit_resolvers = {
+        first: [rule for rule in rules if not rule[0].endswith((":bool", ":timestamp"))]
+        for first, rules in yaml.SafeLoader.yaml_implicit_resolvers.items()
+    }
+
+    def construct_mapping(self, node, deep=False):
+        seen = set()
+        for key, _ in node.value:
+            name = str(key.value)
+            if name in seen:
+                raise yaml.MarkedYAMLError(problem=f"{name} is written twice", problem_mark=key.start_mark)
+            seen.add(name)
+        return super().construct_mapping(node, deep)
+
+
+class RecipeDumper(yaml.SafeDumper):
+    """Quotes what `RecipeLoader` would not read back as a string."""
+
+
+BOOLEANS = re.compile("(true|false|True|False|TRUE|FALSE)$")
+
+
+def parse_yaml(text: str, origin: str) -> Any:
+    """The value of a YAML text. Raises InputError with the origin, the line and what is not YAML."""
+    try:
+        return yaml.load(text, RecipeLoader)
+    except yaml.YAMLError as error:
+        mark = getattr(error, "problem_mark", None)
+        problem = getattr(error, "problem", None) or getattr(error, "reason", None)  # of a control character
+        where = f" at line {mark.line + 1}" if mark else ""
+        raise InputError(f"{origin}: not YAML{where}: {problem}") from None
+
+
+def override_value(data: dict, keys: list[str], value: Any, origin: str) -> None:
+    """Sets data[a][b][c] for keys a.b.c, making the sections on the way; a number is the position in a list."""
+    node: Any = data
+    for depth, key in enumerate(keys):
+        if isinstance(node, list):
+            if not key.isdigit() or int(key) >= len(node):
+                raise InputError(f"{origin}: {key} is not a position in {'.'.join(keys[:depth])}: it has {len(node)}")
+            key = int(key)
+        elif not isinstance(node, dict):
+            raise InputError(f"{origin}: {keys[depth - 1]} is a value, not a section")
+        if depth == len(keys) - 1:
+            node[key] = value
+            return
+        if isinstance(node, dict) and node.get(key) is None:
+            node[key] = {}
+        if isinstance(node[key], int | float) and "losses" in keys[:depth]:
+            node[key] = {"weight": node[key]}  # the short form of a loss
+        node = node[key]

@@ -1,0 +1,90 @@
+"""What cannot work is refused before anything runs: all that the recipe, the files it names and the configs show."""
+
+from pathlib import Path
+
+from tokenizer_build.errors import InputError
+from vocabshrink.data.held_out import LEAST_SENTENCES
+from vocabshrink.models.extraction import check_extraction
+from vocabshrink.models.forward import check_attention
+from vocabshrink.models.student import student_config
+from vocabshrink.models.teacher import has_head, load_config, parameter_names
+from vocabshrink.run.layer_map import layer_pairs
+from vocabshrink.run.recipe import Recipe
+from vocabshrink.stages.inputs import teacher_folder
+from vocabshrink.stages.plan import check_budget, vocabulary_size
+from vocabshrink.training.distillation import LOSSES_OF_DISTILLATION
+from vocabshrink.training.dual_training import LOSSES_OF_MODE
+from vocabshrink.training.losses import ATTENTION, MASKED_LM, TASK, check_losses
+
+
+def check_recipe(recipe: Recipe, *, force: bool = False) -> None:
+    """Refuses a recipe that cannot be run to its end. force: over-budget deliveries are wanted all the same.
+
+    Raises:
+        InputError: naming the key or the file, and the mend.
+    """
+    check_all_losses(recipe)
+    check_files(recipe)
+    if recipe.delivery and recipe.evaluation.sentences < LEAST_SENTENCES:
+        raise InputError(
+            f"evaluation.sentences: {recipe.evaluation.sentences} are too few to check the delivery by: give at least "
+            f"{LEAST_SENTENCES}, or no delivery"
+        )
+    folder = teacher_folder(recipe)
+    check_models(recipe, folder, load_config(folder))
+    if not force:
+        check_budget(recipe)
+
+
+def check_all_losses(recipe: Recipe) -> None:
+    """Refuses losses and arguments that a stage cannot give."""
+    if recipe.dual:
+        check_losses("dual", recipe.dual.losses, LOSSES_OF_MODE[recipe.dual.mode])
+    for name in ("distill", "recovery"):
+        if stage := getattr(recipe, name):
+            check_losses(name, stage.losses, LOSSES_OF_DISTILLATION)
+    if finetune := recipe.finetune:
+        for number, phase in enumerate(finetune.phases):
+            check_losses(f"finetune.phases.{number}", phase.losses, LOSSES_OF_DISTILLATION - MASKED_LM | TASK)
+        if finetune.teacher:
+            check_losses("finetune.teacher", finetune.teacher.losses, {"labels"})
+
+
+def check_files(recipe: Recipe) -> None:
+    """Refuses a recipe that names files which are not there."""
+    named = {f"evaluation.stsb.{name}": path for name, path in recipe.evaluation.stsb.items()}
+    if recipe.index:
+        named["index.passages"] = recipe.index.passages
+    for name, task in recipe.tasks.items() if recipe.finetune else ():
+        for field in ("train", "validation", "test", "logits"):
+            named[f"tasks.{name}.{field}"] = getattr(task, field)
+    for key, path in named.items():
+        if path is not None and not Path(path).expanduser().is_file():
+            raise InputError(f"{key}: {path}: no such file: correct the path, or leave the key out")
+
+
+def check_models(recipe: Recipe, folder: Path, teacher) -> None:
+    """Refuses a student that the teacher cannot start, and losses that read what the teacher does not have.
+
+    teacher: its config.
+    """
+    student = student_config(recipe.student, teacher, vocabulary_size(recipe, folder))
+    if recipe.student.initialize.startswith("extract"):
+        check_extraction(recipe.student.initialize, student, teacher, parameter_names(teacher))
+    head, dual = has_head(folder), recipe.dual
+    if head and recipe.masked_lm_head:
+        raise InputError(f"{folder} has a masked-LM head already: remove masked_lm_head from the recipe")
+    head = head or bool(recipe.masked_lm_head)
+    if dual and "teacher_masked_lm" in dual.losses and not head:
+        raise InputError(
+            f"dual.mode {dual.mode} needs a masked-LM head and {folder} has none: add a masked_lm_head section, or "
+            "choose dual.mode: match"
+        )
+    depth = student.num_hidden_layers
+    for name in ("dual", "distill", "recovery"):
+        if not (stage := getattr(recipe, name)):
+            continue
+        if ATTENTION & set(stage.losses):
+            check_attention(teacher)
+        own = teacher.num_hidden_layers if name == "dual" and stage.mode == "match" else depth
+        layer_pairs(stage.layer_map, own, teacher.num_hidden_layers, seed=recipe.seed)

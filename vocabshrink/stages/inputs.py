@@ -1,0 +1,95 @@
+"""What several stages read, as functions of a stage's context: the teacher, the words, the student as it starts."""
+
+from pathlib import Path
+
+import numpy as np
+import torch
+from tokenizers import Tokenizer
+from transformers import BertModel
+
+from tokenizer_build.tokenizer import load_tokenizer
+from vocabshrink.data.batches import Batcher, cut_segments
+from vocabshrink.data.held_out import HeldOut, held_out_texts
+from vocabshrink.data.lexicon import Lexicon, WordStream
+from vocabshrink.data.pieces import PieceTable
+from vocabshrink.data.tasks import Task, read_task
+from vocabshrink.models.spelling import shared_pieces
+from vocabshrink.models.student import build_student
+from vocabshrink.models.teacher import Teacher, check_folder, load_head, load_teacher, resolve_model
+from vocabshrink.run.engine import Context
+from vocabshrink.run.recipe import Recipe
+
+HELD_OUT = {"max_pieces": 126, "min_words": 4}  # of the segments that no training batch holds
+
+
+def teacher_folder(recipe: Recipe) -> Path:
+    """The teacher's folder, checked."""
+    folder = resolve_model(recipe.teacher.model)
+    check_folder(folder, recipe.teacher.sha256)
+    return folder
+
+
+def read_teacher(context: Context) -> Teacher:
+    """The recipe's teacher, fresh from its folder, with the masked-LM head that was trained for it."""
+    section = context.recipe.teacher
+    folder = teacher_folder(context.recipe)
+    teacher = load_teacher(str(folder), pooling=section.pooling, normalize=section.normalize)
+    if teacher.head is None and context.has("masked_lm_head"):
+        teacher.head = load_head(context.folder_of("masked_lm_head") / "head", teacher.backbone)
+    return teacher
+
+
+def read_words(context: Context) -> tuple[Lexicon, WordStream]:
+    """The lexicon and the word stream of the `encode` stage."""
+    folder = context.folder_of("encode")
+    return Lexicon.load(folder), WordStream.load(folder)
+
+
+def vocabulary_folder(context: Context) -> Path:
+    """The folder of the student's tokenizer."""
+    return context.folder_of("vocab")
+
+
+def read_tokenizers(context: Context) -> tuple[Tokenizer, Tokenizer]:
+    """The student's and the teacher's."""
+    return load_tokenizer(vocabulary_folder(context)), load_tokenizer(teacher_folder(context.recipe))
+
+
+def read_shared_pieces(context: Context) -> np.ndarray:
+    """See `shared_pieces`."""
+    return shared_pieces(*read_tokenizers(context))
+
+
+def start_student(context: Context, teacher: Teacher) -> tuple[BertModel, torch.Tensor | None, dict]:
+    """`build_student` by the recipe; what extraction by importance measures, it measures on the corpus."""
+    recipe, batch = context.recipe, None
+    if recipe.student.initialize == "extract_importance":
+        lexicon, stream = read_words(context)
+        limits = HELD_OUT | {"held_out_every": recipe.corpus.held_out_every}
+        segments, _ = cut_segments(stream, lexicon, unit="line", **limits)
+        table = PieceTable(lexicon, teacher.table.num_embeddings)
+        options = {"batch_size": 64, "seed": recipe.seed, "sides": ("teacher",)}
+        batch = Batcher(table, stream, lexicon, segments, **options).batch(0).teacher
+    return build_student(recipe.student, teacher, vocabulary_folder(context), batch=batch, seed=recipe.seed)
+
+
+def start_directions(context: Context) -> torch.Tensor | None:
+    """The directions of `start_student`, for those that load a student which was trained meanwhile.
+
+    torch's generator stays as it was, so that a new head is the same whichever task comes first.
+    """
+    with torch.random.fork_rng(devices=[]):
+        return start_student(context, read_teacher(context))[1]
+
+
+def read_held_out(context: Context) -> HeldOut:
+    """Sentences of lines that no training batch holds, and near ones of each."""
+    recipe, (lexicon, stream) = context.recipe, read_words(context)
+    limits = HELD_OUT | {"held_out_every": recipe.corpus.held_out_every}
+    _, segments = cut_segments(stream, lexicon, unit="sentence", **limits)
+    return held_out_texts(stream, lexicon, segments, recipe.evaluation.sentences, recipe.seed)
+
+
+def read_tasks(recipe: Recipe) -> dict[str, Task]:
+    """{name: task} of the recipe's labelled tasks."""
+    return {name: read_task(section, name) for name, section in recipe.tasks.items()}

@@ -1,0 +1,81 @@
+"""From text to word ids: count words, choose the vocabulary, encode the corpus."""
+
+from tokenizers import Tokenizer
+from tokenizers.models import WordPiece
+
+from tokenizer_build.compare import compare
+from tokenizer_build.corpus import read_blocks
+from tokenizer_build.count import count_words, read_counts, write_counts
+from tokenizer_build.errors import InputError
+from tokenizer_build.files import write_json
+from tokenizer_build.tokenizer import load_tokenizer, save_tokenizer
+from tokenizer_build.trainers import TRAINERS
+from vocabshrink.data.lexicon import encode_corpus
+from vocabshrink.run.engine import Context, saying_millions
+from vocabshrink.stages.inputs import teacher_folder
+
+
+def count(context: Context) -> dict:
+    """Counts the words of the corpus."""
+    corpus = context.recipe.corpus
+    counts = count_words(
+        corpus.sources,
+        column=corpus.column,
+        lowercase=context.recipe.vocabulary.lowercase,
+        processes=corpus.processes,
+        progress=saying_millions("count", "characters", every=50),
+    )
+    write_counts(counts, context.folder / "counts.parquet")
+    return {"words": sum(counts.values()), "distinct_words": len(counts)}
+
+
+def vocab(context: Context) -> dict:
+    """Chooses the student's pieces, or takes those of a tokenizer that is there."""
+    section, of_teacher = context.recipe.vocabulary, teacher_folder(context.recipe)
+    counts, teacher = read_counts(context.folder_of("count") / "counts.parquet"), load_tokenizer(of_teacher)
+    if section.tokenizer:
+        given = teacher if section.tokenizer == "teacher" else load_tokenizer(section.tokenizer)
+        if not isinstance(given.model, WordPiece):
+            kind = type(given.model).__name__
+            raise InputError(
+                f"vocabulary.tokenizer {section.tokenizer}: {kind}, not WordPiece: name a WordPiece tokenizer"
+            )
+        pieces = sorted(given.get_vocab(), key=given.token_to_id)
+    else:
+        pieces = TRAINERS[section.trainer](
+            counts, section.size, required=section.required, teacher_vocabulary=teacher.get_vocab()
+        )
+    save_tokenizer(pieces, context.folder, lowercase=section.lowercase)
+    comparison = compare(counts, {"teacher": of_teacher, "student": context.folder})
+    examples = segmentation_examples(counts, teacher, load_tokenizer(context.folder))
+    write_json(context.folder / "comparison.json", comparison | {"examples": examples})
+    return {"pieces": len(pieces), "comparison": comparison}
+
+
+def segmentation_examples(
+    counts: dict[str, int], teacher: Tokenizer, student: Tokenizer, number: int = 12
+) -> list[dict]:
+    """Words that the two cut into different numbers of pieces, spread over frequencies, for the report."""
+    words = sorted((w for w in counts if w.isalpha() and len(w) > 5), key=lambda w: (-counts[w], w))[:20_000]
+    found = []
+    for word in words[200 :: max(1, len(words) // 400)]:
+        pieces = {
+            name: tokenizer.encode(word, add_special_tokens=False).tokens
+            for name, tokenizer in (("teacher", teacher), ("student", student))
+        }
+        if len(pieces["student"]) != len(pieces["teacher"]):
+            found.append({"word": word} | pieces)
+    return found[:: max(1, len(found) // number)][:number]
+
+
+def encode(context: Context) -> dict:
+    """Reads the corpus once into word ids and a lexicon."""
+    corpus = context.recipe.corpus
+    return encode_corpus(
+        read_blocks(corpus.sources, corpus.column),
+        teacher_folder(context.recipe),
+        context.folder_of("vocab"),
+        context.folder,
+        processes=corpus.processes,
+        progress=saying_millions("encode", "words", every=10),
+    )

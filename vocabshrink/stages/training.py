@@ -1,0 +1,282 @@
+"""The training stages on text: a masked-LM head for the teacher, dual training, distillation, recovery."""
+
+import hashlib
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from accelerate import Accelerator
+from torch import Tensor
+from transformers import BertModel
+
+from tokenizer_build.errors import InputError
+from vocabshrink.data.batches import Batcher, cut_segments
+from vocabshrink.data.held_out import read_rated_pairs
+from vocabshrink.data.pieces import PieceTable
+from vocabshrink.models.embedder import torch_embedder
+from vocabshrink.models.rounding import bake, quantization_aware
+from vocabshrink.models.spelling import spellings
+from vocabshrink.models.student import load_student, new_student_head, save_student
+from vocabshrink.models.teacher import MaskedLMHead, Teacher, load_head, new_head, read_backbone, save_head
+from vocabshrink.run.engine import Context, material, say, settings_of
+from vocabshrink.run.layer_map import layer_pairs
+from vocabshrink.run.recipe import DistillStage, TrainingSection, Weighted
+from vocabshrink.stages.inputs import (
+    read_held_out,
+    read_shared_pieces,
+    read_teacher,
+    read_tokenizers,
+    read_words,
+    start_student,
+    teacher_folder,
+    vocabulary_folder,
+)
+from vocabshrink.training.distillation import Distillation, reads_teacher
+from vocabshrink.training.dual_training import DualTraining, HeadTraining
+from vocabshrink.training.loop import make_accelerator, train
+from vocabshrink.training.losses import ACROSS_VOCABULARIES, MASKED_LM
+from vocabshrink.training.recorded import RecordingBatcher, kinds_kept
+
+
+def masked_lm_head(context: Context) -> dict:
+    """Trains a masked-LM head on a teacher that has none."""
+    stage, teacher = context.recipe.masked_lm_head, read_teacher(context)
+    torch.manual_seed(context.recipe.seed)
+    accelerator = make_accelerator(stage, context.dir)
+    teacher.head = new_head(teacher)
+    task = HeadTraining(teacher, {"teacher_masked_lm": Weighted()})
+    batcher = make_batcher(context, stage, teacher, ("teacher",), accelerator)
+    result = train_stage(context, task, batcher, stage, accelerator)
+    if accelerator.is_main_process:
+        save_head(context.folder / "head", teacher.head)
+    return result
+
+
+def dual(context: Context) -> dict:
+    """Dual training in the recipe's mode: the teacher reads both vocabularies."""
+    recipe, stage, teacher = context.recipe, context.recipe.dual, read_teacher(context)
+    torch.manual_seed(recipe.seed)
+    accelerator = make_accelerator(stage, context.dir)
+    evaluate = evaluator(context, teacher, accelerator)
+    student, directions, report = start_student(context, teacher)
+    say(f"dual: student embeddings {report['embeddings']}; layers {report['layers']}")
+    head = new_student_head(student, teacher) if stage.mode == "joint" else None
+    # in match mode the teacher stands on both sides, so the map is of its layers to its own
+    depth = (teacher if stage.mode == "match" else student).config.num_hidden_layers
+    pairs = layer_pairs(stage.layer_map, depth, teacher.config.num_hidden_layers, seed=recipe.seed)
+    task = DualTraining(stage, teacher, student, pairs, student_head=head, directions=directions)
+    sides = {"joint": ("mixed", "student"), "two_stage": ("mixed",), "match": ("mixed", "teacher")}[stage.mode]
+    end = stage.p if stage.p_end is None else stage.p_end
+    micro_steps = stage.steps * stage.gradient_accumulation * accelerator.num_processes
+    batcher = make_batcher(
+        context,
+        stage if MASKED_LM & set(stage.losses) else stage.model_copy(update={"mask": 0.0}),
+        teacher,
+        sides,
+        accelerator,
+        p=lambda index: stage.p + (end - stage.p) * min(1.0, index / micro_steps),
+    )
+    result = train_stage(context, task, batcher, stage, accelerator, evaluate)
+    if accelerator.is_main_process:
+        pooled = teacher.pooling, teacher.normalize
+        save_student(context.folder / "student", student, head, vocabulary_folder(context), *pooled)
+        if any(p.requires_grad for p in teacher.backbone.parameters()):
+            teacher.backbone.save_pretrained(context.folder / "teacher")
+            if teacher.head is not None:
+                save_head(context.folder / "teacher_head", teacher.head)
+    return result | {"start": report}
+
+
+def distill(context: Context) -> dict:
+    """Distillation: the student on its own vocabulary learns from the teacher on the teacher's."""
+    return distil_into_student(context, context.recipe.distill)
+
+
+def recovery(context: Context) -> dict:
+    """Trains on through the rounding of the delivery, of its packed weights where it has some, which the student's
+    weights then hold exactly."""
+    delivery = context.recipe.delivery
+    return distil_into_student(context, context.recipe.recovery, delivery.compact or delivery.weights)
+
+
+def distil_into_student(context: Context, stage: DistillStage, formats=None) -> dict:
+    """One distillation, from the student of the stage before, through the rounding to `formats` where given."""
+    teacher = read_teacher(context)
+    torch.manual_seed(context.recipe.seed)
+    accelerator = make_accelerator(stage, context.dir)
+    evaluate = evaluator(context, teacher, accelerator)
+    student, directions, report = start_student(context, teacher)
+    head = new_student_head(student, teacher) if MASKED_LM & set(stage.losses) else None
+    if context.students:
+        before, folder = list(context.students.items())[-1]
+        report = {"from": before} | load_student(folder, student, head)
+        read_trained_teacher(context, teacher)
+    say(f"{context.stage.name}: student from {report}")
+    if formats:
+        quantization_aware(student, formats)
+    task = make_distillation(context, stage, teacher, student, head, directions)
+    sides = ("student", "teacher") if reads_teacher(stage.losses) else ("student",)
+    batcher = make_batcher(context, stage, teacher, sides, accelerator)
+    if stage.record_teacher and "teacher" in sides:
+        options = {"pooling": teacher.pooling, "normalize": teacher.normalize, "device": accelerator.device}
+        backbone = teacher.backbone.to(accelerator.device)
+        batcher = RecordingBatcher(batcher, backbone, records_of(context, stage, accelerator), stage, **options)
+    result = train_stage(context, task, batcher, stage, accelerator, evaluate)
+    if accelerator.is_main_process:
+        if formats:
+            bake(student)
+        pooled = teacher.pooling, teacher.normalize
+        save_student(context.folder / "student", student, head, vocabulary_folder(context), *pooled)
+    return result | {"start": report}
+
+
+def read_trained_teacher(context: Context, teacher: Teacher) -> None:
+    """Puts the body and head that dual training left into the teacher, where it trained them."""
+    if not context.has("dual"):
+        return
+    folder = context.folder_of("dual")
+    if (folder / "teacher").is_dir():
+        teacher.backbone.load_state_dict(read_backbone(folder / "teacher").state_dict(), strict=False)
+    if (folder / "teacher_head").is_dir():
+        teacher.head = load_head(folder / "teacher_head", teacher.backbone)
+
+
+def train_stage(
+    context: Context, task, batcher, stage: TrainingSection, accelerator: Accelerator, evaluate: Callable | None = None
+) -> dict:
+    """`train` under the stage's own name and fingerprint."""
+    return train(
+        task,
+        batcher,
+        stage,
+        context.dir,
+        context.stage.name,
+        fingerprint=context.fingerprint,
+        accelerator=accelerator,
+        evaluate=evaluate,
+    )
+
+
+def make_batcher(
+    context: Context,
+    stage: TrainingSection,
+    teacher: Teacher,
+    sides: tuple[str, ...],
+    accelerator: Accelerator,
+    **options,
+) -> Batcher:
+    """The batches of a stage, of one process and accumulation step.
+
+    Raises:
+        InputError: a batch_size that processes, accumulation steps and groups do not divide.
+    """
+    lexicon, stream = read_words(context)
+    table = PieceTable(lexicon, teacher.table.num_embeddings, read_shared_pieces(context))
+    training, _ = cut_segments(
+        stream,
+        lexicon,
+        sides=sides,
+        unit=getattr(stage, "unit", "line"),
+        max_pieces=stage.max_length - 2,
+        min_words=4,
+        held_out_every=context.recipe.corpus.held_out_every,
+    )
+    group = getattr(stage, "group_size", 1)
+    return Batcher(
+        table,
+        stream,
+        lexicon,
+        training,
+        batch_size=share_of(stage, accelerator, group, context.stage.name),
+        seed=context.recipe.seed,
+        sides=sides,
+        group_size=group,
+        mask=stage.mask,
+        max_pieces=stage.max_length - 2,
+        **options,
+    )
+
+
+def share_of(stage: TrainingSection, accelerator: Accelerator, group: int, name: str) -> int:
+    """Sequences of one process in one accumulation step. Raises InputError where they would not be whole groups."""
+    parts = accelerator.num_processes * stage.gradient_accumulation * group
+    if stage.batch_size % parts:
+        raise InputError(
+            f"{name}.batch_size {stage.batch_size} cannot be shared by {accelerator.num_processes} processes, "
+            f"{stage.gradient_accumulation} accumulation steps and groups of {group}: make it a multiple of {parts}"
+        )
+    return stage.batch_size // (accelerator.num_processes * stage.gradient_accumulation)
+
+
+def evaluator(context: Context, teacher: Teacher, accelerator: Accelerator) -> Callable | None:
+    """Evaluation during training: rank agreement with the teacher as it is now, and the recipe's rated pairs.
+
+    Made before training, which may change the teacher; None where there is nothing to measure, and on the processes
+    that do not evaluate.
+    """
+    recipe = context.recipe
+    if not accelerator.is_main_process or not (recipe.evaluation.sentences or recipe.evaluation.stsb):
+        return None
+    held_out = read_held_out(context) if recipe.evaluation.sentences else None
+    rated = {name: read_rated_pairs(path) for name, path in recipe.evaluation.stsb.items()}
+    pooled = {"pooling": teacher.pooling, "normalize": teacher.normalize, "max_length": 128}
+    backbone, vocabulary = teacher.backbone.to(accelerator.device), vocabulary_folder(context)
+    embed = torch_embedder(backbone, teacher_folder(recipe), **pooled)
+    of_teacher = embed(held_out.texts) if held_out else None
+
+    def evaluate(task) -> dict:
+        embed = torch_embedder(task.student, vocabulary, **pooled)
+        figures = {name: pairs.spearman(embed) for name, pairs in rated.items()}
+        if held_out is None:
+            return figures
+        vectors = embed(held_out.texts)
+        return {
+            "rank_agreement": held_out.rank_agreement(vectors, of_teacher),
+            "neighbour_overlap": held_out.neighbour_overlap(vectors, of_teacher),
+        } | figures
+
+    return evaluate
+
+
+# Settings that change neither the batches of a distillation nor the teacher's outputs.
+OF_STUDENT = {"layer_map", "losses", "record_teacher", "steps", "learning_rate", "embedding_learning_rate"}
+OF_STUDENT |= {"optimizer", "weight_decay", "warmup", "decay", "clip"}
+
+
+def records_of(context: Context, stage: DistillStage, accelerator: Accelerator) -> Path:
+    """The folder shared by runs that see these batches of this text with this teacher."""
+    recipe, section = context.recipe, material(stage)
+    deciding = settings_of(recipe, "encode") | {"corpus": material(recipe.corpus), "seed": recipe.seed}
+    deciding |= {
+        "stage": {key: value for key, value in section.items() if key not in OF_STUDENT},
+        "kinds": kinds_kept(section["losses"]),
+        "processes": accelerator.num_processes,
+    }
+    trained = context.has("dual") and (context.folder_of("dual") / "teacher").is_dir()
+    deciding |= {"trained teacher": settings_of(recipe, "dual") if trained else None}
+    text = json.dumps(deciding, sort_keys=True)
+    return context.folder.parent / f"teacher-{hashlib.sha256(text.encode()).hexdigest()[:16]}"
+
+
+def make_distillation(
+    context: Context,
+    stage: DistillStage,
+    teacher: Teacher,
+    student: BertModel,
+    head: MaskedLMHead | None,
+    directions: Tensor | None,
+) -> Distillation:
+    """The task of a stage, with what the chosen losses must know of the two vocabularies."""
+    layers = student.config.num_hidden_layers, teacher.config.num_hidden_layers
+    across = bool(ACROSS_VOCABULARIES & set(stage.losses))
+    return Distillation(
+        stage,
+        teacher,
+        student,
+        layer_pairs(stage.layer_map, *layers, seed=context.recipe.seed),
+        head=head,
+        directions=directions,
+        shared=torch.from_numpy(read_shared_pieces(context)) if across else None,
+        spelling=torch.from_numpy(spellings(*read_tokenizers(context))) if across else None,
+    )

@@ -1,0 +1,314 @@
+"""Data augmentation of a task's training rows, as TinyBERT does it (Jiao et al. 2020, algorithm 1).
+
+Every word of a row is replaced, with probability p, by one of K candidates. A word that is one piece of the teacher's
+vocabulary is masked, and the teacher's masked-LM head names the K most probable words in its place. A word of several
+pieces takes the K words nearest to their mean in the teacher's own embedding table; the paper downloads GloVe. Such a
+mean knows what `movie ##go ##ers` is near to and nothing of `un ##fu ##nn ##y` (nearest: `un`, `cu`, `une`). So each
+piece counts by its letters, and a word whose first piece has less than half of them is masked as a whole instead. A
+teacher without a head gives nearest words only and leaves such words as they are; the summary says so.
+
+A word is a run of letters. Numbers, signs and what touches an apostrophe (`n't`, `'s`) stay, because what they say
+decides labels; so does what the teacher does not read as one word: runs of Chinese, letters with combining marks.
+Candidates are whole words of at least two letters, never the word itself. A copy that equals its row or another copy of
+it is left out, as in the paper's code, so that short rows have fewer copies.
+
+Cost: each word of one piece is masked alone, in its own sentence, so a sentence of L words costs the teacher L forward
+passes over it, once, however many copies are drawn. Not done: weighting of candidates by their probability (the paper
+draws evenly), and the other sentence of a pair as context (the masked word would be copied from it).
+
+The file grows by blocks of rows. A progress file beside it holds how many rows and bytes are good, so that a run killed
+anywhere goes on behind the last whole block, and a row's copies depend only on the row, its number and the seed.
+"""
+
+import hashlib
+import json
+import os
+import re
+import unicodedata
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from tokenizers import Encoding
+from torch import Tensor
+
+from tokenizer_build.errors import InputError
+from tokenizer_build.files import naming_full_disk, read_json, write_json
+from tokenizer_build.tokenizer import load_tokenizer
+from vocabshrink.data.pieces import Pieces
+from vocabshrink.data.tasks import Rows, Task
+from vocabshrink.models.forward import run_backbone
+from vocabshrink.models.spelling import as_wordpiece, first_known
+from vocabshrink.models.student import first_position
+from vocabshrink.models.teacher import Teacher
+
+WORD = re.compile(r"(?<![\w'’])[^\W\d_]+(?![\w'’])")
+ROWS_IN_BLOCK = 64  # what is written, and lost by a crash, at once
+PIECES_IN_PASS = 8192  # padding included
+
+
+def augment_task(
+    task: Task,
+    teacher: Teacher,
+    out: Path,
+    *,
+    p: float,
+    copies: int,
+    candidates: int,
+    seed: int,
+    progress: Callable[[int], None] = lambda rows: None,
+) -> dict:
+    """Writes up to `copies` changed copies of every training row to `out`, going on where a former call ended.
+
+    p: probability that a word is replaced. candidates: the paper's K. progress: given the rows of each finished block.
+    A row of `out` is {"sentence1", "sentence2" for pairs, "label", "source"} or, for token tasks, {"tokens", "slots"
+    (the labels), "source"}, where source is the number of the training row, from 0.
+
+    Returns: {"rows", "written", "words", "masked" (words whose candidates are the head's), "candidates" (in words)}.
+
+    Raises:
+        InputError: a full disk, or a progress file that is not JSON.
+    """
+    rows = task.splits["train"]
+    progress_file = out.with_suffix(".progress.json")
+    settings = {"p": p, "copies": copies, "candidates": candidates, "seed": seed, "rows": rows_sha256(rows)}
+    settings["head"] = teacher.head is not None
+    done = read_json(progress_file) if progress_file.is_file() and out.is_file() else {}
+    if done.get("settings") != settings or out.stat().st_size < done["bytes"]:
+        done = {"settings": settings, "rows": 0, "bytes": 0, "written": 0, "words": 0, "masked": 0}
+    finder = Candidates(teacher, candidates)
+    with naming_full_disk(out):
+        out.parent.mkdir(parents=True, exist_ok=True)
+        with out.open("ab") as file:
+            file.truncate(done["bytes"])
+            while done["rows"] < len(rows):
+                block = range(done["rows"], min(done["rows"] + ROWS_IN_BLOCK, len(rows)))
+                sentences = list(dict.fromkeys(s for row in block for s in sentences_of(rows, row)))
+                found = dict(zip(sentences, finder(sentences), strict=True))
+                lines = [line for row in block for line in copies_of(task, row, found, p, copies, seed)]
+                file.write("".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines).encode())
+                file.flush()
+                os.fsync(file.fileno())
+                words = [word for of_sentence in found.values() for word in of_sentence]
+                done["rows"], done["bytes"] = block.stop, file.tell()
+                done["written"] += len(lines)
+                done["words"] += len(words)
+                done["masked"] += sum(word.masked for word in words)
+                write_json(progress_file, done)
+                progress(len(block))
+    kinds = "masked words, else nearest words"
+    if teacher.head is None:
+        kinds = "nearest words only: the teacher has no masked-LM head"
+    return {name: done[name] for name in ("rows", "written", "words", "masked")} | {"candidates": kinds}
+
+
+def augmented_rows(task: Task, path: Path) -> Rows:
+    """The training rows of a task, then their copies in the order of the file that `augment_task` wrote.
+
+    Raises:
+        InputError: a missing file, or one of other training rows.
+    """
+    rows = task.splits["train"]
+    progress = read_json(path.with_suffix(".progress.json"))
+    if progress["settings"]["rows"] != rows_sha256(rows) or progress["rows"] != len(rows) or not path.is_file():
+        raise InputError(f"{path} does not hold copies of all rows of task {task.name}: run the augment stage again")
+    with path.open(encoding="utf-8") as file:
+        copies = [json.loads(line) for line in file]
+    sources = np.concatenate((np.arange(len(rows)), [copy["source"] for copy in copies])).astype(np.int64)
+    first = "tokens" if task.kind == "tokens" else "sentence1"
+    return Rows(
+        first=[*rows.first, *(copy[first] for copy in copies)],
+        second=None if rows.second is None else [*rows.second, *(copy["sentence2"] for copy in copies)],
+        targets=rows.targets[sources] if isinstance(rows.targets, np.ndarray) else [rows.targets[i] for i in sources],
+    )
+
+
+def rows_sha256(rows: Rows) -> str:
+    """Tells whether a file holds copies of these rows."""
+    targets = [np.asarray(target).tolist() for target in rows.targets]
+    return hashlib.sha256(json.dumps([list(rows.first), rows.second, targets]).encode()).hexdigest()
+
+
+Sentence = tuple[str, ...]  # one text, or the tokens of a token task
+
+
+@dataclass
+class Word:
+    """A word of a sentence: text[start:end] of one part. pieces: its ids, from index `first` of the sentence's on, none
+    where the teacher does not read it as one word; letters: how many each piece has."""
+
+    part: int
+    start: int
+    end: int
+    pieces: tuple[int, ...]
+    letters: tuple[int, ...]
+    first: int
+    candidates: list[str] = field(default_factory=list)
+    masked: bool = False  # whether they are the masked-LM head's
+
+
+def sentences_of(rows: Rows, row: int) -> list[Sentence]:
+    texts = [rows.first[row]] if rows.second is None else [rows.first[row], rows.second[row]]
+    return [(text,) if isinstance(text, str) else tuple(text) for text in texts]
+
+
+def copies_of(task: Task, row: int, found: dict[Sentence, list[Word]], p: float, copies: int, seed: int) -> list[dict]:
+    """The distinct changed copies of one training row, as rows of the file."""
+    rows, random = task.splits["train"], np.random.default_rng((seed, row))
+    sentences, target = sentences_of(rows, row), rows.targets[row]
+    words = [(number, w) for number, sentence in enumerate(sentences) for w in found[sentence] if w.candidates]
+    chosen = random.random((copies, len(words))) < p
+    draws = random.integers(np.array([len(word.candidates) for _, word in words], np.int64), size=chosen.shape)
+    drawn = []
+    for copy in range(copies):
+        replaced = [
+            (number, word, word.candidates[draw])
+            for (number, word), yes, draw in zip(words, chosen[copy], draws[copy], strict=True)
+            if yes
+        ]
+        drawn.append(
+            tuple(
+                replace(sentence, [(word, new) for its, word, new in replaced if its == number])
+                for number, sentence in enumerate(sentences)
+            )
+        )
+    distinct = [copy for copy in dict.fromkeys(drawn) if copy != tuple(sentences)]
+    if task.kind == "tokens":
+        return [{"tokens": list(c), "slots": [task.labels[i] for i in target], "source": row} for (c,) in distinct]
+    label = float(target) if task.kind == "regression" else task.labels[int(target)]
+    return [
+        {f"sentence{number}": text for number, (text,) in enumerate(copy, start=1)} | {"label": label, "source": row}
+        for copy in distinct
+    ]
+
+
+def replace(sentence: Sentence, replacements: list[tuple[Word, str]]) -> Sentence:
+    """The sentence with each word's replacement in its place, capital letters as they were."""
+    parts = list(sentence)
+    for word, new in reversed(replacements):  # from the end, so that the offsets before it stay
+        text = parts[word.part]
+        old = text[word.start : word.end]
+        if old.isupper() and len(old) > 1:
+            new = new.upper()
+        elif old[0].isupper():
+            new = new[0].upper() + new[1:]
+        parts[word.part] = text[: word.start] + new + text[word.end :]
+    return tuple(parts)
+
+
+class Candidates:
+    """What may stand for each word of a sentence: the masked-LM head's words, or the nearest in the piece table."""
+
+    def __init__(self, teacher: Teacher, count: int):
+        self.teacher, self.count, self.device = teacher, count, teacher.table.weight.device
+        self.tokenizer = load_tokenizer(teacher.folder)
+        self.tokenizer.encode_special_tokens = True  # a [MASK] in the text is text
+        self.mask = first_known(self.tokenizer, "[MASK]", "<mask>")
+        self.unknown = first_known(self.tokenizer, "[UNK]", "<unk>")
+        self.positions = teacher.config.max_position_embeddings - first_position(teacher.config)
+        texts = {i: as_wordpiece(piece, self.tokenizer) for piece, i in self.tokenizer.get_vocab().items()}
+        self.words = {i: text for i, text in sorted(texts.items()) if text and text.isalpha() and len(text) > 1}
+        self.ids = torch.tensor(
+            list(self.words), dtype=torch.long, device=self.device
+        )  # [W] pieces that are whole words
+        self.near: dict[tuple[int, ...], list[str]] = {}
+
+    @cached_property
+    def rows(self) -> Tensor:
+        """[W, D_E] the whole words' rows of the piece table, of length one; in float64, where no rounding decides."""
+        return F.normalize(self.teacher.table.weight.detach()[self.ids].double(), dim=-1)
+
+    @torch.no_grad()
+    def __call__(self, sentences: list[Sentence]) -> list[list[Word]]:
+        """The words of each sentence, in order, with their candidates."""
+        encodings = self.tokenizer.encode_batch([" ".join(sentence) for sentence in sentences])
+        found = [words_of(sentence, encoding) for sentence, encoding in zip(sentences, encodings, strict=True)]
+        nearest, masked = [], []
+        for encoding, words in zip(encodings, found, strict=True):
+            head = self.teacher.head is not None and self.mask is not None and len(encoding.ids) <= self.positions
+            for word in filter(lambda word: word.pieces, words):
+                spelt = self.unknown not in word.pieces and 2 * word.letters[0] >= sum(word.letters)
+                if head and (len(word.pieces) == 1 or not spelt):
+                    masked.append((encoding.ids, word))
+                elif spelt:
+                    nearest.append(word)
+        self.predict(masked)
+        self.find_near(nearest)
+        for sentence, words in zip(sentences, found, strict=True):
+            for word in words:  # the word itself, however capitalised, is none
+                own = sentence[word.part][word.start : word.end].casefold()
+                word.candidates = [new for new in word.candidates if new.casefold() != own][: self.count]
+        return found
+
+    def predict(self, masked: list[tuple[list[int], Word]]) -> None:
+        """Gives each word the most probable words in its place. masked: (the sentence's pieces, the word)."""
+        waiting = sorted(masked, key=lambda item: len(item[0]))
+        while waiting:  # long ones first: what does not fit in memory fails at once
+            longest = len(waiting[-1][0])
+            size = max(PIECES_IN_PASS // longest, 1)
+            part, waiting = waiting[-size:], waiting[:-size]
+            ids = torch.zeros(len(part), longest, dtype=torch.long)
+            attention = torch.zeros_like(ids)
+            for row, (pieces, word) in enumerate(part):
+                pieces = [*pieces[: word.first], self.mask, *pieces[word.first + len(word.pieces) :]]
+                ids[row, : len(pieces)] = torch.tensor(pieces)
+                attention[row, : len(pieces)] = 1
+            side = Pieces(ids.to(self.device), attention.to(self.device), (attention - 1).to(self.device))
+            hidden = run_backbone(self.teacher.backbone, side).hidden[-1]
+            states = hidden[torch.arange(len(part)), [word.first for _, word in part]]
+            logits = self.teacher.head(states.float(), self.teacher.table.weight)[:, self.ids]
+            for (_, word), best in zip(part, self.best(logits), strict=True):
+                word.candidates, word.masked = best, True
+
+    def find_near(self, words: list[Word]) -> None:
+        """Gives each word those nearest by cosine to the mean of its pieces, each weighted by its letters."""
+        if new := {word.pieces: word.letters for word in words if word.pieces not in self.near}:
+            table = self.teacher.table.weight.detach()
+            means = [
+                torch.tensor(letters, dtype=torch.float64, device=self.device) @ table[list(pieces)].double()
+                for pieces, letters in new.items()
+            ]
+            scores = F.normalize(torch.stack(means), dim=-1) @ self.rows.T
+            self.near |= zip(new, self.best(scores), strict=True)
+        for word in words:
+            word.candidates = self.near[word.pieces]
+
+    def best(self, scores: Tensor) -> list[list[str]]:
+        """[n, W] -> the words of the highest scores, two more than asked for: `The` and `the` may have to go."""
+        top = scores.topk(min(self.count + 2, scores.shape[1])).indices
+        return [[self.words[i] for i in row] for row in self.ids[top].tolist()]
+
+
+def words_of(sentence: Sentence, encoding: Encoding) -> list[Word]:
+    """The words of a sentence in order. encoding: of its parts with spaces between.
+
+    A word has no pieces where one reaches over its edges or the tokenizer's own words begin inside it: no mask and no
+    mean stands for it then.
+    """
+    text = " ".join(sentence)
+    spans = []  # of each piece, without the space that some families count to it; special tokens span nothing
+    for start, end in encoding.offsets:
+        while start < end and text[start].isspace():
+            start += 1
+        spans.append((start, end))
+    words, first, begin = [], 0, 0
+    for part, of_part in enumerate(sentence):
+        for match in WORD.finditer(of_part):
+            start, end = begin + match.start(), begin + match.end()
+            while first < len(spans) and spans[first][1] <= start:
+                first += 1
+            last = first
+            while last < len(spans) and spans[last][1] and spans[last][0] < end:
+                last += 1
+            whole = last > first and spans[first][0] == start and spans[last - 1][1] == end
+            marks = any(unicodedata.category(c)[0] == "M" for c in text[max(start - 1, 0) : end + 1])
+            one = whole and not marks and len(set(encoding.word_ids[first:last])) == 1
+            pieces = tuple(encoding.ids[first:last]) if one else ()
+            letters = tuple(to - start for start, to in spans[first:last])
+            words.append(Word(part, match.start(), match.end(), pieces, letters, first))
+        begin += len(of_part) + 1
+    return words

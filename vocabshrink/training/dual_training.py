@@ -1,0 +1,155 @@
+"""Dual training: the teacher itself learns the student's pieces (Zhao et al., arXiv 1909.11687, both versions).
+
+Each word of the teacher's input is segmented with the student's vocabulary with probability p, else with the
+teacher's. Teacher pieces are embedded by the teacher's table, student pieces by the student's table and, where widths
+differ, an affine map up; both enter the unchanged teacher as `inputs_embeds`, so the new pieces' embeddings are pulled
+into the teacher's space by the teacher's own objective.
+
+Three modes, one task: `joint` (version 1: the student trains alongside, with parameter projections), `two_stage`
+(version 2: the teacher alone; distillation follows), and `match` for teachers without a masked-LM head: mixed input
+must give, unit by unit, what the teacher gives on its own segmentation, and only the new embeddings move. There the
+teacher on mixed input takes the student's seat, and every loss between student and teacher serves.
+"""
+
+import torch
+from torch import Tensor, nn
+
+from vocabshrink.data.batches import Batch
+from vocabshrink.models.projection import ParameterProjection, widen
+from vocabshrink.models.teacher import MaskedLMHead, Teacher
+from vocabshrink.run.layer_map import Pairs
+from vocabshrink.run.recipe import DualStage
+from vocabshrink.training.losses import ATTENTION, LAYERWISE, masked_lm_loss
+from vocabshrink.training.task import TrainingTask, freeze_unread, hidden_projections, run_view
+from vocabshrink.training.views import Forward
+
+COMPARING = LAYERWISE | ATTENTION | {"sentence_cosine", "batch_similarity"}
+LOSSES_OF_MODE = {
+    "joint": COMPARING | {"student_masked_lm", "teacher_masked_lm", "parameters_down", "parameters_up"},
+    "two_stage": {"teacher_masked_lm"},
+    "match": COMPARING | {"group_similarity"},
+}
+
+
+class MixedEmbedding(nn.Module):
+    """Embeds combined ids: below V_T by the teacher's table, from V_T on by the student's and the affine map up."""
+
+    def __init__(self, teacher_table: nn.Embedding, student_table: nn.Embedding, directions: Tensor | None):
+        super().__init__()
+        self.teacher_table, self.student_table = teacher_table, student_table
+        self.up = widen(student_table.embedding_dim, teacher_table.embedding_dim, directions)
+
+    def student_rows(self) -> Tensor:
+        """The student's table in the teacher's width, [V_S, D_T]."""
+        return self.up(self.student_table.weight)
+
+    def forward(self, ids: Tensor) -> Tensor:
+        """[B, T] -> [B, T, D_T]"""
+        first = self.teacher_table.num_embeddings
+        from_student = (ids >= first).unsqueeze(-1)
+        student = self.up(self.student_table((ids - first).clamp_min(0)))
+        return torch.where(from_student, student, self.teacher_table(ids.clamp_max(first - 1)))
+
+
+class DualTraining(TrainingTask):
+    """The teacher on mixed input and, in joint mode, the student beside it."""
+
+    def __init__(
+        self,
+        stage: DualStage,
+        teacher: Teacher,
+        student: nn.Module,
+        pairs: Pairs,
+        *,
+        student_head: MaskedLMHead | None = None,
+        directions: Tensor | None = None,
+    ):
+        super().__init__()
+        self.losses, self.pairs, self.mode = stage.losses, pairs, stage.mode
+        self.teacher, self.student = teacher.backbone, student
+        self.pooling, self.normalize = teacher.pooling, teacher.normalize
+        self.embedding = MixedEmbedding(teacher.table, student.get_input_embeddings(), directions)
+        self.up, self.down = hidden_projections(student, teacher, directions)
+        if teacher.table.embedding_dim == teacher.config.hidden_size:
+            self.up = self.embedding.up  # one map up of this width
+        self.teacher_head, self.head = teacher.head, student_head
+        self.student_bias = nn.Parameter(torch.zeros(student.config.vocab_size))  # of the teacher's second softmax
+        self.projections = nn.ModuleDict(
+            {
+                direction: ParameterProjection(student, teacher.backbone, pairs, direction)
+                for direction in ("down", "up")
+                if f"parameters_{direction}" in self.losses
+            }
+        )
+        freeze_unread(self)
+        if self.mode == "match":  # both sides are the teacher, in its own width
+            self.up.requires_grad_(False)
+            self.down.requires_grad_(False)
+        self.embedding.up.requires_grad_(True)
+        # only masked LM moves the teacher; in match mode its own reading is the target and must stay
+        train_teacher = stage.train_teacher and "teacher_masked_lm" in self.losses
+        self.teacher.requires_grad_(train_teacher)
+        self.student_bias.requires_grad_("teacher_masked_lm" in self.losses)
+        if self.teacher_head is not None:
+            self.teacher_head.requires_grad_(train_teacher)
+        if self.head is not None:
+            self.head.requires_grad_("student_masked_lm" in self.losses)
+        if self.mode != "joint":
+            self.student.requires_grad_(False)
+            self.student.get_input_embeddings().requires_grad_(True)
+
+    def view(self, batch: Batch) -> Forward:
+        common = (batch.unit_mask.shape[1], self.pooling, self.normalize, self.losses)
+        forward = Forward(batch, self.pairs, self.up, self.down)
+        mixed = run_view(self.teacher, batch.mixed, *common, embeddings=self.embedding(batch.mixed.ids))
+        if self.mode == "match":
+            forward.up = forward.down = nn.Identity()
+            forward.student = mixed
+            with torch.no_grad():
+                forward.teacher = run_view(self.teacher, batch.teacher, *common)
+            return forward
+        # the student learns from the teacher, not the teacher from the student: only masked LM moves the teacher
+        forward.teacher = mixed.detached()
+        if self.teacher_head is not None:
+            forward.masked_lm["teacher"] = lambda: masked_lm_loss(
+                mixed.hidden[-1],
+                batch.mixed.labels,
+                self.teacher_head,
+                [self.embedding.teacher_table.weight, self.embedding.student_rows()],
+                [self.teacher_head.bias, self.student_bias],
+            )
+        if self.mode == "joint":
+            student = forward.student = run_view(self.student, batch.student, *common)
+            forward.masked_lm["student"] = lambda: masked_lm_loss(
+                student.hidden[-1],
+                batch.student.labels,
+                self.head,
+                [self.student.get_input_embeddings().weight],
+                [self.head.bias],
+            )
+        forward.parameters = {
+            direction: lambda p=projection: p(self.student, self.teacher)
+            for direction, projection in self.projections.items()
+        }
+        return forward
+
+
+class HeadTraining(TrainingTask):
+    """Trains a masked-LM head on a teacher that has none. The body stays as it is: its embeddings are the target."""
+
+    def __init__(self, teacher: Teacher, losses):
+        super().__init__()
+        self.losses, self.teacher, self.head = losses, teacher.backbone.requires_grad_(False), teacher.head
+
+    def embedding_parameters(self) -> list[nn.Parameter]:
+        return []
+
+    def view(self, batch: Batch) -> Forward:
+        with torch.no_grad():
+            view = run_view(self.teacher, batch.teacher, batch.unit_mask.shape[1], "mean", False, self.losses)
+        table = self.teacher.get_input_embeddings().weight
+        forward = Forward(batch, (), nn.Identity(), nn.Identity())
+        forward.masked_lm["teacher"] = lambda: masked_lm_loss(
+            view.hidden[-1], batch.teacher.labels, self.head, [table], [self.head.bias]
+        )
+        return forward

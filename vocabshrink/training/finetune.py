@@ -1,0 +1,115 @@
+"""TODO: training.finetune."""
+
+import math
+from pathlib import Path
+
+import numpy as np
+from safetensors.numpy import save_file
+from torch import nn
+
+from tokenizer_build.files import replacing
+from vocabshrink.data.task_batches import EncodedTask, TaskBatcher
+from vocabshrink.data.tasks import score
+from vocabshrink.models.rounding import bake, is_rounded, quantization_aware
+from vocabshrink.models.student import first_position
+from vocabshrink.models.task_model import predict
+from vocabshrink.run.folder import RunDir
+from vocabshrink.run.formats import Formats
+from vocabshrink.run.layer_map import layer_pairs
+from vocabshrink.run.recipe import Phase, TaskSection
+from vocabshrink.training.loop import make_accelerator, train
+from vocabshrink.training.task_training import TaskTraining
+
+EVALUATION_BATCH = 128  # sequences of like length in a forward pass
+
+
+def phases_of(phases: list[Phase], section: TaskSection) -> list[Phase]:
+    """The phases as a task asks for them: with its epochs and, for scores, which have no distribution to be soft,
+    with `logits_mse` in the place of `soft_labels` (TinyBERT and patient KD do so on STS-B)."""
+    found = []
+    for phase in phases:
+        losses = dict(phase.losses)
+        if section.kind == "regression" and (soft := losses.pop("soft_labels", None)):
+            losses.setdefault("logits_mse", soft.model_copy(update={"arguments": {}}))
+        found.append(phase.model_copy(update={"epochs": section.epochs or phase.epochs, "losses": losses}))
+    return found
+
+
+def fit(
+    training: TaskTraining,
+    encoded: EncodedTask,
+    phases: list[Phase],
+    unit: RunDir,
+    name: str,
+    seed: int,
+    mark: str,
+    *,
+    shared: np.ndarray | None = None,
+    rounding: Formats | None = None,
+) -> dict:
+    """Trains phase after phase, each from where the one before ended; a phase that was cut off resumes.
+
+    Returns: {"steps", "tokens", "seconds", "seconds_per_step", "phases": [what the loop returned]}.
+    """
+    results = []
+    for number, phase in enumerate(phases, 1):
+        pairs = ()
+        if training.teacher is not None:
+            depths = (model.config.num_hidden_layers for model in (training.student, training.teacher))
+            pairs = layer_pairs(phase.layer_map, *depths, seed=seed)
+        if phase.through_rounding and not is_rounded(training.student):
+            quantization_aware(training.student, rounding)
+        training.begin(phase.losses, pairs)
+        accelerator = make_accelerator(phase, unit)
+        batcher = TaskBatcher(
+            encoded,
+            "train",
+            batch_size=max(1, phase.batch_size // (accelerator.num_processes * phase.gradient_accumulation)),
+            seed=seed,
+            sides=("student", "teacher") if training.live else ("student",),
+            max_pieces=longest(phase, training.student, training.teacher),
+            shared=shared,
+        )
+
+        def evaluate(task: TaskTraining, phase: Phase = phase) -> dict:
+            return score(encoded.task, logits_of(task.student, encoded, "validation", phase), "validation")
+
+        steps = min(phase.steps or math.inf, math.ceil(phase.epochs * batcher.rows / phase.batch_size))
+        results.append(
+            train(
+                training,
+                batcher,
+                phase.model_copy(update={"steps": steps}),
+                unit,
+                f"{name}-seed-{seed}-phase-{number}",
+                fingerprint=f"{mark} phase {number}",
+                accelerator=accelerator,
+                evaluate=evaluate if phase.evaluations and accelerator.is_main_process else None,
+            )
+        )
+        accelerator.unwrap_model(training, keep_fp32_wrapper=False)  # else the next phase wraps the wrapper
+    if is_rounded(training.student):
+        bake(training.student)
+    steps, tokens, seconds = (sum(result[key] for result in results) for key in ("steps", "tokens", "seconds"))
+    figures = {"steps": steps, "tokens": tokens, "seconds": round(seconds, 1), "seconds_per_step": seconds / steps}
+    return figures | {"phases": results}
+
+
+def longest(phase: Phase, *models: nn.Module | None) -> int:
+    """Pieces of a sequence without its two special ones: the phase's, or what fits the model with fewest positions."""
+    configs = [model.config for model in models if model is not None]
+    return min(phase.max_length, *(c.max_position_embeddings - first_position(c) for c in configs)) - 2
+
+
+def logits_of(model: nn.Module, encoded: EncodedTask, split: str, phase: Phase, *, side: str = "student"):
+    """The model's logits of a split, cut as in training (see `predict`)."""
+    batcher = TaskBatcher(
+        encoded, split, batch_size=EVALUATION_BATCH, seed=0, sides=(side,), max_pieces=longest(phase, model)
+    )
+    return predict(model, batcher, side=side, precision=phase.precision)
+
+
+def write_logits(path: Path, logits: dict[str, np.ndarray]) -> None:
+    """{split: [R, C]} as `read_logits` reads them."""
+    with replacing(path) as temporary:
+        save_file({f"{split}.logits": np.ascontiguousarray(values) for split, values in logits.items()}, temporary)

@@ -1,0 +1,188 @@
+"""TODO: training.views."""
+
+import math
+from collections.abc import Callable, Hashable
+from dataclasses import dataclass, field, replace
+from functools import cached_property
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from tokenizer_build.errors import InputError
+from vocabshrink.data.batches import Batch
+from vocabshrink.data.pieces import Pieces
+from vocabshrink.models.forward import Pass, pool_attention, pool_sentence, pool_units
+from vocabshrink.run.layer_map import Pairs
+
+Direction = Literal["up", "down"]
+Layers = tuple[int, ...]  # 1-based, 0 is the embedding output; of several layers the mean is taken
+Kind = Literal["queries", "keys", "values"]
+
+
+class Cache(dict):
+    """Values made at most once: what several losses of a step read is computed by the first."""
+
+    def once(self, key: Hashable, make: Callable[[], Any]) -> Any:
+        if key not in self:
+            self[key] = make()
+        return self[key]
+
+
+@dataclass
+class View:
+    """One model's pass over one side of the batch. What is pooled from it is computed once.
+
+    unit_count: U. heads: of the model's attention. logits: a task's, [B, C], or [B, T, C] of a token task (or [n, C] at
+    its labelled pieces alone). predict: last hidden states [n, D] -> logits [n, V] over the model's own pieces.
+    """
+
+    side: Pieces | None
+    passed: Pass | None
+    pooling: str = "mean"
+    normalize: bool = False
+    unit_count: int = 0
+    heads: int = 1
+    logits: Tensor | None = None
+    predict: Callable[[Tensor], Tensor] | None = None
+    _cache: Cache = field(default_factory=Cache, init=False, repr=False)
+
+    @property
+    def hidden(self) -> tuple[Tensor, ...]:
+        """The hidden states that were kept, [B, T, D] each."""
+        return self.passed.hidden
+
+    def detached(self) -> "View":
+        """The same view to learn from: no gradient goes back through it."""
+        parts = (part and tuple(tensor.detach() for tensor in part) for part in vars(self.passed).values())
+        return replace(self, passed=Pass(*parts))
+
+    def _mean(self, what: Hashable, layers: Layers, make: Callable[[int], Tensor]) -> Tensor:
+        """The mean over layers of what `make` gives for each, of which each is made once."""
+        made = [self._cache.once((what, layer), lambda layer=layer: make(layer)) for layer in layers]
+        return made[0] if len(made) == 1 else torch.stack(made).mean(0)
+
+    def states(self, layers: Layers) -> Tensor:
+        """Hidden states of units, [B, U, D] in float32."""
+        return self._mean("states", layers, lambda layer: self.pooled(self.hidden[layer]))
+
+    def pooled(self, tensor: Tensor) -> Tensor:
+        """Of pieces [B, T, D], the means of units [B, U, D] in float32."""
+        return pool_units(tensor, self.side.units, self.unit_count)
+
+    def _split(self, kind: Kind, layer: int, heads: int) -> Tensor:
+        """Queries, keys or values of units by head, [B, heads, U, D / heads]."""
+        tensor = getattr(self.passed, kind)[layer - 1]
+        return by_head(self._cache.once((kind, layer), lambda: self.pooled(tensor)), heads)
+
+    def _products(self, left: Kind, right: Kind, layers: Layers, heads: int) -> Tensor:
+        def make(layer: int) -> Tensor:
+            return scaled_products(self._split(left, layer, heads), self._split(right, layer, heads))
+
+        return self._mean((left, right, heads), layers, make)
+
+    def scores(self, layers: Layers) -> Tensor:
+        """Attention scores between units before the softmax, Q K^T / sqrt(d), [B, h, U, U]."""
+        return self._products("queries", "keys", layers, self.heads)
+
+    def relations(self, kind: Kind, layers: Layers, heads: int) -> Tensor:
+        """X X^T / sqrt(D / heads) between units before the softmax, [B, heads, U, U]; X is `kind`, split anew.
+
+        Raises:
+            InputError: the heads do not divide the width.
+        """
+        width = getattr(self.passed, kind)[0].shape[-1]
+        if width % heads:
+            raise InputError(
+                f"losses: {heads} relation heads do not divide a width of {width}: set heads, their argument"
+            )
+        return self._products(kind, kind, layers, heads)
+
+    def attention(self, layers: Layers) -> Tensor:
+        """Attention distributions between units, [B, h, U, U]: a unit is attended to as much as all its pieces."""
+
+        def make(layer: int) -> Tensor:
+            queries, keys = (by_head(part[layer - 1], self.heads) for part in (self.passed.queries, self.passed.keys))
+            padding = self.side.attention_mask[:, None, None] == 0
+            maps = scaled_products(queries, keys).float().masked_fill(padding, -math.inf).softmax(-1)
+            return pool_attention(maps, self.side.units, self.unit_count)
+
+        return self._mean("attention", layers, make)
+
+    @cached_property
+    def sentence(self) -> Tensor:
+        """[B, D]"""
+        return pool_sentence(self.hidden[-1], self.side.attention_mask, self.pooling, self.normalize)
+
+    @cached_property
+    def task_logits(self) -> Tensor:
+        """A task's logits, [B, C], or [n, C] at the labelled pieces, which are as many on every side."""
+        return self.logits[self.side.labels >= 0] if self.logits.ndim == 3 else self.logits
+
+    @cached_property
+    def masked(self) -> tuple[Tensor, Tensor, Tensor]:
+        """Of the masked pieces: where they are [B, T] bool, their units numbered through the batch [n], and how many of
+        them each unit has [B U]."""
+        where = self.side.labels >= 0
+        first = torch.arange(len(where), device=where.device).unsqueeze(1) * self.unit_count
+        units = (self.side.units + first)[where]
+        return where, units, torch.bincount(units, minlength=len(where) * self.unit_count)
+
+
+@dataclass
+class Forward:
+    """What one step saw. A view that a stage does not run is None.
+
+    student: the student on its pieces; in match mode, the teacher on mixed input takes its seat. teacher: what is
+    learnt from: the teacher on its own pieces or, in joint training, on mixed ones; its view carries no gradient.
+    up [D_S -> D_T] and down [D_T -> D_S]: shared projections of hidden states. masked_lm: name -> function giving that
+    model's masked-LM loss. parameters: direction -> function giving the parameter projection loss. shared [V_S]: the
+    teacher's id of the same piece, or -1. spelling [V_T, K]: student pieces that spell a teacher piece, then -1.
+    """
+
+    batch: Batch
+    pairs: Pairs
+    up: nn.Module
+    down: nn.Module
+    student: View | None = None
+    teacher: View | None = None
+    masked_lm: dict[str, Callable[[], Tensor]] = field(default_factory=dict)
+    parameters: dict[str, Callable[[], Tensor]] = field(default_factory=dict)
+    shared: Tensor | None = None
+    spelling: Tensor | None = None
+    _cache: Cache = field(default_factory=Cache, init=False, repr=False)
+
+    @property
+    def targets(self) -> Tensor:
+        """Of a task: classes [B] int64, scores [B] float, or classes [n] at the student's labelled pieces."""
+        if self.batch.targets is not None:
+            return self.batch.targets
+        found = self.student.side.labels
+        return found[found >= 0]
+
+    def aligned(self, m: int, block: Layers, direction: Direction, states: str = "all") -> tuple[Tensor, Tensor]:
+        """States of a pair of layers in one width, the student's brought up or the teacher's down: [n, D] twice.
+
+        Those of all units that count or, for `states` "cls", of [CLS] alone, [B, D].
+        """
+
+        def of(view: View, layers: Layers, project: nn.Module) -> Tensor:
+            found = view.states(layers)
+            return project(found[:, 0] if states == "cls" else found[self.batch.unit_mask])
+
+        same = nn.Identity()
+        left, right = (self.up, same) if direction == "up" else (same, self.down)
+        return (
+            self._cache.once(("student", m, direction, states), lambda: of(self.student, (m,), left)),
+            self._cache.once(("teacher", block, direction, states), lambda: of(self.teacher, block, right)),
+        )
+
+
+def by_head(tensor: Tensor, heads: int) -> Tensor:
+    """[B, U, D] -> [B, heads, U, D / heads]"""
+    return tensor.unflatten(-1, (heads, -1)).transpose(1, 2)
+
+
+def scaled_products(left: Tensor, right: Tensor) -> Tensor:
+    """[..., U, d] twice -> [..., U, U]"""
+    return left @ right.mT / math.sqrt(left.shape[-1])
