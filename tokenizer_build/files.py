@@ -1,10 +1,11 @@
-"""TODO: @files."""
+"""Files that appear whole or not at all, and are read with one sentence about what is wrong with them."""
 
 import errno
 import json
 import math
 import os
 import shutil
+import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path, PurePath
@@ -27,6 +28,34 @@ def replacing(path: Path) -> Iterator[Path]:
             os.replace(temporary, path)
         finally:
             temporary.unlink(missing_ok=True)
+
+
+@contextmanager
+def replacing_folder(folder: Path) -> Iterator[Path]:
+    """Yield an empty temporary folder beside `folder`; put it in its place if the block succeeds.
+
+    What lay there goes only when the new one is in. Raises InputError when the disk is full.
+    """
+    folder = Path(folder)
+    with naming_full_disk(folder):
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        new, old = (
+            Path(tempfile.mkdtemp(prefix=f".{folder.name}.{kind}.", dir=folder.parent)) for kind in ("new", "old")
+        )
+        try:
+            yield new
+            new.chmod(0o755)  # mkdtemp's is for its owner alone
+            if folder.exists():
+                os.replace(folder, old)
+            try:
+                os.replace(new, folder)
+            except OSError:
+                if any(old.iterdir()):
+                    os.replace(old, folder)
+                raise
+        finally:
+            for left in (new, old):
+                shutil.rmtree(left, ignore_errors=True)
 
 
 @contextmanager
@@ -64,6 +93,33 @@ def read_json(path: Path):
         raise InputError(f"{path} is missing: run the stage that writes it") from error
     except ValueError as error:  # JSONDecodeError and UnicodeDecodeError
         raise InputError(f"{path} is not JSON ({error}); delete it and run its stage again") from error
+
+
+def read_jsonl(path: str | Path) -> Iterator[tuple[int, dict]]:
+    """(line, object) of a JSONL file of one object a line; empty lines are passed over.
+
+    Raises:
+        InputError: naming file, line and mend: a missing file, bytes that are not UTF-8, a line that is no object.
+    """
+    path = Path(path)
+    try:
+        text = path.read_bytes().decode("utf-8-sig")
+    except FileNotFoundError:
+        raise InputError(f"{path}: no such file: correct its path") from None
+    except UnicodeDecodeError as error:
+        raise InputError(f"{path}: not UTF-8 text at byte {error.start}: write it as UTF-8") from None
+    except OSError as error:
+        raise InputError(f"{path}: cannot be read: {error.strerror}") from None
+    for number, line in enumerate(text.split("\n"), 1):  # str.splitlines would cut at U+2028, which JSON allows
+        if not line.strip():
+            continue
+        try:
+            row = json.loads(line)
+        except (ValueError, RecursionError):
+            row = None
+        if not isinstance(row, dict):
+            raise InputError(f"{path}: row {number} is not a JSON object: write one object a line")
+        yield number, row
 
 
 def _plain(value):

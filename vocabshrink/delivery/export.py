@@ -24,6 +24,7 @@ from tokenizer_build.errors import InputError
 from tokenizer_build.tokenizer import load_tokenizer
 from vocabshrink.delivery.compact import save_compact, small_config
 from vocabshrink.delivery.graph import ACTIVATIONS, FLOATS, KERNELS, build_graph
+from vocabshrink.models.modules import POOLINGS, module_files
 from vocabshrink.models.rounding import fake_quantize_
 from vocabshrink.models.teacher import load_config, load_model
 from vocabshrink.run.formats import Formats, formats_of
@@ -34,7 +35,6 @@ TASKS = {
     "tokens": "BertForTokenClassification",
     "fill-mask": "BertForMaskedLM",
 }
-POOLINGS = ("mean", "cls")
 KERNEL_GAIN = 0.01  # of agreement with torch that each step down the list must bring; "blocks" costs speed
 # Least agreement of the file with torch's model of the same rounded weights: what is left is the rounding of
 # activations to 8 bits, per block (4 bits) or per tensor (int8). Below it the graph is wrong or int8 collapsed.
@@ -136,7 +136,7 @@ def export_model(
             save_compact(model, place, compact)
             settings["compact"] = formats_of(compact)
         if safetensors and task == "embedding":
-            for name, content in module_list(model.config, pooling, normalize).items():
+            for name, content in module_files(model.config.hidden_size, max_positions, pooling, normalize).items():
                 (place / name).parent.mkdir(exist_ok=True)
                 _write_json(place / name, content)
 
@@ -228,23 +228,6 @@ def _write_safetensors(model: nn.Module, place: Path, format: str) -> None:
     dtype = torch.float16 if format == "fp16" else torch.float32
     state = {name: value.to(dtype).contiguous() for name, value in model.named_parameters()}  # tied ones once
     save_file(state, place / "model.safetensors", {"format": "pt"})
-
-
-def module_list(config, pooling: str, normalize: bool) -> dict[str, list | dict]:
-    """{file: content} of what SentenceTransformer reads beside the model."""
-    names = [("", "Transformer"), ("1_Pooling", "Pooling")] + [("2_Normalize", "Normalize")] * normalize
-    return {
-        "modules.json": [
-            {"idx": i, "name": str(i), "path": path, "type": f"sentence_transformers.models.{kind}"}
-            for i, (path, kind) in enumerate(names)
-        ],
-        "sentence_bert_config.json": {"max_seq_length": config.max_position_embeddings, "do_lower_case": False},
-        "1_Pooling/config.json": {
-            "word_embedding_dimension": config.hidden_size,
-            "pooling_mode_cls_token": pooling == "cls",
-            "pooling_mode_mean_tokens": pooling == "mean",
-        },
-    }
 
 
 def _copy_tokenizer(model_folder: Path, place: Path, vocab_size: int, max_positions: int) -> None:

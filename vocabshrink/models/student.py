@@ -10,7 +10,6 @@ position, and on a CPU the random numbers alone cost a third of a step. The save
 whoever fine-tunes the student.
 """
 
-import json
 import shutil
 from collections import Counter
 from pathlib import Path
@@ -20,9 +19,11 @@ from torch import nn
 from transformers import BertConfig, BertForMaskedLM, BertModel
 
 from tokenizer_build.errors import InputError
+from tokenizer_build.files import replacing_folder, write_json
 from tokenizer_build.tokenizer import load_tokenizer
 from vocabshrink.data.pieces import Pieces
 from vocabshrink.models.extraction import SCORES, check_extraction, cut, head_size, keep, shape_of
+from vocabshrink.models.modules import module_files
 from vocabshrink.models.projection import principal_directions
 from vocabshrink.models.spelling import piece_means
 from vocabshrink.models.teacher import MaskedLMHead, Teacher, eps_and_activation, load_head, load_model
@@ -216,32 +217,10 @@ def save_student(
         transform.LayerNorm.load_state_dict(head.norm.state_dict())
         model.cls.predictions.bias.data.copy_(head.bias)
         model.tie_weights()
-    temporary = folder.with_name(folder.name + ".partial")
-    shutil.rmtree(temporary, ignore_errors=True)
-    model.save_pretrained(temporary)
-    for name in TOKENIZER_FILES:
-        shutil.copy(tokenizer_folder / name, temporary / name)
-    modules = [("0", "", "Transformer"), ("1", "1_Pooling", "Pooling")] + [
-        ("2", "2_Normalize", "Normalize")
-    ] * normalize
-    write = {
-        "modules.json": [
-            {"idx": int(i), "name": i, "path": path, "type": f"sentence_transformers.models.{kind}"}
-            for i, path, kind in modules
-        ],
-        "sentence_bert_config.json": {"max_seq_length": student.config.max_position_embeddings, "do_lower_case": False},
-        "1_Pooling/config.json": {
-            "word_embedding_dimension": student.config.hidden_size,
-            "pooling_mode_cls_token": pooling == "cls",
-            "pooling_mode_mean_tokens": pooling == "mean",
-            "pooling_mode_max_tokens": False,
-            "pooling_mode_mean_sqrt_len_tokens": False,
-        },
-    }
-    for name, content in write.items():
-        (temporary / name).parent.mkdir(exist_ok=True)
-        (temporary / name).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
-    if normalize:
-        (temporary / "2_Normalize").mkdir(exist_ok=True)
-    shutil.rmtree(folder, ignore_errors=True)
-    temporary.rename(folder)
+    shape = student.config.hidden_size, student.config.max_position_embeddings
+    with replacing_folder(folder) as new:
+        model.save_pretrained(new)
+        for name in TOKENIZER_FILES:
+            shutil.copy(tokenizer_folder / name, new / name)
+        for name, content in module_files(*shape, pooling, normalize).items():
+            write_json(new / name, content)

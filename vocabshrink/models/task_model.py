@@ -28,6 +28,7 @@ from transformers import (
 )
 
 from tokenizer_build.errors import InputError
+from tokenizer_build.files import replacing_folder
 from vocabshrink.data.batches import Batch
 from vocabshrink.data.task_batches import TaskBatcher
 from vocabshrink.data.tasks import Task, check_label_order
@@ -121,14 +122,11 @@ def pooler_of(folder: Path) -> dict[str, Tensor]:
 
 def save_task_model(folder: Path, model: nn.Module, tokenizer_folder: Path) -> None:
     """Writes a folder that AutoModelForSequenceClassification (or ...TokenClassification) and AutoTokenizer load."""
-    temporary = folder.with_name(folder.name + ".partial")
-    shutil.rmtree(temporary, ignore_errors=True)
-    model.save_pretrained(temporary)
-    for name in ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "vocab.txt"):
-        if (tokenizer_folder / name).is_file():
-            shutil.copy(tokenizer_folder / name, temporary / name)
-    shutil.rmtree(folder, ignore_errors=True)
-    temporary.rename(folder)
+    with replacing_folder(folder) as new:
+        model.save_pretrained(new)
+        for name in ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "vocab.txt"):
+            if (tokenizer_folder / name).is_file():
+                shutil.copy(tokenizer_folder / name, new / name)
 
 
 @torch.inference_mode()
