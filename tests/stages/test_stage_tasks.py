@@ -25,6 +25,7 @@ from vocabshrink.run.engine import Run, context_of, run_stage, settings_of
 from vocabshrink.run.folder import RunDir
 from vocabshrink.run.recipe import Phase, TaskSection, parse_recipe
 from vocabshrink.run.stage import stages_of
+from vocabshrink.stages.checks import check_all_losses
 from vocabshrink.stages.inputs import read_tasks, read_teacher, start_directions, teacher_folder
 from vocabshrink.stages.tasks import finetune, spread, task_teacher
 from vocabshrink.training.augment import augment_task
@@ -259,11 +260,9 @@ def test_the_grid_s_best_setting_is_taken(data, tiny_teacher, tmp_path):
         assert unit["steps"] == 3 * 64 // int(best.rpartition("-")[2])
 
 
-def test_a_setting_that_there_is_not_is_refused_before_training(data, tiny_teacher, tmp_path):
-    run = make(data, tiny_teacher, tmp_path, grid={"batch_size": [8, 8.5]}, teacher=None)
-    with pytest.raises(InputError, match=r"^finetune\.grid: batch_size: .*8\.5"):
-        finetune(context_of(run, "finetune"))
-    assert not run.dir.stage("finetune").exists()
+def test_a_setting_that_there_is_not_is_refused_with_the_recipe(data, tiny_teacher, tmp_path):
+    with pytest.raises(InputError, match=r"finetune: grid: batch_size: .*8\.5"):
+        make(data, tiny_teacher, tmp_path, grid={"batch_size": [8, 8.5]}, teacher=None)
 
 
 def test_stored_logits_need_no_teacher(taught, data, tiny_teacher, tmp_path):
@@ -274,13 +273,13 @@ def test_stored_logits_need_no_teacher(taught, data, tiny_teacher, tmp_path):
     finetune(context_of(own, "finetune")), finetune(context_of(beside, "finetune"))
     first, second = (losses_of(run.dir.stage("finetune") / "topic" / "seed-1") for run in (own, beside))
     assert first == second
-    with pytest.raises(InputError, match=r"tasks.topic.logits are logits alone and losses.attention_kl reads"):
-        run = make(data, tiny_teacher, tmp_path / "layers", changes={"logits": logits}, phases=[LAYERS])
-        finetune(context_of(run, "finetune"))
-    more = {"p": 0.4, "copies": 2, "candidates": 3}
-    with pytest.raises(InputError, match=r"tasks.topic.logits has none of augmented rows"):
-        options = {"changes": {"logits": logits}, "phases": [SOFT], "augment": more}
-        finetune(context_of(make(data, tiny_teacher, tmp_path / "more", **options), "finetune"))
+    for options, sentence in (
+        ({"phases": [LAYERS]}, r"losses.attention_kl reads the teacher's layers, and tasks.topic.logits are logits"),
+        ({"phases": [SOFT], "augment": {"copies": 2}}, r"tasks.topic.logits has none of augmented rows"),
+    ):
+        run = make(data, tiny_teacher, tmp_path / "refused", changes={"logits": logits}, **options)
+        with pytest.raises(InputError, match=sentence):
+            check_all_losses(run.recipe)
 
 
 @pytest.mark.parametrize("name", ["topic", "slots"])
