@@ -18,9 +18,10 @@ import torch
 
 from tokenizer_build.files import write_json
 from vocabshrink.models.student import new_student_head
-from vocabshrink.run.engine import Run
+from vocabshrink.run.engine import Run, context_of
 from vocabshrink.run.folder import RunDir
 from vocabshrink.run.recipe import DistillStage, load_recipe
+from vocabshrink.stages.inputs import read_teacher, start_student
 from vocabshrink.stages.training import make_batcher, make_distillation
 from vocabshrink.training.loop import make_accelerator, parameter_groups
 from vocabshrink.training.losses import MASKED_LM

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 import yaml
+from safetensors.torch import load_file
 from tiny_training import launch
 from transformers import AutoModel
 
@@ -21,6 +22,7 @@ from vocabshrink.run.stage import stages_of
 from vocabshrink.runtime.delivery import load
 from vocabshrink.stages.checks import check_recipe
 from vocabshrink.stages.inputs import read_teacher
+from vocabshrink.stages.training import read_trained_teacher
 
 TRAINING = {"steps": 6, "batch_size": 16, "max_length": 48, "learning_rate": 1e-3, "precision": "no", "evaluations": 1}
 DISTILL = TRAINING | {
@@ -227,6 +229,18 @@ def test_a_teacher_without_head_gets_one(tiny_teacher, corpus_file, tmp_path):
     assert read_teacher(context_of(run, "distill")).head is not None
 
 
+def test_the_head_that_dual_training_trained_is_the_one_that_distillation_reads(tiny_teacher, corpus_file, tmp_path):
+    distill = TRAINING | {"mask": 0.15, "losses": {"student_masked_lm": 1, "masked_lm_match": 1}}
+    run = run_all(tiny_recipe(tiny_teacher, corpus_file, "joint", distill=distill), tmp_path / "run")
+    context = context_of(run, "distill")
+    teacher = read_teacher(context)
+    before = teacher.head.dense.weight.clone()
+    read_trained_teacher(context, teacher)
+    kept = load_file(run.dir.stage("dual") / "teacher_head/model.safetensors")
+    assert torch.equal(teacher.head.dense.weight, kept["cls.predictions.transform.dense.weight"])
+    assert not torch.equal(teacher.head.dense.weight, before)
+
+
 def test_a_killed_stage_resumes_to_the_same_student(tiny_teacher, corpus_file, tmp_path, monkeypatch):
     import vocabshrink.training.loop as loop
 
@@ -311,6 +325,7 @@ def recipe_of_tasks(teacher, corpus_file, lines, folder) -> dict:
                 phase | {"losses": {"soft_labels": 1}},
             ],
             "augment": {"copies": 2, "candidates": 3},
+            "rounded": "int4-32",
             "seeds": [1, 2],
         },
         recovery=DISTILL | {"learning_rate": 1e-4},
