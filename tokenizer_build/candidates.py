@@ -9,10 +9,9 @@ from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 
 from tokenizer_build.count import split_chunk
+from tokenizer_build.tokenizer import LONGEST_WORD
 
-SPECIAL_TOKENS = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
 LEAST_SHARE = 1e-6  # of all characters
-LONGEST_WORD = 100  # characters: WordPiece makes any longer word unknown
 LONGEST_PIECE = 24  # characters, for learned pieces
 
 

@@ -54,9 +54,13 @@ def fewest_pieces(
     return [state.names[piece] for piece in sorted(kept, key=lambda piece: (-state.counts[piece], piece))]
 
 
+def _is_inner(piece: str) -> bool:
+    return piece.startswith("##") and len(piece) > 2
+
+
 def _characters(piece: str) -> list[str]:
     """The single-character pieces that spell a piece: `the` is `t`, `##h`, `##e`."""
-    if piece.startswith("##") and len(piece) > 2:
+    if _is_inner(piece):
         return [f"##{c}" for c in piece[2:]]
     return [piece[0], *(f"##{c}" for c in piece[1:])]
 
@@ -70,20 +74,18 @@ def _drop(state: "Segmentation", fixed: set[int], size: int, worth: Sequence[flo
 class Segmentation:
     """Words cut by greedy longest match with a vocabulary that shrinks and grows.
 
-    Pieces are numbered in the order of `names`; `counts[piece]` is how often the weighted words use it and
-    `alive` the vocabulary of the moment. `start` and `inner` map the text of the alive pieces (without ##)
-    to their numbers, for a word's start and for its inside.
+    Pieces are numbered in the order of `names`; `counts[piece]` is how often the weighted words use it and `alive` the
+    vocabulary of the moment. A word's start is written as a space before its first letter, in `words` and `texts`
+    alike, so that one `table` (text -> alive piece) serves for a word's start and its inside.
     """
 
     def __init__(self, words: Sequence[tuple[str, int]], names: Sequence[str]):
-        self.words = [word for word, _ in words]
+        self.words = [f" {word}" for word, _ in words]
         self.weights = [count for _, count in words]
         self.names = list(names)
-        self.is_inner = [name.startswith("##") and len(name) > 2 for name in names]
-        self.texts = [name[2:] if inner else name for name, inner in zip(names, self.is_inner, strict=True)]
+        self.texts = [name[2:] if _is_inner(name) else f" {name}" for name in names]
         self.alive: set[int] = set()
-        self.start: dict[str, int] = {}
-        self.inner: dict[str, int] = {}
+        self.table: dict[str, int] = {}
         self.counts = [0] * len(self.names)
         self.users: list[list[int]] = [[] for _ in self.names]  # words that use a piece, or once did
         self.pieces: list[list[int]] = [[] for _ in self.words]
@@ -91,15 +93,14 @@ class Segmentation:
         self.add(range(len(self.names)))
 
     def add(self, pieces: Iterable[int]) -> None:
-        for piece in pieces:
-            (self.inner if self.is_inner[piece] else self.start)[self.texts[piece]] = piece
-            self.alive.add(piece)
+        self.alive.update(pieces)
+        self.table.update((self.texts[piece], piece) for piece in pieces)
         self._cut(range(len(self.words)))
 
     def remove(self, pieces: Iterable[int]) -> None:
         affected: set[int] = set()
         for piece in pieces:
-            del (self.inner if self.is_inner[piece] else self.start)[self.texts[piece]]
+            del self.table[self.texts[piece]]
             self.alive.remove(piece)
             affected.update(self.users[piece])
             self.users[piece] = []
@@ -107,12 +108,12 @@ class Segmentation:
 
     def _cut(self, numbers: Iterable[int]) -> None:
         """Cut these words anew."""
-        counts, users, inner = self.counts, self.users, self.inner
+        counts, table = self.counts, self.table
         for number in numbers:
             word, weight, old = self.words[number], self.weights[number], self.pieces[number]
             for piece in old:
                 counts[piece] -= weight
-            begin, length, table = 0, len(word), self.start
+            begin, length = 0, len(word)
             pieces, ends = [], []
             while begin < length:
                 end = length
@@ -121,75 +122,68 @@ class Segmentation:
                 pieces.append(piece)
                 ends.append(end)
                 counts[piece] += weight
-                begin, table = end, inner
+                begin = end
             if pieces != old:
                 for piece in pieces:
-                    users[piece].append(number)
+                    self.users[piece].append(number)
                 self.pieces[number], self.ends[number] = pieces, ends
 
     def estimated_costs(self) -> list[float]:
         """By piece: pieces added if each of its uses were cut as its text alone would be without it.
 
-        A piece's uses include HEIRLOOM of the uses of every longer piece that would be cut into it, since
-        many of those are going to be dropped. Without that, building blocks vanish while whole words still
-        hide them.
+        A piece's uses include HEIRLOOM of the uses of every longer piece that would be cut into it, since many of those
+        are going to be dropped. Without that, building blocks vanish while whole words still hide them.
         """
         costs = [0.0] * len(self.names)
         uses = [float(count) for count in self.counts]
-        for piece in sorted(self.alive, key=lambda piece: (-len(self.texts[piece]), piece)):
-            text, table = self.texts[piece], self.inner if self.is_inner[piece] else self.start
-            begin, limit, parts = 0, len(text) - 1, 0
-            while begin < limit or (parts and begin < len(text)):
-                end = len(text) if parts else limit
-                while (part := table.get(text[begin:end])) is None:
+        lengths = {piece: len(self.texts[piece].lstrip(" ")) for piece in self.alive}
+        for piece in sorted(self.alive, key=lambda piece: (-lengths[piece], piece)):
+            if lengths[piece] == 1:  # single characters are never dropped
+                break
+            text = self.texts[piece]
+            begin, end, parts = 0, len(text) - 1, 0
+            while begin < len(text):
+                while (part := self.table.get(text[begin:end])) is None:
                     end -= 1
                 uses[part] += HEIRLOOM * uses[piece]
-                begin, table, parts = end, self.inner, parts + 1
+                begin, end, parts = end, len(text), parts + 1
             costs[piece] = (parts - 1) * uses[piece]
         return costs
 
     def exact_costs(self) -> list[int]:
         """By piece: how many pieces its removal alone would add over all words."""
         costs = [0] * len(self.names)
-        inner = self.inner
         for word, weight, pieces, ends in zip(self.words, self.weights, self.pieces, self.ends, strict=True):
-            begin, table = 0, self.start
+            begin = 0
             for index, piece in enumerate(pieces):
                 end = ends[index] - 1
-                if end > begin:  # single characters are never dropped
-                    while word[begin:end] not in table:
+                if end > max(begin, 1):  # single characters are never dropped
+                    while word[begin:end] not in self.table:
                         end -= 1
                     costs[piece] += weight * self._change(word, ends, index, end)
-                begin, table = ends[index], inner
+                begin = ends[index]
         return costs
 
     def savings(self) -> dict[int, int]:
         """By piece not alive that could be used: how many pieces its addition alone would save."""
-        start: dict[str, int] = {}
-        inner: dict[str, int] = {}
-        for piece, text in enumerate(self.texts):
-            if piece not in self.alive:
-                (inner if self.is_inner[piece] else start)[text] = piece
+        dead = {text: piece for piece, text in enumerate(self.texts) if piece not in self.alive}
         saved: dict[int, int] = {}
         for word, weight, ends in zip(self.words, self.weights, self.ends, strict=True):
-            begin, table, length = 0, start, len(word) + 1
-            for index in range(len(ends) - 1):
-                for end in range(ends[index] + 1, length):
-                    piece = table.get(word[begin:end])
-                    if piece is not None:
+            for index, begin in enumerate([0, *ends[:-2]]):
+                for end in range(ends[index] + 1, len(word) + 1):
+                    if (piece := dead.get(word[begin:end])) is not None:
                         saved[piece] = saved.get(piece, 0) - weight * self._change(word, ends, index, end)
-                begin, table = ends[index], inner
         return saved
 
     def _change(self, word: str, ends: list[int], index: int, end: int) -> int:
         """Pieces a word gains (or, if negative, loses) when its piece `index` ends at `end` instead."""
-        inner, length, change = self.inner, len(word), index
+        length, change = len(word), index
         while True:
             while ends[index] < end:
                 index += 1
             if ends[index] == end:
                 return change - index
             begin, end = end, length
-            while word[begin:end] not in inner:
+            while word[begin:end] not in self.table:
                 end -= 1
             change += 1
