@@ -9,7 +9,8 @@ from typing import Annotated
 import typer
 from rich.console import Console
 
-from tokenizer_build import compare as comparison
+from tokenizer_build.compare import compare as compare_tokenizers
+from tokenizer_build.compare import markdown
 from tokenizer_build.corpus import read_lines
 from tokenizer_build.count import count_words, holds_counts, read_counts, write_counts
 from tokenizer_build.errors import InputError
@@ -66,8 +67,8 @@ def train(
         counts, size, trainer, required=required, teacher_vocabulary=vocabulary, lowercase=not cased
     )
     save_tokenizer(pieces, output, lowercase=not cased, max_length=max_length)
-    found = {"teacher": teacher} if teacher else {}
-    print(comparison.markdown(comparison.compare(counts, found | {str(output): output})), end="")
+    found = ({"teacher": teacher} if teacher else {}) | {str(output): output}
+    print(markdown(compare_tokenizers(counts, found)), end="")
 
 
 @app.command()
@@ -76,8 +77,7 @@ def compare(
     tokenizers: Annotated[list[Path], typer.Argument(help="Folders or tokenizer.json files; the first is the base.")],
 ) -> None:
     """Compare tokenizers of any family: pieces per word, one-piece words, unknown words, overlap with the first."""
-    measured = comparison.compare(read_counts(counts), {str(path): path for path in tokenizers})
-    print(comparison.markdown(measured), end="")
+    print(markdown(compare_tokenizers(read_counts(counts), {str(path): path for path in tokenizers})), end="")
 
 
 def _count(sources: list[str], column: str, cased: bool, processes: int) -> Counter[str]:

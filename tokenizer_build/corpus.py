@@ -2,20 +2,19 @@
 
 A line (in most corpora a paragraph) is the unit of everything downstream: counting, encoding, training. Text, JSONL,
 CSV/TSV and parquet files are streamed, so memory does not grow with the corpus; pyarrow decompresses gzip, bzip2,
-zstandard and lz4, the standard library xz. Folders and globs are expanded and sorted, so the same files give the same
-stream on every machine.
+zstandard and lz4, the standard library xz. Folders and globs are sorted: the same stream on every machine.
 
-Refused rather than guessed at: bytes that are not UTF-8, NUL bytes in text, JSONL and CSV files (binary files and
-UTF-16), records without the column, and a run of more than LONGEST_LINE characters without white space (base64, a
-minified program): it is no language, and a word of that length costs every later stage memory. Longer lines that do
-have white space are cut there. Not done: guessing encodings, archives of several files, JSON files that are one array.
+Refused rather than guessed at: bytes that are not UTF-8, NUL bytes (binary files, UTF-16), records without the column,
+and more than LONGEST_LINE characters without white space (base64, a minified program): that is no language, and a word
+of that length costs every later stage memory. Longer lines that do have white space are cut there. Not done: guessing
+encodings, archives of several files, JSON files that are one array.
 """
 
 import csv
 import glob
 import io
 import lzma
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import pyarrow
@@ -37,10 +36,8 @@ def read_lines(sources: Sequence[str | Path], column: str = "text") -> Iterator[
 
     A source is a file, a folder (every corpus file below it, sorted by path), a glob, or `datasets:NAME[:CONFIG]:SPLIT`
     for a hub data set, which is streamed. `column` names the field of JSONL, CSV, parquet and hub records that holds
-    the text; newlines inside it separate lines. A file with an unknown suffix is read as text.
-
-    Raises InputError, naming the file and the line or byte, for whatever the module docstring refuses, and when there
-    is no text in any source.
+    the text. A file with an unknown suffix is read as text. Raises InputError, naming the file and the line or byte,
+    for whatever the module docstring refuses, and when there is no text in any source.
     """
     empty = True
     for source in expand(sources):
@@ -50,8 +47,9 @@ def read_lines(sources: Sequence[str | Path], column: str = "text") -> Iterator[
                     empty = False
                     yield from (line,) if len(line) <= LONGEST_LINE else _cut(line, place)
     if empty:
-        named = ", ".join(map(str, sources)) or "an empty list of sources"
-        raise InputError(f"there is no text in {named}: give at least one file with text in it")
+        raise InputError(
+            f"there is no text in {', '.join(map(str, sources)) or 'an empty list'}: give a file with text"
+        )
 
 
 def read_blocks(
@@ -77,22 +75,18 @@ def expand(sources: Sequence[str | Path]) -> list[str]:
     """The files and hub names that the sources stand for; InputError for a source that stands for nothing."""
     out: list[str] = []
     for source in [sources] if isinstance(sources, str | Path) else sources:
-        path = Path(source)
-        if str(source).startswith("datasets:") or path.is_file():
-            out.append(str(source))
-            continue
+        path, found = Path(source), [source]
         if path.is_dir():
-            below = (p for p in path.rglob("*") if _format(p)[0] in KNOWN)
-            found = [p for p in below if not any(part[0] == "." for part in p.relative_to(path).parts)]
-        else:
-            found = glob.glob(str(source), recursive=True)
-        files = [str(p) for p in sorted(found) if Path(p).is_file()]
-        if not files:
+            below = [p for p in path.rglob("*") if p.is_file() and _format(p)[0] in KNOWN]
+            found = [p for p in sorted(below) if not any(part[0] == "." for part in p.relative_to(path).parts)]
+        elif not path.is_file() and not str(source).startswith("datasets:"):
+            found = sorted(p for p in glob.glob(str(source), recursive=True) if Path(p).is_file())
+        if not found:
             raise InputError(
                 f"{source} does not exist or holds no corpus file ({' '.join(sorted(KNOWN))}, plain or compressed): "
                 "name a file, a folder, a glob that matches, or datasets:NAME:SPLIT"
             )
-        out += files
+        out += map(str, found)
     return out
 
 
@@ -165,24 +159,21 @@ def _csv_records(path: str, opened, delimiter: str) -> Iterator[tuple[str, dict]
 def _parquet_records(path: str, column: str) -> Iterator[tuple[str, dict]]:
     row = 0
     with pyarrow.parquet.ParquetFile(path) as file:
-        if column not in file.schema_arrow.names:
-            raise _missing(path, column, file.schema_arrow.names)
-        for batch in file.iter_batches(batch_size=256, columns=[column], use_threads=False):
+        columns = [column] if column in file.schema_arrow.names else None
+        for batch in file.iter_batches(batch_size=256, columns=columns, use_threads=False):
             for record in batch.to_pylist():
                 row += 1
                 yield f"{path}, row {row}", record
 
 
 def _hub_records(source: str) -> Iterator[tuple[str, dict]]:
+    import datasets  # slow to import, and seldom needed
+
     _, *name, split = source.split(":")
     if len(name) not in (1, 2) or not all([*name, split]):
         raise InputError(f"{source}: write datasets:NAME:SPLIT or datasets:NAME:CONFIG:SPLIT")
     try:
-        from datasets import load_dataset
-
-        records = load_dataset(*name, split=split, streaming=True)
-    except ImportError as error:
-        raise InputError(f"{source} needs the package datasets: pip install 'vocabshrink[train]'") from error
+        records = datasets.load_dataset(*name, split=split, streaming=True)
     except ValueError as error:  # no such configuration or split
         raise InputError(f"{source} cannot be read ({error}): check name, configuration and split") from error
     for number, record in enumerate(records, 1):
@@ -191,10 +182,8 @@ def _hub_records(source: str) -> Iterator[tuple[str, dict]]:
 
 def _text_of(record: dict, column: str, place: str) -> str:
     if column not in record:
-        raise _missing(place, column, record)
-    text = record[column]
-    if text is None:
-        return ""
+        raise InputError(f"{place} has no column {column!r}: choose one of {', '.join(map(str, record))}")
+    text = record[column] if record[column] is not None else ""
     if not isinstance(text, str):
         raise InputError(f"{place}: {column!r} holds {type(text).__name__}, not text: choose another column")
     try:
@@ -202,10 +191,6 @@ def _text_of(record: dict, column: str, place: str) -> str:
     except UnicodeEncodeError:
         raise InputError(f"{place}: {column!r} holds half a surrogate pair, which is no character: remove it") from None
     return text
-
-
-def _missing(place: str, column: str, columns: Iterable[str]) -> InputError:
-    return InputError(f"{place} has no column {column!r}: choose one of {', '.join(map(str, columns))}")
 
 
 def _cut(line: str, place: str) -> Iterator[str]:
@@ -221,7 +206,5 @@ def _cut(line: str, place: str) -> Iterator[str]:
 
 
 def _no_white_space(place: str) -> InputError:
-    return InputError(
-        f"{place}: more than {LONGEST_LINE} characters without white space; that is no text "
-        "(base64? a minified program?): remove it or break it up"
-    )
+    what = f"more than {LONGEST_LINE} characters without white space, which is no text (base64? a minified program?)"
+    return InputError(f"{place}: {what}: remove it or break it up")

@@ -108,18 +108,14 @@ def write_counts(counts: Mapping[str, int], path: str | Path) -> None:
 
 def read_counts(path: str | Path) -> Counter[str]:
     """Read what `write_counts` wrote, most frequent word first. Raises InputError for any other file."""
-    try:
-        table = pyarrow.parquet.read_table(path)
-    except (OSError, pyarrow.ArrowInvalid) as error:
-        raise InputError(f"{path} holds no word counts ({error}): write it with `tokenizer_build count`") from error
-    if table.column_names != COLUMNS.names:
-        raise InputError(f"{path} holds no word counts (columns word and count): write it with `tokenizer_build count`")
-    return Counter(dict(zip(*(column.to_pylist() for column in table.columns), strict=True)))
+    if not holds_counts(path):
+        raise InputError(f"{path} holds no word counts or is missing: write it with `tokenizer_build count`")
+    return Counter(dict(zip(*pyarrow.parquet.read_table(path).to_pydict().values(), strict=True)))
 
 
 def holds_counts(path: str | Path) -> bool:
-    """Whether this is a parquet file as `write_counts` writes it."""
+    """Whether this is a file as `write_counts` writes it."""
     try:
-        return Path(path).suffix == ".parquet" and pyarrow.parquet.read_schema(path).names == COLUMNS.names
+        return pyarrow.parquet.read_schema(path).names == COLUMNS.names
     except (OSError, pyarrow.ArrowInvalid):
-        return False  # whoever reads it says why
+        return False

@@ -102,22 +102,20 @@ def read_jsonl(path: str | Path, opened: BinaryIO | None = None) -> Iterator[tup
     try:
         with opened or Path(path).open("rb") as file:
             for number, line in enumerate(text_lines(file, path), 1):
-                if not line.isspace():
-                    yield number, _parse_row(line, f"{path}: row {number}")
+                if line.isspace():
+                    continue
+                row, why = None, ""
+                try:
+                    row = json.loads(line.rstrip("\r\n"))
+                except (ValueError, RecursionError) as error:  # the latter: nested too deeply
+                    why = f" ({str(error).replace('line 1 ', '')})"
+                if not isinstance(row, dict):
+                    raise InputError(f"{path}: row {number} is not a JSON object{why}: write one object per line")
+                yield number, row
     except FileNotFoundError:
         raise InputError(f"{path}: no such file: correct its path") from None
     except OSError as error:
         raise InputError(f"{path}: cannot be read ({error.strerror or error})") from None
-
-
-def _parse_row(line: str, place: str) -> dict:
-    why = ""
-    try:
-        if isinstance(row := json.loads(line.rstrip("\r\n")), dict):
-            return row
-    except (ValueError, RecursionError) as error:  # the latter: nested too deeply
-        why = f" ({str(error).replace('line 1 ', '')})"
-    raise InputError(f"{place} is not a JSON object{why}: write one object per line")
 
 
 def text_lines(file: BinaryIO, path: str | Path) -> Iterator[str]:
@@ -136,16 +134,13 @@ def decode(raw: bytes, path: str | Path, offset: int = 0) -> str:
     Raises InputError naming the byte that is NUL or not UTF-8.
     """
     if (nul := raw.find(b"\0")) >= 0:
-        raise InputError(
-            f"{path} has a NUL byte at byte {offset + nul}: it is a binary or UTF-16 file; "
-            "leave it out, or convert it to UTF-8 text"
-        )
+        what = f"{path} has a NUL byte at byte {offset + nul}: it is a binary or UTF-16 file"
+        raise InputError(f"{what}; leave it out, or convert it to UTF-8 text")
     try:
         text = raw.decode("utf-8")
     except UnicodeDecodeError as error:
-        place = f"byte {offset + error.start} (0x{raw[error.start]:02x})"
-        remedy = "convert it, for example with `iconv -f latin1 -t utf-8`, or leave it out"
-        raise InputError(f"{path}: not UTF-8 text at {place}: {remedy}") from None
+        what = f"{path}: not UTF-8 text at byte {offset + error.start} (0x{raw[error.start]:02x})"
+        raise InputError(f"{what}: convert it, for example with `iconv -f latin1 -t utf-8`, or leave it out") from None
     return text if offset else text.removeprefix("\ufeff")  # a byte order mark, which some editors write
 
 

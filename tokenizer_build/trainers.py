@@ -41,11 +41,10 @@ def train_vocabulary(
     if not counts:
         raise InputError("there are no words to learn a vocabulary from: count a corpus with text in it")
     required, teacher = [one_word(word, lowercase) for word in required], teacher_pieces(teacher_vocabulary)
-    characters = alphabet(counts)
+    characters = {*alphabet(counts), *"".join(required)}
     if trainer == "prune":
-        characters = _alphabet_of(teacher, characters, required)
-    characters = sorted({*characters, *"".join(required)})
-    fixed = list(dict.fromkeys([*alphabet_pieces(characters), *required]))
+        characters &= _known_characters(set(teacher), required, characters)
+    fixed = list(dict.fromkeys([*alphabet_pieces(sorted(characters)), *required]))
     least = len(SPECIAL_TOKENS) + len(fixed)
     if size < least:
         raise InputError(
@@ -57,7 +56,7 @@ def train_vocabulary(
 
 
 def one_word(word: str, lowercase: bool) -> str:
-    """A required word as the tokenizer will see it."""
+    """A required word as the tokenizer will see it. Raises InputError where the tokenizer would cut it."""
     words = [part for chunk in word.split() for part in split_chunk(chunk, lowercase)]
     if len(words) != 1 or len(words[0]) > LONGEST_WORD:
         raise InputError(
@@ -67,15 +66,14 @@ def one_word(word: str, lowercase: bool) -> str:
     return words[0]
 
 
-def _alphabet_of(teacher: Sequence[str], characters: Iterable[str], required: Iterable[str]) -> list[str]:
-    """The characters that the teacher has too; InputError for a required word that it cannot spell or has not."""
+def _known_characters(teacher: set[str], required: Iterable[str], characters: Iterable[str]) -> set[str]:
+    """The characters that the teacher has pieces for; InputError for a required word that it lacks pieces for."""
     if not teacher:
         raise InputError("prune chooses among the teacher's pieces: name a teacher, or train fewest")
-    pieces = set(teacher)
     for word in required:
-        if missing := [piece for piece in (word, *alphabet_pieces(sorted(set(word)))) if piece not in pieces]:
+        if missing := [piece for piece in (word, *alphabet_pieces(word)) if piece not in teacher]:
             raise InputError(f"the teacher has no piece {missing[0]!r}, so prune cannot keep {word!r}: train fewest")
-    return [c for c in characters if pieces.issuperset(alphabet_pieces([c]))]
+    return {c for c in characters if teacher.issuperset(alphabet_pieces(c))}
 
 
 def fewest(words: Words, fixed: list[str], size: int, teacher: list[str]) -> list[str]:
