@@ -64,8 +64,8 @@ def learned_pieces(words: Sequence[tuple[str, int]], size: int, model: str, mark
     """Train SentencePiece (`bpe` or `unigram`) on word counts; its pieces as WordPiece, best first.
 
     With `marked`, a word's start is a symbol of its own that merges like any other, as in SentencePiece. Without, a
-    start letter is another letter than the same one inside a word, as in WordPieceTrainer. Words that hold one of
-    these marks (`▁` and private-use characters, one per letter) themselves are left out.
+    start letter is another letter than the same one inside a word, as in WordPieceTrainer. Words that hold one of these
+    marks (`▁` and private-use characters, one per letter) themselves are left out.
     """
     characters = sorted({c for word, _ in words for c in word})
     starts = {c: chr(0xF0000 + number) for number, c in enumerate(characters)}

@@ -50,7 +50,10 @@ def measure(counts: Mapping[str, int], tokenizer: Tokenizer) -> dict[str, float]
     """Over all occurrences of all words: `pieces_per_word`, where an unknown word counts as the pieces it yields (1 for
     WordPiece); `coverage`, the share that are one known piece; `unknown_rate`, the share with an unknown piece.
     """
-    unknown = _unknown_id(tokenizer)
+    model = json.loads(tokenizer.to_str())["model"]
+    unknown = model.get("unk_id")  # unigram's; the other families name a piece
+    if unknown is None and model.get("unk_token"):
+        unknown = tokenizer.token_to_id(model["unk_token"])
     words = list(counts)
     pieces = whole = unknowns = 0
     for start in range(0, len(words), BATCH):
@@ -76,10 +79,3 @@ def markdown(measured: Mapping[str, Mapping[str, float]]) -> str:
     rows.insert(1, ["-" * widths[0], *("-" * (width - 1) + ":" for width in widths[1:])])
     lines = ([row[0].ljust(widths[0]), *map(str.rjust, row[1:], widths[1:])] for row in rows)
     return "".join(f"| {' | '.join(line)} |\n" for line in lines)
-
-
-def _unknown_id(tokenizer: Tokenizer) -> int | None:
-    model = json.loads(tokenizer.to_str())["model"]
-    if (number := model.get("unk_id")) is not None:
-        return number
-    return tokenizer.token_to_id(model["unk_token"]) if model.get("unk_token") else None

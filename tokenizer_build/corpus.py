@@ -47,20 +47,15 @@ def read_lines(sources: Sequence[str | Path], column: str = "text") -> Iterator[
                     empty = False
                     yield from (line,) if len(line) <= LONGEST_LINE else _cut(line, place)
     if empty:
-        raise InputError(
-            f"there is no text in {', '.join(map(str, sources)) or 'an empty list'}: give a file with text"
-        )
+        named = ", ".join(map(str, sources)) or "an empty list"
+        raise InputError(f"there is no text in {named}: give a file with text")
 
 
 def read_blocks(
     sources: Sequence[str | Path], column: str = "text", characters: int = 4_000_000
 ) -> Iterator[list[str]]:
-    """Group `read_lines` into lists of at least `characters` characters (the last may have fewer).
-
-    The blocks depend on the corpus only, never on who works on them.
-    """
-    block: list[str] = []
-    size = 0
+    """Group `read_lines` into lists of at least `characters` characters, the last one excepted."""
+    block, size = [], 0
     for line in read_lines(sources, column):
         block.append(line)
         size += len(line)
@@ -82,10 +77,8 @@ def expand(sources: Sequence[str | Path]) -> list[str]:
         elif not path.is_file() and not str(source).startswith("datasets:"):
             found = sorted(p for p in glob.glob(str(source), recursive=True) if Path(p).is_file())
         if not found:
-            raise InputError(
-                f"{source} does not exist or holds no corpus file ({' '.join(sorted(KNOWN))}, plain or compressed): "
-                "name a file, a folder, a glob that matches, or datasets:NAME:SPLIT"
-            )
+            what = f"{source} does not exist or holds no corpus file ({' '.join(sorted(KNOWN))}, plain or compressed)"
+            raise InputError(f"{what}: name a file, a folder, a glob that matches, or datasets:NAME:SPLIT")
         out += map(str, found)
     return out
 
@@ -113,9 +106,7 @@ def _records(source: str, column: str) -> Iterator[tuple[str, dict]]:
             for place, text in _text_chunks(source, _open(source, compression)):
                 yield place, {column: text}
     except (OSError, EOFError, lzma.LZMAError, pyarrow.ArrowInvalid, UnicodeDecodeError) as error:
-        raise InputError(
-            f"{source} cannot be read ({error}): check that it is there, whole and UTF-8, or write it again"
-        ) from error
+        raise InputError(f"{source} cannot be read ({error}): check that it is there, whole and UTF-8") from error
 
 
 def _open(path: str, compression: str):

@@ -45,8 +45,8 @@ def count_words(
 ) -> Counter[str]:
     """Count the words of `sources` (see `corpus.read_lines`); the result is the same on any number of processes.
 
-    `maximum` bounds the distinct words kept; `progress` is called with the characters of each block counted.
-    Processes are spawned, so a script that asks for several needs its `if __name__ == "__main__":`.
+    `maximum` bounds the distinct words kept; `progress` is called with the characters of each block counted. Processes
+    are spawned, so a script that asks for several needs its `if __name__ == "__main__":`.
     """
     counts: Counter[str] = Counter()
     blocks = read_blocks(sources, column)

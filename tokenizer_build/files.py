@@ -96,8 +96,8 @@ def read_json(path: str | Path):
 def read_jsonl(path: str | Path, opened: BinaryIO | None = None) -> Iterator[tuple[int, dict]]:
     """Yield (line number, object) of a JSONL file with one object per line, skipping empty lines.
 
-    `opened` is the file's content where `path` itself is compressed; one line is held in memory at a time.
-    Raises InputError naming file and line for a missing file, bytes that are not UTF-8 and a line that is no object.
+    `opened` is the file's content where `path` itself is compressed; one line is held in memory at a time. Raises
+    InputError naming file and line for a missing file, bytes that are not UTF-8 and a line that is no object.
     """
     try:
         with opened or Path(path).open("rb") as file:

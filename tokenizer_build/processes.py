@@ -12,9 +12,9 @@ def map_in_order(
 ) -> Iterator[Any]:
     """Yield `function(item)` of every item, in order, computed by `processes` processes (1: by this one).
 
-    At most two items per process are in flight, so a stream is read no faster than it is worked on. `function` must
-    be importable; `initializer(*arguments)` runs once in every process that works. Processes are spawned, not forked:
-    the caller may have threads (torch, tokenizers and pyarrow start some), and forking those can hang.
+    At most two items per process are in flight, so a stream is read no faster than it is worked on. `function` must be
+    importable; `initializer(*arguments)` runs once in every process that works. Processes are spawned, not forked: the
+    caller may have threads (torch, tokenizers and pyarrow start some), and forking those can hang.
     """
     if processes <= 1:
         if initializer:

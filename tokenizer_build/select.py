@@ -1,15 +1,14 @@
 """Fewest pieces: choose the vocabulary with which greedy longest match cuts the corpus into fewest pieces.
 
-This is what arXiv 1909.11687 calls WordPiece. Choosing the best subset is NP-hard, so candidates are dropped
-in rounds, cheapest first. A candidate's cost is what its removal adds: in early rounds an estimate, its uses
-times (the pieces its text would be cut into, less one); in the last rounds exact, word by word, because the
-match that replaces a piece may run past that piece's end. Rounds that swap in what was dropped too early
-close the selection. Against estimates of plain counts alone that saves 1 % of all pieces at 5,000, and on
-small corpora much more.
+This is what arXiv 1909.11687 calls WordPiece. Choosing the best subset is NP-hard, so candidates are dropped in rounds,
+cheapest first. A candidate's cost is what its removal adds: in early rounds an estimate, its uses times (the pieces its
+text would be cut into, less one); in the last rounds exact, word by word, because the match that replaces a piece may
+run past that piece's end. Rounds that swap in what was dropped too early close the selection. Against estimates of
+plain counts alone that saves 1 % of all pieces at 5,000, and on small corpora much more.
 
-Only words affected by a change are cut again, and only the MOST_WORDS most frequent words are looked at
-(99 % of English text); about 6 seconds on one core. Ties are broken by the piece's text: the result depends
-on the counts alone. Not done: minimising anything but the number of pieces, such as likelihood.
+Only words affected by a change are cut again, and only the MOST_WORDS most frequent words are looked at (99 % of
+English text); about 6 seconds on one core. Ties are broken by the piece's text: the result depends on the counts alone.
+Not done: minimising anything but the number of pieces, such as likelihood.
 """
 
 from collections.abc import Iterable, Sequence
@@ -30,10 +29,10 @@ def fewest_pieces(
 ) -> list[str]:
     """Return at most `size` of `candidates` and `required`, the most frequent first; all of `required`.
 
-    `words` are (word, count), most frequent first. Every word must be spelt by the single characters among
-    `required` (`c` at its start, `##c` inside); candidates that are not are ignored, and those that no word
-    uses are left out even where there is room. `preferred` (the teacher's pieces, which bring their
-    embeddings along) win against others that save slightly more.
+    `words` are (word, count), most frequent first. Every word must be spelt by the single characters among `required`
+    (`c` at its start, `##c` inside); candidates that are not are ignored, and those that no word uses are left out even
+    where there is room. `preferred` (the teacher's pieces, which bring their embeddings along) win against others that
+    save slightly more.
     """
     required = set(required)
     spelt = (p for p in candidates if required.issuperset(_characters(p)))

@@ -1,16 +1,16 @@
 """The vocabulary trainers: word counts -> a WordPiece vocabulary.
 
-Every vocabulary holds the special tokens, then what is required (the corpus's alphabet and the user's words), then
-what the trainer chose; at most `size` pieces, fewer where the corpus has no more to offer. All are functions of the
-counts alone: no thread, process count or hash seed changes a byte.
+Every vocabulary holds the special tokens, then what is required (the corpus's alphabet and the user's words), then what
+the trainer chose; at most `size` pieces, fewer where the corpus has no more to offer. All are functions of the counts
+alone: no thread, process count or hash seed changes a byte.
 
-`wordpiece` is what `tokenizers.WordPieceTrainer` does (BPE by count; `##a` and `a` are different symbols from the
-start), computed by SentencePiece because the former gives another vocabulary on every run. `bpe` and `unigram` are
-SentencePiece's own, its word mark turned into `##`; unigram's probabilities are not kept, since WordPiece always takes
-the longest match, and that costs it pieces per word.
+`wordpiece` is computed by SentencePiece because `tokenizers.WordPieceTrainer` gives another vocabulary on every run.
+`bpe` and `unigram` are SentencePiece's own, its word mark turned into `##`; unigram's probabilities are not kept, since
+WordPiece always takes the longest match, and that costs it pieces per word. Only `fewest` and `prune` look at the
+teacher: `fewest` prefers its pieces where that costs next to nothing, and does well without them.
 """
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 
 from tokenizer_build.candidates import alphabet, alphabet_pieces, learned_pieces, spellable_words, teacher_pieces
 from tokenizer_build.count import split_chunk
@@ -19,8 +19,13 @@ from tokenizer_build.select import fewest_pieces
 from tokenizer_build.tokenizer import LONGEST_WORD, SPECIAL_TOKENS
 
 CANDIDATES = 30_000  # learned by BPE; 60,000 give no better vocabulary
-
-Words = Sequence[tuple[str, int]]
+TRAINERS = {
+    "fewest": "Fewest pieces for the corpus (see select), from learned candidates and the teacher's pieces.",
+    "wordpiece": "BPE by count where `a` and `##a` are different symbols from the start, as in WordPieceTrainer.",
+    "bpe": "SentencePiece's BPE, written as WordPiece.",
+    "unigram": "SentencePiece's unigram model, written as WordPiece.",
+    "prune": "Fewest pieces out of the teacher's vocabulary alone: no piece needs a new embedding.",
+}
 
 
 def train_vocabulary(
@@ -51,7 +56,15 @@ def train_vocabulary(
             f"{size} pieces cannot hold the {len(SPECIAL_TOKENS)} special tokens, the alphabet "
             f"({len(characters)} characters) and the required words: allow at least {least}"
         )
-    chosen = TRAINERS[trainer](spellable_words(counts, characters), fixed, size, teacher)
+    words, room = spellable_words(counts, characters), size - len(SPECIAL_TOKENS)
+    if trainer == "fewest":
+        candidates = learned_pieces(words, CANDIDATES, "bpe") + teacher
+        chosen = fewest_pieces(words, candidates, fixed, room, preferred=teacher)
+    elif trainer == "prune":
+        chosen = fewest_pieces(words, teacher, fixed, room)
+    else:
+        model = "unigram" if trainer == "unigram" else "bpe"
+        chosen = fixed + learned_pieces(words, size, model, marked=trainer != "wordpiece")
     return list(dict.fromkeys(SPECIAL_TOKENS + chosen))[:size]
 
 
@@ -74,42 +87,3 @@ def _known_characters(teacher: set[str], required: Iterable[str], characters: It
         if missing := [piece for piece in (word, *alphabet_pieces(word)) if piece not in teacher]:
             raise InputError(f"the teacher has no piece {missing[0]!r}, so prune cannot keep {word!r}: train fewest")
     return {c for c in characters if teacher.issuperset(alphabet_pieces(c))}
-
-
-def fewest(words: Words, fixed: list[str], size: int, teacher: list[str]) -> list[str]:
-    """Fewest pieces for the corpus (see `select`), from learned candidates and the teacher's pieces.
-
-    The teacher's are preferred where that costs next to nothing; without a teacher, learned ones suffice.
-    """
-    candidates = learned_pieces(words, CANDIDATES, "bpe") + teacher
-    return fewest_pieces(words, candidates, fixed, size - len(SPECIAL_TOKENS), teacher)
-
-
-def prune(words: Words, fixed: list[str], size: int, teacher: list[str]) -> list[str]:
-    """Fewest pieces out of the teacher's vocabulary alone: no piece needs a new embedding."""
-    return fewest_pieces(words, teacher, fixed, size - len(SPECIAL_TOKENS))
-
-
-def wordpiece(words: Words, fixed: list[str], size: int, teacher: list[str]) -> list[str]:
-    """BPE by count over `a` and `##a`, as WordPieceTrainer does it; the teacher is not looked at."""
-    return fixed + learned_pieces(words, size, "bpe", marked=False)
-
-
-def bpe(words: Words, fixed: list[str], size: int, teacher: list[str]) -> list[str]:
-    """SentencePiece's BPE, written as WordPiece; the teacher is not looked at."""
-    return fixed + learned_pieces(words, size, "bpe")
-
-
-def unigram(words: Words, fixed: list[str], size: int, teacher: list[str]) -> list[str]:
-    """SentencePiece's unigram model, written as WordPiece; the teacher is not looked at."""
-    return fixed + learned_pieces(words, size, "unigram")
-
-
-# f(words that the alphabet spells, required pieces, size of the vocabulary, the teacher's pieces) -> pieces, best first
-TRAINERS: dict[str, Callable[[Words, list[str], int, list[str]], list[str]]] = {
-    "fewest": fewest,
-    "wordpiece": wordpiece,
-    "bpe": bpe,
-    "unigram": unigram,
-    "prune": prune,
-}

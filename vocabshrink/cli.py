@@ -138,7 +138,8 @@ def list_parts():
     for title, parts in {"vocabulary.trainer": TRAINERS, "losses": LOSSES, "layer_map": LAYER_MAPS}.items():
         table = Table(title, "", box=None, title_justify="left")
         for name, function in parts.items():
-            table.add_row(name, (function.__doc__ or "").strip().split("\n")[0])
+            described = function if isinstance(function, str) else function.__doc__ or ""
+            table.add_row(name, described.strip().split("\n")[0])
         Console().print(table)
 
 

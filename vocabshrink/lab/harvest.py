@@ -8,8 +8,8 @@ their docstrings say "Test that it works".
 
 The cost is parsing: about 10 MB of source per second and process with the garbage collector off (a syntax tree holds no
 cycles worth collecting, and collecting took a third of the time). A file without a triple quote is not parsed at all:
-almost a third of all files, and next to no documentation. The output is the same for any number of processes: files
-are sorted, and duplicates are dropped in that order.
+almost a third of all files, and next to no documentation. The output is the same for any number of processes: files are
+sorted, and duplicates are dropped in that order.
 """
 
 import ast
