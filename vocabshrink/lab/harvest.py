@@ -1,15 +1,14 @@
 """Harvest a corpus that everybody has: the documentation inside the Python packages installed here.
 
-Docstrings of modules, classes and functions are read from the source with `ast`: nothing is imported or run, so
-harvesting an unknown package is safe. What packages have in C is missed; for the interpreter's own builtin modules it
-is read too, because `sorted` and `list.sort` are there. A paragraph is kept where it looks like prose by a few coarse
-tests; they lose some prose and keep some noise, which word counts and training batches forgive. Tests are skipped:
-their docstrings say "Test that it works".
+Docstrings are read from the source with `ast`: nothing is imported or run, so harvesting an unknown package is safe.
+What packages have in C is missed; for the interpreter's own builtin modules it is read too, because `sorted` and
+`list.sort` are there. A paragraph is kept where it looks like prose by a few coarse tests; they lose some prose and
+keep some noise, which word counts and training batches forgive. Tests are skipped: their docstrings say "Test that it
+works". The output is the same for any number of processes: files are sorted, and duplicates dropped in that order.
 
 The cost is parsing: about 10 MB of source per second and process with the garbage collector off (a syntax tree holds no
 cycles worth collecting, and collecting took a third of the time). A file without a triple quote is not parsed at all:
-almost a third of all files, and next to no documentation. The output is the same for any number of processes: files are
-sorted, and duplicates are dropped in that order.
+almost a third of all files, and next to no documentation.
 """
 
 import ast
@@ -23,7 +22,6 @@ import sys
 import sysconfig
 import warnings
 from collections.abc import Iterator
-from hashlib import blake2b
 from itertools import chain
 from pathlib import Path
 
@@ -34,7 +32,6 @@ from tokenizer_build.processes import map_in_order
 SKIPPED_FOLDERS = {"test", "tests", "testing", "idle_test", "site-packages", "dist-packages", "__pycache__"}
 DEFINITIONS = (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
 FILES_PER_TASK = 32
-
 NOTE = r"\.\. ?(?:note|warning|tip|important|caution|attention|hint|seealso)::"  # the directives that hold prose
 CODE = re.compile(  # fenced code; a doctest and its output; what is deeper than a directive or a line ending in "::"
     r"^ *(```|~~~)(?s:.*?)(?:\1.*|\Z)|^ *>>>.*(?:\n.*\S.*)*"
@@ -44,7 +41,7 @@ CODE = re.compile(  # fenced code; a doctest and its output; what is deeper than
 # Lines without prose: rules, references, tables, typed names ("size : int") and what looks like code.
 NO_PROSE = re.compile(
     rf"([-=~^*+#_.\"'`])\1{{2,}}$|(?!{NOTE})\.\. |[|+]|[$%@#] ?\w|\*{{0,2}}\w[\w, *]* : |\S+ *[-+*/|]?= "
-    r"|from \S+ import |import \w|\S+\(.*\)$|\S*[({\[]$|.*\S(?:\s{3,}|\t)\S"
+    r"|from \S+ import |import \w|(?:def|class|for|while|if|with) .*:$|\S+\(.*\)$|\S*[({\[]$|.*\S(?:\s{3,}|\t)\S"
 )
 ITEM = rf"{NOTE}|[-*+•](?= )|\(?\d{{1,2}}[.)](?= )|#\."
 FIELD = r":(?=\w[^:`]*: )(?:[^:`]* )?(?=[\w*\\]+: )"  # as in ":param int size: text"
@@ -56,51 +53,45 @@ def harvest(out: Path, *, processes: int = 1, roots: list[Path] | None = None) -
     """Write the documentation of the installed packages to `out`, one paragraph per JSON line.
 
     `out` ends with .jsonl or .jsonl.gz; its rows are {"text": str, "source": "module.qualified.name"}. `roots` are
-    folders of importable packages: by default the running interpreter's standard library and site-packages. With
-    `processes` > 1 the caller's main module must be importable, as always with spawned processes.
+    folders of importable packages: by default the running interpreter's standard library and site-packages.
 
-    Returns the numbers of files (`files`), of those that could not be parsed (`unreadable`), of paragraphs written, of
-    duplicates dropped, and of words. Raises InputError for a root that is no folder, for roots without documentation,
-    for another file name and for a full disk.
+    Returns how many `files`, how many of them `unreadable`, `paragraphs` written, `duplicates` dropped and `words`.
+    Raises InputError for a root that is no folder or holds no documentation, another file name and a full disk.
     """
-    out = Path(out)
     if not out.name.endswith((".jsonl", ".jsonl.gz")):
         raise InputError(f"cannot write {out}: give a name that ends with .jsonl or .jsonl.gz")
-    files = list_files(installed_roots() if roots is None else [Path(root) for root in roots])
+    files = list_files(roots or installed_roots())
     tasks = [files[start : start + FILES_PER_TASK] for start in range(0, len(files), FILES_PER_TASK)]
     compiled = [] if roots else [(name, text) for name, doc in compiled_docstrings() for text in paragraphs(doc)]
     counts = {"files": len(files), "unreadable": 0, "paragraphs": 0, "duplicates": 0, "words": 0}
-    seen: set[bytes] = set()
+    seen: set[str] = set()
     with replacing(out) as temporary, temporary.open("wb") as raw:
         # The header of a gzip file holds a name and a time unless told otherwise.
         with gzip.GzipFile("", "wb", 6, raw, mtime=0) if out.suffix == ".gz" else raw as file:
             for found, unreadable in chain([(compiled, 0)], map_in_order(_read, tasks, processes)):
                 counts["unreadable"] += unreadable
+                counts["duplicates"] += len(found)
                 for source, text in found:
-                    digest = blake2b(text.lower().encode(), digest_size=12).digest()
-                    if digest in seen:
-                        counts["duplicates"] += 1
-                        continue
-                    seen.add(digest)
-                    counts["paragraphs"] += 1
-                    counts["words"] += text.count(" ") + 1
-                    file.write(json.dumps({"text": text, "source": source}, ensure_ascii=False).encode() + b"\n")
-        if not counts["paragraphs"]:
+                    if text.lower() not in seen:
+                        seen.add(text.lower())
+                        counts["words"] += text.count(" ") + 1
+                        file.write(json.dumps({"text": text, "source": source}, ensure_ascii=False).encode() + b"\n")
+        counts["paragraphs"] = len(seen)
+        counts["duplicates"] -= len(seen)
+        if not seen:
             raise InputError(f"no documentation in {len(files)} files: give folders of Python packages")
     return counts
 
 
 def installed_roots() -> list[Path]:
     """The running interpreter's standard library and site-packages, without repetition."""
-    paths = sysconfig.get_paths()
-    return list(dict.fromkeys(Path(paths[key]) for key in ("stdlib", "purelib", "platlib")))
+    return list(dict.fromkeys(Path(sysconfig.get_path(name)) for name in ("stdlib", "purelib", "platlib")))
 
 
 def list_files(roots: list[Path]) -> list[tuple[str, Path]]:
     """(module name, path) of every Python file below the roots, sorted by name within a root.
 
-    The names of folders inside a root decide what is skipped, never those of the root itself; hidden folders and
-    folders that cannot be part of a module's name are skipped too. Links to folders are not followed.
+    Skipped are tests, hidden folders and others that cannot be part of a module's name, by the names inside the root.
     """
     files: dict[Path, str] = {}
     for root in roots:
@@ -109,11 +100,11 @@ def list_files(roots: list[Path]) -> list[tuple[str, Path]]:
         found = []
         for path in root.rglob("*.py"):
             parts = path.relative_to(root).with_suffix("").parts
-            if all(part.isidentifier() for part in parts) and SKIPPED_FOLDERS.isdisjoint(parts[:-1]):
+            test = parts[-1].startswith("test_") or not SKIPPED_FOLDERS.isdisjoint(parts[:-1])
+            if not test and all(map(str.isidentifier, parts)):
                 found.append((".".join(parts).removesuffix(".__init__"), path))
         for module, path in sorted(found):
-            if not path.name.startswith("test_"):
-                files.setdefault(path.resolve(), module)  # a root inside another one is read once
+            files.setdefault(path.resolve(), module)  # a root inside another one is read once
     return [(module, path) for path, module in files.items()]
 
 
@@ -123,16 +114,14 @@ def compiled_docstrings() -> Iterator[tuple[str, str]]:
     Only modules built into the interpreter are imported, those of installed packages never.
     """
     for name in sorted(sys.builtin_module_names):
-        module = importlib.import_module(name)
-        shown = "" if name == "builtins" else name.lstrip("_") + "."
-        for key, member in sorted(vars(module).items()):
+        shown = None if name == "builtins" else name.lstrip("_")
+        for key, member in sorted(vars(importlib.import_module(name)).items()):
             # a module holds what it imported too; a builtin class or function says where it is at home
-            if key.startswith("__") or getattr(member, "__module__", None) != name:
-                continue
-            parts = sorted(vars(member).items()) if isinstance(member, type) else []
-            for part, value in [("", member), *(p for p in parts if not p[0].startswith("__"))]:
-                if isinstance(doc := getattr(value, "__doc__", None), str) and callable(value):
-                    yield f"{shown}{key}" + (f".{part}" if part else ""), doc
+            if not key.startswith("__") and getattr(member, "__module__", None) == name:
+                members = {"": member, **(vars(member) if isinstance(member, type) else {})}
+                for part, value in sorted(members.items()):
+                    if not part.startswith("__") and callable(value) and isinstance(value.__doc__, str):
+                        yield ".".join(filter(None, (shown, key, part))), value.__doc__
 
 
 def _read(files: list[tuple[str, Path]]) -> tuple[list[tuple[str, str]], int]:
