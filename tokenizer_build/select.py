@@ -6,9 +6,9 @@ text would be cut into, less one); in the last rounds exact, word by word, becau
 run past that piece's end. Rounds that swap in what was dropped too early close the selection. Against estimates of
 plain counts alone that saves 1 % of all pieces at 5,000, and on small corpora much more.
 
-Only words affected by a change are cut again, and only the MOST_WORDS most frequent words are looked at (99 % of
-English text); about 6 seconds on one core. Ties are broken by the piece's text: the result depends on the counts alone.
-Not done: minimising anything but the number of pieces, such as likelihood.
+Only the MOST_WORDS most frequent words are looked at (99 % of English text); about 8 seconds on one core. Ties are
+broken by the piece's text: the result depends on the counts alone. Not done: minimising anything but the number of
+pieces, such as likelihood.
 """
 
 from collections.abc import Iterable, Sequence
@@ -43,8 +43,7 @@ def fewest_pieces(
     first = len(state.alive)
     for step in range(1, ROUNDS + 1):
         target = round(size * (first / size) ** (1 - step / ROUNDS))
-        if len(state.alive) > target:
-            _drop(state, fixed, target, worth, exact=step > ROUNDS - EXACT_ROUNDS)
+        _drop(state, fixed, target, worth, exact=step > ROUNDS - EXACT_ROUNDS)
     for _ in range(SWAP_ROUNDS if first > size else 0):
         savings = {piece: worth[piece] * saved for piece, saved in state.savings().items() if saved > 0}
         state.add(sorted(savings, key=lambda piece: (-savings[piece], piece))[: round(SWAP_SHARE * size)])
@@ -65,17 +64,19 @@ def _characters(piece: str) -> list[str]:
 
 
 def _drop(state: "Segmentation", fixed: set[int], size: int, worth: Sequence[float], exact: bool) -> None:
-    costs = state.exact_costs() if exact else state.estimated_costs()
-    order = sorted(state.alive - fixed, key=lambda piece: (worth[piece] * costs[piece], piece))
-    state.remove(order[: max(0, len(state.alive) - size)])
+    if (surplus := len(state.alive) - size) > 0:
+        costs = state.exact_costs() if exact else state.estimated_costs()
+        order = sorted(state.alive - fixed, key=lambda piece: (worth[piece] * costs[piece], piece))
+        state.remove(order[:surplus])
 
 
 class Segmentation:
     """Words cut by greedy longest match with a vocabulary that shrinks and grows.
 
-    Pieces are numbered in the order of `names`; `counts[piece]` is how often the weighted words use it and `alive` the
-    vocabulary of the moment. A word's start is written as a space before its first letter, in `words` and `texts`
-    alike, so that one `table` (text -> alive piece) serves for a word's start and its inside.
+    Pieces are numbered in the order of `names`; `alive` is the vocabulary of the moment, `counts[piece]` how often the
+    weighted words use it and `ends` where each word is cut. A word's start is written as a space before its first
+    letter, in `words` and `texts` alike, so that one `table` (text -> alive piece) serves for a word's start and its
+    inside.
     """
 
     def __init__(self, words: Sequence[tuple[str, int]], names: Sequence[str]):
@@ -85,47 +86,32 @@ class Segmentation:
         self.texts = [name[2:] if _is_inner(name) else f" {name}" for name in names]
         self.alive: set[int] = set()
         self.table: dict[str, int] = {}
-        self.counts = [0] * len(self.names)
-        self.users: list[list[int]] = [[] for _ in self.names]  # words that use a piece, or once did
-        self.pieces: list[list[int]] = [[] for _ in self.words]
-        self.ends: list[list[int]] = [[] for _ in self.words]
         self.add(range(len(self.names)))
 
     def add(self, pieces: Iterable[int]) -> None:
         self.alive.update(pieces)
         self.table.update((self.texts[piece], piece) for piece in pieces)
-        self._cut(range(len(self.words)))
+        self._cut_words()
 
     def remove(self, pieces: Iterable[int]) -> None:
-        affected: set[int] = set()
+        self.alive.difference_update(pieces)
         for piece in pieces:
             del self.table[self.texts[piece]]
-            self.alive.remove(piece)
-            affected.update(self.users[piece])
-            self.users[piece] = []
-        self._cut(affected)
+        self._cut_words()
 
-    def _cut(self, numbers: Iterable[int]) -> None:
-        """Cut these words anew."""
+    def _cut_words(self) -> None:
+        self.counts, self.ends = [0] * len(self.names), []
         counts, table = self.counts, self.table
-        for number in numbers:
-            word, weight, old = self.words[number], self.weights[number], self.pieces[number]
-            for piece in old:
-                counts[piece] -= weight
-            begin, length = 0, len(word)
-            pieces, ends = [], []
+        for word, weight in zip(self.words, self.weights, strict=True):
+            begin, length, ends = 0, len(word), []
             while begin < length:
                 end = length
                 while (piece := table.get(word[begin:end])) is None:
                     end -= 1
-                pieces.append(piece)
                 ends.append(end)
                 counts[piece] += weight
                 begin = end
-            if pieces != old:
-                for piece in pieces:
-                    self.users[piece].append(number)
-                self.pieces[number], self.ends[number] = pieces, ends
+            self.ends.append(ends)
 
     def estimated_costs(self) -> list[float]:
         """By piece: pieces added if each of its uses were cut as its text alone would be without it.
@@ -152,15 +138,14 @@ class Segmentation:
     def exact_costs(self) -> list[int]:
         """By piece: how many pieces its removal alone would add over all words."""
         costs = [0] * len(self.names)
-        for word, weight, pieces, ends in zip(self.words, self.weights, self.pieces, self.ends, strict=True):
-            begin = 0
-            for index, piece in enumerate(pieces):
+        for word, weight, ends in zip(self.words, self.weights, self.ends, strict=True):
+            for index, begin in enumerate([0, *ends[:-1]]):
                 end = ends[index] - 1
                 if end > max(begin, 1):  # single characters are never dropped
                     while word[begin:end] not in self.table:
                         end -= 1
+                    piece = self.table[word[begin : ends[index]]]
                     costs[piece] += weight * self._change(word, ends, index, end)
-                begin = ends[index]
         return costs
 
     def savings(self) -> dict[int, int]:

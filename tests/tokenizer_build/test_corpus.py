@@ -147,9 +147,7 @@ def test_bad_files_are_named_with_the_place(tmp_path):
     refused(r"latin.txt: not UTF-8 text at byte 7 \(0xef\): .*iconv", file("latin.txt", b"line\nna\xefve\n"))
     refused(r"bom.txt: not UTF-8 text at byte 5 ", file("bom.txt", b"\xef\xbb\xbfab\xff"))
     refused(r"late.txt: not UTF-8 text at byte 2000000", file("late.txt", b"ab\n" * 666_666 + b"ab\xff\n"))
-    refused(
-        r"bad.jsonl: row 2 is not a JSON object \(.*column 13", file("bad.jsonl", b'{"text": "a"}\n{"text": "b"\n')
-    )
+    refused(r"bad.jsonl: row 2 is not a JSON object \(.*column 13", file("bad.jsonl", b'{"text": "a"}\n{"text": "b"\n'))
     refused(r"list.jsonl: row 1 is not a JSON object", file("list.jsonl", b'["a"]\n'))
     refused(r"number.jsonl, line 1: 'text' holds int", file("number.jsonl", b'{"text": 1}\n'))
     refused(r"half.jsonl, line 1: .*surrogate", file("half.jsonl", b'{"text": "a\\ud800"}\n'))
