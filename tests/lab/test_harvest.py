@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from tokenizer_build.errors import InputError
-from vocabshrink.lab.harvest import compiled_docstrings, docstrings, harvest, installed_roots, list_files, paragraphs
+from vocabshrink.lab.harvest import compiled_docstrings, docstrings, harvest, list_files, paragraphs
 
 
 @pytest.fixture
@@ -82,11 +82,14 @@ def test_a_root_inside_another_is_read_once(packages, tmp_path):
     assert list_files([packages, inner])[-1] == ("gamma", inner / "gamma" / "__init__.py")
 
 
-def test_the_default_is_this_interpreter():
-    assert Path(sysconfig.get_paths()["purelib"]) in installed_roots()
-    stdlib = dict(list_files([Path(inspect.__file__).parent]))
-    assert stdlib["inspect"] == Path(inspect.__file__) and "json.decoder" in stdlib and "json" in stdlib
-    assert not any("test" in name.split(".") for name in stdlib)
+def test_the_default_is_this_interpreter(packages, monkeypatch):
+    asked = {"stdlib": sysconfig.get_path("stdlib"), "purelib": str(packages), "platlib": str(packages)}
+    monkeypatch.setattr(sysconfig, "get_path", asked.get)
+    files = list_files()
+    modules = dict(files)
+    assert modules["inspect"] == Path(inspect.__file__) and "json.decoder" in modules and "json" in modules
+    assert files[-1] == ("many.m39", packages / "many" / "m39.py")
+    assert not any("test" in name.split(".") for name in modules)
 
 
 def test_bad_input_is_named(tmp_path):

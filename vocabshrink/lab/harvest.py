@@ -60,13 +60,13 @@ def harvest(out: Path, *, processes: int = 1, roots: list[Path] | None = None) -
     """
     if not out.name.endswith((".jsonl", ".jsonl.gz")):
         raise InputError(f"cannot write {out}: give a name that ends with .jsonl or .jsonl.gz")
-    files = list_files(roots or installed_roots())
+    files = list_files(roots)
     tasks = [files[start : start + FILES_PER_TASK] for start in range(0, len(files), FILES_PER_TASK)]
     compiled = [] if roots else [(name, text) for name, doc in compiled_docstrings() for text in paragraphs(doc)]
     counts = {"files": len(files), "unreadable": 0, "paragraphs": 0, "duplicates": 0, "words": 0}
     seen: set[str] = set()
     with replacing(out) as temporary, temporary.open("wb") as raw:
-        # The header of a gzip file holds a name and a time unless told otherwise.
+        # a gzip header holds a name and a time unless told otherwise
         with gzip.GzipFile("", "wb", 6, raw, mtime=0) if out.suffix == ".gz" else raw as file:
             for found, unreadable in chain([(compiled, 0)], map_in_order(_read, tasks, processes)):
                 counts["unreadable"] += unreadable
@@ -83,18 +83,13 @@ def harvest(out: Path, *, processes: int = 1, roots: list[Path] | None = None) -
     return counts
 
 
-def installed_roots() -> list[Path]:
-    """The running interpreter's standard library and site-packages, without repetition."""
-    return list(dict.fromkeys(Path(sysconfig.get_path(name)) for name in ("stdlib", "purelib", "platlib")))
-
-
-def list_files(roots: list[Path]) -> list[tuple[str, Path]]:
-    """(module name, path) of every Python file below the roots, sorted by name within a root.
+def list_files(roots: list[Path] | None = None) -> list[tuple[str, Path]]:
+    """(module name, path) of every Python file below the roots (see `harvest`), sorted by name within a root.
 
     Skipped are tests, hidden folders and others that cannot be part of a module's name, by the names inside the root.
     """
     files: dict[Path, str] = {}
-    for root in roots:
+    for root in roots or [Path(sysconfig.get_path(name)) for name in ("stdlib", "purelib", "platlib")]:
         if not root.is_dir():
             raise InputError(f"{root} is not a folder: give the folder that holds the packages")
         found = []
@@ -109,10 +104,7 @@ def list_files(roots: list[Path]) -> list[tuple[str, Path]]:
 
 
 def compiled_docstrings() -> Iterator[tuple[str, str]]:
-    """(qualified name, docstring) of what the standard library has in C: `sorted` and `list.sort` are nowhere else.
-
-    Only modules built into the interpreter are imported, those of installed packages never.
-    """
+    """(qualified name, docstring) of what the interpreter has in C; only modules built into it are imported."""
     for name in sorted(sys.builtin_module_names):
         shown = None if name == "builtins" else name.lstrip("_")
         for key, member in sorted(vars(importlib.import_module(name)).items()):
