@@ -1,6 +1,8 @@
 """The written folder loads in every loader, and all of them cut any text alike."""
 
 import json
+import subprocess
+import sys
 
 import pytest
 from hypothesis import example, given
@@ -101,3 +103,9 @@ def test_bad_vocabularies_and_folders_are_refused(tmp_path):
         (tmp_path / "tokenizer.json").write_bytes(content)
         with pytest.raises(InputError, match=r"tokenizer.json is not a tokenizer that"):
             load_tokenizer(tmp_path)
+
+
+def test_loading_needs_what_the_base_install_has():
+    program = "import sys, tokenizer_build.tokenizer; print({'pyarrow', 'sentencepiece', 'torch'} & set(sys.modules))"
+    out = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+    assert out.stdout == "set()\n"

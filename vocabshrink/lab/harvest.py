@@ -1,10 +1,9 @@
 """Harvest a corpus that everybody has: the documentation inside the Python packages installed here.
 
 Docstrings are read from the source with `ast`: nothing is imported or run, so harvesting an unknown package is safe.
-What packages have in C is missed; for the interpreter's own builtin modules it is read too, because `sorted` and
-`list.sort` are there. A paragraph is kept where it looks like prose by a few coarse tests; they lose some prose and
-keep some noise, which word counts and training batches forgive. Tests are skipped: their docstrings say "Test that it
-works". The output is the same for any number of processes: files are sorted, and duplicates dropped in that order.
+What packages have in C is missed, but for the interpreter's own modules: `sorted` and `list.sort` are there. A
+paragraph is kept where it looks like prose by a few coarse tests; they lose some prose and keep some noise, which word
+counts and training batches forgive. Tests are skipped: their docstrings say "Test that it works".
 
 The cost is parsing: about 10 MB of source per second and process with the garbage collector off (a syntax tree holds no
 cycles worth collecting, and collecting took a third of the time). A file without a triple quote is not parsed at all:
@@ -53,10 +52,9 @@ def harvest(out: Path, *, processes: int = 1, roots: list[Path] | None = None) -
     """Write the documentation of the installed packages to `out`, one paragraph per JSON line.
 
     `out` ends with .jsonl or .jsonl.gz; its rows are {"text": str, "source": "module.qualified.name"}. `roots` are
-    folders of importable packages: by default the running interpreter's standard library and site-packages.
-
-    Returns how many `files`, how many of them `unreadable`, `paragraphs` written, `duplicates` dropped and `words`.
-    Raises InputError for a root that is no folder or holds no documentation, another file name and a full disk.
+    folders of importable packages: by default the running interpreter's standard library and site-packages. The output
+    is the same for any number of processes. Returns how many `files`, how many of them `unreadable`, `paragraphs`,
+    `duplicates` dropped and `words`. Raises InputError for a root that is no folder, no documentation, a full disk.
     """
     if not out.name.endswith((".jsonl", ".jsonl.gz")):
         raise InputError(f"cannot write {out}: give a name that ends with .jsonl or .jsonl.gz")
@@ -76,8 +74,7 @@ def harvest(out: Path, *, processes: int = 1, roots: list[Path] | None = None) -
                         seen.add(text.lower())
                         counts["words"] += text.count(" ") + 1
                         file.write(json.dumps({"text": text, "source": source}, ensure_ascii=False).encode() + b"\n")
-        counts["paragraphs"] = len(seen)
-        counts["duplicates"] -= len(seen)
+        counts |= {"paragraphs": len(seen), "duplicates": counts["duplicates"] - len(seen)}
         if not seen:
             raise InputError(f"no documentation in {len(files)} files: give folders of Python packages")
     return counts
@@ -146,8 +143,7 @@ def docstrings(tree: ast.AST, name: str) -> Iterator[tuple[str, str]]:
 
 def paragraphs(docstring: str) -> Iterator[str]:
     """The prose of a docstring, one line per paragraph or list item, without most of reStructuredText's markup."""
-    paragraph: list[str] = []
-    depth = 0
+    paragraph, depth = [], 0
     for line in [*CODE.sub(lambda code: (code["kept"] or "") + "\n", inspect.cleandoc(docstring)).splitlines(), ""]:
         text = line.strip()
         indent = len(line) - len(line.lstrip())
