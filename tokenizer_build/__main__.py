@@ -2,28 +2,29 @@
 
 import os
 import sys
+from collections import Counter
 from pathlib import Path
 from typing import Annotated
 
 import typer
 from rich.console import Console
-from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 
-from tokenizer_build import compare as comparison
+from tokenizer_build.compare import compare as compare_tokenizers
+from tokenizer_build.compare import markdown
 from tokenizer_build.corpus import read_lines
-from tokenizer_build.count import count_words, read_counts, split_chunk, write_counts
+from tokenizer_build.count import count_words, holds_counts, read_counts, write_counts
 from tokenizer_build.errors import InputError
 from tokenizer_build.tokenizer import load_tokenizer, save_tokenizer
-from tokenizer_build.trainers import TRAINERS
+from tokenizer_build.trainers import TRAINERS, one_word, train_vocabulary
 
 app = typer.Typer(help=__doc__, no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
-CORES = os.cpu_count() or 1
 messages = Console(stderr=True, highlight=False)
 
 Sources = Annotated[list[str], typer.Argument(help="Files, folders, globs or datasets:NAME[:CONFIG]:SPLIT.")]
 Column = Annotated[str, typer.Option(help="The field of JSONL, CSV and parquet records that holds the text.")]
 Cased = Annotated[bool, typer.Option("--cased", help="Keep upper case and accents.")]
-Processes = Annotated[int, typer.Option(min=1, help="Processes that count; any number gives the same.")]
+Processes = Annotated[int, typer.Option(min=1, help="Processes that count; the result is the same for any number.")]
+CORES = os.cpu_count() or 1
 
 
 @app.command()
@@ -45,7 +46,7 @@ def train(
     size: Annotated[int, typer.Option(min=1, help="Pieces in the vocabulary, at most.")] = 5000,
     trainer: Annotated[str, typer.Option(help=f"One of {', '.join(TRAINERS)}.")] = "fewest",
     teacher: Annotated[Path | None, typer.Option(help="Tokenizer whose pieces are candidates.")] = None,
-    require: Annotated[Path | None, typer.Option(help="Text file of words that must be pieces.")] = None,
+    require: Annotated[Path | None, typer.Option(help="Text file of words that must be pieces, one per line.")] = None,
     max_length: Annotated[int, typer.Option(min=2, help="Longest input of the model, in pieces.")] = 512,
     column: Column = "text",
     cased: Cased = False,
@@ -54,78 +55,42 @@ def train(
     """Learn a vocabulary and write tokenizer.json, tokenizer_config.json and vocab.txt."""
     if trainer not in TRAINERS:
         raise InputError(f"there is no trainer {trainer!r}: choose one of {', '.join(TRAINERS)}")
-    vocabulary = load_tokenizer(teacher).get_vocab() if teacher else None
-    required = _required_words(require, lowercase=not cased) if require else []
-    if len(sources) == 1 and _holds_counts(sources[0]):
+    vocabulary = load_tokenizer(teacher).get_vocab() if teacher else {}
+    required = [one_word(line.strip(), lowercase=not cased) for line in read_lines([require])] if require else []
+    if len(sources) == 1 and holds_counts(sources[0]):
         counts = read_counts(sources[0])
         if not cased and any(word.isascii() and word != word.lower() for word in counts):
             raise InputError(f"{sources[0]} was counted with --cased: give --cased here too, or count again")
     else:
         counts = _count(sources, column, cased, processes)
-    pieces = TRAINERS[trainer](counts, size, required=required, teacher_vocabulary=vocabulary)
+    pieces = train_vocabulary(
+        counts, size, trainer, required=required, teacher_vocabulary=vocabulary, lowercase=not cased
+    )
     save_tokenizer(pieces, output, lowercase=not cased, max_length=max_length)
-    found = {"teacher": teacher, str(output): output} if teacher else {str(output): output}
-    _print(comparison.compare(counts, found))
+    found = ({"teacher": teacher} if teacher else {}) | {str(output): output}
+    print(markdown(compare_tokenizers(counts, found)), end="")
 
 
 @app.command()
 def compare(
     counts: Annotated[Path, typer.Argument(help="Counts written by `count`.")],
-    tokenizers: Annotated[
-        list[Path], typer.Argument(help="Folders or tokenizer.json files; overlaps are with the first.")
-    ],
+    tokenizers: Annotated[list[Path], typer.Argument(help="Folders or tokenizer.json files; the first is the base.")],
 ) -> None:
-    """Compare tokenizers of any family: pieces per word, one-piece words, unknown words, overlap."""
-    _print(comparison.compare(read_counts(counts), {str(path): path for path in tokenizers}))
+    """Compare tokenizers of any family: pieces per word, one-piece words, unknown words, overlap with the first."""
+    print(markdown(compare_tokenizers(read_counts(counts), {str(path): path for path in tokenizers})), end="")
 
 
-def _count(sources: list[str], column: str, cased: bool, processes: int):
-    done = 0
-    columns = (SpinnerColumn(), TextColumn("{task.description}"), TimeElapsedColumn())
-    with Progress(*columns, console=messages, transient=True, disable=not messages.is_terminal) as bar:
-        task = bar.add_task("counting", total=None)
+def _count(sources: list[str], column: str, cased: bool, processes: int) -> Counter[str]:
+    done: list[int] = []
 
-        def advance(characters: int) -> None:
-            nonlocal done
-            done += characters
-            bar.update(task, description=f"counting: {done / 1e6:,.0f} M characters")
+    def advance(characters: int) -> None:
+        done.append(characters)
+        status.update(f"counting: {sum(done) / 1e6:,.0f} M characters")
 
+    with messages.status("counting") as status:
         counts = count_words(sources, column=column, lowercase=not cased, processes=processes, progress=advance)
-    messages.print(f"{counts.total():,} words, {len(counts):,} distinct, in {done / 1e6:,.1f} M characters")
+    messages.print(f"{counts.total():,} words, {len(counts):,} distinct, in {sum(done) / 1e6:,.1f} M characters")
     return counts
-
-
-def _holds_counts(source: str) -> bool:
-    if not source.endswith(".parquet") or not Path(source).is_file():
-        return False
-    import pyarrow
-    import pyarrow.parquet
-
-    try:
-        return pyarrow.parquet.read_schema(source).names == ["word", "count"]
-    except pyarrow.ArrowInvalid as error:
-        raise InputError(f"{source} is no readable parquet file ({error}): write it again") from error
-
-
-def _required_words(path: Path, lowercase: bool) -> list[str]:
-    out = []
-    for line in read_lines([path]):
-        word = line.strip()
-        words = [part for chunk in word.split() for part in split_chunk(chunk, lowercase)]
-        if len(words) != 1:
-            raise InputError(
-                f"{path}: {word!r} is {len(words)} words for a BERT tokenizer and cannot be one "
-                "piece: write one word per line, without punctuation"
-            )
-        out += words
-    return out
-
-
-def _print(measured) -> None:
-    if sys.stdout.isatty():
-        Console().print(comparison.table(measured))
-    else:
-        print(comparison.markdown(measured), end="")
 
 
 def main() -> None:

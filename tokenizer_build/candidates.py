@@ -1,18 +1,20 @@
 """Candidates for the vocabulary: the alphabet, pieces learned from the counts, and the teacher's pieces.
 
-SentencePiece's BPE learns 30,000 pieces from a word-count table in a second on one thread, and gives the same
-pieces every time; the trainer in `tokenizers` reads running text only and gives different ones on every run.
+SentencePiece's BPE learns 30,000 pieces from a word-count table in a second on one thread, and gives the same pieces
+every time; the trainer in `tokenizers` reads running text only and gives different ones on every run.
 """
 
 import io
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
+from itertools import compress
+
+import sentencepiece
 
 from tokenizer_build.count import split_chunk
+from tokenizer_build.tokenizer import LONGEST_WORD
 
-SPECIAL_TOKENS = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
 LEAST_SHARE = 1e-6  # of all characters
-LONGEST_WORD = 100  # characters: WordPiece makes any longer word unknown
 LONGEST_PIECE = 24  # characters, for learned pieces
 
 
@@ -29,15 +31,10 @@ def alphabet(counts: Mapping[str, int]) -> list[str]:
     return sorted(character for character, count in seen.items() if count >= least)
 
 
-def always_alone(characters: Iterable[str]) -> set[str]:
-    """Those that are words by themselves wherever they stand: punctuation and Chinese characters."""
-    return {c for c in characters if len(split_chunk(f"a{c}a", lowercase=False)) > 1}
-
-
-def alphabet_pieces(characters: Sequence[str]) -> list[str]:
-    """Each character as a word's start, and inside words where it can stand there (see `always_alone`)."""
-    alone = always_alone(characters)
-    return [*characters, *(f"##{c}" for c in characters if c not in alone)]
+def alphabet_pieces(characters: Iterable[str]) -> list[str]:
+    """Each character as a word's start, and inside words unless it is a word by itself wherever it stands."""
+    inner = [f"##{c}" for c in characters if len(split_chunk(f"a{c}a", lowercase=False)) == 1]
+    return [*characters, *inner]
 
 
 def spellable_words(counts: Mapping[str, int], characters: Iterable[str]) -> list[tuple[str, int]]:
@@ -50,44 +47,39 @@ def spellable_words(counts: Mapping[str, int], characters: Iterable[str]) -> lis
 def teacher_pieces(vocabulary: Iterable[str]) -> list[str]:
     """A vocabulary of any family, less its special tokens, as WordPiece (`start`, `##inside`), in order.
 
-    Families are told by their mark: `▁` (SentencePiece) and `Ġ` (byte-level BPE) open a word. Byte-level
-    pieces beyond ASCII are left out: they may be parts of characters.
+    Families are told by their mark: `▁` (SentencePiece) and `Ġ` (byte-level BPE) open a word. Byte-level pieces beyond
+    ASCII are left out: they may be parts of characters.
     """
-    vocabulary = list(vocabulary)
+    pieces = list(vocabulary)
     for mark in "▁Ġ":
-        if sum(piece.startswith(mark) for piece in vocabulary) > len(vocabulary) / 10:
-            own = [piece for piece in vocabulary if mark == "▁" or piece.removeprefix(mark).isascii()]
-            vocabulary = [p[1:] if p.startswith(mark) else f"##{p}" for p in own if p != mark]
-    out = []
-    for piece in vocabulary:
-        text = piece[2:] if piece.startswith("##") and len(piece) > 2 else piece
-        if len(text) == 1 or (text and tuple(split_chunk(text, lowercase=False)) == (text,)):
-            out.append(piece)
-    return out
+        if sum(piece.startswith(mark) for piece in pieces) > len(pieces) / 10:
+            own = [p for p in pieces if p != mark and (mark == "▁" or p.removeprefix(mark).isascii())]
+            pieces = [p[1:] if p.startswith(mark) else f"##{p}" for p in own]
+    texts = [p[2:] if p.startswith("##") and len(p) > 2 else p for p in pieces]
+    words = [len(text) == 1 or (text and tuple(split_chunk(text, lowercase=False)) == (text,)) for text in texts]
+    return list(compress(pieces, words))
 
 
 def learned_pieces(words: Sequence[tuple[str, int]], size: int, model: str, marked: bool = True) -> list[str]:
     """Train SentencePiece (`bpe` or `unigram`) on word counts; its pieces as WordPiece, best first.
 
-    With `marked`, a word's start is a symbol of its own that merges like any other, as in SentencePiece.
-    Without, a start letter is another letter than the same one inside a word, as in WordPieceTrainer. Both
-    marks (`▁`, a private-use character) cannot be mistaken for text: words that hold them are left out.
+    With `marked`, a word's start is a symbol of its own that merges like any other, as in SentencePiece. Without, a
+    start letter is another letter than the same one inside a word, as in WordPieceTrainer. Words that hold one of these
+    marks (`▁` and private-use characters, one per letter) themselves are left out.
     """
-    import sentencepiece
-
     characters = sorted({c for word, _ in words for c in word})
-    never = {f"##{c}" for c in always_alone(characters)}
-    first = 0xF0000  # supplementary private use: one code point per letter that stands at a word's start
-    starts = {c: chr(first + number) for number, c in enumerate(characters)}
-    letters = {mark: c for c, mark in starts.items()}
-    mark = "▁"
-    usable = [(w, n) for w, n in words if mark not in w and not any(c in letters for c in w)]
-    if not usable:
+    starts = {c: chr(0xF0000 + number) for number, c in enumerate(characters)}
+    letters = {mark: c for c, mark in starts.items()} | {"▁": ""}
+    rows = [
+        f"{word if marked else starts[word[0]] + word[1:]}\t{count}"
+        for word, count in words
+        if letters.keys().isdisjoint(word)
+    ]
+    if not rows:
         return []
-    rows = (f"{w if marked else starts[w[0]] + w[1:]}\t{n}" for w, n in usable)
     blob = io.BytesIO()
     sentencepiece.SentencePieceTrainer.train(
-        sentence_iterator=rows,
+        sentence_iterator=iter(rows),
         input_format="tsv",
         model_writer=blob,
         model_type=model,
@@ -102,19 +94,11 @@ def learned_pieces(words: Sequence[tuple[str, int]], size: int, model: str, mark
         bos_id=-1,
         eos_id=-1,
         num_threads=1,
-        input_sentence_size=0,
         minloglevel=2,
     )
     trained = sentencepiece.SentencePieceProcessor(model_proto=blob.getvalue())
-    out = []
-    for number in range(trained.get_piece_size()):
-        piece = trained.id_to_piece(number)
-        if trained.is_unknown(number) or piece == mark:
-            continue
-        if piece[0] == mark:
-            out.append(piece[1:])
-        elif piece[0] in letters:
-            out.append(letters[piece[0]] + piece[1:])
-        else:
-            out.append(f"##{piece}")
-    return [piece for piece in out if piece not in never]
+    learned = trained.id_to_piece(list(range(1, trained.get_piece_size())))  # 0 is the unknown piece
+    pieces = [letters[p[0]] + p[1:] if p[0] in letters else f"##{p}" for p in learned]
+    # A character that is a word by itself starts its piece.
+    known = set(alphabet_pieces(characters))
+    return [p for p in pieces if p and (p in known or len(p.removeprefix("##")) > 1)]

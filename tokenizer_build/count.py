@@ -1,35 +1,37 @@
 """Word counts of a corpus of any size: exactly the words that BertNormalizer + BertPreTokenizer see.
 
-The text is split at ASCII white space in C, and only the distinct chunks of a block are normalised and split
-further: ASCII ones by a regular expression, all others by `tokenizers` itself. That is exact because both
-steps of a BERT tokenizer work on each character or combining sequence alone and no such sequence crosses
-white space. `str.split()` would not be: it splits at \\x1c-\\x1f and \\x85, which BertNormalizer deletes.
-Special tokens written out in the text are text.
+The text is split at ASCII white space in C, and only the distinct chunks of a block are normalised and split further:
+ASCII ones by a regular expression, all others by `tokenizers` itself. That is exact because both steps of a BERT
+tokenizer work on each character or combining sequence alone and no such sequence crosses white space. `str.split()`
+would not be: it splits at \\x1c-\\x1f and \\x85, which BertNormalizer deletes. Special tokens written out are text.
 
-Memory: one block per process and the counts. Blocks are counted anywhere but folded in the order of the
-corpus, so the result does not depend on the number of processes. Once there are more than `maximum` distinct
-words (10 M, about 1.5 GB), the rarest are dropped (lossy counting, Manku & Motwani 2002): words counted
-once, then twice, ... until half of the maximum is left. A word that survives is then undercounted by at
-most what was dropped of it before, and frequent words are exact.
+Memory: two blocks per process and the counts. Blocks are folded in the order of the corpus, so the result does not
+depend on the number of processes. Once there are more than `maximum` distinct words (10 M, about 1.5 GB), the rarest
+are dropped (lossy counting, Manku & Motwani 2002): words counted once, then twice, ... until half of the maximum is
+left. A word that survives is then undercounted by at most what was dropped of it before; frequent words are exact.
 """
 
-import os
 import re
-from collections import Counter, deque
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import lru_cache, partial
 from pathlib import Path
 
+import pyarrow
+import pyarrow.parquet
 from tokenizers.normalizers import BertNormalizer
 from tokenizers.pre_tokenizers import BertPreTokenizer
 
 from tokenizer_build.corpus import read_blocks
 from tokenizer_build.errors import InputError
+from tokenizer_build.files import replacing
+from tokenizer_build.processes import map_in_order
 
 ASCII_WORDS = re.compile(r"[0-9A-Za-z]+|[!-/:-@\[-`{-~]")
 ASCII_CONTROL = dict.fromkeys([*range(0x20), 0x7F])
 SPLIT = BertPreTokenizer()
 NORMALIZERS = {lowercase: BertNormalizer(lowercase=lowercase) for lowercase in (True, False)}
+COLUMNS = pyarrow.schema({"word": pyarrow.string(), "count": pyarrow.int64()})
 
 
 def count_words(
@@ -41,17 +43,22 @@ def count_words(
     maximum: int = 10_000_000,
     progress: Callable[[int], None] | None = None,
 ) -> Counter[str]:
-    """Count the words of `sources` (see `corpus.read_lines`); the same on any number of processes.
+    """Count the words of `sources` (see `corpus.read_lines`); the result is the same on any number of processes.
 
-    `maximum` bounds the distinct words kept; `progress` is called with the characters of each block counted.
-    Processes are spawned, so a script that asks for several needs its `if __name__ == "__main__":`.
+    `maximum` bounds the distinct words kept; `progress` is called with the characters of each block counted. Processes
+    are spawned, so a script that asks for several needs its `if __name__ == "__main__":`.
     """
     counts: Counter[str] = Counter()
-    for characters, words in _counted(read_blocks(sources, column), lowercase, processes):
+    blocks = read_blocks(sources, column)
+    for characters, words in map_in_order(partial(_count_sized, lowercase=lowercase), blocks, processes):
         fold(counts, words, maximum)
         if progress:
             progress(characters)
     return counts
+
+
+def _count_sized(block: list[str], lowercase: bool) -> tuple[int, dict[str, int]]:
+    return sum(map(len, block)), count_block(block, lowercase)
 
 
 def count_block(lines: Iterable[str], lowercase: bool = True) -> dict[str, int]:
@@ -91,60 +98,24 @@ def fold(counts: Counter[str], words: Mapping[str, int], maximum: int) -> None:
             del counts[word]
 
 
-def _counted(blocks: Iterator[list[str]], lowercase: bool, processes: int) -> Iterator[tuple[int, dict[str, int]]]:
-    """(characters, counts) of every block, in order; at most two blocks per process are held at a time."""
-    count = partial(_count_sized, lowercase=lowercase)
-    if processes <= 1:
-        yield from map(count, blocks)
-        return
-    from concurrent.futures import ProcessPoolExecutor
-    from multiprocessing import get_context
-
-    waiting: deque = deque()
-    with ProcessPoolExecutor(processes, mp_context=get_context("spawn")) as pool:
-        for block in blocks:
-            waiting.append(pool.submit(count, block))
-            if len(waiting) >= 2 * processes:
-                yield waiting.popleft().result()
-        while waiting:
-            yield waiting.popleft().result()
-
-
-def _count_sized(block: list[str], lowercase: bool) -> tuple[int, dict[str, int]]:
-    return sum(map(len, block)), count_block(block, lowercase)
-
-
 def write_counts(counts: Mapping[str, int], path: str | Path) -> None:
     """Write the counts as parquet with the columns `word` and `count`, most frequent first, ties by word."""
-    import pyarrow
-    import pyarrow.parquet
-
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    rows = sorted(counts.items(), key=lambda item: (-item[1], item[0]))
-    table = pyarrow.table(
-        {
-            "word": pyarrow.array([word for word, _ in rows], pyarrow.string()),
-            "count": pyarrow.array([count for _, count in rows], pyarrow.int64()),
-        }
-    )
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
+    words = sorted(counts, key=lambda word: (-counts[word], word))
+    table = pyarrow.table({"word": words, "count": [counts[word] for word in words]}, schema=COLUMNS)
+    with replacing(path) as temporary:
         pyarrow.parquet.write_table(table, temporary, compression="zstd")
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 def read_counts(path: str | Path) -> Counter[str]:
-    """Read what `write_counts` wrote, most frequent word first."""
-    import pyarrow
-    import pyarrow.parquet
+    """Read what `write_counts` wrote, most frequent word first. Raises InputError for any other file."""
+    if not holds_counts(path):
+        raise InputError(f"{path} holds no word counts or is missing: write it with `tokenizer_build count`")
+    return Counter(dict(zip(*pyarrow.parquet.read_table(path).to_pydict().values(), strict=True)))
 
+
+def holds_counts(path: str | Path) -> bool:
+    """Whether this is a file as `write_counts` writes it."""
     try:
-        table = pyarrow.parquet.read_table(path, columns=["word", "count"])
-    except (OSError, pyarrow.ArrowInvalid) as error:
-        raise InputError(f"{path} holds no word counts ({error}): write it with `tokenizer_build count`") from error
-    if table.column_names != ["word", "count"]:
-        raise InputError(f"{path} holds no word counts (columns word and count): write it with `tokenizer_build count`")
-    return Counter(dict(zip(table.column(0).to_pylist(), table.column(1).to_pylist(), strict=True)))
+        return pyarrow.parquet.read_schema(path).names == COLUMNS.names
+    except (OSError, pyarrow.ArrowInvalid):
+        return False

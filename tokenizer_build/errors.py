@@ -2,7 +2,4 @@
 
 
 class InputError(ValueError):
-    """Bad input from the user: one sentence that names the file, line or key, and the mend.
-
-    Both command lines turn it into that sentence on stderr and exit code 2, without a traceback.
-    """
+    """One sentence that names the file, line or key, and the remedy; the command lines print it and exit with 2."""

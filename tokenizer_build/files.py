@@ -1,4 +1,4 @@
-"""Files that appear whole or not at all, and are read with one sentence about what is wrong with them."""
+"""Files that appear whole or not at all, and readers that say in one sentence what is wrong with a file."""
 
 import errno
 import json
@@ -9,12 +9,15 @@ import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path, PurePath
+from typing import BinaryIO
 
 from tokenizer_build.errors import InputError
 
+LARGEST_RECORD = 256_000_000  # bytes of one JSONL or CSV line; the only thing that is read whole
+
 
 @contextmanager
-def replacing(path: Path) -> Iterator[Path]:
+def replacing(path: str | Path) -> Iterator[Path]:
     """Yield a temporary path in the folder of `path`; rename it to `path` if the block succeeds.
 
     Raises InputError, naming the file and the bytes free, when the disk is full.
@@ -31,35 +34,30 @@ def replacing(path: Path) -> Iterator[Path]:
 
 
 @contextmanager
-def replacing_folder(folder: Path) -> Iterator[Path]:
+def replacing_folder(folder: str | Path) -> Iterator[Path]:
     """Yield an empty temporary folder beside `folder`; put it in its place if the block succeeds.
 
-    What lay there goes only when the new one is in. Raises InputError when the disk is full.
+    The old folder is deleted only once the new one is in its place. Raises InputError when the disk is full.
     """
     folder = Path(folder)
     with naming_full_disk(folder):
         folder.parent.mkdir(parents=True, exist_ok=True)
-        new, old = (
-            Path(tempfile.mkdtemp(prefix=f".{folder.name}.{kind}.", dir=folder.parent)) for kind in ("new", "old")
-        )
-        try:
+        with tempfile.TemporaryDirectory(prefix=f".{folder.name}.", dir=folder.parent) as place:
+            new, old = Path(place, "new"), Path(place, "old")
+            new.mkdir()
             yield new
-            new.chmod(0o755)  # mkdtemp's is for its owner alone
             if folder.exists():
                 os.replace(folder, old)
             try:
                 os.replace(new, folder)
             except OSError:
-                if any(old.iterdir()):
+                if old.exists():
                     os.replace(old, folder)
                 raise
-        finally:
-            for left in (new, old):
-                shutil.rmtree(left, ignore_errors=True)
 
 
 @contextmanager
-def naming_full_disk(path: Path) -> Iterator[None]:
+def naming_full_disk(path: str | Path) -> Iterator[None]:
     """Turn "no space left" while writing `path` into an InputError that says how many bytes are free."""
     try:
         yield
@@ -72,20 +70,20 @@ def naming_full_disk(path: Path) -> Iterator[None]:
         raise InputError(message) from error
 
 
-def write_text(path: Path, text: str) -> None:
-    """Write a UTF-8 file atomically, with \\n line ends everywhere."""
+def write_text(path: str | Path, text: str) -> None:
+    """Write a UTF-8 file atomically, with \\n line ends on every system."""
     with replacing(path) as temporary, temporary.open("w", encoding="utf-8", newline="\n") as file:
         file.write(text)
         file.flush()
-        os.fsync(file.fileno())  # else a power cut may leave the new name on an empty file
+        os.fsync(file.fileno())  # without it, a power cut may leave the new name on an empty file
 
 
-def write_json(path: Path, value) -> None:
-    """Write strict JSON atomically; numbers of NumPy and torch become plain, NaN and infinity null."""
-    write_text(path, json.dumps(_plain(value), indent=2, ensure_ascii=False) + "\n")
+def write_json(path: str | Path, value) -> None:
+    """Write strict JSON atomically; NumPy and torch numbers become plain ones, NaN and infinity null."""
+    write_text(path, json.dumps(plain(value), indent=2, ensure_ascii=False) + "\n")
 
 
-def read_json(path: Path):
+def read_json(path: str | Path):
     """Read a JSON file. Raises InputError naming the file when it is missing or not JSON."""
     try:
         return json.loads(Path(path).read_text(encoding="utf-8"))
@@ -95,38 +93,62 @@ def read_json(path: Path):
         raise InputError(f"{path} is not JSON ({error}); delete it and run its stage again") from error
 
 
-def read_jsonl(path: str | Path) -> Iterator[tuple[int, dict]]:
-    """(line, object) of a JSONL file of one object a line; empty lines are passed over.
+def read_jsonl(path: str | Path, opened: BinaryIO | None = None) -> Iterator[tuple[int, dict]]:
+    """Yield (line number, object) of a JSONL file with one object per line, skipping empty lines.
 
-    Raises:
-        InputError: naming file, line and mend: a missing file, bytes that are not UTF-8, a line that is no object.
+    `opened` is the file's content where `path` itself is compressed; one line is held in memory at a time. Raises
+    InputError naming file and line for a missing file, bytes that are not UTF-8 and a line that is no object.
     """
-    path = Path(path)
     try:
-        text = path.read_bytes().decode("utf-8-sig")
+        with opened or Path(path).open("rb") as file:
+            for number, line in enumerate(text_lines(file, path), 1):
+                if line.isspace():
+                    continue
+                row, why = None, ""
+                try:
+                    row = json.loads(line.rstrip("\r\n"))
+                except (ValueError, RecursionError) as error:  # the latter: nested too deeply
+                    why = f" ({str(error).replace('line 1 ', '')})"
+                if not isinstance(row, dict):
+                    raise InputError(f"{path}: row {number} is not a JSON object{why}: write one object per line")
+                yield number, row
     except FileNotFoundError:
         raise InputError(f"{path}: no such file: correct its path") from None
-    except UnicodeDecodeError as error:
-        raise InputError(f"{path}: not UTF-8 text at byte {error.start}: write it as UTF-8") from None
     except OSError as error:
-        raise InputError(f"{path}: cannot be read: {error.strerror}") from None
-    for number, line in enumerate(text.split("\n"), 1):  # str.splitlines would cut at U+2028, which JSON allows
-        if not line.strip():
-            continue
-        try:
-            row = json.loads(line)
-        except (ValueError, RecursionError):
-            row = None
-        if not isinstance(row, dict):
-            raise InputError(f"{path}: row {number} is not a JSON object: write one object a line")
-        yield number, row
+        raise InputError(f"{path}: cannot be read ({error.strerror or error})") from None
 
 
-def _plain(value):
+def text_lines(file: BinaryIO, path: str | Path) -> Iterator[str]:
+    """The lines of an open UTF-8 file with their line ends, cut at \\n alone: JSON strings may hold U+2028."""
+    offset = 0
+    while raw := file.readline(LARGEST_RECORD):
+        if len(raw) >= LARGEST_RECORD:
+            raise InputError(f"{path}: the line at byte {offset} is over {LARGEST_RECORD // 10**6} MB: split it")
+        yield decode(raw, path, offset)
+        offset += len(raw)
+
+
+def decode(raw: bytes, path: str | Path, offset: int = 0) -> str:
+    """Decode UTF-8 that starts at byte `offset` of the file `path` (of its content, where that is compressed).
+
+    Raises InputError naming the byte that is NUL or not UTF-8.
+    """
+    if (nul := raw.find(b"\0")) >= 0:
+        what = f"{path} has a NUL byte at byte {offset + nul}: it is a binary or UTF-16 file"
+        raise InputError(f"{what}; leave it out, or convert it to UTF-8 text")
+    try:
+        text = raw.decode("utf-8")
+    except UnicodeDecodeError as error:
+        what = f"{path}: not UTF-8 text at byte {offset + error.start} (0x{raw[error.start]:02x})"
+        raise InputError(f"{what}: convert it, for example with `iconv -f latin1 -t utf-8`, or leave it out") from None
+    return text if offset else text.removeprefix("\ufeff")  # a byte order mark, which some editors write
+
+
+def plain(value):
     if isinstance(value, dict):
-        return {str(key): _plain(item) for key, item in value.items()}
+        return {str(key): plain(item) for key, item in value.items()}
     if isinstance(value, (list, tuple)):
-        return [_plain(item) for item in value]
+        return [plain(item) for item in value]
     if hasattr(value, "item"):
         value = value.item()
     if isinstance(value, float) and not math.isfinite(value):

@@ -1,15 +1,14 @@
 """Fewest pieces: choose the vocabulary with which greedy longest match cuts the corpus into fewest pieces.
 
-This is what arXiv 1909.11687 calls WordPiece. Choosing the best subset is NP-hard, so candidates are dropped
-in rounds, cheapest first. A candidate's cost is what its removal adds: in early rounds an estimate, its uses
-times (the pieces its text would be cut into, less one); in the last rounds exact, word by word, because the
-match that replaces a piece may run past that piece's end. Rounds that swap in what was dropped too early
-close the selection. Against estimates of plain counts alone that saves 1 % of all pieces at 5,000, and on
-small corpora much more.
+This is what arXiv 1909.11687 calls WordPiece. Choosing the best subset is NP-hard, so candidates are dropped in rounds,
+cheapest first. A candidate's cost is what its removal adds: in early rounds an estimate, its uses times (the pieces its
+text would be cut into, less one); in the last rounds exact, word by word, because the match that replaces a piece may
+run past that piece's end. Rounds that swap in what was dropped too early close the selection. Against estimates of
+plain counts alone that saves 1 % of all pieces at 5,000, and on small corpora much more.
 
-Only words affected by a change are cut again, and only the MOST_WORDS most frequent words are looked at
-(99 % of English text); about 6 seconds on one core. Ties are broken by the piece's text: the result depends
-on the counts alone. Not done: minimising anything but the number of pieces, such as likelihood.
+Only the MOST_WORDS most frequent words are looked at (99 % of English text); about 8 seconds on one core. Ties are
+broken by the piece's text: the result depends on the counts alone. Not done: minimising anything but the number of
+pieces, such as likelihood.
 """
 
 from collections.abc import Iterable, Sequence
@@ -30,10 +29,10 @@ def fewest_pieces(
 ) -> list[str]:
     """Return at most `size` of `candidates` and `required`, the most frequent first; all of `required`.
 
-    `words` are (word, count), most frequent first. Every word must be spelt by the single characters among
-    `required` (`c` at its start, `##c` inside); candidates that are not are ignored, and those that no word
-    uses are left out even where there is room. `preferred` (the teacher's pieces, which bring their
-    embeddings along) win against others that save slightly more.
+    `words` are (word, count), most frequent first. Every word must be spelt by the single characters among `required`
+    (`c` at its start, `##c` inside); candidates that are not are ignored, and those that no word uses are left out even
+    where there is room. `preferred` (the teacher's pieces, which bring their embeddings along) win against others that
+    save slightly more.
     """
     required = set(required)
     spelt = (p for p in candidates if required.issuperset(_characters(p)))
@@ -44,8 +43,7 @@ def fewest_pieces(
     first = len(state.alive)
     for step in range(1, ROUNDS + 1):
         target = round(size * (first / size) ** (1 - step / ROUNDS))
-        if len(state.alive) > target:
-            _drop(state, fixed, target, worth, exact=step > ROUNDS - EXACT_ROUNDS)
+        _drop(state, fixed, target, worth, exact=step > ROUNDS - EXACT_ROUNDS)
     for _ in range(SWAP_ROUNDS if first > size else 0):
         savings = {piece: worth[piece] * saved for piece, saved in state.savings().items() if saved > 0}
         state.add(sorted(savings, key=lambda piece: (-savings[piece], piece))[: round(SWAP_SHARE * size)])
@@ -54,142 +52,122 @@ def fewest_pieces(
     return [state.names[piece] for piece in sorted(kept, key=lambda piece: (-state.counts[piece], piece))]
 
 
+def _is_inner(piece: str) -> bool:
+    return piece.startswith("##") and len(piece) > 2
+
+
 def _characters(piece: str) -> list[str]:
     """The single-character pieces that spell a piece: `the` is `t`, `##h`, `##e`."""
-    if piece.startswith("##") and len(piece) > 2:
+    if _is_inner(piece):
         return [f"##{c}" for c in piece[2:]]
     return [piece[0], *(f"##{c}" for c in piece[1:])]
 
 
 def _drop(state: "Segmentation", fixed: set[int], size: int, worth: Sequence[float], exact: bool) -> None:
-    costs = state.exact_costs() if exact else state.estimated_costs()
-    order = sorted(state.alive - fixed, key=lambda piece: (worth[piece] * costs[piece], piece))
-    state.remove(order[: max(0, len(state.alive) - size)])
+    if (surplus := len(state.alive) - size) > 0:
+        costs = state.exact_costs() if exact else state.estimated_costs()
+        order = sorted(state.alive - fixed, key=lambda piece: (worth[piece] * costs[piece], piece))
+        state.remove(order[:surplus])
 
 
 class Segmentation:
     """Words cut by greedy longest match with a vocabulary that shrinks and grows.
 
-    Pieces are numbered in the order of `names`; `counts[piece]` is how often the weighted words use it and
-    `alive` the vocabulary of the moment. `start` and `inner` map the text of the alive pieces (without ##)
-    to their numbers, for a word's start and for its inside.
+    Pieces are numbered in the order of `names`; `alive` is the vocabulary of the moment, `counts[piece]` how often the
+    weighted words use it and `ends` where each word is cut. A word's start is written as a space before its first
+    letter, in `words` and `texts` alike, so that one `table` (text -> alive piece) serves for a word's start and its
+    inside.
     """
 
     def __init__(self, words: Sequence[tuple[str, int]], names: Sequence[str]):
-        self.words = [word for word, _ in words]
+        self.words = [f" {word}" for word, _ in words]
         self.weights = [count for _, count in words]
         self.names = list(names)
-        self.is_inner = [name.startswith("##") and len(name) > 2 for name in names]
-        self.texts = [name[2:] if inner else name for name, inner in zip(names, self.is_inner, strict=True)]
+        self.texts = [name[2:] if _is_inner(name) else f" {name}" for name in names]
         self.alive: set[int] = set()
-        self.start: dict[str, int] = {}
-        self.inner: dict[str, int] = {}
-        self.counts = [0] * len(self.names)
-        self.users: list[list[int]] = [[] for _ in self.names]  # words that use a piece, or once did
-        self.pieces: list[list[int]] = [[] for _ in self.words]
-        self.ends: list[list[int]] = [[] for _ in self.words]
+        self.table: dict[str, int] = {}
         self.add(range(len(self.names)))
 
     def add(self, pieces: Iterable[int]) -> None:
-        for piece in pieces:
-            (self.inner if self.is_inner[piece] else self.start)[self.texts[piece]] = piece
-            self.alive.add(piece)
-        self._cut(range(len(self.words)))
+        self.alive.update(pieces)
+        self.table.update((self.texts[piece], piece) for piece in pieces)
+        self._cut_words()
 
     def remove(self, pieces: Iterable[int]) -> None:
-        affected: set[int] = set()
+        self.alive.difference_update(pieces)
         for piece in pieces:
-            del (self.inner if self.is_inner[piece] else self.start)[self.texts[piece]]
-            self.alive.remove(piece)
-            affected.update(self.users[piece])
-            self.users[piece] = []
-        self._cut(affected)
+            del self.table[self.texts[piece]]
+        self._cut_words()
 
-    def _cut(self, numbers: Iterable[int]) -> None:
-        """Cut these words anew."""
-        counts, users, inner = self.counts, self.users, self.inner
-        for number in numbers:
-            word, weight, old = self.words[number], self.weights[number], self.pieces[number]
-            for piece in old:
-                counts[piece] -= weight
-            begin, length, table = 0, len(word), self.start
-            pieces, ends = [], []
+    def _cut_words(self) -> None:
+        self.counts, self.ends = [0] * len(self.names), []
+        counts, table = self.counts, self.table
+        for word, weight in zip(self.words, self.weights, strict=True):
+            begin, length, ends = 0, len(word), []
             while begin < length:
                 end = length
                 while (piece := table.get(word[begin:end])) is None:
                     end -= 1
-                pieces.append(piece)
                 ends.append(end)
                 counts[piece] += weight
-                begin, table = end, inner
-            if pieces != old:
-                for piece in pieces:
-                    users[piece].append(number)
-                self.pieces[number], self.ends[number] = pieces, ends
+                begin = end
+            self.ends.append(ends)
 
     def estimated_costs(self) -> list[float]:
         """By piece: pieces added if each of its uses were cut as its text alone would be without it.
 
-        A piece's uses include HEIRLOOM of the uses of every longer piece that would be cut into it, since
-        many of those are going to be dropped. Without that, building blocks vanish while whole words still
-        hide them.
+        A piece's uses include HEIRLOOM of the uses of every longer piece that would be cut into it, since many of those
+        are going to be dropped. Without that, building blocks vanish while whole words still hide them.
         """
         costs = [0.0] * len(self.names)
         uses = [float(count) for count in self.counts]
-        for piece in sorted(self.alive, key=lambda piece: (-len(self.texts[piece]), piece)):
-            text, table = self.texts[piece], self.inner if self.is_inner[piece] else self.start
-            begin, limit, parts = 0, len(text) - 1, 0
-            while begin < limit or (parts and begin < len(text)):
-                end = len(text) if parts else limit
-                while (part := table.get(text[begin:end])) is None:
+        lengths = {piece: len(self.texts[piece].lstrip(" ")) for piece in self.alive}
+        for piece in sorted(self.alive, key=lambda piece: (-lengths[piece], piece)):
+            if lengths[piece] == 1:  # single characters are never dropped
+                break
+            text = self.texts[piece]
+            begin, end, parts = 0, len(text) - 1, 0
+            while begin < len(text):
+                while (part := self.table.get(text[begin:end])) is None:
                     end -= 1
                 uses[part] += HEIRLOOM * uses[piece]
-                begin, table, parts = end, self.inner, parts + 1
+                begin, end, parts = end, len(text), parts + 1
             costs[piece] = (parts - 1) * uses[piece]
         return costs
 
     def exact_costs(self) -> list[int]:
         """By piece: how many pieces its removal alone would add over all words."""
         costs = [0] * len(self.names)
-        inner = self.inner
-        for word, weight, pieces, ends in zip(self.words, self.weights, self.pieces, self.ends, strict=True):
-            begin, table = 0, self.start
-            for index, piece in enumerate(pieces):
+        for word, weight, ends in zip(self.words, self.weights, self.ends, strict=True):
+            for index, begin in enumerate([0, *ends[:-1]]):
                 end = ends[index] - 1
-                if end > begin:  # single characters are never dropped
-                    while word[begin:end] not in table:
+                if end > max(begin, 1):  # single characters are never dropped
+                    while word[begin:end] not in self.table:
                         end -= 1
+                    piece = self.table[word[begin : ends[index]]]
                     costs[piece] += weight * self._change(word, ends, index, end)
-                begin, table = ends[index], inner
         return costs
 
     def savings(self) -> dict[int, int]:
         """By piece not alive that could be used: how many pieces its addition alone would save."""
-        start: dict[str, int] = {}
-        inner: dict[str, int] = {}
-        for piece, text in enumerate(self.texts):
-            if piece not in self.alive:
-                (inner if self.is_inner[piece] else start)[text] = piece
+        dead = {text: piece for piece, text in enumerate(self.texts) if piece not in self.alive}
         saved: dict[int, int] = {}
         for word, weight, ends in zip(self.words, self.weights, self.ends, strict=True):
-            begin, table, length = 0, start, len(word) + 1
-            for index in range(len(ends) - 1):
-                for end in range(ends[index] + 1, length):
-                    piece = table.get(word[begin:end])
-                    if piece is not None:
+            for index, begin in enumerate([0, *ends[:-2]]):
+                for end in range(ends[index] + 1, len(word) + 1):
+                    if (piece := dead.get(word[begin:end])) is not None:
                         saved[piece] = saved.get(piece, 0) - weight * self._change(word, ends, index, end)
-                begin, table = ends[index], inner
         return saved
 
     def _change(self, word: str, ends: list[int], index: int, end: int) -> int:
         """Pieces a word gains (or, if negative, loses) when its piece `index` ends at `end` instead."""
-        inner, length, change = self.inner, len(word), index
+        length, change = len(word), index
         while True:
             while ends[index] < end:
                 index += 1
             if ends[index] == end:
                 return change - index
             begin, end = end, length
-            while word[begin:end] not in inner:
+            while word[begin:end] not in self.table:
                 end -= 1
             change += 1

@@ -1,11 +1,9 @@
 """A tokenizer folder made from a list of pieces, for `tokenizers`, AutoTokenizer and BertTokenizerFast alike.
 
-The Tokenizer is built from its vocabulary and never from a trainer's leftovers: trainers leave the single
-characters behind as added tokens, which would be cut out of the text before normalisation.
+The Tokenizer is built from its vocabulary and never from a trainer's leftovers: trainers leave the single characters
+behind as added tokens, which would be cut out of the text before normalisation.
 """
 
-import json
-import os
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -15,10 +13,11 @@ from tokenizers.normalizers import BertNormalizer
 from tokenizers.pre_tokenizers import BertPreTokenizer
 from tokenizers.processors import TemplateProcessing
 
-from tokenizer_build.candidates import LONGEST_WORD, SPECIAL_TOKENS
 from tokenizer_build.errors import InputError
+from tokenizer_build.files import decode, read_json, write_json, write_text
 
-ROLES = {f"{token[1:-1].lower()}_token": token for token in SPECIAL_TOKENS}  # pad_token: [PAD], ...
+SPECIAL_TOKENS = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
+LONGEST_WORD = 100  # characters: WordPiece makes any longer word unknown
 
 
 def make_tokenizer(pieces: Sequence[str], *, lowercase: bool = True) -> Tokenizer:
@@ -44,49 +43,49 @@ def make_tokenizer(pieces: Sequence[str], *, lowercase: bool = True) -> Tokenize
 def save_tokenizer(pieces: Sequence[str], folder: str | Path, *, lowercase: bool = True, max_length: int = 512) -> None:
     """Write tokenizer.json, tokenizer_config.json and vocab.txt into `folder`, which may hold other files.
 
-    `max_length` is the longest input, in pieces, that the model accepts. Every file appears whole or not at
-    all.
+    `max_length` is the longest input, in pieces, that the model accepts. Each file appears whole or not at all.
     """
     folder = Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
     settings = {
         "tokenizer_class": "BertTokenizer",
         "do_lower_case": lowercase,
         "strip_accents": None,
         "tokenize_chinese_chars": True,
         "model_max_length": max_length,
-        **ROLES,
+        **{f"{token[1:-1].lower()}_token": token for token in SPECIAL_TOKENS},  # pad_token: [PAD], ...
     }
-    files = {
-        "tokenizer.json": make_tokenizer(pieces, lowercase=lowercase).to_str(pretty=True),
-        "tokenizer_config.json": json.dumps(settings, indent=2) + "\n",
-        "vocab.txt": "".join(f"{piece}\n" for piece in pieces),
-    }
-    for name, text in files.items():
-        temporary = folder / f".{name}.{os.getpid()}"
-        try:
-            temporary.write_text(text, encoding="utf-8", newline="\n")
-            os.replace(temporary, folder / name)
-        finally:
-            temporary.unlink(missing_ok=True)
+    write_text(folder / "tokenizer.json", make_tokenizer(pieces, lowercase=lowercase).to_str(pretty=True))
+    write_json(folder / "tokenizer_config.json", settings)
+    write_text(folder / "vocab.txt", "".join(f"{piece}\n" for piece in pieces))
 
 
 def load_tokenizer(path: str | Path) -> Tokenizer:
-    """The tokenizer of a folder (tokenizer.json, or a BERT vocab.txt) or of a JSON file, of any family."""
+    """The tokenizer of a folder (tokenizer.json, or a BERT vocab.txt) or of a JSON file, of any family.
+
+    It neither pads nor truncates. Raises InputError naming the file where there is none or it cannot be read.
+    """
     path = Path(path)
     file = path / "tokenizer.json" if path.is_dir() else path
     if file.is_file():
-        text = file.read_text("utf-8", errors="replace")
-        if '"model"' not in text or not text.lstrip().startswith("{"):
-            raise InputError(f"{file} is no tokenizer of the `tokenizers` library: name a tokenizer.json")
-        tokenizer = Tokenizer.from_str(text)
-        tokenizer.no_padding()  # all-MiniLM-L6-v2's file pads every input to 128 pieces
-        tokenizer.no_truncation()
-        return tokenizer
-    if (path / "vocab.txt").is_file():
-        settings = path / "tokenizer_config.json"
-        known = json.loads(settings.read_text("utf-8")) if settings.is_file() else {}
-        lowercase = known.get("do_lower_case", True)
-        pieces = (path / "vocab.txt").read_text("utf-8").removesuffix("\n").split("\n")
-        return make_tokenizer(pieces, lowercase=lowercase)
-    raise InputError(f"{path} has no tokenizer.json and no vocab.txt: name a tokenizer's folder or JSON file")
+        return parse_tokenizer(file.read_bytes(), file)
+    vocabulary, settings = path / "vocab.txt", path / "tokenizer_config.json"
+    if not vocabulary.is_file():
+        raise InputError(f"{path} has no tokenizer.json and no vocab.txt: name a tokenizer's folder or JSON file")
+    lowercase = read_json(settings).get("do_lower_case", True) if settings.is_file() else True
+    pieces = decode(vocabulary.read_bytes(), vocabulary).removesuffix("\n").split("\n")
+    return make_tokenizer(pieces, lowercase=lowercase)
+
+
+def parse_tokenizer(text: str | bytes, origin: str | Path) -> Tokenizer:
+    """The tokenizer in the text of a tokenizer.json, without its padding and truncation.
+
+    Raises InputError naming `origin`, the file that the text is from, where `tokenizers` cannot read it.
+    """
+    try:
+        tokenizer = Tokenizer.from_str(text) if isinstance(text, str) else Tokenizer.from_buffer(text)
+    except Exception as error:  # the tokenizers library raises bare Exceptions
+        message = f"{origin} is not a tokenizer that the tokenizers library reads ({error}): name a tokenizer.json"
+        raise InputError(message) from None
+    tokenizer.no_padding()  # all-MiniLM-L6-v2's file pads every input to 128 pieces
+    tokenizer.no_truncation()
+    return tokenizer

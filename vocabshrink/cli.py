@@ -137,14 +137,18 @@ def list_parts(
     from vocabshrink.run.layer_map import LAYER_MAPS
     from vocabshrink.training.losses import LOSSES
 
-    kinds = {"stages": STAGES, "trainers": TRAINERS, "losses": LOSSES, "maps": LAYER_MAPS}
+    kinds = {
+        "stages": {name: stage.about for name, stage in STAGES.items()},
+        "trainers": TRAINERS,
+        "losses": {name: getattr(loss, "function", loss).__doc__ for name, loss in LOSSES.items()},
+        "maps": {name: layer_map.__doc__ for name, layer_map in LAYER_MAPS.items()},
+    }
     if kind and kind not in kinds:
         raise InputError(f"{kind}: there is no such list: choose from {', '.join(kinds)}")
-    for title, parts in kinds.items() if not kind else [(kind, kinds[kind])]:
+    for title in [kind] if kind else kinds:
         table = Table(title, "", box=None, title_justify="left")
-        for name, part in parts.items():
-            text = part.about if title == "stages" else getattr(part, "function", part).__doc__ or ""
-            table.add_row(name, text.strip().split("\n")[0])
+        for name, about in kinds[title].items():
+            table.add_row(name, about.strip().split("\n")[0])
         Console().print(table)
 
 

@@ -26,7 +26,7 @@ from tokenizer_build.corpus import read_blocks
 from tokenizer_build.count import count_block
 from tokenizer_build.files import write_json
 from tokenizer_build.tokenizer import save_tokenizer
-from tokenizer_build.trainers import TRAINERS
+from tokenizer_build.trainers import train_vocabulary
 from vocabshrink.data.batches import Batcher, cut_segments
 from vocabshrink.data.lexicon import Lexicon, WordStream, encode_corpus
 from vocabshrink.data.pieces import PieceTable
@@ -74,7 +74,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as place:
         student, encoded = Path(place) / "vocab", Path(place) / "encode"
         lines = [line for block in islice(read_blocks(arguments.corpus), arguments.blocks) for line in block]
-        pieces = TRAINERS["fewest"](count_block(lines), 5000, required=(), teacher_vocabulary=None)
+        pieces = train_vocabulary(count_block(lines), 5000)
         save_tokenizer(pieces, student)
         encode_corpus([lines], teacher, student, encoded)
         lexicon, stream = Lexicon.load(encoded), WordStream.load(encoded)

@@ -77,7 +77,7 @@ def measure_all(text: Path, teacher: str, processes: int) -> dict:
     from tokenizer_build.compare import measure
     from tokenizer_build.count import count_words
     from tokenizer_build.tokenizer import load_tokenizer, make_tokenizer
-    from tokenizer_build.trainers import TRAINERS
+    from tokenizer_build.trainers import train_vocabulary
 
     vocabulary = load_tokenizer(teacher).get_vocab()
     start = time.perf_counter()
@@ -88,7 +88,7 @@ def measure_all(text: Path, teacher: str, processes: int) -> dict:
     result: dict = {"pieces_per_word": {}, "teacher_overlap": {}}
     for size in SIZES:
         start, start_processor = time.perf_counter(), time.process_time()
-        pieces = TRAINERS["fewest"](counts, size, required=[], teacher_vocabulary=vocabulary)
+        pieces = train_vocabulary(counts, size, teacher_vocabulary=vocabulary)
         seconds, processor = time.perf_counter() - start, time.process_time() - start_processor
         ours = measure(counts, make_tokenizer(pieces))
         theirs = measure(counts, trained_on_counts(counts, size, characters))
@@ -109,7 +109,7 @@ def measure_all(text: Path, teacher: str, processes: int) -> dict:
 def wordpiece_trainer(size: int, characters: int):
     from tokenizers.trainers import WordPieceTrainer
 
-    from tokenizer_build.candidates import SPECIAL_TOKENS
+    from tokenizer_build.tokenizer import SPECIAL_TOKENS
 
     return WordPieceTrainer(
         vocab_size=size, special_tokens=SPECIAL_TOKENS, limit_alphabet=characters, show_progress=False

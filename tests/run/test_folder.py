@@ -1,18 +1,15 @@
-"""The run folder: a stage is done or not, files are whole or absent, and a full disk is a sentence."""
+"""The run folder: a stage is done or not, and a full disk is a sentence."""
 
-import errno
 import json
-import os
 import subprocess
 import sys
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
 
 from tokenizer_build.errors import InputError
-from tokenizer_build.files import read_json, replacing, write_json, write_text
+from tokenizer_build.files import read_json, write_text
 from vocabshrink.run.folder import RunDir, SharedRunDir
 
 
@@ -115,81 +112,12 @@ def test_a_broken_metrics_line_in_the_middle_is_named(run):
         run.metrics()
 
 
-def test_json_is_strict_whatever_numbers_come_in(tmp_path):
-    value = {
-        "nan": float("nan"),
-        "numpy": np.float32(0.5),
-        "torch": torch.tensor(3),
-        7: (np.int64(1), "é"),
-        "inside": [np.float64("inf")],
-        "path": Path("a/b"),
-        "none": None,
-        "yes": True,
-    }
-    write_json(tmp_path / "x.json", value)
-
-    def refuse(constant):
-        raise AssertionError(f"{constant} is not JSON")
-
-    assert json.loads((tmp_path / "x.json").read_text(encoding="utf-8"), parse_constant=refuse) == {
-        "nan": None,
-        "numpy": 0.5,
-        "torch": 3,
-        "7": [1, "é"],
-        "inside": [None],
-        "path": "a/b",
-        "none": None,
-        "yes": True,
-    }
-
-
-def test_a_failed_write_leaves_the_old_file_and_nothing_else(tmp_path):
-    path = tmp_path / "x.txt"
-    write_text(path, "old")
-    with pytest.raises(RuntimeError), replacing(path) as temporary:
-        temporary.write_text("half of the n")
-        raise RuntimeError("crash")
-    assert path.read_text() == "old" and [p.name for p in tmp_path.iterdir()] == ["x.txt"]
-
-
-def test_a_reader_keeps_the_file_it_opened(tmp_path):
-    write_text(tmp_path / "x.txt", "old")
-    with (tmp_path / "x.txt").open() as reader:
-        write_text(tmp_path / "x.txt", "new")
-        assert reader.read() == "old"
-    assert (tmp_path / "x.txt").read_text() == "new"
-
-
-def test_a_full_disk_names_the_file_and_the_bytes_free(tmp_path, monkeypatch):
-    def full(descriptor):
-        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-
-    monkeypatch.setattr(os, "fsync", full)
-    with pytest.raises(InputError, match=r"x\.json: [\d,]+ bytes are free"):
-        write_json(tmp_path / "x.json", {})
-    assert list(tmp_path.iterdir()) == []
-
-
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs Linux's always-full device")
 def test_a_really_full_device_while_appending_metrics(run):
     run.path.mkdir()
     (run.path / "metrics.jsonl").symlink_to("/dev/full")
     with pytest.raises(InputError, match="metrics.jsonl"):
         run.append_metrics({"step": 1})
-
-
-def test_other_os_errors_stay_what_they_are(tmp_path):
-    (tmp_path / "file").write_text("not a folder")
-    with pytest.raises(FileExistsError):
-        write_text(tmp_path / "file" / "x.txt", "")
-
-
-def test_missing_and_broken_json_are_named(tmp_path):
-    with pytest.raises(InputError, match="absent.json is missing"):
-        read_json(tmp_path / "absent.json")
-    (tmp_path / "bad.json").write_bytes(b"\xff{")
-    with pytest.raises(InputError, match="bad.json is not JSON"):
-        read_json(tmp_path / "bad.json")
 
 
 def test_environment_says_what_ran_and_not_who_or_where(run):

@@ -121,6 +121,8 @@ def test_endless_text_is_refused_before_it_is_read(tmp_path, monkeypatch):
             reads.append(size)
             return b"x" * size
 
+        readline = read
+
     monkeypatch.setattr(corpus, "_open", lambda path, compression: Endless())
     with pytest.raises(InputError, match="without white space"):
         list(read_lines([write(tmp_path / "a.txt", ["x"])]))
@@ -141,12 +143,12 @@ def test_bad_files_are_named_with_the_place(tmp_path):
     refused("no text in .*blank.txt", file("blank.txt", b" \n\n\t\n"))
     refused("no text in an empty list")
     refused(r"binary.txt has a NUL byte at byte 3: it is a binary", file("binary.txt", b"\x7fEL\0\0\0" * 99))
-    refused(r"utf16.txt is not UTF-8|utf16.txt has a NUL", file("utf16.txt", "text\n".encode("utf-16")))
-    refused(r"latin.txt is not UTF-8 at byte 7 \(0xef\): .*iconv", file("latin.txt", b"line\nna\xefve\n"))
-    refused(r"bom.txt is not UTF-8 at byte 5 ", file("bom.txt", b"\xef\xbb\xbfab\xff"))
-    refused(r"late.txt is not UTF-8 at byte 2000000", file("late.txt", b"ab\n" * 666_666 + b"ab\xff\n"))
-    refused(r"bad.jsonl, line 2 is not JSON", file("bad.jsonl", b'{"text": "a"}\n{"text": "b"\n'))
-    refused(r"list.jsonl, line 1 is no JSON object", file("list.jsonl", b'["a"]\n'))
+    refused(r"utf16.txt: not UTF-8|utf16.txt has a NUL", file("utf16.txt", "text\n".encode("utf-16")))
+    refused(r"latin.txt: not UTF-8 text at byte 7 \(0xef\): .*iconv", file("latin.txt", b"line\nna\xefve\n"))
+    refused(r"bom.txt: not UTF-8 text at byte 5 ", file("bom.txt", b"\xef\xbb\xbfab\xff"))
+    refused(r"late.txt: not UTF-8 text at byte 2000000", file("late.txt", b"ab\n" * 666_666 + b"ab\xff\n"))
+    refused(r"bad.jsonl: row 2 is not a JSON object \(.*column 13", file("bad.jsonl", b'{"text": "a"}\n{"text": "b"\n'))
+    refused(r"list.jsonl: row 1 is not a JSON object", file("list.jsonl", b'["a"]\n'))
     refused(r"number.jsonl, line 1: 'text' holds int", file("number.jsonl", b'{"text": 1}\n'))
     refused(r"half.jsonl, line 1: .*surrogate", file("half.jsonl", b'{"text": "a\\ud800"}\n'))
     refused(r"nul.jsonl has a NUL byte at byte 15", file("nul.jsonl", b'{"text": "a"}\n\n\0'))

@@ -1,6 +1,8 @@
 """The written folder loads in every loader, and all of them cut any text alike."""
 
 import json
+import subprocess
+import sys
 
 import pytest
 from hypothesis import example, given
@@ -8,7 +10,7 @@ from hypothesis import strategies as st
 from tokenizers import Tokenizer
 
 from tokenizer_build.errors import InputError
-from tokenizer_build.tokenizer import SPECIAL_TOKENS, load_tokenizer, make_tokenizer, save_tokenizer
+from tokenizer_build.tokenizer import SPECIAL_TOKENS, load_tokenizer, make_tokenizer, parse_tokenizer, save_tokenizer
 
 PIECES = [*SPECIAL_TOKENS, *"abcdeéé!漢", *(f"##{c}" for c in "abcdeé"), "abc", "##bcd", "É"]
 TEXT = st.text(st.one_of(st.sampled_from("abcdeéÉABC !漢\t\u0301\x1c"), st.characters(codec="utf-8")), max_size=40)
@@ -73,8 +75,17 @@ def test_a_loaded_tokenizer_neither_pads_nor_truncates(tmp_path):
     tokenizer = make_tokenizer(PIECES)
     tokenizer.enable_padding(length=128)
     tokenizer.enable_truncation(8)
-    tokenizer.save(str(tmp_path / "tokenizer.json"))
-    assert len(load_tokenizer(tmp_path).encode("a b " * 20, add_special_tokens=False).ids) == 40
+    file = tmp_path / "tokenizer.json"
+    tokenizer.save(str(file))
+    for loaded in (
+        load_tokenizer(tmp_path),
+        load_tokenizer(file),
+        parse_tokenizer(file.read_text("utf-8"), "memory"),
+        parse_tokenizer(file.read_bytes(), "memory"),
+    ):
+        assert loaded.padding is None and loaded.truncation is None
+        assert len(loaded.encode("a b " * 20, add_special_tokens=False).ids) == 40
+        assert len(loaded.encode("a").ids) == 3
 
 
 def test_bad_vocabularies_and_folders_are_refused(tmp_path):
@@ -84,6 +95,17 @@ def test_bad_vocabularies_and_folders_are_refused(tmp_path):
         make_tokenizer(PIECES[:4])
     with pytest.raises(InputError, match="no tokenizer.json and no vocab.txt"):
         load_tokenizer(tmp_path)
-    (tmp_path / "tokenizer.json").write_text('{"a": 1}')
-    with pytest.raises(InputError, match=r"tokenizer.json is no tokenizer|is not a tokenizer"):
+    (tmp_path / "vocab.txt").write_bytes(b"[PAD]\n\xff\n")
+    with pytest.raises(InputError, match="vocab.txt: not UTF-8 text at byte 6"):
         load_tokenizer(tmp_path)
+    whole = make_tokenizer(PIECES).to_str().encode()
+    for content in (b"", b"{", b"[]", b'{"a": 1}', b'{"model": {}}', whole[:-40], b"\xff" + whole, b"model " + whole):
+        (tmp_path / "tokenizer.json").write_bytes(content)
+        with pytest.raises(InputError, match=r"tokenizer.json is not a tokenizer that"):
+            load_tokenizer(tmp_path)
+
+
+def test_loading_needs_what_the_base_install_has():
+    program = "import sys, tokenizer_build.tokenizer; print({'pyarrow', 'sentencepiece', 'torch'} & set(sys.modules))"
+    out = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+    assert out.stdout == "set()\n"

@@ -14,7 +14,7 @@ from tokenizer_build.compare import measure
 from tokenizer_build.count import count_block
 from tokenizer_build.errors import InputError
 from tokenizer_build.tokenizer import SPECIAL_TOKENS, make_tokenizer
-from tokenizer_build.trainers import TRAINERS
+from tokenizer_build.trainers import TRAINERS, train_vocabulary
 
 
 def text():
@@ -40,8 +40,10 @@ def teacher():
 @pytest.fixture(scope="module")
 def trained(counts, teacher):
     return {
-        name: f(counts, 300, required=["klo"] if name != "prune" else [], teacher_vocabulary=teacher)
-        for name, f in TRAINERS.items()
+        name: train_vocabulary(
+            counts, 300, name, required=["klo"] if name != "prune" else [], teacher_vocabulary=teacher
+        )
+        for name in TRAINERS
     }
 
 
@@ -86,14 +88,14 @@ import hashlib, sys
 sys.path[:0] = [{tests!r}]
 from test_trainers import text, wordpiece_pieces
 from tokenizer_build.count import count_block
-from tokenizer_build.trainers import TRAINERS
+from tokenizer_build.trainers import TRAINERS, train_vocabulary
 lines = text()
 if {backwards}:
     lines = lines[::-1]
 counts = count_block(lines)
 teacher = {{piece: number for number, piece in enumerate(wordpiece_pieces(text(), 900))}}
-for name, f in TRAINERS.items():
-    pieces = f(counts, 300, required=[], teacher_vocabulary=teacher)
+for name in TRAINERS:
+    pieces = train_vocabulary(counts, 300, name, teacher_vocabulary=teacher)
     print(name, hashlib.sha256("\\n".join(pieces).encode()).hexdigest())
 """
 
@@ -101,8 +103,8 @@ for name, f in TRAINERS.items():
 def test_the_same_bytes_whatever_the_hash_seed_threads_and_order_of_the_counts(counts, teacher):
     here = os.path.dirname(__file__)
     expected = ""
-    for name, f in TRAINERS.items():
-        pieces = f(counts, 300, required=[], teacher_vocabulary=teacher)
+    for name in TRAINERS:
+        pieces = train_vocabulary(counts, 300, name, teacher_vocabulary=teacher)
         expected += f"{name} {hashlib.sha256(chr(10).join(pieces).encode()).hexdigest()}\n"
     for seed, threads, backwards in (("1", "1", False), ("77", "4", True)):
         environment = {**os.environ, "PYTHONHASHSEED": seed, "RAYON_NUM_THREADS": threads, "OMP_NUM_THREADS": threads}
@@ -116,35 +118,74 @@ def test_the_same_bytes_whatever_the_hash_seed_threads_and_order_of_the_counts(c
 @pytest.mark.parametrize("name", TRAINERS)
 def test_a_size_below_the_alphabet_names_the_least_size(name, counts, teacher):
     with pytest.raises(InputError, match="allow at least") as caught:
-        TRAINERS[name](counts, 20, required=[], teacher_vocabulary=teacher)
+        train_vocabulary(counts, 20, name, teacher_vocabulary=teacher)
     least = int(str(caught.value).split()[-1])
-    pieces = TRAINERS[name](counts, least, required=[], teacher_vocabulary=teacher)
+    pieces = train_vocabulary(counts, least, name, teacher_vocabulary=teacher)
     assert len(pieces) == least
     with pytest.raises(InputError):
-        TRAINERS[name](counts, least - 1, required=[], teacher_vocabulary=teacher)
+        train_vocabulary(counts, least - 1, name, teacher_vocabulary=teacher)
 
 
 @pytest.mark.parametrize("name", TRAINERS)
 def test_a_tiny_corpus_gives_what_there_is(name, teacher):
-    pieces = TRAINERS[name](count_block(["a ka kalo"]), 5000, required=[], teacher_vocabulary=teacher)
+    pieces = train_vocabulary(count_block(["a ka kalo"]), 5000, name, teacher_vocabulary=teacher)
     assert set(pieces) >= {*SPECIAL_TOKENS, "a", "k", "##l", "##o"} and len(pieces) < 100
     with pytest.raises(InputError, match="no words"):
-        TRAINERS[name]({}, 5000, required=[], teacher_vocabulary=teacher)
+        train_vocabulary({}, 5000, name, teacher_vocabulary=teacher)
 
 
 def test_bad_requests_are_refused(counts, teacher):
     with pytest.raises(InputError, match="name a teacher"):
-        TRAINERS["prune"](counts, 300, required=[], teacher_vocabulary=None)
+        train_vocabulary(counts, 300, "prune")
     with pytest.raises(InputError, match="no piece 'qqq'"):
-        TRAINERS["prune"](counts, 300, required=["qqq"], teacher_vocabulary=teacher)
-    with pytest.raises(InputError, match="'two words' is empty or holds white space"):
-        TRAINERS["fewest"](counts, 300, required=["two words"])
+        train_vocabulary(counts, 300, "prune", required=["qqq"], teacher_vocabulary=teacher)
+
+
+REFUSED = {"two words": 2, "new-york": 3, "": 0, "##ing": 3, "漢字": 2, "x" * 101: 1}
+
+
+@pytest.mark.parametrize("name", TRAINERS)
+def test_a_required_word_that_the_tokenizer_would_cut_is_refused_by_name(name, counts, teacher):
+    for word, number in REFUSED.items():
+        with pytest.raises(InputError, match=f"required word '{word}' is {number} words"):
+            train_vocabulary(counts, 300, name, required=["kalo", word], teacher_vocabulary=teacher)
+
+
+@pytest.mark.parametrize("lowercase", [True, False])
+@pytest.mark.parametrize("name", TRAINERS)
+def test_required_words_are_one_piece_whatever_their_case_accents_and_letters(name, lowercase, counts, teacher):
+    """Berlin and zürich are spelt with letters that the counts have not, and that uncased text never has."""
+    required = ["Berlin", "zürich", "Ĝis", "y", "!"]
+    seen = ["berlin", "zurich", "gis", "y", "!"] if lowercase else required
+    spelt = dict.fromkeys([*teacher, *seen, *alphabet_pieces(sorted(set("".join(seen))))])
+    trained = train_vocabulary(counts, 300, name, required=required, teacher_vocabulary=spelt, lowercase=lowercase)
+    assert set(seen) <= set(trained) and len(trained) == 300
+    tokenizer = make_tokenizer(trained, lowercase=lowercase)
+    for word in required:
+        assert len(tokenizer.encode(word, add_special_tokens=False).ids) == 1
+    if name == "prune":
+        with pytest.raises(InputError, match=f"no piece .*cannot keep '{seen[0]}'"):
+            train_vocabulary(counts, 300, name, required=required, teacher_vocabulary=teacher, lowercase=lowercase)
+
+
+@pytest.mark.parametrize("name", TRAINERS)
+def test_every_piece_is_reached_by_some_text(name, counts, teacher):
+    """Also where the teacher is cased and the student is not: `Kalo` and `dé` are no text to an uncased tokenizer."""
+    cased = [*teacher, "Kalo", "##É", "É", "dé", "##-a"]
+    trained = train_vocabulary(
+        counts, 300, name, required=["kalo"] if name == "prune" else ["Zürich"], teacher_vocabulary=cased
+    )
+    tokenizer = make_tokenizer(trained)
+    for piece in trained[len(SPECIAL_TOKENS) :]:
+        texts = [piece] if not piece.startswith("##") else [c + piece[2:] for c in trained if len(c) == 1]
+        reached = {token for text in texts for token in tokenizer.encode(text, add_special_tokens=False).tokens}
+        assert piece in reached, piece
 
 
 def test_marks_in_the_text_are_text():
     counts = count_block(["▁ka ▁ka kalo \U000f0000x kalo"])
     for name in ("fewest", "wordpiece", "bpe", "unigram"):
-        pieces = TRAINERS[name](counts, 60)
+        pieces = train_vocabulary(counts, 60, name)
         assert {"▁", "##▁"} <= set(pieces), name
         assert "[UNK]" not in make_tokenizer(pieces).encode("▁ka kalo").tokens
 

@@ -22,7 +22,7 @@ from importlib import metadata
 from pathlib import Path
 
 from tokenizer_build.errors import InputError
-from tokenizer_build.files import _plain, naming_full_disk, write_json, write_text
+from tokenizer_build.files import plain, naming_full_disk, write_json, write_text
 
 # What a fine-tuning's summary says beside its tasks' names.
 OF_SUMMARY = {"average", "seconds_per_step", "tokens", "test", "rounded", "minutes"}
@@ -79,7 +79,7 @@ class RunDir:
         with naming_full_disk(path):
             path.parent.mkdir(parents=True, exist_ok=True)
             with path.open("a", encoding="utf-8") as file:
-                file.write(json.dumps(_plain(row), ensure_ascii=False) + "\n")
+                file.write(json.dumps(plain(row), ensure_ascii=False) + "\n")
 
     def metrics(self) -> list[dict]:
         """All rows of metrics.jsonl, without a last line that a crash cut short."""
@@ -138,7 +138,7 @@ class SharedRunDir(RunDir):
 
     def stage(self, name: str) -> Path:
         if name not in self._stages:  # asked for thousands of times, and a recipe does not change
-            text = json.dumps(_plain(self.settings_of(name)), sort_keys=True)
+            text = json.dumps(plain(self.settings_of(name)), sort_keys=True)
             self._stages[name] = Path(self.shared) / f"{name}-{hashlib.sha256(text.encode()).hexdigest()[:16]}"
         return self._stages[name]
 

@@ -9,7 +9,7 @@ from tokenizer_build.count import count_words, read_counts, write_counts
 from tokenizer_build.errors import InputError
 from tokenizer_build.files import write_json
 from tokenizer_build.tokenizer import load_tokenizer, save_tokenizer
-from tokenizer_build.trainers import TRAINERS
+from tokenizer_build.trainers import train_vocabulary
 from vocabshrink.data.lexicon import encode_corpus
 from vocabshrink.run.engine import Context, saying_millions
 from vocabshrink.stages.inputs import teacher_folder
@@ -42,8 +42,13 @@ def vocab(context: Context) -> dict:
             )
         pieces = sorted(given.get_vocab(), key=given.token_to_id)
     else:
-        pieces = TRAINERS[section.trainer](
-            counts, section.size, required=section.required, teacher_vocabulary=teacher.get_vocab()
+        pieces = train_vocabulary(
+            counts,
+            section.size,
+            section.trainer,
+            required=section.required,
+            teacher_vocabulary=teacher.get_vocab(),
+            lowercase=section.lowercase,
         )
     save_tokenizer(pieces, context.folder, lowercase=section.lowercase)
     comparison = compare(counts, {"teacher": of_teacher, "student": context.folder})
