@@ -22,7 +22,7 @@ from importlib import metadata
 from pathlib import Path
 
 from tokenizer_build.errors import InputError
-from tokenizer_build.files import plain, naming_full_disk, write_json, write_text
+from tokenizer_build.files import naming_full_disk, plain, write_json, write_text
 
 # What a fine-tuning's summary says beside its tasks' names.
 OF_SUMMARY = {"average", "seconds_per_step", "tokens", "test", "rounded", "minutes"}
