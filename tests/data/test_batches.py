@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import threading
 from types import SimpleNamespace
 
 import numpy as np
@@ -22,12 +23,13 @@ from vocabshrink.data.batches import (
     Segments,
     cut_segments,
     gather_words,
+    make_batch,
     near_groups,
     prefetch,
     rare_words,
 )
 from vocabshrink.data.lexicon import Lexicon, WordStream, encode_corpus
-from vocabshrink.data.pieces import PieceTable, special_tokens
+from vocabshrink.data.pieces import PieceTable, Sequences, special_tokens
 
 LIMIT = 40  # pieces without special tokens: many lines need more, so that cutting is at work
 SIDES = ("mixed", "student", "teacher")
@@ -114,13 +116,13 @@ def make_batcher(encoded, table, segments):
     return make
 
 
-def words_of(encoded, line_numbers):
-    """(word ids, sequence numbers) of whole lines."""
+def words_of(encoded, line_numbers) -> Sequences:
+    """Whole lines."""
     stream = encoded[1]
     line_numbers = list(line_numbers)
     parts = [np.asarray(stream.word_ids[stream.line_offsets[i] : stream.line_offsets[i + 1]]) for i in line_numbers]
     sequence = np.repeat(np.arange(len(parts)), [len(part) for part in parts])
-    return np.concatenate(parts).astype(np.int64), sequence
+    return Sequences(np.concatenate(parts).astype(np.int64), sequence, len(parts))
 
 
 def pieces_of(lexicon, word, from_student, shift=0):
@@ -133,10 +135,10 @@ def pieces_of(lexicon, word, from_student, shift=0):
     return [int(piece) + (shift if from_student else 0) for piece in ids[offsets[word] : offsets[word + 1]]]
 
 
-def pairs_of(encoded, firsts, seconds):
-    """(word ids, sequence numbers, which are of the second sentence) of pairs of lines."""
-    words, sequence = words_of(encoded, [i for pair in zip(firsts, seconds, strict=True) for i in pair])
-    return words, sequence // 2, sequence % 2 == 1
+def pairs_of(encoded, firsts, seconds) -> Sequences:
+    """Pairs of lines."""
+    flat = words_of(encoded, [i for pair in zip(firsts, seconds, strict=True) for i in pair])
+    return Sequences(flat.words, flat.numbers // 2, flat.count // 2, flat.numbers % 2 == 1)
 
 
 def units_of(lexicon, word, shared) -> int:
@@ -183,8 +185,7 @@ class TestGather:
         for start in range(0, len(text), 64):
             numbers = range(start, min(start + 64, len(text)))
             expected = tokenizer([text[i] for i in numbers], padding=True, return_tensors="pt")
-            words, sequence = words_of(encoded, numbers)
-            found = table.gather(words, sequence, len(numbers), from_student)
+            found = table.gather(words_of(encoded, numbers), from_student)
             assert torch.equal(found.ids, expected["input_ids"])
             assert torch.equal(found.attention_mask, expected["attention_mask"])
             assert found.labels is None
@@ -201,8 +202,8 @@ class TestGather:
         sequence = np.repeat(np.arange(len(rows)), [len(a + b) for a, b in rows])
         second = np.array([k >= len(a) for a, b in rows for k in range(len(a + b))], dtype=bool) if paired else None
         choice = np.array(data.draw(st.lists(st.booleans(), min_size=len(words), max_size=len(words))), dtype=bool)
-        found = table.gather(words, sequence, len(rows), choice, combined=True, second=second)
-        mask = table.unit_mask(words, sequence, len(rows), pairs=paired)
+        sequences = Sequences(words, sequence, len(rows), second)
+        found, mask = table.gather(sequences, choice, combined=True), table.unit_mask(sequences)
         special, k, widths = table.teacher_special, 0, []
         for row, sentences in enumerate(rows):
             ids, units, types, whole = [special.cls], [0], [0], [True]
@@ -232,22 +233,22 @@ class TestGather:
 
     def test_a_teacher_with_more_rows_than_pieces(self, encoded, table):
         wide = PieceTable(encoded[0], table.teacher_size + 12)
-        words, sequence = words_of(encoded, range(20))
+        words = words_of(encoded, range(20))
         for choice in (True, False):
-            plain, other = (t.gather(words, sequence, 20, choice) for t in (table, wide))
+            plain, other = (t.gather(words, choice) for t in (table, wide))
             assert torch.equal(plain.ids, other.ids)
-        mixed = wide.gather(words, sequence, 20, True, combined=True)
+        mixed = wide.gather(words, True, combined=True)
         inside = inner(mixed)
-        assert torch.equal(mixed.ids[inside] - wide.teacher_size, wide.gather(words, sequence, 20, True).ids[inside])
+        assert torch.equal(mixed.ids[inside] - wide.teacher_size, wide.gather(words, True).ids[inside])
 
     @pytest.mark.parametrize("from_student", [False, True])
     def test_sentences_without_words_keep_their_special_tokens(self, table, from_student):
         none = np.zeros(0, np.int64)
         special = table.student_special if from_student else table.teacher_special
-        found = table.gather(none, none, 2, from_student)
+        found = table.gather(Sequences(none, none, 2), from_student)
         assert found.ids.tolist() == [[special.cls, special.sep]] * 2 and found.units.tolist() == [[0, 1]] * 2
-        assert table.unit_mask(none, none, 2).tolist() == [[True, True]] * 2
-        pairs = table.gather(none, none, 1, from_student, second=none.astype(bool))
+        assert table.unit_mask(Sequences(none, none, 2)).tolist() == [[True, True]] * 2
+        pairs = table.gather(Sequences(none, none, 1, none.astype(bool)), from_student)
         assert pairs.ids.tolist() == [[special.cls, special.sep, special.sep]]
         assert pairs.token_types.tolist() == [[0, 0, 1]] and pairs.units.tolist() == [[0, 1, 2]]
 
@@ -268,12 +269,8 @@ class TestUnits:
 
     def both(self, table, encoded, paired):
         numbers = range(0, 200)
-        if paired:
-            words, sequence, second = pairs_of(encoded, numbers, range(200, 400))
-        else:
-            words, sequence, second = *words_of(encoded, numbers), None
-        sides = [table.gather(words, sequence, 200, side, second=second) for side in (False, True)]
-        return *sides, table.unit_mask(words, sequence, 200, pairs=paired)
+        words = pairs_of(encoded, numbers, range(200, 400)) if paired else words_of(encoded, numbers)
+        return *(table.gather(words, side) for side in (False, True)), table.unit_mask(words)
 
     @pytest.mark.parametrize("paired", [False, True])
     def test_are_pieces_where_the_vocabularies_are_equal(self, equal, paired):
@@ -328,24 +325,24 @@ class TestPairs:
         expected = tokenizer(
             [text[i] for i in firsts], [text[i] for i in seconds], padding=True, return_tensors="pt", truncation=False
         )
-        words, sequence, second = pairs_of((lexicon, stream), firsts, seconds)
-        found = table.gather(words, sequence, len(firsts), from_student, second=second)
+        words = pairs_of((lexicon, stream), firsts, seconds)
+        found = table.gather(words, from_student)
         assert torch.equal(found.ids, expected["input_ids"])
         assert torch.equal(found.attention_mask, expected["attention_mask"])
         if teacher == "roberta" and not from_student:
             assert found.token_types is None and not expected.get("token_type_ids", torch.zeros(1)).any()
         else:
             assert torch.equal(found.token_types, expected["token_type_ids"]) and found.token_types.any()
-        mixed = table.gather(words, sequence, len(firsts), np.zeros(len(words), bool), second=second, combined=True)
+        mixed = table.gather(words, np.zeros(len(words.words), bool), combined=True)
         if not from_student:
             assert same(mixed, found)  # mixed input is laid out as the teacher's
 
     def test_two_separators_are_one_unit(self, byte_level):
         """So that a RoBERTa teacher's `</s> </s>` is compared with the student's one [SEP]."""
         table = PieceTable(byte_level[0])
-        words, sequence, second = pairs_of(byte_level, range(50), range(50, 100))
-        teacher, student = (table.gather(words, sequence, 50, side, second=second) for side in (False, True))
-        mask = table.unit_mask(words, sequence, 50, pairs=True)
+        words = pairs_of(byte_level, range(50), range(50, 100))
+        teacher, student = (table.gather(words, side) for side in (False, True))
+        mask = table.unit_mask(words)
         for row in range(50):
             count = int(mask[row].sum())
             for side, special, times in ((teacher, table.teacher_special, 2), (student, table.student_special, 1)):
@@ -355,10 +352,10 @@ class TestPairs:
                 assert side.ids[row, side.units[row] == 0].tolist() == [special.cls]
 
     def test_masking_leaves_the_layout(self, encoded, sharing):
-        words, sequence, second = pairs_of(encoded, range(50), range(50, 100))
-        masked, rng = np.ones(len(words), bool), np.random.default_rng(0)
-        plain = sharing.gather(words, sequence, 50, True, second=second)
-        noisy = sharing.gather(words, sequence, 50, True, second=second, masked=masked, rng=rng)
+        words = pairs_of(encoded, range(50), range(50, 100))
+        masked, rng = np.ones(len(words.words), bool), np.random.default_rng(0)
+        plain = sharing.gather(words, True)
+        noisy = sharing.gather(words, True, masked=masked, rng=rng)
         assert torch.equal(noisy.units, plain.units) and torch.equal(noisy.token_types, plain.token_types)
         assert torch.equal(noisy.labels, torch.where(inner(plain), plain.ids, -100))
 
@@ -366,10 +363,11 @@ class TestPairs:
 class TestLabels:
     @pytest.mark.parametrize("paired", [False, True])
     def test_stand_at_first_pieces(self, encoded, sharing, paired):
-        words, sequence, second = pairs_of(encoded, range(50), range(50, 100))
+        pairs = pairs_of(encoded, range(50), range(50, 100))
+        words = pairs.words
         labels = np.where(np.arange(len(words)) % 3 == 0, -100, np.arange(len(words)))
-        options = {"second": second} if paired else {}
-        sides = [sharing.gather(words, sequence, 50, side, labels=labels, **options) for side in (False, True)]
+        sequences = pairs if paired else dataclasses.replace(pairs, second=None)
+        sides = [sharing.gather(sequences, side, labels=labels) for side in (False, True)]
         for side, from_student in zip(sides, (False, True), strict=True):
             where = side.labels >= 0
             assert side.labels[where].tolist() == labels[labels >= 0].tolist()  # in order, each once
@@ -379,8 +377,8 @@ class TestLabels:
 
     def test_of_words_that_one_side_lacks_are_gone_on_both(self):
         table = PieceTable(lacking())
-        words, labels = np.arange(3), np.array([7, 8, 9])
-        found = [table.gather(words, np.zeros(3, int), 1, side, labels=labels).labels.tolist() for side in (0, 1)]
+        words, labels = Sequences(np.arange(3), np.zeros(3, int), 1), np.array([7, 8, 9])
+        found = [table.gather(words, side, labels=labels).labels.tolist() for side in (0, 1)]
         assert found == [[[-100, 7, -100, -100]]] * 2
 
 
@@ -388,13 +386,13 @@ class TestMasking:
     @pytest.fixture(scope="class")
     def masked(self, encoded, table):
         """The three sides of 20,000 words of which every third is masked, and the clean sides."""
-        words, sequence = words_of(encoded, range(400))
-        words, sequence = np.tile(words, 4), np.concatenate([sequence + 400 * k for k in range(4)])
+        once = words_of(encoded, range(400))
+        words, sequence = np.tile(once.words, 4), np.concatenate([once.numbers + 400 * k for k in range(4)])
         rng = np.random.default_rng(5)
         chosen, choice = rng.random(len(words)) < 1 / 3, rng.random(len(words)) < 0.5
 
         def gather(side, **masking):
-            return table.gather(words, sequence, 1600, side[0], combined=side[1], **masking)
+            return table.gather(Sequences(words, sequence, 1600), side[0], combined=side[1], **masking)
 
         sides = {"student": (True, False), "teacher": (False, False), "mixed": (choice, True)}
         clean = {name: gather(side) for name, side in sides.items()}
@@ -503,7 +501,7 @@ class TestSegments:
 
 def clean_words(batcher: Batcher, index: int) -> list[tuple[int, ...]]:
     """The word ids of each segment of a batch, by the segments themselves."""
-    chosen = batcher._segments_of(index)
+    chosen = batcher.order.rows(index)
     return [int(s) for s in batcher.segments.starts[chosen]]
 
 
@@ -512,7 +510,7 @@ class TestBatcher:
     def test_a_batch_is_a_function_of_its_number(self, make_batcher, group_size):
         options = {"group_size": group_size, "mask": 0.15, "p": lambda index: 0.3 + index / 1000}
         one, other = make_batcher(**options), make_batcher(**options)
-        numbers = [0, 5, one.per_epoch, one.per_epoch + 3, 2 * one.per_epoch - 1]
+        numbers = [0, 5, one.order.per_epoch, one.order.per_epoch + 3, 2 * one.order.per_epoch - 1]
         first = {i: one.batch(i) for i in numbers}
         assert all(same(first[i], other.batch(i)) for i in reversed(numbers))
         assert all(same(first[i], one.batch(i)) for i in (numbers[3], numbers[0], numbers[4], numbers[1]))
@@ -523,28 +521,32 @@ class TestBatcher:
         batcher = make_batcher(batch_size=batch_size, group_size=group_size)
         orders = []
         for epoch in range(2):
-            seen = [s for i in range(batcher.per_epoch) for s in clean_words(batcher, epoch * batcher.per_epoch + i)]
+            seen = [
+                s
+                for i in range(batcher.order.per_epoch)
+                for s in clean_words(batcher, epoch * batcher.order.per_epoch + i)
+            ]
             assert sorted(seen) == sorted(segments[0].starts.tolist())
             orders.append(seen)
-        if batcher.per_batch < len(segments[0].starts):
+        if batcher.order.per_batch < len(segments[0].starts):
             assert orders[0] != orders[1]
 
     def test_batches_hold_their_segments_and_no_held_out_line(self, make_batcher, encoded, segments, table):
         stream, batcher = encoded[1], make_batcher(sides=("teacher",))
         offsets = np.asarray(stream.line_offsets)
-        for index in range(batcher.per_epoch):
+        for index in range(batcher.order.per_epoch):
             starts = clean_words(batcher, index)
             assert all((np.searchsorted(offsets, s, side="right") - 1) % 7 != 6 for s in starts)
-            words, sequence = gather_words(stream, batcher.segments, batcher._segments_of(index))
-            assert same(batcher.batch(index).teacher, table.gather(words, sequence, len(starts), False))
+            words = gather_words(stream, batcher.segments, batcher.order.rows(index))
+            assert words.count == len(starts) and same(batcher.batch(index).teacher, table.gather(words, False))
         assert not set(segments[0].starts) & set(segments[1].starts)
 
     def test_lengths_are_pooled(self, make_batcher, segments):
         """Little padding: within a batch lengths are near, although batches come in any order."""
         batcher = make_batcher()
-        spread = [np.ptp(segments[0].lengths[batcher._segments_of(i)]) for i in range(batcher.per_epoch)]
+        spread = [np.ptp(segments[0].lengths[batcher.order.rows(i)]) for i in range(batcher.order.per_epoch)]
         assert np.mean(spread) <= 2 < np.ptp(segments[0].lengths)
-        means = [segments[0].lengths[batcher._segments_of(i)].mean() for i in range(batcher.per_epoch)]
+        means = [segments[0].lengths[batcher.order.rows(i)].mean() for i in range(batcher.order.per_epoch)]
         assert means != sorted(means)
 
     @pytest.mark.parametrize("group_size", [1, 4])
@@ -553,7 +555,7 @@ class TestBatcher:
         """Also where a swap brings in a longer word, or segments were cut longer than the batch may be."""
         batcher = make_batcher(batch_size=16, group_size=group_size, max_pieces=limit)
         widths = []
-        for index in range(batcher.per_epoch):
+        for index in range(batcher.order.per_epoch):
             batch = batcher.batch(index)
             for side in SIDES:
                 lengths = getattr(batch, side).attention_mask.sum(1)
@@ -586,10 +588,11 @@ class TestBatcher:
                 abs(from_student.float().mean() - expected) < 5 * (expected * (1 - expected) / len(from_student)) ** 0.5
             )
 
-    def test_unit_mask_is_of_units_that_both_sides_have(self, encoded, table, make_batcher):
+    def test_unit_mask_is_of_units_that_both_sides_have(self, encoded, table):
         lexicon = encoded[0]
         words = np.arange(table.words)
-        batch = make_batcher().assemble(words, np.zeros(len(words), np.int64), 1, np.random.default_rng(0), 0.5)
+        one = Sequences(words, np.zeros(len(words), np.int64), 1)
+        batch = make_batch(table, one, SIDES, rng=np.random.default_rng(0))
         expected = [all(pieces_of(lexicon, word, side) for side in (False, True)) for word in words]
         assert batch.unit_mask.tolist() == [[True, *expected, True]]
 
@@ -616,8 +619,9 @@ class TestBatcher:
         lexicon.teacher_ids, lexicon.student_ids = lexicon.teacher_ids[:1], lexicon.student_ids[:1]
         for shared, expected in ((np.full(9, 5), [True] * 4), (None, [True, True, False, True, True])):
             table, words = PieceTable(lexicon, shared=shared), np.array([0, 1, 0])
-            assert table.unit_mask(words, np.zeros(3, int), 1).tolist() == [expected]
-            units = table.gather(words, np.zeros(3, int), 1, False).units
+            sequences = Sequences(words, np.zeros(3, int), 1)
+            assert table.unit_mask(sequences).tolist() == [expected]
+            units = table.gather(sequences, False).units
             assert units.tolist() == [np.flatnonzero(expected).tolist()]
 
     def test_the_same_segment_is_mixed_anew_each_time(self, make_batcher, segments):
@@ -648,11 +652,26 @@ class TestBatcher:
 
     def test_prefetch_keeps_the_order(self, make_batcher):
         batcher = make_batcher(mask=0.15)
-        numbers = [0, 3, 1, batcher.per_epoch + 2, 2, 0]
+        numbers = [0, 3, 1, batcher.order.per_epoch + 2, 2, 0]
         expected = [make_batcher(mask=0.15).batch(i) for i in numbers]
         found = list(prefetch(batcher, iter(numbers)))
         assert len(found) == len(numbers) and all(same(a, b) for a, b in zip(found, expected, strict=True))
         assert list(prefetch(batcher, iter([]))) == []
+
+    def test_prefetch_begins_no_batch_for_a_consumer_that_stopped(self):
+        """As Ctrl-C stops it: what was begun is finished, what waits is dropped, and the thread ends."""
+        begun, go_on = [], threading.Event()
+
+        def make(index):
+            begun.append(index)
+            return index if index == 0 else go_on.wait() and index
+
+        threads, batches = set(threading.enumerate()), prefetch(SimpleNamespace(batch=make), iter(range(9)))
+        assert next(batches) == 0
+        go_on.set()
+        with pytest.raises(KeyboardInterrupt):
+            batches.throw(KeyboardInterrupt)
+        assert begun in ([0], [0, 1]) and set(threading.enumerate()) == threads
 
     def test_prefetch_passes_errors_on(self, make_batcher):
         def fail(index):
@@ -694,8 +713,9 @@ class TestNearGroups:
         words = np.array([w for s in sentences for w in s])
         sequence = np.repeat(np.arange(len(sentences)), [len(s) for s in sentences])
         before = words.copy()
-        found, numbers = near_groups((words, sequence), len(sentences), rare, np.random.default_rng(seed))
-        assert np.array_equal(words, before) and np.all(np.diff(numbers) >= 0)
+        groups = near_groups(Sequences(words, sequence, len(sentences)), rare, np.random.default_rng(seed))
+        found, numbers = groups.words, groups.numbers
+        assert groups.count == 4 * len(sentences) and np.array_equal(words, before) and np.all(np.diff(numbers) >= 0)
         assert set(numbers.tolist()) == set(range(4 * len(sentences)))  # 4 i + j, and none is empty
         for i, sentence in enumerate(sentences):
             itself, swapped, dropped, part = (found[numbers == 4 * i + j].tolist() for j in range(4))
@@ -713,9 +733,9 @@ class TestNearGroups:
         counts = {"first": 0, "second": 0, "rotation": 0, 1: 0, 2: 0}
         places = set()
         for seed in range(300):
-            found, numbers = near_groups(
-                (sentence, np.zeros(10, int)), 1, np.ones(12, bool), np.random.default_rng(seed)
-            )
+            one = Sequences(sentence, np.zeros(10, int), 1)
+            groups = near_groups(one, np.ones(12, bool), np.random.default_rng(seed))
+            found, numbers = groups.words, groups.numbers
             part = found[numbers == 3].tolist()
             counts["rotation" if len(part) == 10 else "first" if part[0] == 0 else "second"] += 1
             counts[10 - int((numbers == 2).sum())] += 1
@@ -725,9 +745,8 @@ class TestNearGroups:
 
     def test_reach_the_batch_in_order(self, make_batcher, encoded, table):
         batcher = make_batcher(sides=("teacher",), batch_size=16, group_size=4, max_pieces=500)
-        chosen = batcher._segments_of(0)
-        words, sequence = gather_words(encoded[1], batcher.segments, chosen)
-        plain = table.gather(words, sequence, len(chosen), False)
+        chosen = batcher.order.rows(0)
+        plain = table.gather(gather_words(encoded[1], batcher.segments, chosen), False)
         grouped = batcher.batch(0).teacher
         assert len(grouped.ids) == 4 * len(chosen) == 16
         assert torch.equal(grouped.ids[::4, : plain.ids.shape[1]], plain.ids)
@@ -741,9 +760,9 @@ def is_subsequence(short: list, long: list) -> bool:
 def test_gather_words_reads_any_segments(encoded):
     stream = encoded[1]
     segments = Segments(np.array([5, 0, 12]), np.array([3, 2, 4], np.int32))
-    words, sequence = gather_words(stream, segments, np.array([2, 0]))
-    assert words.tolist() == [*stream.word_ids[12:16].tolist(), *stream.word_ids[5:8].tolist()]
-    assert sequence.tolist() == [0, 0, 0, 0, 1, 1, 1] and words.dtype == np.int64
+    found = gather_words(stream, segments, np.array([2, 0]))
+    assert found.words.tolist() == [*stream.word_ids[12:16].tolist(), *stream.word_ids[5:8].tolist()]
+    assert found.numbers.tolist() == [0, 0, 0, 0, 1, 1, 1] and found.words.dtype == np.int64 and found.count == 2
 
 
 def test_the_student_is_another_vocabulary(tiny_teacher, student_folder, encoded):

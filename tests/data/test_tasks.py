@@ -17,7 +17,7 @@ from tokenizers.implementations import ByteLevelBPETokenizer
 from transformers import AutoTokenizer, BertTokenizerFast, RobertaTokenizerFast
 
 from tokenizer_build.errors import InputError
-from vocabshrink.data import tasks
+from vocabshrink.data import task_batches
 from vocabshrink.data.batches import Batch
 from vocabshrink.data.metrics import headline, slot_f1, spans
 from vocabshrink.data.task_batches import TaskBatcher, encode_task
@@ -197,14 +197,14 @@ WRONG = {
     "unknown label": (
         changed(SINGLE, label="odd"),
         {"meta": {"labels": ["bad", "good"]}},
-        "row 2: label 'odd' is none of bad, good: correct it, or add it to tasks.it.labels",
+        "row 2: label 'odd' is none of bad, good: correct it or add it to tasks.it.labels",
     ),
     "number too large": (changed(SINGLE, label=2), {"labels": ["a", "b"]}, "row 2: label 2 is none of a, b"),
     "number below zero": (changed(SINGLE, label=-1), {"labels": ["a", "b"]}, "row 2: label -1 is none of a, b"),
     "zero where one is first": (changed(SINGLE, label=0), {"labels": ["1", "2"]}, "row 1: label 0 is none of 1, 2"),
     "boolean label": (changed(SINGLE, label=True), {"labels": ["a", "b"]}, "row 2: label True is none of a, b"),
-    "float label": (changed(SINGLE, label=1.0), {}, "row 2: label is 1.0, no label: .* set kind: regression"),
-    "boolean, no names": (changed(SINGLE, label=True), {}, "row 2: label is True, no label"),
+    "float label": (changed(SINGLE, label=1.0), {}, "row 2: label 1.0 is none of 0: .* need kind: regression"),
+    "boolean, no names": (changed(SINGLE, label=True), {}, "row 2: label True is none of 0"),
     "no label": (changed(SINGLE, label=...), {"labels": ["a", "b"]}, "row 2 has no label: add it, or name the label's"),
     "no label, no names": (changed(SINGLE, label=...), {}, "row 2 has no label"),
     "no text": (changed(SINGLE, sentence1=...), {}, r"row 2 has no sentence1 \(but label\): add it, or name the fie"),
@@ -220,11 +220,11 @@ WRONG = {
         {},
         "row 2: sentence1 has a lone surrogate: mend its encoding",
     ),
-    "score a word": (changed(SINGLE, label="high"), {"kind": "regression"}, "row 2: label is 'high', no score: wri"),
-    "score a boolean": (changed(SINGLE, label=True), {"kind": "regression"}, "row 2: label is True, no score"),
-    "score NaN": (changed(SINGLE, label=math.nan), {"kind": "regression"}, "row 2: label is nan, no score"),
-    "score infinite": (changed(SINGLE, label="inf"), {"kind": "regression"}, "row 2: label is 'inf', no score"),
-    "score huge": (changed(SINGLE, label=10**400), {"kind": "regression"}, "row 2: label is 10+[.]{3}, no score"),
+    "score a word": (changed(SINGLE, label="high"), {"kind": "regression"}, "row 2: label 'high' is no score: wri"),
+    "score a boolean": (changed(SINGLE, label=True), {"kind": "regression"}, "row 2: label True is no score"),
+    "score NaN": (changed(SINGLE, label=math.nan), {"kind": "regression"}, "row 2: label nan is no score"),
+    "score infinite": (changed(SINGLE, label="inf"), {"kind": "regression"}, "row 2: label 'inf' is no score"),
+    "score huge": (changed(SINGLE, label=10**400), {"kind": "regression"}, "row 2: label 10{79} is no score"),
     "score missing": (changed(SINGLE, label=...), {"kind": "regression"}, "row 2 has no label: add it"),
     "scores equal": ([SINGLE[0]] * 2, {"kind": "regression"}, r"train.jsonl: every row has the label 0.0: give r"),
     "one label": ([SINGLE[0]] * 3, {"labels": ["a", "b"]}, "train.jsonl: every row has the label 'a': give ro"),
@@ -234,9 +234,9 @@ WRONG = {
     "not JSON": ('{"sentence1": "a", "label": 0}\n\n{"sentence1": ', {}, "row 3 is not a JSON object: write one"),
     "not an object": ("[1, 2]", {}, "row 1 is not a JSON object"),
     "deep": ("[" * 100_000, {}, "row 1 is not a JSON object"),
-    "not UTF-8": ('{"sentence1": "caf\xe9"}'.encode("latin-1"), {}, "not UTF-8 text at byte 18: write the ro"),
+    "not UTF-8": ('{"sentence1": "caf\xe9"}'.encode("latin-1"), {}, "not UTF-8 text at byte 18: write it as UTF-8"),
     "UTF-16": (jsonl(SINGLE).encode("utf-16"), {}, "not UTF-8 text at byte 0"),
-    "no tokens": (changed(TOKENS, tokens=...), {"kind": "tokens"}, "row 2 has no list tokens: add it, or name its f"),
+    "no tokens": (changed(TOKENS, tokens=...), {"kind": "tokens"}, "row 2 has no list tokens: add it, or name one in"),
     "tokens empty": (changed(TOKENS, tokens=[]), {"kind": "tokens"}, "row 2 has no list tokens"),
     "a token a number": (changed(TOKENS, tokens=[3]), {"kind": "tokens"}, r"row 2: tokens\[0\] is 3, not text"),
     "a token empty": (changed(TOKENS, tokens=[""]), {"kind": "tokens"}, r"row 2: tokens\[0\] is empty"),
@@ -247,7 +247,12 @@ WRONG = {
         {"kind": "tokens", "labels": ["O", "B-x"]},
         "row 2 has 1 tokens and 0 slots: give each token one",
     ),
-    "metric of another kind": (SINGLE, {"metrics": ["pearson"]}, "'pearson' is no metric of classification: use"),
+    "metric of another kind": (
+        SINGLE,
+        {"metrics": ["pearson"]},
+        "'pearson' is no metric of classification: list accuracy, f1",
+    ),
+    "metrics no list": (SINGLE, {"meta": {"metrics": 5}}, "5 is no metric of classification: list accuracy"),
     "metric in meta": (SINGLE, {"meta": {"metrics": ["bleu"]}}, "'bleu' is no metric of classification"),
     "f1 of three": (SINGLE, {"labels": ["a", "b", "c"], "metrics": ["f1"]}, "f1 is of two labels and there are 3"),
     "labels twice": (SINGLE, {"labels": ["a", "a"]}, "tasks.it.labels: a label is written twice"),
@@ -272,6 +277,7 @@ class TestRefusals:
             ('sentence1,label\n"kalo "mine"",0\n', r"row 2 is not CSV \(.*\): double the quotes inside quotes"),
             ('sentence1,label\n"kalo,0\n', r"row 2 is not CSV"),
             ("sentence1,sentence1,label\na,b,0\n", "the header names a column twice: sentence1, sentence1, label"),
+            (b"sentence1,label\nkalo,0\nru\xff,1\n", "cannot be read .*position 25.*: .*write it as UTF-8"),
             ("sentence1,label\n", "there are no rows in it"),
             ("\n\n", "there are no rows in it"),
             ("sentence1,label\na,0\nb,\n", "row 3 has no label"),
@@ -300,17 +306,17 @@ class TestRefusals:
     def test_missing_and_unreadable_files(self, tmp_path, write):
         section = write(SINGLE)
         for path, message in (
-            ("none.jsonl", "none.jsonl: no such task file: correct its path in the tasks section"),
+            ("none.jsonl", "none.jsonl: no such file: correct its path"),
             (".", "the suffix says neither .jsonl nor .csv"),
             ("train.tsv", "train.tsv: the suffix says neither .jsonl nor .csv: write the rows as one of them"),
         ):
             with pytest.raises(InputError, match=message):
                 read_task(section.model_copy(update={"train": str(tmp_path / path)}), "it")
         (tmp_path / "folder.csv").mkdir()
-        with pytest.raises(InputError, match="folder.csv: cannot be read as a task file: Is a directory"):
+        with pytest.raises(InputError, match="folder.csv: cannot be read .*Is a directory.*: correct its path"):
             read_task(section.model_copy(update={"validation": str(tmp_path / "folder.csv")}), "it")
         (tmp_path / "meta.json").write_text("{")
-        with pytest.raises(InputError, match="meta.json: not a JSON file"):
+        with pytest.raises(InputError, match="meta.json: not a JSON object"):
             read_task(section, "it")
 
 
@@ -334,7 +340,7 @@ class TestLabelOrder:
             ({0: "yes", 1: "no"}, "teacher: its labels are in another order: yes, no instead of no, yes: write its"),
             ({0: "bad", 1: "good"}, "it has other labels: bad, good instead of no, yes"),
             ({0: "LABEL_1", 1: "LABEL_0"}, "it has other labels"),
-            ({0: "no", 1: "yes", 2: "perhaps"}, r"it has 3 labels and task it has 2 \(no, yes\): choose a teacher of"),
+            ({0: "no", 1: "yes", 2: "perhaps"}, r"it has 3 outputs, task it needs 2 \(no, yes\): train one"),
         ],
     )
     def test_others_are_refused(self, id2label, message):
@@ -342,7 +348,7 @@ class TestLabelOrder:
             check_label_order(made(), id2label, "teacher")
 
     def test_a_classifier_is_no_regression(self):
-        with pytest.raises(InputError, match="it has 2 outputs and task it is a regression"):
+        with pytest.raises(InputError, match="it has 2 outputs, task it needs a score"):
             check_label_order(made("regression", labels=()), {0: "no", 1: "yes"}, "teacher")
 
 
@@ -382,9 +388,12 @@ class TestLogits:
     @pytest.mark.parametrize(
         ("tensors", "message"),
         [
-            ({"train": np.ones((3, 2))}, r"train has logits of shape \[3, 2\] and the task 2 rows: make them from"),
+            (
+                {"train": np.ones((3, 2))},
+                r"train has logits of shape \[3, 2\] and the task 2 rows of 2 .*: make them from",
+            ),
             ({"train": np.ones((2, 2)), "validation": np.ones((1, 2))}, r"validation has logits of shape \[1, 2\]"),
-            ({"train": np.ones((2, 3))}, r"train has 3 logits a row and the task 2 labels \(no, yes\)"),
+            ({"train": np.ones((2, 3))}, r"train has logits of shape \[2, 3\] and the task 2 rows of 2 \(no, yes\)"),
             ({"train": np.ones(2)}, r"logits of shape \[2\]"),
             ({"train": np.array([[0, 1], [np.nan, 0]])}, "train row 2 is not finite: write the logits anew"),
             ({"train": np.array([[np.inf, 1], [0, 0]])}, "train row 1 is not finite"),
@@ -397,10 +406,12 @@ class TestLogits:
             read_logits(store(**tensors), made())
 
     def test_files_that_cannot_be_read(self, tmp_path, store):
-        with pytest.raises(InputError, match="none.safetensors: no such file of logits: correct tasks.it.logits"):
+        with pytest.raises(
+            InputError, match="none.safetensors: no logits to read .*No such file.*: correct tasks.it.logits"
+        ):
             read_logits(tmp_path / "none.safetensors", made())
         (tmp_path / "half.safetensors").write_bytes(store(train=np.ones((2, 2))).read_bytes()[:-3])
-        with pytest.raises(InputError, match="half.safetensors: not a safetensors file"):
+        with pytest.raises(InputError, match="half.safetensors: no logits to read .*: correct tasks.it.logits"):
             read_logits(tmp_path / "half.safetensors", made())
         with pytest.raises(InputError, match="stored logits serve one label a row, not tokens"):
             read_logits(tmp_path / "none.safetensors", made("tokens", ("O",), [[0]]))
@@ -540,8 +551,8 @@ def task_of(first, second=None, *, kind="classification", targets=None, labels=(
 
 def in_order(batcher: TaskBatcher) -> Iterator[Batch]:
     """Every row once, as they stand in the file."""
-    for start in range(0, batcher.rows, batcher.per_batch):
-        yield batcher.of_rows(np.arange(start, min(start + batcher.per_batch, batcher.rows)))
+    for start in range(0, batcher.rows, batcher.order.per_batch):
+        yield batcher.of_rows(np.arange(start, min(start + batcher.order.per_batch, batcher.rows)))
 
 
 def real(side, tensor=None) -> list[list[int]]:
@@ -622,8 +633,8 @@ class TestEncoding:
         task = task_of(["kalo mine", "ru"], validation=rows)
         first = encode_task(task, teachers["bert"], student_folder, tmp_path)
         assert first.starts["train"].tolist() == [0, 1, 2] and first.starts["validation"].tolist() == [2, 3]
-        calls, encode = [], tasks.encode_corpus
-        monkeypatch.setattr(tasks, "encode_corpus", lambda *args: calls.append(args) or encode(*args))
+        calls, encode = [], task_batches.encode_corpus
+        monkeypatch.setattr(task_batches, "encode_corpus", lambda *args: calls.append(args) or encode(*args))
         again = encode_task(task, teachers["bert"], student_folder, tmp_path)
         assert not calls and np.array_equal(again.stream.word_ids, first.stream.word_ids)
         for other, teacher in (
@@ -640,7 +651,7 @@ class TestEncoding:
 
         encode_task(task_of(["kalo mine"]), teachers["bert"], student_folder, tmp_path)
         with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-            patch.setattr(tasks, "write_json", fail)  # the new words are there and the mark is not
+            patch.setattr(task_batches, "write_json", fail)  # the new words are there and the mark is not
             encode_task(task_of(["mine ru kalo"]), teachers["bert"], student_folder, tmp_path)
         found = encode_task(task_of(["kalo mine"]), teachers["bert"], student_folder, tmp_path)
         assert found.stream.line_offsets.tolist() == [0, 2]
@@ -723,7 +734,7 @@ class TestBatcher:
         rows = {index: one.batch(index).rows.tolist() for index in (0, 9, 3, 16)}
         assert all(other.batch(index).rows.tolist() == rows[index] for index in (16, 3, 0, 9))
         assert TaskBatcher(long_task, "train", batch_size=8, seed=4).batch(0).rows.tolist() != rows[0]
-        assert (one.rows, one.per_epoch) == (60, 8)
+        assert (one.rows, one.order.per_epoch) == (60, 8)
 
     def test_every_row_once_an_epoch(self, long_task):
         batcher = TaskBatcher(long_task, "train", batch_size=8, seed=3)

@@ -1,20 +1,19 @@
-"""The lexicon: a corpus as a stream of word ids, each word known by its pieces in both vocabularies.
+"""The lexicon: a corpus as a stream of word ids, and the pieces of each word in both vocabularies.
 
-A corpus is tokenised once. Every line becomes a row of word ids in a memory-mapped file, and the lexicon says
-which teacher pieces and which student pieces each word has; from then on any segmentation, mixed ones
-included, is a gather. A *word* is the smallest stretch of text at whose edges both tokenizers cut, and its
-identity is its two segmentations: "The" and "the" are one word where both vocabularies are uncased.
+A corpus is tokenised once. Every line becomes a row of word ids in a memory-mapped file, and the lexicon lists the
+teacher pieces and the student pieces of each word; from then on any segmentation, mixed ones included, is a gather.
+A *word* is the smallest stretch of text at whose edges both tokenizers cut, and its identity is its two
+segmentations: "The" and "the" are one word if both vocabularies are uncased.
 
-Exact by construction: lines are cut into chunks only where neither tokenizer can see across the cut (before
-a space that follows a visible character; for two BERT tokenizers also beside ASCII punctuation), each
-distinct chunk is tokenised by the real tokenizers, and its pieces are only grouped, never reordered or
-dropped. So the pieces of a line's words, put together, are what the tokenizer gives for the line (special
-tokens written in the text being text). Tokenizers for which that cannot be promised are refused by
-`check_family`, and the first lines of every corpus are compared again.
+This is exact by construction: lines are cut into chunks only where neither tokenizer can see across the cut (before a
+space that follows a visible character; for two BERT tokenizers also beside ASCII punctuation), each distinct chunk is
+tokenised by the real tokenizers, and its pieces are only grouped, never reordered or dropped. The pieces of a line's
+words, joined, are therefore what the tokenizer gives for the line (with special tokens in the text read as text).
+`check_family` refuses tokenizers for which that cannot be promised, and the first lines of every corpus are compared.
 
-Cost: one dictionary look-up per chunk (about 2 million words a second and core once warm) and one call of
-each tokenizer per distinct chunk. Memory holds one block, a bounded cache of chunks and the lexicon; only the
-last grows. Not done: tokenizers that read whole sentences (no split at spaces), dropping words seen once.
+Cost: one dictionary look-up per chunk (about 2 million words per second and core once warm) and one call of each
+tokenizer per distinct chunk. Memory holds one block, a bounded cache of chunks and the lexicon; only the lexicon
+grows. Not done: tokenizers that read whole sentences (no split at spaces), dropping words seen once.
 """
 
 from __future__ import annotations
@@ -31,6 +30,7 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
+from functools import cache
 from itertools import accumulate, chain, filterfalse
 from pathlib import Path
 
@@ -41,32 +41,15 @@ from tokenizers.normalizers import BertNormalizer
 from tokenizers.pre_tokenizers import BertPreTokenizer
 
 from tokenizer_build.errors import InputError
+from tokenizer_build.files import naming_full_disk, read_json, write_json
 
 CACHED_CHUNKS = 1_000_000  # about 250 MB; Zipf's law makes a refill after clearing cheap
 CACHED_CHARACTERS = 1_000  # longer chunks are not words of a language and will not come again
 CHECKED_CHARACTERS = 500_000  # of the first block, compared with whole-line tokenisation
-TABLES = ("teacher_offsets", "teacher_ids", "student_offsets", "student_ids", "counts", "ends_sentence")
-LOCAL_NORMALIZERS = (
-    "BertNormalizer",
-    "NFC",
-    "NFD",
-    "NFKC",
-    "NFKD",
-    "Lowercase",
-    "StripAccents",
-    "Nmt",
-    "Strip",
-    "Precompiled",
-)
+LOCAL_NORMALIZERS = re.compile("BertNormalizer|NFK?[CD]|Lowercase|StripAccents|Nmt|Strip|Precompiled")
 PRE_TOKENIZERS_AT_SPACES = ("BertPreTokenizer", "Whitespace", "WhitespaceSplit", "Metaspace", "ByteLevel")
 EDGES = (" ", "  ", "   ", " \t", "\t ", "\u00a0 ", " \u00a0", "\u200b ", ". ", " '", "▁ ", " ▁", "é ", " \u0301")
-ROLES = {
-    "pad": ("[PAD]", "<pad>"),
-    "unk": ("[UNK]", "<unk>"),
-    "cls": ("[CLS]", "<s>"),
-    "sep": ("[SEP]", "</s>"),
-    "mask": ("[MASK]", "<mask>"),
-}
+ROLES = {"pad": "<pad>", "unk": "<unk>", "cls": "<s>", "sep": "</s>", "mask": "<mask>"}  # RoBERTa's names
 
 CHUNK = re.compile(r" *[^ ]+| +")
 DOUBTFUL = re.compile(r"[^ -~](?= )")  # a character that may not be a safe place to cut, before a space
@@ -78,8 +61,8 @@ SENTENCE_END = re.compile("[.!?…‼‽⁇⁈⁉。！．？｡؟۔।॥]+")
 class Lexicon:
     """A word *is* its two segmentations; the tables are CSR: word w has ids[offsets[w]:offsets[w + 1]].
 
-    `meta` has "teacher" and "student", each {"size", "special": {"pad", "unk", "cls", "sep", "mask"} (id or
-    None), "sha256" (of tokenizer.json), "lowercase", "family"}, and the totals that `encode_corpus` returns.
+    `meta` has "teacher" and "student", each {"size", "special": {"pad", "unk", "cls", "sep", "mask"} (id or None),
+    "double_sep", "sha256" (of tokenizer.json), "lowercase", "family"}, and the totals that `encode_corpus` returns.
     """
 
     teacher_offsets: np.ndarray  # [W + 1] int64
@@ -93,13 +76,12 @@ class Lexicon:
 
     @classmethod
     def load(cls, folder: str | Path) -> Lexicon:
-        """Reads what `encode_corpus` wrote. Raises InputError where the folder is no finished lexicon."""
+        """Reads what `encode_corpus` wrote. Raises InputError if the folder is not a finished lexicon."""
         folder = Path(folder)
-        meta = _read_meta(folder)
-        tables = load_file(folder / "lexicon.safetensors")
+        meta = read_json(folder / "meta.json")
         # split on "\n" alone: JSON keeps U+2028 and its like as they are, and str.splitlines cuts there
         words = ",".join((folder / "words.jsonl").read_text(encoding="utf-8").split("\n")[:-1])
-        return cls(**{name: tables[name] for name in TABLES}, words=json.loads(f"[{words}]"), meta=meta)
+        return cls(**load_file(folder / "lexicon.safetensors"), words=json.loads(f"[{words}]"), meta=meta)
 
 
 @dataclass(frozen=True)
@@ -111,17 +93,14 @@ class WordStream:
 
     @classmethod
     def load(cls, folder: str | Path) -> WordStream:
-        """Maps what `encode_corpus` wrote. Raises InputError where the folder is no finished lexicon."""
-        folder = Path(folder)
-        _read_meta(folder)
-        return cls(np.load(folder / "word_ids.npy", mmap_mode="r"), np.load(folder / "line_offsets.npy", mmap_mode="r"))
+        """Maps what `encode_corpus` wrote. Raises InputError if the folder is not a finished lexicon."""
+        read_json(Path(folder) / "meta.json")
+        return cls(*(np.load(Path(folder) / f"{name}.npy", mmap_mode="r") for name in ("word_ids", "line_offsets")))
 
 
-def _read_meta(folder: Path) -> dict:
-    try:
-        return json.loads((folder / "meta.json").read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise InputError(f"{folder} holds no word stream (no meta.json); run the encode stage") from None
+def within_rows(lengths: np.ndarray) -> np.ndarray:
+    """The position of every element in its row of a CSR table: [0 .. lengths[0] - 1, 0 .. lengths[1] - 1, ...]."""
+    return np.arange(int(lengths.sum())) - np.repeat(np.cumsum(lengths) - lengths, lengths)
 
 
 def encode_corpus(
@@ -133,13 +112,17 @@ def encode_corpus(
     processes: int = 1,
     progress: Callable[[int], None] | None = None,
 ) -> dict:
-    """Writes lexicon and word stream of `blocks` (lists of lines) into `folder`; returns the totals.
+    """Writes the lexicon and word stream of `blocks` (lists of lines) into `folder`; returns the totals.
 
-    Tokenizers are folders or tokenizer.json files. The files are byte-identical for every number of processes
-    (words are numbered by first occurrence) and for every way of cutting the lines into blocks. An empty line
-    stays as a line without words. `progress` is called with the number of words of each block written.
-    Totals: lines, words, distinct_words, teacher_pieces, student_pieces (both over the whole stream).
-    Raises InputError for a tokenizer that cannot be handled exactly and for a corpus without words.
+    Tokenizers are folders or tokenizer.json files. The files are byte-identical for every number of processes (words
+    are numbered by first occurrence) and for every way of cutting the lines into blocks. An empty line stays as a line
+    without words. `progress` is called with the number of words of each block written. Other files in `folder` stay,
+    and a run that fails leaves the earlier ones.
+
+    Returns: {"lines", "words", "distinct_words", "teacher_pieces", "student_pieces"}, pieces over the whole stream.
+
+    Raises:
+        InputError: a tokenizer that cannot be handled exactly, a corpus without words, a full disk.
     """
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # one thread a process; and spawn inherits it
     folder, paths = Path(folder), (tokenizer_file(teacher_tokenizer), tokenizer_file(student_tokenizer))
@@ -147,25 +130,26 @@ def encode_corpus(
     same = meta["student"]["sha256"] == meta["teacher"]["sha256"]  # a teacher alone on a task stands on both sides
     if (family := meta["student"]["family"]) != "wordpiece" and not same:
         raise InputError(f"{paths[1]} is a {family} tokenizer; give the student a WordPiece vocabulary")
-    partial = folder / ".partial"
+    partial = folder / ".partial"  # one name, so that the next run removes what a killed one left
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
     try:
-        meta |= _write(_encode_blocks(blocks, paths, processes), partial, progress or (lambda words: None))
-        (partial / "meta.json").write_text(json.dumps(meta, indent=1) + "\n", encoding="utf-8")
-        (folder / "meta.json").unlink(missing_ok=True)  # goes first and comes last: no half-written run loads
-        for file in sorted(partial.iterdir(), key=lambda file: file.name == "meta.json"):
-            os.replace(file, folder / file.name)
+        with naming_full_disk(folder):
+            totals = _write(_encode_blocks(blocks, paths, processes), partial, progress or (lambda words: None))
+            write_json(partial / "meta.json", meta | totals)
+            (folder / "meta.json").unlink(missing_ok=True)  # goes first and comes last: no half-written run loads
+            for file in sorted(partial.iterdir(), key=lambda file: file.name == "meta.json"):
+                os.replace(file, folder / file.name)
     finally:
         shutil.rmtree(partial, ignore_errors=True)
-    return {name: value for name, value in meta.items() if name not in ("teacher", "student")}
+    return totals
 
 
 # ---------------------------------------------------------------------------------------------- tokenizers
 
 
 def tokenizer_file(path: str | Path) -> Path:
-    """The tokenizer.json of a folder, or the file itself. Raises InputError where there is none."""
+    """The tokenizer.json of a folder, or the file itself. Raises InputError if there is none."""
     path = Path(path)
     file = path / "tokenizer.json" if path.is_dir() else path
     if not file.is_file():
@@ -174,10 +158,10 @@ def tokenizer_file(path: str | Path) -> Path:
 
 
 def check_family(path: str | Path) -> str:
-    """ "wordpiece", "byte-level", "metaspace" or "words": how the tokenizer of this file keeps words apart.
+    """How the tokenizer of this file keeps words apart: "wordpiece", "byte-level", "metaspace" or "words".
 
-    Raises InputError, with the reason, for a tokenizer that cannot be cut at spaces exactly: one that reads
-    whole sentences or single characters, whose parts are not known to act locally, or that is random.
+    Raises InputError, with the reason, for a tokenizer that cannot be cut at spaces exactly: one that reads whole
+    sentences or single characters, whose parts are not known to act locally, or that is random.
     """
     path = tokenizer_file(path)
     tokenizer = _load(path)
@@ -185,9 +169,9 @@ def check_family(path: str | Path) -> str:
     reason = _unfit(spec) or _inexact(tokenizer)
     if reason:
         raise InputError(f"{path} cannot be encoded word by word: {reason}; choose another teacher")
-    kinds = {part["type"] for part in _parts(spec["pre_tokenizer"], "pretokenizers")}
     if spec["model"]["type"] == "WordPiece":
         return "wordpiece"
+    kinds = {part["type"] for part in _parts(spec["pre_tokenizer"], "pretokenizers")}
     return "byte-level" if "ByteLevel" in kinds else "metaspace" if "Metaspace" in kinds else "words"
 
 
@@ -199,13 +183,13 @@ def _parts(spec: dict | None, key: str) -> list[dict]:
 
 
 def _unfit(spec: dict) -> str | None:
-    """Why the parts of this tokenizer.json are not known to act within words; None where they are."""
+    """Why the parts of this tokenizer.json are not known to act within words; None if they are."""
     blanks = (" {2,}", r"\s{2,}|[\n\r\t]", r"\s+")  # these match within one run of white space
     for part in _parts(spec["normalizer"], "normalizers"):
         pattern = part.get("pattern", {})
         text = pattern.get("String", " " if pattern.get("Regex") in blanks else "  ")
         harmless = part["type"] == "Replace" and (text in (" ", "▁") or not re.search(r"[\s▁]", text))
-        if part["type"] not in LOCAL_NORMALIZERS and not harmless:
+        if not (harmless or LOCAL_NORMALIZERS.fullmatch(part["type"])):
             return f"its normalizer {part['type']} {pattern or ''} may look across spaces"
     apart = False
     for part in _parts(spec["pre_tokenizer"], "pretokenizers"):
@@ -226,7 +210,7 @@ def _unfit(spec: dict) -> str | None:
 
 
 def _inexact(tokenizer: Tokenizer) -> str | None:
-    """Backstop to `_unfit`: lines with every kind of edge, tokenised as a whole and in chunks."""
+    """Backstop to `_unfit`: tokenises lines with every kind of edge as a whole and in chunks, and compares."""
     splitter = _Splitter([tokenizer])
     if not all(splitter.safe(chr(c)) for c in range(33, 127)):
         return "its normalizer changes a word by what stands beside it"
@@ -239,7 +223,7 @@ def _inexact(tokenizer: Tokenizer) -> str | None:
 
 
 def _load(path: Path) -> Tokenizer:
-    """The tokenizer as it segments plain text: special tokens are text, nothing is cut, padded or added."""
+    """The tokenizer as it segments plain text: special tokens are text, and nothing is cut, padded or added."""
     try:
         spec = json.loads(path.read_text(encoding="utf-8"))
         # without the post-processor the offsets of byte-level pieces keep their space, and nothing overlaps
@@ -256,9 +240,9 @@ def _describe(path: Path) -> dict:
     config_file = path.with_name("tokenizer_config.json")
     config = json.loads(config_file.read_text(encoding="utf-8")) if config_file.is_file() else {}
     special = {}
-    for role, usual in ROLES.items():
+    for role, name in ROLES.items():
         named = config.get(f"{role}_token")
-        names = (named["content"] if isinstance(named, dict) else named or "", *usual)
+        names = (named["content"] if isinstance(named, dict) else named or "", f"[{role.upper()}]", name)
         special[role] = next((i for i in map(tokenizer.token_to_id, names) if i is not None), None)
     normalizer = tokenizer.normalizer
     return {
@@ -425,26 +409,21 @@ def _encode_blocks(blocks: Iterable[list[str]], paths: tuple[Path, Path], proces
     # spawn, not fork: the tokenizers library and torch hold threads. Blocks wait in a short queue, so that
     # the corpus is read no faster than it is encoded.
     context = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(processes, context, initializer=_start_worker, initargs=paths) as pool:
+    with ProcessPoolExecutor(processes, context) as pool:
         waiting = deque()
         for block in blocks:
-            waiting.append(pool.submit(_encode_in_worker, block))
+            waiting.append(pool.submit(_encode_in_worker, paths, block))
             if len(waiting) > 2 * processes:
                 yield waiting.popleft().result()
         while waiting:
             yield waiting.popleft().result()
 
 
-_worker: _Encoder | None = None
+_encoder_of_worker = cache(_Encoder)
 
 
-def _start_worker(teacher: Path, student: Path) -> None:
-    global _worker
-    _worker = _Encoder(teacher, student)
-
-
-def _encode_in_worker(lines: list[str]) -> tuple:
-    return _worker.encode(lines)
+def _encode_in_worker(paths: tuple[Path, Path], lines: list[str]) -> tuple:
+    return _encoder_of_worker(*paths).encode(lines)
 
 
 def _check(encoder: _Encoder, lines: list[str], result: tuple) -> None:
@@ -512,17 +491,15 @@ def _write(results: Iterable[tuple], folder: Path, progress: Callable[[int], Non
     return totals
 
 
-def _tables(keys: Iterable[bytes]) -> dict[str, np.ndarray]:
+def _tables(keys: dict[bytes, int]) -> dict[str, np.ndarray]:
     """CSR tables of both sides from the words' keys (see _Encoder)."""
-    keys = list(keys)
     data = np.frombuffer(b"".join(keys), np.int32)
     lengths = np.fromiter(map(len, keys), np.int64, len(keys)) // 4
-    starts = np.cumsum(lengths) - lengths
-    of_teacher = data[starts].astype(np.int64)
-    place = np.arange(len(data)) - np.repeat(starts, lengths)
-    is_student = place > np.repeat(of_teacher, lengths)
+    teacher = data[np.cumsum(lengths) - lengths].astype(np.int64)
+    place = within_rows(lengths)
+    is_student = place > np.repeat(teacher, lengths)
     tables = {"teacher_ids": data[(place > 0) & ~is_student], "student_ids": data[is_student]}
-    for side, sizes in (("teacher", of_teacher), ("student", lengths - 1 - of_teacher)):
+    for side, sizes in (("teacher", teacher), ("student", lengths - 1 - teacher)):
         tables[f"{side}_offsets"] = np.concatenate((np.zeros(1, np.int64), np.cumsum(sizes)))
     return tables
 

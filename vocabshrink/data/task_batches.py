@@ -1,4 +1,11 @@
-"""TODO: data.task_batches."""
+"""A labelled task's rows as batches of both vocabularies.
+
+All splits are encoded once into one lexicon, a sentence (or a token) per line, so that teacher and student see the same
+words cut at the same places, and a batch is a gather: no tokenizer runs during training. A token's label stands at its
+first piece on each side. Cost: a split's words in memory, as int64. Not done: splits that do not fit there.
+
+Shapes: R rows of a split, C labels (1 for scores), B sequences, T pieces of a padded sequence.
+"""
 
 import hashlib
 import json
@@ -11,15 +18,12 @@ import numpy as np
 import torch
 
 from tokenizer_build.files import write_json
-from vocabshrink.data.batches import Batch, Batcher, Segments
+from vocabshrink.data.batches import Batch, Order, Segments, make_batch
 from vocabshrink.data.lexicon import Lexicon, WordStream, encode_corpus, tokenizer_file
-from vocabshrink.data.pieces import PieceTable
+from vocabshrink.data.pieces import PieceTable, Sequences
 from vocabshrink.data.tasks import UNLABELLED, Task
 
 BLOCK_LINES = 10_000
-
-
-# ---------------------------------------------------------------------------------------------- batches
 
 
 @dataclass(frozen=True)
@@ -35,13 +39,12 @@ class EncodedTask:
 def encode_task(
     task: Task, teacher_tokenizer: str | Path, student_tokenizer: str | Path, folder: str | Path
 ) -> EncodedTask:
-    """Encodes all splits into one lexicon in `folder`, or reads it where the same rows were encoded before.
+    """Encodes all splits into one lexicon in `folder`, or reads it if the same rows were encoded before.
 
     A line is a sentence, or a token of a token task: from the second on behind a space, so that byte-level vocabularies
     read the tokens as they stand in the sentence.
     """
-    folder = Path(folder)
-    starts, first = {}, 0
+    folder, starts, first = Path(folder), {}, 0
     for split, rows in task.splits.items():
         widths = [len(tokens) for tokens in rows.first] if task.kind == "tokens" else [1 + (rows.second is not None)]
         starts[split] = first + np.concatenate([[0], np.cumsum(np.resize(widths, len(rows)))])
@@ -67,13 +70,11 @@ def _lines(task: Task) -> Iterator[str]:
             if task.kind == "tokens":
                 yield from (f" {token}" if place else token for place, token in enumerate(text))
             else:
-                yield text
-                if rows.second is not None:
-                    yield rows.second[index]
+                yield from [text] if rows.second is None else [text, rows.second[index]]
 
 
-class TaskBatcher(Batcher):
-    """Batches of a split by step number, and its outputs in the order of its rows."""
+class TaskBatcher:
+    """Batches of a split by step number, and a model's outputs in the order of its rows."""
 
     def __init__(
         self,
@@ -93,13 +94,11 @@ class TaskBatcher(Batcher):
                 counted; those that a pair has more are taken off here.
             shared: of `PieceTable`.
         """
-        self.task, self.split = encoded.task, encoded.task.splits[split]
+        self.task, self.split, self.sides = encoded.task, encoded.task.splits[split], sides
         self.table = PieceTable(encoded.lexicon, shared=shared)
         self.rows = len(self.split)
-        self.per_batch, self.seed, self.sides = max(1, batch_size), seed, sides
-        self.per_epoch = -(-self.rows // self.per_batch)
-        self._epoch = None
         self._cut(encoded, encoded.starts[split], max_pieces)
+        self.order = Order(self.segments.lengths, max(1, batch_size), seed)
 
     def _cut(self, encoded: EncodedTask, starts: np.ndarray, max_pieces: int) -> None:
         """Lays out the words that fit: a sentence loses its end, a pair's longer sentence first, by whole words."""
@@ -111,20 +110,19 @@ class TaskBatcher(Batcher):
         cost, pair = self.table.longest[words], self.split.second is not None
         group, groups = (2 * row + place, 2 * self.rows) if pair else (row, self.rows)
         sizes = np.bincount(group, weights=cost, minlength=groups).astype(np.int64)
+        limits = np.full(groups, max_pieces)
         if pair:
-            special = self.table.teacher_special.double_sep, self.table.student_special.double_sep
-            room = max_pieces - 1 - any(special)
+            room = max_pieces - max(self.table.teacher_special.between, self.table.student_special.between)
             left, right = sizes[::2], sizes[1::2]
-            limits = np.stack([np.maximum(room - right, -(-room // 2)), np.maximum(room - left, room // 2)], 1).ravel()
-        else:
-            limits = np.full(groups, max_pieces)
+            limits[::2] = np.maximum(room - right, -(-room // 2))
+            limits[1::2] = np.maximum(room - left, room // 2)
         keep = np.cumsum(cost) - (np.cumsum(sizes) - sizes)[group] <= limits[group]
         self.words, row, place = words[keep], row[keep], place[keep]
         self.sizes = np.bincount(row, weights=cost[keep], minlength=self.rows)  # pieces of each row
         lengths = np.bincount(row, minlength=self.rows)
         self.segments = Segments(np.cumsum(lengths) - lengths, lengths)
         self.second = place == 1 if pair else None
-        self.tokens = None
+        self.tokens = self.labels = None
         if self.task.kind == "tokens":  # a token is labelled at its first word that both vocabularies can write
             line = starts[row] + place
             whole = np.flatnonzero(self.table.whole[self.words])
@@ -136,50 +134,34 @@ class TaskBatcher(Batcher):
 
     def batch(self, index: int) -> Batch:
         """The index-th batch of the run."""
-        return self.of_rows(self._segments_of(index))
+        return self.of_rows(self.order.rows(index))
 
     def of_rows(self, rows: np.ndarray) -> Batch:
         """The batch of these rows [B]."""
-        return self._gather(rows, None if self.tokens is None else self.labels)
+        return self._gather(rows, self.labels)
 
     def _gather(self, rows: np.ndarray, labels: np.ndarray | None) -> Batch:
-        lengths = self.segments.lengths[rows]
-        ends = np.cumsum(lengths)
-        index = np.repeat(self.segments.starts[rows] - (ends - lengths), lengths) + np.arange(int(ends[-1]))
-        words, sequence, count = self.words[index], np.repeat(np.arange(len(rows)), lengths), len(rows)
-        second = None if self.second is None else self.second[index]
-        labels = None if labels is None else labels[index]
-        sides = {
-            side: self.table.gather(words, sequence, count, side == "student", second=second, labels=labels)
-            for side in self.sides
-        }
-        targets = None
+        places, numbers = self.segments.places(rows)
+        second = None if self.second is None else self.second[places]
+        sequences = Sequences(self.words[places], numbers, len(rows), second)
+        batch = make_batch(self.table, sequences, self.sides, labels=None if labels is None else labels[places])
+        batch.rows = torch.from_numpy(np.asarray(rows, np.int64))
         if self.task.kind != "tokens":
             targets = torch.from_numpy(self.split.targets[rows])
-            targets = targets.float() if self.task.kind == "regression" else targets
-        pair = second is not None
-        special = 2 + (1 + self.table.student_special.double_sep if pair else 0)
-        return Batch(
-            sides.get("student"),
-            sides.get("teacher"),
-            None,
-            unit_mask=self.table.unit_mask(words, sequence, count, pairs=pair),
-            tokens=int(self.table.lengths[words + self.table.words].sum()) + special * count,
-            targets=targets,
-            rows=torch.from_numpy(np.asarray(rows, np.int64)),
-        )
+            batch.targets = targets.float() if self.task.kind == "regression" else targets
+        return batch
 
     def predict(self, model: Callable[[Batch], torch.Tensor], side: str = "student") -> np.ndarray | list[np.ndarray]:
         """A model's outputs in the order of the rows, as `score` takes them: [R, C], or [tokens, C] for each row.
 
         model: batch -> [B, C], or [B, T, C] for the pieces of `side`. Rows of like length go together. A token that was
-        cut off, or that has no piece, is answered O (the first label where there is no O).
+        cut off, or that has no piece, is answered O (the first label if there is no O).
         """
         order = np.argsort(self.sizes, kind="stable")
         found: list = [None] * self.rows
         outside = self.task.labels.index("O") if "O" in self.task.labels else 0
-        for start in range(0, self.rows, self.per_batch):
-            rows = order[start : start + self.per_batch]
+        for start in range(0, self.rows, self.order.per_batch):
+            rows = order[start : start + self.order.per_batch]
             batch = self._gather(rows, self.tokens)
             places = getattr(batch, side).labels
             for pieces in (batch.student, batch.teacher):
