@@ -23,7 +23,6 @@ from vocabshrink.data.batches import (
     Segments,
     cut_segments,
     gather_words,
-    make_batch,
     near_groups,
     prefetch,
     rare_words,
@@ -588,11 +587,11 @@ class TestBatcher:
                 abs(from_student.float().mean() - expected) < 5 * (expected * (1 - expected) / len(from_student)) ** 0.5
             )
 
-    def test_unit_mask_is_of_units_that_both_sides_have(self, encoded, table):
+    def test_unit_mask_is_of_units_that_both_sides_have(self, encoded, table, make_batcher):
         lexicon = encoded[0]
         words = np.arange(table.words)
         one = Sequences(words, np.zeros(len(words), np.int64), 1)
-        batch = make_batch(table, one, SIDES, rng=np.random.default_rng(0))
+        batch = make_batcher().assemble(one, np.random.default_rng(0), 0.5)
         expected = [all(pieces_of(lexicon, word, side) for side in (False, True)) for word in words]
         assert batch.unit_mask.tolist() == [[True, *expected, True]]
 

@@ -5,9 +5,11 @@ position in the data is the step number and a resumed run sees exactly the batch
 become pieces and units: see pieces.py, also for the shapes B, T, U and n. S segments.
 """
 
+import math
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import KW_ONLY, dataclass
+from itertools import chain, pairwise
 from typing import Any
 
 import numpy as np
@@ -25,17 +27,17 @@ POOL_BATCHES = 64  # batches sorted by length together: little padding, and stil
 class Batch:
     """What one step sees.
 
-    student: in the student's pieces. teacher: in the teacher's. mixed: mixed, in combined ids. unit_mask [B, U] bool:
-    true at units that every side has whole, special tokens included. Sides that a task does not ask for are None.
-    tokens: student pieces. targets: [B] int64 classes or [B] float scores of a task, whose training set has this batch
-    at `rows` [B] int64; None outside tasks. recorded: the teacher's view of the batch if it was kept (recorded.py).
+    unit_mask [B, U] bool: true at units that every side has whole, special tokens included. tokens: student pieces.
+    student, teacher: in that vocabulary's pieces; mixed: in both, combined ids; None if not asked for. targets: [B]
+    int64 classes or [B] float scores of a task, whose split has this batch at `rows` [B] int64; None outside tasks.
+    recorded: the teacher's view of the batch if it was kept (recorded.py).
     """
 
-    student: Pieces | None
-    teacher: Pieces | None
-    mixed: Pieces | None
     unit_mask: torch.Tensor
     tokens: int
+    student: Pieces | None = None
+    teacher: Pieces | None = None
+    mixed: Pieces | None = None
     targets: torch.Tensor | None = None
     rows: torch.Tensor | None = None
     recorded: Any = None
@@ -73,13 +75,11 @@ def cut_segments(
     held_out_every: int,
     sides: tuple[str, ...] = ("mixed",),
 ) -> tuple[Segments, Segments]:
-    """Cuts the stream at line ends (and, for unit "sentence", at sentence ends) and at `max_pieces`.
+    """(training, held-out) segments: lines, or sentences if `unit` says so, cut where they exceed `max_pieces`.
 
-    Pieces are counted in the vocabulary that needs more of them, so any mixture fits; if only the teacher reads, in
-    the teacher's, so that what it learns does not depend on the student's. A line is never split between training and
-    held-out segments.
-
-    Returns: (training, held out) segments. Raises InputError if the corpus leaves none to train on.
+    Pieces are counted in the vocabulary that needs more of them, so that any mixture fits; in the teacher's if only the
+    teacher reads, so that what it learns does not depend on the student's. A line is never split between the two.
+    Raises InputError if the corpus leaves nothing to train on.
     """
     table_lengths = np.diff(lexicon.teacher_offsets).astype(np.int64)
     if sides != ("teacher",):
@@ -112,27 +112,23 @@ def cut_segments(
         found.append((begin[keep] + offsets[0], length[keep].astype(np.int32), held_out[keep]))
     starts, lengths, held_out = map(np.concatenate, zip(*found, strict=True))
     if held_out.all():
-        fault = f"no run of at least {min_words} words fits {max_pieces} pieces"
-        raise InputError(f"corpus: {fault}: give more text or a larger max_length")
+        run = f"run of at least {min_words} words fits {max_pieces} pieces"
+        raise InputError(f"corpus: no {run}: give more text or a larger max_length")
     return Segments(starts[~held_out], lengths[~held_out]), Segments(starts[held_out], lengths[held_out])
 
 
 class Order:
-    """Which rows each batch of a training holds: a pure function of the batch's number.
-
-    Every epoch is shuffled, then sorted by length within pools of batches, so that batches hardly pad; the batches of
-    an epoch come in random order.
-    """
+    """The rows of each batch: shuffled every epoch, then sorted by length within pools, so that batches hardly pad."""
 
     def __init__(self, lengths: np.ndarray, per_batch: int, seed: int):
         self.lengths, self.per_batch, self.seed = lengths, per_batch, seed
-        self.per_epoch = max(1, -(-len(lengths) // per_batch))
-        self._epoch: tuple[int, np.ndarray, np.ndarray] | None = None
+        self.per_epoch = max(1, math.ceil(len(lengths) / per_batch))
+        self._epoch: tuple = (None,)  # the last one used: its number, its order, the order of its batches
 
     def rows(self, index: int) -> np.ndarray:
         """Row numbers of the index-th batch."""
         epoch, position = divmod(index, self.per_epoch)
-        if self._epoch is None or self._epoch[0] != epoch:
+        if self._epoch[0] != epoch:
             rng = np.random.default_rng((self.seed, 0, epoch))
             order = rng.permutation(len(self.lengths))
             pool = self.per_batch * POOL_BATCHES
@@ -146,11 +142,11 @@ class Order:
 
 @dataclass
 class Batcher:
-    """Batches of segments by step number.
+    """Batches of segments by number.
 
-    batch_size: sequences, of which `group_size` (1, or 4: see `near_groups`) are made of one segment. sides: "student",
+    batch_size: sequences, of which `group_size` (1, or 4: see `near_groups`) come from one segment. sides: "student",
     "teacher", "mixed". p: batch number -> share of mixed words in the student's pieces. mask: share of words masked.
-    max_pieces: of a sequence, special tokens not counted.
+    max_pieces: of a sequence without its special tokens.
     """
 
     table: PieceTable
@@ -176,36 +172,22 @@ class Batcher:
         sequences = gather_words(self.stream, self.segments, self.order.rows(index))
         if self.group_size > 1:
             sequences = near_groups(sequences, self._rare, rng)
-        masking = {"mask": self.mask, "p": self.p(index), "rng": rng}
-        return make_batch(self.table, self._fit(sequences), self.sides, **masking)
+        return self.assemble(self._fit(sequences), rng, self.p(index))
+
+    def assemble(self, sequences: Sequences, rng: np.random.Generator, p: float) -> Batch:
+        """The batch of these words; a share p of them is in the student's pieces on the mixed side."""
+        words, sides = len(sequences.words), {}
+        masked = rng.random(words) < self.mask if self.mask else None
+        for side in self.sides:
+            mixed = side == "mixed"
+            from_student = rng.random(words) < p if mixed else side == "student"
+            sides[side] = self.table.gather(sequences, from_student, masked=masked, rng=rng, combined=mixed)
+        return Batch(self.table.unit_mask(sequences), self.table.student_pieces(sequences), **sides)
 
     def _fit(self, sequences: Sequences) -> Sequences:
         """Drops the words at the end of a sequence that a swap for a longer word pushed over the limit."""
-        cost = self.table.longest[sequences.words]
-        sizes = sequences.sums(cost)
-        keep = np.cumsum(cost) - (np.cumsum(sizes) - sizes)[sequences.numbers] <= self.max_pieces
+        keep = sequences.running(self.table.longest[sequences.words]) <= self.max_pieces
         return Sequences(sequences.words[keep], sequences.numbers[keep], sequences.count)
-
-
-def make_batch(
-    table: PieceTable,
-    sequences: Sequences,
-    sides: tuple[str, ...],
-    *,
-    rng: np.random.Generator | None = None,
-    mask: float = 0.0,
-    p: float = 0.5,
-    labels: np.ndarray | None = None,
-) -> Batch:
-    """The batch of these words. mask, p: see `Batcher`; rng draws them. labels [n]: see `PieceTable.gather`."""
-    words = len(sequences.words)
-    masked = rng.random(words) < mask if mask else None
-    gathered: dict[str, Pieces | None] = {"student": None, "teacher": None, "mixed": None}
-    for side in sides:
-        mixed = side == "mixed"
-        from_student = rng.random(words) < p if mixed else side == "student"
-        gathered[side] = table.gather(sequences, from_student, labels=labels, masked=masked, rng=rng, combined=mixed)
-    return Batch(**gathered, unit_mask=table.unit_mask(sequences), tokens=table.student_pieces(sequences))
 
 
 def gather_words(stream: WordStream, segments: Segments, chosen: np.ndarray) -> Sequences:
@@ -226,8 +208,8 @@ def rare_words(lexicon: Lexicon) -> np.ndarray:
 def near_groups(sequences: Sequences, rare: np.ndarray, rng: np.random.Generator) -> Sequences:
     """Each sentence beside three near ones: the distinctions that piece means lose are those between near sentences.
 
-    The four: the sentence; one of its rare words swapped for another rare word; one or two words dropped; its first
-    or second half, or a rotation. Sequence 4 i + j is variant j of sentence i.
+    Sequence 4 i + j is variant j of sentence i: itself; one of its rare words swapped for another; one or two words
+    dropped; its first or second half, or a rotation.
     """
     words, sequence, count = sequences.words, sequences.numbers, sequences.count
     lengths = np.bincount(sequence, minlength=count)
@@ -267,14 +249,9 @@ def prefetch(batcher, indices: Iterator[int]) -> Iterator[Batch]:
     When the consumer stops early, by close() or Ctrl-C, the batch that was begun is finished and no other begun.
     """
     pool = ThreadPoolExecutor(1)
+    begun = (pool.submit(batcher.batch, index) for index in indices)
     try:
-        waiting = None
-        for index in indices:
-            following = pool.submit(batcher.batch, index)
-            if waiting is not None:
-                yield waiting.result()
-            waiting = following
-        if waiting is not None:
-            yield waiting.result()
+        for batch, _ in pairwise(chain(begun, [None])):
+            yield batch.result()
     finally:
         pool.shutdown(cancel_futures=True)

@@ -27,7 +27,7 @@ from vocabshrink.data.lexicon import Lexicon, within_rows
 class Special:
     """Ids of one vocabulary's special tokens.
 
-    double_sep: a pair is written as by RoBERTa, `<s> A </s> </s> B </s>` without token types; otherwise as by BERT.
+    double_sep: pairs are written as by RoBERTa, `<s> A </s> </s> B </s>` without token types; otherwise as by BERT.
     """
 
     cls: int
@@ -44,12 +44,11 @@ class Special:
 
 @dataclass
 class Pieces:
-    """One model's side of a batch. All tensors are torch, int64.
+    """One model's side of a batch: tensors [B, T], int64.
 
-    ids [B, T]: piece ids; student pieces are offset by the teacher's vocabulary size where the input is mixed.
-    attention_mask [B, T]. units [B, T]: the piece's unit in its sequence, -1 at padding only.
-    labels [B, T]: the true piece at masked positions, or a task's label at a word's first piece; -100 elsewhere; None
-    without either. token_types [B, T]: 1 from the second sentence of a pair on; None without pairs, or without types.
+    ids: pieces; in mixed input, student pieces are offset by the teacher's vocabulary size. units: the piece's unit in
+    its sequence, -1 at padding only. labels: the true piece at masked positions, or a task's label at a word's first
+    piece; -100 elsewhere. token_types: 1 from the second sentence of a pair on; None without pairs, or without types.
     """
 
     ids: torch.Tensor
@@ -66,8 +65,8 @@ class Pieces:
 class Sequences:
     """The words of B sequences, one sequence after the other.
 
-    words [n] int64: word ids. numbers [n] int64: each word's sequence, rising. count: B, empty sequences included.
-    second [n] bool: words of a pair's second sentence, which follow the first's; None: single sentences.
+    words [n]: word ids. numbers [n]: each word's sequence, rising. count: B, empty sequences included. second [n] bool:
+    words of a pair's second sentence, which follow the first's; None: single sentences.
     """
 
     words: np.ndarray
@@ -79,31 +78,29 @@ class Sequences:
         """[B] int64: the sum of values [n] over each sequence."""
         return np.bincount(self.numbers, weights=values, minlength=self.count).astype(np.int64)
 
+    def running(self, values: np.ndarray) -> np.ndarray:
+        """[n] int64: the running sum of values [n] within each sequence."""
+        sums = self.sums(values)
+        return np.cumsum(values) - (np.cumsum(sums) - sums)[self.numbers]
+
 
 def special_tokens(lexicon: Lexicon, side: str) -> Special:
-    """Special ids of the "teacher" or "student" vocabulary.
-
-    Raises:
-        InputError: the tokenizer lacks one of them.
-    """
-    found = lexicon.meta[side]["special"]
-    roles = ("cls", "sep", "pad", "mask")
-    for role in roles:
-        if found.get(role) is None:
+    """Special ids of the "teacher" or "student" vocabulary. Raises InputError if the tokenizer lacks one."""
+    meta = lexicon.meta[side]
+    found = {role: meta["special"].get(role) for role in ("cls", "sep", "pad", "mask")}
+    for role, number in found.items():
+        if number is None:
             raise InputError(f"{side} tokenizer: it has no {role} token: add one to tokenizer.json")
-    return Special(**{role: found[role] for role in roles}, double_sep=lexicon.meta[side].get("double_sep", False))
+    return Special(**found, double_sep=meta.get("double_sep", False))
 
 
 class PieceTable:
     """The two segmentations of every word as one CSR table, and batches of pieces gathered from it."""
 
     def __init__(self, lexicon: Lexicon, teacher_size: int | None = None, shared: np.ndarray | None = None):
-        """The table of a lexicon's words.
-
-        Args:
-            teacher_size: rows of the teacher's table, if its model has more of them than its tokenizer has pieces.
-            shared: [V_S] the teacher's id of each student piece, -1 where it has none (see `shared_pieces`); None:
-                nothing is known to be spelt alike, and each word is one unit.
+        """teacher_size: rows of the teacher's table, if its model has more of them than its tokenizer has pieces.
+        shared: [V_S] the teacher's id of each student piece, -1 without one (see `shared_pieces`); None: nothing is
+        known to be spelt alike, and each word is one unit.
         """
         self.teacher_size = teacher_size or lexicon.meta["teacher"]["size"]
         self.student_size = lexicon.meta["student"]["size"]
@@ -139,13 +136,11 @@ class PieceTable:
     ) -> Pieces:
         """Pads the words' pieces into sequences.
 
-        Args:
-            from_student: [n] bool (or one bool): which words are segmented with the student's vocabulary.
-            labels: [n] a task's label of each word, or -100. It stands at the first piece; words that one vocabulary
-                cannot write lose it on every side, so that all sides have the same labels in the same order.
-            masked: [n] bool: words predicted. 80 % of them become [MASK], 10 % random pieces, 10 % stay (BERT,
-                Devlin et al. 2019, section 3.1); rng draws.
-            combined: ids of the combined numbering, under the teacher's special tokens; else the vocabulary's own.
+        from_student [n] bool (or one bool): which words are segmented with the student's vocabulary. labels [n]: a
+        task's label of each word, or -100; it stands at the first piece, and words that one vocabulary cannot write
+        lose it on every side, so that all sides have the same labels in the same order. masked [n] bool: words to
+        predict, with what rng draws: see `_mask`. combined: ids of the combined numbering, under the teacher's special
+        tokens; otherwise the vocabulary's own.
         """
         words, count, second = sequences.words, sequences.count, sequences.second
         student_side = np.broadcast_to(np.asarray(from_student), words.shape)
@@ -160,9 +155,7 @@ class PieceTable:
         between = 0 if second is None else special.between
         last = sizes + 1 + between
         width = int(last.max(initial=1)) + 1
-        column = within_rows(sizes) + 1
-        if between:
-            column = column + between * np.repeat(second, lengths)
+        column = within_rows(sizes) + 1 + (between * np.repeat(second, lengths) if between else 0)
         flat = np.repeat(np.arange(count), sizes) * width + column
 
         def place(values, fill):
@@ -181,6 +174,7 @@ class PieceTable:
         first_unit, totals = self._units(sequences)
         units = place(np.repeat(first_unit, lengths) + within * np.repeat(self.alike[words], lengths), -1)
         padded, row = place(ids, special.pad), np.arange(count)
+        attention = (np.arange(width) <= last[:, None]).astype(np.int64)
         padded[:, 0], units[:, 0] = special.cls, 0
         token_types = None
         if between:
@@ -188,13 +182,10 @@ class PieceTable:
             for step in range(between):  # RoBERTa's two are one unit, as BERT's one is
                 padded[row, first_sep + step], units[row, first_sep + step] = special.sep, totals
             if not special.double_sep:
-                columns = np.arange(width)
-                token_types = ((columns > first_sep[:, None]) & (columns <= last[:, None])).astype(np.int64)
+                token_types = attention * (np.arange(width) > first_sep[:, None])
         padded[row, last], units[row, last] = special.sep, totals + (between > 0)
-        attention = (np.arange(width) <= last[:, None]).astype(np.int64)
-        return Pieces(
-            *(None if a is None else torch.from_numpy(a) for a in (padded, attention, units, placed, token_types))
-        )
+        arrays = (padded, attention, units, placed, token_types)
+        return Pieces(*(None if array is None else torch.from_numpy(array) for array in arrays))
 
     def student_pieces(self, sequences: Sequences) -> int:
         """Pieces of the sequences in the student's vocabulary, special tokens included: the tokens of a batch."""
@@ -214,11 +205,10 @@ class PieceTable:
     def _units(self, sequences: Sequences) -> tuple[np.ndarray, np.ndarray]:
         """Each word's first unit [n], and the number of units of each sequence before its separators [B]."""
         counts = self.unit_counts[sequences.words]
-        sizes = sequences.sums(counts)
-        return np.cumsum(counts) - counts - (np.cumsum(sizes) - sizes)[sequences.numbers] + 1, sizes + 1
+        return sequences.running(counts) - counts + 1, sequences.sums(counts) + 1
 
     def _mask(self, ids, piece_masked, piece_student, special, shift, rng):
-        """Replaces masked pieces: 80 % [MASK], 10 % a random piece of the same vocabulary, 10 % unchanged."""
+        """80 % of the masked pieces become [MASK], 10 % a random one of the same vocabulary (Devlin et al. 2019)."""
         where = np.flatnonzero(piece_masked)
         draw = rng.random(len(where))
         ids = ids.copy()

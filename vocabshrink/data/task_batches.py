@@ -18,7 +18,7 @@ import numpy as np
 import torch
 
 from tokenizer_build.files import write_json
-from vocabshrink.data.batches import Batch, Order, Segments, make_batch
+from vocabshrink.data.batches import Batch, Order, Segments
 from vocabshrink.data.lexicon import Lexicon, WordStream, encode_corpus, tokenizer_file
 from vocabshrink.data.pieces import PieceTable, Sequences
 from vocabshrink.data.tasks import UNLABELLED, Task
@@ -87,12 +87,8 @@ class TaskBatcher:
         max_pieces: int = 126,
         shared: np.ndarray | None = None,
     ):
-        """The batches of one split.
-
-        Args:
-            sides: "student", "teacher" or both. max_pieces: as in `Batcher`, special tokens of a single sentence not
-                counted; those that a pair has more are taken off here.
-            shared: of `PieceTable`.
+        """sides: "student", "teacher" or both. max_pieces: of a sequence without the special tokens of a single one; the
+        further ones of a pair count. shared: see `PieceTable`.
         """
         self.task, self.split, self.sides = encoded.task, encoded.task.splits[split], sides
         self.table = PieceTable(encoded.lexicon, shared=shared)
@@ -109,14 +105,13 @@ class TaskBatcher:
         place = line + starts[0] - starts[row]  # which sentence of the pair, or which token
         cost, pair = self.table.longest[words], self.split.second is not None
         group, groups = (2 * row + place, 2 * self.rows) if pair else (row, self.rows)
-        sizes = np.bincount(group, weights=cost, minlength=groups).astype(np.int64)
-        limits = np.full(groups, max_pieces)
+        sequences, limits = Sequences(words, group, groups), np.full(groups, max_pieces)
         if pair:
             room = max_pieces - max(self.table.teacher_special.between, self.table.student_special.between)
-            left, right = sizes[::2], sizes[1::2]
+            left, right = sequences.sums(cost).reshape(-1, 2).T
             limits[::2] = np.maximum(room - right, -(-room // 2))
             limits[1::2] = np.maximum(room - left, room // 2)
-        keep = np.cumsum(cost) - (np.cumsum(sizes) - sizes)[group] <= limits[group]
+        keep = sequences.running(cost) <= limits[group]
         self.words, row, place = words[keep], row[keep], place[keep]
         self.sizes = np.bincount(row, weights=cost[keep], minlength=self.rows)  # pieces of each row
         lengths = np.bincount(row, minlength=self.rows)
@@ -144,7 +139,9 @@ class TaskBatcher:
         places, numbers = self.segments.places(rows)
         second = None if self.second is None else self.second[places]
         sequences = Sequences(self.words[places], numbers, len(rows), second)
-        batch = make_batch(self.table, sequences, self.sides, labels=None if labels is None else labels[places])
+        labels = None if labels is None else labels[places]
+        sides = {side: self.table.gather(sequences, side == "student", labels=labels) for side in self.sides}
+        batch = Batch(self.table.unit_mask(sequences), self.table.student_pieces(sequences), **sides)
         batch.rows = torch.from_numpy(np.asarray(rows, np.int64))
         if self.task.kind != "tokens":
             targets = torch.from_numpy(self.split.targets[rows])
