@@ -8,7 +8,7 @@ become pieces and units: see pieces.py, also for the shapes B, T, U and n. S seg
 import math
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import KW_ONLY, dataclass
+from dataclasses import KW_ONLY, dataclass, replace
 from itertools import chain, pairwise
 from typing import Any
 
@@ -43,12 +43,10 @@ class Batch:
     recorded: Any = None
 
     def to(self, device) -> "Batch":
-        def move(value):
-            if isinstance(value, Pieces):
-                return value.to(device)
-            return value.to(device, non_blocking=True) if isinstance(value, torch.Tensor) else value
-
-        return Batch(*map(move, vars(self).values()))
+        moves = {
+            k: v.to(device, non_blocking=True) for k, v in vars(self).items() if isinstance(v, torch.Tensor | Pieces)
+        }
+        return replace(self, **moves)
 
 
 @dataclass(frozen=True)

@@ -61,8 +61,7 @@ SENTENCE_END = re.compile("[.!?…‼‽⁇⁈⁉。！．？｡؟۔।॥]+")
 class Lexicon:
     """A word *is* its two segmentations; the tables are CSR: word w has ids[offsets[w]:offsets[w + 1]].
 
-    `meta` has "teacher" and "student", each {"size", "special": {"pad", "unk", "cls", "sep", "mask"} (id or None),
-    "double_sep", "sha256" (of tokenizer.json), "lowercase", "family"}, and the totals that `encode_corpus` returns.
+    `meta` has "teacher" and "student", each as of `_describe`, and the totals that `encode_corpus` returns.
     """
 
     teacher_offsets: np.ndarray  # [W + 1] int64
@@ -117,35 +116,29 @@ def encode_corpus(
     Tokenizers are folders or tokenizer.json files. The files are byte-identical for every number of processes (words
     are numbered by first occurrence) and for every way of cutting the lines into blocks. An empty line stays as a line
     without words. `progress` is called with the number of words of each block written. Other files in `folder` stay,
-    and a run that fails leaves the earlier ones.
-
-    Returns: {"lines", "words", "distinct_words", "teacher_pieces", "student_pieces"}, pieces over the whole stream.
-
-    Raises:
-        InputError: a tokenizer that cannot be handled exactly, a corpus without words, a full disk.
+    and a run that fails leaves the earlier ones. Totals: lines, words, distinct_words, teacher_pieces, student_pieces
+    (both over the whole stream). Raises InputError for a tokenizer that cannot be handled exactly, a corpus without
+    words, a full disk.
     """
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # one thread a process; and spawn inherits it
     folder, paths = Path(folder), (tokenizer_file(teacher_tokenizer), tokenizer_file(student_tokenizer))
-    meta = {side: _describe(path) for side, path in zip(("teacher", "student"), paths, strict=True)}
-    same = meta["student"]["sha256"] == meta["teacher"]["sha256"]  # a teacher alone on a task stands on both sides
-    if (family := meta["student"]["family"]) != "wordpiece" and not same:
-        raise InputError(f"{paths[1]} is a {family} tokenizer; give the student a WordPiece vocabulary")
+    teacher, student = map(_describe, paths)
+    # a teacher alone on a task stands on both sides
+    if student["family"] != "wordpiece" and student["sha256"] != teacher["sha256"]:
+        raise InputError(f"{paths[1]} is a {student['family']} tokenizer; give the student a WordPiece vocabulary")
     partial = folder / ".partial"  # one name, so that the next run removes what a killed one left
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
     try:
         with naming_full_disk(folder):
             totals = _write(_encode_blocks(blocks, paths, processes), partial, progress or (lambda words: None))
-            write_json(partial / "meta.json", meta | totals)
+            write_json(partial / "meta.json", {"teacher": teacher, "student": student} | totals)
             (folder / "meta.json").unlink(missing_ok=True)  # goes first and comes last: no half-written run loads
             for file in sorted(partial.iterdir(), key=lambda file: file.name == "meta.json"):
                 os.replace(file, folder / file.name)
     finally:
         shutil.rmtree(partial, ignore_errors=True)
     return totals
-
-
-# ---------------------------------------------------------------------------------------------- tokenizers
 
 
 def tokenizer_file(path: str | Path) -> Path:
@@ -158,16 +151,14 @@ def tokenizer_file(path: str | Path) -> Path:
 
 
 def check_family(path: str | Path) -> str:
-    """How the tokenizer of this file keeps words apart: "wordpiece", "byte-level", "metaspace" or "words".
+    """How this tokenizer keeps words apart: "wordpiece", "byte-level", "metaspace" or "words".
 
-    Raises InputError, with the reason, for a tokenizer that cannot be cut at spaces exactly: one that reads whole
-    sentences or single characters, whose parts are not known to act locally, or that is random.
+    Raises InputError, with the reason, for one that cannot be cut at spaces exactly: that reads whole sentences or
+    single characters, whose parts are not known to act locally, or that is random.
     """
     path = tokenizer_file(path)
-    tokenizer = _load(path)
-    spec = json.loads(tokenizer.to_str())
-    reason = _unfit(spec) or _inexact(tokenizer)
-    if reason:
+    spec = json.loads(_load(path).to_str())
+    if reason := _unfit(spec) or _inexact(path):
         raise InputError(f"{path} cannot be encoded word by word: {reason}; choose another teacher")
     if spec["model"]["type"] == "WordPiece":
         return "wordpiece"
@@ -209,17 +200,15 @@ def _unfit(spec: dict) -> str | None:
     return None
 
 
-def _inexact(tokenizer: Tokenizer) -> str | None:
-    """Backstop to `_unfit`: tokenises lines with every kind of edge as a whole and in chunks, and compares."""
-    splitter = _Splitter([tokenizer])
-    if not all(splitter.safe(chr(c)) for c in range(33, 127)):
+def _inexact(path: Path) -> str | None:
+    """Backstop to `_unfit`: why words and lines with every kind of edge between them are tokenised differently."""
+    encoder = _Encoder(path, path)
+    if not all(encoder.splitter.safe(chr(c)) for c in range(33, 127)):
         return "its normalizer changes a word by what stands beside it"
-    for middle in EDGES:
-        for line in (f"a{middle}b", f"{middle}a b{middle}", f"a's{middle}12{middle}{middle}B!? (c)", middle):
-            pieces = [tokenizer.encode(c, add_special_tokens=False).ids for c in splitter.chunks(line)]
-            if list(chain.from_iterable(pieces)) != tokenizer.encode(line, add_special_tokens=False).ids:
-                return f"it gives the words of {line!r} other pieces alone than in the line"
-    return None
+    forms = ("a{0}b", "{0}a b{0}", "a's{0}12{0}{0}B!? (c)", "{0}")
+    lines = [form.format(middle) for middle in EDGES for form in forms]
+    different = _first_difference(encoder, lines, encoder.encode(lines))
+    return f"it gives the words of {different[1]!r} other pieces alone than in the line" if different else None
 
 
 def _load(path: Path) -> Tokenizer:
@@ -236,6 +225,7 @@ def _load(path: Path) -> Tokenizer:
 
 
 def _describe(path: Path) -> dict:
+    """What meta.json says of a tokenizer; special: ids of pad, unk, cls, sep and mask, or None."""
     family, tokenizer = check_family(path), _load(path)
     config_file = path.with_name("tokenizer_config.json")
     config = json.loads(config_file.read_text(encoding="utf-8")) if config_file.is_file() else {}
@@ -244,18 +234,14 @@ def _describe(path: Path) -> dict:
         named = config.get(f"{role}_token")
         names = (named["content"] if isinstance(named, dict) else named or "", f"[{role.upper()}]", name)
         special[role] = next((i for i in map(tokenizer.token_to_id, names) if i is not None), None)
-    normalizer = tokenizer.normalizer
     return {
         "size": tokenizer.get_vocab_size(with_added_tokens=True),
         "special": special,
         "double_sep": special["cls"] is not None and tokenizer.id_to_token(special["cls"]) == "<s>",  # between a pair
         "sha256": hashlib.sha256(path.read_bytes()).hexdigest(),
-        "lowercase": normalizer is not None and normalizer.normalize_str("A") == "a",
+        "lowercase": tokenizer.normalizer is not None and tokenizer.normalizer.normalize_str("A") == "a",
         "family": family,
     }
-
-
-# ---------------------------------------------------------------------------------------------- text to words
 
 
 class _Splitter:
@@ -264,8 +250,8 @@ class _Splitter:
     def __init__(self, tokenizers: list[Tokenizer]):
         self.normalizers = [t.normalizer for t in tokenizers if t.normalizer is not None]
         self.known: dict[str, bool] = {}
-        # BERT's normalizer maps character by character and its pre-tokenizer isolates punctuation and drops
-        # white space. Cutting there too halves the distinct chunks ("word", not "word," and "(word").
+        # BERT's normalizer maps character by character and its pre-tokenizer isolates punctuation and drops white
+        # space. Cutting there too halves the distinct chunks ("word", not "word," and "(word").
         if all(
             isinstance(t.normalizer, BertNormalizer)
             and isinstance(t.pre_tokenizer, BertPreTokenizer)
@@ -278,7 +264,7 @@ class _Splitter:
         """Whether a line may be cut between this character and a following space.
 
         It must be visible (what counts as white space differs between tokenizers, and runs of white space are
-        tokenised as one), and normalising the two sides alone must be normalising the whole.
+        tokenised as one), and normalising the two sides separately must equal normalising the whole.
         """
         if character not in self.known:
             self.known[character] = unicodedata.category(character)[0] in "LNPS" and all(
@@ -296,12 +282,11 @@ class _Splitter:
         unsafe = {c for c in set(DOUBTFUL.findall(line)) if not self.safe(c)}
         if not unsafe:
             return chunks
-        groups: list[list[str]] = []
+        groups: list[list[str]] = [[]]
         for chunk in chunks:
-            if groups and groups[-1][-1][-1] in unsafe:
-                groups[-1].append(chunk)
-            else:
-                groups.append([chunk])
+            if groups[-1] and groups[-1][-1][-1] not in unsafe:
+                groups.append([])
+            groups[-1].append(chunk)
         return ["".join(group) for group in groups]
 
 
@@ -332,7 +317,7 @@ class _Encoder:
             if len(chunk) > CACHED_CHARACTERS:
                 del self.chunks[chunk]
         word_ids = np.fromiter(chain.from_iterable(words), np.uint32)
-        ends = np.concatenate(([0], np.cumsum(np.fromiter(map(len, words), np.int64, len(words)))))
+        ends = np.cumsum(np.fromiter(chain([0], map(len, words)), np.int64, 1 + len(words)))
         lengths = np.diff(ends[np.cumsum([0, *map(len, chunked)])])
         return os.getpid(), self.new, word_ids, lengths
 
@@ -345,15 +330,14 @@ class _Encoder:
                 wrong = next(c for c in part if re.search(r"[\ud800-\udfff]", c))[:80]
                 raise InputError(f"the corpus has a lone surrogate in {wrong!r}; mend its encoding") from None
             for chunk, teacher, student in zip(part, *pairs, strict=True):
-                self.chunks[chunk] = tuple([self._number(*word) for word in _words(chunk, teacher, student)])
-
-    def _number(self, teacher_pieces: list[int], student_pieces: list[int], surface: str) -> int:
-        key = array("i", (len(teacher_pieces), *teacher_pieces, *student_pieces)).tobytes()
-        number = self.words.get(key)
-        if number is None:
-            number = self.words[key] = len(self.words)
-            self.new.append((key, surface))
-        return number
+                numbers = []
+                for left, right, surface in _words(chunk, teacher, student):
+                    key = array("i", (len(left), *left, *right)).tobytes()
+                    if key not in self.words:
+                        self.words[key] = len(self.words)
+                        self.new.append((key, surface))
+                    numbers.append(self.words[key])
+                self.chunks[chunk] = tuple(numbers)
 
 
 def _words(chunk: str, teacher: Encoding, student: Encoding) -> Iterator[tuple[list[int], list[int], str]]:
@@ -381,8 +365,8 @@ def _words(chunk: str, teacher: Encoding, student: Encoding) -> Iterator[tuple[l
 def _cuts(encoding: Encoding, length: int) -> list[tuple[int, int, int]]:
     """Where this tokenizer cuts the chunk: (pieces before the cut, lowest, highest position of the cut).
 
-    A cut has a range of positions where it lies in text without pieces, such as a space. Pre-tokens that
-    share a character (a normalizer made several of one) have no cut between them.
+    A cut has a range of positions where it lies in text without pieces, such as a space. Pre-tokens that share a
+    character (a normalizer made several of one) have no cut between them.
     """
     offsets, pre_tokens = encoding.offsets, encoding.word_ids
     edges = [0, *(k for k in range(1, len(offsets)) if pre_tokens[k] != pre_tokens[k - 1]), len(offsets)]
@@ -391,25 +375,22 @@ def _cuts(encoding: Encoding, length: int) -> list[tuple[int, int, int]]:
     return [(k, lows[k], highs[k]) for k in dict.fromkeys(edges) if lows[k] <= highs[k]]
 
 
-# ---------------------------------------------------------------------------------------------- the files
-
-
 def _encode_blocks(blocks: Iterable[list[str]], paths: tuple[Path, Path], processes: int) -> Iterator[tuple]:
-    """`_Encoder.encode` of every block, in order; the first block is checked."""
-    blocks = iter(blocks)
+    """`_Encoder.encode` of every block, in order. Raises InputError with the first line that is not exact."""
+    blocks, encoder = iter(blocks), _Encoder(*paths)
     first = next(blocks, [])
-    encoder = _Encoder(*paths)
     result = encoder.encode(first)
-    _check(encoder, first, result)
+    if different := _first_difference(encoder, first, result):
+        fault = f"the {different[0]}'s tokenizer gives the words of {different[1][:200]!r} other pieces alone"
+        raise InputError(f"{fault} than in the line; choose another teacher")
     yield result
     if processes == 1:
         yield from map(encoder.encode, blocks)
         return
     del encoder
-    # spawn, not fork: the tokenizers library and torch hold threads. Blocks wait in a short queue, so that
-    # the corpus is read no faster than it is encoded.
-    context = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(processes, context) as pool:
+    # spawn, not fork: the tokenizers library and torch hold threads. Blocks wait in a short queue, so that the corpus
+    # is read no faster than it is encoded.
+    with ProcessPoolExecutor(processes, multiprocessing.get_context("spawn")) as pool:
         waiting = deque()
         for block in blocks:
             waiting.append(pool.submit(_encode_in_worker, paths, block))
@@ -426,26 +407,21 @@ def _encode_in_worker(paths: tuple[Path, Path], lines: list[str]) -> tuple:
     return _encoder_of_worker(*paths).encode(lines)
 
 
-def _check(encoder: _Encoder, lines: list[str], result: tuple) -> None:
-    """Compares the first lines with whole-line tokenisation. Raises InputError with the line that differs."""
+def _first_difference(encoder: _Encoder, lines: list[str], result: tuple) -> tuple[str, str] | None:
+    """(side, line) of the first line to which a whole tokenizer gives other pieces than its words have."""
     _, new, word_ids, lengths = result
-    keys = [np.frombuffer(key, np.int32) for key, _ in new]
-    ends = np.cumsum(lengths)
-    characters = 0
+    keys = [np.frombuffer(key, np.int32).tolist() for key, _ in new]
+    ends, characters = np.cumsum(lengths), 0
     for line, start, end in zip(lines, ends - lengths, ends, strict=True):
         words = [keys[w] for w in word_ids[start:end]]
-        teacher = [piece for key in words for piece in key[1 : 1 + key[0]]]
-        student = [piece for key in words for piece in key[1 + key[0] :]]
-        sides = (("teacher", encoder.teacher, teacher), ("student", encoder.student, student))
-        for side, tokenizer, ids in sides:
-            if tokenizer.encode(line, add_special_tokens=False).ids != ids:
-                raise InputError(
-                    f"the {side}'s tokenizer gives the words of {line[:200]!r} other pieces alone than in "
-                    "the line, so it cannot be encoded word by word; choose another teacher"
-                )
+        pieces = {"teacher": (key[1 : 1 + key[0]] for key in words), "student": (key[1 + key[0] :] for key in words)}
+        for side, ids in pieces.items():
+            if getattr(encoder, side).encode(line, add_special_tokens=False).ids != list(chain.from_iterable(ids)):
+                return side, line
         characters += len(line)
         if characters > CHECKED_CHARACTERS:
             break
+    return None
 
 
 def _write(results: Iterable[tuple], folder: Path, progress: Callable[[int], None]) -> dict:
@@ -455,8 +431,7 @@ def _write(results: Iterable[tuple], folder: Path, progress: Callable[[int], Non
     global_ids: dict[int, np.ndarray] = {}  # process -> its word number -> the stream's
     counts = np.zeros(0, np.int64)
     words = lines = 0
-    ids_path, lines_path = folder / "word_ids.npy", folder / "line_offsets.npy"
-    with open(ids_path, "wb") as ids_file, open(lines_path, "wb") as lines_file:
+    with open(folder / "word_ids.npy", "wb") as ids_file, open(folder / "line_offsets.npy", "wb") as lines_file:
         _npy_header(ids_file, np.uint32, 0)
         _npy_header(lines_file, np.int64, 0)
         lines_file.write(np.zeros(1, np.int64).tobytes())
@@ -478,10 +453,8 @@ def _write(results: Iterable[tuple], folder: Path, progress: Callable[[int], Non
         _npy_header(lines_file, np.int64, lines + 1)
     if not words:
         raise InputError("the corpus holds no words; check its files and the name of the text column")
-    tables = _tables(numbers) | {
-        "counts": counts,
-        "ends_sentence": np.array([bool(SENTENCE_END.fullmatch(surface)) for surface in surfaces]),
-    }
+    ends = np.array([bool(SENTENCE_END.fullmatch(surface)) for surface in surfaces])
+    tables = _tables(numbers) | {"counts": counts, "ends_sentence": ends}
     save_file(tables, folder / "lexicon.safetensors")
     with open(folder / "words.jsonl", "w", encoding="utf-8", newline="\n") as file:
         file.writelines(json.dumps(surface, ensure_ascii=False) + "\n" for surface in surfaces)
@@ -507,6 +480,5 @@ def _tables(keys: dict[bytes, int]) -> dict[str, np.ndarray]:
 def _npy_header(file, dtype: type, length: int) -> None:
     """Writes the .npy header at the start of the file; numpy pads it, so that any length fits its bytes."""
     file.seek(0)
-    description = np.lib.format.dtype_to_descr(np.dtype(dtype))
-    header = {"descr": description, "fortran_order": False, "shape": (length,)}
+    header = np.lib.format.header_data_from_array_1_0(np.zeros(0, dtype)) | {"shape": (length,)}
     np.lib.format.write_array_header_1_0(file, header)

@@ -57,8 +57,8 @@ class Pieces:
     labels: torch.Tensor | None = None
     token_types: torch.Tensor | None = None
 
-    def to(self, device) -> "Pieces":
-        return Pieces(*(v if v is None else v.to(device, non_blocking=True) for v in vars(self).values()))
+    def to(self, device, non_blocking: bool = True) -> "Pieces":
+        return Pieces(*(v if v is None else v.to(device, non_blocking=non_blocking) for v in vars(self).values()))
 
 
 @dataclass(frozen=True)

@@ -9,9 +9,9 @@ Shapes: R rows of a split, C labels (1 for scores), B sequences, T pieces of a p
 
 import hashlib
 import json
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
-from itertools import islice
+from collections.abc import Callable
+from dataclasses import KW_ONLY, dataclass
+from itertools import chain
 from pathlib import Path
 
 import numpy as np
@@ -44,57 +44,50 @@ def encode_task(
     A line is a sentence, or a token of a token task: from the second on behind a space, so that byte-level vocabularies
     read the tokens as they stand in the sentence.
     """
-    folder, starts, first = Path(folder), {}, 0
+    folder, lines, starts = Path(folder), [], {}
     for split, rows in task.splits.items():
-        widths = [len(tokens) for tokens in rows.first] if task.kind == "tokens" else [1 + (rows.second is not None)]
-        starts[split] = first + np.concatenate([[0], np.cumsum(np.resize(widths, len(rows)))])
-        first = int(starts[split][-1])
+        if task.kind == "tokens":
+            of_rows = [[" " * (place > 0) + token for place, token in enumerate(tokens)] for tokens in rows.first]
+        else:
+            of_rows = list(zip(rows.first, *([] if rows.second is None else [rows.second]), strict=True))
+        starts[split] = len(lines) + np.cumsum([0, *map(len, of_rows)])
+        lines.extend(chain.from_iterable(of_rows))
     inputs = hashlib.sha256()
-    for tokenizer in (teacher_tokenizer, student_tokenizer):
-        inputs.update(hashlib.sha256(tokenizer_file(tokenizer).read_bytes()).digest())
-    for line in _lines(task):
-        inputs.update(hashlib.sha256(line.encode()).digest())
-    finished, encoded = folder / "task.json", {"sha256": inputs.hexdigest(), "lines": first}
+    contents = (tokenizer_file(tokenizer).read_bytes() for tokenizer in (teacher_tokenizer, student_tokenizer))
+    for content in chain(contents, map(str.encode, lines)):
+        inputs.update(hashlib.sha256(content).digest())
+    finished, encoded = folder / "task.json", {"sha256": inputs.hexdigest(), "lines": len(lines)}
     if not finished.is_file() or json.loads(finished.read_text(encoding="utf-8")) != encoded:
         finished.unlink(missing_ok=True)
-        lines = _lines(task)
-        blocks = iter(lambda: list(islice(lines, BLOCK_LINES)), [])
+        blocks = (lines[start : start + BLOCK_LINES] for start in range(0, len(lines), BLOCK_LINES))
         encode_corpus(blocks, teacher_tokenizer, student_tokenizer, folder)
         write_json(finished, encoded)
     return EncodedTask(task, Lexicon.load(folder), WordStream.load(folder), starts)
 
 
-def _lines(task: Task) -> Iterator[str]:
-    for rows in task.splits.values():
-        for index, text in enumerate(rows.first):
-            if task.kind == "tokens":
-                yield from (f" {token}" if place else token for place, token in enumerate(text))
-            else:
-                yield from [text] if rows.second is None else [text, rows.second[index]]
-
-
+@dataclass
 class TaskBatcher:
-    """Batches of a split by step number, and a model's outputs in the order of its rows."""
+    """Batches of a split by number, and a model's outputs in the order of the split's rows.
 
-    def __init__(
-        self,
-        encoded: EncodedTask,
-        split: str,
-        *,
-        batch_size: int,
-        seed: int,
-        sides: tuple[str, ...] = ("student",),
-        max_pieces: int = 126,
-        shared: np.ndarray | None = None,
-    ):
-        """sides: "student", "teacher" or both. max_pieces: of a sequence without the special tokens of a single one; the
-        further ones of a pair count. shared: see `PieceTable`.
-        """
-        self.task, self.split, self.sides = encoded.task, encoded.task.splits[split], sides
-        self.table = PieceTable(encoded.lexicon, shared=shared)
+    sides: "student", "teacher" or both. max_pieces: of a sequence without its two outer special tokens. shared: see
+    `PieceTable`.
+    """
+
+    encoded: EncodedTask
+    name: str
+    _: KW_ONLY
+    batch_size: int
+    seed: int
+    sides: tuple[str, ...] = ("student",)
+    max_pieces: int = 126
+    shared: np.ndarray | None = None
+
+    def __post_init__(self):
+        self.task, self.split = self.encoded.task, self.encoded.task.splits[self.name]
+        self.table = PieceTable(self.encoded.lexicon, shared=self.shared)
         self.rows = len(self.split)
-        self._cut(encoded, encoded.starts[split], max_pieces)
-        self.order = Order(self.segments.lengths, max(1, batch_size), seed)
+        self._cut(self.encoded, self.encoded.starts[self.name], self.max_pieces)
+        self.order = Order(self.segments.lengths, max(1, self.batch_size), self.seed)
 
     def _cut(self, encoded: EncodedTask, starts: np.ndarray, max_pieces: int) -> None:
         """Lays out the words that fit: a sentence loses its end, a pair's longer sentence first, by whole words."""
@@ -154,23 +147,21 @@ class TaskBatcher:
         model: batch -> [B, C], or [B, T, C] for the pieces of `side`. Rows of like length go together. A token that was
         cut off, or that has no piece, is answered O (the first label if there is no O).
         """
-        order = np.argsort(self.sizes, kind="stable")
-        found: list = [None] * self.rows
-        outside = self.task.labels.index("O") if "O" in self.task.labels else 0
+        order, found = np.argsort(self.sizes, kind="stable"), [None] * self.rows
         for start in range(0, self.rows, self.order.per_batch):
             rows = order[start : start + self.order.per_batch]
             batch = self._gather(rows, self.tokens)
             places = getattr(batch, side).labels
-            for pieces in (batch.student, batch.teacher):
-                if pieces is not None:
-                    pieces.labels = None  # which were places here: no loss may take them for labels
+            for pieces in filter(None, (batch.student, batch.teacher)):
+                pieces.labels = None  # which were places here: no loss may take them for labels
             outputs = model(batch).float().cpu().numpy()
             for i, row in enumerate(rows):
                 if places is None:
                     found[row] = outputs[i].reshape(-1)
                     continue
-                found[row] = np.zeros((len(self.split.first[row]), len(self.task.labels)), np.float32)
-                found[row][:, outside] = 1.0
+                labels = self.task.labels
+                outside = np.arange(len(labels)) == (labels.index("O") if "O" in labels else 0)
+                found[row] = np.tile(outside.astype(np.float32), (len(self.split.first[row]), 1))
                 where = places[i] >= 0
                 found[row][places[i][where]] = outputs[i][where.numpy()]
         return found if self.tokens is not None else np.stack(found)

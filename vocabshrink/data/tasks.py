@@ -35,7 +35,7 @@ class Rows:
 
     first: a sentence each, or the list of its tokens. second: a pair's other sentence; None without pairs. targets:
     [R] int64 labels, [R] float64 scores, or an int64 array of labels for each row of tokens; UNLABELLED (NaN for
-    scores) where a test row has none. numbers: [R] which rows of the file these are, None: all of them; of how many.
+    scores) where a test row has none. numbers: [R] which of the file's `file_rows` rows these are; None: all of them.
     """
 
     first: list[str] | list[list[str]]
@@ -65,26 +65,26 @@ def read_task(section: TaskSection, name: str) -> Task:
     Labels are named by the section, else by the meta.json beside the train file ("labels", or the label field's own
     name), else they are the distinct labels of the training rows, sorted. A row gives its label by name, or by number:
     the position in meta.json's order, else in the section's. The task is of pairs if the recipe names two fields, or
-    none while the first training row has both usual ones.
-
-    Raises:
-        InputError: with file, row and remedy, for anything that could not be meant (see the module's docstring).
+    none while the first training row has both usual ones. Raises InputError for anything that could not be meant.
     """
     paths = {split: Path(path) for split in ("train", "validation", "test") if (path := getattr(section, split))}
-    meta = _read_meta(paths["train"].with_name("meta.json"))
+    meta_path = paths["train"].with_name("meta.json")
+    try:
+        meta = json.loads(meta_path.read_text(encoding="utf-8-sig")) if meta_path.is_file() else {}
+    except ValueError:
+        meta = None
+    if not isinstance(meta, dict):
+        raise InputError(f'{meta_path}: not a JSON object: write {{"labels": [...]}} or take it away')
     rows = {split: _read_rows(path) for split, path in paths.items()}
-    labels, codes = _labels(section, name, meta, rows["train"])
-    pair = section.kind != "tokens" and len(section.text) == 2
-    if pair and section.text == TaskSection.model_fields["text"].default:
-        pair = rows["train"][0][1].get(section.text[1]) is not None
-    reader = _Reader(section, f"tasks.{name}", labels, codes, pair)
+    reader = _Reader(section, name, meta, rows["train"])
     splits = {split: reader.split(paths[split], rows[split], split) for split in paths}
     seen = np.unique(np.concatenate(list(map(np.atleast_1d, splits["train"].targets))))
     if len(seen) < 2:
-        only = repr(labels[seen[0]]) if labels else seen[0]
+        only = repr(reader.labels[seen[0]]) if reader.labels else seen[0]
         raise InputError(f"{paths['train']}: every row has the label {only}: give rows of at least two labels")
-    metrics = choose_metrics(section.metrics or meta.get("metrics"), section.kind, labels, f"tasks.{name}.metrics")
-    return Task(name, section.kind, labels, splits, metrics)
+    asked = section.metrics or meta.get("metrics")
+    metrics = choose_metrics(asked, section.kind, reader.labels, f"tasks.{name}.metrics")
+    return Task(name, section.kind, reader.labels, splits, metrics)
 
 
 def _read_rows(path: Path) -> list[tuple[int, dict]]:
@@ -117,53 +117,6 @@ def _csv_rows(path: Path) -> list[tuple[int, dict]]:
     return [(number, dict(zip(header, cells, strict=True))) for number, cells in rows]
 
 
-def _read_meta(path: Path) -> dict:
-    try:
-        meta = json.loads(path.read_text(encoding="utf-8-sig")) if path.is_file() else {}
-    except (ValueError, OSError):
-        meta = None
-    if not isinstance(meta, dict):
-        raise InputError(f'{path}: not a JSON object: write {{"labels": [...]}} or take it away')
-    return meta
-
-
-def _labels(section: TaskSection, name: str, meta: dict, rows: list) -> tuple[list[str], dict[str, int]]:
-    """The labels in the order of the outputs, and the output of everything that a row may write for one.
-
-    Numbers count in the order of meta.json if it names the same labels, unless the names are numbers themselves.
-    """
-    if section.kind == "regression":
-        if section.labels:
-            raise InputError(f"tasks.{name}.labels: a regression has scores, no labels: leave labels out")
-        return [], {}
-    tokens, field = section.kind == "tokens", _field_of_labels(section)
-    in_meta = meta.get(field, meta.get("slots" if tokens else "labels"))
-    if not (in_meta is None or isinstance(in_meta, list) and all(isinstance(label, str) for label in in_meta)):
-        path = Path(section.train).with_name("meta.json")
-        raise InputError(f"{path}: its labels are not a list of names: write them in the order of their numbers")
-    labels = section.labels or in_meta
-    if labels is None:  # rows that lack a label, or write what cannot be one, are refused when they are read
-        values = (row.get(field) for _, row in rows)
-        found = {_written(label) for value in values for label in (_listed(value) if tokens else [value])} - {None}
-        labels = sorted(found, key=int if all(map(INTEGER.fullmatch, found)) else None)
-    if len(set(labels)) < len(labels):
-        raise InputError(f"tasks.{name}.labels: a label is written twice: every output needs a name of its own")
-    codes = {label: index for index, label in enumerate(labels)}
-    if not any(map(INTEGER.fullmatch, labels)):
-        numbered = in_meta if in_meta and set(in_meta) == set(labels) else labels
-        codes |= {str(number): codes[label] for number, label in enumerate(numbered)}
-    return labels, codes
-
-
-def _field_of_labels(section: TaskSection) -> str:
-    return section.label or ("slots" if section.kind == "tokens" else "label")
-
-
-def _written(value) -> str | None:
-    """A label as rows may write it, by name or by number; None for what cannot be one."""
-    return str(value) if isinstance(value, str | int) and not isinstance(value, bool) and value != "" else None
-
-
 def _listed(value) -> list:
     """A row's tokens or their labels: a list, or a CSV cell with spaces between them."""
     if isinstance(value, str):
@@ -171,15 +124,39 @@ def _listed(value) -> list:
     return value if isinstance(value, list) else [] if value is None else [value]
 
 
-@dataclass(frozen=True)
-class _Reader:
-    """Turns fields into rows, with every check. key: of the section. codes: the output of every label as written."""
+def _written(value) -> str | None:
+    """A label as rows may write it, by name or by number; None for what cannot be one."""
+    return str(value) if isinstance(value, str | int) and not isinstance(value, bool) and value != "" else None
 
-    section: TaskSection
-    key: str
-    labels: list[str]
-    codes: dict[str, int]
-    pair: bool
+
+class _Reader:
+    """Turns fields into rows, with every check. codes: the output of everything that a row may write for a label."""
+
+    def __init__(self, section: TaskSection, name: str, meta: dict, rows: list[tuple[int, dict]]):
+        self.section, self.key, tokens = section, f"tasks.{name}", section.kind == "tokens"
+        self.field = section.label or ("slots" if tokens else "label")
+        self.pair = not tokens and len(section.text) == 2
+        if section.text == TaskSection.model_fields["text"].default:  # the first training row says
+            self.pair &= rows[0][1].get(section.text[-1]) is not None
+        in_meta = meta.get(self.field, meta.get("slots" if tokens else "labels"))
+        if section.kind == "regression":
+            if section.labels:
+                raise InputError(f"{self.key}.labels: a regression has scores, no labels: leave labels out")
+            in_meta = []
+        if not (in_meta is None or isinstance(in_meta, list) and all(isinstance(label, str) for label in in_meta)):
+            path = Path(section.train).with_name("meta.json")
+            raise InputError(f"{path}: its labels are not a list of names: write them in the order of their numbers")
+        labels = section.labels or in_meta
+        if labels is None:  # rows that lack a label, or write what cannot be one, are refused when they are read
+            values = (row.get(self.field) for _, row in rows)
+            found = {_written(label) for value in values for label in (_listed(value) if tokens else [value])} - {None}
+            labels = sorted(found, key=int if all(map(INTEGER.fullmatch, found)) else None)
+        if len(set(labels)) < len(labels):
+            raise InputError(f"{self.key}.labels: a label is written twice: every output needs a name of its own")
+        self.labels, self.codes = labels, {label: index for index, label in enumerate(labels)}
+        if not any(map(INTEGER.fullmatch, labels)):  # names are no numbers, so that rows may number them
+            numbered = in_meta if in_meta and set(in_meta) == set(labels) else labels
+            self.codes |= {str(number): self.codes[label] for number, label in enumerate(numbered)}
 
     def split(self, path: Path, rows: list[tuple[int, dict]], split: str) -> Rows:
         section, numbers = self.section, None
@@ -198,7 +175,7 @@ class _Reader:
 
     def _row(self, where: str, row: dict, blind: bool) -> tuple:
         """(first, second, target) of a row. blind: it may lack its label, as test rows do."""
-        section, field = self.section, _field_of_labels(self.section)
+        section, field = self.section, self.field
         if section.kind == "tokens":
             tokens, labels = _listed(row.get(section.tokens)), _listed(row.get(field))
             if not tokens:
@@ -232,9 +209,9 @@ class _Reader:
                 score = float(str(value))  # through a string, since True is no score
             except ValueError:
                 score = math.nan
-            if not math.isfinite(score):
-                raise InputError(f"{where}: label {value!r:.80} is no score: write a finite number")
-            return score
+            if math.isfinite(score):
+                return score
+            raise InputError(f"{where}: label {value!r:.80} is no score: write a finite number")
         code = self.codes.get(_written(value))
         if code is None and blind and value in (None, "", UNLABELLED, str(UNLABELLED)):
             return UNLABELLED
@@ -257,8 +234,8 @@ def _check_text(where: str, text) -> None:
 def check_label_order(task: Task, id2label: dict, origin: str | Path) -> None:
     """Refuses a teacher whose outputs mean other labels than the task's, or the same in another order.
 
-    id2label: of a transformers config, its keys int or str. transformers' own LABEL_0, LABEL_1, ... say nothing and are
-    accepted; upper and lower case are the same.
+    id2label: of a transformers config, its keys int or str. transformers' own LABEL_0, LABEL_1, ... say nothing and
+    pass; case does not count.
     """
     theirs = [str(label) for _, label in sorted((int(number), label) for number, label in id2label.items())]
     if len(theirs) != (len(task.labels) or 1):
@@ -278,10 +255,8 @@ def read_logits(path: str | Path, task: Task) -> dict[str, np.ndarray]:
     """A teacher's stored outputs, {split: [R, C] float32}, for the rows that the task has.
 
     The safetensors file has `train.logits`, or `train`, and so on for other splits: a row for each row of the split's
-    file or, if the task sampled it, of the sample. `train.labels`, if there, must be the task's.
-
-    Raises:
-        InputError: a file that cannot be read, another number of rows or of labels, not finite, other labels.
+    file or, if the task sampled it, of the sample. Raises InputError if the file does not fit the task, also if it has
+    `train.labels` that are not the task's.
     """
     if task.kind == "tokens":
         raise InputError(f"{path}: stored logits serve one label a row, not tokens: name tasks.{task.name}.teacher")
@@ -326,26 +301,19 @@ def _checked_logits(where: str, task: Task, rows: Rows, logits: np.ndarray, labe
 def predictions(task: Task, logits_by_row: np.ndarray | list[np.ndarray]) -> list:
     """What the outputs say, row by row: a label's name, a score, or the names for the tokens.
 
-    logits_by_row: [R, C], [R, 1] or [R] for scores, and for token tasks [tokens, C] for each row.
-
-    Raises:
-        InputError: outputs that are not finite.
+    logits_by_row: [R, C], [R, 1] or [R] for scores, [tokens, C] for each row of a token task. Raises InputError for
+    outputs that are not finite.
     """
     if not all(np.isfinite(row).all() for row in logits_by_row):
         raise InputError(f"task {task.name}: the model's outputs are not finite: lower the learning rate")
     if task.kind == "regression":
         return np.asarray(logits_by_row, np.float64).reshape(len(logits_by_row)).tolist()
-    if task.kind == "classification":
-        return [task.labels[i] for i in np.argmax(logits_by_row, 1)]
-    return [[task.labels[i] for i in np.argmax(row, 1)] for row in logits_by_row]
+    names = np.array(task.labels)
+    return [names[np.argmax(row, -1)].tolist() for row in logits_by_row]
 
 
 def score(task: Task, logits_by_row: np.ndarray | list[np.ndarray], split: str) -> dict[str, float]:
-    """The task's metrics of the split's labelled rows (see `predictions` for the shapes); {} if no row has a label.
-
-    Raises:
-        InputError: outputs that are not finite.
-    """
+    """The task's metrics of the split's labelled rows, {} if none is; arguments and errors as of `predictions`."""
     targets, predicted = task.splits[split].targets, predictions(task, logits_by_row)
     if len(predicted) != len(targets):
         raise ValueError(f"{split} has {len(targets)} rows and the model answered {len(predicted)}")
