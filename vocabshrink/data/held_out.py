@@ -14,6 +14,7 @@ from pathlib import Path
 import numpy as np
 from pydantic import BaseModel, FiniteFloat, ValidationError
 from scipy.stats import spearmanr
+from sklearn.preprocessing import normalize
 
 from tokenizer_build.errors import InputError
 from tokenizer_build.files import read_jsonl
@@ -45,10 +46,8 @@ def held_out_texts(stream: WordStream, lexicon: Lexicon, segments: Segments, cou
     """Draws sentences of 4 to 40 words and makes their near ones. Raises InputError if there are too few."""
     fitting = np.flatnonzero((segments.lengths >= 4) & (segments.lengths <= 40))
     if len(fitting) < LEAST_SENTENCES:
-        raise InputError(
-            f"corpus: only {len(fitting)} held-out sentences of 4 to 40 words: give more text or a smaller "
-            "corpus.held_out_every"
-        )
+        fault = f"only {len(fitting)} held-out sentences of 4 to 40 words"
+        raise InputError(f"corpus: {fault}: give more text or a smaller corpus.held_out_every")
     rng = np.random.default_rng((seed, 2))
     chosen = np.sort(rng.permutation(fitting)[:count])
     near = near_groups(gather_words(stream, segments, chosen), rare_words(lexicon), rng)
@@ -61,20 +60,16 @@ def held_out_texts(stream: WordStream, lexicon: Lexicon, segments: Segments, cou
 
 def similarities(vectors: np.ndarray, pairs: np.ndarray) -> np.ndarray:
     """Cosine similarity of each pair, [k]."""
-    unit = _unit(vectors)
+    unit = normalize(vectors)
     return (unit[pairs[:, 0]] * unit[pairs[:, 1]]).sum(1)
 
 
 def nearest(vectors: np.ndarray, top: int) -> np.ndarray:
     """[n, top]: the nearest others of each vector, in no order; fewer columns if there are fewer others."""
-    scores = _unit(vectors) @ _unit(vectors).T
+    scores = normalize(vectors) @ normalize(vectors).T
     np.fill_diagonal(scores, -np.inf)
     top = min(top, len(vectors) - 1)
     return np.argpartition(-scores, top - 1, axis=1)[:, :top]
-
-
-def _unit(vectors: np.ndarray) -> np.ndarray:
-    return vectors / np.maximum(np.linalg.norm(vectors, axis=1, keepdims=True), 1e-12)
 
 
 @dataclass(frozen=True)
@@ -110,5 +105,5 @@ def read_rated_pairs(path: str | Path) -> RatedPairs:
             raise InputError(f"{path}: row {number} needs sentence1, sentence2 and a numeric label") from None
     if len(rows) < 2:
         raise InputError(f"{path}: no rated pairs: give rows with sentence1, sentence2 and label")
-    first, second, scores = zip(*((row.sentence1, row.sentence2, row.label) for row in rows), strict=True)
-    return RatedPairs(list(first), list(second), np.array(scores))
+    first, second = [row.sentence1 for row in rows], [row.sentence2 for row in rows]
+    return RatedPairs(first, second, np.array([row.label for row in rows]))

@@ -39,10 +39,12 @@ def slot_f1(targets: list[list[str]], predicted: list[list[str]]) -> float:
 
 
 def correlation(of: Callable) -> Callable[[np.ndarray, np.ndarray], float]:
-    """Correlation that is 0, not undefined, for a model that gives every row the same score."""
-    return lambda targets, predicted: (
-        0.0 if np.ptp(targets) == 0 or np.ptp(predicted) == 0 else float(of(targets, predicted).statistic)
-    )
+    """A correlation that is 0, not undefined, for a model that gives every row the same score."""
+
+    def metric(targets: np.ndarray, predicted: np.ndarray) -> float:
+        return float(of(targets, predicted).statistic) if np.ptp(targets) and np.ptp(predicted) else 0.0
+
+    return metric
 
 
 METRICS: dict[str, Callable] = {
@@ -67,12 +69,13 @@ def choose_metrics(asked: list[str] | None, kind: str, labels: list[str], where:
     if not asked:
         spanned = any(label.startswith(("B-", "I-")) for label in labels)
         return list(fitting if kind == "regression" else fitting[:1] if kind != "tokens" or spanned else ["accuracy"])
-    for metric in asked if isinstance(asked, list) else [asked]:
+    asked = asked if isinstance(asked, list) else [asked]
+    for metric in asked:
         if metric not in fitting:
             raise InputError(f"{where} (or meta.json's): {metric!r} is no metric of {kind}: list {', '.join(fitting)}")
         if metric == "f1" and len(labels) != 2:
             raise InputError(f"{where}: f1 is of two labels and there are {len(labels)}: use f1_macro")
-    return list(asked)
+    return asked
 
 
 def headline(metrics: dict[str, float]) -> float:
