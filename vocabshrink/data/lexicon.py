@@ -74,9 +74,8 @@ class Lexicon:
     meta: dict
 
     @classmethod
-    def load(cls, folder: str | Path) -> Lexicon:
+    def load(cls, folder: Path) -> Lexicon:
         """Reads what `encode_corpus` wrote. Raises InputError if the folder is not a finished lexicon."""
-        folder = Path(folder)
         meta = read_json(folder / "meta.json")
         # split on "\n" alone: JSON keeps U+2028 and its like as they are, and str.splitlines cuts there
         words = ",".join((folder / "words.jsonl").read_text(encoding="utf-8").split("\n")[:-1])
@@ -91,10 +90,10 @@ class WordStream:
     line_offsets: np.ndarray  # [L + 1] int64, memory-mapped
 
     @classmethod
-    def load(cls, folder: str | Path) -> WordStream:
+    def load(cls, folder: Path) -> WordStream:
         """Maps what `encode_corpus` wrote. Raises InputError if the folder is not a finished lexicon."""
-        read_json(Path(folder) / "meta.json")
-        return cls(*(np.load(Path(folder) / f"{name}.npy", mmap_mode="r") for name in ("word_ids", "line_offsets")))
+        read_json(folder / "meta.json")
+        return cls(*(np.load(folder / f"{name}.npy", mmap_mode="r") for name in ("word_ids", "line_offsets")))
 
 
 def within_rows(lengths: np.ndarray) -> np.ndarray:
@@ -106,7 +105,7 @@ def encode_corpus(
     blocks: Iterable[list[str]],
     teacher_tokenizer: str | Path,
     student_tokenizer: str | Path,
-    folder: str | Path,
+    folder: Path,
     *,
     processes: int = 1,
     progress: Callable[[int], None] | None = None,
@@ -121,7 +120,7 @@ def encode_corpus(
     words, a full disk.
     """
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # one thread a process; and spawn inherits it
-    folder, paths = Path(folder), (tokenizer_file(teacher_tokenizer), tokenizer_file(student_tokenizer))
+    paths = tokenizer_file(teacher_tokenizer), tokenizer_file(student_tokenizer)
     teacher, student = map(_describe, paths)
     # a teacher alone on a task stands on both sides
     if student["family"] != "wordpiece" and student["sha256"] != teacher["sha256"]:
@@ -300,7 +299,7 @@ class _Encoder:
         self.teacher, self.student = _load(teacher), _load(student)
         self.splitter = _Splitter([self.teacher, self.student])
         self.words: dict[bytes, int] = {}
-        self.chunks: dict[str, tuple[int, ...]] = {}
+        self.chunks: dict[str, tuple[int, ...]] = {}  # the cache
         self.new: list[tuple[bytes, str]] = []
 
     def encode(self, lines: list[str]) -> tuple[int, list[tuple[bytes, str]], np.ndarray, np.ndarray]:

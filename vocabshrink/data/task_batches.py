@@ -8,7 +8,6 @@ Shapes: R rows of a split, C labels (1 for scores), B sequences, T pieces of a p
 """
 
 import hashlib
-import json
 from collections.abc import Callable
 from dataclasses import KW_ONLY, dataclass
 from itertools import chain
@@ -17,7 +16,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from tokenizer_build.files import write_json
+from tokenizer_build.files import read_json, write_json
 from vocabshrink.data.batches import Batch, Order, Segments
 from vocabshrink.data.lexicon import Lexicon, WordStream, encode_corpus, tokenizer_file
 from vocabshrink.data.pieces import PieceTable, Sequences
@@ -36,15 +35,13 @@ class EncodedTask:
     starts: dict[str, np.ndarray]
 
 
-def encode_task(
-    task: Task, teacher_tokenizer: str | Path, student_tokenizer: str | Path, folder: str | Path
-) -> EncodedTask:
+def encode_task(task: Task, teacher: str | Path, student: str | Path, folder: Path) -> EncodedTask:
     """Encodes all splits into one lexicon in `folder`, or reads it if the same rows were encoded before.
 
-    A line is a sentence, or a token of a token task: from the second on behind a space, so that byte-level vocabularies
-    read the tokens as they stand in the sentence.
+    teacher, student: folders of tokenizers. A line is a sentence, or a token of a token task: from the second on behind
+    a space, so that byte-level vocabularies read the tokens as they stand in the sentence.
     """
-    folder, lines, starts = Path(folder), [], {}
+    lines, starts = [], {}
     for split, rows in task.splits.items():
         if task.kind == "tokens":
             of_rows = [[" " * (place > 0) + token for place, token in enumerate(tokens)] for tokens in rows.first]
@@ -53,14 +50,14 @@ def encode_task(
         starts[split] = len(lines) + np.cumsum([0, *map(len, of_rows)])
         lines.extend(chain.from_iterable(of_rows))
     inputs = hashlib.sha256()
-    contents = (tokenizer_file(tokenizer).read_bytes() for tokenizer in (teacher_tokenizer, student_tokenizer))
+    contents = (tokenizer_file(tokenizer).read_bytes() for tokenizer in (teacher, student))
     for content in chain(contents, map(str.encode, lines)):
         inputs.update(hashlib.sha256(content).digest())
     finished, encoded = folder / "task.json", {"sha256": inputs.hexdigest(), "lines": len(lines)}
-    if not finished.is_file() or json.loads(finished.read_text(encoding="utf-8")) != encoded:
+    if not finished.is_file() or read_json(finished) != encoded:
         finished.unlink(missing_ok=True)
         blocks = (lines[start : start + BLOCK_LINES] for start in range(0, len(lines), BLOCK_LINES))
-        encode_corpus(blocks, teacher_tokenizer, student_tokenizer, folder)
+        encode_corpus(blocks, teacher, student, folder)
         write_json(finished, encoded)
     return EncodedTask(task, Lexicon.load(folder), WordStream.load(folder), starts)
 
@@ -159,9 +156,8 @@ class TaskBatcher:
                 if places is None:
                     found[row] = outputs[i].reshape(-1)
                     continue
-                labels = self.task.labels
-                outside = np.arange(len(labels)) == (labels.index("O") if "O" in labels else 0)
-                found[row] = np.tile(outside.astype(np.float32), (len(self.split.first[row]), 1))
+                found[row] = np.zeros((len(self.split.first[row]), len(self.task.labels)), np.float32)
+                found[row][:, self.task.labels.index("O") if "O" in self.task.labels else 0] = 1
                 where = places[i] >= 0
                 found[row][places[i][where]] = outputs[i][where.numpy()]
         return found if self.tokens is not None else np.stack(found)

@@ -182,8 +182,7 @@ class _Reader:
                 raise InputError(f"{where} has no list {section.tokens}: add it, or name one in {self.key}.tokens")
             for place, token in enumerate(tokens):
                 _check_text(f"{where}: {section.tokens}[{place}]", token)
-            if blind and not labels:
-                labels = [None] * len(tokens)
+            labels = labels or [None] * len(tokens) * blind
             if len(labels) != len(tokens):
                 counts = f"{len(tokens)} {section.tokens} and {len(labels)} {field}"
                 raise InputError(f"{where} has {counts}: give each token one")
@@ -218,7 +217,7 @@ class _Reader:
         if code is None:
             names = ", ".join(self.labels[:12]) + (", ..." if len(self.labels) > 12 else "")
             remedy = f"correct it or add it to {self.key}.labels (scores need kind: regression)"
-            raise InputError(f"{where}: label {value!r:.80} is none of {names}: {remedy}")
+            raise InputError(f"{where}: label {value!r:.80} is none of {names or 'the labels'}: {remedy}")
         return code
 
 
