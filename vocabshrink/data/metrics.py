@@ -6,6 +6,7 @@ so that no further package is needed. Not done: strict IOBES schemes, confidence
 
 import math
 from collections.abc import Callable
+from functools import partial
 
 import numpy as np
 from scipy.stats import pearsonr, spearmanr
@@ -16,16 +17,15 @@ from tokenizer_build.errors import InputError
 
 def spans(tags: list[str]) -> set[tuple[str, int, int]]:
     """(kind, first token, one past the last) of every span in BIO tags; an I- after another kind begins one (CoNLL)."""
-    found, kind, start = set(), None, 0
+    found, begun = set(), None
     for index, tag in enumerate([*tags, "O"]):
-        prefix, _, name = tag.partition("-")
+        prefix, _, kind = tag.partition("-")
         inside = prefix in ("B", "I")
-        begins = inside and (prefix == "B" or name != kind)
-        if kind is not None and (begins or not inside):
-            found.add((kind, start, index))
-            kind = None
-        if begins:
-            kind, start = name, index
+        if begun is not None and (not inside or prefix == "B" or kind != begun[0]):
+            found.add((*begun, index))
+            begun = None
+        if inside and begun is None:
+            begun = kind, index
     return found
 
 
@@ -38,22 +38,18 @@ def slot_f1(targets: list[list[str]], predicted: list[list[str]]) -> float:
     return 2 * right / max(total, 1)
 
 
-def correlation(of: Callable) -> Callable[[np.ndarray, np.ndarray], float]:
+def correlation(of: Callable, targets: np.ndarray, predicted: np.ndarray) -> float:
     """A correlation that is 0, not undefined, for a model that gives every row the same score."""
-
-    def metric(targets: np.ndarray, predicted: np.ndarray) -> float:
-        return float(of(targets, predicted).statistic) if np.ptp(targets) and np.ptp(predicted) else 0.0
-
-    return metric
+    return of(targets, predicted).statistic if np.ptp(targets) and np.ptp(predicted) else 0.0
 
 
 METRICS: dict[str, Callable] = {
-    "accuracy": lambda targets, predicted: float(accuracy_score(targets, predicted)),
-    "f1": lambda targets, predicted: float(f1_score(targets, predicted, pos_label=1, zero_division=0)),
-    "f1_macro": lambda targets, predicted: float(f1_score(targets, predicted, average="macro", zero_division=0)),
-    "matthews": lambda targets, predicted: float(matthews_corrcoef(targets, predicted)),
-    "pearson": correlation(pearsonr),
-    "spearman": correlation(spearmanr),
+    "accuracy": accuracy_score,
+    "f1": partial(f1_score, zero_division=0),  # of the second label
+    "f1_macro": partial(f1_score, average="macro", zero_division=0),
+    "matthews": matthews_corrcoef,
+    "pearson": partial(correlation, pearsonr),
+    "spearman": partial(correlation, spearmanr),
     "slot_f1": slot_f1,
 }
 FITTING = {

@@ -3,7 +3,7 @@
 A task is one JSONL or CSV file per split. Whatever could silently train on nonsense is refused while reading, with the
 file, the row and the remedy: an unknown label, a row without text, a single class. The names and the order of the
 labels travel with the task, because the commonest defect of distilled classifiers is a teacher that counts its classes
-in another order: `check_label_order` refuses it. All rows are read into memory and checked, the sampled ones or not.
+in another order: `check_label_order` refuses it. Every row is read into memory and checked, even if the task samples.
 
 Shapes: R rows of a split, C labels (1 for scores).
 """
@@ -327,4 +327,4 @@ def score(task: Task, logits_by_row: np.ndarray | list[np.ndarray], split: str) 
         sides = tuple(np.array([index[label] for row in side for label in row]) for side in by_row)
     if not len(sides[0]):
         return {}
-    return {name: METRICS[name](*(by_row if name == "slot_f1" else sides)) for name in task.metrics}
+    return {name: float(METRICS[name](*(by_row if name == "slot_f1" else sides))) for name in task.metrics}
