@@ -37,7 +37,7 @@ ENCODE = """
 import sys
 from itertools import islice
 from tokenizer_build.corpus import read_blocks
-from vocabshrink.lexicon import encode_corpus
+from vocabshrink.data.lexicon import encode_corpus
 teacher, student, folder, blocks, *corpus = sys.argv[1:]
 encode_corpus(islice(read_blocks(corpus), int(blocks)), teacher, student, folder)
 # not getrusage: its peak would include that of the process that started this one

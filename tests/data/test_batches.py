@@ -1,18 +1,16 @@
 """Batches gathered from the lexicon are what the two tokenizers give, masked, mixed and drawn as promised."""
 
-import dataclasses
-import json
+import threading
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
-from conftest import made_up_text, wordpiece_pieces
+from conftest import made_up_text
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from tokenizers import Tokenizer
-from tokenizers.implementations import ByteLevelBPETokenizer
-from transformers import AutoTokenizer, BertTokenizerFast, RobertaTokenizerFast
+from word_tables import SIDES, inner, lacking, make_student, make_text, pieces_of, same, same_strings
 
 from tokenizer_build.errors import InputError
 from vocabshrink.data import batches
@@ -27,28 +25,19 @@ from vocabshrink.data.batches import (
     rare_words,
 )
 from vocabshrink.data.lexicon import Lexicon, WordStream, encode_corpus
-from vocabshrink.data.pieces import PieceTable, special_tokens
+from vocabshrink.data.pieces import PieceTable, Sequences
 
 LIMIT = 40  # pieces without special tokens: many lines need more, so that cutting is at work
-SIDES = ("mixed", "student", "teacher")
 
 
 @pytest.fixture(scope="module")
 def student_folder(lines, tmp_path_factory):
-    """A small WordPiece vocabulary whose pieces have other ids than the teacher's."""
-    folder = tmp_path_factory.mktemp("student")
-    special = ["[MASK]", "[SEP]", "[UNK]", "[PAD]", "[CLS]"]
-    pieces = special + wordpiece_pieces(lines, 120)[:4:-1]
-    BertTokenizerFast(vocab={p: i for i, p in enumerate(pieces)}, do_lower_case=True).save_pretrained(folder)
-    return folder
+    return make_student(lines, tmp_path_factory.mktemp("student"))
 
 
 @pytest.fixture(scope="module")
 def text(lines):
-    """The corpus with what corpora have: words that every vocabulary spells letter by letter, an empty line, unknown
-    characters, an invisible one, several sentences."""
-    pairs = map(" ".join, zip(lines[::4], lines[1::4], strict=True))
-    return ["Qxz wqx 987, xyqw qxz.", *lines, "", "한국 kalo 한 mine!", "kalo \u200b mine \u00ad ru", *pairs]
+    return make_text(lines)
 
 
 @pytest.fixture(scope="module")
@@ -63,40 +52,10 @@ def table(encoded):
     return PieceTable(encoded[0])
 
 
-def same_strings(teacher_folder, student_folder) -> np.ndarray:
-    """[V_S]: the teacher's id of the same string, or -1; the special tokens are left out."""
-    teacher, student = (Tokenizer.from_file(str(f / "tokenizer.json")) for f in (teacher_folder, student_folder))
-    pieces = (student.id_to_token(i) for i in range(student.get_vocab_size()))
-    found = [None if piece.startswith("[") else teacher.token_to_id(piece) for piece in pieces]
-    return np.array([-1 if i is None else i for i in found])
-
-
 @pytest.fixture(scope="module")
 def sharing(encoded, tiny_teacher, student_folder):
     """The table that knows which words both vocabularies spell alike."""
     return PieceTable(encoded[0], shared=same_strings(tiny_teacher, student_folder))
-
-
-@pytest.fixture(scope="module")
-def equal(text, tiny_teacher, tmp_path_factory):
-    """(lexicon, stream, table) of a student with the teacher's own vocabulary."""
-    folder = tmp_path_factory.mktemp("equal")
-    encode_corpus([text], tiny_teacher, tiny_teacher, folder)
-    lexicon = Lexicon.load(folder)
-    return lexicon, WordStream.load(folder), PieceTable(lexicon, shared=np.arange(300))
-
-
-@pytest.fixture(scope="module")
-def byte_level(text, lines, student_folder, tmp_path_factory):
-    """(lexicon, stream, folder of the teacher's tokenizer) with a RoBERTa-like teacher."""
-    tokenizer = ByteLevelBPETokenizer()
-    special = ["<s>", "<pad>", "</s>", "<unk>", "<mask>"]
-    tokenizer.train_from_iterator(lines, vocab_size=400, special_tokens=special, show_progress=False)
-    folder, encoded = tmp_path_factory.mktemp("roberta"), tmp_path_factory.mktemp("encoded_byte_level")
-    merges = [tuple(pair) for pair in json.loads(tokenizer.to_str())["model"]["merges"]]
-    RobertaTokenizerFast(vocab=tokenizer.get_vocab(), merges=merges).save_pretrained(folder)
-    encode_corpus([text], folder, student_folder, encoded)
-    return Lexicon.load(encoded), WordStream.load(encoded), folder
 
 
 @pytest.fixture(scope="module")
@@ -112,339 +71,6 @@ def make_batcher(encoded, table, segments):
         return Batcher(keywords.pop("table", table), encoded[1], encoded[0], keywords.pop("segments"), **keywords)
 
     return make
-
-
-def words_of(encoded, line_numbers):
-    """(word ids, sequence numbers) of whole lines."""
-    stream = encoded[1]
-    line_numbers = list(line_numbers)
-    parts = [np.asarray(stream.word_ids[stream.line_offsets[i] : stream.line_offsets[i + 1]]) for i in line_numbers]
-    sequence = np.repeat(np.arange(len(parts)), [len(part) for part in parts])
-    return np.concatenate(parts).astype(np.int64), sequence
-
-
-def pieces_of(lexicon, word, from_student, shift=0):
-    """A word's pieces read off the lexicon's tables, one word at a time: the slow reference."""
-    offsets, ids = (
-        (lexicon.student_offsets, lexicon.student_ids)
-        if from_student
-        else (lexicon.teacher_offsets, lexicon.teacher_ids)
-    )
-    return [int(piece) + (shift if from_student else 0) for piece in ids[offsets[word] : offsets[word + 1]]]
-
-
-def pairs_of(encoded, firsts, seconds):
-    """(word ids, sequence numbers, which are of the second sentence) of pairs of lines."""
-    words, sequence = words_of(encoded, [i for pair in zip(firsts, seconds, strict=True) for i in pair])
-    return words, sequence // 2, sequence % 2 == 1
-
-
-def units_of(lexicon, word, shared) -> int:
-    """A word's units by the definition: its pieces where both vocabularies make the same ones of it, else one."""
-    teacher, student = (pieces_of(lexicon, word, side) for side in (False, True))
-    return len(teacher) if teacher == [shared[piece] for piece in student] else 1
-
-
-def same(left, right) -> bool:
-    """Whether two batches are equal to the last number."""
-    if left is None or right is None:
-        return left is right
-    if dataclasses.is_dataclass(left):
-        return all(same(a, b) for a, b in zip(vars(left).values(), vars(right).values(), strict=True))
-    return torch.equal(left, right) if isinstance(left, torch.Tensor) else left == right
-
-
-def inner(side) -> torch.Tensor:
-    """[B, T] bool: pieces of words; what is neither padding nor special."""
-    first = torch.arange(side.ids.shape[1]) == 0
-    last = side.units == side.units.max(1, keepdim=True).values
-    if side.token_types is not None:
-        last |= side.units == side.units.max(1, keepdim=True).values - 1
-    return side.attention_mask.bool() & ~first & ~last
-
-
-def lacking():
-    """A lexicon of three words: one that both sides write, one without teacher pieces, one without student pieces."""
-    side = {"size": 9, "special": {"cls": 1, "sep": 2, "pad": 0, "mask": 3}}
-    return SimpleNamespace(
-        teacher_offsets=np.array([0, 1, 1, 2]),
-        teacher_ids=np.array([5, 6], np.int32),
-        counts=np.ones(3, int),
-        student_offsets=np.array([0, 1, 2, 2]),
-        student_ids=np.array([7, 8], np.int32),
-        meta={"teacher": side, "student": side},
-    )
-
-
-class TestGather:
-    @pytest.mark.parametrize("from_student", [False, True])
-    def test_is_what_the_tokenizer_gives(self, text, encoded, table, tiny_teacher, student_folder, from_student):
-        tokenizer = AutoTokenizer.from_pretrained(student_folder if from_student else tiny_teacher)
-        for start in range(0, len(text), 64):
-            numbers = range(start, min(start + 64, len(text)))
-            expected = tokenizer([text[i] for i in numbers], padding=True, return_tensors="pt")
-            words, sequence = words_of(encoded, numbers)
-            found = table.gather(words, sequence, len(numbers), from_student)
-            assert torch.equal(found.ids, expected["input_ids"])
-            assert torch.equal(found.attention_mask, expected["attention_mask"])
-            assert found.labels is None
-
-    @given(data=st.data())
-    @settings(max_examples=60, deadline=None)
-    def test_mixed_input_word_by_word(self, data, encoded, table, sharing, tiny_teacher, student_folder):
-        lexicon, table = encoded[0], data.draw(st.sampled_from([table, sharing]))
-        shared = same_strings(tiny_teacher, student_folder) if table is sharing else np.full(table.student_size, -2)
-        sentence = st.lists(st.integers(0, table.words - 1), max_size=9)
-        paired = data.draw(st.booleans())
-        rows = data.draw(st.lists(st.tuples(sentence, sentence if paired else st.just([])), min_size=1, max_size=5))
-        words = np.array([w for a, b in rows for w in a + b], dtype=np.int64)
-        sequence = np.repeat(np.arange(len(rows)), [len(a + b) for a, b in rows])
-        second = np.array([k >= len(a) for a, b in rows for k in range(len(a + b))], dtype=bool) if paired else None
-        choice = np.array(data.draw(st.lists(st.booleans(), min_size=len(words), max_size=len(words))), dtype=bool)
-        found = table.gather(words, sequence, len(rows), choice, combined=True, second=second)
-        mask = table.unit_mask(words, sequence, len(rows), pairs=paired)
-        special, k, widths = table.teacher_special, 0, []
-        for row, sentences in enumerate(rows):
-            ids, units, types, whole = [special.cls], [0], [0], [True]
-            separators = []
-            for number, sentence in enumerate(sentences[: 1 + paired]):
-                for word in sentence:
-                    pieces = pieces_of(lexicon, word, choice[k], table.teacher_size)
-                    count = units_of(lexicon, word, shared)
-                    ids, types, k = ids + pieces, types + [number] * len(pieces), k + 1
-                    units += [len(whole) + (j if count > 1 else 0) for j in range(len(pieces))]
-                    written = all(pieces_of(lexicon, word, side) for side in (False, True))
-                    whole += [written] * count
-                separators.append(len(units))
-                ids, types, units = [*ids, special.sep], [*types, number], [*units, None]
-            for number, place in enumerate(separators):  # the last units
-                units[place] = len(whole) + number
-            whole += [True] * len(separators)
-            padding = found.ids.shape[1] - len(ids)
-            assert found.ids[row].tolist() == ids + [special.pad] * padding
-            assert found.units[row].tolist() == units + [-1] * padding
-            assert found.attention_mask[row].tolist() == [1] * len(ids) + [0] * padding
-            assert found.token_types is None if not paired else found.token_types[row].tolist() == types + [0] * padding
-            assert mask[row].tolist() == whole + [False] * (mask.shape[1] - len(whole))
-            widths.append(len(whole))
-        assert found.ids.shape[1] == int(found.attention_mask.sum(1).max())  # not a column more than needed
-        assert mask.shape[1] == max(widths)
-
-    def test_a_teacher_with_more_rows_than_pieces(self, encoded, table):
-        wide = PieceTable(encoded[0], table.teacher_size + 12)
-        words, sequence = words_of(encoded, range(20))
-        for choice in (True, False):
-            plain, other = (t.gather(words, sequence, 20, choice) for t in (table, wide))
-            assert torch.equal(plain.ids, other.ids)
-        mixed = wide.gather(words, sequence, 20, True, combined=True)
-        inside = inner(mixed)
-        assert torch.equal(mixed.ids[inside] - wide.teacher_size, wide.gather(words, sequence, 20, True).ids[inside])
-
-    @pytest.mark.parametrize("from_student", [False, True])
-    def test_sentences_without_words_keep_their_special_tokens(self, table, from_student):
-        none = np.zeros(0, np.int64)
-        special = table.student_special if from_student else table.teacher_special
-        found = table.gather(none, none, 2, from_student)
-        assert found.ids.tolist() == [[special.cls, special.sep]] * 2 and found.units.tolist() == [[0, 1]] * 2
-        assert table.unit_mask(none, none, 2).tolist() == [[True, True]] * 2
-        pairs = table.gather(none, none, 1, from_student, second=none.astype(bool))
-        assert pairs.ids.tolist() == [[special.cls, special.sep, special.sep]]
-        assert pairs.token_types.tolist() == [[0, 0, 1]] and pairs.units.tolist() == [[0, 1, 2]]
-
-    def test_longest_is_of_either_side(self, encoded, table):
-        lexicon = encoded[0]
-        for word in range(0, table.words, 7):
-            assert table.longest[word] == max(len(pieces_of(lexicon, word, side)) for side in (False, True))
-
-    @pytest.mark.parametrize("role", ["cls", "sep", "pad", "mask"])
-    def test_a_tokenizer_without_a_special_token_is_refused(self, encoded, role):
-        meta = {"student": {"special": {"cls": 1, "sep": 2, "pad": 0, "mask": 3} | {role: None}}}
-        with pytest.raises(InputError, match=f"student tokenizer: it has no {role} token"):
-            special_tokens(SimpleNamespace(meta=meta), "student")
-
-
-class TestUnits:
-    """Single sentences and pairs, whose separators are the last units."""
-
-    def both(self, table, encoded, paired):
-        numbers = range(0, 200)
-        if paired:
-            words, sequence, second = pairs_of(encoded, numbers, range(200, 400))
-        else:
-            words, sequence, second = *words_of(encoded, numbers), None
-        sides = [table.gather(words, sequence, 200, side, second=second) for side in (False, True)]
-        return *sides, table.unit_mask(words, sequence, 200, pairs=paired)
-
-    @pytest.mark.parametrize("paired", [False, True])
-    def test_are_pieces_where_the_vocabularies_are_equal(self, equal, paired):
-        teacher, student, mask = self.both(equal[2], equal, paired)
-        assert same(teacher, student)
-        assert torch.equal(mask, teacher.attention_mask.bool())
-        assert equal[2].alike.all()
-        for units, attention in zip(teacher.units, teacher.attention_mask, strict=True):
-            length = int(attention.sum())
-            assert sorted(units[:length].tolist()) == list(range(length)) and (units[length:] == -1).all()
-            assert paired or units[:length].tolist() == list(range(length))
-
-    @pytest.mark.parametrize("paired", [False, True])
-    def test_are_as_fine_as_they_can_be(self, encoded, sharing, tiny_teacher, student_folder, paired):
-        """A unit is the same piece on both sides, or a word of which the vocabularies make different pieces."""
-        teacher, student, mask = self.both(sharing, encoded, paired)
-        shared = same_strings(tiny_teacher, student_folder)
-        kinds = {"special": 0, "piece": 0, "word": 0}
-        for row in range(len(mask)):
-            count = int(mask[row].sum())
-            for unit in range(count):
-                theirs = teacher.ids[row, teacher.units[row] == unit].tolist()
-                ours = student.ids[row, student.units[row] == unit].tolist()
-                special = unit == 0 or unit >= count - 1 - paired
-                equal = theirs == [int(shared[piece]) for piece in ours]
-                kind = "special" if special else "piece" if equal else "word"
-                assert len(ours) == len(theirs) == 1 if kind != "word" else len(ours) + len(theirs) > 2
-                kinds[kind] += 1
-        assert min(kinds.values()) >= 400
-        several = sharing.alike & (sharing.unit_counts > 1)
-        assert several.sum() >= 4 and not sharing.alike.all()
-
-    def test_without_shared_pieces_are_words(self, encoded, table):
-        teacher, student, mask = self.both(table, encoded, False)
-        words = np.diff(encoded[1].line_offsets)[:200]
-        assert not table.alike.any() and mask.sum(1).tolist() == (words + 2).tolist()
-        assert (teacher.units.max(1).values + 1).tolist() == (student.units.max(1).values + 1).tolist()
-
-
-class TestPairs:
-    @pytest.mark.parametrize("from_student", [False, True])
-    @pytest.mark.parametrize("teacher", ["bert", "roberta"])
-    def test_are_laid_out_as_the_tokenizer_does(
-        self, text, encoded, byte_level, tiny_teacher, student_folder, teacher, from_student
-    ):
-        """Also beside a teacher of another family, and with an empty sentence on either side."""
-        lexicon, stream, folder = byte_level if teacher == "roberta" else (*encoded, tiny_teacher)
-        table = PieceTable(lexicon)
-        tokenizer = AutoTokenizer.from_pretrained(student_folder if from_student else folder)
-        empty = text.index("")
-        firsts, seconds = [*range(60), empty, 5, empty], [*range(100, 160), 4, empty, empty]
-        expected = tokenizer(
-            [text[i] for i in firsts], [text[i] for i in seconds], padding=True, return_tensors="pt", truncation=False
-        )
-        words, sequence, second = pairs_of((lexicon, stream), firsts, seconds)
-        found = table.gather(words, sequence, len(firsts), from_student, second=second)
-        assert torch.equal(found.ids, expected["input_ids"])
-        assert torch.equal(found.attention_mask, expected["attention_mask"])
-        if teacher == "roberta" and not from_student:
-            assert found.token_types is None and not expected.get("token_type_ids", torch.zeros(1)).any()
-        else:
-            assert torch.equal(found.token_types, expected["token_type_ids"]) and found.token_types.any()
-        mixed = table.gather(words, sequence, len(firsts), np.zeros(len(words), bool), second=second, combined=True)
-        if not from_student:
-            assert same(mixed, found)  # mixed input is laid out as the teacher's
-
-    def test_two_separators_are_one_unit(self, byte_level):
-        """So that a RoBERTa teacher's `</s> </s>` is compared with the student's one [SEP]."""
-        table = PieceTable(byte_level[0])
-        words, sequence, second = pairs_of(byte_level, range(50), range(50, 100))
-        teacher, student = (table.gather(words, sequence, 50, side, second=second) for side in (False, True))
-        mask = table.unit_mask(words, sequence, 50, pairs=True)
-        for row in range(50):
-            count = int(mask[row].sum())
-            for side, special, times in ((teacher, table.teacher_special, 2), (student, table.student_special, 1)):
-                where = (side.units[row] == count - 2).nonzero().flatten().tolist()
-                assert side.ids[row, where].tolist() == [special.sep] * times and np.ptp(where) == times - 1
-                assert side.ids[row, side.units[row] == count - 1].tolist() == [special.sep]
-                assert side.ids[row, side.units[row] == 0].tolist() == [special.cls]
-
-    def test_masking_leaves_the_layout(self, encoded, sharing):
-        words, sequence, second = pairs_of(encoded, range(50), range(50, 100))
-        masked, rng = np.ones(len(words), bool), np.random.default_rng(0)
-        plain = sharing.gather(words, sequence, 50, True, second=second)
-        noisy = sharing.gather(words, sequence, 50, True, second=second, masked=masked, rng=rng)
-        assert torch.equal(noisy.units, plain.units) and torch.equal(noisy.token_types, plain.token_types)
-        assert torch.equal(noisy.labels, torch.where(inner(plain), plain.ids, -100))
-
-
-class TestLabels:
-    @pytest.mark.parametrize("paired", [False, True])
-    def test_stand_at_first_pieces(self, encoded, sharing, paired):
-        words, sequence, second = pairs_of(encoded, range(50), range(50, 100))
-        labels = np.where(np.arange(len(words)) % 3 == 0, -100, np.arange(len(words)))
-        options = {"second": second} if paired else {}
-        sides = [sharing.gather(words, sequence, 50, side, labels=labels, **options) for side in (False, True)]
-        for side, from_student in zip(sides, (False, True), strict=True):
-            where = side.labels >= 0
-            assert side.labels[where].tolist() == labels[labels >= 0].tolist()  # in order, each once
-            first = [pieces_of(encoded[0], words[k], from_student)[0] for k in side.labels[where].tolist()]
-            assert side.ids[where].tolist() == first
-        assert torch.equal(*(side.units[side.labels >= 0] for side in sides))
-
-    def test_of_words_that_one_side_lacks_are_gone_on_both(self):
-        table = PieceTable(lacking())
-        words, labels = np.arange(3), np.array([7, 8, 9])
-        found = [table.gather(words, np.zeros(3, int), 1, side, labels=labels).labels.tolist() for side in (0, 1)]
-        assert found == [[[-100, 7, -100, -100]]] * 2
-
-
-class TestMasking:
-    @pytest.fixture(scope="class")
-    def masked(self, encoded, table):
-        """The three sides of 20,000 words of which every third is masked, and the clean sides."""
-        words, sequence = words_of(encoded, range(400))
-        words, sequence = np.tile(words, 4), np.concatenate([sequence + 400 * k for k in range(4)])
-        rng = np.random.default_rng(5)
-        chosen, choice = rng.random(len(words)) < 1 / 3, rng.random(len(words)) < 0.5
-
-        def gather(side, **masking):
-            return table.gather(words, sequence, 1600, side[0], combined=side[1], **masking)
-
-        sides = {"student": (True, False), "teacher": (False, False), "mixed": (choice, True)}
-        clean = {name: gather(side) for name, side in sides.items()}
-        noisy = {name: gather(side, masked=chosen, rng=rng) for name, side in sides.items()}
-        return clean, noisy, (words, sequence, chosen, choice)
-
-    @pytest.mark.parametrize("side", SIDES)
-    def test_labels_are_the_true_pieces_at_masked_words_only(self, masked, side):
-        clean, noisy, (words, sequence, chosen, _) = masked
-        first = np.searchsorted(sequence, np.arange(1600))
-        before, after = clean[side], noisy[side]
-        number = torch.from_numpy(first).unsqueeze(1) + before.units - 1
-        hidden = torch.from_numpy(chosen)[number.clamp(0, len(words) - 1)] & inner(before)
-        assert torch.equal(after.labels, torch.where(hidden, before.ids, -100))
-        assert torch.equal(after.ids[~hidden], before.ids[~hidden])
-        assert torch.equal(after.units, before.units) and torch.equal(after.attention_mask, before.attention_mask)
-
-    def test_the_same_words_on_every_side(self, masked):
-        _, noisy, (words, sequence, chosen, _) = masked
-        assert 0.3 < chosen.mean() < 0.37
-        for row in range(0, 1600, 13):
-            found = [set(noisy[side].units[row][noisy[side].labels[row] >= 0].tolist()) for side in SIDES]
-            expected = set((np.flatnonzero(chosen[sequence == row]) + 1).tolist())
-            assert found == [expected] * 3
-
-    @pytest.mark.parametrize("side", SIDES)
-    def test_rates(self, masked, table, side):
-        """80 % [MASK], 10 % random, 10 % unchanged, within five standard deviations."""
-        _, noisy, _ = masked
-        pieces = noisy[side]
-        hidden = pieces.labels >= 0
-        ids, labels = pieces.ids[hidden], pieces.labels[hidden]
-        count = len(ids)
-        mask = (table.student_special if side == "student" else table.teacher_special).mask
-        is_mask, kept = ids == mask, ids == labels
-        noise = ids[~is_mask & ~kept]
-        for rate, expected in ((is_mask, 0.8), (kept, 0.1)):
-            assert abs(rate.float().mean() - expected) < 5 * (expected * (1 - expected) / count) ** 0.5
-        assert len(noise) > 0.08 * count and len(noise.unique()) > 80
-
-    def test_random_pieces_are_of_the_same_vocabulary(self, masked, table):
-        _, noisy, (_, sequence, _, choice) = masked
-        assert noisy["student"].ids.min() >= 0 and noisy["student"].ids.max() < table.student_size
-        assert noisy["teacher"].ids.min() >= 0 and noisy["teacher"].ids.max() < table.teacher_size
-        mixed, labels = noisy["mixed"].ids, noisy["mixed"].labels
-        noise = (labels >= 0) & (mixed != labels) & (mixed != table.teacher_special.mask)
-        assert torch.equal(mixed[noise] >= table.teacher_size, labels[noise] >= table.teacher_size)
-        assert mixed.max() < table.teacher_size + table.student_size
-        student = mixed[noise & (labels >= table.teacher_size)] - table.teacher_size
-        assert student.min() < 20 and student.max() > table.student_size - 20  # all of it is drawn from
 
 
 class TestSegments:
@@ -503,7 +129,7 @@ class TestSegments:
 
 def clean_words(batcher: Batcher, index: int) -> list[tuple[int, ...]]:
     """The word ids of each segment of a batch, by the segments themselves."""
-    chosen = batcher._segments_of(index)
+    chosen = batcher.order.rows(index)
     return [int(s) for s in batcher.segments.starts[chosen]]
 
 
@@ -512,7 +138,7 @@ class TestBatcher:
     def test_a_batch_is_a_function_of_its_number(self, make_batcher, group_size):
         options = {"group_size": group_size, "mask": 0.15, "p": lambda index: 0.3 + index / 1000}
         one, other = make_batcher(**options), make_batcher(**options)
-        numbers = [0, 5, one.per_epoch, one.per_epoch + 3, 2 * one.per_epoch - 1]
+        numbers = [0, 5, one.order.per_epoch, one.order.per_epoch + 3, 2 * one.order.per_epoch - 1]
         first = {i: one.batch(i) for i in numbers}
         assert all(same(first[i], other.batch(i)) for i in reversed(numbers))
         assert all(same(first[i], one.batch(i)) for i in (numbers[3], numbers[0], numbers[4], numbers[1]))
@@ -523,28 +149,32 @@ class TestBatcher:
         batcher = make_batcher(batch_size=batch_size, group_size=group_size)
         orders = []
         for epoch in range(2):
-            seen = [s for i in range(batcher.per_epoch) for s in clean_words(batcher, epoch * batcher.per_epoch + i)]
+            seen = [
+                s
+                for i in range(batcher.order.per_epoch)
+                for s in clean_words(batcher, epoch * batcher.order.per_epoch + i)
+            ]
             assert sorted(seen) == sorted(segments[0].starts.tolist())
             orders.append(seen)
-        if batcher.per_batch < len(segments[0].starts):
+        if batcher.order.per_batch < len(segments[0].starts):
             assert orders[0] != orders[1]
 
     def test_batches_hold_their_segments_and_no_held_out_line(self, make_batcher, encoded, segments, table):
         stream, batcher = encoded[1], make_batcher(sides=("teacher",))
         offsets = np.asarray(stream.line_offsets)
-        for index in range(batcher.per_epoch):
+        for index in range(batcher.order.per_epoch):
             starts = clean_words(batcher, index)
             assert all((np.searchsorted(offsets, s, side="right") - 1) % 7 != 6 for s in starts)
-            words, sequence = gather_words(stream, batcher.segments, batcher._segments_of(index))
-            assert same(batcher.batch(index).teacher, table.gather(words, sequence, len(starts), False))
+            words = gather_words(stream, batcher.segments, batcher.order.rows(index))
+            assert words.count == len(starts) and same(batcher.batch(index).teacher, table.gather(words, False))
         assert not set(segments[0].starts) & set(segments[1].starts)
 
     def test_lengths_are_pooled(self, make_batcher, segments):
         """Little padding: within a batch lengths are near, although batches come in any order."""
         batcher = make_batcher()
-        spread = [np.ptp(segments[0].lengths[batcher._segments_of(i)]) for i in range(batcher.per_epoch)]
+        spread = [np.ptp(segments[0].lengths[batcher.order.rows(i)]) for i in range(batcher.order.per_epoch)]
         assert np.mean(spread) <= 2 < np.ptp(segments[0].lengths)
-        means = [segments[0].lengths[batcher._segments_of(i)].mean() for i in range(batcher.per_epoch)]
+        means = [segments[0].lengths[batcher.order.rows(i)].mean() for i in range(batcher.order.per_epoch)]
         assert means != sorted(means)
 
     @pytest.mark.parametrize("group_size", [1, 4])
@@ -553,7 +183,7 @@ class TestBatcher:
         """Also where a swap brings in a longer word, or segments were cut longer than the batch may be."""
         batcher = make_batcher(batch_size=16, group_size=group_size, max_pieces=limit)
         widths = []
-        for index in range(batcher.per_epoch):
+        for index in range(batcher.order.per_epoch):
             batch = batcher.batch(index)
             for side in SIDES:
                 lengths = getattr(batch, side).attention_mask.sum(1)
@@ -589,7 +219,8 @@ class TestBatcher:
     def test_unit_mask_is_of_units_that_both_sides_have(self, encoded, table, make_batcher):
         lexicon = encoded[0]
         words = np.arange(table.words)
-        batch = make_batcher().assemble(words, np.zeros(len(words), np.int64), 1, np.random.default_rng(0), 0.5)
+        one = Sequences(words, np.zeros(len(words), np.int64), 1)
+        batch = make_batcher().assemble(one, np.random.default_rng(0), 0.5)
         expected = [all(pieces_of(lexicon, word, side) for side in (False, True)) for word in words]
         assert batch.unit_mask.tolist() == [[True, *expected, True]]
 
@@ -616,8 +247,9 @@ class TestBatcher:
         lexicon.teacher_ids, lexicon.student_ids = lexicon.teacher_ids[:1], lexicon.student_ids[:1]
         for shared, expected in ((np.full(9, 5), [True] * 4), (None, [True, True, False, True, True])):
             table, words = PieceTable(lexicon, shared=shared), np.array([0, 1, 0])
-            assert table.unit_mask(words, np.zeros(3, int), 1).tolist() == [expected]
-            units = table.gather(words, np.zeros(3, int), 1, False).units
+            sequences = Sequences(words, np.zeros(3, int), 1)
+            assert table.unit_mask(sequences).tolist() == [expected]
+            units = table.gather(sequences, False).units
             assert units.tolist() == [np.flatnonzero(expected).tolist()]
 
     def test_the_same_segment_is_mixed_anew_each_time(self, make_batcher, segments):
@@ -648,11 +280,26 @@ class TestBatcher:
 
     def test_prefetch_keeps_the_order(self, make_batcher):
         batcher = make_batcher(mask=0.15)
-        numbers = [0, 3, 1, batcher.per_epoch + 2, 2, 0]
+        numbers = [0, 3, 1, batcher.order.per_epoch + 2, 2, 0]
         expected = [make_batcher(mask=0.15).batch(i) for i in numbers]
         found = list(prefetch(batcher, iter(numbers)))
         assert len(found) == len(numbers) and all(same(a, b) for a, b in zip(found, expected, strict=True))
         assert list(prefetch(batcher, iter([]))) == []
+
+    def test_prefetch_begins_no_batch_for_a_consumer_that_stopped(self):
+        """As Ctrl-C stops it: what was begun is finished, what waits is dropped, and the thread ends."""
+        begun, go_on = [], threading.Event()
+
+        def make(index):
+            begun.append(index)
+            return index if index == 0 else go_on.wait() and index
+
+        threads, batches = set(threading.enumerate()), prefetch(SimpleNamespace(batch=make), iter(range(9)))
+        assert next(batches) == 0
+        go_on.set()
+        with pytest.raises(KeyboardInterrupt):
+            batches.throw(KeyboardInterrupt)
+        assert begun in ([0], [0, 1]) and set(threading.enumerate()) == threads
 
     def test_prefetch_passes_errors_on(self, make_batcher):
         def fail(index):
@@ -694,8 +341,9 @@ class TestNearGroups:
         words = np.array([w for s in sentences for w in s])
         sequence = np.repeat(np.arange(len(sentences)), [len(s) for s in sentences])
         before = words.copy()
-        found, numbers = near_groups((words, sequence), len(sentences), rare, np.random.default_rng(seed))
-        assert np.array_equal(words, before) and np.all(np.diff(numbers) >= 0)
+        groups = near_groups(Sequences(words, sequence, len(sentences)), rare, np.random.default_rng(seed))
+        found, numbers = groups.words, groups.numbers
+        assert groups.count == 4 * len(sentences) and np.array_equal(words, before) and np.all(np.diff(numbers) >= 0)
         assert set(numbers.tolist()) == set(range(4 * len(sentences)))  # 4 i + j, and none is empty
         for i, sentence in enumerate(sentences):
             itself, swapped, dropped, part = (found[numbers == 4 * i + j].tolist() for j in range(4))
@@ -713,9 +361,9 @@ class TestNearGroups:
         counts = {"first": 0, "second": 0, "rotation": 0, 1: 0, 2: 0}
         places = set()
         for seed in range(300):
-            found, numbers = near_groups(
-                (sentence, np.zeros(10, int)), 1, np.ones(12, bool), np.random.default_rng(seed)
-            )
+            one = Sequences(sentence, np.zeros(10, int), 1)
+            groups = near_groups(one, np.ones(12, bool), np.random.default_rng(seed))
+            found, numbers = groups.words, groups.numbers
             part = found[numbers == 3].tolist()
             counts["rotation" if len(part) == 10 else "first" if part[0] == 0 else "second"] += 1
             counts[10 - int((numbers == 2).sum())] += 1
@@ -725,9 +373,8 @@ class TestNearGroups:
 
     def test_reach_the_batch_in_order(self, make_batcher, encoded, table):
         batcher = make_batcher(sides=("teacher",), batch_size=16, group_size=4, max_pieces=500)
-        chosen = batcher._segments_of(0)
-        words, sequence = gather_words(encoded[1], batcher.segments, chosen)
-        plain = table.gather(words, sequence, len(chosen), False)
+        chosen = batcher.order.rows(0)
+        plain = table.gather(gather_words(encoded[1], batcher.segments, chosen), False)
         grouped = batcher.batch(0).teacher
         assert len(grouped.ids) == 4 * len(chosen) == 16
         assert torch.equal(grouped.ids[::4, : plain.ids.shape[1]], plain.ids)
@@ -741,9 +388,9 @@ def is_subsequence(short: list, long: list) -> bool:
 def test_gather_words_reads_any_segments(encoded):
     stream = encoded[1]
     segments = Segments(np.array([5, 0, 12]), np.array([3, 2, 4], np.int32))
-    words, sequence = gather_words(stream, segments, np.array([2, 0]))
-    assert words.tolist() == [*stream.word_ids[12:16].tolist(), *stream.word_ids[5:8].tolist()]
-    assert sequence.tolist() == [0, 0, 0, 0, 1, 1, 1] and words.dtype == np.int64
+    found = gather_words(stream, segments, np.array([2, 0]))
+    assert found.words.tolist() == [*stream.word_ids[12:16].tolist(), *stream.word_ids[5:8].tolist()]
+    assert found.numbers.tolist() == [0, 0, 0, 0, 1, 1, 1] and found.words.dtype == np.int64 and found.count == 2
 
 
 def test_the_student_is_another_vocabulary(tiny_teacher, student_folder, encoded):

@@ -446,7 +446,7 @@ def test_bad_input_is_one_sentence(families, tmp_path, monkeypatch):
             encode_corpus(nothing, families["bert"], families["bert"], tmp_path / "out")
     with pytest.raises(InputError, match="surrogate"):
         encode_corpus([["the \ud800 cat"]], families["bert"], families["bert"], tmp_path / "out")
-    with pytest.raises(InputError, match="run the encode stage"):
+    with pytest.raises(InputError, match="meta.json is missing: run the stage that writes it"):
         Lexicon.load(tmp_path / "out")
     assert not list((tmp_path / "out").iterdir())
     monkeypatch.setattr(lexicon._Splitter, "safe", lambda self, character: True)
@@ -473,14 +473,14 @@ def test_a_mixture_of_two_runs_does_not_load(families, tmp_path, monkeypatch):
     encode_corpus([ENGLISH], families["bert"], families["bert"], tmp_path)
     replace, moved = lexicon.os.replace, []
 
-    def fail_at_the_second(source, target):
+    def fail_at_the_third(source, target):  # the first makes .partial/meta.json
         moved.append(target)
-        if len(moved) == 2:
+        if len(moved) == 3:
             raise OSError("the machine went down")
         replace(source, target)
 
-    monkeypatch.setattr(lexicon.os, "replace", fail_at_the_second)
+    monkeypatch.setattr(lexicon.os, "replace", fail_at_the_third)
     with pytest.raises(OSError, match="went down"):
         encode_corpus([["other words"]], families["bert"], families["bert"], tmp_path)
-    with pytest.raises(InputError, match="run the encode stage"):
+    with pytest.raises(InputError, match="meta.json is missing: run the stage that writes it"):
         WordStream.load(tmp_path)

@@ -82,7 +82,7 @@ def make_view(side: Pieces, seed: int = 0, *, width: int = WIDTH, heads: int = H
 
 
 def make_forward(student, teacher, *, mask=None, up=None, down=None, pairs=((1, (1,)), (2, (2,))), **options):
-    batch = Batch(None, None, None, unit_mask(COUNTS) if mask is None else mask, 0)
+    batch = Batch(unit_mask(COUNTS) if mask is None else mask, 0)
     vocabularies = {"shared": torch.arange(PIECES), "spelling": torch.arange(PIECES).unsqueeze(1)}
     identity = nn.Identity()
     return Forward(batch, pairs, up or identity, down or identity, student, teacher, **(vocabularies | options))

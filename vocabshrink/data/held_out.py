@@ -1,26 +1,28 @@
 """How near is a model to its teacher: rank agreement, neighbour overlap, and human-rated similarity.
 
 Held-out sentences come from lines that no training batch has seen. Rank agreement is the Spearman correlation of two
-models' cosine similarities over pairs, three near pairs for each sentence (a rare word swapped, words dropped, half or
-rotation) and as many random pairs as sentences: near pairs are where small vocabularies fail. Everything goes through
-text, so that a delivered ONNX graph is measured by the path its users take.
+models' cosine similarities over pairs: for each sentence three near pairs (a rare word swapped, words dropped, half or
+rotation) and one random pair, since near pairs are where small vocabularies fail. Everything goes through text, so
+that a delivered ONNX graph is measured on the path its users take. Neighbours cost a matrix of n x n similarities.
+Not done: confidence intervals, near pairs by paraphrase.
 """
 
-import json
-import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
+from pydantic import BaseModel, FiniteFloat, ValidationError
 from scipy.stats import spearmanr
+from sklearn.preprocessing import normalize
 
 from tokenizer_build.errors import InputError
+from tokenizer_build.files import read_jsonl
 from vocabshrink.data.batches import Segments, gather_words, near_groups, rare_words
 from vocabshrink.data.lexicon import Lexicon, WordStream
 
 Embed = Callable[[list[str]], np.ndarray]
-LEAST_SENTENCES = 20  # of which agreement and neighbours mean anything
+LEAST_SENTENCES = 20  # below this many, agreement and neighbours mean nothing
 
 
 @dataclass(frozen=True)
@@ -41,33 +43,30 @@ class HeldOut:
 
 
 def held_out_texts(stream: WordStream, lexicon: Lexicon, segments: Segments, count: int, seed: int) -> HeldOut:
-    """Draws sentences of 4 to 40 words and makes their near ones. Raises InputError where there are too few."""
+    """Draws sentences of 4 to 40 words and makes their near ones. Raises InputError if there are too few."""
     fitting = np.flatnonzero((segments.lengths >= 4) & (segments.lengths <= 40))
     if len(fitting) < LEAST_SENTENCES:
-        raise InputError(
-            f"corpus: only {len(fitting)} held-out sentences of 4 to 40 words: give more text or a smaller "
-            "corpus.held_out_every"
-        )
+        fault = f"only {len(fitting)} held-out sentences of 4 to 40 words"
+        raise InputError(f"corpus: {fault}: give more text or a smaller corpus.held_out_every")
     rng = np.random.default_rng((seed, 2))
     chosen = np.sort(rng.permutation(fitting)[:count])
-    count = len(chosen)
-    words, sequence = near_groups(gather_words(stream, segments, chosen), count, rare_words(lexicon), rng)
-    bounds = np.searchsorted(sequence, np.arange(4 * count + 1))
-    texts = [" ".join(lexicon.words[w] for w in words[a:b]) for a, b in zip(bounds[:-1], bounds[1:], strict=True)]
-    base = 4 * np.arange(count)
-    near = [np.stack([base, base + j], 1) for j in (1, 2, 3)]
-    return HeldOut(texts, np.concatenate([*near, np.stack([base, rng.permutation(base)], 1)]))
+    near = near_groups(gather_words(stream, segments, chosen), rare_words(lexicon), rng)
+    bounds = np.searchsorted(near.numbers, np.arange(1, near.count))
+    texts = [" ".join(lexicon.words[w] for w in words) for words in np.split(near.words, bounds)]
+    base = 4 * np.arange(len(chosen))
+    partners = [base + 1, base + 2, base + 3, rng.permutation(base)]
+    return HeldOut(texts, np.stack([np.tile(base, 4), np.concatenate(partners)], 1))
 
 
 def similarities(vectors: np.ndarray, pairs: np.ndarray) -> np.ndarray:
     """Cosine similarity of each pair, [k]."""
-    unit = vectors / np.maximum(np.linalg.norm(vectors, axis=1, keepdims=True), 1e-12)
+    unit = normalize(vectors)
     return (unit[pairs[:, 0]] * unit[pairs[:, 1]]).sum(1)
 
 
 def nearest(vectors: np.ndarray, top: int) -> np.ndarray:
-    unit = vectors / np.maximum(np.linalg.norm(vectors, axis=1, keepdims=True), 1e-12)
-    scores = unit @ unit.T
+    """[n, top]: the nearest others of each vector, in no order; fewer columns if there are fewer others."""
+    scores = normalize(vectors) @ normalize(vectors).T
     np.fill_diagonal(scores, -np.inf)
     top = min(top, len(vectors) - 1)
     return np.argpartition(-scores, top - 1, axis=1)[:, :top]
@@ -82,32 +81,29 @@ class RatedPairs:
     scores: np.ndarray
 
     def spearman(self, embed: Embed) -> float:
-        vectors = embed(self.first + self.second)
-        count = len(self.first)
-        pairs = np.stack([np.arange(count), np.arange(count) + count], 1)
+        """Spearman correlation of the model's cosine similarities and the scores."""
+        vectors, count = embed(self.first + self.second), len(self.first)
+        pairs = np.arange(2 * count).reshape(2, count).T
         return float(spearmanr(similarities(vectors, pairs), self.scores).statistic)
 
 
+class RatedPair(BaseModel):
+    """A row of a file of rated pairs."""
+
+    sentence1: str
+    sentence2: str
+    label: FiniteFloat
+
+
 def read_rated_pairs(path: str | Path) -> RatedPairs:
-    """Reads JSONL rows with sentence1, sentence2 and label. Raises InputError with file, row and mend."""
-    path, rows = Path(path), []
-    try:
-        lines = path.read_text(encoding="utf-8").split("\n")
-    except FileNotFoundError:
-        raise InputError(f"{path}: no such evaluation file: correct evaluation.stsb or leave it out") from None
-    except UnicodeDecodeError as error:
-        raise InputError(f"{path}: not UTF-8 text at byte {error.start}: write the pairs as UTF-8") from None
-    for number, line in enumerate(lines, 1):
-        if line.strip():
-            try:
-                row = json.loads(line)
-                first, second, score = row["sentence1"], row["sentence2"], float(row["label"])
-            except (KeyError, TypeError, ValueError):  # of which a JSON error is one
-                first = second = score = None
-            if not (isinstance(first, str) and isinstance(second, str) and math.isfinite(score)):
-                raise InputError(f"{path}: row {number} needs sentence1, sentence2 and a numeric label")
-            rows.append((first, second, score))
+    """Reads JSONL rows with sentence1, sentence2 and label. Raises InputError with file, row and remedy."""
+    rows = []
+    for number, row in read_jsonl(path):
+        try:
+            rows.append(RatedPair.model_validate(row))
+        except ValidationError:
+            raise InputError(f"{path}: row {number} needs sentence1, sentence2 and a numeric label") from None
     if len(rows) < 2:
         raise InputError(f"{path}: no rated pairs: give rows with sentence1, sentence2 and label")
-    first, second, scores = zip(*rows, strict=True)
-    return RatedPairs(list(first), list(second), np.array(scores))
+    first, second = [row.sentence1 for row in rows], [row.sentence2 for row in rows]
+    return RatedPairs(first, second, np.array([row.label for row in rows]))

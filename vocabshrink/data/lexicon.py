@@ -1,20 +1,19 @@
-"""The lexicon: a corpus as a stream of word ids, each word known by its pieces in both vocabularies.
+"""The lexicon: a corpus as a stream of word ids, and the pieces of each word in both vocabularies.
 
-A corpus is tokenised once. Every line becomes a row of word ids in a memory-mapped file, and the lexicon says
-which teacher pieces and which student pieces each word has; from then on any segmentation, mixed ones
-included, is a gather. A *word* is the smallest stretch of text at whose edges both tokenizers cut, and its
-identity is its two segmentations: "The" and "the" are one word where both vocabularies are uncased.
+A corpus is tokenised once. Every line becomes a row of word ids in a memory-mapped file, and the lexicon lists the
+teacher pieces and the student pieces of each word; from then on any segmentation, mixed ones included, is a gather.
+A *word* is the smallest stretch of text at whose edges both tokenizers cut, and its identity is its two
+segmentations: "The" and "the" are one word if both vocabularies are uncased.
 
-Exact by construction: lines are cut into chunks only where neither tokenizer can see across the cut (before
-a space that follows a visible character; for two BERT tokenizers also beside ASCII punctuation), each
-distinct chunk is tokenised by the real tokenizers, and its pieces are only grouped, never reordered or
-dropped. So the pieces of a line's words, put together, are what the tokenizer gives for the line (special
-tokens written in the text being text). Tokenizers for which that cannot be promised are refused by
-`check_family`, and the first lines of every corpus are compared again.
+This is exact by construction: lines are cut into chunks only where neither tokenizer can see across the cut (before a
+space that follows a visible character; for two BERT tokenizers also beside ASCII punctuation), each distinct chunk is
+tokenised by the real tokenizers, and its pieces are only grouped, never reordered or dropped. The pieces of a line's
+words, joined, are therefore what the tokenizer gives for the line (with special tokens in the text read as text).
+`check_family` refuses tokenizers for which that cannot be promised, and the first lines of every corpus are compared.
 
-Cost: one dictionary look-up per chunk (about 2 million words a second and core once warm) and one call of
-each tokenizer per distinct chunk. Memory holds one block, a bounded cache of chunks and the lexicon; only the
-last grows. Not done: tokenizers that read whole sentences (no split at spaces), dropping words seen once.
+Cost: one dictionary look-up per chunk (about 2 million words per second and core once warm) and one call of each
+tokenizer per distinct chunk. Memory holds one block, a bounded cache of chunks and the lexicon; only the lexicon
+grows. Not done: tokenizers that read whole sentences (no split at spaces), dropping words seen once.
 """
 
 from __future__ import annotations
@@ -31,6 +30,7 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
+from functools import cache
 from itertools import accumulate, chain, filterfalse
 from pathlib import Path
 
@@ -41,32 +41,15 @@ from tokenizers.normalizers import BertNormalizer
 from tokenizers.pre_tokenizers import BertPreTokenizer
 
 from tokenizer_build.errors import InputError
+from tokenizer_build.files import naming_full_disk, read_json, write_json
 
 CACHED_CHUNKS = 1_000_000  # about 250 MB; Zipf's law makes a refill after clearing cheap
 CACHED_CHARACTERS = 1_000  # longer chunks are not words of a language and will not come again
 CHECKED_CHARACTERS = 500_000  # of the first block, compared with whole-line tokenisation
-TABLES = ("teacher_offsets", "teacher_ids", "student_offsets", "student_ids", "counts", "ends_sentence")
-LOCAL_NORMALIZERS = (
-    "BertNormalizer",
-    "NFC",
-    "NFD",
-    "NFKC",
-    "NFKD",
-    "Lowercase",
-    "StripAccents",
-    "Nmt",
-    "Strip",
-    "Precompiled",
-)
+LOCAL_NORMALIZERS = re.compile("BertNormalizer|NFK?[CD]|Lowercase|StripAccents|Nmt|Strip|Precompiled")
 PRE_TOKENIZERS_AT_SPACES = ("BertPreTokenizer", "Whitespace", "WhitespaceSplit", "Metaspace", "ByteLevel")
 EDGES = (" ", "  ", "   ", " \t", "\t ", "\u00a0 ", " \u00a0", "\u200b ", ". ", " '", "▁ ", " ▁", "é ", " \u0301")
-ROLES = {
-    "pad": ("[PAD]", "<pad>"),
-    "unk": ("[UNK]", "<unk>"),
-    "cls": ("[CLS]", "<s>"),
-    "sep": ("[SEP]", "</s>"),
-    "mask": ("[MASK]", "<mask>"),
-}
+ROLES = {"pad": "<pad>", "unk": "<unk>", "cls": "<s>", "sep": "</s>", "mask": "<mask>"}  # RoBERTa's names
 
 CHUNK = re.compile(r" *[^ ]+| +")
 DOUBTFUL = re.compile(r"[^ -~](?= )")  # a character that may not be a safe place to cut, before a space
@@ -78,8 +61,7 @@ SENTENCE_END = re.compile("[.!?…‼‽⁇⁈⁉。！．？｡؟۔।॥]+")
 class Lexicon:
     """A word *is* its two segmentations; the tables are CSR: word w has ids[offsets[w]:offsets[w + 1]].
 
-    `meta` has "teacher" and "student", each {"size", "special": {"pad", "unk", "cls", "sep", "mask"} (id or
-    None), "sha256" (of tokenizer.json), "lowercase", "family"}, and the totals that `encode_corpus` returns.
+    `meta` has "teacher" and "student", each as of `_describe`, and the totals that `encode_corpus` returns.
     """
 
     teacher_offsets: np.ndarray  # [W + 1] int64
@@ -92,14 +74,12 @@ class Lexicon:
     meta: dict
 
     @classmethod
-    def load(cls, folder: str | Path) -> Lexicon:
-        """Reads what `encode_corpus` wrote. Raises InputError where the folder is no finished lexicon."""
-        folder = Path(folder)
-        meta = _read_meta(folder)
-        tables = load_file(folder / "lexicon.safetensors")
+    def load(cls, folder: Path) -> Lexicon:
+        """Reads what `encode_corpus` wrote. Raises InputError if the folder is not a finished lexicon."""
+        meta = read_json(folder / "meta.json")
         # split on "\n" alone: JSON keeps U+2028 and its like as they are, and str.splitlines cuts there
         words = ",".join((folder / "words.jsonl").read_text(encoding="utf-8").split("\n")[:-1])
-        return cls(**{name: tables[name] for name in TABLES}, words=json.loads(f"[{words}]"), meta=meta)
+        return cls(**load_file(folder / "lexicon.safetensors"), words=json.loads(f"[{words}]"), meta=meta)
 
 
 @dataclass(frozen=True)
@@ -110,62 +90,58 @@ class WordStream:
     line_offsets: np.ndarray  # [L + 1] int64, memory-mapped
 
     @classmethod
-    def load(cls, folder: str | Path) -> WordStream:
-        """Maps what `encode_corpus` wrote. Raises InputError where the folder is no finished lexicon."""
-        folder = Path(folder)
-        _read_meta(folder)
-        return cls(np.load(folder / "word_ids.npy", mmap_mode="r"), np.load(folder / "line_offsets.npy", mmap_mode="r"))
+    def load(cls, folder: Path) -> WordStream:
+        """Maps what `encode_corpus` wrote. Raises InputError if the folder is not a finished lexicon."""
+        read_json(folder / "meta.json")
+        return cls(*(np.load(folder / f"{name}.npy", mmap_mode="r") for name in ("word_ids", "line_offsets")))
 
 
-def _read_meta(folder: Path) -> dict:
-    try:
-        return json.loads((folder / "meta.json").read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise InputError(f"{folder} holds no word stream (no meta.json); run the encode stage") from None
+def within_rows(lengths: np.ndarray) -> np.ndarray:
+    """The position of every element in its row of a CSR table: [0 .. lengths[0] - 1, 0 .. lengths[1] - 1, ...]."""
+    return np.arange(int(lengths.sum())) - np.repeat(np.cumsum(lengths) - lengths, lengths)
 
 
 def encode_corpus(
     blocks: Iterable[list[str]],
     teacher_tokenizer: str | Path,
     student_tokenizer: str | Path,
-    folder: str | Path,
+    folder: Path,
     *,
     processes: int = 1,
     progress: Callable[[int], None] | None = None,
 ) -> dict:
-    """Writes lexicon and word stream of `blocks` (lists of lines) into `folder`; returns the totals.
+    """Writes the lexicon and word stream of `blocks` (lists of lines) into `folder`; returns the totals.
 
-    Tokenizers are folders or tokenizer.json files. The files are byte-identical for every number of processes
-    (words are numbered by first occurrence) and for every way of cutting the lines into blocks. An empty line
-    stays as a line without words. `progress` is called with the number of words of each block written.
-    Totals: lines, words, distinct_words, teacher_pieces, student_pieces (both over the whole stream).
-    Raises InputError for a tokenizer that cannot be handled exactly and for a corpus without words.
+    Tokenizers are folders or tokenizer.json files. The files are byte-identical for every number of processes (words
+    are numbered by first occurrence) and for every way of cutting the lines into blocks. An empty line stays as a line
+    without words. `progress` is called with the number of words of each block written. Other files in `folder` stay,
+    and a run that fails leaves the earlier ones. Totals: lines, words, distinct_words, teacher_pieces, student_pieces
+    (both over the whole stream). Raises InputError for a tokenizer that cannot be handled exactly, a corpus without
+    words, a full disk.
     """
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # one thread a process; and spawn inherits it
-    folder, paths = Path(folder), (tokenizer_file(teacher_tokenizer), tokenizer_file(student_tokenizer))
-    meta = {side: _describe(path) for side, path in zip(("teacher", "student"), paths, strict=True)}
-    same = meta["student"]["sha256"] == meta["teacher"]["sha256"]  # a teacher alone on a task stands on both sides
-    if (family := meta["student"]["family"]) != "wordpiece" and not same:
-        raise InputError(f"{paths[1]} is a {family} tokenizer; give the student a WordPiece vocabulary")
-    partial = folder / ".partial"
+    paths = tokenizer_file(teacher_tokenizer), tokenizer_file(student_tokenizer)
+    teacher, student = map(_describe, paths)
+    # a teacher alone on a task stands on both sides
+    if student["family"] != "wordpiece" and student["sha256"] != teacher["sha256"]:
+        raise InputError(f"{paths[1]} is a {student['family']} tokenizer; give the student a WordPiece vocabulary")
+    partial = folder / ".partial"  # one name, so that the next run removes what a killed one left
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
     try:
-        meta |= _write(_encode_blocks(blocks, paths, processes), partial, progress or (lambda words: None))
-        (partial / "meta.json").write_text(json.dumps(meta, indent=1) + "\n", encoding="utf-8")
-        (folder / "meta.json").unlink(missing_ok=True)  # goes first and comes last: no half-written run loads
-        for file in sorted(partial.iterdir(), key=lambda file: file.name == "meta.json"):
-            os.replace(file, folder / file.name)
+        with naming_full_disk(folder):
+            totals = _write(_encode_blocks(blocks, paths, processes), partial, progress or (lambda words: None))
+            write_json(partial / "meta.json", {"teacher": teacher, "student": student} | totals)
+            (folder / "meta.json").unlink(missing_ok=True)  # goes first and comes last: no half-written run loads
+            for file in sorted(partial.iterdir(), key=lambda file: file.name == "meta.json"):
+                os.replace(file, folder / file.name)
     finally:
         shutil.rmtree(partial, ignore_errors=True)
-    return {name: value for name, value in meta.items() if name not in ("teacher", "student")}
-
-
-# ---------------------------------------------------------------------------------------------- tokenizers
+    return totals
 
 
 def tokenizer_file(path: str | Path) -> Path:
-    """The tokenizer.json of a folder, or the file itself. Raises InputError where there is none."""
+    """The tokenizer.json of a folder, or the file itself. Raises InputError if there is none."""
     path = Path(path)
     file = path / "tokenizer.json" if path.is_dir() else path
     if not file.is_file():
@@ -174,20 +150,18 @@ def tokenizer_file(path: str | Path) -> Path:
 
 
 def check_family(path: str | Path) -> str:
-    """ "wordpiece", "byte-level", "metaspace" or "words": how the tokenizer of this file keeps words apart.
+    """How this tokenizer keeps words apart: "wordpiece", "byte-level", "metaspace" or "words".
 
-    Raises InputError, with the reason, for a tokenizer that cannot be cut at spaces exactly: one that reads
-    whole sentences or single characters, whose parts are not known to act locally, or that is random.
+    Raises InputError, with the reason, for one that cannot be cut at spaces exactly: that reads whole sentences or
+    single characters, whose parts are not known to act locally, or that is random.
     """
     path = tokenizer_file(path)
-    tokenizer = _load(path)
-    spec = json.loads(tokenizer.to_str())
-    reason = _unfit(spec) or _inexact(tokenizer)
-    if reason:
+    spec = json.loads(_load(path).to_str())
+    if reason := _unfit(spec) or _inexact(path):
         raise InputError(f"{path} cannot be encoded word by word: {reason}; choose another teacher")
-    kinds = {part["type"] for part in _parts(spec["pre_tokenizer"], "pretokenizers")}
     if spec["model"]["type"] == "WordPiece":
         return "wordpiece"
+    kinds = {part["type"] for part in _parts(spec["pre_tokenizer"], "pretokenizers")}
     return "byte-level" if "ByteLevel" in kinds else "metaspace" if "Metaspace" in kinds else "words"
 
 
@@ -199,13 +173,13 @@ def _parts(spec: dict | None, key: str) -> list[dict]:
 
 
 def _unfit(spec: dict) -> str | None:
-    """Why the parts of this tokenizer.json are not known to act within words; None where they are."""
+    """Why the parts of this tokenizer.json are not known to act within words; None if they are."""
     blanks = (" {2,}", r"\s{2,}|[\n\r\t]", r"\s+")  # these match within one run of white space
     for part in _parts(spec["normalizer"], "normalizers"):
         pattern = part.get("pattern", {})
         text = pattern.get("String", " " if pattern.get("Regex") in blanks else "  ")
         harmless = part["type"] == "Replace" and (text in (" ", "▁") or not re.search(r"[\s▁]", text))
-        if part["type"] not in LOCAL_NORMALIZERS and not harmless:
+        if not (harmless or LOCAL_NORMALIZERS.fullmatch(part["type"])):
             return f"its normalizer {part['type']} {pattern or ''} may look across spaces"
     apart = False
     for part in _parts(spec["pre_tokenizer"], "pretokenizers"):
@@ -225,21 +199,19 @@ def _unfit(spec: dict) -> str | None:
     return None
 
 
-def _inexact(tokenizer: Tokenizer) -> str | None:
-    """Backstop to `_unfit`: lines with every kind of edge, tokenised as a whole and in chunks."""
-    splitter = _Splitter([tokenizer])
-    if not all(splitter.safe(chr(c)) for c in range(33, 127)):
+def _inexact(path: Path) -> str | None:
+    """Backstop to `_unfit`: why words and lines with every kind of edge between them are tokenised differently."""
+    encoder = _Encoder(path, path)
+    if not all(encoder.splitter.safe(chr(c)) for c in range(33, 127)):
         return "its normalizer changes a word by what stands beside it"
-    for middle in EDGES:
-        for line in (f"a{middle}b", f"{middle}a b{middle}", f"a's{middle}12{middle}{middle}B!? (c)", middle):
-            pieces = [tokenizer.encode(c, add_special_tokens=False).ids for c in splitter.chunks(line)]
-            if list(chain.from_iterable(pieces)) != tokenizer.encode(line, add_special_tokens=False).ids:
-                return f"it gives the words of {line!r} other pieces alone than in the line"
-    return None
+    forms = ("a{0}b", "{0}a b{0}", "a's{0}12{0}{0}B!? (c)", "{0}")
+    lines = [form.format(middle) for middle in EDGES for form in forms]
+    different = _first_difference(encoder, lines, encoder.encode(lines))
+    return f"it gives the words of {different[1]!r} other pieces alone than in the line" if different else None
 
 
 def _load(path: Path) -> Tokenizer:
-    """The tokenizer as it segments plain text: special tokens are text, nothing is cut, padded or added."""
+    """The tokenizer as it segments plain text: special tokens are text, and nothing is cut, padded or added."""
     try:
         spec = json.loads(path.read_text(encoding="utf-8"))
         # without the post-processor the offsets of byte-level pieces keep their space, and nothing overlaps
@@ -252,26 +224,23 @@ def _load(path: Path) -> Tokenizer:
 
 
 def _describe(path: Path) -> dict:
+    """What meta.json says of a tokenizer; special: ids of pad, unk, cls, sep and mask, or None."""
     family, tokenizer = check_family(path), _load(path)
     config_file = path.with_name("tokenizer_config.json")
     config = json.loads(config_file.read_text(encoding="utf-8")) if config_file.is_file() else {}
     special = {}
-    for role, usual in ROLES.items():
+    for role, name in ROLES.items():
         named = config.get(f"{role}_token")
-        names = (named["content"] if isinstance(named, dict) else named or "", *usual)
+        names = (named["content"] if isinstance(named, dict) else named or "", f"[{role.upper()}]", name)
         special[role] = next((i for i in map(tokenizer.token_to_id, names) if i is not None), None)
-    normalizer = tokenizer.normalizer
     return {
         "size": tokenizer.get_vocab_size(with_added_tokens=True),
         "special": special,
         "double_sep": special["cls"] is not None and tokenizer.id_to_token(special["cls"]) == "<s>",  # between a pair
         "sha256": hashlib.sha256(path.read_bytes()).hexdigest(),
-        "lowercase": normalizer is not None and normalizer.normalize_str("A") == "a",
+        "lowercase": tokenizer.normalizer is not None and tokenizer.normalizer.normalize_str("A") == "a",
         "family": family,
     }
-
-
-# ---------------------------------------------------------------------------------------------- text to words
 
 
 class _Splitter:
@@ -280,8 +249,8 @@ class _Splitter:
     def __init__(self, tokenizers: list[Tokenizer]):
         self.normalizers = [t.normalizer for t in tokenizers if t.normalizer is not None]
         self.known: dict[str, bool] = {}
-        # BERT's normalizer maps character by character and its pre-tokenizer isolates punctuation and drops
-        # white space. Cutting there too halves the distinct chunks ("word", not "word," and "(word").
+        # BERT's normalizer maps character by character and its pre-tokenizer isolates punctuation and drops white
+        # space. Cutting there too halves the distinct chunks ("word", not "word," and "(word").
         if all(
             isinstance(t.normalizer, BertNormalizer)
             and isinstance(t.pre_tokenizer, BertPreTokenizer)
@@ -294,7 +263,7 @@ class _Splitter:
         """Whether a line may be cut between this character and a following space.
 
         It must be visible (what counts as white space differs between tokenizers, and runs of white space are
-        tokenised as one), and normalising the two sides alone must be normalising the whole.
+        tokenised as one), and normalising the two sides separately must equal normalising the whole.
         """
         if character not in self.known:
             self.known[character] = unicodedata.category(character)[0] in "LNPS" and all(
@@ -312,12 +281,11 @@ class _Splitter:
         unsafe = {c for c in set(DOUBTFUL.findall(line)) if not self.safe(c)}
         if not unsafe:
             return chunks
-        groups: list[list[str]] = []
+        groups: list[list[str]] = [[]]
         for chunk in chunks:
-            if groups and groups[-1][-1][-1] in unsafe:
-                groups[-1].append(chunk)
-            else:
-                groups.append([chunk])
+            if groups[-1] and groups[-1][-1][-1] not in unsafe:
+                groups.append([])
+            groups[-1].append(chunk)
         return ["".join(group) for group in groups]
 
 
@@ -331,7 +299,7 @@ class _Encoder:
         self.teacher, self.student = _load(teacher), _load(student)
         self.splitter = _Splitter([self.teacher, self.student])
         self.words: dict[bytes, int] = {}
-        self.chunks: dict[str, tuple[int, ...]] = {}
+        self.chunks: dict[str, tuple[int, ...]] = {}  # the cache
         self.new: list[tuple[bytes, str]] = []
 
     def encode(self, lines: list[str]) -> tuple[int, list[tuple[bytes, str]], np.ndarray, np.ndarray]:
@@ -348,7 +316,7 @@ class _Encoder:
             if len(chunk) > CACHED_CHARACTERS:
                 del self.chunks[chunk]
         word_ids = np.fromiter(chain.from_iterable(words), np.uint32)
-        ends = np.concatenate(([0], np.cumsum(np.fromiter(map(len, words), np.int64, len(words)))))
+        ends = np.cumsum(np.fromiter(chain([0], map(len, words)), np.int64, 1 + len(words)))
         lengths = np.diff(ends[np.cumsum([0, *map(len, chunked)])])
         return os.getpid(), self.new, word_ids, lengths
 
@@ -361,15 +329,14 @@ class _Encoder:
                 wrong = next(c for c in part if re.search(r"[\ud800-\udfff]", c))[:80]
                 raise InputError(f"the corpus has a lone surrogate in {wrong!r}; mend its encoding") from None
             for chunk, teacher, student in zip(part, *pairs, strict=True):
-                self.chunks[chunk] = tuple([self._number(*word) for word in _words(chunk, teacher, student)])
-
-    def _number(self, teacher_pieces: list[int], student_pieces: list[int], surface: str) -> int:
-        key = array("i", (len(teacher_pieces), *teacher_pieces, *student_pieces)).tobytes()
-        number = self.words.get(key)
-        if number is None:
-            number = self.words[key] = len(self.words)
-            self.new.append((key, surface))
-        return number
+                numbers = []
+                for left, right, surface in _words(chunk, teacher, student):
+                    key = array("i", (len(left), *left, *right)).tobytes()
+                    if key not in self.words:
+                        self.words[key] = len(self.words)
+                        self.new.append((key, surface))
+                    numbers.append(self.words[key])
+                self.chunks[chunk] = tuple(numbers)
 
 
 def _words(chunk: str, teacher: Encoding, student: Encoding) -> Iterator[tuple[list[int], list[int], str]]:
@@ -397,8 +364,8 @@ def _words(chunk: str, teacher: Encoding, student: Encoding) -> Iterator[tuple[l
 def _cuts(encoding: Encoding, length: int) -> list[tuple[int, int, int]]:
     """Where this tokenizer cuts the chunk: (pieces before the cut, lowest, highest position of the cut).
 
-    A cut has a range of positions where it lies in text without pieces, such as a space. Pre-tokens that
-    share a character (a normalizer made several of one) have no cut between them.
+    A cut has a range of positions where it lies in text without pieces, such as a space. Pre-tokens that share a
+    character (a normalizer made several of one) have no cut between them.
     """
     offsets, pre_tokens = encoding.offsets, encoding.word_ids
     edges = [0, *(k for k in range(1, len(offsets)) if pre_tokens[k] != pre_tokens[k - 1]), len(offsets)]
@@ -407,66 +374,53 @@ def _cuts(encoding: Encoding, length: int) -> list[tuple[int, int, int]]:
     return [(k, lows[k], highs[k]) for k in dict.fromkeys(edges) if lows[k] <= highs[k]]
 
 
-# ---------------------------------------------------------------------------------------------- the files
-
-
 def _encode_blocks(blocks: Iterable[list[str]], paths: tuple[Path, Path], processes: int) -> Iterator[tuple]:
-    """`_Encoder.encode` of every block, in order; the first block is checked."""
-    blocks = iter(blocks)
+    """`_Encoder.encode` of every block, in order. Raises InputError with the first line that is not exact."""
+    blocks, encoder = iter(blocks), _Encoder(*paths)
     first = next(blocks, [])
-    encoder = _Encoder(*paths)
     result = encoder.encode(first)
-    _check(encoder, first, result)
+    if different := _first_difference(encoder, first, result):
+        fault = f"the {different[0]}'s tokenizer gives the words of {different[1][:200]!r} other pieces alone"
+        raise InputError(f"{fault} than in the line; choose another teacher")
     yield result
     if processes == 1:
         yield from map(encoder.encode, blocks)
         return
     del encoder
-    # spawn, not fork: the tokenizers library and torch hold threads. Blocks wait in a short queue, so that
-    # the corpus is read no faster than it is encoded.
-    context = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(processes, context, initializer=_start_worker, initargs=paths) as pool:
+    # spawn, not fork: the tokenizers library and torch hold threads. Blocks wait in a short queue, so that the corpus
+    # is read no faster than it is encoded.
+    with ProcessPoolExecutor(processes, multiprocessing.get_context("spawn")) as pool:
         waiting = deque()
         for block in blocks:
-            waiting.append(pool.submit(_encode_in_worker, block))
+            waiting.append(pool.submit(_encode_in_worker, paths, block))
             if len(waiting) > 2 * processes:
                 yield waiting.popleft().result()
         while waiting:
             yield waiting.popleft().result()
 
 
-_worker: _Encoder | None = None
+_encoder_of_worker = cache(_Encoder)
 
 
-def _start_worker(teacher: Path, student: Path) -> None:
-    global _worker
-    _worker = _Encoder(teacher, student)
+def _encode_in_worker(paths: tuple[Path, Path], lines: list[str]) -> tuple:
+    return _encoder_of_worker(*paths).encode(lines)
 
 
-def _encode_in_worker(lines: list[str]) -> tuple:
-    return _worker.encode(lines)
-
-
-def _check(encoder: _Encoder, lines: list[str], result: tuple) -> None:
-    """Compares the first lines with whole-line tokenisation. Raises InputError with the line that differs."""
+def _first_difference(encoder: _Encoder, lines: list[str], result: tuple) -> tuple[str, str] | None:
+    """(side, line) of the first line to which a whole tokenizer gives other pieces than its words have."""
     _, new, word_ids, lengths = result
-    keys = [np.frombuffer(key, np.int32) for key, _ in new]
-    ends = np.cumsum(lengths)
-    characters = 0
+    keys = [np.frombuffer(key, np.int32).tolist() for key, _ in new]
+    ends, characters = np.cumsum(lengths), 0
     for line, start, end in zip(lines, ends - lengths, ends, strict=True):
         words = [keys[w] for w in word_ids[start:end]]
-        teacher = [piece for key in words for piece in key[1 : 1 + key[0]]]
-        student = [piece for key in words for piece in key[1 + key[0] :]]
-        sides = (("teacher", encoder.teacher, teacher), ("student", encoder.student, student))
-        for side, tokenizer, ids in sides:
-            if tokenizer.encode(line, add_special_tokens=False).ids != ids:
-                raise InputError(
-                    f"the {side}'s tokenizer gives the words of {line[:200]!r} other pieces alone than in "
-                    "the line, so it cannot be encoded word by word; choose another teacher"
-                )
+        pieces = {"teacher": (key[1 : 1 + key[0]] for key in words), "student": (key[1 + key[0] :] for key in words)}
+        for side, ids in pieces.items():
+            if getattr(encoder, side).encode(line, add_special_tokens=False).ids != list(chain.from_iterable(ids)):
+                return side, line
         characters += len(line)
         if characters > CHECKED_CHARACTERS:
             break
+    return None
 
 
 def _write(results: Iterable[tuple], folder: Path, progress: Callable[[int], None]) -> dict:
@@ -476,8 +430,7 @@ def _write(results: Iterable[tuple], folder: Path, progress: Callable[[int], Non
     global_ids: dict[int, np.ndarray] = {}  # process -> its word number -> the stream's
     counts = np.zeros(0, np.int64)
     words = lines = 0
-    ids_path, lines_path = folder / "word_ids.npy", folder / "line_offsets.npy"
-    with open(ids_path, "wb") as ids_file, open(lines_path, "wb") as lines_file:
+    with open(folder / "word_ids.npy", "wb") as ids_file, open(folder / "line_offsets.npy", "wb") as lines_file:
         _npy_header(ids_file, np.uint32, 0)
         _npy_header(lines_file, np.int64, 0)
         lines_file.write(np.zeros(1, np.int64).tobytes())
@@ -499,10 +452,8 @@ def _write(results: Iterable[tuple], folder: Path, progress: Callable[[int], Non
         _npy_header(lines_file, np.int64, lines + 1)
     if not words:
         raise InputError("the corpus holds no words; check its files and the name of the text column")
-    tables = _tables(numbers) | {
-        "counts": counts,
-        "ends_sentence": np.array([bool(SENTENCE_END.fullmatch(surface)) for surface in surfaces]),
-    }
+    ends = np.array([bool(SENTENCE_END.fullmatch(surface)) for surface in surfaces])
+    tables = _tables(numbers) | {"counts": counts, "ends_sentence": ends}
     save_file(tables, folder / "lexicon.safetensors")
     with open(folder / "words.jsonl", "w", encoding="utf-8", newline="\n") as file:
         file.writelines(json.dumps(surface, ensure_ascii=False) + "\n" for surface in surfaces)
@@ -512,17 +463,15 @@ def _write(results: Iterable[tuple], folder: Path, progress: Callable[[int], Non
     return totals
 
 
-def _tables(keys: Iterable[bytes]) -> dict[str, np.ndarray]:
+def _tables(keys: dict[bytes, int]) -> dict[str, np.ndarray]:
     """CSR tables of both sides from the words' keys (see _Encoder)."""
-    keys = list(keys)
     data = np.frombuffer(b"".join(keys), np.int32)
     lengths = np.fromiter(map(len, keys), np.int64, len(keys)) // 4
-    starts = np.cumsum(lengths) - lengths
-    of_teacher = data[starts].astype(np.int64)
-    place = np.arange(len(data)) - np.repeat(starts, lengths)
-    is_student = place > np.repeat(of_teacher, lengths)
+    teacher = data[np.cumsum(lengths) - lengths].astype(np.int64)
+    place = within_rows(lengths)
+    is_student = place > np.repeat(teacher, lengths)
     tables = {"teacher_ids": data[(place > 0) & ~is_student], "student_ids": data[is_student]}
-    for side, sizes in (("teacher", of_teacher), ("student", lengths - 1 - of_teacher)):
+    for side, sizes in (("teacher", teacher), ("student", lengths - 1 - teacher)):
         tables[f"{side}_offsets"] = np.concatenate((np.zeros(1, np.int64), np.cumsum(sizes)))
     return tables
 
@@ -530,6 +479,5 @@ def _tables(keys: Iterable[bytes]) -> dict[str, np.ndarray]:
 def _npy_header(file, dtype: type, length: int) -> None:
     """Writes the .npy header at the start of the file; numpy pads it, so that any length fits its bytes."""
     file.seek(0)
-    description = np.lib.format.dtype_to_descr(np.dtype(dtype))
-    header = {"descr": description, "fortran_order": False, "shape": (length,)}
+    header = np.lib.format.header_data_from_array_1_0(np.zeros(0, dtype)) | {"shape": (length,)}
     np.lib.format.write_array_header_1_0(file, header)

@@ -1,4 +1,18 @@
-"""TODO: data.pieces."""
+"""Words as pieces of two vocabularies, and padded batches of pieces gathered from one table.
+
+`PieceTable` is a CSR table of 2W rows: row w holds word w in the teacher's pieces, row W + w the same word in the
+student's. Student ids are shifted by the size of the teacher's vocabulary (the combined numbering), so that one batch
+may mix both vocabularies word by word, and segmenting it is one gather: no tokenizer runs during training.
+
+Hidden states and attention of two models are compared unit by unit. A word is one unit where the vocabularies spell it
+differently, and as many units as pieces where they spell it alike: equal vocabularies are compared piece by piece, as
+in the papers, and different ones wherever they can be. [CLS] is unit 0, the separators are the last units.
+
+Cost: two int64 arrays of all words' pieces in memory; the lexicon's words, not the corpus, set their size. Not done:
+units finer than a word for words of which only some pieces agree.
+
+Shapes: B sequences, T pieces in a padded sequence, U units in a padded sequence, n words of all sequences.
+"""
 
 from dataclasses import dataclass
 
@@ -6,14 +20,14 @@ import numpy as np
 import torch
 
 from tokenizer_build.errors import InputError
-from vocabshrink.data.lexicon import Lexicon
+from vocabshrink.data.lexicon import Lexicon, within_rows
 
 
 @dataclass(frozen=True)
 class Special:
     """Ids of one vocabulary's special tokens.
 
-    double_sep: a pair is written as by RoBERTa, `<s> A </s> </s> B </s>` and without token types; else as by BERT.
+    double_sep: pairs are written as by RoBERTa, `<s> A </s> </s> B </s>` without token types; otherwise as by BERT.
     """
 
     cls: int
@@ -22,15 +36,19 @@ class Special:
     mask: int
     double_sep: bool = False
 
+    @property
+    def between(self) -> int:
+        """Separators between the sentences of a pair."""
+        return 1 + self.double_sep
+
 
 @dataclass
 class Pieces:
-    """One model's side of a batch. All tensors are torch, int64.
+    """One model's side of a batch: tensors [B, T], int64.
 
-    ids [B, T]: piece ids; student pieces are offset by the teacher's vocabulary size where the input is mixed.
-    attention_mask [B, T]. units [B, T]: the piece's unit in its sequence, -1 at padding only.
-    labels [B, T]: the true piece at masked positions, or a task's label at a word's first piece; -100 elsewhere; None
-    without either. token_types [B, T]: 1 from the second sentence of a pair on; None without pairs, or without types.
+    ids: pieces; in mixed input, student pieces are offset by the teacher's vocabulary size. units: the piece's unit in
+    its sequence, -1 at padding only. labels: the true piece at masked positions, or a task's label at a word's first
+    piece; -100 elsewhere. token_types: 1 from the second sentence of a pair on; None without pairs, or without types.
     """
 
     ids: torch.Tensor
@@ -39,34 +57,50 @@ class Pieces:
     labels: torch.Tensor | None = None
     token_types: torch.Tensor | None = None
 
-    def to(self, device) -> "Pieces":
-        return Pieces(*(v if v is None else v.to(device, non_blocking=True) for v in vars(self).values()))
+    def to(self, device, non_blocking: bool = True) -> "Pieces":
+        return Pieces(*(v if v is None else v.to(device, non_blocking=non_blocking) for v in vars(self).values()))
+
+
+@dataclass(frozen=True)
+class Sequences:
+    """The words of B sequences, one sequence after the other.
+
+    words [n]: word ids. numbers [n]: each word's sequence, rising. count: B, empty sequences included. second [n] bool:
+    words of a pair's second sentence, which follow the first's; None: single sentences.
+    """
+
+    words: np.ndarray
+    numbers: np.ndarray
+    count: int
+    second: np.ndarray | None = None
+
+    def sums(self, values: np.ndarray) -> np.ndarray:
+        """[B] int64: the sum of values [n] over each sequence."""
+        return np.bincount(self.numbers, weights=values, minlength=self.count).astype(np.int64)
+
+    def running(self, values: np.ndarray) -> np.ndarray:
+        """[n] int64: the running sum of values [n] within each sequence."""
+        sums = self.sums(values)
+        return np.cumsum(values) - (np.cumsum(sums) - sums)[self.numbers]
 
 
 def special_tokens(lexicon: Lexicon, side: str) -> Special:
-    """Special ids of the "teacher" or "student" vocabulary.
-
-    Raises:
-        InputError: the tokenizer lacks one of them.
-    """
-    found = lexicon.meta[side]["special"]
-    roles = ("cls", "sep", "pad", "mask")
-    for role in roles:
-        if found.get(role) is None:
+    """Special ids of the "teacher" or "student" vocabulary. Raises InputError if the tokenizer lacks one."""
+    meta = lexicon.meta[side]
+    found = {role: meta["special"].get(role) for role in ("cls", "sep", "pad", "mask")}
+    for role, number in found.items():
+        if number is None:
             raise InputError(f"{side} tokenizer: it has no {role} token: add one to tokenizer.json")
-    return Special(**{role: found[role] for role in roles}, double_sep=lexicon.meta[side].get("double_sep", False))
+    return Special(**found, double_sep=meta.get("double_sep", False))
 
 
 class PieceTable:
     """The two segmentations of every word as one CSR table, and batches of pieces gathered from it."""
 
     def __init__(self, lexicon: Lexicon, teacher_size: int | None = None, shared: np.ndarray | None = None):
-        """The table of a lexicon's words.
-
-        Args:
-            teacher_size: rows of the teacher's table, where its model has more of them than its tokenizer has pieces.
-            shared: [V_S] the teacher's id of each student piece, -1 where it has none (see `shared_pieces`); None:
-                nothing is known to be spelt alike, and each word is one unit.
+        """teacher_size: rows of the teacher's table, if its model has more of them than its tokenizer has pieces.
+        shared: [V_S] the teacher's id of each student piece, -1 without one (see `shared_pieces`); None: nothing is
+        known to be spelt alike, and each word is one unit.
         """
         self.teacher_size = teacher_size or lexicon.meta["teacher"]["size"]
         self.student_size = lexicon.meta["student"]["size"]
@@ -76,33 +110,25 @@ class PieceTable:
         )
         self.pieces = np.concatenate([lexicon.teacher_ids, lexicon.student_ids + self.teacher_size]).astype(np.int64)
         self.lengths = np.diff(self.offsets).astype(np.int64)
-        self.longest = np.maximum(self.lengths[: self.words], self.lengths[self.words :])
-        self.whole = (self.lengths[: self.words] > 0) & (self.lengths[self.words :] > 0)
-        self.alike = self._spelt_alike(lexicon, shared)
-        self.unit_counts = np.where(self.alike, self.lengths[: self.words], 1)
-        self.teacher_special, self.student_special = (special_tokens(lexicon, side) for side in ("teacher", "student"))
-
-    def _spelt_alike(self, lexicon: Lexicon, shared: np.ndarray | None) -> np.ndarray:
-        """[W] bool: words of which both vocabularies make the same pieces."""
         teacher, student = self.lengths[: self.words], self.lengths[self.words :]
-        if shared is None:
-            return np.zeros(self.words, dtype=bool)
-        alike = teacher == student
-        lengths = np.where(alike, teacher, 0)
-        within = np.arange(int(lengths.sum())) - np.repeat(np.cumsum(lengths) - lengths, lengths)
-        of_teacher = lexicon.teacher_ids[np.repeat(lexicon.teacher_offsets[:-1], lengths) + within]
-        of_student = lexicon.student_ids[np.repeat(lexicon.student_offsets[:-1], lengths) + within]
-        alike[np.repeat(np.arange(self.words), lengths)[shared[of_student] != of_teacher]] = False
-        return alike
+        self.longest = np.maximum(teacher, student)
+        self.whole = (teacher > 0) & (student > 0)
+        self.alike = np.zeros(self.words, dtype=bool)  # words of which both vocabularies make the same pieces
+        if shared is not None:
+            self.alike = teacher == student
+            lengths = np.where(self.alike, teacher, 0)
+            within = within_rows(lengths)
+            of_teacher = lexicon.teacher_ids[np.repeat(lexicon.teacher_offsets[:-1], lengths) + within]
+            of_student = lexicon.student_ids[np.repeat(lexicon.student_offsets[:-1], lengths) + within]
+            self.alike[np.repeat(np.arange(self.words), lengths)[shared[of_student] != of_teacher]] = False
+        self.unit_counts = np.where(self.alike, teacher, 1)
+        self.teacher_special, self.student_special = (special_tokens(lexicon, side) for side in ("teacher", "student"))
 
     def gather(
         self,
-        word_ids: np.ndarray,
-        sequence: np.ndarray,
-        count: int,
+        sequences: Sequences,
         from_student: np.ndarray | bool,
         *,
-        second: np.ndarray | None = None,
         labels: np.ndarray | None = None,
         masked: np.ndarray | None = None,
         rng: np.random.Generator | None = None,
@@ -110,35 +136,27 @@ class PieceTable:
     ) -> Pieces:
         """Pads the words' pieces into sequences.
 
-        Args:
-            word_ids: [n] words of all sequences, one after the other. sequence: [n] their sequence numbers, rising.
-            count: B. from_student: [n] bool (or one bool): which words are segmented with the student's vocabulary.
-            second: [n] bool: words of a pair's second sentence, which follow the first's; None: single sentences.
-            labels: [n] a task's label of each word, or -100. It stands at the first piece; words that one vocabulary
-                cannot write lose it on every side, so that all sides have the same labels in the same order.
-            masked: [n] bool: words predicted. 80 % of them become [MASK], 10 % random pieces, 10 % stay (BERT).
-            combined: ids of the combined numbering, under the teacher's special tokens; else the vocabulary's own.
+        from_student [n] bool (or one bool): which words are segmented with the student's vocabulary. labels [n]: a
+        task's label of each word, or -100; it stands at the first piece, and words that one vocabulary cannot write
+        lose it on every side, so that all sides have the same labels in the same order. masked [n] bool: words to
+        predict, with what rng draws: see `_mask`. combined: ids of the combined numbering, under the teacher's special
+        tokens; otherwise the vocabulary's own.
         """
-        student_side = np.broadcast_to(np.asarray(from_student), word_ids.shape)
-        rows = word_ids + student_side * self.words
+        words, count, second = sequences.words, sequences.count, sequences.second
+        student_side = np.broadcast_to(np.asarray(from_student), words.shape)
+        rows = words + student_side * self.words
         lengths = self.lengths[rows]
-        before = np.cumsum(lengths) - lengths
-        index = np.arange(int(lengths.sum()))
-        within = index - np.repeat(before, lengths)
-        ids = self.pieces[np.repeat(self.offsets[rows], lengths) + within]
+        within = within_rows(lengths)
         own = not combined and np.all(from_student)  # the student's numbering; of no words, one bool still says it
-        special = self.student_special if own else self.teacher_special
-        shift = self.teacher_size if own else 0
-        ids = ids - shift
+        special, shift = (self.student_special, self.teacher_size) if own else (self.teacher_special, 0)
+        ids = self.pieces[np.repeat(self.offsets[rows], lengths) + within] - shift
 
-        per_sequence = np.bincount(sequence, weights=lengths, minlength=count).astype(np.int64)
-        between = 0 if second is None else 1 + special.double_sep  # separators between the sentences of a pair
-        last = per_sequence + 1 + between
+        sizes = sequences.sums(lengths)
+        between = 0 if second is None else special.between
+        last = sizes + 1 + between
         width = int(last.max(initial=1)) + 1
-        column = index - np.repeat(np.cumsum(per_sequence) - per_sequence, per_sequence) + 1
-        if between:
-            column = column + between * np.repeat(second, lengths)
-        flat = np.repeat(np.arange(count), per_sequence) * width + column
+        column = within_rows(sizes) + 1 + (between * np.repeat(second, lengths) if between else 0)
+        flat = np.repeat(np.arange(count), sizes) * width + column
 
         def place(values, fill):
             out = np.full(count * width, fill, dtype=np.int64)
@@ -147,47 +165,50 @@ class PieceTable:
 
         placed = None
         if labels is not None:
-            labels = np.where(self.whole[word_ids], labels, -100)
+            labels = np.where(self.whole[words], labels, -100)
             placed = place(np.where(within == 0, np.repeat(labels, lengths), -100), -100)
         if masked is not None:
             piece_masked = np.repeat(masked, lengths)
             placed = place(np.where(piece_masked, ids, -100), -100)
             ids = self._mask(ids, piece_masked, np.repeat(student_side, lengths), special, shift, rng)
-        first_unit, totals = self._units(word_ids, sequence, count)
-        units = place(np.repeat(first_unit, lengths) + within * np.repeat(self.alike[word_ids], lengths), -1)
+        first_unit, totals = self._units(sequences)
+        units = place(np.repeat(first_unit, lengths) + within * np.repeat(self.alike[words], lengths), -1)
         padded, row = place(ids, special.pad), np.arange(count)
+        attention = (np.arange(width) <= last[:, None]).astype(np.int64)
         padded[:, 0], units[:, 0] = special.cls, 0
         token_types = None
         if between:
-            first_sep = np.bincount(sequence, weights=lengths * ~second, minlength=count).astype(np.int64) + 1
+            first_sep = sequences.sums(lengths * ~second) + 1
             for step in range(between):  # RoBERTa's two are one unit, as BERT's one is
                 padded[row, first_sep + step], units[row, first_sep + step] = special.sep, totals
             if not special.double_sep:
-                columns = np.arange(width)
-                token_types = ((columns > first_sep[:, None]) & (columns <= last[:, None])).astype(np.int64)
+                token_types = attention * (np.arange(width) > first_sep[:, None])
         padded[row, last], units[row, last] = special.sep, totals + (between > 0)
-        attention = (np.arange(width) <= last[:, None]).astype(np.int64)
-        return Pieces(
-            *(None if a is None else torch.from_numpy(a) for a in (padded, attention, units, placed, token_types))
-        )
+        arrays = (padded, attention, units, placed, token_types)
+        return Pieces(*(None if array is None else torch.from_numpy(array) for array in arrays))
 
-    def _units(self, word_ids: np.ndarray, sequence: np.ndarray, count: int) -> tuple[np.ndarray, np.ndarray]:
-        """Each word's first unit [n], and the number of units of each sequence before its separators [B]."""
-        counts = self.unit_counts[word_ids]
-        per_sequence = np.bincount(sequence, weights=counts, minlength=count).astype(np.int64)
-        return np.cumsum(counts) - counts - (np.cumsum(per_sequence) - per_sequence)[sequence] + 1, per_sequence + 1
+    def student_pieces(self, sequences: Sequences) -> int:
+        """Pieces of the sequences in the student's vocabulary, special tokens included: the tokens of a batch."""
+        special = 2 + (0 if sequences.second is None else self.student_special.between)
+        return int(self.lengths[sequences.words + self.words].sum()) + special * sequences.count
 
-    def unit_mask(self, word_ids: np.ndarray, sequence: np.ndarray, count: int, *, pairs: bool = False) -> torch.Tensor:
+    def unit_mask(self, sequences: Sequences) -> torch.Tensor:
         """[B, U] bool: true at special tokens and at words that both vocabularies can write."""
-        first_unit, totals = self._units(word_ids, sequence, count)
-        totals = totals + 1 + pairs
+        words = sequences.words
+        first_unit, totals = self._units(sequences)
+        totals = totals + 1 + (sequences.second is not None)
         mask = np.arange(int(totals.max(initial=0))) < totals[:, None]
-        broken = ~self.whole[word_ids] & ~self.alike[word_ids]  # alike and broken: no piece, and no unit
-        mask[sequence[broken], first_unit[broken]] = False
+        broken = ~self.whole[words] & ~self.alike[words]  # alike and broken: no piece, and no unit
+        mask[sequences.numbers[broken], first_unit[broken]] = False
         return torch.from_numpy(mask)
 
+    def _units(self, sequences: Sequences) -> tuple[np.ndarray, np.ndarray]:
+        """Each word's first unit [n], and the number of units of each sequence before its separators [B]."""
+        counts = self.unit_counts[sequences.words]
+        return sequences.running(counts) - counts + 1, sequences.sums(counts) + 1
+
     def _mask(self, ids, piece_masked, piece_student, special, shift, rng):
-        """Replaces masked pieces: 80 % [MASK], 10 % a random piece of the same vocabulary, 10 % unchanged."""
+        """80 % of the masked pieces become [MASK], 10 % a random one of the same vocabulary (Devlin et al. 2019)."""
         where = np.flatnonzero(piece_masked)
         draw = rng.random(len(where))
         ids = ids.copy()

@@ -1,25 +1,28 @@
-"""TODO: data.task_batches."""
+"""A labelled task's rows as batches of both vocabularies.
+
+All splits are encoded once into one lexicon, a sentence (or a token) per line, so that teacher and student see the same
+words cut at the same places, and a batch is a gather: no tokenizer runs during training. A token's label stands at its
+first piece on each side. Cost: a split's words in memory, as int64. Not done: splits that do not fit there.
+
+Shapes: R rows of a split, C labels (1 for scores), B sequences, T pieces of a padded sequence.
+"""
 
 import hashlib
-import json
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
-from itertools import islice
+from collections.abc import Callable
+from dataclasses import KW_ONLY, dataclass
+from itertools import chain
 from pathlib import Path
 
 import numpy as np
 import torch
 
-from tokenizer_build.files import write_json
-from vocabshrink.data.batches import Batch, Batcher, Segments
+from tokenizer_build.files import read_json, write_json
+from vocabshrink.data.batches import Batch, Order, Segments
 from vocabshrink.data.lexicon import Lexicon, WordStream, encode_corpus, tokenizer_file
-from vocabshrink.data.pieces import PieceTable
+from vocabshrink.data.pieces import PieceTable, Sequences
 from vocabshrink.data.tasks import UNLABELLED, Task
 
 BLOCK_LINES = 10_000
-
-
-# ---------------------------------------------------------------------------------------------- batches
 
 
 @dataclass(frozen=True)
@@ -32,74 +35,56 @@ class EncodedTask:
     starts: dict[str, np.ndarray]
 
 
-def encode_task(
-    task: Task, teacher_tokenizer: str | Path, student_tokenizer: str | Path, folder: str | Path
-) -> EncodedTask:
-    """Encodes all splits into one lexicon in `folder`, or reads it where the same rows were encoded before.
+def encode_task(task: Task, teacher: str | Path, student: str | Path, folder: Path) -> EncodedTask:
+    """Encodes all splits into one lexicon in `folder`, or reads it if the same rows were encoded before.
 
-    A line is a sentence, or a token of a token task: from the second on behind a space, so that byte-level vocabularies
-    read the tokens as they stand in the sentence.
+    teacher, student: folders of tokenizers. A line is a sentence, or a token of a token task: from the second on behind
+    a space, so that byte-level vocabularies read the tokens as they stand in the sentence.
     """
-    folder = Path(folder)
-    starts, first = {}, 0
+    lines, starts = [], {}
     for split, rows in task.splits.items():
-        widths = [len(tokens) for tokens in rows.first] if task.kind == "tokens" else [1 + (rows.second is not None)]
-        starts[split] = first + np.concatenate([[0], np.cumsum(np.resize(widths, len(rows)))])
-        first = int(starts[split][-1])
+        if task.kind == "tokens":
+            of_rows = [[" " * (place > 0) + token for place, token in enumerate(tokens)] for tokens in rows.first]
+        else:
+            of_rows = list(zip(rows.first, *([] if rows.second is None else [rows.second]), strict=True))
+        starts[split] = len(lines) + np.cumsum([0, *map(len, of_rows)])
+        lines.extend(chain.from_iterable(of_rows))
     inputs = hashlib.sha256()
-    for tokenizer in (teacher_tokenizer, student_tokenizer):
-        inputs.update(hashlib.sha256(tokenizer_file(tokenizer).read_bytes()).digest())
-    for line in _lines(task):
-        inputs.update(hashlib.sha256(line.encode()).digest())
-    finished, encoded = folder / "task.json", {"sha256": inputs.hexdigest(), "lines": first}
-    if not finished.is_file() or json.loads(finished.read_text(encoding="utf-8")) != encoded:
+    contents = (tokenizer_file(tokenizer).read_bytes() for tokenizer in (teacher, student))
+    for content in chain(contents, map(str.encode, lines)):
+        inputs.update(hashlib.sha256(content).digest())
+    finished, encoded = folder / "task.json", {"sha256": inputs.hexdigest(), "lines": len(lines)}
+    if not finished.is_file() or read_json(finished) != encoded:
         finished.unlink(missing_ok=True)
-        lines = _lines(task)
-        blocks = iter(lambda: list(islice(lines, BLOCK_LINES)), [])
-        encode_corpus(blocks, teacher_tokenizer, student_tokenizer, folder)
+        blocks = (lines[start : start + BLOCK_LINES] for start in range(0, len(lines), BLOCK_LINES))
+        encode_corpus(blocks, teacher, student, folder)
         write_json(finished, encoded)
     return EncodedTask(task, Lexicon.load(folder), WordStream.load(folder), starts)
 
 
-def _lines(task: Task) -> Iterator[str]:
-    for rows in task.splits.values():
-        for index, text in enumerate(rows.first):
-            if task.kind == "tokens":
-                yield from (f" {token}" if place else token for place, token in enumerate(text))
-            else:
-                yield text
-                if rows.second is not None:
-                    yield rows.second[index]
+@dataclass
+class TaskBatcher:
+    """Batches of a split by number, and a model's outputs in the order of the split's rows.
 
+    sides: "student", "teacher" or both. max_pieces: of a sequence without its two outer special tokens. shared: see
+    `PieceTable`.
+    """
 
-class TaskBatcher(Batcher):
-    """Batches of a split by step number, and its outputs in the order of its rows."""
+    encoded: EncodedTask
+    name: str
+    _: KW_ONLY
+    batch_size: int
+    seed: int
+    sides: tuple[str, ...] = ("student",)
+    max_pieces: int = 126
+    shared: np.ndarray | None = None
 
-    def __init__(
-        self,
-        encoded: EncodedTask,
-        split: str,
-        *,
-        batch_size: int,
-        seed: int,
-        sides: tuple[str, ...] = ("student",),
-        max_pieces: int = 126,
-        shared: np.ndarray | None = None,
-    ):
-        """The batches of one split.
-
-        Args:
-            sides: "student", "teacher" or both. max_pieces: as in `Batcher`, special tokens of a single sentence not
-                counted; those that a pair has more are taken off here.
-            shared: of `PieceTable`.
-        """
-        self.task, self.split = encoded.task, encoded.task.splits[split]
-        self.table = PieceTable(encoded.lexicon, shared=shared)
+    def __post_init__(self):
+        self.task, self.split = self.encoded.task, self.encoded.task.splits[self.name]
+        self.table = PieceTable(self.encoded.lexicon, shared=self.shared)
         self.rows = len(self.split)
-        self.per_batch, self.seed, self.sides = max(1, batch_size), seed, sides
-        self.per_epoch = -(-self.rows // self.per_batch)
-        self._epoch = None
-        self._cut(encoded, encoded.starts[split], max_pieces)
+        self._cut(self.encoded, self.encoded.starts[self.name], self.max_pieces)
+        self.order = Order(self.segments.lengths, max(1, self.batch_size), self.seed)
 
     def _cut(self, encoded: EncodedTask, starts: np.ndarray, max_pieces: int) -> None:
         """Lays out the words that fit: a sentence loses its end, a pair's longer sentence first, by whole words."""
@@ -110,21 +95,19 @@ class TaskBatcher(Batcher):
         place = line + starts[0] - starts[row]  # which sentence of the pair, or which token
         cost, pair = self.table.longest[words], self.split.second is not None
         group, groups = (2 * row + place, 2 * self.rows) if pair else (row, self.rows)
-        sizes = np.bincount(group, weights=cost, minlength=groups).astype(np.int64)
+        sequences, limits = Sequences(words, group, groups), np.full(groups, max_pieces)
         if pair:
-            special = self.table.teacher_special.double_sep, self.table.student_special.double_sep
-            room = max_pieces - 1 - any(special)
-            left, right = sizes[::2], sizes[1::2]
-            limits = np.stack([np.maximum(room - right, -(-room // 2)), np.maximum(room - left, room // 2)], 1).ravel()
-        else:
-            limits = np.full(groups, max_pieces)
-        keep = np.cumsum(cost) - (np.cumsum(sizes) - sizes)[group] <= limits[group]
+            room = max_pieces - max(self.table.teacher_special.between, self.table.student_special.between)
+            left, right = sequences.sums(cost).reshape(-1, 2).T
+            limits[::2] = np.maximum(room - right, -(-room // 2))
+            limits[1::2] = np.maximum(room - left, room // 2)
+        keep = sequences.running(cost) <= limits[group]
         self.words, row, place = words[keep], row[keep], place[keep]
         self.sizes = np.bincount(row, weights=cost[keep], minlength=self.rows)  # pieces of each row
         lengths = np.bincount(row, minlength=self.rows)
         self.segments = Segments(np.cumsum(lengths) - lengths, lengths)
         self.second = place == 1 if pair else None
-        self.tokens = None
+        self.tokens = self.labels = None
         if self.task.kind == "tokens":  # a token is labelled at its first word that both vocabularies can write
             line = starts[row] + place
             whole = np.flatnonzero(self.table.whole[self.words])
@@ -136,62 +119,45 @@ class TaskBatcher(Batcher):
 
     def batch(self, index: int) -> Batch:
         """The index-th batch of the run."""
-        return self.of_rows(self._segments_of(index))
+        return self.of_rows(self.order.rows(index))
 
     def of_rows(self, rows: np.ndarray) -> Batch:
         """The batch of these rows [B]."""
-        return self._gather(rows, None if self.tokens is None else self.labels)
+        return self._gather(rows, self.labels)
 
     def _gather(self, rows: np.ndarray, labels: np.ndarray | None) -> Batch:
-        lengths = self.segments.lengths[rows]
-        ends = np.cumsum(lengths)
-        index = np.repeat(self.segments.starts[rows] - (ends - lengths), lengths) + np.arange(int(ends[-1]))
-        words, sequence, count = self.words[index], np.repeat(np.arange(len(rows)), lengths), len(rows)
-        second = None if self.second is None else self.second[index]
-        labels = None if labels is None else labels[index]
-        sides = {
-            side: self.table.gather(words, sequence, count, side == "student", second=second, labels=labels)
-            for side in self.sides
-        }
-        targets = None
+        places, numbers = self.segments.places(rows)
+        second = None if self.second is None else self.second[places]
+        sequences = Sequences(self.words[places], numbers, len(rows), second)
+        labels = None if labels is None else labels[places]
+        sides = {side: self.table.gather(sequences, side == "student", labels=labels) for side in self.sides}
+        batch = Batch(self.table.unit_mask(sequences), self.table.student_pieces(sequences), **sides)
+        batch.rows = torch.from_numpy(np.asarray(rows, np.int64))
         if self.task.kind != "tokens":
             targets = torch.from_numpy(self.split.targets[rows])
-            targets = targets.float() if self.task.kind == "regression" else targets
-        pair = second is not None
-        special = 2 + (1 + self.table.student_special.double_sep if pair else 0)
-        return Batch(
-            sides.get("student"),
-            sides.get("teacher"),
-            None,
-            unit_mask=self.table.unit_mask(words, sequence, count, pairs=pair),
-            tokens=int(self.table.lengths[words + self.table.words].sum()) + special * count,
-            targets=targets,
-            rows=torch.from_numpy(np.asarray(rows, np.int64)),
-        )
+            batch.targets = targets.float() if self.task.kind == "regression" else targets
+        return batch
 
     def predict(self, model: Callable[[Batch], torch.Tensor], side: str = "student") -> np.ndarray | list[np.ndarray]:
         """A model's outputs in the order of the rows, as `score` takes them: [R, C], or [tokens, C] for each row.
 
         model: batch -> [B, C], or [B, T, C] for the pieces of `side`. Rows of like length go together. A token that was
-        cut off, or that has no piece, is answered O (the first label where there is no O).
+        cut off, or that has no piece, is answered O (the first label if there is no O).
         """
-        order = np.argsort(self.sizes, kind="stable")
-        found: list = [None] * self.rows
-        outside = self.task.labels.index("O") if "O" in self.task.labels else 0
-        for start in range(0, self.rows, self.per_batch):
-            rows = order[start : start + self.per_batch]
+        order, found = np.argsort(self.sizes, kind="stable"), [None] * self.rows
+        for start in range(0, self.rows, self.order.per_batch):
+            rows = order[start : start + self.order.per_batch]
             batch = self._gather(rows, self.tokens)
             places = getattr(batch, side).labels
-            for pieces in (batch.student, batch.teacher):
-                if pieces is not None:
-                    pieces.labels = None  # which were places here: no loss may take them for labels
+            for pieces in filter(None, (batch.student, batch.teacher)):
+                pieces.labels = None  # which were places here: no loss may take them for labels
             outputs = model(batch).float().cpu().numpy()
             for i, row in enumerate(rows):
                 if places is None:
                     found[row] = outputs[i].reshape(-1)
                     continue
                 found[row] = np.zeros((len(self.split.first[row]), len(self.task.labels)), np.float32)
-                found[row][:, outside] = 1.0
+                found[row][:, self.task.labels.index("O") if "O" in self.task.labels else 0] = 1
                 where = places[i] >= 0
                 found[row][places[i][where]] = outputs[i][where.numpy()]
         return found if self.tokens is not None else np.stack(found)

@@ -1,15 +1,11 @@
-"""Labelled tasks: a user's files as checked rows, as batches of both vocabularies, and as the figures of the papers.
+"""Labelled tasks: a user's files as checked rows, and a model's outputs as predictions and metrics.
 
-A task is one JSONL or CSV file a split. Whatever could train silently on nonsense is refused while reading, with the
-file, the row and the mend: an unknown label, a row without text, a single class. The names and the order of the labels
-travel with the task, because the commonest defect of distilled classifiers is a teacher that counts its classes in
-another order: `check_label_order` refuses it.
+A task is one JSONL or CSV file per split. Whatever could silently train on nonsense is refused while reading, with the
+file, the row and the remedy: an unknown label, a row without text, a single class. The names and the order of the
+labels travel with the task, because the commonest defect of distilled classifiers is a teacher that counts its classes
+in another order: `check_label_order` refuses it. Every row is read into memory and checked, even if the task samples.
 
-Rows become batches as the corpus does. All splits are encoded once into one lexicon, a sentence or a token a line, so
-that teacher and student see the same words cut at the same places, and a batch is a gather: no tokenizer runs during
-training. A token's label stands at its first piece on each side.
-
-Shapes: R rows of a split, C labels (1 for scores), B sequences, T pieces of a padded sequence.
+Shapes: R rows of a split, C labels (1 for scores).
 """
 
 import csv
@@ -25,7 +21,8 @@ from safetensors import SafetensorError
 from safetensors.numpy import load_file
 
 from tokenizer_build.errors import InputError
-from vocabshrink.data.metrics import FITTING, METRICS
+from tokenizer_build.files import read_jsonl
+from vocabshrink.data.metrics import METRICS, choose_metrics
 from vocabshrink.run.recipe import TaskSection
 
 UNLABELLED = -1
@@ -38,7 +35,7 @@ class Rows:
 
     first: a sentence each, or the list of its tokens. second: a pair's other sentence; None without pairs. targets:
     [R] int64 labels, [R] float64 scores, or an int64 array of labels for each row of tokens; UNLABELLED (NaN for
-    scores) where a test row has none. numbers: [R] which rows of the file these are, None: all of them; of how many.
+    scores) where a test row has none. numbers: [R] which of the file's `file_rows` rows these are; None: all of them.
     """
 
     first: list[str] | list[list[str]]
@@ -62,407 +59,260 @@ class Task:
     metrics: list[str]
 
 
-# ---------------------------------------------------------------------------------------------- reading
-
-
 def read_task(section: TaskSection, name: str) -> Task:
     """Reads and checks the files of `tasks.<name>`.
 
     Labels are named by the section, else by the meta.json beside the train file ("labels", or the label field's own
     name), else they are the distinct labels of the training rows, sorted. A row gives its label by name, or by number:
-    the position in meta.json's order, else in the section's.
-
-    Raises:
-        InputError: with file, row and mend, for anything that could not be meant (see the module's docstring).
+    the position in meta.json's order, else in the section's. The task is of pairs if the recipe names two fields, or
+    none while the first training row has both usual ones. Raises InputError for anything that could not be meant.
     """
     paths = {split: Path(path) for split in ("train", "validation", "test") if (path := getattr(section, split))}
-    meta = _read_meta(paths["train"].with_name("meta.json"))
-    rows = {split: read_rows(path) for split, path in paths.items()}
-    labels, codes = _labels(section, name, meta, rows["train"])
-    pair = _is_pair(section, rows["train"])
-    reader = _Reader(section, name, labels, codes, pair)
+    meta_path = paths["train"].with_name("meta.json")
+    try:
+        meta = json.loads(meta_path.read_text(encoding="utf-8-sig")) if meta_path.is_file() else {}
+    except ValueError:
+        meta = None
+    if not isinstance(meta, dict):
+        raise InputError(f'{meta_path}: not a JSON object: write {{"labels": [...]}} or take it away')
+    rows = {split: _read_rows(path) for split, path in paths.items()}
+    reader = _Reader(section, name, meta, rows["train"])
     splits = {split: reader.split(paths[split], rows[split], split) for split in paths}
-    seen = np.unique(np.concatenate(splits["train"].targets) if section.kind == "tokens" else splits["train"].targets)
+    seen = np.unique(np.concatenate(list(map(np.atleast_1d, splits["train"].targets))))
     if len(seen) < 2:
-        only = repr(labels[seen[0]]) if labels else seen[0]
+        only = repr(reader.labels[seen[0]]) if reader.labels else seen[0]
         raise InputError(f"{paths['train']}: every row has the label {only}: give rows of at least two labels")
-    return Task(name, section.kind, labels, splits, _metrics(section, name, meta, labels))
+    asked = section.metrics or meta.get("metrics")
+    metrics = choose_metrics(asked, section.kind, reader.labels, f"tasks.{name}.metrics")
+    return Task(name, section.kind, reader.labels, splits, metrics)
 
 
-def read_rows(path: Path) -> list[tuple[int, dict]]:
+def _read_rows(path: Path) -> list[tuple[int, dict]]:
     """(row number, fields) of a .jsonl or .csv file; the number is the line, or the record with the header as 1."""
     if path.suffix not in (".jsonl", ".json", ".csv"):
         raise InputError(f"{path}: the suffix says neither .jsonl nor .csv: write the rows as one of them")
-    try:
-        text = path.read_bytes().decode("utf-8-sig")
-    except FileNotFoundError:
-        raise InputError(f"{path}: no such task file: correct its path in the tasks section") from None
-    except UnicodeDecodeError as error:
-        raise InputError(f"{path}: not UTF-8 text at byte {error.start}: write the rows as UTF-8") from None
-    except OSError as error:
-        raise InputError(f"{path}: cannot be read as a task file: {error.strerror}") from None
-    rows = _csv_rows(path, text) if path.suffix == ".csv" else _json_rows(path, text)
+    rows = _csv_rows(path) if path.suffix == ".csv" else list(read_jsonl(path))
     if not rows:
         raise InputError(f"{path}: there are no rows in it: give at least one, or leave the split out")
     return rows
 
 
-def _json_rows(path: Path, text: str) -> list[tuple[int, dict]]:
-    rows = []
-    for number, line in enumerate(text.split("\n"), 1):  # str.splitlines would cut at U+2028, which JSON allows
-        if line.strip():
-            try:
-                row = json.loads(line)
-            except (ValueError, RecursionError):
-                row = None
-            if not isinstance(row, dict):
-                raise InputError(f"{path}: row {number} is not a JSON object: write one object a line")
-            rows.append((number, row))
-    return rows
-
-
-def _csv_rows(path: Path, text: str) -> list[tuple[int, dict]]:
-    reader, rows, header, number = csv.reader(io.StringIO(text), strict=True), [], None, 0
+def _csv_rows(path: Path) -> list[tuple[int, dict]]:
+    records: list[list[str]] = []
     try:
-        for number, cells in enumerate(reader, 1):
-            if not cells:
-                continue
-            if header is None:
-                header = cells
-                if len(set(header)) < len(header):
-                    raise InputError(f"{path}: the header names a column twice: {', '.join(header)}: rename one")
-            else:
-                if len(cells) != len(header):
-                    raise InputError(
-                        f"{path}: row {number} has {len(cells)} cells and the header {len(header)}: quote cells that "
-                        "hold commas"
-                    )
-                rows.append((number, dict(zip(header, cells, strict=True))))
+        text = path.read_bytes().decode("utf-8-sig")
+        records.extend(csv.reader(io.StringIO(text), strict=True))
     except csv.Error as error:
-        raise InputError(f"{path}: row {number + 1} is not CSV ({error}): double the quotes inside quotes") from None
-    return rows
+        row = len(records) + 1
+        raise InputError(f"{path}: row {row} is not CSV ({error}): double the quotes inside quotes") from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise InputError(f"{path}: cannot be read ({error}): correct its path, or write it as UTF-8") from None
+    (_, header), *rows = [(number, cells) for number, cells in enumerate(records, 1) if cells] or [(0, [])]
+    if len(set(header)) < len(header):
+        raise InputError(f"{path}: the header names a column twice: {', '.join(header)}: rename one")
+    for number, cells in rows:
+        if len(cells) != len(header):
+            counts = f"{len(cells)} cells and the header {len(header)}"
+            raise InputError(f"{path}: row {number} has {counts}: quote cells that hold commas")
+    return [(number, dict(zip(header, cells, strict=True))) for number, cells in rows]
 
 
-def _read_meta(path: Path) -> dict:
-    try:
-        meta = json.loads(path.read_text(encoding="utf-8-sig"))
-    except FileNotFoundError:
-        return {}
-    except (ValueError, OSError) as error:
-        raise InputError(f"{path}: not a JSON file ({error}): mend it or take it away") from None
-    if not isinstance(meta, dict):
-        raise InputError(f'{path}: not a JSON object: write {{"labels": [...]}} or take it away')
-    return meta
+def _listed(value) -> list:
+    """A row's tokens or their labels: a list, or a CSV cell with spaces between them."""
+    if isinstance(value, str):
+        return value.split()
+    return value if isinstance(value, list) else [] if value is None else [value]
 
 
-def _label_field(section: TaskSection) -> str:
-    return section.label or ("slots" if section.kind == "tokens" else "label")
+def _written(value) -> str | None:
+    """A label as rows may write it, by name or by number; None for what cannot be one."""
+    return str(value) if isinstance(value, str | int) and not isinstance(value, bool) and value != "" else None
 
 
-def _named_in_meta(section: TaskSection, meta: dict) -> list[str] | None:
-    names = meta.get(_label_field(section), meta.get("slots" if section.kind == "tokens" else "labels"))
-    if names is not None and not (isinstance(names, list) and all(isinstance(name, str) for name in names)):
-        path = Path(section.train).with_name("meta.json")
-        raise InputError(f"{path}: its labels are not a list of names: write them in the order of their numbers")
-    return names
-
-
-def _labels(section: TaskSection, name: str, meta: dict, rows: list) -> tuple[list[str], dict[str, int]]:
-    """The labels in the order of the outputs, and the output of everything that a row may write."""
-    if section.kind == "regression":
-        if section.labels:
-            raise InputError(f"tasks.{name}.labels: a regression has scores, no labels: leave labels out")
-        return [], {}
-    in_meta = _named_in_meta(section, meta)
-    labels = section.labels or in_meta
-    if labels is None:
-        field, found = _label_field(section), set()
-        for number, row in rows:
-            for value in _label_values(row.get(field), section.kind):
-                if isinstance(value, bool) or not isinstance(value, str | int | None):
-                    raise InputError(
-                        f"{section.train}: row {number}: {field} is {_shown(value)}, no label: write a name or a "
-                        "number, or set kind: regression for scores"
-                    )
-                found |= set() if value in (None, "") else {str(value)}  # rows without are told of when they are read
-        numeric = all(INTEGER.fullmatch(label) for label in found)
-        labels = sorted(found, key=int) if numeric else sorted(found)
-    if len(set(labels)) < len(labels):
-        raise InputError(f"tasks.{name}.labels: a label is written twice: every output needs a name of its own")
-    return labels, _codes(labels, in_meta or labels)
-
-
-def _shown(value) -> str:
-    """A value for a message of one sentence."""
-    return repr(value) if len(repr(value)) <= 80 else f"{repr(value)[:80]}..."
-
-
-def _codes(labels: list[str], numbered: list[str]) -> dict[str, int]:
-    """Label as written -> output. Numbers count in the order of `numbered`, unless the names are numbers themselves."""
-    codes = {label: index for index, label in enumerate(labels)}
-    if set(numbered) != set(labels):
-        numbered = labels
-    if not any(INTEGER.fullmatch(label) for label in labels):
-        codes |= {str(number): codes[label] for number, label in enumerate(numbered)}
-    return codes
-
-
-def _label_values(value, kind: str) -> list:
-    """The labels in a field, split at spaces where a CSV cell has a row's."""
-    if kind != "tokens":
-        return [value]
-    return value.split() if isinstance(value, str) else value if isinstance(value, list) else [value]
-
-
-def _is_pair(section: TaskSection, rows: list) -> bool:
-    """Whether the task is of pairs: the first row says so, where the recipe has not named the fields."""
-    if section.kind == "tokens" or len(section.text) == 1:
-        return False
-    return section.text != TaskSection.model_fields["text"].default or rows[0][1].get(section.text[1]) is not None
-
-
-@dataclass(frozen=True)
 class _Reader:
-    """Turns fields into rows, with every check."""
+    """Turns fields into rows, with every check. codes: the output of everything that a row may write for a label."""
 
-    section: TaskSection
-    name: str
-    labels: list[str]
-    codes: dict[str, int]
-    pair: bool
-
-    @property
-    def field(self) -> str:
-        return _label_field(self.section)
+    def __init__(self, section: TaskSection, name: str, meta: dict, rows: list[tuple[int, dict]]):
+        self.section, self.key, tokens = section, f"tasks.{name}", section.kind == "tokens"
+        self.field = section.label or ("slots" if tokens else "label")
+        self.pair = not tokens and len(section.text) == 2
+        if section.text == TaskSection.model_fields["text"].default:  # the first training row says
+            self.pair &= rows[0][1].get(section.text[-1]) is not None
+        in_meta = meta.get(self.field, meta.get("slots" if tokens else "labels"))
+        if section.kind == "regression":
+            if section.labels:
+                raise InputError(f"{self.key}.labels: a regression has scores, no labels: leave labels out")
+            in_meta = []
+        if not (in_meta is None or isinstance(in_meta, list) and all(isinstance(label, str) for label in in_meta)):
+            path = Path(section.train).with_name("meta.json")
+            raise InputError(f"{path}: its labels are not a list of names: write them in the order of their numbers")
+        labels = section.labels or in_meta
+        if labels is None:  # rows that lack a label, or write what cannot be one, are refused when they are read
+            values = (row.get(self.field) for _, row in rows)
+            found = {_written(label) for value in values for label in (_listed(value) if tokens else [value])} - {None}
+            labels = sorted(found, key=int if all(map(INTEGER.fullmatch, found)) else None)
+        if len(set(labels)) < len(labels):
+            raise InputError(f"{self.key}.labels: a label is written twice: every output needs a name of its own")
+        self.labels, self.codes = labels, {label: index for index, label in enumerate(labels)}
+        if not any(map(INTEGER.fullmatch, labels)):  # names are no numbers, so that rows may number them
+            numbered = in_meta if in_meta and set(in_meta) == set(labels) else labels
+            self.codes |= {str(number): self.codes[label] for number, label in enumerate(numbered)}
 
     def split(self, path: Path, rows: list[tuple[int, dict]], split: str) -> Rows:
-        section, total = self.section, len(rows)
+        section, numbers = self.section, None
         limit = section.train_rows if split == "train" else section.evaluation_rows
-        # checked before sampling: a broken row is told of whatever the sample
+        # checked before sampling, so that a broken row is reported whatever the sample
         read = [self._row(f"{path}: row {number}", row, split == "test") for number, row in rows]
-        numbers = None
-        if limit and limit < total:
-            numbers = np.sort(np.random.default_rng(0).permutation(total)[:limit])
+        if limit and limit < len(rows):
+            numbers = np.sort(np.random.default_rng(0).permutation(len(rows))[:limit])
             read = [read[i] for i in numbers]
         first, second, targets = (list(column) for column in zip(*read, strict=True))
         if section.kind != "tokens":
-            targets = np.array(targets, np.float64 if section.kind == "regression" else np.int64)
-            if split == "test" and section.kind == "regression" and (targets == UNLABELLED).all():
-                targets = np.full(len(targets), np.nan)
-        return Rows(first, second if self.pair else None, targets, numbers, total)
+            targets = np.array(targets)
+        if split == "test" and section.kind == "regression" and (targets == UNLABELLED).all():
+            targets = np.full(len(read), np.nan)
+        return Rows(first, second if self.pair else None, targets, numbers, len(rows))
 
-    def _row(self, where: str, row: dict, may_lack_label: bool) -> tuple:
-        section = self.section
+    def _row(self, where: str, row: dict, blind: bool) -> tuple:
+        """(first, second, target) of a row. blind: it may lack its label, as test rows do."""
+        section, field = self.section, self.field
         if section.kind == "tokens":
-            tokens = self._tokens(where, row)
-            return tokens, None, self._token_labels(where, row.get(self.field), len(tokens), may_lack_label)
-        first = self._text(where, row, section.text[0])
-        second = self._text(where, row, section.text[1]) if self.pair else None
-        if not self.pair and len(section.text) > 1 and row.get(section.text[1]) is not None:
-            raise InputError(
-                f"{where} has {section.text[1]} and the first training row has none: give it in all rows or in none"
-            )
-        label = row.get(self.field)
-        if label in (None, "") and not may_lack_label:
-            raise InputError(
-                f"{where} has no {self.field}: add it, or name the label's field in tasks.{self.name}.label"
-            )
-        read = self._score if section.kind == "regression" else self._label
-        return first, second, read(where, label, may_lack_label)
+            tokens, labels = _listed(row.get(section.tokens)), _listed(row.get(field))
+            if not tokens:
+                raise InputError(f"{where} has no list {section.tokens}: add it, or name one in {self.key}.tokens")
+            for place, token in enumerate(tokens):
+                _check_text(f"{where}: {section.tokens}[{place}]", token)
+            labels = labels or [None] * len(tokens) * blind
+            if len(labels) != len(tokens):
+                counts = f"{len(tokens)} {section.tokens} and {len(labels)} {field}"
+                raise InputError(f"{where} has {counts}: give each token one")
+            return tokens, None, np.array([self._target(where, label, blind) for label in labels], np.int64)
+        texts, last = section.text[: 1 + self.pair], section.text[-1]
+        for text in texts:
+            if text not in row:
+                remedy = f"add it, or name the fields in {self.key}.text; a CSV needs a header line"
+                raise InputError(f"{where} has no {text} (but {', '.join(row) or 'nothing'}): {remedy}")
+            _check_text(f"{where}: {text}", row[text])
+        if last not in texts and row.get(last) is not None:
+            raise InputError(f"{where} has {last} and the first training row has none: give it in all rows or in none")
+        if row.get(field) in (None, "") and not blind:
+            raise InputError(f"{where} has no {field}: add it, or name the label's field in {self.key}.label")
+        return row[texts[0]], row[texts[-1]], self._target(where, row.get(field), blind)
 
-    def _text(self, where: str, row: dict, field: str) -> str:
-        if field not in row:
-            raise InputError(
-                f"{where} has no {field} (but {', '.join(map(str, row)) or 'nothing'}): add it, or name the fields in "
-                f"tasks.{self.name}.text; a CSV needs a header line"
-            )
-        return _checked_text(where, field, row[field])
-
-    def _tokens(self, where: str, row: dict) -> list[str]:
-        field = self.section.tokens
-        tokens = row.get(field)
-        if isinstance(tokens, str):
-            tokens = tokens.split()
-        if not isinstance(tokens, list) or not tokens:
-            raise InputError(f"{where} has no list {field}: add it, or name its field in tasks.{self.name}.tokens")
-        return [_checked_text(where, f"{field}[{i}]", token) for i, token in enumerate(tokens)]
-
-    def _token_labels(self, where: str, value, count: int, may_lack_label: bool) -> np.ndarray:
-        if value in (None, "", []) and may_lack_label:
-            return np.full(count, UNLABELLED)
-        values = _label_values(value, "tokens")
-        if value is None or len(values) != count:
-            found = 0 if value is None else len(values)
-            raise InputError(f"{where} has {count} {self.section.tokens} and {found} {self.field}: give each token one")
-        return np.array([self._label(where, label, may_lack_label) for label in values], np.int64)
-
-    def _label(self, where: str, value, may_lack_label: bool) -> int:
-        code = self.codes.get(str(value)) if isinstance(value, str | int) and not isinstance(value, bool) else None
-        if code is None and may_lack_label and value in (None, "", UNLABELLED, str(UNLABELLED)):
+    def _target(self, where: str, value, blind: bool) -> int | float:
+        """The score, or the output of a label as written."""
+        if self.section.kind == "regression":
+            if blind and value in (None, ""):
+                return math.nan
+            try:
+                score = float(str(value))  # through a string, since True is no score
+            except ValueError:
+                score = math.nan
+            if math.isfinite(score):
+                return score
+            raise InputError(f"{where}: label {value!r:.80} is no score: write a finite number")
+        code = self.codes.get(_written(value))
+        if code is None and blind and value in (None, "", UNLABELLED, str(UNLABELLED)):
             return UNLABELLED
         if code is None:
             names = ", ".join(self.labels[:12]) + (", ..." if len(self.labels) > 12 else "")
-            raise InputError(
-                f"{where}: label {_shown(value)} is none of {names}: correct it, or add it to tasks.{self.name}.labels"
-            )
+            remedy = f"correct it or add it to {self.key}.labels (scores need kind: regression)"
+            raise InputError(f"{where}: label {value!r:.80} is none of {names or 'the labels'}: {remedy}")
         return code
 
-    def _score(self, where: str, value, may_lack_label: bool) -> float:
-        if value in (None, "") and may_lack_label:
-            return math.nan
-        try:
-            score = math.nan if isinstance(value, bool) else float(value)
-        except (TypeError, ValueError, OverflowError):
-            score = math.nan
-        if not math.isfinite(score):
-            raise InputError(f"{where}: {self.field} is {_shown(value)}, no score: write a finite number")
-        return score
 
-
-def _checked_text(where: str, field: str, text) -> str:
+def _check_text(where: str, text) -> None:
     if not isinstance(text, str):
-        raise InputError(f"{where}: {field} is {_shown(text)}, not text: write it as a string")
+        raise InputError(f"{where} is {text!r:.80}, not text: write it as a string")
     if not text.strip():
-        raise InputError(f"{where}: {field} is empty: write its text or take the row out")
-    try:
-        text.encode("utf-8")
-    except UnicodeEncodeError:
-        raise InputError(f"{where}: {field} has a lone surrogate: mend its encoding") from None
-    return text
+        raise InputError(f"{where} is empty: write its text or take the row out")
+    if re.search("[\ud800-\udfff]", text):
+        raise InputError(f"{where} has a lone surrogate: mend its encoding")
 
 
 def check_label_order(task: Task, id2label: dict, origin: str | Path) -> None:
     """Refuses a teacher whose outputs mean other labels than the task's, or the same in another order.
 
-    id2label: of a transformers config, its keys int or str. transformers' own LABEL_0, LABEL_1, ... say nothing and are
-    accepted; upper and lower case are the same.
+    id2label: of a transformers config, its keys int or str. transformers' own LABEL_0, LABEL_1, ... say nothing and
+    pass; case does not count.
     """
-    if task.kind == "regression":
-        if len(id2label) != 1:
-            raise InputError(
-                f"{origin}: it has {len(id2label)} outputs and task {task.name} is a regression: train one"
-            )
-        return
-    named = {int(number): str(label) for number, label in id2label.items()}
-    theirs = [named[number] for number in sorted(named)]
-    if len(theirs) != len(task.labels):
-        raise InputError(
-            f"{origin}: it has {len(theirs)} labels and task {task.name} has {len(task.labels)} "
-            f"({', '.join(task.labels)}): choose a teacher of this task"
-        )
-    if theirs == [f"LABEL_{number}" for number in range(len(theirs))]:
-        return
+    theirs = [str(label) for _, label in sorted((int(number), label) for number, label in id2label.items())]
+    if len(theirs) != (len(task.labels) or 1):
+        needed = f"{len(task.labels)} ({', '.join(task.labels)})" if task.labels else "a score"
+        raise InputError(f"{origin}: it has {len(theirs)} outputs, task {task.name} needs {needed}: train one for it")
     left, right = ([label.casefold() for label in labels] for labels in (theirs, task.labels))
-    if left != right:
-        other = "its labels are in another order" if sorted(left) == sorted(right) else "it has other labels"
-        raise InputError(
-            f"{origin}: {other}: {', '.join(theirs)} instead of {', '.join(task.labels)}: write its order in "
-            f"tasks.{task.name}.labels (rows that number their labels keep meta.json's), or choose another teacher"
-        )
+    if not task.labels or left == right or theirs == [f"LABEL_{number}" for number in range(len(theirs))]:
+        return
+    fault = "its labels are in another order" if sorted(left) == sorted(right) else "it has other labels"
+    raise InputError(
+        f"{origin}: {fault}: {', '.join(theirs)} instead of {', '.join(task.labels)}: write its order in "
+        f"tasks.{task.name}.labels (rows that number their labels keep meta.json's), or choose another teacher"
+    )
 
 
 def read_logits(path: str | Path, task: Task) -> dict[str, np.ndarray]:
     """A teacher's stored outputs, {split: [R, C] float32}, for the rows that the task has.
 
-    The safetensors file has `train.logits`, or `train`, and so for other splits: a row for each row of the split's file
-    or, where the task sampled it, of the sample. `train.labels`, where it has them, must be the task's.
-
-    Raises:
-        InputError: a file that cannot be read, another number of rows or of labels, not finite, other labels.
+    The safetensors file has `train.logits`, or `train`, and so on for other splits: a row for each row of the split's
+    file or, if the task sampled it, of the sample. Raises InputError if the file does not fit the task, also if it has
+    `train.labels` that are not the task's.
     """
     if task.kind == "tokens":
         raise InputError(f"{path}: stored logits serve one label a row, not tokens: name tasks.{task.name}.teacher")
     try:
         tensors = load_file(path)
-    except FileNotFoundError:
-        raise InputError(f"{path}: no such file of logits: correct tasks.{task.name}.logits") from None
     except (SafetensorError, OSError, ValueError) as error:
-        raise InputError(f"{path}: not a safetensors file ({error}): write the logits anew") from None
-    found, width = {}, len(task.labels) or 1
-    for split, rows in task.splits.items():
-        logits = tensors.get(f"{split}.logits", tensors.get(split))
-        if logits is None:
-            continue
-        if logits.ndim == 1 and width == 1:
-            logits = logits[:, None]
-        total = len(rows) if rows.file_rows is None else rows.file_rows
-        if logits.ndim != 2 or len(logits) not in (total, len(rows)):
-            raise InputError(
-                f"{path}: {split} has logits of shape {list(logits.shape)} and the task {total} rows: make them from "
-                "the same file, row for row"
-            )
-        if logits.shape[1] != width:
-            raise InputError(
-                f"{path}: {split} has {logits.shape[1]} logits a row and the task {width} labels "
-                f"({', '.join(task.labels) or 'a score'}): choose a teacher of this task"
-            )
-        sampled = len(logits) == total and rows.numbers is not None
-        logits = (logits[rows.numbers] if sampled else logits).astype(np.float32)
-        if not (finite := np.isfinite(logits).all(1)).all():
-            raise InputError(f"{path}: {split} row {_file_row(rows, finite)} is not finite: write the logits anew")
-        labels = tensors.get(f"{split}.labels")
-        if labels is not None and task.kind == "classification" and len(labels) in (total, len(rows)):
-            same = (labels[rows.numbers] if sampled else labels) == rows.targets
-            if not (same | (rows.targets == UNLABELLED)).all():
-                raise InputError(
-                    f"{path}: {split} row {_file_row(rows, same)} has another label than the task's file: make the "
-                    "logits from the same file, row for row, with the labels in the same order"
-                )
-        found[split] = logits
-    if "train" not in found:
+        raise InputError(f"{path}: no logits to read ({error}): correct tasks.{task.name}.logits") from None
+    logits = {split: tensors.get(f"{split}.logits", tensors.get(split)) for split in task.splits}
+    if logits["train"] is None:
         raise InputError(f"{path}: it has no tensor train.logits (but {', '.join(tensors)}): write the logits anew")
-    return found
-
-
-def _file_row(rows: Rows, good: np.ndarray) -> int:
-    """Number, from 1, in the split's file of the first row that is not good."""
-    first = int(np.flatnonzero(~good)[0])
-    return 1 + (first if rows.numbers is None else int(rows.numbers[first]))
-
-
-def _metrics(section: TaskSection, name: str, meta: dict, labels: list[str]) -> list[str]:
-    """The recipe's metrics, else meta.json's, else the usual of the kind."""
-    bio = any(label.startswith(("B-", "I-")) for label in labels)
-    usual = {
-        "classification": ["accuracy"],
-        "regression": ["pearson", "spearman"],
-        "tokens": ["slot_f1" if bio else "accuracy"],
+    return {
+        split: _checked_logits(f"{path}: {split}", task, rows, logits[split], tensors.get(f"{split}.labels"))
+        for split, rows in task.splits.items()
+        if logits[split] is not None
     }
-    metrics, fitting = section.metrics or meta.get("metrics") or usual[section.kind], FITTING[section.kind]
-    for metric in metrics:
-        if metric not in fitting:
-            raise InputError(
-                f"tasks.{name}.metrics (or meta.json's): {metric!r} is no metric of {section.kind}: use "
-                f"{', '.join(fitting)}"
-            )
-        if metric == "f1" and len(labels) != 2:
-            raise InputError(f"tasks.{name}.metrics: f1 is of two labels and there are {len(labels)}: use f1_macro")
-    return list(metrics)
+
+
+def _checked_logits(where: str, task: Task, rows: Rows, logits: np.ndarray, labels: np.ndarray | None) -> np.ndarray:
+    """The logits [R, C] float32 of the task's rows, out of those of the split's file or of the sample."""
+    total, width = rows.file_rows or len(rows), len(task.labels) or 1
+    numbers = np.arange(total) if rows.numbers is None else rows.numbers
+    if logits.ndim == 1 and width == 1:
+        logits = logits[:, None]
+    if logits.ndim != 2 or len(logits) not in (total, len(rows)) or logits.shape[1] != width:
+        raise InputError(
+            f"{where} has logits of shape {list(logits.shape)} and the task {total} rows of {width} "
+            f"({', '.join(task.labels) or 'a score'}): make them from the same file, row for row, with its own teacher"
+        )
+    logits = (logits[numbers] if len(logits) == total else logits).astype(np.float32)
+    finite = np.isfinite(logits).all(1)
+    if not finite.all():
+        raise InputError(f"{where} row {1 + numbers[~finite][0]} is not finite: write the logits anew")
+    if labels is not None and task.kind == "classification" and len(labels) in (total, len(rows)):
+        other = (labels[numbers] if len(labels) == total else labels) != rows.targets
+        other &= rows.targets != UNLABELLED
+        if other.any():
+            fault = f"row {1 + numbers[other][0]} has another label than the task's file"
+            raise InputError(f"{where} {fault}: make the logits from that file, row for row, labels in the same order")
+    return logits
 
 
 def predictions(task: Task, logits_by_row: np.ndarray | list[np.ndarray]) -> list:
     """What the outputs say, row by row: a label's name, a score, or the names for the tokens.
 
-    logits_by_row: [R, C], [R, 1] or [R] for scores, and for token tasks [tokens, C] for each row.
-
-    Raises:
-        InputError: outputs that are not finite.
+    logits_by_row: [R, C], [R, 1] or [R] for scores, [tokens, C] for each row of a token task. Raises InputError for
+    outputs that are not finite.
     """
     if not all(np.isfinite(row).all() for row in logits_by_row):
         raise InputError(f"task {task.name}: the model's outputs are not finite: lower the learning rate")
     if task.kind == "regression":
         return np.asarray(logits_by_row, np.float64).reshape(len(logits_by_row)).tolist()
-    if task.kind == "classification":
-        return [task.labels[i] for i in np.argmax(logits_by_row, 1)]
-    return [[task.labels[i] for i in np.argmax(row, 1)] for row in logits_by_row]
+    names = np.array(task.labels)
+    return [names[np.argmax(row, -1)].tolist() for row in logits_by_row]
 
 
 def score(task: Task, logits_by_row: np.ndarray | list[np.ndarray], split: str) -> dict[str, float]:
-    """The task's metrics, of the split's labelled rows (see `predictions` for the shapes); {} where no row has a label.
-
-    Raises:
-        InputError: outputs that are not finite.
-    """
+    """The task's metrics of the split's labelled rows, {} if none is; arguments and errors as of `predictions`."""
     targets, predicted = task.splits[split].targets, predictions(task, logits_by_row)
     if len(predicted) != len(targets):
         raise ValueError(f"{split} has {len(targets)} rows and the model answered {len(predicted)}")
@@ -470,12 +320,11 @@ def score(task: Task, logits_by_row: np.ndarray | list[np.ndarray], split: str) 
         known = np.isfinite(targets)
         sides = targets[known], np.array(predicted)[known]
     else:
-        rows = [np.atleast_1d(target) for target in targets]
-        named = [row if task.kind == "tokens" else [row] for row in predicted]
-        kept = [(t, p) for t, p in zip(rows, named, strict=True) if (t != UNLABELLED).all()]
-        by_row = [[task.labels[i] for i in t] for t, _ in kept], [p for _, p in kept]
+        rows = [(np.atleast_1d(t), np.atleast_1d(p)) for t, p in zip(targets, predicted, strict=True)]
+        kept = [([task.labels[i] for i in t], p.tolist()) for t, p in rows if (t != UNLABELLED).all()]
+        by_row = [t for t, _ in kept], [p for _, p in kept]
         index = {label: i for i, label in enumerate(task.labels)}
         sides = tuple(np.array([index[label] for row in side for label in row]) for side in by_row)
     if not len(sides[0]):
         return {}
-    return {name: METRICS[name](*(by_row if name == "slot_f1" else sides)) for name in task.metrics}
+    return {name: float(METRICS[name](*(by_row if name == "slot_f1" else sides))) for name in task.metrics}
