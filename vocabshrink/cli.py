@@ -135,7 +135,8 @@ def list_parts():
     from vocabshrink.run.layer_map import LAYER_MAPS
     from vocabshrink.training.losses import LOSSES
 
-    for title, parts in {"vocabulary.trainer": TRAINERS, "losses": LOSSES, "layer_map": LAYER_MAPS}.items():
+    losses = {name: loss.function for name, loss in LOSSES.items()}
+    for title, parts in {"vocabulary.trainer": TRAINERS, "losses": losses, "layer_map": LAYER_MAPS}.items():
         table = Table(title, "", box=None, title_justify="left")
         for name, function in parts.items():
             table.add_row(name, (function.__doc__ or "").strip().split("\n")[0])

@@ -164,13 +164,8 @@ class Weighted(Section):
 Losses = Annotated[dict[str, Weighted], Field(min_length=1)]
 
 
-def check_stage(section: str, stage: "DualStage | DistillStage") -> None:
-    """Refuses losses that the stage's other settings leave without masked words or without near sentences."""
-    masked = [name for name in stage.losses if "masked_lm" in name]
-    if masked and not stage.mask:
-        raise ValueError(f"losses.{masked[0]}: nothing is masked: set {section}.mask, 0.15 as in BERT")
-    if "group_similarity" in stage.losses and stage.group_size == 1:
-        raise ValueError(f"losses.group_similarity compares near sentences: set {section}.group_size to 4")
+def check_groups(stage: "DualStage | DistillStage") -> None:
+    """Refuses a batch that is not whole groups."""
     if stage.batch_size % (stage.gradient_accumulation * stage.group_size):
         raise ValueError("batch_size must be a multiple of gradient_accumulation times group_size")
 
@@ -208,7 +203,7 @@ class DualStage(TrainingSection):
                 "match": {"hidden_mse": 0.1, "batch_similarity": 20.0, "sentence_cosine": 0.5},
             }[self.mode]
             self.losses = {name: Weighted(weight=weight) for name, weight in names.items()}
-        check_stage("dual", self)
+        check_groups(self)
         return self
 
 
@@ -224,8 +219,8 @@ class DistillStage(TrainingSection):
     record_teacher: bool = False
 
     @model_validator(mode="after")
-    def losses_can_be_given(self):
-        check_stage("distill", self)
+    def whole_groups(self):
+        check_groups(self)
         return self
 
 
