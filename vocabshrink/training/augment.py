@@ -3,21 +3,21 @@
 Every word of a row is replaced, with probability p, by one of K candidates. A word that is one piece of the teacher's
 vocabulary is masked, and the teacher's masked-LM head names the K most probable words in its place. A word of several
 pieces takes the K words nearest to their mean in the teacher's own embedding table; the paper downloads GloVe. Such a
-mean knows what `movie ##go ##ers` is near to and nothing of `un ##fu ##nn ##y` (nearest: `un`, `cu`, `une`). So each
+mean knows what `movie ##go ##ers` is near to, but nothing of `un ##fu ##nn ##y` (nearest: `un`, `cu`, `une`). So each
 piece counts by its letters, and a word whose first piece has less than half of them is masked as a whole instead. A
 teacher without a head gives nearest words only and leaves such words as they are; the summary says so.
 
-A word is a run of letters. Numbers, signs and what touches an apostrophe (`n't`, `'s`) stay, because what they say
-decides labels; so does what the teacher does not read as one word: runs of Chinese, letters with combining marks.
-Candidates are whole words of at least two letters, never the word itself. A copy that equals its row or another copy of
-it is left out, as in the paper's code, so that short rows have fewer copies.
+A word is a run of letters. Numbers, signs and what touches an apostrophe (`n't`, `'s`) stay, because they decide
+labels; so does what the teacher does not read as one word: runs of Chinese, letters with combining marks. Candidates
+are whole words of at least two letters, never the word itself. A copy that equals its row or another copy of it is left
+out, as in the paper's code, so short rows have fewer copies.
 
 Cost: each word of one piece is masked alone, in its own sentence, so a sentence of L words costs the teacher L forward
 passes over it, once, however many copies are drawn. Not done: weighting of candidates by their probability (the paper
 draws evenly), and the other sentence of a pair as context (the masked word would be copied from it).
 
-The file grows by blocks of rows. A progress file beside it holds how many rows and bytes are good, so that a run killed
-anywhere goes on behind the last whole block, and a row's copies depend only on the row, its number and the seed.
+The file grows by blocks of rows. A progress file beside it holds how many rows and bytes are good, so a run killed
+anywhere goes on after the last whole block, and a row's copies depend only on the row, its number and the seed.
 """
 
 import hashlib
@@ -33,6 +33,7 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.nn.functional as F
+from accelerate import PartialState
 from tokenizers import Encoding
 from torch import Tensor
 
@@ -80,7 +81,7 @@ def augment_task(
     done = read_json(progress_file) if progress_file.is_file() and out.is_file() else {}
     if done.get("settings") != settings or out.stat().st_size < done["bytes"]:
         done = {"settings": settings, "rows": 0, "bytes": 0, "written": 0, "words": 0, "masked": 0}
-    finder = Candidates(teacher, candidates)
+    finder = CandidateFinder(teacher, candidates)
     with naming_full_disk(out):
         out.parent.mkdir(parents=True, exist_ok=True)
         with out.open("ab") as file:
@@ -163,20 +164,14 @@ def copies_of(task: Task, row: int, found: dict[Sentence, list[Word]], p: float,
     words = [(number, w) for number, sentence in enumerate(sentences) for w in found[sentence] if w.candidates]
     chosen = random.random((copies, len(words))) < p
     draws = random.integers(np.array([len(word.candidates) for _, word in words], np.int64), size=chosen.shape)
-    drawn = []
+    distinct = {}
     for copy in range(copies):
-        replaced = [
-            (number, word, word.candidates[draw])
-            for (number, word), yes, draw in zip(words, chosen[copy], draws[copy], strict=True)
-            if yes
-        ]
-        drawn.append(
-            tuple(
-                replace(sentence, [(word, new) for its, word, new in replaced if its == number])
-                for number, sentence in enumerate(sentences)
-            )
-        )
-    distinct = [copy for copy in dict.fromkeys(drawn) if copy != tuple(sentences)]
+        changes = [[] for _ in sentences]
+        for place in np.flatnonzero(chosen[copy]):
+            number, word = words[place]
+            changes[number].append((word, word.candidates[draws[copy, place]]))
+        distinct[tuple(map(replace, sentences, changes))] = True
+    distinct.pop(tuple(sentences), None)
     if task.kind == "tokens":
         return [{"tokens": list(c), "slots": [task.labels[i] for i in target], "source": row} for (c,) in distinct]
     label = float(target) if task.kind == "regression" else task.labels[int(target)]
@@ -200,27 +195,35 @@ def replace(sentence: Sentence, replacements: list[tuple[Word, str]]) -> Sentenc
     return tuple(parts)
 
 
-class Candidates:
-    """What may stand for each word of a sentence: the masked-LM head's words, or the nearest in the piece table."""
+class CandidateFinder:
+    """Finds what may stand for each word of a sentence: the masked-LM head's words, or the nearest in the piece table.
+
+    The teacher is moved to the accelerator's device, where it runs; nearest words are found on the CPU.
+    """
 
     def __init__(self, teacher: Teacher, count: int):
-        self.teacher, self.count, self.device = teacher, count, teacher.table.weight.device
+        self.teacher, self.count, self.device = teacher, count, PartialState().device
+        for module in filter(None, (teacher.backbone, teacher.head)):
+            module.to(self.device)
         self.tokenizer = load_tokenizer(teacher.folder)
         self.tokenizer.encode_special_tokens = True  # a [MASK] in the text is text
         self.mask = first_known(self.tokenizer, "[MASK]", "<mask>")
         self.unknown = first_known(self.tokenizer, "[UNK]", "<unk>")
         self.positions = teacher.config.max_position_embeddings - first_position(teacher.config)
         texts = {i: as_wordpiece(piece, self.tokenizer) for piece, i in self.tokenizer.get_vocab().items()}
-        self.words = {i: text for i, text in sorted(texts.items()) if text and text.isalpha() and len(text) > 1}
-        self.ids = torch.tensor(
-            list(self.words), dtype=torch.long, device=self.device
-        )  # [W] pieces that are whole words
+        words = {i: text for i, text in sorted(texts.items()) if text and text.isalpha() and len(text) > 1}
+        self.ids, self.words = list(words), list(words.values())  # of the W pieces that are whole words
         self.near: dict[tuple[int, ...], list[str]] = {}
 
     @cached_property
+    def table(self) -> Tensor:
+        """[V, D_E] the piece table in float64, where no rounding decides."""
+        return self.teacher.table.weight.detach().cpu().double()
+
+    @cached_property
     def rows(self) -> Tensor:
-        """[W, D_E] the whole words' rows of the piece table, of length one; in float64, where no rounding decides."""
-        return F.normalize(self.teacher.table.weight.detach()[self.ids].double(), dim=-1)
+        """[W, D_E] the whole words' rows of the table, of length one."""
+        return F.normalize(self.table[self.ids], dim=-1)
 
     @torch.no_grad()
     def __call__(self, sentences: list[Sentence]) -> list[list[Word]]:
@@ -239,7 +242,7 @@ class Candidates:
         self.predict(masked)
         self.find_near(nearest)
         for sentence, words in zip(sentences, found, strict=True):
-            for word in words:  # the word itself, however capitalised, is none
+            for word in words:  # never the word itself, however capitalised
                 own = sentence[word.part][word.start : word.end].casefold()
                 word.candidates = [new for new in word.candidates if new.casefold() != own][: self.count]
         return found
@@ -255,9 +258,8 @@ class Candidates:
             attention = torch.zeros_like(ids)
             for row, (pieces, word) in enumerate(part):
                 pieces = [*pieces[: word.first], self.mask, *pieces[word.first + len(word.pieces) :]]
-                ids[row, : len(pieces)] = torch.tensor(pieces)
-                attention[row, : len(pieces)] = 1
-            side = Pieces(ids.to(self.device), attention.to(self.device), (attention - 1).to(self.device))
+                ids[row, : len(pieces)], attention[row, : len(pieces)] = torch.tensor(pieces), 1
+            side = Pieces(ids, attention, attention - 1).to(self.device)
             hidden = run_backbone(self.teacher.backbone, side).hidden[-1]
             states = hidden[torch.arange(len(part)), [word.first for _, word in part]]
             logits = self.teacher.head(states.float(), self.teacher.table.weight)[:, self.ids]
@@ -267,11 +269,7 @@ class Candidates:
     def find_near(self, words: list[Word]) -> None:
         """Gives each word those nearest by cosine to the mean of its pieces, each weighted by its letters."""
         if new := {word.pieces: word.letters for word in words if word.pieces not in self.near}:
-            table = self.teacher.table.weight.detach()
-            means = [
-                torch.tensor(letters, dtype=torch.float64, device=self.device) @ table[list(pieces)].double()
-                for pieces, letters in new.items()
-            ]
+            means = [torch.tensor(letters).double() @ self.table[list(pieces)] for pieces, letters in new.items()]
             scores = F.normalize(torch.stack(means), dim=-1) @ self.rows.T
             self.near |= zip(new, self.best(scores), strict=True)
         for word in words:
@@ -280,7 +278,7 @@ class Candidates:
     def best(self, scores: Tensor) -> list[list[str]]:
         """[n, W] -> the words of the highest scores, two more than asked for: `The` and `the` may have to go."""
         top = scores.topk(min(self.count + 2, scores.shape[1])).indices
-        return [[self.words[i] for i in row] for row in self.ids[top].tolist()]
+        return [[self.words[i] for i in row] for row in top.tolist()]
 
 
 def words_of(sentence: Sentence, encoding: Encoding) -> list[Word]:
@@ -292,9 +290,8 @@ def words_of(sentence: Sentence, encoding: Encoding) -> list[Word]:
     text = " ".join(sentence)
     spans = []  # of each piece, without the space that some families count to it; special tokens span nothing
     for start, end in encoding.offsets:
-        while start < end and text[start].isspace():
-            start += 1
-        spans.append((start, end))
+        inner = text[start:end].lstrip()
+        spans.append((end - len(inner), end))
     words, first, begin = [], 0, 0
     for part, of_part in enumerate(sentence):
         for match in WORD.finditer(of_part):
