@@ -21,7 +21,7 @@ from vocabshrink.run.folder import RunDir
 from vocabshrink.run.recipe import DistillStage, load_recipe
 from vocabshrink.stages.stages import Run, make_batcher, make_distillation, new_student_head
 from vocabshrink.training.loop import make_accelerator, parameter_groups
-from vocabshrink.training.losses import MASKED_LM
+from vocabshrink.training.losses import readers
 
 PLAIN = "no teacher (masked LM)"
 # method -> (losses, layer map)
@@ -48,7 +48,7 @@ def make_step(run: Run, losses: dict, layer_map: str, batch_size: int, length: i
     )
     teacher = run.teacher()
     student, directions, _ = run.start_student(teacher)
-    head = new_student_head(student, teacher) if MASKED_LM & set(losses) else None
+    head = new_student_head(student, teacher) if readers(losses, "student head") else None
     accelerator = make_accelerator(stage, run.dir)
     task = make_distillation(run, stage, teacher, student, head, directions)
     optimizer = torch.optim.AdamW(parameter_groups(task, stage))

@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import shutil
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -131,6 +132,15 @@ def test_the_word_itself_is_no_candidate_however_it_is_written(headless, whole):
 def test_a_sentence_beyond_the_positions_takes_nearest_words(teacher, whole):
     words = CandidateFinder(teacher, 6)([(" ".join(whole[:5] * 20),)])[0]
     assert len(words) == 100 and not any(word.masked for word in words) and all(word.candidates for word in words)
+
+
+def test_the_teacher_runs_on_the_accelerator_s_device(teacher, whole, monkeypatch):
+    device, moved = torch.device("cpu"), []
+    monkeypatch.setattr(augment, "PartialState", lambda: SimpleNamespace(device=device))
+    for module in (teacher.backbone, teacher.head):
+        monkeypatch.setattr(module, "to", lambda device, module=module: moved.append((module, device)))
+    CandidateFinder(teacher, 6)([(whole[0],)])
+    assert moved == [(teacher.backbone, device), (teacher.head, device)]
 
 
 def test_a_byte_level_teacher_gives_words_without_its_mark(lines, tmp_path):

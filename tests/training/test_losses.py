@@ -14,24 +14,25 @@ from vocabshrink.data.pieces import Pieces
 from vocabshrink.models.forward import Pass, pool_attention, pool_units
 from vocabshrink.models.teacher import MaskedLMHead
 from vocabshrink.run.layer_map import layer_pairs
-from vocabshrink.run.recipe import Weighted
+from vocabshrink.run.recipe import DistillStage, Phase, Weighted
+from vocabshrink.training import losses as module
 from vocabshrink.training.losses import (
-    ACROSS_VOCABULARIES,
-    ATTENTION,
-    HIDDEN,
-    LAYERWISE,
-    LOSSES,
-    MASKED_LM,
-    TASK,
     check_losses,
     kl,
     masked_lm_loss,
     over_layers,
+    readers,
     similarity_mse,
     transport,
 )
 from vocabshrink.training.views import Forward, View
 
+LOSSES = {name: loss.function for name, loss in module.LOSSES.items()}
+LAYERWISE = set(readers(LOSSES, "hidden"))
+HIDDEN = LAYERWISE - {"embedding_mse"}
+ATTENTION = set(readers(LOSSES, "queries", "keys", "values"))
+ACROSS_VOCABULARIES = set(readers(LOSSES, "both vocabularies"))
+TASK = set(readers(LOSSES, "task logits"))
 SENTENCE = {"sentence_cosine", "group_similarity", "batch_similarity"}
 GIVEN = {"student_masked_lm", "teacher_masked_lm", "parameters_down", "parameters_up"}  # by functions; tested below
 OF_VIEWS = sorted(LAYERWISE | ATTENTION | SENTENCE | ACROSS_VOCABULARIES | TASK)
@@ -106,7 +107,6 @@ def certain(forward: Forward) -> Forward:
 
 def test_every_loss_is_tested():
     assert sorted({*OF_VIEWS, *GIVEN}) == sorted(LOSSES)
-    assert set(LOSSES) >= LAYERWISE | ATTENTION | MASKED_LM | TASK
     assert all(loss.__doc__ and loss.__name__ == name for name, loss in LOSSES.items())
 
 
@@ -213,7 +213,7 @@ class TestEveryLoss:
             calls.append(tensor.data_ptr())
             return pool_units(tensor, *rest)
 
-        monkeypatch.setattr("vocabshrink.losses.pool_units", counted)
+        monkeypatch.setattr("vocabshrink.training.views.pool_units", counted)
         for _ in range(2):
             LOSSES[name](forward)
         assert len(calls) == len(set(calls)) and (calls or name == "attention_kl")
@@ -759,6 +759,11 @@ class TestMaskedLM:
         assert all(table.grad.abs().sum() > 0 for table in tables)
 
 
+def stage_of(losses: dict[str, dict], **options) -> DistillStage:
+    chosen = {name: Weighted(arguments=arguments) for name, arguments in losses.items()}
+    return DistillStage(steps=1, losses=chosen, **options)
+
+
 class TestCheckLosses:
     @pytest.mark.parametrize(
         ("losses", "sentence"),
@@ -766,7 +771,7 @@ class TestCheckLosses:
             ({"hiden_mse": {}}, "distill.losses.hiden_mse: unknown loss: known losses are student_masked_lm, "),
             (
                 {"parameters_up": {}},
-                "parameters_up: this stage cannot give it: choose from group_similarity, hidden_huber, ",
+                "parameters_up: this stage cannot compute it: choose from student_masked_lm, masked_lm_match, ",
             ),
             ({"hidden_mse": {"size": 3}}, "distill.losses.hidden_mse.size: unknown argument: it takes direction"),
             ({"hidden_mse": {"direction": "sideways"}}, "hidden_mse.direction: 'sideways' is not up or down"),
@@ -780,20 +785,46 @@ class TestCheckLosses:
         ],
     )
     def test_refuses(self, losses, sentence):
-        chosen = {name: Weighted(arguments=arguments) for name, arguments in losses.items()}
         with pytest.raises(InputError, match=sentence):
-            available = {"hidden_mse", "group_similarity", "hidden_huber", "value_relations"}
-            check_losses("distill", {"group_similarity": Weighted()} | chosen, available)
+            check_losses("distill", stage_of({"batch_similarity": {}} | losses), "distill")
 
     def test_refuses_an_argument_of_a_loss_without_any(self):
         with pytest.raises(InputError, match="embedding_mse.x: unknown argument: it takes none"):
-            check_losses("dual", {"embedding_mse": Weighted(arguments={"x": 1})}, {"embedding_mse"})
+            check_losses("dual", stage_of({"embedding_mse": {"x": 1}}), "match")
+
+    @pytest.mark.parametrize("section", ["distill", "recovery"])
+    def test_refuses_what_reads_masked_words_or_groups_that_are_not_there(self, section):
+        """Naming the stage's own section, which may be either."""
+        with pytest.raises(
+            InputError, match=f"{section}.losses.masked_lm_match: nothing is masked: set {section}.mask"
+        ):
+            check_losses(section, stage_of({"masked_lm_match": {}}), "distill")
+        with pytest.raises(
+            InputError, match=f"group_similarity compares near sentences: set {section}.group_size to 4"
+        ):
+            check_losses(section, stage_of({"group_similarity": {}}), "distill")
+        check_losses(section, stage_of({"masked_lm_match": {}}, mask=0.15), "distill")
+
+    @pytest.mark.parametrize(
+        ("place", "names"),
+        [
+            ("two_stage", {"teacher_masked_lm"}),
+            ("task teacher", {"labels"}),
+            ("match", LAYERWISE | ATTENTION | SENTENCE),
+            ("joint", LAYERWISE | ATTENTION | GIVEN | {"sentence_cosine", "batch_similarity"}),
+            ("distill", LAYERWISE | ATTENTION | SENTENCE | ACROSS_VOCABULARIES | {"student_masked_lm"}),
+            ("finetune", LAYERWISE | ATTENTION | TASK | {"sentence_cosine", "batch_similarity"}),
+        ],
+    )
+    def test_where_each_loss_stands(self, place, names):
+        assert {name for name, loss in module.LOSSES.items() if place in loss.stands_in} == names
 
     def test_takes_what_is_right(self):
-        chosen = {name: Weighted() for name in LOSSES}
-        chosen["hidden_mse"] = Weighted(arguments={"direction": "down"})
-        chosen["group_similarity"] = Weighted(arguments={"size": 2})
-        chosen["soft_labels"] = Weighted(arguments={"temperature": 2, "divergence": "ce"})
-        chosen["value_relations"] = Weighted(arguments={"heads": 24})
-        chosen["key_relations"] = Weighted(arguments={"heads": None})
-        check_losses("distill", chosen, set(LOSSES))
+        chosen = {name: {} for name, loss in module.LOSSES.items() if "distill" in loss.stands_in}
+        chosen["hidden_mse"] = {"direction": "down"}
+        chosen["group_similarity"] = {"size": 2}
+        chosen["value_relations"] = {"heads": 24}
+        chosen["key_relations"] = {"heads": None}
+        check_losses("distill", stage_of(chosen, mask=0.15, group_size=4), "distill")
+        soft = Weighted(arguments={"temperature": 2, "divergence": "ce"})
+        check_losses("finetune.phases.0", Phase(losses={"soft_labels": soft}), "finetune")
