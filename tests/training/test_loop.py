@@ -265,9 +265,7 @@ def test_parameters_that_are_not_finite_are_no_success(section, tmp_path):
 
 
 def test_the_remedy_names_the_key_of_the_settings(tmp_path):
-    with pytest.raises(
-        InputError, match=r"loss is .*: lower finetune.phases.0.learning_rate \(now 0.05\)"
-    ):
+    with pytest.raises(InputError, match=r"loss is .*: lower finetune.phases.0.learning_rate \(now 0.05\)"):
         run_training(tmp_path, task=Poisoned("loss"), section="finetune.phases.0")
 
 
@@ -290,7 +288,7 @@ def test_checkpoints_come_by_the_clock_also_between_logged_steps_of_a_gpu(tmp_pa
             accelerator,
             clock=seconds.__next__,
         )
-    assert [meta["step"] for meta in saved] == [3, 6, 9, 12, 15, 18, 21]  # a step looks twice, at ten seconds a look
+    assert [meta["step"] for meta in saved] == [4, 8, 12, 16, 20]  # a step looks twice, at ten seconds a look
     assert all(meta["losses"] for meta in saved) and len(reduced) == 3 * 2  # steps 1, 10 and 20, of two losses
 
 

@@ -773,15 +773,21 @@ class TestCheckLosses:
                 {"parameters_up": {}},
                 "parameters_up: this stage cannot compute it: choose from student_masked_lm, masked_lm_match, ",
             ),
-            ({"hidden_mse": {"size": 3}}, "distill.losses.hidden_mse.size: unknown argument: it takes direction"),
-            ({"hidden_mse": {"direction": "sideways"}}, "hidden_mse.direction: 'sideways' is not up or down"),
-            ({"group_similarity": {"size": 3}}, "group_similarity.size: 3 is not 2 or 4"),
-            ({"hidden_huber": {"delta": 0}}, "hidden_huber.delta: 0 is not a positive number"),
-            ({"hidden_huber": {"delta": "1"}}, "hidden_huber.delta: '1' is not a positive number"),
-            ({"hidden_huber": {"delta": True}}, "hidden_huber.delta: True is not a positive number"),
-            ({"hidden_huber": {"delta": math.inf}}, "hidden_huber.delta: inf is not a positive number"),
-            ({"value_relations": {"heads": 2.0}}, "value_relations.heads: 2.0 is not a positive whole number"),
-            ({"value_relations": {"heads": 0}}, "value_relations.heads: 0 is not a positive whole number"),
+            ({"hidden_mse": {"size": 3}}, "unknown key distill.losses.hidden_mse.size: known keys are direction"),
+            (
+                {"hidden_mse": {"direction": "sideways"}},
+                r"losses.hidden_mse.direction: input should be 'up' or 'down' \(got 'sideways'\)",
+            ),
+            ({"group_similarity": {"size": 3}}, r"group_similarity.size: input should be 2 or 4 \(got 3\)"),
+            ({"hidden_huber": {"delta": 0}}, r"hidden_huber.delta: input should be greater than 0 \(got 0\)"),
+            ({"hidden_huber": {"delta": "1"}}, r"hidden_huber.delta: input should be a valid number \(got '1'\)"),
+            ({"hidden_huber": {"delta": True}}, r"hidden_huber.delta: input should be a valid number \(got True\)"),
+            ({"hidden_huber": {"delta": math.inf}}, r"hidden_huber.delta: input should be a finite number \(got inf\)"),
+            (
+                {"value_relations": {"heads": 2.0}},
+                r"value_relations.heads: input should be a valid integer \(got 2.0\)",
+            ),
+            ({"value_relations": {"heads": 0}}, r"value_relations.heads: input should be greater than 0 \(got 0\)"),
         ],
     )
     def test_refuses(self, losses, sentence):
@@ -789,7 +795,7 @@ class TestCheckLosses:
             check_losses("distill", stage_of({"batch_similarity": {}} | losses), "distill")
 
     def test_refuses_an_argument_of_a_loss_without_any(self):
-        with pytest.raises(InputError, match="embedding_mse.x: unknown argument: it takes none"):
+        with pytest.raises(InputError, match="unknown key dual.losses.embedding_mse.x: known keys are none"):
             check_losses("dual", stage_of({"embedding_mse": {"x": 1}}), "match")
 
     @pytest.mark.parametrize("section", ["distill", "recovery"])

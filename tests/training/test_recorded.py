@@ -98,7 +98,7 @@ def test_recovery_records_too(tiny_teacher, corpus_file, tmp_path):
         assert run_stage(run, name)
     (folder,) = tmp_path.glob("teacher-*")
     assert sorted(path.name for path in folder.iterdir()) == [f"{step}.safetensors" for step in range(3)]
-    losses = [row["loss"] for row in run.dir.metrics() if row["stage"] == "recovery"]
+    losses = [row["loss"] for row in run.dir.metrics() if (row["stage"], row["kind"]) == ("recovery", "train")]
     assert len(losses) == 3 and all(map(math.isfinite, losses))
 
 

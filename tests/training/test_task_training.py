@@ -316,9 +316,7 @@ def fitted(lines, tiny_teacher, vocabulary, folder, phases):
 def test_a_phase_that_goes_wrong_names_its_own_learning_rate(lines, tiny_teacher, vocabulary, tmp_path):
     good = Phase(epochs=1, batch_size=8, precision="no", learning_rate=1e-3)
     bad = good.model_copy(update={"learning_rate": 3e38})
-    with pytest.raises(
-        InputError, match=r"seed-1-phase-2: .* lower finetune\.phases\.1\.learning_rate \(now 3e\+38"
-    ):
+    with pytest.raises(InputError, match=r"seed-1-phase-2: .* lower finetune\.phases\.1\.learning_rate \(now 3e\+38"):
         fitted(lines, tiny_teacher, vocabulary, tmp_path, [good, bad])
 
 

@@ -450,7 +450,9 @@ def explain(error: Any, root: type[BaseModel] = Recipe) -> str:
             section = section_in(field.annotation) if field else section  # a list's position or a task's name
         known = list(section.model_fields) if section else []
         near = difflib.get_close_matches(str(error["loc"][-1]), known, 1, cutoff=0.5)
-        return f"unknown key {where}: " + (f"did you mean {near[0]}?" if near else f"known keys are {', '.join(known)}")
+        return f"unknown key {where}: " + (
+            f"did you mean {near[0]}?" if near else f"known keys are {', '.join(known) or 'none'}"
+        )
     if error["type"] == "missing":
         return f"{where} is missing"
     message = error["msg"].removeprefix("Value error, ")

@@ -1,9 +1,8 @@
 """Losses: pure functions of what one step saw, chosen and weighted by the recipe.
 
-Every loss is `f(forward, **arguments) -> scalar`; its signature is its schema: a choice of Literals, or a positive
-number. It is zero at agreement, ignores padding, and is logged unweighted. `LOSSES` says of each what it reads and
-where it can be used. All of it is computed in float32 (see `TrainingTask.forward`), because similarities near 1 are
-0.004 apart in bfloat16.
+Every loss is `f(forward, **arguments) -> scalar`, and its signature is the schema of its arguments. It is zero at
+agreement, ignores padding, and is logged unweighted. `LOSSES` says of each what it reads and where it can be used. All
+are computed in float32 (see `TrainingTask.forward`), because similarities near 1 are 0.004 apart in bfloat16.
 
 Teacher and student are compared unit by unit (see batches.py), because their sequences differ in length when their
 vocabularies do: a unit's hidden state is the mean over its pieces, and so are its queries, keys and values. Attention
@@ -16,24 +15,25 @@ count, V_S and V_T pieces in the vocabularies, C classes.
 """
 
 import inspect
-import math
 from collections.abc import Callable, Iterable, Set
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, Literal, get_args, get_origin
+from typing import Annotated, Literal
 
 import numpy as np
 import torch
 import torch.nn.functional as F
+from pydantic import ConfigDict, Field, ValidationError, create_model
 from scipy.optimize import linprog
 from torch import Tensor
 
 from tokenizer_build.errors import InputError
 from vocabshrink.run.layer_map import SoftPairs
-from vocabshrink.run.recipe import TrainingSection
+from vocabshrink.run.recipe import TrainingSection, explain
 from vocabshrink.training.views import Direction, Forward, Kind, Layers, Units
 
-# ------------------------------------------------------------------------------------------------ parts of losses
+Positive, Count = Annotated[float, Field(gt=0)], Annotated[int, Field(gt=0)]
+STRICT = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)  # of the arguments that a recipe gives
 
 
 def mean(values: Tensor) -> Tensor:
@@ -104,9 +104,6 @@ def over_layers(forward: Forward, cost: Callable[[int, Layers], Tensor], *, atte
     return (transport(costs) * costs).sum()
 
 
-# ------------------------------------------------------------------------------------------------ masked words
-
-
 def masked_lm_loss(hidden: Tensor, labels: Tensor, head, tables: list[Tensor], biases: list[Tensor]) -> Tensor:
     """Cross-entropy at masked pieces, one softmax per vocabulary (Zhao et al. 2019, section 3.2).
 
@@ -134,7 +131,7 @@ def teacher_masked_lm(forward: Forward) -> Tensor:
     return forward.masked_lm["teacher"]()
 
 
-def masked_lm_match(forward: Forward, temperature: float = 1.0) -> Tensor:
+def masked_lm_match(forward: Forward, temperature: Positive = 1.0) -> Tensor:
     """T² KL(p_T || p_S) at masked pieces that both vocabularies write alike, over the pieces that both have.
 
     Student logits [n, V_S] and teacher logits [n, V_T] at units of one masked piece on each side and the same one; both
@@ -152,7 +149,7 @@ def masked_lm_match(forward: Forward, temperature: float = 1.0) -> Tensor:
     return mean(kl(logits[:, columns], target[:, forward.shared[columns]], temperature))
 
 
-def masked_lm_reduce(forward: Forward, temperature: float = 1.0) -> Tensor:
+def masked_lm_reduce(forward: Forward, temperature: Positive = 1.0) -> Tensor:
     """T² KL(p_T || p_S) over the teacher's pieces, at words that the teacher has masked as one piece.
 
     The student's score of a teacher piece is the mean of its log-probabilities of the pieces that spell it, averaged
@@ -176,9 +173,6 @@ def masked_lm_reduce(forward: Forward, temperature: float = 1.0) -> Tensor:
     return mean(kl(reduced, target[:, spelt], temperature))
 
 
-# ------------------------------------------------------------------------------------------------ hidden states
-
-
 def between_states(
     forward: Forward, distance: Callable[[Tensor, Tensor], Tensor], direction: Direction, units: Units = "all"
 ) -> Tensor:
@@ -196,7 +190,7 @@ def hidden_mae(forward: Forward, direction: Direction = "up") -> Tensor:
     return between_states(forward, F.l1_loss, direction)
 
 
-def hidden_huber(forward: Forward, direction: Direction = "up", delta: float = 1.0) -> Tensor:
+def hidden_huber(forward: Forward, direction: Direction = "up", delta: Positive = 1.0) -> Tensor:
     """Huber's loss of unit states over the matched layers: half the square up to delta, then linear (Huber 1964)."""
     return between_states(forward, partial(F.huber_loss, delta=delta), direction)
 
@@ -216,7 +210,7 @@ def hidden_normalized(forward: Forward, direction: Direction = "up", states: Uni
 
 
 def hidden_contrastive(
-    forward: Forward, direction: Direction = "up", temperature: float = 0.1, limit: int = 1024
+    forward: Forward, direction: Direction = "up", temperature: Positive = 0.1, limit: Count = 1024
 ) -> Tensor:
     """KL of softmax(t · t_j / τ) and softmax(s · t_j / τ): a unit's state is told from those of the batch's others.
 
@@ -236,9 +230,6 @@ def hidden_contrastive(
 def embedding_mse(forward: Forward) -> Tensor:
     """Mean squared error of the embedding outputs, unit by unit, after the projection up (TinyBERT, eq. 9)."""
     return mean_squares(*forward.aligned(0, (0,), "up"))
-
-
-# ------------------------------------------------------------------------------------------------ attention
 
 
 def attention_scores(forward: Forward) -> Tensor:
@@ -281,7 +272,7 @@ def relations_kl(forward: Forward, kind: Kind, heads: int | None) -> Tensor:
     return over_layers(forward, cost, attention=True)
 
 
-def query_relations(forward: Forward, heads: int | None = None) -> Tensor:
+def query_relations(forward: Forward, heads: Count | None = None) -> Tensor:
     """KL of the relations between queries, softmax(Q Q^T / sqrt(d_r)) (MiniLMv2, Wang et al. 2021).
 
     heads: A_r, which must divide both widths; the models' own numbers of heads do not matter. None: the teacher's.
@@ -289,20 +280,14 @@ def query_relations(forward: Forward, heads: int | None = None) -> Tensor:
     return relations_kl(forward, "queries", heads)
 
 
-def key_relations(forward: Forward, heads: int | None = None) -> Tensor:
+def key_relations(forward: Forward, heads: Count | None = None) -> Tensor:
     """KL of the relations between keys, softmax(K K^T / sqrt(d_r)) (MiniLMv2). heads: as in query_relations."""
     return relations_kl(forward, "keys", heads)
 
 
-def value_relations(forward: Forward, heads: int | None = None) -> Tensor:
-    """KL of the relations between values, softmax(V V^T / sqrt(d_r)) (MiniLM, section 3.2; MiniLMv2).
-
-    heads: as in query_relations.
-    """
+def value_relations(forward: Forward, heads: Count | None = None) -> Tensor:
+    """KL of the relations between values (MiniLM, section 3.2; MiniLMv2). heads: as in query_relations."""
     return relations_kl(forward, "values", heads)
-
-
-# ------------------------------------------------------------------------------------------------ sentences
 
 
 def sentence_cosine(forward: Forward) -> Tensor:
@@ -329,9 +314,6 @@ def batch_similarity(forward: Forward) -> Tensor:
     return similarity_mse(forward.student.sentence, forward.teacher.sentence)
 
 
-# ------------------------------------------------------------------------------------------------ tasks
-
-
 def labels(forward: Forward) -> Tensor:
     """Cross-entropy with a task's classes, [B, C] or [n, C] at labelled pieces; of scores, the mean squared error.
 
@@ -343,7 +325,7 @@ def labels(forward: Forward) -> Tensor:
     return mean(F.cross_entropy(logits, targets, reduction="none"))
 
 
-def soft_labels(forward: Forward, temperature: float = 1.0, divergence: Literal["kl", "ce"] = "kl") -> Tensor:
+def soft_labels(forward: Forward, temperature: Positive = 1.0, divergence: Literal["kl", "ce"] = "kl") -> Tensor:
     """T² KL(p_T || p_S) of softmax(z / T), z [B, C] or [n, C] at labelled pieces (Hinton et al. 2015, eq. 1).
 
     divergence ce: T² times the cross-entropy (TinyBERT, eq. 10, with T = 1), which is larger by the teacher's entropy:
@@ -369,9 +351,6 @@ def logits_mse(forward: Forward) -> Tensor:
     return mean((forward.student.task_logits - forward.teacher.task_logits).pow(2))
 
 
-# ------------------------------------------------------------------------------------------------ parameters
-
-
 def parameters_down(forward: Forward) -> Tensor:
     """`MSE(U θ_t V, θ_s)` over matched parameters (Zhao et al. 2019, eq. 1)."""
     return forward.parameters["down"]()
@@ -380,9 +359,6 @@ def parameters_down(forward: Forward) -> Tensor:
 def parameters_up(forward: Forward) -> Tensor:
     """`MSE(θ_t, U' θ_s V')` over matched parameters (Zhao et al. 2019, eq. 2)."""
     return forward.parameters["up"]()
-
-
-# ------------------------------------------------------------------------------------------------ all of them
 
 
 @dataclass(frozen=True)
@@ -454,26 +430,18 @@ def check_losses(section: str, stage: TrainingSection, place: str) -> None:
         if place not in LOSSES[name].stands_in:
             choices = ", ".join(other for other, loss in LOSSES.items() if place in loss.stands_in)
             raise InputError(f"{key}: this stage cannot compute it: choose from {choices}")
-        known = dict(list(inspect.signature(LOSSES[name].function).parameters.items())[1:])
-        for argument, value in chosen.arguments.items():
-            if argument not in known:
-                takes = ", ".join(known) or "none"
-                raise InputError(f"{key}.{argument}: unknown argument: it takes {takes}")
-            if wanted := unmet(known[argument].annotation, value):
-                raise InputError(f"{key}.{argument}: {value!r} is not {wanted}")
-    if (masked := readers(stage.losses, "masked words")) and not stage.mask:
-        raise InputError(f"{section}.losses.{masked[0]}: nothing is masked: set {section}.mask, 0.15 as in BERT")
-    if (grouped := readers(stage.losses, "groups")) and stage.group_size == 1:
-        raise InputError(f"{section}.losses.{grouped[0]} compares near sentences: set {section}.group_size to 4")
-
-
-def unmet(annotation: Any, value: Any) -> str | None:
-    """What an argument of this annotation must be, where the value is not that."""
-    if get_origin(annotation) is Literal:
-        choices = get_args(annotation)
-        return None if value in choices else " or ".join(map(str, choices))
-    if value is None and type(None) in get_args(annotation):
-        return None
-    kinds, name = ((int, float), "a positive number") if annotation is float else ((int,), "a positive whole number")
-    good = isinstance(value, kinds) and not isinstance(value, bool) and 0 < value < math.inf
-    return None if good else name
+        _, *known = inspect.signature(LOSSES[name].function).parameters.values()
+        schema = create_model(
+            name, __config__=STRICT, **{known.name: (known.annotation, known.default) for known in known}
+        )
+        try:
+            schema.model_validate(chosen.arguments)
+        except ValidationError as error:
+            first = error.errors()[0]
+            raise InputError(explain(first | {"loc": (*key.split("."), *first["loc"])}, schema)) from None
+    for name in readers(stage.losses, "masked words"):
+        if not stage.mask:
+            raise InputError(f"{section}.losses.{name}: nothing is masked: set {section}.mask, 0.15 as in BERT")
+    for name in readers(stage.losses, "groups"):
+        if stage.group_size == 1:
+            raise InputError(f"{section}.losses.{name} compares near sentences: set {section}.group_size to 4")

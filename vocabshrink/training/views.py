@@ -28,7 +28,7 @@ Kind = Literal["queries", "keys", "values"]
 
 
 class Cache(dict):
-    """Values made at most once: what several losses of a step read is computed by the first."""
+    """Values that are made at most once."""
 
     def once(self, key: Hashable, make: Callable[[], Any]) -> Any:
         if key not in self:
@@ -66,7 +66,7 @@ class View:
 
     @property
     def hidden(self) -> tuple[Tensor, ...]:
-        """The hidden states that were kept, [B, T, D] each, in the dtype of the pass."""
+        """[B, T, D] each, in the dtype of the pass."""
         return self.passed.hidden
 
     def detached(self) -> "View":
@@ -88,14 +88,12 @@ class View:
         return self._mean("states", layers, lambda layer: self.pooled(self.hidden[layer]))
 
     def _products(self, left: Kind, right: Kind, layers: Layers, heads: int) -> Tensor:
-        def split(kind: Kind, layer: int) -> Tensor:
-            tensor = getattr(self.passed, kind)[layer - 1]
-            return by_head(self._cache.once((kind, layer), lambda: self.pooled(tensor)), heads)
+        def of_units(kind: Kind, layer: int) -> Tensor:
+            return self._cache.once((kind, layer), lambda: self.pooled(getattr(self.passed, kind)[layer - 1]))
 
-        def make(layer: int) -> Tensor:
-            return scaled_products(split(left, layer), split(right, layer))
-
-        return self._mean((left, right, heads), layers, make)
+        return self._mean(
+            (left, right, heads), layers, lambda layer: products(of_units(left, layer), of_units(right, layer), heads)
+        )
 
     def scores(self, layers: Layers) -> Tensor:
         """Attention scores between units before the softmax, Q K^T / sqrt(d), [B, h, U, U]."""
@@ -116,10 +114,9 @@ class View:
         """Attention distributions between units, [B, h, U, U]: a unit is attended to as much as all its pieces."""
 
         def make(layer: int) -> Tensor:
-            parts = (self.passed.queries[layer - 1], self.passed.keys[layer - 1])
-            products = scaled_products(*(by_head(part.float(), self.heads) for part in parts))
+            queries, keys = (part[layer - 1].float() for part in (self.passed.queries, self.passed.keys))
             padding = self.side.attention_mask[:, None, None] == 0
-            maps = products.masked_fill(padding, -math.inf).softmax(-1)
+            maps = products(queries, keys, self.heads).masked_fill(padding, -math.inf).softmax(-1)
             return pool_attention(maps, self.side.units, self.unit_count)
 
         return self._mean("attention", layers, make)
@@ -176,10 +173,8 @@ class Forward:
         return found[found >= 0]
 
     def aligned(self, m: int, block: Layers, direction: Direction, units: Units = "all") -> tuple[Tensor, Tensor]:
-        """States of a pair of layers in one width, the student's brought up or the teacher's down: [n, D] twice.
-
-        Those of all units that count or, for `units` "cls", of [CLS] alone, [B, D].
-        """
+        """States of a pair of layers in one width, the student's brought up or the teacher's down: [n, D] twice; of all
+        units that count or, for `units` "cls", of [CLS] alone, [B, D]."""
 
         def of(side: str, layers: Layers, project: nn.Module) -> Tensor:
             def make() -> Tensor:
@@ -188,16 +183,11 @@ class Forward:
 
             return self._cache.once((side, layers, direction, units), make)
 
-        same = nn.Identity()
-        left, right = (self.up, same) if direction == "up" else (same, self.down)
+        left, right = (self.up, nn.Identity()) if direction == "up" else (nn.Identity(), self.down)
         return of("student", (m,), left), of("teacher", block, right)
 
 
-def by_head(tensor: Tensor, heads: int) -> Tensor:
-    """[B, U, D] -> [B, heads, U, D / heads]"""
-    return tensor.unflatten(-1, (heads, -1)).transpose(1, 2)
-
-
-def scaled_products(left: Tensor, right: Tensor) -> Tensor:
-    """[..., U, d] twice -> [..., U, U]"""
+def products(left: Tensor, right: Tensor, heads: int) -> Tensor:
+    """[B, U, D] twice, each split into heads of width d -> their products over sqrt(d), [B, heads, U, U]."""
+    left, right = (part.unflatten(-1, (heads, -1)).transpose(1, 2) for part in (left, right))
     return left @ right.mT / math.sqrt(left.shape[-1])
