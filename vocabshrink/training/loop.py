@@ -1,8 +1,8 @@
 """The one training loop, over Accelerate: from a laptop's CPU to several GPUs.
 
-A task is an `nn.Module` whose forward gives named, unweighted losses; a batcher gives the batch of a step. The loop
-does the rest: precision, accumulation, clipping, schedule, evaluation, logging, checkpoints and resuming. The learning
-rate is a function of the step, and so is the batch, so a resumed run is the run that was not stopped.
+A task (task.py) gives named, unweighted losses; a batcher gives the batch of a step. The loop does the rest: precision,
+accumulation, clipping, schedule, evaluation, logging, checkpoints and resuming. The learning rate is a function of the
+step, and so is the batch, so a resumed run is the run that was not stopped.
 """
 
 import math
@@ -22,7 +22,7 @@ from accelerate.utils import DistributedDataParallelKwargs
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, TaskID, TextColumn, TimeRemainingColumn
 from rich.progress import Progress as Bar
-from torch import Tensor, nn
+from torch import nn
 
 from tokenizer_build.errors import InputError
 from vocabshrink.data.batches import Batch, Batcher, prefetch
@@ -200,14 +200,16 @@ def train(
     log_every, measured = max(1, settings.steps // 200), None
     began, logged_before = replace(progress), replace(progress)
     started, saved_at = clock() - progress.seconds, clock()
-    batches = batches_from(progress.step, batcher, settings, accelerator)
+    world, accumulation = accelerator.num_processes, settings.gradient_accumulation
+    micro = range(progress.step * accumulation, settings.steps * accumulation)
+    batches = prefetch(batcher, (m * world + accelerator.process_index for m in micro))
     with progress_bar(job.stage, progress.step, settings.steps, shown=main) as bar:
         while progress.step < settings.steps:
             task.before_step(progress.step)
             weights, rate = task.weights(progress.step / settings.steps), rate_at(progress.step, settings)
             for group in optimizer.param_groups:
                 group["lr"] = group["peak"] * rate
-            losses, norm, tokens = take_step(wrapped, optimizer, batches, weights, settings, accelerator)
+            losses, norm, tokens = take_step(wrapped, optimizer, batches, weights, settings.clip, accelerator)
             progress.step, progress.tokens = progress.step + 1, progress.tokens + tokens
             progress.seconds = clock() - started
             last = progress.step == settings.steps
@@ -229,16 +231,17 @@ def train(
                 logged_before = replace(progress)
                 bar.update(TaskID(0), completed=progress.step, note=note)
                 if bar.disable and (last or progress.step == 1 or progress.step % (10 * log_every) == 0):
-                    speed = (progress.seconds - began.seconds) / (progress.step - began.step)
-                    left = f"{speed * (settings.steps - progress.step) / 60:.1f} min left"
-                    print(
-                        f"{job.stage} step {progress.step}/{settings.steps}  {note}  {left}",
-                        file=sys.stderr,
-                        flush=True,
-                    )
+                    pace = (progress.seconds - began.seconds) / (progress.step - began.step)
+                    left = f"{pace * (settings.steps - progress.step) / 60:.1f} min left"
+                    text = f"{job.stage} step {progress.step}/{settings.steps}  {note}  {left}"
+                    print(text, file=sys.stderr, flush=True)
             if evaluate and main and progress.step in evaluate_at:
                 measured = evaluate(task)
-                bar.console.print(log_evaluation(job, progress, measured, accelerator), soft_wrap=True)
+                row = {"stage": job.stage, "step": progress.step, "tokens": progress.tokens, "kind": "evaluation"}
+                job.run.append_metrics(row | {"metrics": measured})
+                accelerator.log({f"evaluation/{k}": v for k, v in measured.items()}, step=progress.step)
+                figures = "  ".join(f"{k} {v:.4f}" for k, v in measured.items())
+                bar.console.print(f"{job.stage} step {progress.step}: {figures}", soft_wrap=True)
             if due:
                 if main:
                     meta = {"stage": job.stage, "fingerprint": job.fingerprint} | vars(progress)
@@ -247,7 +250,8 @@ def train(
     accelerator.wait_for_everyone()
     for tracker in accelerator.trackers:
         tracker.finish()
-    result = {"steps": progress.step, "tokens": progress.tokens, "seconds": progress.seconds, "losses": progress.losses}
+    seconds = round(progress.seconds, 3)
+    result = {"steps": progress.step, "tokens": progress.tokens, "seconds": seconds, "losses": progress.losses}
     if evaluate and main:
         result["evaluation"] = evaluate(task) if measured is None else measured  # None: resumed after the last step
     return result
@@ -257,9 +261,8 @@ def resume(task: nn.Module, optimizer, job: Job, accelerator: Accelerator) -> Pr
     """Puts the job's checkpoint back where there is one, and drops the metrics of steps after it."""
     meta, progress = read_meta(job.checkpoint), Progress()
     if meta and meta["fingerprint"] != job.fingerprint:
-        raise InputError(
-            f"{job.checkpoint}: checkpoint of another recipe: delete the folder, or give the run another name"
-        )
+        what = "checkpoint of another recipe: delete the folder, or give the run another name"
+        raise InputError(f"{job.checkpoint}: {what}")
     if meta:
         load_checkpoint(job.checkpoint, task, optimizer.optimizer, meta, accelerator.scaler)
         progress = Progress(**{key: meta[key] for key in vars(progress)})
@@ -270,34 +273,26 @@ def resume(task: nn.Module, optimizer, job: Job, accelerator: Accelerator) -> Pr
     return progress
 
 
-def batches_from(step: int, batcher: Batcher, settings: TrainingSection, accelerator: Accelerator) -> Iterator[Batch]:
-    """This process's micro-batches from a step on."""
-    micro = range(step * settings.gradient_accumulation, settings.steps * settings.gradient_accumulation)
-    return prefetch(batcher, (m * accelerator.num_processes + accelerator.process_index for m in micro))
-
-
 def take_step(
-    wrapped: nn.Module,
-    optimizer,
-    batches: Iterator[Batch],
-    weights: dict[str, float],
-    settings: TrainingSection,
-    accelerator: Accelerator,
-) -> tuple[dict[str, Tensor], Tensor, int]:
-    """One optimizer step: (means of its unweighted losses here, the gradient's norm, tokens of all processes)."""
-    means, tokens = {}, 0
-    for _ in range(settings.gradient_accumulation):
+    wrapped: nn.Module, optimizer, batches: Iterator[Batch], weights: dict, clip: float, accelerator
+) -> tuple:
+    """One optimizer step.
+
+    Returns: (means of its unweighted losses on this process, the gradient's norm, tokens of all processes).
+    """
+    means, tokens, accumulation = {}, 0, accelerator.gradient_accumulation_steps
+    for _ in range(accumulation):
         batch = next(batches)
         with accelerator.accumulate(wrapped):
             losses = wrapped(batch.to(accelerator.device))
             accelerator.backward(sum(weights[name] * value.float() for name, value in losses.items()))
             if accelerator.sync_gradients:
-                norm = accelerator.clip_grad_norm_(wrapped.parameters(), settings.clip)
+                norm = accelerator.clip_grad_norm_(wrapped.parameters(), clip)
             optimizer.step()
             optimizer.zero_grad()
         tokens += batch.tokens
         for name, value in losses.items():
-            means[name] = means.get(name, 0) + value.detach().float() / settings.gradient_accumulation
+            means[name] = means.get(name, 0) + value.detach().float() / accumulation
     return means, norm, tokens * accelerator.num_processes
 
 
@@ -315,14 +310,6 @@ def log_step(job: Job, progress: Progress, before: Progress, numbers: dict, acce
     losses = {f"losses/{name}": value for name, value in progress.losses.items()}
     accelerator.log({"loss": numbers["loss"], "lr": numbers["lr"]} | losses, step=progress.step)
     return f"loss {numbers['loss']:.4f}  {speed:,} tokens/s"
-
-
-def log_evaluation(job: Job, progress: Progress, measured: dict, accelerator: Accelerator) -> str:
-    """Writes the metrics of an evaluation, and returns what of it is shown."""
-    row = {"stage": job.stage, "step": progress.step, "tokens": progress.tokens, "kind": "evaluation"}
-    job.run.append_metrics(row | {"metrics": measured})
-    accelerator.log({f"evaluation/{name}": value for name, value in measured.items()}, step=progress.step)
-    return f"{job.stage} step {progress.step}: " + "  ".join(f"{name} {value:.4f}" for name, value in measured.items())
 
 
 def progress_bar(stage: str, step: int, steps: int, *, shown: bool) -> Bar:
