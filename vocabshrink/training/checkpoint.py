@@ -29,8 +29,7 @@ def trained_state(task: nn.Module) -> dict[str, torch.Tensor]:
 def save_checkpoint(folder: Path, task: nn.Module, optimizer, meta: dict, scaler=None) -> None:
     """Writes folder anew. meta is JSON: the step, the tokens, the recipe's fingerprint.
 
-    Raises:
-        InputError: the disk is full. The checkpoint before is untouched.
+    Raises InputError: the disk is full. The checkpoint before is untouched.
     """
     temporary, before = folder.with_name(folder.name + ".partial"), folder.with_name(folder.name + ".before")
     states = optimizer.state_dict()["state"]

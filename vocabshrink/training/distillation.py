@@ -4,6 +4,8 @@ Each model reads its own segmentation of the same words, and only what the chose
 alone, for instance, do not run the teacher.
 """
 
+from functools import partial
+
 import torch
 from torch import Tensor, nn
 
@@ -77,9 +79,7 @@ class Distillation(TrainingTask):
         if self.head is not None:
             table = self.student.get_input_embeddings().weight
             student.predict = lambda states: self.head(states, table)
-            forward.masked_lm["student"] = lambda: masked_lm_loss(
-                student.hidden[-1], batch.student.labels, self.head, [table], [self.head.bias]
-            )
+            forward.masked_lm["student"] = partial(masked_lm_loss, student, self.head, [table], [self.head.bias])
         if self.teacher_head is not None:
             teacher.predict = lambda states: self.teacher_head(states, self.teacher.get_input_embeddings().weight)
         return forward

@@ -1,14 +1,13 @@
 """Dual training: the teacher itself learns the student's pieces (Zhao et al., arXiv 1909.11687, both versions).
 
 Each word of the teacher's input is segmented with the student's vocabulary with probability p, else with the
-teacher's. Teacher pieces are embedded by the teacher's table, student pieces by the student's table and, where widths
-differ, an affine map up; both enter the unchanged teacher as `inputs_embeds`, so the new pieces' embeddings are pulled
-into the teacher's space by the teacher's own objective.
+teacher's. Student pieces are embedded by the student's table and, where widths differ, an affine map up; they enter the
+unchanged teacher beside its own pieces, as `inputs_embeds`, so its own objective pulls them into its space.
 
-Three modes, one task: `joint` (version 1: the student trains alongside, with parameter projections), `two_stage`
-(version 2: the teacher alone; distillation follows), and `match` for teachers without a masked-LM head: mixed input
-must give, unit by unit, what the teacher gives on its own segmentation, and only the new embeddings move. There the
-teacher on mixed input takes the student's seat, and every loss between student and teacher can be used.
+Three modes: `joint` (version 1: the student trains alongside, with parameter projections), `two_stage` (version 2: the
+teacher alone; distillation follows), and `match` for teachers without a masked-LM head: mixed input must give, unit by
+unit, what the teacher gives on its own segmentation, and only the new embeddings move. There the teacher on mixed input
+takes the student's seat, and every loss between student and teacher can be used.
 """
 
 from functools import partial
@@ -34,9 +33,9 @@ class MixedEmbedding(nn.Module):
         self.teacher_table, self.student_table = teacher_table, student_table
         self.up = widen(student_table.embedding_dim, teacher_table.embedding_dim, directions)
 
-    def student_rows(self) -> Tensor:
-        """The student's table in the teacher's width, [V_S, D_T]."""
-        return self.up(self.student_table.weight)
+    def tables(self) -> list[Tensor]:
+        """Both in the teacher's width, [V_T, D_T] and [V_S, D_T]."""
+        return [self.teacher_table.weight, self.up(self.student_table.weight)]
 
     def forward(self, ids: Tensor) -> Tensor:
         """[B, T] -> [B, T, D_T]"""
@@ -101,19 +100,12 @@ class DualTraining(TrainingTask):
         # the student learns from the teacher, not the teacher from the student: only masked LM moves the teacher
         forward.teacher = mixed.detached()
         if self.teacher_head is not None:
-            forward.masked_lm["teacher"] = lambda: masked_lm_loss(
-                mixed.hidden[-1],
-                batch.mixed.labels,
-                self.teacher_head,
-                [self.embedding.teacher_table.weight, self.embedding.student_rows()],
-                [self.teacher_head.bias, self.student_bias],
-            )
+            tables, biases = self.embedding.tables, [self.teacher_head.bias, self.student_bias]
+            forward.masked_lm["teacher"] = lambda: masked_lm_loss(mixed, self.teacher_head, tables(), biases)
         if self.mode == "joint":
             student = forward.student = self.run(self.student, batch.student, batch)
             table = self.student.get_input_embeddings().weight
-            forward.masked_lm["student"] = lambda: masked_lm_loss(
-                student.hidden[-1], batch.student.labels, self.head, [table], [self.head.bias]
-            )
+            forward.masked_lm["student"] = partial(masked_lm_loss, student, self.head, [table], [self.head.bias])
         for direction, projection in self.projections.items():
             forward.parameters[direction] = partial(projection, self.student, self.teacher)
         return forward
@@ -134,7 +126,5 @@ class HeadTraining(TrainingTask):
             view = self.run(self.teacher, batch.teacher, batch)
         table = self.teacher.get_input_embeddings().weight
         forward = Forward(batch, (), nn.Identity(), nn.Identity())
-        forward.masked_lm["teacher"] = lambda: masked_lm_loss(
-            view.hidden[-1], batch.teacher.labels, self.head, [table], [self.head.bias]
-        )
+        forward.masked_lm["teacher"] = partial(masked_lm_loss, view, self.head, [table], [self.head.bias])
         return forward

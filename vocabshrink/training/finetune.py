@@ -79,9 +79,8 @@ def fit(
             return score(encoded.task, logits_of(task.student, encoded, "validation", phase), "validation")
 
         steps = min(phase.steps or math.inf, math.ceil(phase.epochs * batcher.rows / phase.batch_size))
-        settings, stage = phase.model_copy(update={"steps": steps}), f"{job.stage}-seed-{seed}-phase-{number + 1}"
-        # a phase's fingerprint counts from 1, as its name does
-        phase_job = Job(job.run, stage, f"{job.fingerprint} phase {number + 1}", section)
+        settings, name = phase.model_copy(update={"steps": steps}), f"phase-{number + 1}"
+        phase_job = Job(job.run, f"{job.stage}-seed-{seed}-{name}", f"{job.fingerprint} {name}", section)
         results.append(
             train(training, batcher, settings, phase_job, accelerator, evaluate if phase.evaluations else None)
         )

@@ -78,25 +78,19 @@ def rate_at(step: int, settings: TrainingSection) -> float:
 def parameter_groups(task: TrainingTask, settings: TrainingSection) -> list[dict]:
     """Embeddings at their own rate, everything else at the stage's; no decay on vectors. Frozen ones are left out."""
     embeddings = {id(p) for p in task.embedding_parameters()}
-    embedding_rate = settings.embedding_learning_rate or settings.learning_rate
     groups: dict[tuple[float, float], list] = {}
-    for parameter in task.parameters():
-        if parameter.requires_grad:
-            is_embedding = id(parameter) in embeddings
-            rate = embedding_rate if is_embedding else settings.learning_rate
-            decay = settings.weight_decay if parameter.ndim > 1 and not is_embedding else 0.0
-            groups.setdefault((rate, decay), []).append(parameter)
+    for parameter in (parameter for parameter in task.parameters() if parameter.requires_grad):
+        rate, decay = settings.learning_rate, settings.weight_decay if parameter.ndim > 1 else 0.0
+        if id(parameter) in embeddings:
+            rate, decay = settings.embedding_learning_rate or rate, 0.0
+        groups.setdefault((rate, decay), []).append(parameter)
     if not groups:
         raise InputError("nothing to train: every parameter is frozen: check losses and train_teacher")
     return [{"params": p, "lr": rate, "peak": rate, "weight_decay": decay} for (rate, decay), p in groups.items()]
 
 
 def make_accelerator(settings: TrainingSection, run: RunDir) -> Accelerator:
-    """The accelerator of a stage.
-
-    Raises:
-        InputError: fp16 without a GPU; processes that were started together and do not see each other.
-    """
+    """The accelerator of a stage. Raises InputError: fp16 without a GPU; processes that do not see each other."""
     if settings.precision == "fp16" and not torch.cuda.is_available():
         raise InputError("precision: fp16 needs a GPU: use bf16 or no")
     if settings.threads and not torch.cuda.is_available():
@@ -122,17 +116,15 @@ def make_accelerator(settings: TrainingSection, run: RunDir) -> Accelerator:
 def share_of_batch(settings: TrainingSection, accelerator: Accelerator, section: str, group: int = 1) -> int:
     """Sequences of one process in one accumulation step. section: the settings' key in the recipe.
 
-    Raises:
-        InputError: the batch cannot be shared evenly, in whole groups; rounding would change what a step is.
+    Raises InputError: the batch cannot be shared evenly, in whole groups; rounding would change what a step is.
     """
-    shares = accelerator.num_processes * settings.gradient_accumulation
-    if settings.batch_size % (shares * group):
+    processes, accumulation = accelerator.num_processes, settings.gradient_accumulation
+    if settings.batch_size % (processes * accumulation * group):
         raise InputError(
-            f"{section}.batch_size {settings.batch_size} cannot be shared by {accelerator.num_processes} processes, "
-            f"{settings.gradient_accumulation} accumulation steps and groups of {group}: make it a multiple of "
-            f"{shares * group}"
+            f"{section}.batch_size {settings.batch_size} cannot be shared by {processes} processes, {accumulation} "
+            f"accumulation steps and groups of {group}: make it a multiple of {processes * accumulation * group}"
         )
-    return settings.batch_size // shares
+    return settings.batch_size // (processes * accumulation)
 
 
 @dataclass(frozen=True)
@@ -186,11 +178,8 @@ def train(
     Rank r of W processes takes micro-batch (step * accumulation + a) * W + r, so one batch of the recipe is one step
     whatever the number of processes; `batcher` must be made for `share_of_batch`. clock: in seconds.
 
-    Returns: {"steps", "tokens", "seconds", "losses"}, and the last "evaluation" where there is any.
-
-    Raises:
-        InputError: a checkpoint of another recipe; a loss or parameters that are not finite (the last good checkpoint
-            stays).
+    Returns: {"steps", "tokens", "seconds", "losses"}, and the last "evaluation" where there is any. Raises InputError:
+    a checkpoint of another recipe; a loss or parameters that are not finite (the last good checkpoint stays).
     """
     optimizer = OPTIMIZERS[settings.optimizer](parameter_groups(task, settings))
     wrapped, optimizer = accelerator.prepare(task, optimizer)
@@ -237,11 +226,7 @@ def train(
                     print(text, file=sys.stderr, flush=True)
             if evaluate and main and progress.step in evaluate_at:
                 measured = evaluate(task)
-                row = {"stage": job.stage, "step": progress.step, "tokens": progress.tokens, "kind": "evaluation"}
-                job.run.append_metrics(row | {"metrics": measured})
-                accelerator.log({f"evaluation/{k}": v for k, v in measured.items()}, step=progress.step)
-                figures = "  ".join(f"{k} {v:.4f}" for k, v in measured.items())
-                bar.console.print(f"{job.stage} step {progress.step}: {figures}", soft_wrap=True)
+                bar.console.print(log_evaluation(job, progress, measured, accelerator), soft_wrap=True)
             if due:
                 if main:
                     meta = {"stage": job.stage, "fingerprint": job.fingerprint} | vars(progress)
@@ -303,13 +288,21 @@ def is_finite(task: nn.Module) -> bool:
 
 
 def log_step(job: Job, progress: Progress, before: Progress, numbers: dict, accelerator: Accelerator) -> str:
-    """Writes a row of metrics, and returns what of it is shown. before: the progress at the row before."""
+    """Writes a row of metrics, and returns what is shown of it. before: the progress at the row before."""
     speed = round((progress.tokens - before.tokens) / max(progress.seconds - before.seconds, 1e-9))
     row = {"stage": job.stage, "kind": "train", "tokens_per_second": speed} | vars(progress) | numbers
     job.run.append_metrics(row | {"seconds": round(progress.seconds, 2)})
     losses = {f"losses/{name}": value for name, value in progress.losses.items()}
     accelerator.log({"loss": numbers["loss"], "lr": numbers["lr"]} | losses, step=progress.step)
     return f"loss {numbers['loss']:.4f}  {speed:,} tokens/s"
+
+
+def log_evaluation(job: Job, progress: Progress, measured: dict, accelerator: Accelerator) -> str:
+    """Writes the metrics of an evaluation, and returns what is shown of them."""
+    row = {"stage": job.stage, "step": progress.step, "tokens": progress.tokens, "kind": "evaluation"}
+    job.run.append_metrics(row | {"metrics": measured})
+    accelerator.log({f"evaluation/{name}": value for name, value in measured.items()}, step=progress.step)
+    return f"{job.stage} step {progress.step}: " + "  ".join(f"{name} {value:.4f}" for name, value in measured.items())
 
 
 def progress_bar(stage: str, step: int, steps: int, *, shown: bool) -> Bar:

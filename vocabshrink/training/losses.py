@@ -28,9 +28,10 @@ from scipy.optimize import linprog
 from torch import Tensor
 
 from tokenizer_build.errors import InputError
+from vocabshrink.models.teacher import MaskedLMHead
 from vocabshrink.run.layer_map import SoftPairs
 from vocabshrink.run.recipe import TrainingSection, explain
-from vocabshrink.training.views import Direction, Forward, Kind, Layers, Units
+from vocabshrink.training.views import Direction, Forward, Kind, Layers, Units, View
 
 Positive, Count = Annotated[float, Field(gt=0)], Annotated[int, Field(gt=0)]
 STRICT = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)  # of the arguments that a recipe gives
@@ -104,14 +105,14 @@ def over_layers(forward: Forward, cost: Callable[[int, Layers], Tensor], *, atte
     return (transport(costs) * costs).sum()
 
 
-def masked_lm_loss(hidden: Tensor, labels: Tensor, head, tables: list[Tensor], biases: list[Tensor]) -> Tensor:
+def masked_lm_loss(view: View, head: MaskedLMHead, tables: list[Tensor], biases: list[Tensor]) -> Tensor:
     """Cross-entropy at masked pieces, one softmax per vocabulary (Zhao et al. 2019, section 3.2).
 
-    hidden [B, T, D]; labels [B, T] in the combined numbering (vocabulary k follows k - 1), -100 where not masked;
-    tables [V_k, D_E]; biases [V_k]. The table of the vocabulary that segmented the word predicts it.
+    The view's labels [B, T] are in the combined numbering (vocabulary k follows k - 1), -100 where not masked; tables
+    [V_k, D_E]; biases [V_k]. The table of the vocabulary that segmented the word predicts it.
     """
-    where = labels >= 0
-    states, labels = head.transform(hidden[where].float()), labels[where]
+    where = view.side.labels >= 0
+    states, labels = head.transform(view.hidden[-1][where].float()), view.side.labels[where]
     total, first = states.sum() * 0.0, 0
     for table, bias in zip(tables, biases, strict=True):
         mine = (labels >= first) & (labels < first + len(table))

@@ -44,8 +44,7 @@ class TaskTraining(TrainingTask):
     def begin(self, losses: Losses, pairs: Pairs) -> None:
         """Opens a phase: its losses, its layer map, and what of the model they train.
 
-        Raises:
-            InputError: a loss needs a teacher's layers or logits and there are none.
+        Raises InputError: a loss needs a teacher's layers or logits and there are none.
         """
         self.losses, self.pairs = losses, pairs
         self.live = live_teacher(losses, stored=self.logits is not None)
