@@ -41,8 +41,7 @@ class Distillation(TrainingTask):
             shared: [V_S] the teacher's id of the same piece, or -1; for masked_lm_match.
             spelling: [V_T, K] the student's pieces that spell a teacher piece, then -1; for masked_lm_reduce.
 
-        Raises:
-            InputError: a masked-LM loss without its head, or between vocabularies that have nothing in common.
+        Raises InputError: a masked-LM loss without its head, or between vocabularies that have nothing in common.
         """
         super().__init__()
         self.losses, self.pairs = stage.losses, pairs

@@ -78,12 +78,11 @@ def fit(
         def evaluate(task: TaskTraining, phase: Phase = phase) -> dict:
             return score(encoded.task, logits_of(task.student, encoded, "validation", phase), "validation")
 
+        evaluate = evaluate if phase.evaluations else None
         steps = min(phase.steps or math.inf, math.ceil(phase.epochs * batcher.rows / phase.batch_size))
         settings, name = phase.model_copy(update={"steps": steps}), f"phase-{number + 1}"
         phase_job = Job(job.run, f"{job.stage}-seed-{seed}-{name}", f"{job.fingerprint} {name}", section)
-        results.append(
-            train(training, batcher, settings, phase_job, accelerator, evaluate if phase.evaluations else None)
-        )
+        results.append(train(training, batcher, settings, phase_job, accelerator, evaluate))
         accelerator.unwrap_model(training, keep_fp32_wrapper=False)  # else the next phase wraps the wrapper
     if is_rounded(training.student):
         bake(training.student)
@@ -99,9 +98,8 @@ def longest(phase: Phase, *models: nn.Module | None) -> int:
 
 def logits_of(model: nn.Module, encoded: EncodedTask, split: str, phase: Phase, *, side: str = "student"):
     """The model's logits of a split, cut as in training (see `predict`)."""
-    batcher = TaskBatcher(
-        encoded, split, batch_size=EVALUATION_BATCH, seed=0, sides=(side,), max_pieces=longest(phase, model)
-    )
+    options = {"batch_size": EVALUATION_BATCH, "seed": 0, "sides": (side,), "max_pieces": longest(phase, model)}
+    batcher = TaskBatcher(encoded, split, **options)
     return predict(model, batcher, side=side, precision=phase.precision)
 
 

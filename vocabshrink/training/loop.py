@@ -46,14 +46,13 @@ class Lamb(torch.optim.Optimizer):
             for parameter in (parameter for parameter in group["params"] if parameter.grad is not None):
                 state, gradient = self.state[parameter], parameter.grad.float()
                 if not state:
-                    state["step"] = torch.zeros(())
-                    state["exp_avg"], state["exp_avg_sq"] = torch.zeros_like(gradient), torch.zeros_like(gradient)
+                    state |= {"step": torch.zeros(()), "exp_avg": torch.zeros_like(gradient)}
+                    state["exp_avg_sq"] = torch.zeros_like(gradient)
                 state["step"] += 1
-                step = state["step"].item()
-                state["exp_avg"].lerp_(gradient, 1 - beta1)
-                state["exp_avg_sq"].mul_(beta2).addcmul_(gradient, gradient, value=1 - beta2)
-                direction = state["exp_avg"] / (1 - beta1**step)
-                direction = direction / ((state["exp_avg_sq"] / (1 - beta2**step)).sqrt() + group["eps"])
+                step, mean, squares = state["step"].item(), state["exp_avg"], state["exp_avg_sq"]
+                mean.lerp_(gradient, 1 - beta1)
+                squares.mul_(beta2).addcmul_(gradient, gradient, value=1 - beta2)
+                direction = mean / (1 - beta1**step) / ((squares / (1 - beta2**step)).sqrt() + group["eps"])
                 direction = direction + group["weight_decay"] * parameter
                 weight, size = parameter.norm(), direction.norm()
                 trust = torch.where((weight > 0) & (size > 0), weight / size, torch.ones_like(weight))
@@ -129,11 +128,8 @@ def share_of_batch(settings: TrainingSection, accelerator: Accelerator, section:
 
 @dataclass(frozen=True)
 class Job:
-    """A training as its files and messages know it.
-
-    stage: its name in metrics, and its folder's in `run`. fingerprint: of all that decides its outcome; a checkpoint of
-    another is refused. section: the recipe's key of its settings, where that is not the stage's name.
-    """
+    """A training as its files and messages know it. stage: its name in metrics, and its folder's in `run`. fingerprint:
+    of all that decides its outcome. section: the recipe's key of its settings, where that is not the stage's name."""
 
     run: RunDir
     stage: str

@@ -90,10 +90,7 @@ def over_layers(forward: Forward, cost: Callable[[int, Layers], Tensor], *, atte
     """The mean of cost(m, block) over the map's pairs; under the map `emd`, the cost of the cheapest transport.
 
     That is BERT-EMD (Li et al. 2020, section 3) with uniform layer weights; no gradient goes through the flow.
-    attention: leaves out pairs with layer 0, which has none.
-
-    Raises:
-        InputError: no pair is left.
+    attention: leaves out pairs with layer 0, which has none. Raises InputError: no pair is left.
     """
     pairs = [(m, block) for m, block in forward.pairs if not attention or (m and all(block))]
     if not pairs:
@@ -332,8 +329,7 @@ def soft_labels(forward: Forward, temperature: Positive = 1.0, divergence: Liter
     divergence ce: T² times the cross-entropy (TinyBERT, eq. 10, with T = 1), which is larger by the teacher's entropy:
     the same gradients, and not zero at agreement.
 
-    Raises:
-        InputError: a regression task, which has one output and no distribution.
+    Raises InputError: a regression task, which has one output and no distribution.
     """
     student, teacher = forward.student.task_logits, forward.teacher.task_logits
     if student.shape[-1] == 1:
@@ -364,13 +360,12 @@ def parameters_up(forward: Forward) -> Tensor:
 
 @dataclass(frozen=True)
 class Loss:
-    """A loss with what must be there for it, and the places whose steps have that.
+    """A loss, what must be there for it, and the places whose steps have that.
 
-    reads: "hidden" (hidden states of all layers), "queries", "keys", "values"; "pieces" (the teacher's pieces, not only
-    its units); "teacher" (its states), "teacher logits", "task logits"; "masked words", "student head", "teacher head"
-    (of masked LM), "both vocabularies" (which pieces they share); "up" (the projection, whatever the arguments);
-    "groups" (of near sentences). Every loss between states may read the last hidden states.
-
+    reads: "hidden" (hidden states of all layers; the last are always there), "queries", "keys", "values"; "pieces" (the
+    teacher's pieces, not only its units); "teacher" (its states), "teacher logits", "task logits"; "masked words",
+    "student head", "teacher head" (of masked LM), "both vocabularies" (which pieces they share); "up" (the projection,
+    whatever the arguments); "groups" (of near sentences).
     stands_in: the modes of dual training ("joint", "two_stage", "match"), "distill" (recovery too), "finetune" and
     "task teacher" (of its fine-tuning).
     """
@@ -412,17 +407,14 @@ ATTENTION = ("queries", "keys", "values")
 
 
 def readers(losses: Iterable[str], *parts: str) -> list[str]:
-    """Those of the losses, in their order, that read any of these parts (see `Loss.reads`)."""
+    """Those of the losses, in their order, that read any of these parts (see `Loss`)."""
     return [name for name in losses if LOSSES[name].reads & set(parts)]
 
 
 def check_losses(section: str, stage: TrainingSection, place: str) -> None:
     """Refuses losses that a stage cannot compute: unknown, out of place, with wrong arguments, without what they read.
 
-    section: the stage's key in the recipe. place: see `Loss.stands_in`.
-
-    Raises:
-        InputError: naming the key.
+    section: the stage's key in the recipe. place: see `Loss`. Raises InputError: naming the key.
     """
     for name, chosen in stage.losses.items():
         key = f"{section}.losses.{name}"

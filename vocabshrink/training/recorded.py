@@ -56,8 +56,7 @@ class RecordingBatcher:
     def __init__(self, batcher: Batcher, task: Distillation, folder: Path, precision: str):
         """folder: of this teacher, this text and these batches alone. precision: of the stage.
 
-        Raises:
-            InputError: a loss that reads what is not kept.
+        Raises InputError: a loss that reads what is not kept.
         """
         if refused := readers(task.losses, "pieces"):
             raise InputError(

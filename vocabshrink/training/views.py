@@ -31,9 +31,7 @@ class Cache(dict):
     """Values that are made at most once."""
 
     def once(self, key: Hashable, make: Callable[[], Any]) -> Any:
-        if key not in self:
-            self[key] = make()
-        return self[key]
+        return self[key] if key in self else self.setdefault(key, make())
 
 
 class Masked(NamedTuple):
@@ -70,7 +68,7 @@ class View:
         return self.passed.hidden
 
     def detached(self) -> "View":
-        """The same view to learn from: no gradient goes back through it."""
+        """The same view as a target: no gradient goes back through it."""
         parts = (part and tuple(tensor.detach() for tensor in part) for part in vars(self.passed).values())
         return replace(self, passed=Pass(*parts))
 
@@ -91,20 +89,18 @@ class View:
         def of_units(kind: Kind, layer: int) -> Tensor:
             return self._cache.once((kind, layer), lambda: self.pooled(getattr(self.passed, kind)[layer - 1]))
 
-        return self._mean(
-            (left, right, heads), layers, lambda layer: products(of_units(left, layer), of_units(right, layer), heads)
-        )
+        def make(layer: int) -> Tensor:
+            return products(of_units(left, layer), of_units(right, layer), heads)
+
+        return self._mean((left, right, heads), layers, make)
 
     def scores(self, layers: Layers) -> Tensor:
         """Attention scores between units before the softmax, Q K^T / sqrt(d), [B, h, U, U]."""
         return self._products("queries", "keys", layers, self.heads)
 
     def relations(self, kind: Kind, layers: Layers, heads: int) -> Tensor:
-        """X X^T / sqrt(D / heads) between units before the softmax, [B, heads, U, U]; X is `kind`, split anew.
-
-        Raises:
-            InputError: the heads do not divide the width.
-        """
+        """X X^T / sqrt(D / heads) between units before the softmax, [B, heads, U, U]; X is `kind`, split anew. Raises
+        InputError: the heads do not divide the width."""
         width = getattr(self.passed, kind)[0].shape[-1]
         if width % heads:
             raise InputError(f"losses: {heads} relation heads do not divide a width of {width}: set heads of the loss")
