@@ -16,7 +16,8 @@ from vocabshrink.models.student import build_student, save_student
 from vocabshrink.models.teacher import MaskedLMHead, load_teacher
 from vocabshrink.run.folder import RunDir
 from vocabshrink.run.layer_map import layer_pairs
-from vocabshrink.run.recipe import DistillStage, StudentSection
+from vocabshrink.run.recipe import DistillStage, StudentSection, parse_recipe
+from vocabshrink.stages.checks import check_recipe
 from vocabshrink.training.distillation import Distillation
 from vocabshrink.training.loop import Job, make_accelerator, train
 from vocabshrink.training.losses import LOSSES, readers
@@ -276,6 +277,16 @@ class TestRefusals:
     def test_without_a_students_head(self, name, words, tiny_teacher):
         with pytest.raises(InputError, match=f"{name}: the student has no masked-LM head"):
             self.make(words, tiny_teacher, name, student_head=False)
+
+    @pytest.mark.parametrize("section", ["distill", "recovery"])
+    def test_a_recipe_without_a_teachers_head_before_anything_runs(self, section, headless_teacher, corpus_file):
+        stage = {"steps": 1, "batch_size": 8, "max_length": 48, "mask": 0.15, "losses": {"masked_lm_match": 1.0}}
+        teacher, corpus = {"model": str(headless_teacher)}, {"sources": [str(corpus_file)]}
+        recipe = {"name": "toy", "teacher": teacher, "corpus": corpus, "vocabulary": {"size": 160}, section: stage}
+        with pytest.raises(
+            InputError, match=f"{section}.losses.masked_lm_match needs a masked-LM head and .* has none"
+        ):
+            check_recipe(parse_recipe(recipe, "test"))
 
     def test_without_common_pieces(self, words, tiny_teacher):
         for name in ACROSS_VOCABULARIES:

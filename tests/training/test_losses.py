@@ -14,7 +14,7 @@ from vocabshrink.data.pieces import Pieces
 from vocabshrink.models.forward import Pass, pool_attention, pool_units
 from vocabshrink.models.teacher import MaskedLMHead
 from vocabshrink.run.layer_map import layer_pairs
-from vocabshrink.run.recipe import DistillStage, Phase, Weighted
+from vocabshrink.run.recipe import DistillStage, DualStage, Phase, Weighted
 from vocabshrink.training import losses as module
 from vocabshrink.training.losses import (
     check_losses,
@@ -815,6 +815,14 @@ class TestCheckLosses:
         ):
             check_losses(section, stage_of({"group_similarity": {}}), "distill")
         check_losses(section, stage_of({"masked_lm_match": {}}, mask=0.15), "distill")
+
+    def test_refuses_the_same_of_dual_training(self):
+        with pytest.raises(InputError, match="dual.losses.teacher_masked_lm: nothing is masked: set dual.mask"):
+            check_losses("dual", DualStage(steps=3, mode="joint", mask=0), "joint")
+        near = DualStage(steps=3, mode="match", losses={"group_similarity": 1})
+        with pytest.raises(InputError, match="group_similarity compares near sentences: set dual.group_size to 4"):
+            check_losses("dual", near, "match")
+        check_losses("dual", DualStage(steps=3, mode="match", mask=0), "match")
 
     @pytest.mark.parametrize(
         ("place", "names"),
