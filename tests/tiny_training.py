@@ -21,7 +21,7 @@ from vocabshrink.run.folder import RunDir
 from vocabshrink.run.layer_map import layer_pairs
 from vocabshrink.run.recipe import DistillStage, StudentSection, TrainingSection, Weighted
 from vocabshrink.training.distillation import Distillation
-from vocabshrink.training.loop import make_accelerator, train
+from vocabshrink.training.loop import Job, make_accelerator, train
 from vocabshrink.training.task import TrainingTask
 
 NARROW = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 24}
@@ -149,11 +149,11 @@ def run_both(root: Path, teacher_folder: Path, vocabulary: Path, encoded: Path, 
     run = RunDir(root)
     numbers = TrainingSection(steps=6, learning_rate=0.05, gradient_accumulation=accumulation, **PLAIN)
     batcher = NumberBatcher(parts)
-    train(Regression(), batcher, numbers, run, "numbers", fingerprint="f", accelerator=make_accelerator(numbers, run))
+    train(Regression(), batcher, numbers, Job(run, "numbers", "f"), make_accelerator(numbers, run))
     task, stage = distillation(teacher_folder, vocabulary)
     stage = stage.model_copy(update={"gradient_accumulation": accumulation})
     batcher = make_batcher(encoded, load_teacher(str(teacher_folder)), ("student", "teacher"), batch_size=8 // parts)
-    train(task, batcher, stage, run, "distill", fingerprint="f", accelerator=make_accelerator(stage, run))
+    train(task, batcher, stage, Job(run, "distill", "f"), make_accelerator(stage, run))
 
 
 if __name__ == "__main__":

@@ -140,7 +140,7 @@ def list_parts(
     kinds = {
         "stages": {name: stage.about for name, stage in STAGES.items()},
         "trainers": TRAINERS,
-        "losses": {name: getattr(loss, "function", loss).__doc__ for name, loss in LOSSES.items()},
+        "losses": {name: loss.function.__doc__ for name, loss in LOSSES.items()},
         "maps": {name: layer_map.__doc__ for name, layer_map in LAYER_MAPS.items()},
     }
     if kind and kind not in kinds:

@@ -24,7 +24,7 @@ from vocabshrink.run.recipe import DistillStage, load_recipe
 from vocabshrink.stages.inputs import read_teacher, start_student
 from vocabshrink.stages.training import make_batcher, make_distillation
 from vocabshrink.training.loop import make_accelerator, parameter_groups
-from vocabshrink.training.losses import MASKED_LM
+from vocabshrink.training.losses import readers
 
 PLAIN = "no teacher (masked LM)"
 # method -> (losses, layer map)
@@ -52,7 +52,7 @@ def make_step(run: Run, losses: dict, layer_map: str, batch_size: int, length: i
     context = context_of(run, "distill")
     teacher = read_teacher(context)
     student, directions, _ = start_student(context, teacher)
-    head = new_student_head(student, teacher) if MASKED_LM & set(losses) else None
+    head = new_student_head(student, teacher) if readers(losses, "student head") else None
     accelerator = make_accelerator(stage, run.dir)
     task = make_distillation(context, stage, teacher, student, head, directions)
     optimizer = torch.optim.AdamW(parameter_groups(task, stage))

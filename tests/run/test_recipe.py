@@ -123,10 +123,6 @@ class TestContradictions:
                 ["dual.mode=two_stage", "dual.steps=3", "distill="],
                 "two_stage trains only the teacher: add a distill section",
             ),
-            (["distill.group_size=1"], "group_similarity compares near sentences: set distill.group_size to 4"),
-            (["distill.losses.student_masked_lm=1"], "losses.student_masked_lm: nothing is masked: set distill.mask"),
-            (["dual.mode=joint", "dual.steps=3", "dual.mask=0"], "nothing is masked: set dual.mask"),
-            (["dual.mode=match", "dual.steps=3", "dual.losses.group_similarity=1"], "set dual.group_size to 4"),
         ],
     )
     def test_are_refused_when_the_recipe_is_read(self, refusal, overrides, sentence):

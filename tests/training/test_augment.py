@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import shutil
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -15,7 +16,7 @@ from tokenizer_build.errors import InputError
 from vocabshrink.data.tasks import Rows, Task
 from vocabshrink.models.teacher import load_teacher
 from vocabshrink.training import augment
-from vocabshrink.training.augment import Candidates, augment_task, augmented_rows
+from vocabshrink.training.augment import CandidateFinder, augment_task, augmented_rows
 
 SETTINGS = {"p": 0.4, "copies": 5, "candidates": 6, "seed": 0}
 
@@ -73,7 +74,7 @@ def in_place_of_the_mask(teacher, sentence: str) -> list[str]:
 
 def test_a_word_of_one_piece_takes_the_heads_most_probable_words(teacher, whole):
     sentence = f"{whole[0]} {whole[1]} , {whole[2]} {whole[3]} ."
-    words = Candidates(teacher, 6)([(sentence,)])[0]
+    words = CandidateFinder(teacher, 6)([(sentence,)])[0]
     assert [word.masked for word in words] == [True] * 4
     for word, own in zip(words, whole[:4], strict=True):
         ranked = in_place_of_the_mask(teacher, sentence.replace(own, "[MASK]"))
@@ -81,7 +82,7 @@ def test_a_word_of_one_piece_takes_the_heads_most_probable_words(teacher, whole)
 
 
 def test_what_a_word_takes_does_not_hang_on_its_neighbours_in_the_batch(teacher, lines):
-    finder, sentences = Candidates(teacher, 6), [(line,) for line in lines[:40]]
+    finder, sentences = CandidateFinder(teacher, 6), [(line,) for line in lines[:40]]
     assert finder(sentences[:3]) == finder(sentences)[:3]
 
 
@@ -98,39 +99,48 @@ def by_letters(teacher, pieces: list[str]) -> list[str]:
 def test_a_word_of_several_pieces_takes_the_nearest_of_the_table(teacher, headless, whole):
     long = whole[0]
     for used in (teacher, headless):
-        (word,) = Candidates(used, 6)([(f"{long}xq",)])[0]
+        (word,) = CandidateFinder(used, 6)([(f"{long}xq",)])[0]
         assert len(word.pieces) == 3 and not word.masked
         assert word.candidates == [p for p in by_letters(teacher, [long, "##x", "##q"]) if p in whole][:6]
     assert word.candidates[0] == long
-    (word,) = Candidates(headless, 6)([(long,)])[0]  # without a head a word of one piece too, and never itself
+    (word,) = CandidateFinder(headless, 6)([(long,)])[0]  # without a head a word of one piece too, and never itself
     assert word.candidates == [p for p in by_letters(teacher, [long]) if p in whole and p != long][:6]
 
 
 def test_a_word_that_its_pieces_say_nothing_of_is_masked_whole(teacher, headless, whole):
     """One mask for all its pieces: the head predicts words of one piece."""
     sentence = f"{whole[1]} xqxqxq {whole[2]}"
-    word = Candidates(teacher, 6)([(sentence,)])[0][1]
+    word = CandidateFinder(teacher, 6)([(sentence,)])[0][1]
     ranked = in_place_of_the_mask(teacher, sentence.replace("xqxqxq", "[MASK]"))
     assert word.masked and word.candidates == [piece for piece in ranked if piece in whole][:6]
-    assert not Candidates(headless, 6)([(sentence,)])[0][1].candidates
+    assert not CandidateFinder(headless, 6)([(sentence,)])[0][1].candidates
 
 
 def test_numbers_signs_and_contractions_stay(headless, whole):
     a, b = whole[:2]
     sentence = f"{a} 42 , {b}'s {a}n't n't 4th 上海 e\u0301{a} ( {b} )"
-    words = Candidates(headless, 6)([(sentence,)])[0]
+    words = CandidateFinder(headless, 6)([(sentence,)])[0]
     assert [sentence[w.start : w.end] for w in words if w.candidates] == [a, b]
 
 
 def test_the_word_itself_is_no_candidate_however_it_is_written(headless, whole):
     for written in (whole[0].capitalize(), whole[0].upper()):
-        (word,) = Candidates(headless, 6)([(written,)])[0]
+        (word,) = CandidateFinder(headless, 6)([(written,)])[0]
         assert len(word.candidates) == 6 and whole[0] not in word.candidates
 
 
 def test_a_sentence_beyond_the_positions_takes_nearest_words(teacher, whole):
-    words = Candidates(teacher, 6)([(" ".join(whole[:5] * 20),)])[0]
+    words = CandidateFinder(teacher, 6)([(" ".join(whole[:5] * 20),)])[0]
     assert len(words) == 100 and not any(word.masked for word in words) and all(word.candidates for word in words)
+
+
+def test_the_teacher_runs_on_the_accelerator_s_device(teacher, whole, monkeypatch):
+    device, moved = torch.device("cpu"), []
+    monkeypatch.setattr(augment, "PartialState", lambda: SimpleNamespace(device=device))
+    for module in (teacher.backbone, teacher.head):
+        monkeypatch.setattr(module, "to", lambda device, module=module: moved.append((module, device)))
+    CandidateFinder(teacher, 6)([(whole[0],)])
+    assert moved == [(teacher.backbone, device), (teacher.head, device)]
 
 
 def test_a_byte_level_teacher_gives_words_without_its_mark(lines, tmp_path):
@@ -155,7 +165,7 @@ def test_a_byte_level_teacher_gives_words_without_its_mark(lines, tmp_path):
     RobertaForMaskedLM(config).save_pretrained(tmp_path)
     vocabulary = tokenizer.get_vocab()
     known = [p[1:] for p in vocabulary if p.startswith("Ġ") and p[1:].isalpha() and len(p) > 2]
-    words = Candidates(load_teacher(str(tmp_path)), 6)([(f"{known[0]} {known[1]} , {known[2]}.",)])[0]
+    words = CandidateFinder(load_teacher(str(tmp_path)), 6)([(f"{known[0]} {known[1]} , {known[2]}.",)])[0]
     assert [word.masked for word in words[1:]] == [True, True]
     assert {new for word in words for new in word.candidates} <= set(known)
 

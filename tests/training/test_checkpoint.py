@@ -234,4 +234,4 @@ def test_another_error_is_not_called_a_full_disk(tmp_path, monkeypatch):
 def test_meta_is_plain_json(tmp_path):
     save_checkpoint(tmp_path / "last", *trained("lamb"), {"step": 3, "tokens": 7})
     meta = json.loads((tmp_path / "last" / "meta.json").read_text())
-    assert meta == {"step": 3, "tokens": 7, "optimizer_numbers": {}, "scaler": None}
+    assert meta == {"step": 3, "tokens": 7, "scaler": None}

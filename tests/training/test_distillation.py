@@ -16,11 +16,15 @@ from vocabshrink.models.student import build_student, save_student
 from vocabshrink.models.teacher import MaskedLMHead, load_teacher
 from vocabshrink.run.folder import RunDir
 from vocabshrink.run.layer_map import layer_pairs
-from vocabshrink.run.recipe import DistillStage, StudentSection
-from vocabshrink.training.distillation import LOSSES_OF_DISTILLATION, Distillation
-from vocabshrink.training.loop import make_accelerator, train
-from vocabshrink.training.losses import ACROSS_VOCABULARIES, ATTENTION, LAYERWISE, MASKED_LM
+from vocabshrink.run.recipe import DistillStage, StudentSection, parse_recipe
+from vocabshrink.stages.checks import check_recipe
+from vocabshrink.training.distillation import Distillation
+from vocabshrink.training.loop import Job, make_accelerator, train
+from vocabshrink.training.losses import LOSSES, readers
 
+LOSSES_OF_DISTILLATION = {name for name, loss in LOSSES.items() if "distill" in loss.stands_in}
+LAYERWISE, ATTENTION = set(readers(LOSSES, "hidden")), set(readers(LOSSES, "queries", "keys", "values"))
+MASKED_LM, ACROSS_VOCABULARIES = set(readers(LOSSES, "masked words")), set(readers(LOSSES, "both vocabularies"))
 SENTENCES = {"hidden_mse": 1.0, "sentence_cosine": 1.0, "batch_similarity": 1.0}
 DOWN = {"weight": 1.0, "direction": "down"}
 
@@ -66,7 +70,7 @@ def test_the_student_learns_and_the_teacher_never_moves(losses, words, tiny_teac
     task, batcher, stage = make(words, tiny_teacher, losses)
     before, loss_before = {name: value.clone() for name, value in task.state_dict().items()}, mean_loss(task, batcher)
     run = RunDir(tmp_path)
-    train(task, batcher, stage, run, "distill", fingerprint="f", accelerator=make_accelerator(stage, run))
+    train(task, batcher, stage, Job(run, "distill", "f"), make_accelerator(stage, run))
     assert mean_loss(task, batcher) < 0.8 * loss_before
     moved = {name for name, value in task.state_dict().items() if not torch.equal(value, before[name])}
     assert not {name for name in moved if name.startswith("teacher.")}
@@ -127,6 +131,21 @@ def test_every_loss_is_about_the_same_in_bfloat16(name, words, tiny_teacher):
         loss = task(batcher.batch(0))[name]
     loss.backward()
     assert loss.item() == pytest.approx(plain.item(), rel=0.1)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("name", sorted(LOSSES_OF_DISTILLATION))
+def test_only_the_models_run_in_bfloat16(name, words, tiny_teacher):
+    """Losses, and what is pooled and projected for them, are float32 even where the hidden states are not."""
+    task, batcher, _ = make(words, tiny_teacher, {name: 1.0})
+    found, batch = [], batcher.batch(0)
+    for helper in filter(None, (task.up, task.down, task.head, task.teacher_head)):
+        helper.register_forward_hook(lambda module, inputs, output: found.append(output.dtype))
+    with torch.autocast("cpu", torch.bfloat16):
+        loss, forward = task(batch)[name], task.view(batch)
+    expected = LOSSES[name].function(forward)
+    assert loss.dtype == torch.float32 and torch.equal(loss, expected)
+    assert set(found) <= {torch.float32}
 
 
 def test_agreement_is_zero(lines, tiny_teacher, tmp_path):
@@ -259,11 +278,21 @@ class TestRefusals:
         with pytest.raises(InputError, match=f"{name}: the student has no masked-LM head"):
             self.make(words, tiny_teacher, name, student_head=False)
 
+    @pytest.mark.parametrize("section", ["distill", "recovery"])
+    def test_a_recipe_without_a_teachers_head_before_anything_runs(self, section, headless_teacher, corpus_file):
+        stage = {"steps": 1, "batch_size": 8, "max_length": 48, "mask": 0.15, "losses": {"masked_lm_match": 1.0}}
+        teacher, corpus = {"model": str(headless_teacher)}, {"sources": [str(corpus_file)]}
+        recipe = {"name": "toy", "teacher": teacher, "corpus": corpus, "vocabulary": {"size": 160}, section: stage}
+        with pytest.raises(
+            InputError, match=f"{section}.losses.masked_lm_match needs a masked-LM head and .* has none"
+        ):
+            check_recipe(parse_recipe(recipe, "test"))
+
     def test_without_common_pieces(self, words, tiny_teacher):
         for name in ACROSS_VOCABULARIES:
-            with pytest.raises(InputError, match=f"{name}: no piece is known to stand in both vocabularies"):
+            with pytest.raises(InputError, match=f"{name}: the vocabularies have no piece in common"):
                 self.make(words, tiny_teacher, name)
-        with pytest.raises(InputError, match="masked_lm_match: no piece is known"):
+        with pytest.raises(InputError, match="masked_lm_match: the vocabularies have no piece"):
             self.make(words, tiny_teacher, "masked_lm_match", shared=torch.full((150,), -1))
 
 

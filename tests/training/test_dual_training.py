@@ -14,9 +14,11 @@ from vocabshrink.models.teacher import MaskedLMHead, load_teacher
 from vocabshrink.run.folder import RunDir
 from vocabshrink.run.layer_map import layer_pairs
 from vocabshrink.run.recipe import DualStage, StudentSection, TrainingSection, Weighted
-from vocabshrink.training.dual_training import COMPARING, LOSSES_OF_MODE, DualTraining, HeadTraining
-from vocabshrink.training.loop import make_accelerator, train
+from vocabshrink.training.dual_training import DualTraining, HeadTraining
+from vocabshrink.training.loop import Job, make_accelerator, train
+from vocabshrink.training.losses import LOSSES, readers
 
+COMPARING = {name for name in readers(LOSSES, "teacher") if LOSSES[name].stands_in >= {"joint", "match"}}
 SIDES = {"joint": ("mixed", "student"), "two_stage": ("mixed",), "match": ("mixed", "teacher")}
 EQUAL = {"num_hidden_layers": 2}
 
@@ -90,7 +92,7 @@ def test_what_has_a_gradient(mode, shape, words, tiny_teacher):
         {"student_masked_lm": 1.0, "hidden_cosine": 1.0, "parameters_up": 1.0, "parameters_down": 1.0},
         {"teacher_masked_lm": 1.0, "hidden_mse": 1.0, "sentence_cosine": 1.0},
         {"teacher_masked_lm": 1.0, "attention_kl": 1.0, "value_relations": 1.0, "hidden_mse": 1.0},
-        {name: 1.0 for name in sorted(LOSSES_OF_MODE["joint"])},
+        {name: 1.0 for name in LOSSES if "joint" in LOSSES[name].stands_in},
     ],
 )
 @pytest.mark.parametrize("shape", [NARROW, EQUAL])
@@ -132,7 +134,7 @@ def test_the_loss_falls_and_only_what_may_move_has_moved(mode, words, tiny_teach
     task, batcher, stage = make(words, tiny_teacher, mode, learning_rate=rate)
     before, loss_before = {name: value.clone() for name, value in task.state_dict().items()}, mean_loss(task, batcher)
     run = RunDir(tmp_path)
-    train(task, batcher, stage, run, "dual", fingerprint="f", accelerator=make_accelerator(stage, run))
+    train(task, batcher, stage, Job(run, "dual", "f"), make_accelerator(stage, run))
     assert len(run.metrics()) == 30
     assert mean_loss(task, batcher) < 0.95 * loss_before
     moved = {name for name, value in task.state_dict().items() if not torch.equal(value, before[name])}
@@ -219,7 +221,7 @@ def test_head_training_trains_the_head_alone(words, tiny_teacher, tmp_path):
     stage, run = TrainingSection(steps=30, learning_rate=0.1, **PLAIN), RunDir(tmp_path / "run")
     batcher = make_batcher(words[1], teacher, ("teacher",), mask=0.3)
     loss_before = mean_loss(task, batcher)
-    train(task, batcher, stage, run, "teacher", fingerprint="f", accelerator=make_accelerator(stage, run))
+    train(task, batcher, stage, Job(run, "teacher", "f"), make_accelerator(stage, run))
     assert mean_loss(task, batcher) < 0.95 * loss_before
     assert all(torch.equal(value, body[name]) for name, value in teacher.backbone.state_dict().items())
     assert task.embedding_parameters() == []

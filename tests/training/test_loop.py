@@ -1,15 +1,19 @@
 """The loop: its optimizer against the paper's formulas, and stopped, split or shared runs against whole ones."""
 
+import itertools
+from types import SimpleNamespace
+
 import pytest
 import torch
-from tiny_training import PLAIN, NumberBatcher, Regression, encode, launch, run_both
+from tiny_training import PLAIN, NumberBatcher, Numbers, Regression, encode, launch, run_both
 from torch import nn
 
 from tokenizer_build.errors import InputError
 from vocabshrink.run.folder import RunDir
 from vocabshrink.run.recipe import TrainingSection, Weighted
+from vocabshrink.training import loop
 from vocabshrink.training.checkpoint import read_meta
-from vocabshrink.training.loop import Lamb, make_accelerator, parameter_groups, rate_at, train
+from vocabshrink.training.loop import Job, Lamb, make_accelerator, parameter_groups, rate_at, share_of_batch, train
 
 TIMES = ("seconds", "tokens_per_second")
 
@@ -18,19 +22,12 @@ def settings(**changed) -> TrainingSection:
     return TrainingSection(**({"steps": 12, "learning_rate": 0.05} | PLAIN | changed))
 
 
-def run_training(folder, task=None, batcher=None, *, fingerprint="f", evaluate=None, **changed):
+def run_training(folder, task=None, batcher=None, *, fingerprint="f", section="", evaluate=None, clock=None, **changed):
     """(task, result, run) of a training of the small regression."""
     run, chosen, task = RunDir(folder), settings(**changed), task or Regression()
-    result = train(
-        task,
-        batcher or NumberBatcher(),
-        chosen,
-        run,
-        "distill",
-        fingerprint=fingerprint,
-        accelerator=make_accelerator(chosen, run),
-        evaluate=evaluate,
-    )
+    job, accelerator = Job(run, "distill", fingerprint, section), make_accelerator(chosen, run)
+    clock = clock or itertools.count().__next__  # a second passes whenever it is looked at
+    result = train(task, batcher or NumberBatcher(), chosen, job, accelerator, evaluate, clock)
     return task, result, run
 
 
@@ -254,6 +251,67 @@ def test_a_loss_that_is_no_number_stops_the_run_and_keeps_the_checkpoint(kind, t
     assert all(t.isfinite().all() for t in load_file(checkpoint / "model.safetensors").values())
     with pytest.raises(InputError, match="at step 6 .*no checkpoint yet"):
         run_training(tmp_path / "other", task=Poisoned(kind))
+
+
+@pytest.mark.parametrize("section", ["", "finetune.phases.1"])
+def test_parameters_that_are_not_finite_are_no_success(section, tmp_path):
+    """The loss of the only step was computed before the step ruined the weights."""
+    key = section or "distill"
+    with pytest.raises(
+        InputError, match=rf"parameters are not finite after step 1; no checkpoint yet: lower {key}.learning_rate \(now"
+    ):
+        run_training(tmp_path, section=section, steps=1, learning_rate=3e38)
+    assert not list(tmp_path.rglob("checkpoints"))
+
+
+def test_the_remedy_names_the_key_of_the_settings(tmp_path):
+    with pytest.raises(InputError, match=r"loss is .*: lower finetune.phases.0.learning_rate \(now 0.05\)"):
+        run_training(tmp_path, task=Poisoned("loss"), section="finetune.phases.0")
+
+
+def test_checkpoints_come_by_the_clock_also_between_logged_steps_of_a_gpu(tmp_path, monkeypatch):
+    """There, numbers are looked at where a step is logged (here every tenth) or a checkpoint is due."""
+    run, chosen, saved, reduced = RunDir(tmp_path), settings(steps=2000, checkpoint_minutes=1), [], []
+    accelerator = make_accelerator(chosen, run)
+    accelerator.device_placement = False
+    monkeypatch.setattr(type(accelerator), "device", SimpleNamespace(type="cuda"))
+    monkeypatch.setattr(Numbers, "to", lambda self, device: self)
+    monkeypatch.setattr(type(accelerator), "reduce", lambda self, value, how: reduced.append(1) or value)
+    monkeypatch.setattr(loop, "save_checkpoint", lambda folder, task, optimizer, meta, scaler: saved.append(meta))
+    seconds = itertools.count(step=10)
+    with pytest.raises(KeyboardInterrupt):
+        train(
+            Regression(),
+            NumberBatcher(stop_at=21),
+            chosen,
+            Job(run, "distill", "f"),
+            accelerator,
+            clock=seconds.__next__,
+        )
+    assert [meta["step"] for meta in saved] == [4, 8, 12, 16, 20]  # a step looks twice, at ten seconds a look
+    assert all(meta["losses"] for meta in saved) and len(reduced) == 3 * 2  # steps 1, 10 and 20, of two losses
+
+
+@pytest.mark.parametrize(("steps", "said"), [(6, [1, 6]), (25, [1, 10, 20, 25])])
+def test_a_log_says_the_first_and_the_last_step_and_the_time_that_is_left(steps, said, tmp_path, capsys):
+    run_training(tmp_path, steps=steps)
+    lines = capsys.readouterr().err.splitlines()
+    assert [line.split()[2] for line in lines] == [f"{step}/{steps}" for step in said]
+    assert all("tokens/s" in line and line.endswith("min left") for line in lines)
+    assert lines[-1].endswith("  0.0 min left")
+    # a step looks at the clock twice, and once more before the first
+    assert lines[0].endswith(f"  {2 * (steps - 1) / 60:.1f} min left")
+
+
+def test_a_batch_is_shared_evenly_or_not_at_all():
+    def shared(batch_size, processes, group=1, **changed):
+        chosen = settings(batch_size=batch_size, **changed)
+        return share_of_batch(chosen, SimpleNamespace(num_processes=processes), "finetune.phases.0", group)
+
+    assert shared(12, 3) == 4 and shared(48, 3, 4, gradient_accumulation=2) == 8
+    for arguments in ((10, 3), (12, 2, 4)):
+        with pytest.raises(InputError, match=r"finetune.phases.0.batch_size .* cannot be shared by .* a multiple of"):
+            shared(*arguments)
 
 
 def test_a_checkpoint_of_another_recipe_is_refused(tmp_path):

@@ -14,24 +14,25 @@ from vocabshrink.data.pieces import Pieces
 from vocabshrink.models.forward import Pass, pool_attention, pool_units
 from vocabshrink.models.teacher import MaskedLMHead
 from vocabshrink.run.layer_map import layer_pairs
-from vocabshrink.run.recipe import Weighted
+from vocabshrink.run.recipe import DistillStage, DualStage, Phase, Weighted
+from vocabshrink.training import losses as module
 from vocabshrink.training.losses import (
-    ACROSS_VOCABULARIES,
-    ATTENTION,
-    HIDDEN,
-    LAYERWISE,
-    LOSSES,
-    MASKED_LM,
-    TASK,
     check_losses,
     kl,
     masked_lm_loss,
     over_layers,
+    readers,
     similarity_mse,
     transport,
 )
 from vocabshrink.training.views import Forward, View
 
+LOSSES = {name: loss.function for name, loss in module.LOSSES.items()}
+LAYERWISE = set(readers(LOSSES, "hidden"))
+HIDDEN = LAYERWISE - {"embedding_mse"}
+ATTENTION = set(readers(LOSSES, "queries", "keys", "values"))
+ACROSS_VOCABULARIES = set(readers(LOSSES, "both vocabularies"))
+TASK = set(readers(LOSSES, "task logits"))
 SENTENCE = {"sentence_cosine", "group_similarity", "batch_similarity"}
 GIVEN = {"student_masked_lm", "teacher_masked_lm", "parameters_down", "parameters_up"}  # by functions; tested below
 OF_VIEWS = sorted(LAYERWISE | ATTENTION | SENTENCE | ACROSS_VOCABULARIES | TASK)
@@ -106,7 +107,6 @@ def certain(forward: Forward) -> Forward:
 
 def test_every_loss_is_tested():
     assert sorted({*OF_VIEWS, *GIVEN}) == sorted(LOSSES)
-    assert set(LOSSES) >= LAYERWISE | ATTENTION | MASKED_LM | TASK
     assert all(loss.__doc__ and loss.__name__ == name for name, loss in LOSSES.items())
 
 
@@ -213,7 +213,7 @@ class TestEveryLoss:
             calls.append(tensor.data_ptr())
             return pool_units(tensor, *rest)
 
-        monkeypatch.setattr("vocabshrink.losses.pool_units", counted)
+        monkeypatch.setattr("vocabshrink.training.views.pool_units", counted)
         for _ in range(2):
             LOSSES[name](forward)
         assert len(calls) == len(set(calls)) and (calls or name == "attention_kl")
@@ -707,6 +707,11 @@ def test_given_losses_are_those_of_their_name(name, place, key):
     assert LOSSES[name](forward) == (place, key)
 
 
+def view_of(hidden: torch.Tensor, labels: torch.Tensor) -> View:
+    """A view of these last hidden states, whose masked pieces have these labels."""
+    return View(Pieces(labels, labels, labels, labels), Pass((hidden,)))
+
+
 class TestMaskedLM:
     @pytest.fixture
     def head(self):
@@ -721,7 +726,7 @@ class TestMaskedLM:
         labels[torch.rand(3, 5) < 0.5] = -100
         labels[0, 0] = 0  # the first piece counts too
         expected = F.cross_entropy(head(hidden, table).flatten(0, 1), labels.flatten(), ignore_index=-100)
-        torch.testing.assert_close(masked_lm_loss(hidden, labels, head, [table], [head.bias]), expected)
+        torch.testing.assert_close(masked_lm_loss(view_of(hidden, labels), head, [table], [head.bias]), expected)
 
     def test_two_vocabularies_have_a_softmax_each(self, head):
         """Labels at both edges of both tables, by hand, one position at a time."""
@@ -737,26 +742,31 @@ class TestMaskedLM:
                 own, piece = (0, label) if label < 10 else (1, label - 10)
                 logits = tables[own] @ states[position] + biases[own]
                 terms.append(torch.logsumexp(logits, 0) - logits[piece])
-        found = masked_lm_loss(hidden, labels, head, tables, biases)
+        found = masked_lm_loss(view_of(hidden, labels), head, tables, biases)
         torch.testing.assert_close(found, torch.stack(terms).mean())
 
     def test_is_zero_where_the_head_is_certain(self, head):
         hidden, labels = torch.randn(1, 2, 6), torch.tensor([[3, -100]])
         bias = torch.zeros(10)
         bias[3] = 1e4
-        assert masked_lm_loss(hidden, labels, head, [torch.randn(10, 4)], [bias]).item() == 0
+        assert masked_lm_loss(view_of(hidden, labels), head, [torch.randn(10, 4)], [bias]).item() == 0
 
     def test_nothing_masked_is_zero_with_a_graph(self, head):
         hidden = torch.randn(2, 3, 6, requires_grad=True)
-        loss = masked_lm_loss(hidden, torch.full((2, 3), -100), head, [torch.randn(10, 4)], [head.bias])
+        loss = masked_lm_loss(view_of(hidden, torch.full((2, 3), -100)), head, [torch.randn(10, 4)], [head.bias])
         loss.backward()
         assert loss.item() == 0 and hidden.grad.abs().sum() == 0
 
     def test_gradients_reach_both_tables(self, head):
         tables = [torch.randn(10, 4, requires_grad=True), torch.randn(7, 4, requires_grad=True)]
         labels = torch.tensor([[2, 11, -100]])
-        masked_lm_loss(torch.randn(1, 3, 6), labels, head, tables, [head.bias, torch.zeros(7)]).backward()
+        masked_lm_loss(view_of(torch.randn(1, 3, 6), labels), head, tables, [head.bias, torch.zeros(7)]).backward()
         assert all(table.grad.abs().sum() > 0 for table in tables)
+
+
+def stage_of(losses: dict[str, dict], **options) -> DistillStage:
+    chosen = {name: Weighted(arguments=arguments) for name, arguments in losses.items()}
+    return DistillStage(steps=1, losses=chosen, **options)
 
 
 class TestCheckLosses:
@@ -766,34 +776,74 @@ class TestCheckLosses:
             ({"hiden_mse": {}}, "distill.losses.hiden_mse: unknown loss: known losses are student_masked_lm, "),
             (
                 {"parameters_up": {}},
-                "parameters_up: this stage cannot give it: choose from group_similarity, hidden_huber, ",
+                "parameters_up: this stage cannot compute it: choose from student_masked_lm, masked_lm_match, ",
             ),
-            ({"hidden_mse": {"size": 3}}, "distill.losses.hidden_mse.size: unknown argument: it takes direction"),
-            ({"hidden_mse": {"direction": "sideways"}}, "hidden_mse.direction: 'sideways' is not up or down"),
-            ({"group_similarity": {"size": 3}}, "group_similarity.size: 3 is not 2 or 4"),
-            ({"hidden_huber": {"delta": 0}}, "hidden_huber.delta: 0 is not a positive number"),
-            ({"hidden_huber": {"delta": "1"}}, "hidden_huber.delta: '1' is not a positive number"),
-            ({"hidden_huber": {"delta": True}}, "hidden_huber.delta: True is not a positive number"),
-            ({"hidden_huber": {"delta": math.inf}}, "hidden_huber.delta: inf is not a positive number"),
-            ({"value_relations": {"heads": 2.0}}, "value_relations.heads: 2.0 is not a positive whole number"),
-            ({"value_relations": {"heads": 0}}, "value_relations.heads: 0 is not a positive whole number"),
+            ({"hidden_mse": {"size": 3}}, "unknown key distill.losses.hidden_mse.size: known keys are direction"),
+            (
+                {"hidden_mse": {"direction": "sideways"}},
+                r"losses.hidden_mse.direction: input should be 'up' or 'down' \(got 'sideways'\)",
+            ),
+            ({"group_similarity": {"size": 3}}, r"group_similarity.size: input should be 2 or 4 \(got 3\)"),
+            ({"hidden_huber": {"delta": 0}}, r"hidden_huber.delta: input should be greater than 0 \(got 0\)"),
+            ({"hidden_huber": {"delta": "1"}}, r"hidden_huber.delta: input should be a valid number \(got '1'\)"),
+            ({"hidden_huber": {"delta": True}}, r"hidden_huber.delta: input should be a valid number \(got True\)"),
+            ({"hidden_huber": {"delta": math.inf}}, r"hidden_huber.delta: input should be a finite number \(got inf\)"),
+            (
+                {"value_relations": {"heads": 2.0}},
+                r"value_relations.heads: input should be a valid integer \(got 2.0\)",
+            ),
+            ({"value_relations": {"heads": 0}}, r"value_relations.heads: input should be greater than 0 \(got 0\)"),
         ],
     )
     def test_refuses(self, losses, sentence):
-        chosen = {name: Weighted(arguments=arguments) for name, arguments in losses.items()}
         with pytest.raises(InputError, match=sentence):
-            available = {"hidden_mse", "group_similarity", "hidden_huber", "value_relations"}
-            check_losses("distill", {"group_similarity": Weighted()} | chosen, available)
+            check_losses("distill", stage_of({"batch_similarity": {}} | losses), "distill")
 
     def test_refuses_an_argument_of_a_loss_without_any(self):
-        with pytest.raises(InputError, match="embedding_mse.x: unknown argument: it takes none"):
-            check_losses("dual", {"embedding_mse": Weighted(arguments={"x": 1})}, {"embedding_mse"})
+        with pytest.raises(InputError, match="unknown key dual.losses.embedding_mse.x: known keys are none"):
+            check_losses("dual", stage_of({"embedding_mse": {"x": 1}}), "match")
+
+    @pytest.mark.parametrize("section", ["distill", "recovery"])
+    def test_refuses_what_reads_masked_words_or_groups_that_are_not_there(self, section):
+        """Naming the stage's own section, which may be either."""
+        with pytest.raises(
+            InputError, match=f"{section}.losses.masked_lm_match: nothing is masked: set {section}.mask"
+        ):
+            check_losses(section, stage_of({"masked_lm_match": {}}), "distill")
+        with pytest.raises(
+            InputError, match=f"group_similarity compares near sentences: set {section}.group_size to 4"
+        ):
+            check_losses(section, stage_of({"group_similarity": {}}), "distill")
+        check_losses(section, stage_of({"masked_lm_match": {}}, mask=0.15), "distill")
+
+    def test_refuses_the_same_of_dual_training(self):
+        with pytest.raises(InputError, match="dual.losses.teacher_masked_lm: nothing is masked: set dual.mask"):
+            check_losses("dual", DualStage(steps=3, mode="joint", mask=0), "joint")
+        near = DualStage(steps=3, mode="match", losses={"group_similarity": 1})
+        with pytest.raises(InputError, match="group_similarity compares near sentences: set dual.group_size to 4"):
+            check_losses("dual", near, "match")
+        check_losses("dual", DualStage(steps=3, mode="match", mask=0), "match")
+
+    @pytest.mark.parametrize(
+        ("place", "names"),
+        [
+            ("two_stage", {"teacher_masked_lm"}),
+            ("task teacher", {"labels"}),
+            ("match", LAYERWISE | ATTENTION | SENTENCE),
+            ("joint", LAYERWISE | ATTENTION | GIVEN | {"sentence_cosine", "batch_similarity"}),
+            ("distill", LAYERWISE | ATTENTION | SENTENCE | ACROSS_VOCABULARIES | {"student_masked_lm"}),
+            ("finetune", LAYERWISE | ATTENTION | TASK | {"sentence_cosine", "batch_similarity"}),
+        ],
+    )
+    def test_where_each_loss_stands(self, place, names):
+        assert {name for name, loss in module.LOSSES.items() if place in loss.stands_in} == names
 
     def test_takes_what_is_right(self):
-        chosen = {name: Weighted() for name in LOSSES}
-        chosen["hidden_mse"] = Weighted(arguments={"direction": "down"})
-        chosen["group_similarity"] = Weighted(arguments={"size": 2})
-        chosen["soft_labels"] = Weighted(arguments={"temperature": 2, "divergence": "ce"})
-        chosen["value_relations"] = Weighted(arguments={"heads": 24})
-        chosen["key_relations"] = Weighted(arguments={"heads": None})
-        check_losses("distill", chosen, set(LOSSES))
+        chosen = {name: {} for name, loss in module.LOSSES.items() if "distill" in loss.stands_in}
+        chosen["hidden_mse"] = {"direction": "down"}
+        chosen["group_similarity"] = {"size": 2}
+        chosen["value_relations"] = {"heads": 24}
+        chosen["key_relations"] = {"heads": None}
+        check_losses("distill", stage_of(chosen, mask=0.15, group_size=4), "distill")
+        soft = Weighted(arguments={"temperature": 2, "divergence": "ce"})
+        check_losses("finetune.phases.0", Phase(losses={"soft_labels": soft}), "finetune")

@@ -1,5 +1,7 @@
 """Task models: transformers' own heads and files, and training that reads a teacher only as far as it must."""
 
+from types import SimpleNamespace
+
 import numpy as np
 import pytest
 import torch
@@ -26,8 +28,12 @@ from vocabshrink.models.forward import run_backbone
 from vocabshrink.models.student import build_student
 from vocabshrink.models.task_model import HEADS, load_task_model, predict, save_task_model, student_model, task_logits
 from vocabshrink.models.teacher import load_teacher
+from vocabshrink.run.folder import RunDir
 from vocabshrink.run.layer_map import layer_pairs
 from vocabshrink.run.recipe import Phase, StudentSection
+from vocabshrink.training import finetune
+from vocabshrink.training.finetune import fit
+from vocabshrink.training.loop import Job
 from vocabshrink.training.task_training import TaskTraining
 
 SHAPE = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 24, "vocab_size": 40}
@@ -295,3 +301,29 @@ def test_dropout_stays_off(lines, tiny_teacher, vocabulary, tmp_path):
     batch = batcher_of(task, tiny_teacher, vocabulary, tmp_path).batch(0)
     first, second = training(batch), training(batch)
     assert all(torch.equal(first[name], second[name]) for name in EVERYTHING)
+
+
+# ------------------------------------------------------------------------------------------------ phases
+
+
+def fitted(lines, tiny_teacher, vocabulary, folder, phases):
+    task = a_task(lines)
+    encoded = encode_task(task, tiny_teacher, vocabulary, folder / "encoded")
+    training = TaskTraining(a_student(task, tiny_teacher, vocabulary)[0], task.kind)
+    return fit(training, encoded, phases, Job(RunDir(folder), "toy", "f", "finetune.phases.{}"), 1)
+
+
+def test_a_phase_that_goes_wrong_names_its_own_learning_rate(lines, tiny_teacher, vocabulary, tmp_path):
+    good = Phase(epochs=1, batch_size=8, precision="no", learning_rate=1e-3)
+    bad = good.model_copy(update={"learning_rate": 3e38})
+    with pytest.raises(InputError, match=r"seed-1-phase-2: .* lower finetune\.phases\.1\.learning_rate \(now 3e\+38"):
+        fitted(lines, tiny_teacher, vocabulary, tmp_path, [good, bad])
+
+
+def test_processes_that_do_not_divide_a_phase_s_batch_are_refused(
+    lines, tiny_teacher, vocabulary, tmp_path, monkeypatch
+):
+    """Else three processes of a batch of 32 would train on 30 rows a step."""
+    monkeypatch.setattr(finetune, "make_accelerator", lambda *arguments: SimpleNamespace(num_processes=3))
+    with pytest.raises(InputError, match=r"finetune\.phases\.0\.batch_size 32 cannot be shared by 3 processes"):
+        fitted(lines, tiny_teacher, vocabulary, tmp_path, [Phase(epochs=1)])

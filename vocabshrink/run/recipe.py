@@ -180,13 +180,7 @@ class ComparingStage(TrainingSection):
     mask: Share = 0.0
 
     @model_validator(mode="after")
-    def losses_have_their_input(self):
-        section = "dual" if isinstance(self, DualStage) else "distill"
-        masked = [name for name in self.losses if "masked_lm" in name]
-        if masked and not self.mask:
-            raise ValueError(f"losses.{masked[0]}: nothing is masked: set {section}.mask, 0.15 as in BERT")
-        if "group_similarity" in self.losses and self.group_size == 1:
-            raise ValueError(f"losses.group_similarity compares near sentences: set {section}.group_size to 4")
+    def whole_groups(self):
         if self.batch_size % (self.gradient_accumulation * self.group_size):
             raise ValueError("batch_size must be a multiple of gradient_accumulation times group_size")
         return self
@@ -455,7 +449,9 @@ def explain(error: Any, root: type[BaseModel] = Recipe) -> str:
         key = str(error["loc"][-1])
         renamed = [RENAMED[key]] if RENAMED.get(key) in known else []
         near = renamed or difflib.get_close_matches(key, known, 1, cutoff=0.5)
-        return f"unknown key {where}: " + (f"did you mean {near[0]}?" if near else f"known keys are {', '.join(known)}")
+        return f"unknown key {where}: " + (
+            f"did you mean {near[0]}?" if near else f"known keys are {', '.join(known) or 'none'}"
+        )
     if error["type"] == "missing":
         return f"{where} is missing"
     message = error["msg"].removeprefix("Value error, ")

@@ -12,10 +12,7 @@ from vocabshrink.run.layer_map import layer_pairs
 from vocabshrink.run.recipe import Recipe
 from vocabshrink.stages.inputs import teacher_folder
 from vocabshrink.stages.plan import check_budget, vocabulary_size
-from vocabshrink.training.distillation import LOSSES_OF_DISTILLATION
-from vocabshrink.training.dual_training import LOSSES_OF_MODE
-from vocabshrink.training.losses import ATTENTION, MASKED_LM, TASK, check_losses
-from vocabshrink.training.task_training import OF_LOGITS
+from vocabshrink.training.losses import ATTENTION, check_losses, readers
 
 
 def check_recipe(recipe: Recipe, *, force: bool = False) -> None:
@@ -38,22 +35,22 @@ def check_recipe(recipe: Recipe, *, force: bool = False) -> None:
 
 
 def check_all_losses(recipe: Recipe) -> None:
-    """Refuses losses and arguments that a stage cannot give."""
+    """Refuses losses and arguments that a stage cannot compute."""
     if recipe.dual:
-        check_losses("dual", recipe.dual.losses, LOSSES_OF_MODE[recipe.dual.mode])
+        check_losses("dual", recipe.dual, recipe.dual.mode)
     for name in ("distill", "recovery"):
         if stage := getattr(recipe, name):
-            check_losses(name, stage.losses, LOSSES_OF_DISTILLATION)
+            check_losses(name, stage, "distill")
     if finetune := recipe.finetune:
         for number, phase in enumerate(finetune.phases):
-            check_losses(f"finetune.phases.{number}", phase.losses, LOSSES_OF_DISTILLATION - MASKED_LM | TASK)
+            check_losses(f"finetune.phases.{number}", phase, "finetune")
         if finetune.teacher:
-            check_losses("finetune.teacher", finetune.teacher.losses, {"labels"})
+            check_losses("finetune.teacher", finetune.teacher, "task teacher")
         for name, task in recipe.tasks.items():
             reads = {loss for phase in finetune.phases for loss in phase.losses} - {"labels"}
             if not task.logits or task.teacher or not reads:
                 continue
-            if layers := sorted(reads - OF_LOGITS):
+            if layers := readers(sorted(reads), "teacher"):
                 raise InputError(
                     f"losses.{layers[0]} reads the teacher's layers, and tasks.{name}.logits are logits alone: add "
                     f"tasks.{name}.teacher, or take the logits out and add finetune.teacher"
@@ -85,20 +82,23 @@ def check_models(recipe: Recipe, folder: Path, teacher) -> None:
     student = student_config(recipe.student, teacher, vocabulary_size(recipe, folder))
     if recipe.student.initialize.startswith("extract"):
         check_extraction(recipe.student.initialize, student, teacher, parameter_names(teacher))
-    head, dual = has_head(folder), recipe.dual
+    head = has_head(folder)
     if head and recipe.masked_lm_head:
         raise InputError(f"{folder} has a masked-LM head already: remove masked_lm_head from the recipe")
     head = head or bool(recipe.masked_lm_head)
-    if dual and "teacher_masked_lm" in dual.losses and not head:
-        raise InputError(
-            f"dual.mode {dual.mode} needs a masked-LM head and {folder} has none: add a masked_lm_head section, or "
-            "choose dual.mode: match"
-        )
+    for name in ("dual", "distill", "recovery"):
+        stage = getattr(recipe, name)
+        if not head and stage and (found := readers(stage.losses, "teacher head")):
+            other = "choose dual.mode: match" if name == "dual" else "leave this loss out"
+            raise InputError(
+                f"{name}.losses.{found[0]} needs a masked-LM head and {folder} has none: add a masked_lm_head section, "
+                f"or {other}"
+            )
     depth = student.num_hidden_layers
     for name in ("dual", "distill", "recovery"):
         if not (stage := getattr(recipe, name)):
             continue
-        if ATTENTION & set(stage.losses):
+        if readers(stage.losses, *ATTENTION):
             check_attention(teacher)
         own = teacher.num_hidden_layers if name == "dual" and stage.mode == "match" else depth
         layer_pairs(stage.layer_map, own, teacher.num_hidden_layers, seed=recipe.seed)

@@ -46,7 +46,9 @@ from vocabshrink.stages.inputs import (
 )
 from vocabshrink.training.augment import augment_task, augmented_rows
 from vocabshrink.training.finetune import fit, logits_of, phases_of, write_logits
-from vocabshrink.training.task_training import OF_LOGITS, TaskTraining, live_teacher
+from vocabshrink.training.loop import Job
+from vocabshrink.training.losses import readers
+from vocabshrink.training.task_training import TaskTraining, live_teacher
 
 TEACHER_SEED = 0  # one fine-tuned teacher serves every seed of the students, as in the papers
 
@@ -70,7 +72,8 @@ def task_teacher(context: Context) -> dict:
                 encoded = encode_task(task, folder, folder, unit / "encoded")
             torch.manual_seed(TEACHER_SEED)
             model = load_task_model(str(folder), task, trained=False)
-            result = fit(TaskTraining(model, task.kind), encoded, phases, RunDir(unit), name, TEACHER_SEED, mark)
+            job = Job(RunDir(unit), name, mark, "finetune.teacher")
+            result = fit(TaskTraining(model, task.kind), encoded, phases, job, TEACHER_SEED)
             if PartialState().is_main_process:
                 logits = {split: logits_of(model, encoded, split, phases[-1]) for split in task.splits}
                 result |= {split: score(task, logits[split], split) for split in task.splits if split != "train"}
@@ -184,7 +187,7 @@ class TaskTrainings:
 
         None where no phase reads them, and for token tasks, whose teacher is run in training.
         """
-        if not self.reads & OF_LOGITS or self.task.kind == "tokens":
+        if not readers(self.reads, "teacher logits") or self.task.kind == "tokens":
             return None
         path = self.folder / "logits.safetensors"
         if self.section.logits:
@@ -220,7 +223,8 @@ class TaskTrainings:
         )
         shared = read_shared_pieces(self.context) if self.teacher is not None else None
         options = {"shared": shared, "rounding": self.stage.rounded}
-        result = fit(training, self.encoded, phases, RunDir(unit), self.name, seed, mark, **options)
+        job = Job(RunDir(unit), self.name, mark, "finetune.phases.{}")
+        result = fit(training, self.encoded, phases, job, seed, **options)
         if PartialState().is_main_process:
 
             def measure(split: str) -> dict:

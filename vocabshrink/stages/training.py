@@ -10,7 +10,6 @@ from accelerate import Accelerator
 from torch import Tensor
 from transformers import BertModel
 
-from tokenizer_build.errors import InputError
 from vocabshrink.data.batches import Batcher, cut_segments
 from vocabshrink.data.held_out import read_rated_pairs
 from vocabshrink.data.pieces import PieceTable
@@ -32,10 +31,10 @@ from vocabshrink.stages.inputs import (
     teacher_folder,
     vocabulary_folder,
 )
-from vocabshrink.training.distillation import Distillation, reads_teacher
+from vocabshrink.training.distillation import Distillation
 from vocabshrink.training.dual_training import DualTraining, HeadTraining
-from vocabshrink.training.loop import make_accelerator, train
-from vocabshrink.training.losses import ACROSS_VOCABULARIES, MASKED_LM
+from vocabshrink.training.loop import Job, make_accelerator, share_of_batch, train
+from vocabshrink.training.losses import readers
 from vocabshrink.training.recorded import RecordingBatcher, kinds_kept
 
 
@@ -71,7 +70,7 @@ def dual(context: Context) -> dict:
     micro_steps = stage.steps * stage.gradient_accumulation * accelerator.num_processes
     batcher = make_batcher(
         context,
-        stage if MASKED_LM & set(stage.losses) else stage.model_copy(update={"mask": 0.0}),
+        stage if readers(stage.losses, "masked words") else stage.model_copy(update={"mask": 0.0}),
         teacher,
         sides,
         accelerator,
@@ -107,7 +106,7 @@ def distil_into_student(context: Context, stage: DistillStage, formats=None) -> 
     accelerator = make_accelerator(stage, context.dir)
     evaluate = evaluator(context, teacher, accelerator)
     student, directions, report = start_student(context, teacher)
-    head = new_student_head(student, teacher) if MASKED_LM & set(stage.losses) else None
+    head = new_student_head(student, teacher) if readers(stage.losses, "student head") else None
     if context.students:
         before, folder = list(context.students.items())[-1]
         report = {"from": before} | load_student(folder, student, head)
@@ -116,12 +115,10 @@ def distil_into_student(context: Context, stage: DistillStage, formats=None) -> 
     if formats:
         quantization_aware(student, formats)
     task = make_distillation(context, stage, teacher, student, head, directions)
-    sides = ("student", "teacher") if reads_teacher(stage.losses) else ("student",)
+    sides = ("student", "teacher") if readers(stage.losses, "teacher") else ("student",)
     batcher = make_batcher(context, stage, teacher, sides, accelerator)
     if stage.record_teacher and "teacher" in sides:
-        options = {"pooling": teacher.pooling, "normalize": teacher.normalize, "device": accelerator.device}
-        backbone = teacher.backbone.to(accelerator.device)
-        batcher = RecordingBatcher(batcher, backbone, records_of(context, stage, accelerator), stage, **options)
+        batcher = RecordingBatcher(batcher, task, records_of(context, stage, accelerator), stage.precision)
     result = train_stage(context, task, batcher, stage, accelerator, evaluate)
     if accelerator.is_main_process:
         if formats:
@@ -146,16 +143,8 @@ def train_stage(
     context: Context, task, batcher, stage: TrainingSection, accelerator: Accelerator, evaluate: Callable | None = None
 ) -> dict:
     """`train` under the stage's own name and fingerprint."""
-    return train(
-        task,
-        batcher,
-        stage,
-        context.dir,
-        context.stage.name,
-        fingerprint=context.fingerprint,
-        accelerator=accelerator,
-        evaluate=evaluate,
-    )
+    job = Job(context.dir, context.stage.name, context.fingerprint)
+    return train(task, batcher, stage, job, accelerator, evaluate)
 
 
 def make_batcher(
@@ -188,7 +177,7 @@ def make_batcher(
         stream,
         lexicon,
         training,
-        batch_size=share_of(stage, accelerator, group, context.stage.name),
+        batch_size=share_of_batch(stage, accelerator, context.stage.name, group),
         seed=context.recipe.seed,
         sides=sides,
         group_size=group,
@@ -196,17 +185,6 @@ def make_batcher(
         max_pieces=stage.max_length - 2,
         **options,
     )
-
-
-def share_of(stage: TrainingSection, accelerator: Accelerator, group: int, name: str) -> int:
-    """Sequences of one process in one accumulation step. Raises InputError where they would not be whole groups."""
-    parts = accelerator.num_processes * stage.gradient_accumulation * group
-    if stage.batch_size % parts:
-        raise InputError(
-            f"{name}.batch_size {stage.batch_size} cannot be shared by {accelerator.num_processes} processes, "
-            f"{stage.gradient_accumulation} accumulation steps and groups of {group}: make it a multiple of {parts}"
-        )
-    return stage.batch_size // (accelerator.num_processes * stage.gradient_accumulation)
 
 
 def evaluator(context: Context, teacher: Teacher, accelerator: Accelerator) -> Callable | None:
@@ -269,7 +247,7 @@ def make_distillation(
 ) -> Distillation:
     """The task of a stage, with what the chosen losses must know of the two vocabularies."""
     layers = student.config.num_hidden_layers, teacher.config.num_hidden_layers
-    across = bool(ACROSS_VOCABULARIES & set(stage.losses))
+    across = bool(readers(stage.losses, "both vocabularies"))
     return Distillation(
         stage,
         teacher,

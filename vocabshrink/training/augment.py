@@ -2,25 +2,25 @@
 
 Every word of a row is replaced, with probability p, by one of K candidates. A word that is one piece of the teacher's
 vocabulary is masked, and the teacher's masked-LM head names the K most probable words in its place. A word of several
-pieces takes the K words nearest to their mean in the teacher's own embedding table; the paper downloads GloVe. Such a
-mean knows what `movie ##go ##ers` is near to and nothing of `un ##fu ##nn ##y` (nearest: `un`, `cu`, `une`). So each
-piece counts by its letters, and a word whose first piece has less than half of them is masked as a whole instead. A
-teacher without a head gives nearest words only and leaves such words as they are; the summary says so.
+pieces takes the K words nearest to their mean in the teacher's own table (the paper downloads GloVe), each piece
+weighted by its letters. Such a mean knows what `movie ##go ##ers` is near to, but nothing of `un ##fu ##nn ##y`, so a
+word whose first piece has less than half of its letters is masked as a whole instead. A teacher without a head gives
+nearest words only and leaves such words as they are; the summary says so.
 
-A word is a run of letters. Numbers, signs and what touches an apostrophe (`n't`, `'s`) stay, because what they say
-decides labels; so does what the teacher does not read as one word: runs of Chinese, letters with combining marks.
-Candidates are whole words of at least two letters, never the word itself. A copy that equals its row or another copy of
-it is left out, as in the paper's code, so that short rows have fewer copies.
+A word is a run of letters. Numbers, signs and what touches an apostrophe (`n't`, `'s`) stay, because they decide
+labels; so does what the teacher does not read as one word: runs of Chinese, letters with combining marks. Candidates
+are whole words of at least two letters, never the word itself. A copy that equals its row or another copy is left out.
 
-Cost: each word of one piece is masked alone, in its own sentence, so a sentence of L words costs the teacher L forward
-passes over it, once, however many copies are drawn. Not done: weighting of candidates by their probability (the paper
-draws evenly), and the other sentence of a pair as context (the masked word would be copied from it).
+Cost: each word of one piece is masked alone, so a sentence of L words costs the teacher L passes over it, once, however
+many copies are drawn. Not done: weighting of candidates by their probability (the paper draws evenly), and the other
+sentence of a pair as context (the masked word would be copied from it).
 
-The file grows by blocks of rows. A progress file beside it holds how many rows and bytes are good, so that a run killed
-anywhere goes on behind the last whole block, and a row's copies depend only on the row, its number and the seed.
+The file grows by blocks of rows. A progress file beside it holds how many rows and bytes are good, so a run killed
+anywhere goes on after the last whole block, and a row's copies depend only on the row, its number and the seed.
 """
 
 import hashlib
+import itertools
 import json
 import os
 import re
@@ -33,8 +33,10 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.nn.functional as F
+from accelerate import PartialState
 from tokenizers import Encoding
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 
 from tokenizer_build.errors import InputError
 from tokenizer_build.files import naming_full_disk, read_json, write_json
@@ -69,18 +71,15 @@ def augment_task(
     (the labels), "source"}, where source is the number of the training row, from 0.
 
     Returns: {"rows", "written", "words", "masked" (words whose candidates are the head's), "candidates" (in words)}.
-
-    Raises:
-        InputError: a full disk, or a progress file that is not JSON.
+    Raises InputError: a full disk, or a progress file that is not JSON.
     """
-    rows = task.splits["train"]
-    progress_file = out.with_suffix(".progress.json")
-    settings = {"p": p, "copies": copies, "candidates": candidates, "seed": seed, "rows": rows_sha256(rows)}
-    settings["head"] = teacher.head is not None
+    rows, head, progress_file = task.splits["train"], teacher.head is not None, out.with_suffix(".progress.json")
+    settings = {"p": p, "copies": copies, "candidates": candidates, "seed": seed, "head": head}
+    settings["rows"] = rows_sha256(rows)
     done = read_json(progress_file) if progress_file.is_file() and out.is_file() else {}
     if done.get("settings") != settings or out.stat().st_size < done["bytes"]:
         done = {"settings": settings, "rows": 0, "bytes": 0, "written": 0, "words": 0, "masked": 0}
-    finder = Candidates(teacher, candidates)
+    finder = CandidateFinder(teacher, candidates)
     with naming_full_disk(out):
         out.parent.mkdir(parents=True, exist_ok=True)
         with out.open("ab") as file:
@@ -93,24 +92,20 @@ def augment_task(
                 file.write("".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines).encode())
                 file.flush()
                 os.fsync(file.fileno())
-                words = [word for of_sentence in found.values() for word in of_sentence]
-                done["rows"], done["bytes"] = block.stop, file.tell()
-                done["written"] += len(lines)
+                words = list(itertools.chain(*found.values()))
+                done |= {"rows": block.stop, "bytes": file.tell(), "written": done["written"] + len(lines)}
                 done["words"] += len(words)
                 done["masked"] += sum(word.masked for word in words)
                 write_json(progress_file, done)
                 progress(len(block))
-    kinds = "masked words, else nearest words"
-    if teacher.head is None:
-        kinds = "nearest words only: the teacher has no masked-LM head"
+    kinds = "masked words, else nearest words" if head else "nearest words only: the teacher has no masked-LM head"
     return {name: done[name] for name in ("rows", "written", "words", "masked")} | {"candidates": kinds}
 
 
 def augmented_rows(task: Task, path: Path) -> Rows:
     """The training rows of a task, then their copies in the order of the file that `augment_task` wrote.
 
-    Raises:
-        InputError: a missing file, or one of other training rows.
+    Raises InputError: a missing file, or one of other training rows.
     """
     rows = task.splits["train"]
     progress = read_json(path.with_suffix(".progress.json"))
@@ -163,20 +158,14 @@ def copies_of(task: Task, row: int, found: dict[Sentence, list[Word]], p: float,
     words = [(number, w) for number, sentence in enumerate(sentences) for w in found[sentence] if w.candidates]
     chosen = random.random((copies, len(words))) < p
     draws = random.integers(np.array([len(word.candidates) for _, word in words], np.int64), size=chosen.shape)
-    drawn = []
+    distinct = {}
     for copy in range(copies):
-        replaced = [
-            (number, word, word.candidates[draw])
-            for (number, word), yes, draw in zip(words, chosen[copy], draws[copy], strict=True)
-            if yes
-        ]
-        drawn.append(
-            tuple(
-                replace(sentence, [(word, new) for its, word, new in replaced if its == number])
-                for number, sentence in enumerate(sentences)
-            )
-        )
-    distinct = [copy for copy in dict.fromkeys(drawn) if copy != tuple(sentences)]
+        changes = [[] for _ in sentences]
+        for place in np.flatnonzero(chosen[copy]):
+            number, word = words[place]
+            changes[number].append((word, word.candidates[draws[copy, place]]))
+        distinct[tuple(map(replace, sentences, changes))] = True
+    distinct.pop(tuple(sentences), None)
     if task.kind == "tokens":
         return [{"tokens": list(c), "slots": [task.labels[i] for i in target], "source": row} for (c,) in distinct]
     label = float(target) if task.kind == "regression" else task.labels[int(target)]
@@ -192,35 +181,38 @@ def replace(sentence: Sentence, replacements: list[tuple[Word, str]]) -> Sentenc
     for word, new in reversed(replacements):  # from the end, so that the offsets before it stay
         text = parts[word.part]
         old = text[word.start : word.end]
-        if old.isupper() and len(old) > 1:
-            new = new.upper()
-        elif old[0].isupper():
-            new = new[0].upper() + new[1:]
+        if old[0].isupper():
+            new = new.upper() if old.isupper() and len(old) > 1 else new[0].upper() + new[1:]
         parts[word.part] = text[: word.start] + new + text[word.end :]
     return tuple(parts)
 
 
-class Candidates:
-    """What may stand for each word of a sentence: the masked-LM head's words, or the nearest in the piece table."""
+class CandidateFinder:
+    """Finds what may stand for each word of a sentence: the masked-LM head's words, or the nearest in the piece table.
+
+    The teacher is moved to the accelerator's device, where it runs; nearest words are found on the CPU.
+    """
 
     def __init__(self, teacher: Teacher, count: int):
-        self.teacher, self.count, self.device = teacher, count, teacher.table.weight.device
+        self.teacher, self.count, self.device = teacher, count, PartialState().device
+        for module in filter(None, (teacher.backbone, teacher.head)):
+            module.to(self.device)
         self.tokenizer = load_tokenizer(teacher.folder)
         self.tokenizer.encode_special_tokens = True  # a [MASK] in the text is text
         self.mask = first_known(self.tokenizer, "[MASK]", "<mask>")
         self.unknown = first_known(self.tokenizer, "[UNK]", "<unk>")
         self.positions = teacher.config.max_position_embeddings - first_position(teacher.config)
         texts = {i: as_wordpiece(piece, self.tokenizer) for piece, i in self.tokenizer.get_vocab().items()}
-        self.words = {i: text for i, text in sorted(texts.items()) if text and text.isalpha() and len(text) > 1}
-        self.ids = torch.tensor(
-            list(self.words), dtype=torch.long, device=self.device
-        )  # [W] pieces that are whole words
+        words = {i: text for i, text in sorted(texts.items()) if text and text.isalpha() and len(text) > 1}
+        self.ids, self.words = list(words), list(words.values())  # of the W pieces that are whole words
         self.near: dict[tuple[int, ...], list[str]] = {}
 
     @cached_property
-    def rows(self) -> Tensor:
-        """[W, D_E] the whole words' rows of the piece table, of length one; in float64, where no rounding decides."""
-        return F.normalize(self.teacher.table.weight.detach()[self.ids].double(), dim=-1)
+    def tables(self) -> tuple[Tensor, Tensor]:
+        """The piece table [V, D_E], and its rows of whole words [W, D_E] at length one; in float64, where no rounding
+        decides."""
+        table = self.teacher.table.weight.detach().cpu().double()
+        return table, F.normalize(table[self.ids], dim=-1)
 
     @torch.no_grad()
     def __call__(self, sentences: list[Sentence]) -> list[list[Word]]:
@@ -229,8 +221,8 @@ class Candidates:
         found = [words_of(sentence, encoding) for sentence, encoding in zip(sentences, encodings, strict=True)]
         nearest, masked = [], []
         for encoding, words in zip(encodings, found, strict=True):
-            head = self.teacher.head is not None and self.mask is not None and len(encoding.ids) <= self.positions
-            for word in filter(lambda word: word.pieces, words):
+            head = self.teacher.head and self.mask is not None and len(encoding.ids) <= self.positions
+            for word in (word for word in words if word.pieces):
                 spelt = self.unknown not in word.pieces and 2 * word.letters[0] >= sum(word.letters)
                 if head and (len(word.pieces) == 1 or not spelt):
                     masked.append((encoding.ids, word))
@@ -239,7 +231,7 @@ class Candidates:
         self.predict(masked)
         self.find_near(nearest)
         for sentence, words in zip(sentences, found, strict=True):
-            for word in words:  # the word itself, however capitalised, is none
+            for word in words:  # never the word itself, however capitalised
                 own = sentence[word.part][word.start : word.end].casefold()
                 word.candidates = [new for new in word.candidates if new.casefold() != own][: self.count]
         return found
@@ -251,13 +243,12 @@ class Candidates:
             longest = len(waiting[-1][0])
             size = max(PIECES_IN_PASS // longest, 1)
             part, waiting = waiting[-size:], waiting[:-size]
-            ids = torch.zeros(len(part), longest, dtype=torch.long)
-            attention = torch.zeros_like(ids)
-            for row, (pieces, word) in enumerate(part):
-                pieces = [*pieces[: word.first], self.mask, *pieces[word.first + len(word.pieces) :]]
-                ids[row, : len(pieces)] = torch.tensor(pieces)
-                attention[row, : len(pieces)] = 1
-            side = Pieces(ids.to(self.device), attention.to(self.device), (attention - 1).to(self.device))
+            ids = pad_sequence(
+                [torch.tensor([*ids[: w.first], self.mask, *ids[w.first + len(w.pieces) :]]) for ids, w in part],
+                batch_first=True,
+                padding_value=-1,
+            )
+            side = Pieces(ids.clamp_min(0), (ids >= 0).long(), ids).to(self.device)
             hidden = run_backbone(self.teacher.backbone, side).hidden[-1]
             states = hidden[torch.arange(len(part)), [word.first for _, word in part]]
             logits = self.teacher.head(states.float(), self.teacher.table.weight)[:, self.ids]
@@ -267,12 +258,9 @@ class Candidates:
     def find_near(self, words: list[Word]) -> None:
         """Gives each word those nearest by cosine to the mean of its pieces, each weighted by its letters."""
         if new := {word.pieces: word.letters for word in words if word.pieces not in self.near}:
-            table = self.teacher.table.weight.detach()
-            means = [
-                torch.tensor(letters, dtype=torch.float64, device=self.device) @ table[list(pieces)].double()
-                for pieces, letters in new.items()
-            ]
-            scores = F.normalize(torch.stack(means), dim=-1) @ self.rows.T
+            table, whole = self.tables
+            means = [torch.tensor(letters).double() @ table[list(pieces)] for pieces, letters in new.items()]
+            scores = F.normalize(torch.stack(means), dim=-1) @ whole.T
             self.near |= zip(new, self.best(scores), strict=True)
         for word in words:
             word.candidates = self.near[word.pieces]
@@ -280,7 +268,7 @@ class Candidates:
     def best(self, scores: Tensor) -> list[list[str]]:
         """[n, W] -> the words of the highest scores, two more than asked for: `The` and `the` may have to go."""
         top = scores.topk(min(self.count + 2, scores.shape[1])).indices
-        return [[self.words[i] for i in row] for row in self.ids[top].tolist()]
+        return [[self.words[i] for i in row] for row in top.tolist()]
 
 
 def words_of(sentence: Sentence, encoding: Encoding) -> list[Word]:
@@ -292,9 +280,8 @@ def words_of(sentence: Sentence, encoding: Encoding) -> list[Word]:
     text = " ".join(sentence)
     spans = []  # of each piece, without the space that some families count to it; special tokens span nothing
     for start, end in encoding.offsets:
-        while start < end and text[start].isspace():
-            start += 1
-        spans.append((start, end))
+        inner = text[start:end].lstrip()
+        spans.append((end - len(inner), end))
     words, first, begin = [], 0, 0
     for part, of_part in enumerate(sentence):
         for match in WORD.finditer(of_part):

@@ -1,8 +1,9 @@
 """Checkpoints: everything a run needs to go on as if nothing had happened, in safetensors and JSON.
 
 What is trained, the optimizer's state, the loss scaler and the random states. The schedule and the position in the
-data are functions of the step, so the step is all that is kept of them. Written to a temporary folder and renamed; the
-checkpoint before stays until the new one is whole.
+data are functions of the step, so the step is all that is kept of them. A checkpoint is written beside the one before,
+which steps aside as `.before` until the new one has its name: whenever the process is killed, `read_meta` finds one
+that is whole. The names are fixed (`replacing_folder` draws random ones), so that what a kill left is found again.
 """
 
 import errno
@@ -28,36 +29,29 @@ def trained_state(task: nn.Module) -> dict[str, torch.Tensor]:
 def save_checkpoint(folder: Path, task: nn.Module, optimizer, meta: dict, scaler=None) -> None:
     """Writes folder anew. meta is JSON: the step, the tokens, the recipe's fingerprint.
 
-    Raises:
-        InputError: the disk is full. The checkpoint before is untouched.
+    Raises InputError: the disk is full. The checkpoint before is untouched.
     """
     temporary, before = folder.with_name(folder.name + ".partial"), folder.with_name(folder.name + ".before")
+    states = optimizer.state_dict()["state"]
+    files = {
+        "model": trained_state(task),
+        "optimizer": {f"{index}.{name}": value for index, state in states.items() for name, value in state.items()},
+        "random": {"cpu": torch.get_rng_state()},
+    }
+    if torch.cuda.is_available():
+        files["random"]["cuda"] = torch.cuda.get_rng_state()
     shutil.rmtree(temporary, ignore_errors=True)
     try:
         temporary.mkdir(parents=True)
-        save_file(
-            {name: t.cpu().contiguous() for name, t in trained_state(task).items()}, temporary / "model.safetensors"
-        )
-        tensors, numbers = {}, {}
-        for index, state in optimizer.state_dict()["state"].items():
-            for name, value in state.items():
-                (tensors if torch.is_tensor(value) else numbers)[f"{index}.{name}"] = value
-        save_file({name: t.cpu().contiguous() for name, t in tensors.items()}, temporary / "optimizer.safetensors")
-        random = {"cpu": torch.get_rng_state()}
-        if torch.cuda.is_available():
-            random["cuda"] = torch.cuda.get_rng_state()
-        save_file(random, temporary / "random.safetensors")
-        meta = meta | {"optimizer_numbers": numbers, "scaler": scaler.state_dict() if scaler else None}
-        (temporary / "meta.json").write_text(json.dumps(meta, indent=2), encoding="utf-8")
+        for name, tensors in files.items():
+            cpu = {key: tensor.cpu().contiguous() for key, tensor in tensors.items()}
+            save_file(cpu, temporary / f"{name}.safetensors")
+        text = json.dumps(meta | {"scaler": scaler.state_dict() if scaler else None}, indent=2)
+        (temporary / "meta.json").write_text(text, encoding="utf-8")
     except (OSError, SafetensorError) as error:
-        full = (
-            getattr(error, "errno", None) == errno.ENOSPC
-            or "No space left" in str(error)
-            or "os error 28" in str(error)
-        )
-        if not full:
-            raise
         shutil.rmtree(temporary, ignore_errors=True)
+        if getattr(error, "errno", None) != errno.ENOSPC and "os error 28" not in str(error):
+            raise
         raise InputError(
             f"{folder}: the disk is full: free some space and run again, the checkpoint before is whole"
         ) from None
@@ -82,15 +76,9 @@ def read_meta(folder: Path) -> dict | None:
 
 
 def load_checkpoint(folder: Path, task: nn.Module, optimizer, meta: dict, scaler=None) -> None:
-    """Puts a checkpoint back, in place.
-
-    Raises:
-        InputError: files that are damaged or belong to other shapes.
-    """
+    """Puts a checkpoint back, in place. Raises InputError: files that are damaged or belong to other shapes."""
     try:
-        saved = load_file(folder / "model.safetensors")
-        state = load_file(folder / "optimizer.safetensors")
-        random = load_file(folder / "random.safetensors")
+        saved, state, random = (load_file(folder / f"{name}.safetensors") for name in ("model", "optimizer", "random"))
     except (OSError, SafetensorError) as error:
         raise InputError(
             f"{folder}: damaged checkpoint ({error}): delete the folder to train this stage anew"
@@ -102,9 +90,8 @@ def load_checkpoint(folder: Path, task: nn.Module, optimizer, meta: dict, scaler
         )
     for name, tensor in current.items():
         tensor.copy_(saved[name])
-    full = optimizer.state_dict()
-    full["state"] = {}
-    for key, value in list(state.items()) + list(meta["optimizer_numbers"].items()):
+    full = optimizer.state_dict() | {"state": {}}
+    for key, value in state.items():
         index, name = key.split(".", 1)
         full["state"].setdefault(int(index), {})[name] = value
     optimizer.load_state_dict(full)

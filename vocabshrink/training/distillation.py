@@ -1,24 +1,22 @@
 """The distillation task: the student on its own vocabulary learns from a frozen teacher on the teacher's.
 
-Also `TrainingTask`, what the loop asks of any task: `forward(batch) -> {name: unweighted loss}`, `weights(progress)`,
-and `embedding_parameters()`. Learned helpers (projections, heads) belong to the task, and never ship.
+Each model reads its own segmentation of the same words, and only what the chosen losses read is computed: masked words
+alone, for instance, do not run the teacher.
 """
+
+from functools import partial
 
 import torch
 from torch import Tensor, nn
 
 from tokenizer_build.errors import InputError
 from vocabshrink.data.batches import Batch
-from vocabshrink.models.rounding import refit
 from vocabshrink.models.teacher import MaskedLMHead, Teacher
 from vocabshrink.run.layer_map import Pairs
-from vocabshrink.run.recipe import DistillStage, Losses
-from vocabshrink.training.losses import ACROSS_VOCABULARIES, LOSSES, MASKED_LM, TASK, masked_lm_loss
-from vocabshrink.training.task import STEPS_OF_SCALES, TrainingTask, freeze_unread, hidden_projections, run_view
+from vocabshrink.run.recipe import DistillStage
+from vocabshrink.training.losses import masked_lm_loss, readers
+from vocabshrink.training.task import TrainingTask, freeze_unread, hidden_projections
 from vocabshrink.training.views import Forward
-
-# What the stage can give: the others belong to dual training, which has mixed input, and to tasks.
-LOSSES_OF_DISTILLATION = set(LOSSES) - TASK - {"teacher_masked_lm", "parameters_down", "parameters_up"}
 
 
 class Distillation(TrainingTask):
@@ -36,81 +34,51 @@ class Distillation(TrainingTask):
         shared: Tensor | None = None,
         spelling: Tensor | None = None,
     ):
-        """What the stage trains.
+        """The models and projections of a stage.
 
         Args:
             head: the student's, for masked-LM losses. directions: see `build_student`.
             shared: [V_S] the teacher's id of the same piece, or -1; for masked_lm_match.
             spelling: [V_T, K] the student's pieces that spell a teacher piece, then -1; for masked_lm_reduce.
 
-        Raises:
-            InputError: a masked-LM loss that lacks a head, or what it needs to know of the vocabularies.
+        Raises InputError: a masked-LM loss without its head, or between vocabularies that have nothing in common.
         """
         super().__init__()
         self.losses, self.pairs = stage.losses, pairs
         self.student, self.head = student, head
         self.teacher = teacher.backbone.requires_grad_(False)
-        self.teacher_head = None
-        if ACROSS_VOCABULARIES & set(self.losses) and teacher.head is not None:
-            self.teacher_head = teacher.head.requires_grad_(False)
+        across = readers(self.losses, "both vocabularies")
+        self.teacher_head = teacher.head.requires_grad_(False) if across and teacher.head is not None else None
         self.register_buffer("shared", shared, persistent=False)
         self.register_buffer("spelling", spelling, persistent=False)
         self.pooling, self.normalize = teacher.pooling, teacher.normalize
         self.up, self.down = hidden_projections(student, teacher, directions)
-        check_masked_lm(self, teacher)
+        for name in readers(self.losses, "student head"):
+            if head is None:
+                raise InputError(f"losses.{name}: the student has no masked-LM head: give it one")
+        for name in across:
+            if self.teacher_head is None:
+                raise InputError(
+                    f"losses.{name} needs a masked-LM head and {teacher.folder} has none: add a masked_lm_head "
+                    "section, or leave this loss out"
+                )
+            common = shared if name == "masked_lm_match" else spelling
+            if common is None or not bool((common >= 0).any()):
+                raise InputError(f"losses.{name}: the vocabularies have no piece in common: leave this loss out")
         freeze_unread(self)
 
-    def before_step(self, step: int) -> None:
-        if step % STEPS_OF_SCALES == 0:
-            refit(self.student)
-
     def view(self, batch: Batch) -> Forward:
-        common = (batch.unit_mask.shape[1], self.pooling, self.normalize, self.losses)
         teacher = batch.recorded
-        if teacher is None and reads_teacher(self.losses):
+        if teacher is None and readers(self.losses, "teacher"):
             with torch.no_grad():
-                teacher = run_view(self.teacher, batch.teacher, *common)
-        student = run_view(self.student, batch.student, *common)
-        forward = Forward(
-            batch,
-            self.pairs,
-            self.up,
-            self.down,
-            student=student,
-            teacher=teacher,
-            shared=self.shared,
-            spelling=self.spelling,
-        )
+                teacher = self.run(self.teacher, batch.teacher, batch)
+        student = self.run(self.student, batch.student, batch)
+        forward = Forward(batch, self.pairs, self.up, self.down, student, teacher)
+        forward.shared, forward.spelling = self.shared, self.spelling
         if self.head is not None:
             table = self.student.get_input_embeddings().weight
             student.predict = lambda states: self.head(states, table)
-            forward.masked_lm["student"] = lambda: masked_lm_loss(
-                student.hidden[-1], batch.student.labels, self.head, [table], [self.head.bias]
-            )
+            forward.masked_lm["student"] = partial(masked_lm_loss, student, self.head, [table], [self.head.bias])
         if self.teacher_head is not None:
             teacher.predict = lambda states: self.teacher_head(states, self.teacher.get_input_embeddings().weight)
         return forward
-
-
-def reads_teacher(losses: Losses) -> bool:
-    """Whether any loss compares; masked words alone are what a student without a teacher trains on."""
-    return bool(set(losses) - {"student_masked_lm"})
-
-
-def check_masked_lm(task: Distillation, teacher: Teacher) -> None:
-    """Refuses masked-LM losses without their heads, or without what the two vocabularies have in common."""
-    known = {"masked_lm_match": task.shared, "masked_lm_reduce": task.spelling}
-    for name in MASKED_LM & set(task.losses):
-        if task.head is None:
-            raise InputError(f"distill.losses.{name}: the student has no masked-LM head: give it one")
-        if name not in known:
-            continue
-        if task.teacher_head is None:
-            raise InputError(
-                f"distill.losses.{name} needs a masked-LM head and {teacher.folder} has none: add a masked_lm_head "
-                "section, or leave this loss out"
-            )
-        if known[name] is None or not bool((known[name] >= 0).any()):
-            raise InputError(
-                f"distill.losses.{name}: no piece is known to stand in both vocabularies: leave this loss out"
-            )

@@ -1,15 +1,16 @@
 """Dual training: the teacher itself learns the student's pieces (Zhao et al., arXiv 1909.11687, both versions).
 
 Each word of the teacher's input is segmented with the student's vocabulary with probability p, else with the
-teacher's. Teacher pieces are embedded by the teacher's table, student pieces by the student's table and, where widths
-differ, an affine map up; both enter the unchanged teacher as `inputs_embeds`, so the new pieces' embeddings are pulled
-into the teacher's space by the teacher's own objective.
+teacher's. Student pieces are embedded by the student's table and, where widths differ, an affine map up; they enter the
+unchanged teacher beside its own pieces, as `inputs_embeds`, so its own objective pulls them into its space.
 
-Three modes, one task: `joint` (version 1: the student trains alongside, with parameter projections), `two_stage`
-(version 2: the teacher alone; distillation follows), and `match` for teachers without a masked-LM head: mixed input
-must give, unit by unit, what the teacher gives on its own segmentation, and only the new embeddings move. There the
-teacher on mixed input takes the student's seat, and every loss between student and teacher serves.
+Three modes: `joint` (version 1: the student trains alongside, with parameter projections), `two_stage` (version 2: the
+teacher alone; distillation follows), and `match` for teachers without a masked-LM head: mixed input must give, unit by
+unit, what the teacher gives on its own segmentation, and only the new embeddings move. There the teacher on mixed input
+takes the student's seat, and every loss between student and teacher can be used.
 """
+
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -19,16 +20,9 @@ from vocabshrink.models.projection import ParameterProjection, widen
 from vocabshrink.models.teacher import MaskedLMHead, Teacher
 from vocabshrink.run.layer_map import Pairs
 from vocabshrink.run.recipe import DualStage
-from vocabshrink.training.losses import ATTENTION, LAYERWISE, masked_lm_loss
-from vocabshrink.training.task import TrainingTask, freeze_unread, hidden_projections, run_view
+from vocabshrink.training.losses import masked_lm_loss, readers
+from vocabshrink.training.task import TrainingTask, freeze_unread, hidden_projections
 from vocabshrink.training.views import Forward
-
-COMPARING = LAYERWISE | ATTENTION | {"sentence_cosine", "batch_similarity"}
-LOSSES_OF_MODE = {
-    "joint": COMPARING | {"student_masked_lm", "teacher_masked_lm", "parameters_down", "parameters_up"},
-    "two_stage": {"teacher_masked_lm"},
-    "match": COMPARING | {"group_similarity"},
-}
 
 
 class MixedEmbedding(nn.Module):
@@ -39,9 +33,9 @@ class MixedEmbedding(nn.Module):
         self.teacher_table, self.student_table = teacher_table, student_table
         self.up = widen(student_table.embedding_dim, teacher_table.embedding_dim, directions)
 
-    def student_rows(self) -> Tensor:
-        """The student's table in the teacher's width, [V_S, D_T]."""
-        return self.up(self.student_table.weight)
+    def tables(self) -> list[Tensor]:
+        """Both in the teacher's width, [V_T, D_T] and [V_S, D_T]."""
+        return [self.teacher_table.weight, self.up(self.student_table.weight)]
 
     def forward(self, ids: Tensor) -> Tensor:
         """[B, T] -> [B, T, D_T]"""
@@ -74,63 +68,46 @@ class DualTraining(TrainingTask):
             self.up = self.embedding.up  # one map up of this width
         self.teacher_head, self.head = teacher.head, student_head
         self.student_bias = nn.Parameter(torch.zeros(student.config.vocab_size))  # of the teacher's second softmax
-        self.projections = nn.ModuleDict(
-            {
-                direction: ParameterProjection(student, teacher.backbone, pairs, direction)
-                for direction in ("down", "up")
-                if f"parameters_{direction}" in self.losses
-            }
-        )
+        self.projections = nn.ModuleDict()
+        for direction in ("down", "up"):
+            if f"parameters_{direction}" in self.losses:
+                self.projections[direction] = ParameterProjection(student, teacher.backbone, pairs, direction)
         freeze_unread(self)
         if self.mode == "match":  # both sides are the teacher, in its own width
             self.up.requires_grad_(False)
             self.down.requires_grad_(False)
         self.embedding.up.requires_grad_(True)
         # only masked LM moves the teacher; in match mode its own reading is the target and must stay
-        train_teacher = stage.train_teacher and "teacher_masked_lm" in self.losses
-        self.teacher.requires_grad_(train_teacher)
-        self.student_bias.requires_grad_("teacher_masked_lm" in self.losses)
-        if self.teacher_head is not None:
-            self.teacher_head.requires_grad_(train_teacher)
+        reads_head = bool(readers(self.losses, "teacher head"))
+        self.student_bias.requires_grad_(reads_head)
+        for part in filter(None, (self.teacher, self.teacher_head)):
+            part.requires_grad_(stage.train_teacher and reads_head)
         if self.head is not None:
-            self.head.requires_grad_("student_masked_lm" in self.losses)
+            self.head.requires_grad_(bool(readers(self.losses, "student head")))
         if self.mode != "joint":
             self.student.requires_grad_(False)
             self.student.get_input_embeddings().requires_grad_(True)
 
     def view(self, batch: Batch) -> Forward:
-        common = (batch.unit_mask.shape[1], self.pooling, self.normalize, self.losses)
         forward = Forward(batch, self.pairs, self.up, self.down)
-        mixed = run_view(self.teacher, batch.mixed, *common, embeddings=self.embedding(batch.mixed.ids))
+        mixed = self.run(self.teacher, batch.mixed, batch, self.embedding(batch.mixed.ids))
         if self.mode == "match":
             forward.up = forward.down = nn.Identity()
             forward.student = mixed
             with torch.no_grad():
-                forward.teacher = run_view(self.teacher, batch.teacher, *common)
+                forward.teacher = self.run(self.teacher, batch.teacher, batch)
             return forward
         # the student learns from the teacher, not the teacher from the student: only masked LM moves the teacher
         forward.teacher = mixed.detached()
         if self.teacher_head is not None:
-            forward.masked_lm["teacher"] = lambda: masked_lm_loss(
-                mixed.hidden[-1],
-                batch.mixed.labels,
-                self.teacher_head,
-                [self.embedding.teacher_table.weight, self.embedding.student_rows()],
-                [self.teacher_head.bias, self.student_bias],
-            )
+            tables, biases = self.embedding.tables, [self.teacher_head.bias, self.student_bias]
+            forward.masked_lm["teacher"] = lambda: masked_lm_loss(mixed, self.teacher_head, tables(), biases)
         if self.mode == "joint":
-            student = forward.student = run_view(self.student, batch.student, *common)
-            forward.masked_lm["student"] = lambda: masked_lm_loss(
-                student.hidden[-1],
-                batch.student.labels,
-                self.head,
-                [self.student.get_input_embeddings().weight],
-                [self.head.bias],
-            )
-        forward.parameters = {
-            direction: lambda p=projection: p(self.student, self.teacher)
-            for direction, projection in self.projections.items()
-        }
+            student = forward.student = self.run(self.student, batch.student, batch)
+            table = self.student.get_input_embeddings().weight
+            forward.masked_lm["student"] = partial(masked_lm_loss, student, self.head, [table], [self.head.bias])
+        for direction, projection in self.projections.items():
+            forward.parameters[direction] = partial(projection, self.student, self.teacher)
         return forward
 
 
@@ -146,10 +123,8 @@ class HeadTraining(TrainingTask):
 
     def view(self, batch: Batch) -> Forward:
         with torch.no_grad():
-            view = run_view(self.teacher, batch.teacher, batch.unit_mask.shape[1], "mean", False, self.losses)
+            view = self.run(self.teacher, batch.teacher, batch)
         table = self.teacher.get_input_embeddings().weight
         forward = Forward(batch, (), nn.Identity(), nn.Identity())
-        forward.masked_lm["teacher"] = lambda: masked_lm_loss(
-            view.hidden[-1], batch.teacher.labels, self.head, [table], [self.head.bias]
-        )
+        forward.masked_lm["teacher"] = partial(masked_lm_loss, view, self.head, [table], [self.head.bias])
         return forward

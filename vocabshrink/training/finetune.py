@@ -1,4 +1,8 @@
-"""TODO: training.finetune."""
+"""Fine-tuning on one task: phases one after the other, and the model's logits of a split.
+
+A phase is an ordinary training (loop.py) of the task's own task (task_training.py), so it resumes like any other. Rows
+are batched by length; the same cut of long rows serves training and evaluation.
+"""
 
 import math
 from pathlib import Path
@@ -13,19 +17,18 @@ from vocabshrink.data.tasks import score
 from vocabshrink.models.rounding import bake, is_rounded, quantization_aware
 from vocabshrink.models.student import first_position
 from vocabshrink.models.task_model import predict
-from vocabshrink.run.folder import RunDir
 from vocabshrink.run.formats import Formats
 from vocabshrink.run.layer_map import layer_pairs
 from vocabshrink.run.recipe import Phase, TaskSection
-from vocabshrink.training.loop import make_accelerator, train
+from vocabshrink.training.loop import Job, make_accelerator, share_of_batch, train
 from vocabshrink.training.task_training import TaskTraining
 
 EVALUATION_BATCH = 128  # sequences of like length in a forward pass
 
 
 def phases_of(phases: list[Phase], section: TaskSection) -> list[Phase]:
-    """The phases as a task asks for them: with its epochs and, for scores, which have no distribution to be soft,
-    with `logits_mse` in the place of `soft_labels` (TinyBERT and patient KD do so on STS-B)."""
+    """The phases as a task asks for them: with its own epochs and, for scores, which have no distribution, with
+    `logits_mse` in place of `soft_labels` (as TinyBERT and patient KD do on STS-B)."""
     found = []
     for phase in phases:
         losses = dict(phase.losses)
@@ -39,32 +42,33 @@ def fit(
     training: TaskTraining,
     encoded: EncodedTask,
     phases: list[Phase],
-    unit: RunDir,
-    name: str,
+    job: Job,
     seed: int,
-    mark: str,
     *,
     shared: np.ndarray | None = None,
     rounding: Formats | None = None,
 ) -> dict:
     """Trains phase after phase, each from where the one before ended; a phase that was cut off resumes.
 
+    job: of all phases; in its section, {} stands for a phase's number. shared: see `PieceTable`. rounding: of phases
+    that train through it.
+
     Returns: {"steps", "tokens", "seconds", "seconds_per_step", "phases": [what the loop returned]}.
     """
     results = []
-    for number, phase in enumerate(phases, 1):
-        pairs = ()
+    for number, phase in enumerate(phases):
+        pairs, section = (), job.section.format(number)
         if training.teacher is not None:
             depths = (model.config.num_hidden_layers for model in (training.student, training.teacher))
             pairs = layer_pairs(phase.layer_map, *depths, seed=seed)
         if phase.through_rounding and not is_rounded(training.student):
             quantization_aware(training.student, rounding)
         training.begin(phase.losses, pairs)
-        accelerator = make_accelerator(phase, unit)
+        accelerator = make_accelerator(phase, job.run)
         batcher = TaskBatcher(
             encoded,
             "train",
-            batch_size=max(1, phase.batch_size // (accelerator.num_processes * phase.gradient_accumulation)),
+            batch_size=share_of_batch(phase, accelerator, section),
             seed=seed,
             sides=("student", "teacher") if training.live else ("student",),
             max_pieces=longest(phase, training.student, training.teacher),
@@ -74,25 +78,16 @@ def fit(
         def evaluate(task: TaskTraining, phase: Phase = phase) -> dict:
             return score(encoded.task, logits_of(task.student, encoded, "validation", phase), "validation")
 
+        evaluate = evaluate if phase.evaluations else None
         steps = min(phase.steps or math.inf, math.ceil(phase.epochs * batcher.rows / phase.batch_size))
-        results.append(
-            train(
-                training,
-                batcher,
-                phase.model_copy(update={"steps": steps}),
-                unit,
-                f"{name}-seed-{seed}-phase-{number}",
-                fingerprint=f"{mark} phase {number}",
-                accelerator=accelerator,
-                evaluate=evaluate if phase.evaluations and accelerator.is_main_process else None,
-            )
-        )
+        settings, name = phase.model_copy(update={"steps": steps}), f"phase-{number + 1}"
+        phase_job = Job(job.run, f"{job.stage}-seed-{seed}-{name}", f"{job.fingerprint} {name}", section)
+        results.append(train(training, batcher, settings, phase_job, accelerator, evaluate))
         accelerator.unwrap_model(training, keep_fp32_wrapper=False)  # else the next phase wraps the wrapper
     if is_rounded(training.student):
         bake(training.student)
-    steps, tokens, seconds = (sum(result[key] for result in results) for key in ("steps", "tokens", "seconds"))
-    figures = {"steps": steps, "tokens": tokens, "seconds": round(seconds, 1), "seconds_per_step": seconds / steps}
-    return figures | {"phases": results}
+    totals = {key: sum(result[key] for result in results) for key in ("steps", "tokens", "seconds")}
+    return totals | {"seconds_per_step": totals["seconds"] / totals["steps"], "phases": results}
 
 
 def longest(phase: Phase, *models: nn.Module | None) -> int:
@@ -103,9 +98,8 @@ def longest(phase: Phase, *models: nn.Module | None) -> int:
 
 def logits_of(model: nn.Module, encoded: EncodedTask, split: str, phase: Phase, *, side: str = "student"):
     """The model's logits of a split, cut as in training (see `predict`)."""
-    batcher = TaskBatcher(
-        encoded, split, batch_size=EVALUATION_BATCH, seed=0, sides=(side,), max_pieces=longest(phase, model)
-    )
+    options = {"batch_size": EVALUATION_BATCH, "seed": 0, "sides": (side,), "max_pieces": longest(phase, model)}
+    batcher = TaskBatcher(encoded, split, **options)
     return predict(model, batcher, side=side, precision=phase.precision)
 
 

@@ -1,47 +1,53 @@
 """Losses: pure functions of what one step saw, chosen and weighted by the recipe.
 
-Every loss is `f(forward, **arguments) -> scalar`; its signature is its schema: a choice of Literals, or a positive
-number. It is zero at agreement, padding never counts, and it is logged unweighted.
+Every loss is `f(forward, **arguments) -> scalar`, and its signature is the schema of its arguments. It is zero at
+agreement, ignores padding, and is logged unweighted. `LOSSES` says of each what it reads and where it can be used. All
+are computed in float32 (see `TrainingTask.forward`), because similarities near 1 are 0.004 apart in bfloat16.
 
 Teacher and student are compared unit by unit (see batches.py), because their sequences differ in length when their
 vocabularies do: a unit's hidden state is the mean over its pieces, and so are its queries, keys and values. Attention
-scores are products, so that their mean over the pieces of two units is the product of two means, and no map between
-pieces need be made. Only attention distributions are pooled as maps: their softmax is over pieces. Where both
-vocabularies spell every word alike, units are pieces and each loss is the papers' own.
+scores are products, so their mean over the pieces of two units is the product of two means, and no map between pieces
+is needed. Only attention distributions are pooled as maps, since their softmax is over pieces. Where both vocabularies
+spell every word alike, units are pieces and each loss is the papers' own.
 
 Shapes: B sequences, T pieces, U units, D width (D_S student, D_T teacher), h heads, n units or pieces of the batch that
 count, V_S and V_T pieces in the vocabularies, C classes.
 """
 
 import inspect
-import math
-from collections.abc import Callable
-from typing import Any, Literal, get_args, get_origin
+from collections.abc import Callable, Iterable, Set
+from dataclasses import dataclass
+from functools import partial
+from typing import Annotated, Literal
 
 import numpy as np
 import torch
 import torch.nn.functional as F
+from pydantic import ConfigDict, Field, ValidationError, create_model
 from scipy.optimize import linprog
 from torch import Tensor
 
 from tokenizer_build.errors import InputError
+from vocabshrink.models.teacher import MaskedLMHead
 from vocabshrink.run.layer_map import SoftPairs
-from vocabshrink.training.views import Direction, Forward, Kind, Layers
+from vocabshrink.run.recipe import TrainingSection, explain
+from vocabshrink.training.views import Direction, Forward, Kind, Layers, Units, View
 
-# ------------------------------------------------------------------------------------------------ parts of losses
+Positive, Count = Annotated[float, Field(gt=0)], Annotated[int, Field(gt=0)]
+STRICT = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)  # of the arguments that a recipe gives
 
 
 def mean(values: Tensor) -> Tensor:
-    """The mean of all elements, zero where there are none: a batch without a masked word is worth nothing."""
+    """The mean of all elements, zero where there are none: a batch without a masked word has no loss."""
     return values.sum() / max(values.numel(), 1)
 
 
 def mean_squares(left: Tensor, right: Tensor) -> Tensor:
-    return (left - right).float().pow(2).mean()
+    return (left - right).pow(2).mean()
 
 
 def one_minus_cosine(left: Tensor, right: Tensor) -> Tensor:
-    return (1 - F.cosine_similarity(left.float(), right.float(), dim=-1)).mean()
+    return (1 - F.cosine_similarity(left, right, dim=-1)).mean()
 
 
 def kl(student: Tensor, teacher: Tensor, temperature: float = 1.0) -> Tensor:
@@ -49,19 +55,17 @@ def kl(student: Tensor, teacher: Tensor, temperature: float = 1.0) -> Tensor:
 
     It is times T², which keeps the gradients' size whatever T (Hinton et al. 2015, section 2).
     """
-    student, teacher = (F.log_softmax(logits.float() / temperature, dim=-1) for logits in (student, teacher))
+    student, teacher = (F.log_softmax(logits / temperature, dim=-1) for logits in (student, teacher))
     return (teacher.exp() * (teacher - student)).sum(-1) * temperature**2
 
 
 def kl_between_units(forward: Forward, student: Tensor, teacher: Tensor) -> Tensor:
-    """KL(teacher || student) of rows of logits [B, h, U, U], mean over heads and units, others than which are left out
-    of the rows too: a word that only one side can write has a share of attention there alone."""
+    """KL(teacher || student) of rows of logits [B, h, U, U], mean over heads and units that count. Other units are left
+    out of the rows too: a word that only one side can write would take its share of attention there alone."""
     counts = forward.batch.unit_mask
-    # a finite number, since infinity minus infinity is none; the softmax makes it exactly zero
-    student, teacher = (
-        logits.float().masked_fill(~counts[:, None, None], torch.finfo(torch.float32).min / 2)
-        for logits in (student, teacher)
-    )
+    # finite, since infinity minus infinity is not a number; the softmax makes it exactly zero
+    lowest = torch.finfo(torch.float32).min / 2
+    student, teacher = (logits.masked_fill(~counts[:, None, None], lowest) for logits in (student, teacher))
     return kl(student, teacher).mean(1)[counts].mean()
 
 
@@ -77,7 +81,7 @@ def transport(costs: Tensor) -> Tensor:
     rows, columns = costs.shape
     constraints = np.vstack([np.kron(np.eye(rows), np.ones(columns)), np.kron(np.ones(rows), np.eye(columns))])
     weights = np.concatenate([np.full(rows, 1 / rows), np.full(columns, 1 / columns)])
-    prices = np.nan_to_num(costs.detach().double().cpu().numpy())  # a loss that is not finite is the loop's to refuse
+    prices = np.nan_to_num(costs.detach().double().cpu().numpy())  # the loop refuses a loss that is not finite
     flow = linprog(prices.ravel(), A_eq=constraints, b_eq=weights, method="highs").x
     return torch.as_tensor(flow, dtype=costs.dtype, device=costs.device).view(rows, columns)
 
@@ -85,11 +89,8 @@ def transport(costs: Tensor) -> Tensor:
 def over_layers(forward: Forward, cost: Callable[[int, Layers], Tensor], *, attention: bool = False) -> Tensor:
     """The mean of cost(m, block) over the map's pairs; under the map `emd`, the cost of the cheapest transport.
 
-    BERT-EMD (Li et al. 2020, section 3) with weights of layers that stay uniform; no gradient goes through the flow.
-    attention: leaves out pairs with layer 0, where there is none.
-
-    Raises:
-        InputError: no pair is left.
+    That is BERT-EMD (Li et al. 2020, section 3) with uniform layer weights; no gradient goes through the flow.
+    attention: leaves out pairs with layer 0, which has none. Raises InputError: no pair is left.
     """
     pairs = [(m, block) for m, block in forward.pairs if not attention or (m and all(block))]
     if not pairs:
@@ -101,22 +102,19 @@ def over_layers(forward: Forward, cost: Callable[[int, Layers], Tensor], *, atte
     return (transport(costs) * costs).sum()
 
 
-# ------------------------------------------------------------------------------------------------ masked words
-
-
-def masked_lm_loss(hidden: Tensor, labels: Tensor, head, tables: list[Tensor], biases: list[Tensor]) -> Tensor:
+def masked_lm_loss(view: View, head: MaskedLMHead, tables: list[Tensor], biases: list[Tensor]) -> Tensor:
     """Cross-entropy at masked pieces, one softmax per vocabulary (Zhao et al. 2019, section 3.2).
 
-    hidden [B, T, D]; labels [B, T] in the combined numbering (vocabulary k follows k - 1), -100 where not masked;
-    tables [V_k, D_E]; biases [V_k]. The table of the vocabulary that segmented the word predicts it.
+    The view's labels [B, T] are in the combined numbering (vocabulary k follows k - 1), -100 where not masked; tables
+    [V_k, D_E]; biases [V_k]. The table of the vocabulary that segmented the word predicts it.
     """
-    where = labels >= 0
-    states, labels = head.transform(hidden[where].float()), labels[where]
+    where = view.side.labels >= 0
+    states, labels = head.transform(view.hidden[-1][where].float()), view.side.labels[where]
     total, first = states.sum() * 0.0, 0
     for table, bias in zip(tables, biases, strict=True):
         mine = (labels >= first) & (labels < first + len(table))
         logits = F.linear(states[mine], table, bias)
-        total = total + F.cross_entropy(logits.float(), labels[mine] - first, reduction="sum")
+        total = total + F.cross_entropy(logits, labels[mine] - first, reduction="sum")
         first += len(table)
     return total / max(len(labels), 1)
 
@@ -131,88 +129,86 @@ def teacher_masked_lm(forward: Forward) -> Tensor:
     return forward.masked_lm["teacher"]()
 
 
-def masked_lm_match(forward: Forward, temperature: float = 1.0) -> Tensor:
+def masked_lm_match(forward: Forward, temperature: Positive = 1.0) -> Tensor:
     """T² KL(p_T || p_S) at masked pieces that both vocabularies write alike, over the pieces that both have.
 
     Student logits [n, V_S] and teacher logits [n, V_T] at units of one masked piece on each side and the same one; both
     softmaxes see only the shared pieces (Kolesnikova et al. 2022, arXiv 2205.02340, "match"; with one vocabulary it is
     DistilBERT's L_ce).
     """
-    student, teacher = forward.student, forward.teacher
-    (here, units, counts), (there, teacher_units, teacher_counts) = student.masked, teacher.masked
-    alone = (counts == 1) & (teacher_counts == 1)
-    mine, theirs = alone[units], alone[teacher_units]  # units rise along both sides, so that the n-th meets the n-th
-    same = forward.shared[student.side.labels[here][mine]] == teacher.side.labels[there][theirs]
+    student, teacher = forward.student.masked, forward.teacher.masked
+    alone = (student.counts == 1) & (teacher.counts == 1)
+    # units rise along both sides, so the n-th chosen piece of one meets the n-th of the other
+    mine, theirs = alone[student.units], alone[teacher.units]
+    same = forward.shared[student.labels[mine]] == teacher.labels[theirs]
     columns = (forward.shared >= 0).nonzero().squeeze(1)
-    logits = student.predict(student.hidden[-1][here][mine][same].float())
-    target = teacher.predict(teacher.hidden[-1][there][theirs][same].float())
+    logits = forward.student.predict(student.states[mine][same])
+    target = forward.teacher.predict(teacher.states[theirs][same])
     return mean(kl(logits[:, columns], target[:, forward.shared[columns]], temperature))
 
 
-def masked_lm_reduce(forward: Forward, temperature: float = 1.0) -> Tensor:
+def masked_lm_reduce(forward: Forward, temperature: Positive = 1.0) -> Tensor:
     """T² KL(p_T || p_S) over the teacher's pieces, at words that the teacher has masked as one piece.
 
     The student's score of a teacher piece is the mean of its log-probabilities of the pieces that spell it, averaged
     over the word's masked student pieces: [n, V_T] from [pieces, V_S]. Teacher pieces without a spelling are left out
     of both softmaxes (after Kolesnikova et al. 2022, arXiv 2205.02340, "reduce-map").
     """
-    student, teacher = forward.student, forward.teacher
-    (here, units, counts), (there, teacher_units, teacher_counts) = student.masked, teacher.masked
-    chosen = (teacher_counts == 1) & (counts > 0)
-    mine, theirs = chosen[units], chosen[teacher_units]
-    scores = F.log_softmax(student.predict(student.hidden[-1][here][mine].float()).float(), dim=-1)
-    row = (chosen.cumsum(0) - 1)[units[mine]]  # the word that each of the student's masked pieces belongs to
+    student, teacher = forward.student.masked, forward.teacher.masked
+    chosen = (teacher.counts == 1) & (student.counts > 0)
+    mine, theirs = chosen[student.units], chosen[teacher.units]
+    scores = F.log_softmax(forward.student.predict(student.states[mine]), dim=-1)
+    row = (chosen.cumsum(0) - 1)[student.units[mine]]  # the word that each of the student's masked pieces belongs to
     words = scores.new_zeros(int(chosen.sum()), scores.shape[1]).index_add(0, row, scores)
-    words = words / counts[chosen].unsqueeze(1)
+    words = words / student.counts[chosen].unsqueeze(1)
     spelt = (forward.spelling[:, 0] >= 0).nonzero().squeeze(1)
     # mean over each spelling: bags of rows of [V_S + 1, n], of which the last stands for no piece
     spelling = forward.spelling[spelt]
     bags = spelling.where(spelling >= 0, words.shape[1])
     by_piece = F.pad(words.T, (0, 0, 0, 1))
     reduced = F.embedding_bag(bags, by_piece, mode="mean", padding_idx=words.shape[1]).T
-    target = teacher.predict(teacher.hidden[-1][there][theirs].float())
+    target = forward.teacher.predict(teacher.states[theirs])
     return mean(kl(reduced, target[:, spelt], temperature))
 
 
-# ------------------------------------------------------------------------------------------------ hidden states
+def between_states(
+    forward: Forward, distance: Callable[[Tensor, Tensor], Tensor], direction: Direction, units: Units = "all"
+) -> Tensor:
+    """The distance of unit states [n, D] over the matched layers, after the shared projection."""
+    return over_layers(forward, lambda m, block: distance(*forward.aligned(m, block, direction, units)))
 
 
 def hidden_mse(forward: Forward, direction: Direction = "up") -> Tensor:
     """Mean squared error of unit states over the matched layers, after the shared projection (TinyBERT, eq. 8)."""
-    return over_layers(forward, lambda m, block: mean_squares(*forward.aligned(m, block, direction)))
+    return between_states(forward, mean_squares, direction)
 
 
 def hidden_mae(forward: Forward, direction: Direction = "up") -> Tensor:
-    """Mean absolute error of unit states over the matched layers: `hidden_mse` that far states do not rule."""
-    return over_layers(forward, lambda m, block: F.l1_loss(*in_float(forward.aligned(m, block, direction))))
+    """Mean absolute error of unit states over the matched layers: `hidden_mse` less ruled by far states."""
+    return between_states(forward, F.l1_loss, direction)
 
 
-def hidden_huber(forward: Forward, direction: Direction = "up", delta: float = 1.0) -> Tensor:
+def hidden_huber(forward: Forward, direction: Direction = "up", delta: Positive = 1.0) -> Tensor:
     """Huber's loss of unit states over the matched layers: half the square up to delta, then linear (Huber 1964)."""
-
-    def cost(m: int, block: Layers) -> Tensor:
-        return F.huber_loss(*in_float(forward.aligned(m, block, direction)), delta=delta)
-
-    return over_layers(forward, cost)
+    return between_states(forward, partial(F.huber_loss, delta=delta), direction)
 
 
 def hidden_cosine(forward: Forward, direction: Direction = "up") -> Tensor:
     """One minus cosine of unit states over the matched layers (DistilBERT's L_cos)."""
-    return over_layers(forward, lambda m, block: one_minus_cosine(*forward.aligned(m, block, direction)))
+    return between_states(forward, one_minus_cosine, direction)
 
 
-def hidden_normalized(forward: Forward, direction: Direction = "up", states: Literal["all", "cls"] = "all") -> Tensor:
+def hidden_normalized(forward: Forward, direction: Direction = "up", states: Units = "all") -> Tensor:
     """Mean squared distance of L2-normalised states (patient KD, Sun et al. 2019, eq. 7: of [CLS], `states` cls)."""
 
-    def cost(m: int, block: Layers) -> Tensor:
-        student, teacher = of_length_one(forward.aligned(m, block, direction, states))
-        return (student - teacher).pow(2).sum(-1).mean()
+    def distance(student: Tensor, teacher: Tensor) -> Tensor:
+        return (F.normalize(student, dim=-1) - F.normalize(teacher, dim=-1)).pow(2).sum(-1).mean()
 
-    return over_layers(forward, cost)
+    return between_states(forward, distance, direction, states)
 
 
 def hidden_contrastive(
-    forward: Forward, direction: Direction = "up", temperature: float = 0.1, limit: int = 1024
+    forward: Forward, direction: Direction = "up", temperature: Positive = 0.1, limit: Count = 1024
 ) -> Tensor:
     """KL of softmax(t · t_j / τ) and softmax(s · t_j / τ): a unit's state is told from those of the batch's others.
 
@@ -221,29 +217,17 @@ def hidden_contrastive(
     the batch, because the cost is n².
     """
 
-    def cost(m: int, block: Layers) -> Tensor:
-        student, teacher = of_length_one(forward.aligned(m, block, direction))
+    def distance(student: Tensor, teacher: Tensor) -> Tensor:
         every = -(-len(teacher) // limit)
-        student, teacher = student[::every], teacher[::every]
+        student, teacher = (F.normalize(states, dim=-1)[::every] for states in (student, teacher))
         return kl(student @ teacher.mT / temperature, teacher @ teacher.mT / temperature).mean()
 
-    return over_layers(forward, cost)
-
-
-def in_float(states: tuple[Tensor, Tensor]) -> list[Tensor]:
-    return [state.float() for state in states]
-
-
-def of_length_one(states: tuple[Tensor, Tensor]) -> list[Tensor]:
-    return [F.normalize(state.float(), dim=-1) for state in states]
+    return between_states(forward, distance, direction)
 
 
 def embedding_mse(forward: Forward) -> Tensor:
     """Mean squared error of the embedding outputs, unit by unit, after the projection up (TinyBERT, eq. 9)."""
     return mean_squares(*forward.aligned(0, (0,), "up"))
-
-
-# ------------------------------------------------------------------------------------------------ attention
 
 
 def attention_scores(forward: Forward) -> Tensor:
@@ -256,7 +240,7 @@ def attention_scores(forward: Forward) -> Tensor:
 
     def cost(m: int, block: Layers) -> Tensor:
         student, teacher = like_heads(forward.student.scores((m,)), forward.teacher.scores(block))
-        return (student - teacher).float().pow(2).mean(1)[both].mean()
+        return (student - teacher).pow(2).mean(1)[both].mean()
 
     return over_layers(forward, cost, attention=True)
 
@@ -264,8 +248,8 @@ def attention_scores(forward: Forward) -> Tensor:
 def attention_kl(forward: Forward) -> Tensor:
     """KL(A_T || A_S) of the attention distributions between units, [B, h, U, U], mean over heads and units.
 
-    MiniLM (Wang et al. 2020, section 3.1), there of the last layer; arXiv 2308.13958 puts it in the place of TinyBERT's
-    MSE. Head by head; where the models have different numbers of heads, the means over heads are compared.
+    MiniLM (Wang et al. 2020, section 3.1), there of the last layer; arXiv 2308.13958 replaces TinyBERT's MSE by it.
+    Head by head; where the models have different numbers of heads, the means over heads are compared.
     """
 
     def cost(m: int, block: Layers) -> Tensor:
@@ -286,7 +270,7 @@ def relations_kl(forward: Forward, kind: Kind, heads: int | None) -> Tensor:
     return over_layers(forward, cost, attention=True)
 
 
-def query_relations(forward: Forward, heads: int | None = None) -> Tensor:
+def query_relations(forward: Forward, heads: Count | None = None) -> Tensor:
     """KL of the relations between queries, softmax(Q Q^T / sqrt(d_r)) (MiniLMv2, Wang et al. 2021).
 
     heads: A_r, which must divide both widths; the models' own numbers of heads do not matter. None: the teacher's.
@@ -294,20 +278,14 @@ def query_relations(forward: Forward, heads: int | None = None) -> Tensor:
     return relations_kl(forward, "queries", heads)
 
 
-def key_relations(forward: Forward, heads: int | None = None) -> Tensor:
+def key_relations(forward: Forward, heads: Count | None = None) -> Tensor:
     """KL of the relations between keys, softmax(K K^T / sqrt(d_r)) (MiniLMv2). heads: as in query_relations."""
     return relations_kl(forward, "keys", heads)
 
 
-def value_relations(forward: Forward, heads: int | None = None) -> Tensor:
-    """KL of the relations between values, softmax(V V^T / sqrt(d_r)) (MiniLM, section 3.2; MiniLMv2).
-
-    heads: as in query_relations.
-    """
+def value_relations(forward: Forward, heads: Count | None = None) -> Tensor:
+    """KL of the relations between values (MiniLM, section 3.2; MiniLMv2). heads: as in query_relations."""
     return relations_kl(forward, "values", heads)
-
-
-# ------------------------------------------------------------------------------------------------ sentences
 
 
 def sentence_cosine(forward: Forward) -> Tensor:
@@ -317,7 +295,7 @@ def sentence_cosine(forward: Forward) -> Tensor:
 
 def similarity_mse(student: Tensor, teacher: Tensor) -> Tensor:
     """Mean squared error of two cosine-similarity matrices off the diagonal. [..., n, D_S], [..., n, D_T]."""
-    student, teacher = F.normalize(student.float(), dim=-1), F.normalize(teacher.float(), dim=-1)
+    student, teacher = F.normalize(student, dim=-1), F.normalize(teacher, dim=-1)
     size = student.shape[-2]
     difference = student @ student.mT - teacher @ teacher.mT  # the diagonal is 1 - 1
     return difference.pow(2).sum((-1, -2)).mean() / max(size * (size - 1), 1)
@@ -334,35 +312,31 @@ def batch_similarity(forward: Forward) -> Tensor:
     return similarity_mse(forward.student.sentence, forward.teacher.sentence)
 
 
-# ------------------------------------------------------------------------------------------------ tasks
-
-
 def labels(forward: Forward) -> Tensor:
     """Cross-entropy with a task's classes, [B, C] or [n, C] at labelled pieces; of scores, the mean squared error.
 
-    The one loss of a task that no teacher is asked for: what it is zero at is the truth.
+    The only loss of a task that needs no teacher: it is zero at the truth.
     """
-    logits, targets = forward.student.task_logits.float(), forward.targets
+    logits, targets = forward.student.task_logits, forward.targets
     if targets.is_floating_point():
         return mean_squares(logits.squeeze(-1), targets)
     return mean(F.cross_entropy(logits, targets, reduction="none"))
 
 
-def soft_labels(forward: Forward, temperature: float = 1.0, divergence: Literal["kl", "ce"] = "kl") -> Tensor:
+def soft_labels(forward: Forward, temperature: Positive = 1.0, divergence: Literal["kl", "ce"] = "kl") -> Tensor:
     """T² KL(p_T || p_S) of softmax(z / T), z [B, C] or [n, C] at labelled pieces (Hinton et al. 2015, eq. 1).
 
-    divergence ce: T² times the cross-entropy (TinyBERT, eq. 10, with T = 1), which is more by the teacher's
-    entropy: the same gradients, and not zero at agreement.
+    divergence ce: T² times the cross-entropy (TinyBERT, eq. 10, with T = 1), which is larger by the teacher's entropy:
+    the same gradients, and not zero at agreement.
 
-    Raises:
-        InputError: a regression task, which has one output and no distribution.
+    Raises InputError: a regression task, which has one output and no distribution.
     """
     student, teacher = forward.student.task_logits, forward.teacher.task_logits
     if student.shape[-1] == 1:
         raise InputError("losses.soft_labels: one output has no distribution: choose logits_mse for regression")
     found = kl(student, teacher, temperature)
     if divergence == "ce":
-        found = found + temperature**2 * torch.distributions.Categorical(logits=teacher.float() / temperature).entropy()
+        found = found + temperature**2 * torch.distributions.Categorical(logits=teacher / temperature).entropy()
     return mean(found)
 
 
@@ -371,10 +345,7 @@ def logits_mse(forward: Forward) -> Tensor:
 
     For regression, where the one logit is the score.
     """
-    return mean((forward.student.task_logits - forward.teacher.task_logits).float().pow(2))
-
-
-# ------------------------------------------------------------------------------------------------ parameters
+    return mean((forward.student.task_logits - forward.teacher.task_logits).pow(2))
 
 
 def parameters_down(forward: Forward) -> Tensor:
@@ -387,70 +358,83 @@ def parameters_up(forward: Forward) -> Tensor:
     return forward.parameters["up"]()
 
 
-LOSSES: dict[str, Callable[..., Tensor]] = {
-    "student_masked_lm": student_masked_lm,
-    "teacher_masked_lm": teacher_masked_lm,
-    "masked_lm_match": masked_lm_match,
-    "masked_lm_reduce": masked_lm_reduce,
-    "parameters_down": parameters_down,
-    "parameters_up": parameters_up,
-    "hidden_mse": hidden_mse,
-    "hidden_mae": hidden_mae,
-    "hidden_huber": hidden_huber,
-    "hidden_cosine": hidden_cosine,
-    "hidden_normalized": hidden_normalized,
-    "hidden_contrastive": hidden_contrastive,
-    "embedding_mse": embedding_mse,
-    "attention_scores": attention_scores,
-    "attention_kl": attention_kl,
-    "query_relations": query_relations,
-    "key_relations": key_relations,
-    "value_relations": value_relations,
-    "sentence_cosine": sentence_cosine,
-    "group_similarity": group_similarity,
-    "batch_similarity": batch_similarity,
-    "labels": labels,
-    "soft_labels": soft_labels,
-    "logits_mse": logits_mse,
-}
+@dataclass(frozen=True)
+class Loss:
+    """A loss, what must be there for it, and the places whose steps have that.
 
-# Losses by what must be there for them; all others read the last hidden states of student and teacher.
-HIDDEN = {"hidden_mse", "hidden_mae", "hidden_huber", "hidden_cosine", "hidden_normalized", "hidden_contrastive"}
-LAYERWISE = HIDDEN | {"embedding_mse"}  # all hidden states
-ATTENTION = {"attention_scores", "attention_kl", "query_relations", "key_relations", "value_relations"}
-ACROSS_VOCABULARIES = {"masked_lm_match", "masked_lm_reduce"}  # masked words, and a head on either side
-MASKED_LM = {"student_masked_lm", "teacher_masked_lm"} | ACROSS_VOCABULARIES  # masked words and a head
-TASK = {"labels", "soft_labels", "logits_mse"}  # a task's logits
-
-
-def check_losses(section: str, losses: dict, available: set[str]) -> None:
-    """Refuses an unknown loss, one that the stage cannot give, and an argument or a value it does not take.
-
-    Raises:
-        InputError: naming the key.
+    reads: "hidden" (hidden states of all layers; the last are always there), "queries", "keys", "values"; "pieces" (the
+    teacher's pieces, not only its units); "teacher" (its states), "teacher logits", "task logits"; "masked words",
+    "student head", "teacher head" (of masked LM), "both vocabularies" (which pieces they share); "up" (the projection,
+    whatever the arguments); "groups" (of near sentences).
+    stands_in: the modes of dual training ("joint", "two_stage", "match"), "distill" (recovery too), "finetune" and
+    "task teacher" (of its fine-tuning).
     """
-    for name, chosen in losses.items():
+
+    function: Callable[..., Tensor]
+    reads: Set[str]
+    stands_in: Set[str]
+
+
+COMPARED = frozenset({"joint", "match", "distill", "finetune"})  # where a student and a teacher see the same words
+MASKED = frozenset({"masked words", "student head", "teacher head", "both vocabularies", "teacher", "pieces"})
+LOSSES: dict[str, Loss] = {
+    "student_masked_lm": Loss(student_masked_lm, {"masked words", "student head"}, {"joint", "distill"}),
+    "teacher_masked_lm": Loss(teacher_masked_lm, {"masked words", "teacher head"}, {"joint", "two_stage"}),
+    "masked_lm_match": Loss(masked_lm_match, MASKED, {"distill"}),
+    "masked_lm_reduce": Loss(masked_lm_reduce, MASKED, {"distill"}),
+    "parameters_down": Loss(parameters_down, set(), {"joint"}),
+    "parameters_up": Loss(parameters_up, set(), {"joint"}),
+    "hidden_mse": Loss(hidden_mse, {"hidden", "teacher"}, COMPARED),
+    "hidden_mae": Loss(hidden_mae, {"hidden", "teacher"}, COMPARED),
+    "hidden_huber": Loss(hidden_huber, {"hidden", "teacher"}, COMPARED),
+    "hidden_cosine": Loss(hidden_cosine, {"hidden", "teacher"}, COMPARED),
+    "hidden_normalized": Loss(hidden_normalized, {"hidden", "teacher"}, COMPARED),
+    "hidden_contrastive": Loss(hidden_contrastive, {"hidden", "teacher"}, COMPARED),
+    "embedding_mse": Loss(embedding_mse, {"hidden", "teacher", "up"}, COMPARED),
+    "attention_scores": Loss(attention_scores, {"queries", "keys", "teacher"}, COMPARED),
+    "attention_kl": Loss(attention_kl, {"queries", "keys", "pieces", "teacher"}, COMPARED),
+    "query_relations": Loss(query_relations, {"queries", "teacher"}, COMPARED),
+    "key_relations": Loss(key_relations, {"keys", "teacher"}, COMPARED),
+    "value_relations": Loss(value_relations, {"values", "teacher"}, COMPARED),
+    "sentence_cosine": Loss(sentence_cosine, {"teacher", "up"}, COMPARED),
+    "group_similarity": Loss(group_similarity, {"teacher", "groups"}, {"match", "distill"}),
+    "batch_similarity": Loss(batch_similarity, {"teacher"}, COMPARED),
+    "labels": Loss(labels, {"task logits"}, {"finetune", "task teacher"}),
+    "soft_labels": Loss(soft_labels, {"task logits", "teacher logits"}, {"finetune"}),
+    "logits_mse": Loss(logits_mse, {"task logits", "teacher logits"}, {"finetune"}),
+}
+ATTENTION = ("queries", "keys", "values")
+
+
+def readers(losses: Iterable[str], *parts: str) -> list[str]:
+    """Those of the losses, in their order, that read any of these parts (see `Loss`)."""
+    return [name for name in losses if LOSSES[name].reads & set(parts)]
+
+
+def check_losses(section: str, stage: TrainingSection, place: str) -> None:
+    """Refuses losses that a stage cannot compute: unknown, out of place, with wrong arguments, without what they read.
+
+    section: the stage's key in the recipe. place: see `Loss`. Raises InputError: naming the key.
+    """
+    for name, chosen in stage.losses.items():
+        key = f"{section}.losses.{name}"
         if name not in LOSSES:
-            raise InputError(f"{section}.losses.{name}: unknown loss: known losses are {', '.join(LOSSES)}")
-        if name not in available:
-            choices = ", ".join(sorted(available))
-            raise InputError(f"{section}.losses.{name}: this stage cannot give it: choose from {choices}")
-        known = dict(list(inspect.signature(LOSSES[name]).parameters.items())[1:])
-        for argument, value in chosen.arguments.items():
-            if argument not in known:
-                takes = ", ".join(known) or "none"
-                raise InputError(f"{section}.losses.{name}.{argument}: unknown argument: it takes {takes}")
-            if wanted := unmet(known[argument].annotation, value):
-                raise InputError(f"{section}.losses.{name}.{argument}: {value!r} is not {wanted}")
-
-
-def unmet(annotation: Any, value: Any) -> str | None:
-    """What an argument of this annotation must be and the value is not, or None."""
-    if get_origin(annotation) is Literal:
-        choices = get_args(annotation)
-        return None if value in choices else " or ".join(map(str, choices))
-    if value is None and type(None) in get_args(annotation):
-        return None
-    kinds, name = ((int, float), "a positive number") if annotation is float else ((int,), "a positive whole number")
-    good = isinstance(value, kinds) and not isinstance(value, bool) and 0 < value < math.inf
-    return None if good else name
+            raise InputError(f"{key}: unknown loss: known losses are {', '.join(LOSSES)}")
+        if place not in LOSSES[name].stands_in:
+            choices = ", ".join(other for other, loss in LOSSES.items() if place in loss.stands_in)
+            raise InputError(f"{key}: this stage cannot compute it: choose from {choices}")
+        _, *known = inspect.signature(LOSSES[name].function).parameters.values()
+        schema = create_model(
+            name, __config__=STRICT, **{known.name: (known.annotation, known.default) for known in known}
+        )
+        try:
+            schema.model_validate(chosen.arguments)
+        except ValidationError as error:
+            first = error.errors()[0]
+            raise InputError(explain(first | {"loc": (*key.split("."), *first["loc"])}, schema)) from None
+    for name in readers(stage.losses, "masked words"):
+        if not stage.mask:
+            raise InputError(f"{section}.losses.{name}: nothing is masked: set {section}.mask, 0.15 as in BERT")
+    for name in readers(stage.losses, "groups"):
+        if stage.group_size == 1:
+            raise InputError(f"{section}.losses.{name} compares near sentences: set {section}.group_size to 4")

@@ -1,10 +1,16 @@
-"""TODO: training.views."""
+"""What the losses of one step see: each model's pass over its side of the batch, and what is pooled from it.
+
+A `View` is one model on its own pieces, and makes of its hidden states, queries, keys and values what can be compared
+across vocabularies: means over units (batches.py), products of such means, sentence embeddings. Each is made when a
+loss first asks for it, and once however many losses read it. Everything comes out in float32; only the passes
+themselves may be in bfloat16. Distributions of attention alone cost maps between pieces, [B, h, T, T] a layer.
+"""
 
 import math
 from collections.abc import Callable, Hashable
 from dataclasses import dataclass, field, replace
 from functools import cached_property
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -16,25 +22,34 @@ from vocabshrink.models.forward import Pass, pool_attention, pool_sentence, pool
 from vocabshrink.run.layer_map import Pairs
 
 Direction = Literal["up", "down"]
+Units = Literal["all", "cls"]
 Layers = tuple[int, ...]  # 1-based, 0 is the embedding output; of several layers the mean is taken
 Kind = Literal["queries", "keys", "values"]
 
 
 class Cache(dict):
-    """Values made at most once: what several losses of a step read is computed by the first."""
+    """Values that are made at most once."""
 
     def once(self, key: Hashable, make: Callable[[], Any]) -> Any:
-        if key not in self:
-            self[key] = make()
-        return self[key]
+        return self[key] if key in self else self.setdefault(key, make())
+
+
+class Masked(NamedTuple):
+    """The n masked pieces of a side: last hidden states [n, D], true pieces [n], their units numbered through the batch
+    [n], and how many of them each unit has [B U]."""
+
+    states: Tensor
+    labels: Tensor
+    units: Tensor
+    counts: Tensor
 
 
 @dataclass
 class View:
-    """One model's pass over one side of the batch. What is pooled from it is computed once.
+    """One model's pass over one side of the batch.
 
-    unit_count: U. heads: of the model's attention. logits: a task's, [B, C], or [B, T, C] of a token task (or [n, C] at
-    its labelled pieces alone). predict: last hidden states [n, D] -> logits [n, V] over the model's own pieces.
+    unit_count: U. heads: of the model's attention. logits: a task's where they were stored, [B, C], or [B, T, C] of a
+    token task. predict: last hidden states -> the model's own logits: of pieces [n, D] -> [n, V], or a task's.
     """
 
     side: Pieces | None
@@ -49,35 +64,33 @@ class View:
 
     @property
     def hidden(self) -> tuple[Tensor, ...]:
-        """The hidden states that were kept, [B, T, D] each."""
+        """[B, T, D] each, in the dtype of the pass."""
         return self.passed.hidden
 
     def detached(self) -> "View":
-        """The same view to learn from: no gradient goes back through it."""
+        """The same view as a target: no gradient goes back through it."""
         parts = (part and tuple(tensor.detach() for tensor in part) for part in vars(self.passed).values())
         return replace(self, passed=Pass(*parts))
 
     def _mean(self, what: Hashable, layers: Layers, make: Callable[[int], Tensor]) -> Tensor:
-        """The mean over layers of what `make` gives for each, of which each is made once."""
+        """The mean over layers of what `make` gives for each, made once."""
         made = [self._cache.once((what, layer), lambda layer=layer: make(layer)) for layer in layers]
         return made[0] if len(made) == 1 else torch.stack(made).mean(0)
-
-    def states(self, layers: Layers) -> Tensor:
-        """Hidden states of units, [B, U, D] in float32."""
-        return self._mean("states", layers, lambda layer: self.pooled(self.hidden[layer]))
 
     def pooled(self, tensor: Tensor) -> Tensor:
         """Of pieces [B, T, D], the means of units [B, U, D] in float32."""
         return pool_units(tensor, self.side.units, self.unit_count)
 
-    def _split(self, kind: Kind, layer: int, heads: int) -> Tensor:
-        """Queries, keys or values of units by head, [B, heads, U, D / heads]."""
-        tensor = getattr(self.passed, kind)[layer - 1]
-        return by_head(self._cache.once((kind, layer), lambda: self.pooled(tensor)), heads)
+    def states(self, layers: Layers) -> Tensor:
+        """Hidden states of units, [B, U, D]."""
+        return self._mean("states", layers, lambda layer: self.pooled(self.hidden[layer]))
 
     def _products(self, left: Kind, right: Kind, layers: Layers, heads: int) -> Tensor:
+        def of_units(kind: Kind, layer: int) -> Tensor:
+            return self._cache.once((kind, layer), lambda: self.pooled(getattr(self.passed, kind)[layer - 1]))
+
         def make(layer: int) -> Tensor:
-            return scaled_products(self._split(left, layer, heads), self._split(right, layer, heads))
+            return products(of_units(left, layer), of_units(right, layer), heads)
 
         return self._mean((left, right, heads), layers, make)
 
@@ -86,25 +99,20 @@ class View:
         return self._products("queries", "keys", layers, self.heads)
 
     def relations(self, kind: Kind, layers: Layers, heads: int) -> Tensor:
-        """X X^T / sqrt(D / heads) between units before the softmax, [B, heads, U, U]; X is `kind`, split anew.
-
-        Raises:
-            InputError: the heads do not divide the width.
-        """
+        """X X^T / sqrt(D / heads) between units before the softmax, [B, heads, U, U]; X is `kind`, split anew. Raises
+        InputError: the heads do not divide the width."""
         width = getattr(self.passed, kind)[0].shape[-1]
         if width % heads:
-            raise InputError(
-                f"losses: {heads} relation heads do not divide a width of {width}: set heads, their argument"
-            )
+            raise InputError(f"losses: {heads} relation heads do not divide a width of {width}: set heads of the loss")
         return self._products(kind, kind, layers, heads)
 
     def attention(self, layers: Layers) -> Tensor:
         """Attention distributions between units, [B, h, U, U]: a unit is attended to as much as all its pieces."""
 
         def make(layer: int) -> Tensor:
-            queries, keys = (by_head(part[layer - 1], self.heads) for part in (self.passed.queries, self.passed.keys))
+            queries, keys = (part[layer - 1].float() for part in (self.passed.queries, self.passed.keys))
             padding = self.side.attention_mask[:, None, None] == 0
-            maps = scaled_products(queries, keys).float().masked_fill(padding, -math.inf).softmax(-1)
+            maps = products(queries, keys, self.heads).masked_fill(padding, -math.inf).softmax(-1)
             return pool_attention(maps, self.side.units, self.unit_count)
 
         return self._mean("attention", layers, make)
@@ -117,24 +125,24 @@ class View:
     @cached_property
     def task_logits(self) -> Tensor:
         """A task's logits, [B, C], or [n, C] at the labelled pieces, which are as many on every side."""
-        return self.logits[self.side.labels >= 0] if self.logits.ndim == 3 else self.logits
+        logits = self.predict(self.hidden[-1]) if self.logits is None else self.logits
+        return (logits[self.side.labels >= 0] if logits.ndim == 3 else logits).float()
 
     @cached_property
-    def masked(self) -> tuple[Tensor, Tensor, Tensor]:
-        """Of the masked pieces: where they are [B, T] bool, their units numbered through the batch [n], and how many of
-        them each unit has [B U]."""
+    def masked(self) -> Masked:
         where = self.side.labels >= 0
         first = torch.arange(len(where), device=where.device).unsqueeze(1) * self.unit_count
         units = (self.side.units + first)[where]
-        return where, units, torch.bincount(units, minlength=len(where) * self.unit_count)
+        counts = torch.bincount(units, minlength=len(where) * self.unit_count)
+        return Masked(self.hidden[-1][where].float(), self.side.labels[where], units, counts)
 
 
 @dataclass
 class Forward:
     """What one step saw. A view that a stage does not run is None.
 
-    student: the student on its pieces; in match mode, the teacher on mixed input takes its seat. teacher: what is
-    learnt from: the teacher on its own pieces or, in joint training, on mixed ones; its view carries no gradient.
+    student: the student on its pieces; in match mode, the teacher on mixed input takes its seat. teacher: the target:
+    the teacher on its own pieces or, in joint training, on mixed ones; its view carries no gradient.
     up [D_S -> D_T] and down [D_T -> D_S]: shared projections of hidden states. masked_lm: name -> function giving that
     model's masked-LM loss. parameters: direction -> function giving the parameter projection loss. shared [V_S]: the
     teacher's id of the same piece, or -1. spelling [V_T, K]: student pieces that spell a teacher piece, then -1.
@@ -160,29 +168,22 @@ class Forward:
         found = self.student.side.labels
         return found[found >= 0]
 
-    def aligned(self, m: int, block: Layers, direction: Direction, states: str = "all") -> tuple[Tensor, Tensor]:
-        """States of a pair of layers in one width, the student's brought up or the teacher's down: [n, D] twice.
+    def aligned(self, m: int, block: Layers, direction: Direction, units: Units = "all") -> tuple[Tensor, Tensor]:
+        """States of a pair of layers in one width, the student's brought up or the teacher's down: [n, D] twice; of all
+        units that count or, for `units` "cls", of [CLS] alone, [B, D]."""
 
-        Those of all units that count or, for `states` "cls", of [CLS] alone, [B, D].
-        """
+        def of(side: str, layers: Layers, project: nn.Module) -> Tensor:
+            def make() -> Tensor:
+                found = getattr(self, side).states(layers)
+                return project(found[:, 0] if units == "cls" else found[self.batch.unit_mask])
 
-        def of(view: View, layers: Layers, project: nn.Module) -> Tensor:
-            found = view.states(layers)
-            return project(found[:, 0] if states == "cls" else found[self.batch.unit_mask])
+            return self._cache.once((side, layers, direction, units), make)
 
-        same = nn.Identity()
-        left, right = (self.up, same) if direction == "up" else (same, self.down)
-        return (
-            self._cache.once(("student", m, direction, states), lambda: of(self.student, (m,), left)),
-            self._cache.once(("teacher", block, direction, states), lambda: of(self.teacher, block, right)),
-        )
+        left, right = (self.up, nn.Identity()) if direction == "up" else (nn.Identity(), self.down)
+        return of("student", (m,), left), of("teacher", block, right)
 
 
-def by_head(tensor: Tensor, heads: int) -> Tensor:
-    """[B, U, D] -> [B, heads, U, D / heads]"""
-    return tensor.unflatten(-1, (heads, -1)).transpose(1, 2)
-
-
-def scaled_products(left: Tensor, right: Tensor) -> Tensor:
-    """[..., U, d] twice -> [..., U, U]"""
+def products(left: Tensor, right: Tensor, heads: int) -> Tensor:
+    """[B, U, D] twice, each split into heads of width d -> their products over sqrt(d), [B, heads, U, U]."""
+    left, right = (part.unflatten(-1, (heads, -1)).transpose(1, 2) for part in (left, right))
     return left @ right.mT / math.sqrt(left.shape[-1])
