@@ -15,6 +15,7 @@ import yaml
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 
 from tokenizer_build.errors import InputError
+from vocabshrink.run.formats import CLASSES, FORMATS, LARGE_CLASSES, kind_of
 from vocabshrink.run.layer_map import LAYER_MAPS
 from vocabshrink.run.recipe_yaml import BOOLEANS, RecipeDumper, RecipeLoader, override_value, parse_yaml
 
@@ -65,10 +66,8 @@ Rate = Annotated[float, Number, Field(gt=0)]
 LayerMap = Annotated[str | list[tuple[int, int | list[int]]], BeforeValidator(check_layer_map)]
 
 
-Format = Literal[
-    "fp32", "fp16", "int8", "int4-32", "int4-64", "int4-128", "int3-32", "int3-64", "int3-128"
-]  # 3 bits in compact weights alone
-WeightFormats = Format | dict[Literal["embeddings", "positions", "attention", "feed_forward", "head"], Format]
+Format = Literal[*FORMATS]
+WeightFormats = Format | dict[Literal[*CLASSES], Format]
 
 
 class Section(BaseModel):
@@ -317,10 +316,10 @@ class DeliverySection(Section):
     def kernels_read_it(self):
         for key in ("weights", "compact"):
             chosen = getattr(self, key)
-            if isinstance(chosen, dict) and (missing := {"embeddings", "attention", "feed_forward"} - set(chosen)):
+            if isinstance(chosen, dict) and (missing := set(LARGE_CLASSES) - set(chosen)):
                 raise ValueError(f"{key}: {min(missing)} has no format: give each of these classes one")
         formats = self.weights.values() if isinstance(self.weights, dict) else [self.weights]
-        if any(format.startswith("int3") for format in formats):
+        if "int3" in map(kind_of, formats):
             raise ValueError("weights: no ONNX kernel reads 3 bits: they are for delivery.compact")
         return self
 
