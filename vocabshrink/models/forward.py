@@ -1,7 +1,15 @@
-"""TODO: models.forward."""
+"""A pass through a backbone, and the pooling of what it gives: pieces into units, pieces into a sentence.
 
-from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+Losses of attention need each layer's queries, keys and values. They are read by hooks on the layers that compute them,
+so that transformers' fast attention stays in use, which never shows its scores. This costs a table of where each family
+has these layers, and leaves out families whose scores are more than Q K^T / sqrt(d).
+
+Student and teacher cut words into different pieces. Whatever is compared between them is pooled into units (words)
+first; the sums are float32 under autocast too.
+"""
+
+from collections.abc import Iterable, Iterator
+from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
 
 import torch
@@ -29,11 +37,7 @@ class Pass:
 BERT_PROJECTIONS = ("attention.self.query", "attention.self.key", "attention.self.value")
 # Where each family keeps the layers that give queries, keys and values. Only families whose scores are Q K^T / sqrt(d)
 # and nothing else: MPNet and DeBERTa add relative positions, ModernBERT rotates.
-PROJECTIONS = {
-    "bert": BERT_PROJECTIONS,
-    "roberta": BERT_PROJECTIONS,
-    "xlm-roberta": BERT_PROJECTIONS,
-    "camembert": BERT_PROJECTIONS,
+PROJECTIONS = dict.fromkeys(("bert", "roberta", "xlm-roberta", "camembert"), BERT_PROJECTIONS) | {
     "distilbert": ("attention.q_lin", "attention.k_lin", "attention.v_lin"),
     "albert": ("attention.query", "attention.key", "attention.value"),
 }
@@ -43,28 +47,36 @@ def check_attention(config) -> None:
     """Refuses losses of attention for an architecture whose attention is not known. Raises InputError."""
     if config.model_type not in PROJECTIONS or getattr(config, "inner_group_num", 1) != 1:  # ALBERT's layers in a layer
         raise InputError(
-            f"{config.model_type}: where its attention is computed is not known, so that no loss can read it: choose "
+            f"{config.model_type}: where its attention is computed is not known, so no loss can read it: choose "
             f"losses of hidden states, or a model among {', '.join(PROJECTIONS)}"
         )
 
 
 @contextmanager
-def captured(backbone: nn.Module) -> Iterator[tuple[list[torch.Tensor], ...]]:
-    """Lists that fill with each layer's queries, keys and values while the backbone runs: sdpa stays in use."""
-    check_attention(backbone.config)
-    family = backbone.config.model_type
-    found = ([], [], [])
+def hooked(modules: Iterable[nn.Module], *, inputs: bool = False) -> Iterator[list[torch.Tensor]]:
+    """A list that fills with each module's output, or its first input, in the order in which they run."""
+    found: list[torch.Tensor] = []
     handles = [
-        module.register_forward_hook(lambda module, inputs, output, into=into: into.append(output))
-        for name, module in backbone.named_modules()
-        for into, place in zip(found, PROJECTIONS[family], strict=True)
-        if name.endswith("." + place)
+        module.register_forward_hook(lambda _, taken, given: found.append(taken[0] if inputs else given))
+        for module in modules
     ]
     try:
         yield found
     finally:
         for handle in handles:
             handle.remove()
+
+
+@contextmanager
+def captured(backbone: nn.Module) -> Iterator[tuple[list[torch.Tensor], ...]]:
+    """Lists that fill with each layer's queries, keys and values while the backbone runs."""
+    check_attention(backbone.config)
+    modules = dict(backbone.named_modules())
+    with ExitStack() as stack:
+        yield tuple(
+            stack.enter_context(hooked(module for name, module in modules.items() if name.endswith(f".{place}")))
+            for place in PROJECTIONS[backbone.config.model_type]
+        )
 
 
 CHUNKS = 4  # of a batch whose sequences differ much in length
@@ -89,22 +101,19 @@ def run_backbone(
     Raises:
         InputError: `qkv` of an architecture whose attention is not known.
     """
-    lengths = side.attention_mask.sum(1)
     size, width = side.ids.shape
-    typed = side.token_types is not None and getattr(backbone.config, "type_vocab_size", 0) > 1
+    tensors = {"input_ids": side.ids} if embeddings is None else {"inputs_embeds": embeddings}
+    if side.token_types is not None and getattr(backbone.config, "type_vocab_size", 0) > 1:
+        tensors["token_type_ids"] = side.token_types
+    tensors["attention_mask"] = side.attention_mask
 
     def forward(rows, columns: int) -> Pass:
-        inputs = (
-            {"input_ids": side.ids[rows, :columns]}
-            if embeddings is None
-            else {"inputs_embeds": embeddings[rows, :columns]}
-        )
-        if typed:
-            inputs["token_type_ids"] = side.token_types[rows, :columns]
+        inputs = {name: tensor[rows, :columns] for name, tensor in tensors.items()}
         with captured(backbone) if qkv else nullcontext(()) as found:
-            output = backbone(**inputs, attention_mask=side.attention_mask[rows, :columns], output_hidden_states=layers)
+            output = backbone(**inputs, output_hidden_states=layers)
         return Pass(output.hidden_states if layers else (output.last_hidden_state,), *map(tuple, found))
 
+    lengths = side.attention_mask.sum(1)
     if size < 2 * CHUNKS or size * width < LEAST_POSITIONS or lengths.sum() > 0.8 * size * width:
         return forward(slice(None), width)
     order = lengths.argsort(stable=True)

@@ -76,7 +76,10 @@ class Section(BaseModel):
 
 class TeacherSection(Section):
     model: str  # a local folder, a hub name, or package:NAME/SUBFOLDER for a model inside an installed package
-    sha256: str | None = None  # of model.safetensors; checked before anything is built on it
+    # a branch, tag or commit of a hub model; out of dumps where it is not set, so that what was made before there was
+    # such a setting stays finished
+    revision: str | None = Field(default=None, exclude_if=lambda value: value is None)
+    sha256: str | None = None  # of the weights, all shards in order of name; checked before anything is built on them
     pooling: Literal["mean", "cls"] = "mean"  # of the sentence embedding, where one is matched or delivered
     normalize: bool = True
 

@@ -15,10 +15,11 @@ from vocabshrink.data.batches import Batcher, cut_segments
 from vocabshrink.data.held_out import read_rated_pairs
 from vocabshrink.data.pieces import PieceTable
 from vocabshrink.models.embedder import torch_embedder
+from vocabshrink.models.loading import read_backbone
 from vocabshrink.models.rounding import bake, quantization_aware
 from vocabshrink.models.spelling import spellings
 from vocabshrink.models.student import load_student, new_student_head, save_student
-from vocabshrink.models.teacher import MaskedLMHead, Teacher, load_head, new_head, read_backbone, save_head
+from vocabshrink.models.teacher import MaskedLMHead, Teacher, load_head, new_head, save_head
 from vocabshrink.run.engine import Context, material, say, settings_of
 from vocabshrink.run.layer_map import layer_pairs
 from vocabshrink.run.recipe import DistillStage, TrainingSection, Weighted
