@@ -1,23 +1,28 @@
 """Whole runs on a tiny teacher: exact files, log rows, refusals, in every mode of dual training."""
 
 import json
+import shutil
 
 import numpy as np
 import pytest
 import torch
 import yaml
+from safetensors.torch import load_file
 from tiny_training import launch
-from transformers import AutoModel
+from transformers import AutoModel, AutoModelForMaskedLM
 
 from tokenizer_build.errors import InputError
 from tokenizer_build.files import read_json
 from vocabshrink.cli import show_summary
 from vocabshrink.delivery.compact import load_compact
 from vocabshrink.models.rounding import dequantize, quantize
+from vocabshrink.models.teacher import load_head, load_teacher
+from vocabshrink.run.engine import Run, run_stage, summarise
 from vocabshrink.run.folder import RunDir
 from vocabshrink.run.recipe import parse_recipe
+from vocabshrink.run.stage import stages_of
 from vocabshrink.runtime.delivery import load
-from vocabshrink.stages.stages import Run, run_stage, stages_of, summarise
+from vocabshrink.stages.checks import check_recipe
 
 TRAINING = {"steps": 6, "batch_size": 16, "max_length": 48, "learning_rate": 1e-3, "precision": "no", "evaluations": 1}
 DISTILL = TRAINING | {
@@ -66,6 +71,7 @@ def tiny_recipe(teacher, corpus, mode: str, /, **changes) -> dict:
 
 def run_all(data: dict, folder) -> Run:
     run = Run(parse_recipe(data, "test"), RunDir(folder))
+    check_recipe(run.recipe)
     for name in stages_of(run.recipe):
         if name == "report":
             summarise(run)
@@ -208,6 +214,18 @@ def test_teachers_of_every_family(family, mode, folders, corpus_file, tmp_path):
     assert lexicon["teacher"]["family"] != "wordpiece" or family == "distilbert"
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_a_teacher_stored_in_half_precision_goes_through_export(dtype, tiny_teacher, corpus_file, tmp_path):
+    folder = shutil.copytree(tiny_teacher, tmp_path / "half")
+    AutoModelForMaskedLM.from_pretrained(tiny_teacher).to(dtype).save_pretrained(folder)
+    assert read_json(folder / "config.json")["dtype"] == str(dtype).removeprefix("torch.")
+    run = run_all(tiny_recipe(folder, corpus_file, "joint"), tmp_path / "run")
+    figures = read_json(run.dir.path / "summary.json")
+    assert figures["rank_agreement"]["delivered"] > figures["rank_agreement"]["trained"] - 0.1
+    for saved in ("dual/student", "dual/teacher"):
+        assert {v.dtype for v in load_file(run.dir.path / saved / "model.safetensors").values()} == {torch.float32}
+
+
 def test_a_teacher_without_head_gets_one(tiny_teacher, corpus_file, tmp_path):
     from transformers import AutoModel
 
@@ -219,9 +237,9 @@ def test_a_teacher_without_head_gets_one(tiny_teacher, corpus_file, tmp_path):
     with pytest.raises(InputError, match="add a masked_lm_head section"):
         run_all(joint, tmp_path / "without")
     run = run_all(joint | {"masked_lm_head": TRAINING | {"steps": 30, "learning_rate": 1e-2}}, tmp_path / "with")
-    losses = [row["loss"] for row in run.dir.metrics() if row["stage"] == "teacher"]
+    losses = [row["loss"] for row in run.dir.metrics() if row["stage"] == "masked_lm_head"]
     assert np.mean(losses[-5:]) < np.mean(losses[:5])
-    assert run.teacher().head is not None
+    assert load_head(run.dir.stage("masked_lm_head") / "head", load_teacher(str(folder)).backbone) is not None
 
 
 def test_a_killed_stage_resumes_to_the_same_student(tiny_teacher, corpus_file, tmp_path, monkeypatch):
@@ -265,9 +283,9 @@ def test_a_vocabulary_that_is_there_is_taken_as_it_is(match_run, tiny_teacher, c
     again = Run(parse_recipe(data, "test"), RunDir(tmp_path / "again"))
     for name in ("count", "vocab"):
         run_stage(again, name)
-    assert (again.vocab / "vocab.txt").read_bytes() == (run.vocab / "vocab.txt").read_bytes()
-    assert json.loads((again.vocab / "tokenizer.json").read_text()) == json.loads(
-        (run.vocab / "tokenizer.json").read_text()
+    assert (again.dir.stage("vocab") / "vocab.txt").read_bytes() == (run.dir.stage("vocab") / "vocab.txt").read_bytes()
+    assert json.loads((again.dir.stage("vocab") / "tokenizer.json").read_text()) == json.loads(
+        (run.dir.stage("vocab") / "tokenizer.json").read_text()
     )
 
 
@@ -277,7 +295,7 @@ def test_the_teachers_own_vocabulary_is_kept_piece_by_piece(tiny_teacher, corpus
     run = Run(parse_recipe(data, "test"), RunDir(tmp_path / "own"))
     for name in ("count", "vocab"):
         run_stage(run, name)
-    assert (run.vocab / "vocab.txt").read_text() == (tiny_teacher / "vocab.txt").read_text()
+    assert (run.dir.stage("vocab") / "vocab.txt").read_text() == (tiny_teacher / "vocab.txt").read_text()
 
 
 def quantize_of(model, name: str, format: str) -> float:
@@ -337,7 +355,7 @@ def test_tasks_run_from_augmentation_to_report(tiny_teacher, corpus_file, lines,
     right = sum(int(label) == row["label"] for label, row in zip(labels, rows, strict=True)) / 40
     assert summary["made_up"]["accuracy"]["delivered"] == pytest.approx(right)
     # recovery left in the student what the files hold: rounding it again changes nothing
-    trained = AutoModel.from_pretrained(tmp_path / "run/quantize/student")
+    trained = AutoModel.from_pretrained(tmp_path / "run/recovery/student")
     packed = load_compact(export / "model")
     for name, one in trained.named_parameters():
         if name.startswith("pooler"):  # of which an embedder has none

@@ -12,6 +12,7 @@ unscaled 0.861, 0.717; the teacher 0.933; piece means in a random body 192 wide 
 """
 
 import torch
+from torch import Tensor
 from transformers import BertConfig
 
 from tokenizer_build.errors import InputError
@@ -85,7 +86,7 @@ def measured_scores(teacher: Teacher, batch: Pieces, seed: int) -> dict:
     heads, layers = teacher.config.num_attention_heads, teacher.backbone.encoder.layer
     ids, mask = batch.ids, batch.attention_mask
 
-    def mean_size(state: torch.Tensor) -> torch.Tensor:  # [B, T, n] -> [n]
+    def mean_size(state: Tensor) -> Tensor:  # [B, T, n] -> [n]
         return state[mask.bool()].float().abs().mean(0)
 
     with (
@@ -121,7 +122,7 @@ def keep(scores: dict, config: BertConfig) -> dict:
     queries}, where queries and values are numbered through all heads, as rows of their matrices are.
     """
 
-    def highest(values: torch.Tensor, count: int) -> torch.Tensor:
+    def highest(values: Tensor, count: int) -> Tensor:
         return values.topk(count, dim=-1).indices.sort(dim=-1).values
 
     size, whole, layers = head_size(config), scores["layers"][0]["values"].shape[1], []
@@ -135,7 +136,7 @@ def keep(scores: dict, config: BertConfig) -> dict:
     return {"dims": highest(scores["dims"], config.hidden_size), "layers": layers, "scale": (whole / size) ** 0.5}
 
 
-def cut(kept: dict, layer: int | None, name: str, value: torch.Tensor) -> torch.Tensor:
+def cut(kept: dict, layer: int | None, name: str, value: Tensor) -> Tensor:
     """What `kept` leaves of a variable [rows, columns] or [rows] of a layer (0-based), or of a table [n, D]."""
     choice = {"dims": kept["dims"]} | ({} if layer is None else kept["layers"][layer])
     rows, columns = CUTS.get(name.rpartition(".")[0], ("dims", "dims"))

@@ -9,12 +9,12 @@ first; the sums are float32 under autocast too.
 """
 
 from collections.abc import Iterable, Iterator
-from contextlib import ExitStack, contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
-from torch import nn
+from torch import Tensor, nn
 
 from tokenizer_build.errors import InputError
 from vocabshrink.data.pieces import Pieces
@@ -28,10 +28,10 @@ class Pass:
     autocast); index 0 is layer 1. None where not asked for.
     """
 
-    hidden: tuple[torch.Tensor, ...]
-    queries: tuple[torch.Tensor, ...] | None = None
-    keys: tuple[torch.Tensor, ...] | None = None
-    values: tuple[torch.Tensor, ...] | None = None
+    hidden: tuple[Tensor, ...]
+    queries: tuple[Tensor, ...] | None = None
+    keys: tuple[Tensor, ...] | None = None
+    values: tuple[Tensor, ...] | None = None
 
 
 BERT_PROJECTIONS = ("attention.self.query", "attention.self.key", "attention.self.value")
@@ -53,9 +53,9 @@ def check_attention(config) -> None:
 
 
 @contextmanager
-def hooked(modules: Iterable[nn.Module], *, inputs: bool = False) -> Iterator[list[torch.Tensor]]:
+def hooked(modules: Iterable[nn.Module], *, inputs: bool = False) -> Iterator[list[Tensor]]:
     """A list that fills with each module's output, or its first input, in the order in which they run."""
-    found: list[torch.Tensor] = []
+    found: list[Tensor] = []
     handles = [
         module.register_forward_hook(lambda _, taken, given: found.append(taken[0] if inputs else given))
         for module in modules
@@ -67,16 +67,12 @@ def hooked(modules: Iterable[nn.Module], *, inputs: bool = False) -> Iterator[li
             handle.remove()
 
 
-@contextmanager
-def captured(backbone: nn.Module) -> Iterator[tuple[list[torch.Tensor], ...]]:
-    """Lists that fill with each layer's queries, keys and values while the backbone runs."""
+def projections(backbone: nn.Module) -> list[list[nn.Module]]:
+    """The modules that give queries, keys and values, of each layer in turn. Raises InputError: see above."""
     check_attention(backbone.config)
-    modules = dict(backbone.named_modules())
-    with ExitStack() as stack:
-        yield tuple(
-            stack.enter_context(hooked(module for name, module in modules.items() if name.endswith(f".{place}")))
-            for place in PROJECTIONS[backbone.config.model_type]
-        )
+    modules = list(backbone.named_modules())
+    places = PROJECTIONS[backbone.config.model_type]
+    return [[module for name, module in modules if name.endswith(f".{place}")] for place in places]
 
 
 CHUNKS = 4  # of a batch whose sequences differ much in length
@@ -85,12 +81,7 @@ LEAST_POSITIONS = 4096
 
 
 def run_backbone(
-    backbone: nn.Module,
-    side: Pieces,
-    *,
-    embeddings: torch.Tensor | None = None,
-    layers: bool = False,
-    qkv: bool = False,
+    backbone: nn.Module, side: Pieces, *, embeddings: Tensor | None = None, layers: bool = False, qkv: bool = False
 ) -> Pass:
     """A pass over ids, or over embeddings [B, T, D_E] made outside: all hidden states (`layers`) or the last only.
 
@@ -109,7 +100,8 @@ def run_backbone(
 
     def forward(rows, columns: int) -> Pass:
         inputs = {name: tensor[rows, :columns] for name, tensor in tensors.items()}
-        with captured(backbone) if qkv else nullcontext(()) as found:
+        with ExitStack() as stack:
+            found = [stack.enter_context(hooked(modules)) for modules in projections(backbone)] if qkv else []
             output = backbone(**inputs, output_hidden_states=layers)
         return Pass(output.hidden_states if layers else (output.last_hidden_state,), *map(tuple, found))
 
@@ -120,14 +112,14 @@ def run_backbone(
     parts = [forward(rows, int(lengths[rows[-1]])) for rows in order.chunk(CHUNKS)]
     back = order.argsort()
 
-    def join(states: tuple[torch.Tensor, ...]) -> torch.Tensor:
+    def join(states: tuple[Tensor, ...]) -> Tensor:
         return torch.cat([F.pad(state, (0, 0, 0, width - state.shape[1])) for state in states])[back]
 
     fields = zip(*(vars(part).values() for part in parts), strict=True)
     return Pass(*(None if field[0] is None else tuple(map(join, zip(*field, strict=True))) for field in fields))
 
 
-def pool_sentence(hidden: torch.Tensor, attention_mask: torch.Tensor, pooling: str, normalize: bool) -> torch.Tensor:
+def pool_sentence(hidden: Tensor, attention_mask: Tensor, pooling: str, normalize: bool) -> Tensor:
     """[B, T, D], [B, T] -> sentence embedding [B, D] in float32."""
     hidden = hidden.float()
     if pooling == "cls":
@@ -138,7 +130,7 @@ def pool_sentence(hidden: torch.Tensor, attention_mask: torch.Tensor, pooling: s
     return F.normalize(vector, dim=-1) if normalize else vector
 
 
-def pool_units(hidden: torch.Tensor, units: torch.Tensor, count: int, *, total: bool = False) -> torch.Tensor:
+def pool_units(hidden: Tensor, units: Tensor, count: int, *, total: bool = False) -> Tensor:
     """Mean (`total`: sum) of each unit's pieces; zero where it has none.
 
     hidden [B, T, D], units [B, T] (-1 at padding), count U -> [B, U, D] float32.
@@ -152,7 +144,7 @@ def pool_units(hidden: torch.Tensor, units: torch.Tensor, count: int, *, total: 
     return pooled.view(size, count + 1, width)[:, :count]
 
 
-def pool_attention(maps: torch.Tensor, units: torch.Tensor, count: int, *, scores: bool = False) -> torch.Tensor:
+def pool_attention(maps: Tensor, units: Tensor, count: int, *, scores: bool = False) -> Tensor:
     """Attention between pieces as attention between units. maps [B, h, T, T], units [B, T] -> [B, h, U, U] float32.
 
     What a unit attends with is the mean over its pieces. What it attends to is, for distributions, the sum over the

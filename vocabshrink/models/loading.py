@@ -17,6 +17,7 @@ from textwrap import shorten
 
 import torch
 from safetensors import safe_open
+from torch import Tensor, nn
 from transformers import AutoConfig, AutoModel
 from transformers.utils import logging as transformers_logging
 
@@ -104,12 +105,12 @@ def load_model(loader, folder: Path, **options):
         )
 
 
-def read_backbone(folder: Path) -> torch.nn.Module:
+def read_backbone(folder: Path) -> nn.Module:
     """A saved encoder without any head, in float32 and eval mode."""
     return load_model(AutoModel, folder)
 
 
-def meta_model(config) -> torch.nn.Module:
+def meta_model(config) -> nn.Module:
     """A headless model of a config, to ask for its parameters' names and shapes: nothing is allocated."""
     with torch.device("meta"):
         return AutoModel.from_config(config)
@@ -188,7 +189,7 @@ def tensors_in(folder: Path) -> dict[str, tuple[Path, tuple[int, ...]]]:
     return found
 
 
-def read_tensors(folder: Path, names: Mapping[str, str]) -> dict[str, torch.Tensor]:
+def read_tensors(folder: Path, names: Mapping[str, str]) -> dict[str, Tensor]:
     """{key: tensor in float32} of {key: the tensor's name in a folder's weights}."""
     files, found = tensors_in(folder), {}
     for key, name in names.items():

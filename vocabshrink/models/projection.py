@@ -4,23 +4,22 @@ They belong to the training task, never to the student, and are dropped after tr
 """
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from tokenizer_build.errors import InputError
 from vocabshrink.run.layer_map import Pairs, SoftPairs
 
 
-def principal_directions(table: torch.Tensor, width: int, weights: torch.Tensor | None = None) -> torch.Tensor:
-    """The `width` orthonormal directions [D, width] that keep most of the rows' energy, each row weighted.
+def principal_directions(table: Tensor, width: int) -> Tensor:
+    """The `width` orthonormal directions [D, width] that keep most of the rows' energy.
 
     The table is not centred: the map must be linear so that its transpose leads back.
     """
-    rows = table.float() if weights is None else table.float() * weights.float().sqrt().unsqueeze(1)
-    _, vectors = torch.linalg.eigh(rows.T @ rows)  # eigenvalues rise
+    _, vectors = torch.linalg.eigh(table.float().T @ table.float())  # eigenvalues rise
     return vectors[:, -width:].flip(1).contiguous()
 
 
-def widen(student_width: int, teacher_width: int, directions: torch.Tensor | None = None) -> nn.Module:
+def widen(student_width: int, teacher_width: int, directions: Tensor | None = None) -> nn.Module:
     """Affine map up from the student's width to the teacher's; the identity where they are equal."""
     if student_width == teacher_width:
         return nn.Identity()
@@ -48,15 +47,17 @@ class ParameterProjection(nn.Module):
         if not self.matched:
             raise InputError("losses: parameter projections need teacher and student of one architecture (BERT)")
         self.left, self.right = nn.ParameterDict(), nn.ParameterDict()
+
+        def matrix(rows: int, columns: int) -> nn.Parameter:
+            return nn.Parameter(nn.init.xavier_uniform_(torch.empty(rows, columns)))
+
         for key, source, target in self.moves(student, teacher):
             if key not in self.left:
-                self.left[key] = nn.Parameter(nn.init.xavier_uniform_(torch.empty(len(target), len(source))))
+                self.left[key] = matrix(len(target), len(source))
                 if source.ndim == 2:
-                    self.right[key] = nn.Parameter(
-                        nn.init.xavier_uniform_(torch.empty(source.shape[1], target.shape[1]))
-                    )
+                    self.right[key] = matrix(source.shape[1], target.shape[1])
 
-    def moves(self, student: nn.Module, teacher: nn.Module) -> list[tuple[str, torch.Tensor, torch.Tensor]]:
+    def moves(self, student: nn.Module, teacher: nn.Module) -> list[tuple[str, Tensor, Tensor]]:
         """(name of the pair of shapes, variable to project, variable to meet) for all that is matched."""
         small, large = dict(student.named_parameters()), dict(teacher.named_parameters())
         sides = [(small[ours], large[theirs]) for ours, theirs in self.matched]
@@ -64,7 +65,7 @@ class ParameterProjection(nn.Module):
             sides = [(theirs, ours) for ours, theirs in sides]
         return [("_to_".join("x".join(map(str, v.shape)) for v in side), *side) for side in sides]
 
-    def forward(self, student: nn.Module, teacher: nn.Module) -> torch.Tensor:
+    def forward(self, student: nn.Module, teacher: nn.Module) -> Tensor:
         """The mean over matched variables of the squared error after projection, a scalar."""
         total = torch.zeros((), device=next(iter(self.left.values())).device)
         for key, source, target in self.moves(student, teacher):

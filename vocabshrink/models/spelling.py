@@ -5,9 +5,10 @@ import re
 import numpy as np
 import torch
 from tokenizers import Tokenizer, decoders, models
+from torch import Tensor
 
 
-def piece_means(student_tokenizer: Tokenizer, teacher_tokenizer: Tokenizer, table: torch.Tensor) -> torch.Tensor:
+def piece_means(student_tokenizer: Tokenizer, teacher_tokenizer: Tokenizer, table: Tensor) -> Tensor:
     """[V_S, D]: for each student piece the mean of the teacher's pieces that spell it; its own row if it has one."""
     rows = torch.zeros(student_tokenizer.get_vocab_size(), table.shape[1])
     for piece, index in student_tokenizer.get_vocab().items():

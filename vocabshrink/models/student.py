@@ -14,7 +14,7 @@ from collections import Counter
 from pathlib import Path
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from transformers import BertConfig, BertForMaskedLM, BertModel
 
 from tokenizer_build.errors import InputError
@@ -26,7 +26,7 @@ from vocabshrink.models.loading import load_model
 from vocabshrink.models.modules import copy_tokenizer, module_files
 from vocabshrink.models.projection import layer_and_tail, principal_directions
 from vocabshrink.models.spelling import piece_means
-from vocabshrink.models.teacher import MaskedLMHead, Teacher, eps_and_activation, load_head, random_head
+from vocabshrink.models.teacher import HEADS, MaskedLMHead, Teacher, eps_and_activation, load_head, new_head
 from vocabshrink.run.layer_map import layer_pairs
 from vocabshrink.run.recipe import StudentSection
 
@@ -64,7 +64,7 @@ def first_position(config) -> int:
 
 def build_student(
     section: StudentSection, teacher: Teacher, tokenizer_folder: Path, *, batch: Pieces | None = None, seed: int = 0
-) -> tuple[BertModel, torch.Tensor | None, dict]:
+) -> tuple[BertModel, Tensor | None, dict]:
     """A student and how it was started.
 
     batch: text in the teacher's pieces, from which `extract_importance` measures. seed: of `extract_random` and of the
@@ -169,7 +169,7 @@ def copy_body(student: BertModel, teacher: Teacher, source_layer: dict[int, int]
 
 def new_student_head(student: BertModel, teacher: Teacher) -> MaskedLMHead:
     """The student's masked-LM head: the teacher's transform where widths agree, else random."""
-    head = random_head(student.config, student.get_input_embeddings())
+    head = new_head(student)
     if teacher.head is not None and teacher.head.dense.weight.shape == head.dense.weight.shape:
         head.dense.load_state_dict(teacher.head.dense.state_dict())
         head.norm.load_state_dict(teacher.head.norm.state_dict())
@@ -191,12 +191,10 @@ def save_student(
     """Writes a model folder that AutoModel (and, by its module list, SentenceTransformer) loads unchanged."""
     model: nn.Module = student
     if head is not None:
+        values = {f"bert.{name}": value for name, value in student.state_dict().items()}
+        values |= {HEADS[0][name]: value for name, value in head.state_dict().items()}
         model = BertForMaskedLM(student.config)
-        model.bert.load_state_dict(student.state_dict())
-        transform = model.cls.predictions.transform
-        transform.dense.load_state_dict(head.dense.state_dict())
-        transform.LayerNorm.load_state_dict(head.norm.state_dict())
-        model.cls.predictions.bias.data.copy_(head.bias)
+        model.load_state_dict(values, strict=False)  # the decoder is the piece table
         model.tie_weights()
     shape = student.config.hidden_size, student.config.max_position_embeddings
     with replacing_folder(folder) as new:

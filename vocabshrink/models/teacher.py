@@ -8,14 +8,13 @@ Nothing in the teacher's code changes for mixed input: pieces of both vocabulari
 `inputs_embeds`.
 """
 
-from collections.abc import Set
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 from safetensors.torch import save_file
-from torch import nn
+from torch import Tensor, nn
 from transformers.activations import ACT2FN
 
 from vocabshrink.models.loading import check_folder, read_backbone, read_tensors, resolve_model, tensors_in
@@ -33,11 +32,11 @@ class MaskedLMHead(nn.Module):
         self.norm = nn.LayerNorm(embedding_size, eps=eps)
         self.bias = nn.Parameter(torch.zeros(vocab_size))
 
-    def forward(self, hidden: torch.Tensor, table: torch.Tensor) -> torch.Tensor:
+    def forward(self, hidden: Tensor, table: Tensor) -> Tensor:
         """[n, hidden], [V, embedding] -> logits [n, V]"""
         return F.linear(self.transform(hidden), table, self.bias)
 
-    def transform(self, hidden: torch.Tensor) -> torch.Tensor:
+    def transform(self, hidden: Tensor) -> Tensor:
         """[n, hidden] -> [n, embedding]"""
         return self.norm(self.activation(self.dense(hidden)))
 
@@ -76,38 +75,29 @@ def load_teacher(model: str, *, pooling: str = "mean", normalize: bool = True) -
 
 # ------------------------------------------------------------------------------------- the masked-LM head
 
-# Where each family keeps dense, norm and decoder bias in its checkpoint.
-HEAD_PLACES = (
-    ("cls.predictions.transform.dense", "cls.predictions.transform.LayerNorm", "cls.predictions.bias"),  # BERT
-    ("lm_head.dense", "lm_head.layer_norm", "lm_head.bias"),  # RoBERTa, XLM-R, MPNet
-    ("predictions.dense", "predictions.LayerNorm", "predictions.bias"),  # ALBERT
-    ("vocab_transform", "vocab_layer_norm", "vocab_projector.bias"),  # DistilBERT
-)
+
+def head_names(dense: str, norm: str, bias: str, scale: str, shift: str) -> dict[str, str]:
+    """{`MaskedLMHead`'s name: a checkpoint's}. scale, shift: what it calls the layer norm's parameters."""
+    linear = {f"dense.{kind}": f"{dense}.{kind}" for kind in ("weight", "bias")}
+    return linear | {"norm.weight": f"{norm}.{scale}", "norm.bias": f"{norm}.{shift}", "bias": bias}
 
 
-def head_names(dense: str, norm: str, bias: str) -> dict[str, str]:
-    """{`MaskedLMHead`'s name: the checkpoint's} for one of HEAD_PLACES."""
-    parts = ((ours, theirs, kind) for ours, theirs in (("dense", dense), ("norm", norm)) for kind in ("weight", "bias"))
-    return {f"{ours}.{kind}": f"{theirs}.{kind}" for ours, theirs, kind in parts} | {"bias": bias}
+HEADS = [
+    head_names(*places, *norm)
+    for places in (  # of dense, norm and decoder bias in each family's checkpoints
+        ("cls.predictions.transform.dense", "cls.predictions.transform.LayerNorm", "cls.predictions.bias"),  # BERT
+        ("lm_head.dense", "lm_head.layer_norm", "lm_head.bias"),  # RoBERTa, XLM-R, MPNet
+        ("predictions.dense", "predictions.LayerNorm", "predictions.bias"),  # ALBERT
+        ("vocab_transform", "vocab_layer_norm", "vocab_projector.bias"),  # DistilBERT
+    )
+    for norm in (("weight", "bias"), ("gamma", "beta"))  # old checkpoints have the latter
+]
 
 
-def find_head(tensors: Set[str]) -> dict[str, str] | None:
-    """{`MaskedLMHead`'s name: the checkpoint's} of the head among a checkpoint's tensors, or None."""
-    for places in HEAD_PLACES:
-        names = head_names(*places)
-        older = {
-            ours: theirs.replace("LayerNorm.weight", "LayerNorm.gamma").replace("LayerNorm.bias", "LayerNorm.beta")
-            for ours, theirs in names.items()
-        }
-        for found in (names, older):
-            if set(found.values()) <= tensors:
-                return found
-    return None
-
-
-def has_head(folder: Path) -> bool:
-    """Whether the checkpoint holds a masked-LM head of the one form."""
-    return find_head(tensors_in(folder).keys()) is not None
+def find_head(folder: Path) -> dict[str, str] | None:
+    """{`MaskedLMHead`'s name: the checkpoint's} of the head in a folder's weights, or None."""
+    tensors = tensors_in(folder).keys()
+    return next((names for names in HEADS if set(names.values()) <= tensors), None)
 
 
 def eps_and_activation(config) -> tuple[float, str]:
@@ -116,22 +106,17 @@ def eps_and_activation(config) -> tuple[float, str]:
     return getattr(config, "layer_norm_eps", 1e-12), activation
 
 
-def random_head(config, table: nn.Embedding) -> MaskedLMHead:
-    """A random masked-LM head for a model and its table."""
+def new_head(backbone: nn.Module) -> MaskedLMHead:
+    """A random masked-LM head over a model's table."""
+    config, table = backbone.config, backbone.get_input_embeddings()
     return MaskedLMHead(config.hidden_size, table.embedding_dim, table.num_embeddings, *eps_and_activation(config))
-
-
-def new_head(teacher: Teacher) -> MaskedLMHead:
-    """A random masked-LM head over the teacher's table."""
-    return random_head(teacher.config, teacher.table)
 
 
 def load_head(folder: Path, backbone: nn.Module) -> MaskedLMHead | None:
     """The masked-LM head in a folder's weights, in float32, or None."""
-    names = find_head(tensors_in(folder).keys())
-    if names is None:
+    if (names := find_head(folder)) is None:
         return None
-    head = random_head(backbone.config, backbone.get_input_embeddings())
+    head = new_head(backbone)
     head.load_state_dict(read_tensors(folder, names))
     if names["bias"] == "lm_head.bias":
         head.activation = ACT2FN["gelu"]  # RoBERTa's head has it whatever the config says
@@ -140,7 +125,6 @@ def load_head(folder: Path, backbone: nn.Module) -> MaskedLMHead | None:
 
 def save_head(folder: Path, head: MaskedLMHead) -> None:
     """Writes a head under BERT's names, as `load_head` reads it."""
-    values = head.state_dict()
     folder.mkdir(parents=True, exist_ok=True)
-    tensors = {theirs: values[ours].cpu().contiguous() for ours, theirs in head_names(*HEAD_PLACES[0]).items()}
+    tensors = {HEADS[0][name]: value.cpu().contiguous() for name, value in head.state_dict().items()}
     save_file(tensors, folder / "model.safetensors")

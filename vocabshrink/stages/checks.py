@@ -8,7 +8,7 @@ from vocabshrink.models.extraction import check_extraction
 from vocabshrink.models.forward import check_attention
 from vocabshrink.models.loading import load_config
 from vocabshrink.models.student import student_config
-from vocabshrink.models.teacher import has_head
+from vocabshrink.models.teacher import find_head
 from vocabshrink.run.layer_map import layer_pairs
 from vocabshrink.run.recipe import Recipe
 from vocabshrink.stages.inputs import teacher_folder
@@ -72,7 +72,7 @@ def check_models(recipe: Recipe, folder: Path, teacher) -> None:
     student = student_config(recipe.student, teacher, vocabulary_size(recipe, folder))
     if recipe.student.initialize.startswith("extract"):
         check_extraction(recipe.student.initialize, student, teacher)
-    head, dual = has_head(folder), recipe.dual
+    head, dual = find_head(folder), recipe.dual
     if head and recipe.masked_lm_head:
         raise InputError(f"{folder} has a masked-LM head already: remove masked_lm_head from the recipe")
     head = head or bool(recipe.masked_lm_head)

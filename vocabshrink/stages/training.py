@@ -45,7 +45,7 @@ def masked_lm_head(context: Context) -> dict:
     stage, teacher = context.recipe.masked_lm_head, read_teacher(context)
     torch.manual_seed(context.recipe.seed)
     accelerator = make_accelerator(stage, context.dir)
-    teacher.head = new_head(teacher)
+    teacher.head = new_head(teacher.backbone)
     task = HeadTraining(teacher, {"teacher_masked_lm": Weighted()})
     batcher = make_batcher(context, stage, teacher, ("teacher",), accelerator)
     result = train_stage(context, task, batcher, stage, accelerator)
