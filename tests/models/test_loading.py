@@ -1,4 +1,4 @@
-"""Models come from strangers' folders: whatever is in there, weights are float32, no code runs, and errors are clear."""
+"""Models are strangers' folders: whatever is in there, weights are float32, no code runs, and errors are clear."""
 
 import hashlib
 import json
@@ -137,7 +137,7 @@ class TestShards:
 
     def test_outside_the_folder_are_refused(self, folder):
         with safe_open(folder / "model.safetensors", "pt") as file:
-            names = list(file.keys())  # noqa: SIM118
+            names = list(file.keys())
         outside = shutil.move(folder / "model.safetensors", folder.parent / "elsewhere.safetensors")
         for target, where in (
             (f"../{outside.name}", "outside the folder"),

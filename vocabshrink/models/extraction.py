@@ -43,21 +43,15 @@ def check_extraction(how: str, config: BertConfig, theirs) -> None:
     names = {name for name, _ in meta_model(theirs).named_parameters()}
     # ELECTRA's table may be narrower than its layers, so that no choice of dimensions fits both
     if "encoder.layer.0.attention.self.query.weight" not in names or "embeddings_project.weight" in names:
-        raise InputError(
-            f"student.initialize {how}: a {theirs.model_type} teacher does not have BERT's layers: "
-            "choose teacher or random"
-        )
-    sizes = {
-        name: (getattr(config, name), getattr(theirs, name))
-        for name in ("hidden_size", "num_attention_heads", "intermediate_size")
-    }
+        other = f"a {theirs.model_type} teacher does not have BERT's layers"
+        raise InputError(f"student.initialize {how}: {other}: choose teacher or random")
+    names = "hidden_size", "num_attention_heads", "intermediate_size"
+    sizes = {name: (getattr(config, name), getattr(theirs, name)) for name in names}
     sizes["hidden_size / num_attention_heads"] = (head_size(config), head_size(theirs))
     for name, (small, large) in sizes.items():
         if small > large:
-            raise InputError(
-                f"student.initialize {how}: student.{name} {small} is over the teacher's {large}: "
-                "extraction only leaves out: choose at most that"
-            )
+            excess = f"student.{name} {small} is over the teacher's {large}"
+            raise InputError(f"student.initialize {how}: {excess}: extraction only leaves out: choose at most that")
 
 
 def random_scores(teacher: Teacher, batch: Pieces | None, seed: int) -> dict:

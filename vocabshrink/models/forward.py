@@ -43,13 +43,14 @@ PROJECTIONS = dict.fromkeys(("bert", "roberta", "xlm-roberta", "camembert"), BER
 }
 
 
-def check_attention(config) -> None:
-    """Refuses losses of attention for an architecture whose attention is not known. Raises InputError."""
+def check_attention(config) -> tuple[str, ...]:
+    """Where the family's layers compute queries, keys and values. Raises InputError where that is not known."""
     if config.model_type not in PROJECTIONS or getattr(config, "inner_group_num", 1) != 1:  # ALBERT's layers in a layer
         raise InputError(
             f"{config.model_type}: where its attention is computed is not known, so no loss can read it: choose "
             f"losses of hidden states, or a model among {', '.join(PROJECTIONS)}"
         )
+    return PROJECTIONS[config.model_type]
 
 
 @contextmanager
@@ -65,14 +66,6 @@ def hooked(modules: Iterable[nn.Module], *, inputs: bool = False) -> Iterator[li
     finally:
         for handle in handles:
             handle.remove()
-
-
-def projections(backbone: nn.Module) -> list[list[nn.Module]]:
-    """The modules that give queries, keys and values, of each layer in turn. Raises InputError: see above."""
-    check_attention(backbone.config)
-    modules = list(backbone.named_modules())
-    places = PROJECTIONS[backbone.config.model_type]
-    return [[module for name, module in modules if name.endswith(f".{place}")] for place in places]
 
 
 CHUNKS = 4  # of a batch whose sequences differ much in length
@@ -93,6 +86,10 @@ def run_backbone(
         InputError: `qkv` of an architecture whose attention is not known.
     """
     size, width = side.ids.shape
+    places = check_attention(backbone.config) if qkv else ()
+    projections = [
+        [module for name, module in backbone.named_modules() if name.endswith(f".{place}")] for place in places
+    ]
     tensors = {"input_ids": side.ids} if embeddings is None else {"inputs_embeds": embeddings}
     if side.token_types is not None and getattr(backbone.config, "type_vocab_size", 0) > 1:
         tensors["token_type_ids"] = side.token_types
@@ -101,7 +98,7 @@ def run_backbone(
     def forward(rows, columns: int) -> Pass:
         inputs = {name: tensor[rows, :columns] for name, tensor in tensors.items()}
         with ExitStack() as stack:
-            found = [stack.enter_context(hooked(modules)) for modules in projections(backbone)] if qkv else []
+            found = [stack.enter_context(hooked(modules)) for modules in projections]
             output = backbone(**inputs, output_hidden_states=layers)
         return Pass(output.hidden_states if layers else (output.last_hidden_state,), *map(tuple, found))
 

@@ -155,9 +155,8 @@ def weight_files(folder: Path) -> list[Path]:
         return [folder / "model.safetensors"]
     index = folder / "model.safetensors.index.json"
     if not index.is_file():
-        raise InputError(
-            f"{folder}: no model.safetensors: convert the weights with save_pretrained (pickles are not read)"
-        )
+        remedy = "convert the weights with save_pretrained (pickles are not read)"
+        raise InputError(f"{folder}: no model.safetensors: {remedy}")
     try:
         names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
         files = [folder / name for name in names]

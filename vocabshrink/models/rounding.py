@@ -154,20 +154,18 @@ def is_rounded(model: nn.Module) -> bool:
 @torch.no_grad()
 def refit(model: nn.Module) -> None:
     """Fits the scales to the weights again: every hundred steps or so, never within one."""
-    for module in model.modules():
-        if parametrize.is_parametrized(module, "weight"):
-            (rounding,), weight = module.parametrizations.weight, module.parametrizations.weight.original
-            if isinstance(rounding, Rounding) and rounding.fixed:
-                rounding.scales.copy_(fit_scales(weight, rounding.format))
+    for module in filter(parametrize.is_parametrized, model.modules()):
+        (rounding,), weight = module.parametrizations.weight, module.parametrizations.weight.original
+        if rounding.fixed:
+            rounding.scales.copy_(fit_scales(weight, rounding.format))
 
 
 @torch.no_grad()
 def bake(model: nn.Module) -> nn.Module:
     """Undoes `quantization_aware`, in place, leaving in every parameter the very values that a file will hold."""
     kept = {module.format for module in model.modules() if isinstance(module, Rounding)}
-    for module in list(model.modules()):
-        if parametrize.is_parametrized(module, "weight"):
-            parametrize.remove_parametrizations(module, "weight", leave_parametrized=True)
+    for module in list(filter(parametrize.is_parametrized, model.modules())):
+        parametrize.remove_parametrizations(module, "weight", leave_parametrized=True)
     for parameter in model.parameters():
         if parameter.dim() == 1 and kept != {"fp32"}:
             parameter.copy_(parameter.half())

@@ -98,10 +98,8 @@ def build_student(
     if how == "random":
         return student, directions, {"embeddings": "random", "layers": "random"}
     if ours > teacher.config.hidden_size:
-        raise InputError(
-            f"student.hidden_size {ours} is over the teacher's width {teacher.config.hidden_size}: "
-            "choose at most that, or student.initialize: random"
-        )
+        excess = f"student.hidden_size {ours} is over the teacher's width {teacher.config.hidden_size}"
+        raise InputError(f"{excess}: choose at most that, or student.initialize: random")
     means = piece_means(tokenizer, load_tokenizer(teacher.folder), table)
     student.embeddings.word_embeddings.weight.data.copy_(means if directions is None else means @ directions)
     layers = copy_body(student, teacher, source_layers(section.layer_map, student, teacher, seed), kept)

@@ -10,7 +10,6 @@ bfloat16 would be ties to a rank correlation, and the head costs nothing.
 from collections.abc import Callable
 from pathlib import Path
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 from transformers import (
@@ -52,11 +51,8 @@ def task_logits(model: nn.Module, hidden: Tensor, kind: str) -> Tensor:
 def label_names(task: Task) -> dict:
     """What a model's config says of the task's labels; transformers takes one label for regression."""
     names = task.labels if task.kind != "regression" else ["score"]
-    return {
-        "num_labels": len(names),
-        "id2label": dict(enumerate(names)),
-        "label2id": {name: index for index, name in enumerate(names)},
-    }
+    ids = {name: index for index, name in enumerate(names)}
+    return {"num_labels": len(names), "id2label": dict(enumerate(names)), "label2id": ids}
 
 
 def load_task_model(model: str, task: Task, *, trained: bool) -> nn.Module:
@@ -73,8 +69,7 @@ def load_task_model(model: str, task: Task, *, trained: bool) -> nn.Module:
     config = check_folder(folder)
     loader = AutoModelForTokenClassification if task.kind == "tokens" else AutoModelForSequenceClassification
     if config.model_type not in HEADS:
-        known = ", ".join(HEADS)
-        raise InputError(f"{folder}: {config.model_type} cannot be a task teacher: use one of {known}")
+        raise InputError(f"{folder}: {config.model_type} cannot be a task teacher: use one of {', '.join(HEADS)}")
     if trained:
         check_label_order(task, config.id2label, str(folder))
     options = {} if trained else label_names(task) | {"ignore_mismatched_sizes": True}
@@ -88,8 +83,8 @@ def load_task_model(model: str, task: Task, *, trained: bool) -> nn.Module:
 
 
 def student_model(student: BertModel, task: Task, teacher_folder: Path) -> nn.Module:
-    """A task model around a student's body, which it shares. The head is random, by torch's seed; the pooler is the
-    teacher's where it has one of this shape."""
+    """A task model with a student's body. The head is random, by torch's seed; the pooler is the teacher's where it has
+    one of this shape."""
     config = BertConfig.from_dict(student.config.to_dict() | label_names(task))
     config._attn_implementation = student.config._attn_implementation
     if task.kind == "tokens":
@@ -119,10 +114,8 @@ def save_task_model(folder: Path, model: nn.Module, tokenizer_folder: Path) -> N
 
 
 @torch.inference_mode()
-def predict(
-    model: nn.Module, batcher: TaskBatcher, *, side: str = "student", precision: str = "bf16"
-) -> np.ndarray | list[np.ndarray]:
-    """The model's logits of a split in the order of its rows, [R, C]; for token tasks [tokens, C] for each row."""
+def predict(model: nn.Module, batcher: TaskBatcher, *, side: str = "student", precision: str = "bf16"):
+    """The model's logits of a split, in the order of its rows: [R, C]; for token tasks a list of [tokens, C]."""
     device = next(model.parameters()).device
 
     def run(batch: Batch) -> Tensor:
