@@ -80,10 +80,7 @@ def run_backbone(
 
     Token types are read by models that tell two types apart. A batch of near sentences has halves beside wholes: where
     a fifth or more of a large one would be padding, it is run in chunks of similar length, which a test holds equal to
-    the plain pass.
-
-    Raises:
-        InputError: `qkv` of an architecture whose attention is not known.
+    the plain pass. Raises InputError: see `check_attention`.
     """
     size, width = side.ids.shape
     places = check_attention(backbone.config) if qkv else ()

@@ -40,8 +40,8 @@ def resolve_model(model: str, revision: str | None = None) -> Path:
         except (ModuleNotFoundError, ValueError):  # a dotted name without its parent, or no name
             spec = None
         if spec is None or not spec.submodule_search_locations:
-            remedy = f"pip install {name.replace('_', '-')}"
-            raise InputError(f"teacher.model {model}: package {name} is not installed: {remedy}")
+            missing = f"package {name} is not installed: pip install {name.replace('_', '-')}"
+            raise InputError(f"teacher.model {model}: {missing}")
         folder = Path(next(iter(spec.submodule_search_locations))) / inner
     else:
         folder = Path(model).expanduser()
@@ -57,10 +57,8 @@ def resolve_model(model: str, revision: str | None = None) -> Path:
     try:
         return Path(snapshot_download(model, revision=revision, allow_patterns=patterns))
     except (OSError, ValueError) as error:  # all that huggingface_hub raises: no such name, no network, no access
-        wanted, reason = f"{model} at {revision}" if revision else model, str(error).splitlines()[0]
-        raise InputError(
-            f"teacher.model {wanted}: neither a local folder nor to be had from the hub: {reason}"
-        ) from None
+        failure = f"neither a local folder nor to be had from the hub: {str(error).splitlines()[0]}"
+        raise InputError(f"teacher.model {model}{f' at {revision}' * bool(revision)}: {failure}") from None
 
 
 @contextmanager
@@ -88,8 +86,7 @@ def load_config(folder: Path):
 def load_model(loader, folder: Path, **options):
     """`loader.from_pretrained` of a folder, in eval mode; options are the loader's own.
 
-    Raises:
-        InputError: no safetensors, an index that leads out of the folder, or files that transformers cannot load.
+    Raises InputError: see `weight_files`; files that transformers cannot load.
     """
     weight_files(folder)
     with refusing(folder):
@@ -119,8 +116,7 @@ def meta_model(config) -> nn.Module:
 def check_folder(folder: Path, sha256: str | None = None):
     """The config of a teacher's folder whose parts are all there and fit together.
 
-    Raises:
-        InputError: no config, weights or tokenizer; weights with another hash; sizes that disagree.
+    Raises InputError for missing config, weights or tokenizer, for another hash, and for sizes that disagree.
     """
     if not (folder / "config.json").is_file():
         raise InputError(f"{folder}: not a model folder: config.json is missing")
@@ -132,9 +128,9 @@ def check_folder(folder: Path, sha256: str | None = None):
     with refusing(folder):
         model = meta_model(config)
     stored = {name.removeprefix(f"{model.base_model_prefix}."): shape for name, (_, shape) in tensors.items()}
-    for name, shape in ((name, tuple(value.shape)) for name, value in model.named_parameters()):
-        if (found := stored.get(name, shape)) != shape:
-            disagree = f"config.json gives {name} the shape {shape}, the weights have {found}"
+    for name, value in model.named_parameters():
+        if (found := stored.get(name, value.shape)) != value.shape:
+            disagree = f"config.json gives {name} the shape {tuple(value.shape)}, the weights have {found}"
             raise InputError(f"{folder}: {disagree}: config.json belongs to another model")
     pieces, rows = load_tokenizer(folder).get_vocab_size(), getattr(config, "vocab_size", None)
     if rows is not None and pieces > rows:
@@ -162,10 +158,10 @@ def weight_files(folder: Path) -> list[Path]:
         files = [folder / name for name in names]
     except (ValueError, LookupError, TypeError, AttributeError):
         raise InputError(f"{index}: not an index of shards: save the model again with save_pretrained") from None
-    for name, file in zip(names, files, strict=True):
-        if file.name != name or not file.is_file():  # a snapshot's files may be links, so names decide
-            where = "missing" if file.name == name else "outside the folder"
-            raise InputError(f"{index}: shard {name} is {where}: put all shards beside their index")
+    for name, file in zip(names, files, strict=True):  # a snapshot's files may be links, so names decide
+        wrong = "outside the folder" if file.name != name else None if file.is_file() else "missing"
+        if wrong:
+            raise InputError(f"{index}: shard {name} is {wrong}: put all shards beside their index")
     return files
 
 

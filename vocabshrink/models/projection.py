@@ -87,10 +87,8 @@ def layer_and_tail(name: str) -> tuple[int | None, str]:
 def match_parameters(student: nn.Module, teacher: nn.Module, pairs: Pairs) -> list[tuple[str, str]]:
     """(student name, teacher name) of the variables of one role: layers by the map (1-based), the rest by name.
 
-    Parameters have no mean that does anything, so of a block the last layer counts, whose output the block's is.
-
-    Raises:
-        InputError: the map `emd`, which matches every layer with every other.
+    Parameters have no mean that does anything, so of a block the last layer counts, whose output the block's is. Raises
+    InputError for the map `emd`, which matches every layer with every other.
     """
     if isinstance(pairs, SoftPairs):
         raise InputError("layer_map: emd has no one teacher layer for parameter projections: choose another map")

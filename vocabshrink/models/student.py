@@ -34,27 +34,24 @@ from vocabshrink.run.recipe import StudentSection
 def student_config(section: StudentSection, teacher_config, vocab_size: int) -> BertConfig:
     """The student's shape: the recipe's numbers, the teacher's where the recipe is silent.
 
-    Raises:
-        InputError: a width that the heads do not divide; a teacher whose config has none of the numbers.
+    Raises InputError for a width that the heads do not divide, and for a number that neither of them gives.
     """
     names = "hidden_size", "num_attention_heads", "num_hidden_layers", "intermediate_size", "max_position_embeddings"
     theirs = {name: getattr(teacher_config, name, None) for name in names}
-    theirs["intermediate_size"] = theirs["intermediate_size"] or getattr(
-        teacher_config, "hidden_dim", None
-    )  # DistilBERT
+    if teacher_config.model_type == "distilbert":
+        theirs["intermediate_size"] = teacher_config.hidden_dim
     if theirs["max_position_embeddings"]:
         theirs["max_position_embeddings"] -= first_position(teacher_config)
     shape = {name: getattr(section, name) or value for name, value in theirs.items()}
     if missing := [name for name, value in shape.items() if not value]:
-        kind = teacher_config.model_type
-        raise InputError(f"student.{missing[0]}: the {kind} teacher has no such number to take over: write it down")
+        theirs = f"the {teacher_config.model_type} teacher has no such number to take over"
+        raise InputError(f"student.{missing[0]}: {theirs}: write it in the recipe")
     hidden, heads = shape["hidden_size"], shape["num_attention_heads"]
     if hidden % heads:
         raise InputError(f"student: num_attention_heads {heads} does not divide hidden_size {hidden}: choose a divisor")
     eps, activation = eps_and_activation(teacher_config)
-    types = getattr(teacher_config, "type_vocab_size", 0) or 1
-    norm = {"hidden_act": activation, "layer_norm_eps": eps}
-    return BertConfig(vocab_size=vocab_size, type_vocab_size=types, **shape, **norm)
+    shape |= {"type_vocab_size": getattr(teacher_config, "type_vocab_size", 0) or 1}
+    return BertConfig(vocab_size=vocab_size, hidden_act=activation, layer_norm_eps=eps, **shape)
 
 
 def first_position(config) -> int:
@@ -73,8 +70,7 @@ def build_student(
     Returns: the model; the directions [D_T, D_S] that `widen` starts from (principal, or the columns of the kept
     dimensions), or None for equal widths; a report {"embeddings": ..., "layers": ...} for the log.
 
-    Raises:
-        InputError: a shape that the teacher cannot fill; extraction from a teacher without BERT's layers.
+    Raises InputError for a shape that the teacher cannot fill, and extraction from a teacher without BERT's layers.
     """
     tokenizer, how = load_tokenizer(tokenizer_folder), section.initialize
     config = student_config(section, teacher.config, tokenizer.get_vocab_size())
@@ -127,9 +123,7 @@ def copy_body(student: BertModel, teacher: Teacher, source_layer: dict[int, int]
 
     Of a teacher layer that several student layers start from, each adds 1 / sqrt(copies) of the update to the residual
     stream: all-MiniLM-L6-v2 with every layer twice keeps 0.921 of 0.926 on 500 pairs of STS-B untrained (whole updates
-    0.904, halves 0.911).
-
-    Returns what was done.
+    0.904, halves 0.911). Returns what was done.
     """
     source, shape = dict(teacher.backbone.named_parameters()), student.config
     same_heads = shape.num_attention_heads == teacher.config.num_attention_heads
@@ -158,8 +152,8 @@ def copy_body(student: BertModel, teacher: Teacher, source_layer: dict[int, int]
         return f"random: no layer of the teacher has this shape{others}"
     how = "teacher's"
     if kept is not None:
-        how = f"cut out of the teacher's to {shape.hidden_size} wide, {shape.num_attention_heads} heads, "
-        how += f"{shape.intermediate_size} neurons"
+        heads, neurons = shape.num_attention_heads, shape.intermediate_size
+        how = f"cut out of the teacher's to {shape.hidden_size} wide, {heads} heads, {neurons} neurons"
     pairs = [(m + 1, n + 1) for m, n in sorted(source_layer.items())]
     counts = f"{copied[True]} of {in_layers} variables of layers copied, {copied[False]} others"
     return f"{how}, pairs {pairs} ({counts})"

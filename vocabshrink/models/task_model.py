@@ -61,9 +61,8 @@ def load_task_model(model: str, task: Task, *, trained: bool) -> nn.Module:
     trained: the folder holds a fine-tuned model, whose labels must be the task's; else the head is new and random
     (torch's seed), over whatever the folder holds.
 
-    Raises:
-        InputError: see `check_folder`; a fine-tuned model with other labels, in another order or without a head;
-            a family that has no entry in `HEADS`.
+    Raises InputError: see `check_folder`; a fine-tuned model with other labels, in another order or without a head; a
+    family that has no entry in `HEADS`.
     """
     folder = resolve_model(model)
     config = check_folder(folder)
