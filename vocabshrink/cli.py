@@ -62,9 +62,7 @@ def run(
 
 
 def add_stage(name: str) -> None:
-    @app.command(
-        name, help=f"{STAGES[name].about[0].upper()}{STAGES[name].about[1:]}.", rich_help_panel="Stages of a recipe"
-    )
+    @app.command(name, help=STAGES[name].about, rich_help_panel="Stages of a recipe")
     def stage(recipe: RecipePath, overrides: Overrides = None, force: Force = False):
         from vocabshrink.run.engine import run_stage, summarise
 

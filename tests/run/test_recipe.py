@@ -64,6 +64,7 @@ class TestStrictness:
         ("override", "sentence"),
         [
             ("distill.stps=3", "unknown key distill.stps: did you mean steps?"),
+            ("quantize.steps=3", "unknown key quantize: did you mean recovery?"),
             ("dsitill.steps=3", "unknown key dsitill: did you mean distill?"),
             ("teacher.modle=x", "unknown key teacher.modle: did you mean model?"),
             ("student.hiden_size=64", "unknown key student.hiden_size: did you mean hidden_size?"),

@@ -20,6 +20,7 @@ from vocabshrink.run.folder import OF_SUMMARY
 from vocabshrink.run.formats import CLASSES, FORMATS, LARGE_CLASSES, kind_of
 from vocabshrink.run.layer_map import LAYER_MAPS
 from vocabshrink.run.recipe_yaml import RecipeDumper, override_value, parse_yaml, read_yaml
+from vocabshrink.run.stage import RENAMED
 
 
 def refuse_boolean(value: Any) -> Any:
@@ -453,7 +454,9 @@ def explain(error: Any, root: type[BaseModel] = Recipe) -> str:
             field = section.model_fields.get(part) if section else None
             section = section_in(field.annotation) if field else section  # a list's position or a task's name
         known = list(section.model_fields) if section else []
-        near = difflib.get_close_matches(str(error["loc"][-1]), known, 1, cutoff=0.5)
+        key = str(error["loc"][-1])
+        renamed = [RENAMED[key]] if RENAMED.get(key) in known else []
+        near = renamed or difflib.get_close_matches(key, known, 1, cutoff=0.5)
         return f"unknown key {where}: " + (f"did you mean {near[0]}?" if near else f"known keys are {', '.join(known)}")
     if error["type"] == "missing":
         return f"{where} is missing"

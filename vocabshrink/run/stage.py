@@ -44,23 +44,23 @@ STAGES = {
         Stage(
             "count",
             "text",
-            "count the words of the corpus, streamed and in parallel",
+            "Count the words of the corpus, streamed and in parallel",
             reads="corpus.sources corpus.column vocabulary.lowercase",
         ),
         Stage(
             "vocab",
             "text",
-            "choose the pieces that cut the corpus into the fewest pieces",
+            "Choose the pieces that cut the corpus into the fewest pieces",
             needs="count",
             reads="vocabulary teacher",
         ),
         Stage(
-            "encode", "text", "read the corpus once into word ids, and a lexicon of both vocabularies", needs="vocab"
+            "encode", "text", "Read the corpus once into word ids, and a lexicon of both vocabularies", needs="vocab"
         ),
         Stage(
             "masked_lm_head",
             "training",
-            "train a masked-LM head on a teacher that has none",
+            "Train a masked-LM head on a teacher that has none",
             needs="encode",
             reads="corpus teacher masked_lm_head seed",
             section="masked_lm_head",
@@ -70,7 +70,7 @@ STAGES = {
         Stage(
             "dual",
             "training",
-            "dual training: the teacher reads words in the student's pieces with probability p",
+            "Dual training: the teacher reads words in the student's pieces with probability p",
             needs="encode masked_lm_head",
             reads="student dual seed corpus",
             section="dual",
@@ -79,7 +79,7 @@ STAGES = {
         Stage(
             "distill",
             "training",
-            "the student, on its own vocabulary, learns from the teacher on the teacher's",
+            "The student, on its own vocabulary, learns from the teacher on the teacher's",
             needs="encode masked_lm_head dual",
             reads="student distill seed corpus",
             section="distill",
@@ -88,7 +88,7 @@ STAGES = {
         Stage(
             "recovery",
             "training",
-            "train on through the rounding of the delivery",
+            "Train on through the rounding of the delivery",
             needs="encode masked_lm_head dual distill",
             reads="recovery delivery.weights delivery.compact",
             section="recovery",
@@ -97,7 +97,7 @@ STAGES = {
         Stage(
             "task_teacher",
             "tasks",
-            "fine-tune the teacher on each task's labels",
+            "Fine-tune the teacher on each task's labels",
             reads="teacher tasks finetune.teacher",
             section="finetune.teacher",
             trains=True,
@@ -105,7 +105,7 @@ STAGES = {
         Stage(
             "augment",
             "tasks",
-            "add training rows in which words are replaced by likely ones (TinyBERT)",
+            "Add training rows in which words are replaced by likely ones (TinyBERT)",
             needs="masked_lm_head",
             reads="teacher tasks finetune.augment",
             section="finetune.augment",
@@ -113,7 +113,7 @@ STAGES = {
         Stage(
             "finetune",
             "tasks",
-            "fine-tune the student on each task, over phases, seeds and a grid",
+            "Fine-tune the student on each task, over phases, seeds and a grid",
             needs="encode masked_lm_head dual distill task_teacher augment",
             reads="student tasks finetune",
             section="finetune",
@@ -122,12 +122,12 @@ STAGES = {
         Stage(
             "export",
             "deliver",
-            "write the deliveries, load them back and measure them beside the teacher",
+            "Write the deliveries, load them back and measure them beside the teacher",
             needs="encode masked_lm_head dual distill recovery finetune",
             reads="student delivery evaluation index",
             section="delivery",
         ),
-        Stage("report", "report", "write a page with tables and curves that opens offline"),
+        Stage("report", "report", "Write a page with tables and curves that opens offline"),
     )
 }
 RENAMED = {"teacher": "masked_lm_head", "quantize": "recovery"}  # until version 0.1
