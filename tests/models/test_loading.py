@@ -2,8 +2,10 @@
 
 import hashlib
 import json
+import re
 import shutil
 import sys
+from pathlib import Path
 
 import huggingface_hub
 import pytest
@@ -12,6 +14,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from transformers import AutoModel, AutoModelForMaskedLM
 
+import vocabshrink
 from tokenizer_build.errors import InputError
 from vocabshrink.models.loading import check_folder, load_config, load_model, resolve_model, weights_sha256
 from vocabshrink.models.teacher import load_teacher
@@ -174,3 +177,13 @@ def test_a_hub_model_can_be_pinned(tiny_teacher, monkeypatch):
 def test_config_of_every_family(folders):
     for family, folder in folders.items():
         assert check_folder(folder).model_type == load_config(folder).model_type == family
+
+
+def test_transformers_is_asked_for_a_model_in_one_place():
+    found = {}
+    for path in Path(vocabshrink.__file__).parent.rglob("*.py"):
+        for call in re.findall(r"([\w.]+)\.from_pretrained\(", path.read_text(encoding="utf-8")):
+            found.setdefault(path.name, set()).add(call)
+    assert found.pop("loading.py") == {"AutoConfig", "loader"}
+    # a table's rows and static vectors: neither is a model of transformers
+    assert set().union(*found.values()) <= {"nn.Embedding", "StaticModel", "M"}
