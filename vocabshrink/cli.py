@@ -284,7 +284,7 @@ def bench(
     from vocabshrink.lab.bench import bench_tables
 
     if teacher:
-        from vocabshrink.models.teacher import resolve_model
+        from vocabshrink.models.loading import resolve_model
 
     tasks = dict(entry.split("=", 1) for entry in task or [])
     report = measure(

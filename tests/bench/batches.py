@@ -30,7 +30,7 @@ from tokenizer_build.trainers import train_vocabulary
 from vocabshrink.data.batches import Batcher, cut_segments
 from vocabshrink.data.lexicon import Lexicon, WordStream, encode_corpus
 from vocabshrink.data.pieces import PieceTable
-from vocabshrink.models.teacher import resolve_model
+from vocabshrink.models.loading import resolve_model
 
 MAX_LENGTH, BATCH = 128, 256
 ENCODE = """

@@ -44,7 +44,7 @@ def main() -> None:
         write_text(arguments.corpus, arguments.megabytes * 1e6, text)
         write_text(arguments.corpus, arguments.megabytes * 1e5, tenth)
         peaks = {name: peak_of_counting(tenth, times) for name, times in (("1x", 1), ("10x", 10))}
-        from vocabshrink.models.teacher import resolve_model
+        from vocabshrink.models.loading import resolve_model
 
         result = measure_all(text, str(resolve_model(arguments.teacher)), arguments.processes)
     result["counting_peak_mb"] = peaks

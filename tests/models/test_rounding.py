@@ -24,7 +24,7 @@ from vocabshrink.models.rounding import (
     refit,
     unpack,
 )
-from vocabshrink.run.formats import CLASSES, format_of, formats_of, tensor_class
+from vocabshrink.run.formats import CLASSES, formats_of, tensor_class
 
 MATRICES = arrays(
     np.float32,
@@ -161,22 +161,6 @@ def test_every_parameter_of_every_head_has_its_class():
         "classifier.weight": "head",
     }.items():
         assert found[name] == expected
-
-
-def test_formats_are_one_name_or_one_for_each_class():
-    assert formats_of("int4-64") == dict(zip(CLASSES, ["int4-64", "int8", "int4-64", "int4-64", "int8"], strict=True))
-    assert set(formats_of("fp16").values()) == {"fp16"}
-    assert formats_of(MIXED)["head"] == "int8" and formats_of(MIXED)["positions"] == "int4-32"
-    assert formats_of(formats_of(MIXED)) == formats_of(MIXED)
-    assert format_of("a.bias", 1, formats_of("int8")) == "fp16" and format_of("a.bias", 1, formats_of("fp32")) == "fp32"
-    for formats, words in (
-        ("int4", "'int4' is no format"),
-        ({"embeddings": "int8"}, "weights of attention: None"),
-        (MIXED | {"pooler": "int8"}, "pooler"),
-        (MIXED | {"head": "int4-48"}, "weights of head: 'int4-48'"),
-    ):
-        with pytest.raises(InputError, match=words):
-            formats_of(formats)
 
 
 @pytest.mark.parametrize("formats", QUANTISED, ids=str)

@@ -14,6 +14,9 @@ from transformers import (
     AutoTokenizer,
     DistilBertConfig,
     DistilBertForMaskedLM,
+    ElectraConfig,
+    ElectraForPreTraining,
+    FNetConfig,
     RobertaConfig,
     RobertaForMaskedLM,
 )
@@ -25,7 +28,7 @@ from vocabshrink.models.embedder import torch_embedder
 from vocabshrink.models.extraction import measured_scores
 from vocabshrink.models.forward import run_backbone
 from vocabshrink.models.spelling import as_wordpiece, piece_means, shared_pieces, spell, spellings
-from vocabshrink.models.student import build_student, save_student
+from vocabshrink.models.student import build_student, save_student, student_config
 from vocabshrink.models.teacher import MaskedLMHead, load_teacher
 from vocabshrink.run.layer_map import layer_pairs
 from vocabshrink.run.recipe import StudentSection
@@ -360,6 +363,31 @@ def test_a_distilbert_teacher_lends_its_shape(lines, tmp_path, small_vocabulary)
     assert (shape.hidden_size, shape.num_hidden_layers, shape.num_attention_heads) == (32, 2, 4)
     assert (shape.intermediate_size, shape.hidden_act, shape.max_position_embeddings) == (48, "relu", 30)
     assert report["layers"].startswith("random")
+
+
+@torch.no_grad()
+def test_an_electra_teacher_with_a_narrow_table_lends_its_layers(lines, tmp_path, small_vocabulary):
+    save_tokenizer(wordpiece_pieces(lines, 200), tmp_path)
+    shape = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 48}
+    config = ElectraConfig(vocab_size=200, embedding_size=16, max_position_embeddings=30, **shape)
+    perturbed(ElectraForPreTraining(config)).save_pretrained(tmp_path)
+    teacher = load_teacher(str(tmp_path))
+    student, _, report = build_student(StudentSection(), teacher, small_vocabulary)
+    assert shape.items() <= student.config.to_dict().items() and student.config.max_position_embeddings == 30
+    assert "(32 of 32 variables of layers copied, 0 others)" in report["layers"]
+    assert report["embeddings"] == "piece means in the first 16 columns"
+    theirs = teacher.backbone.encoder.layer[1].output.dense.weight
+    assert torch.equal(student.encoder.layer[1].output.dense.weight, theirs)
+    with pytest.raises(InputError, match="a electra teacher does not have BERT's layers"):
+        extract(teacher, "extract_random", small_vocabulary, hidden_size=8)
+
+
+def test_a_number_that_no_one_gives_is_asked_for():
+    section = StudentSection(num_attention_heads=2)
+    theirs = FNetConfig(hidden_size=32)
+    assert student_config(section, theirs, 100).num_attention_heads == 2
+    with pytest.raises(InputError, match="student.num_attention_heads: the fnet teacher has no such number"):
+        student_config(StudentSection(), theirs, 100)
 
 
 @torch.no_grad()

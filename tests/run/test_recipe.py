@@ -50,6 +50,15 @@ def test_defaults_and_short_losses(load):
     assert recipe.distill.losses["sentence_cosine"] == Weighted(weight=0.5, start=2)
 
 
+def test_a_revision_is_dumped_only_where_it_is_set(load):
+    """Settings of runs made before there was such a key stay equal."""
+    assert "revision" not in load().model_dump(mode="json")["teacher"] and "revision" not in dump_recipe(load())
+    pinned = load("teacher.revision=abc123")
+    assert pinned.model_dump(mode="json")["teacher"]["revision"] == "abc123" and "revision: abc123" in dump_recipe(
+        pinned
+    )
+
+
 class TestStrictness:
     @pytest.mark.parametrize(
         ("override", "sentence"),

@@ -3,9 +3,11 @@
 import json
 
 import pytest
+import yaml
 from test_pipeline import DISTILL, TRAINING, tiny_recipe
 
 from tokenizer_build.errors import InputError
+from vocabshrink.cli import app
 from vocabshrink.run.recipe import parse_recipe
 from vocabshrink.stages.checks import check_recipe
 
@@ -46,6 +48,17 @@ def test_is_refused(family, sections, sentence, folders, corpus_file):
         data["teacher"] |= {"sha256": sha256}
     with pytest.raises(InputError, match=sentence):
         check_recipe(parse_recipe(data | sections, "test"))
+
+
+@pytest.mark.parametrize("how", ["extract_random", "extract_importance"])
+def test_a_refused_extraction_leaves_no_stage_folder(how, folders, corpus_file, tmp_path, monkeypatch):
+    data = tiny_recipe(folders["mpnet"], corpus_file, "untrained", student={"initialize": how})
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(data))
+    words = f"^student.initialize {how}: a mpnet teacher does not have BERT's layers: choose teacher or random$"
+    with pytest.raises(InputError, match=words):
+        app(["run", "recipe.yaml"], standalone_mode=False)
+    assert not list(tmp_path.glob("artifacts/*/*"))
 
 
 @pytest.mark.parametrize("mode", ["joint", "two_stage"])

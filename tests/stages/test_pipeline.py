@@ -1,6 +1,7 @@
 """Whole runs on a tiny teacher: exact files, log rows, refusals, in every mode of dual training."""
 
 import json
+import shutil
 
 import numpy as np
 import pytest
@@ -8,7 +9,7 @@ import torch
 import yaml
 from safetensors.torch import load_file
 from tiny_training import launch
-from transformers import AutoModel
+from transformers import AutoModel, AutoModelForMaskedLM
 
 from tokenizer_build.errors import InputError
 from tokenizer_build.files import read_json
@@ -71,6 +72,7 @@ def tiny_recipe(teacher, corpus, mode: str, /, **changes) -> dict:
 
 def run_all(data: dict, folder) -> Run:
     run = Run(parse_recipe(data, "test"), RunDir(folder))
+    check_recipe(run.recipe)
     for name in stages_of(run.recipe):
         if name == "report":
             summarise(run)
@@ -211,6 +213,18 @@ def test_teachers_of_every_family(family, mode, folders, corpus_file, tmp_path):
     assert figures["rank_agreement"]["delivered"] > figures["rank_agreement"]["trained"] - 0.1
     lexicon = json.loads((run.dir.path / "encode/meta.json").read_text())
     assert lexicon["teacher"]["family"] != "wordpiece" or family == "distilbert"
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_a_teacher_stored_in_half_precision_goes_through_export(dtype, tiny_teacher, corpus_file, tmp_path):
+    folder = shutil.copytree(tiny_teacher, tmp_path / "half")
+    AutoModelForMaskedLM.from_pretrained(tiny_teacher).to(dtype).save_pretrained(folder)
+    assert read_json(folder / "config.json")["dtype"] == str(dtype).removeprefix("torch.")
+    run = run_all(tiny_recipe(folder, corpus_file, "joint"), tmp_path / "run")
+    figures = read_json(run.dir.path / "summary.json")
+    assert figures["rank_agreement"]["delivered"] > figures["rank_agreement"]["trained"] - 0.1
+    for saved in ("dual/student", "dual/teacher"):
+        assert {v.dtype for v in load_file(run.dir.path / saved / "model.safetensors").values()} == {torch.float32}
 
 
 def test_a_teacher_without_head_gets_one(tiny_teacher, corpus_file, tmp_path):

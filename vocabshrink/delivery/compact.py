@@ -11,8 +11,8 @@ from torch import Tensor, nn
 
 from tokenizer_build.errors import InputError
 from tokenizer_build.files import replacing, write_json
+from vocabshrink.models.loading import load_config
 from vocabshrink.models.rounding import Quantized, dequantize, pack, quantize, unpack
-from vocabshrink.models.teacher import load_config
 from vocabshrink.run.formats import Formats, bits_and_group, format_of, formats_of
 
 ARCHITECTURES = ("BertModel", "BertForSequenceClassification", "BertForTokenClassification", "BertForMaskedLM")

@@ -24,9 +24,9 @@ from tokenizer_build.errors import InputError
 from tokenizer_build.tokenizer import load_tokenizer
 from vocabshrink.delivery.compact import save_compact, small_config
 from vocabshrink.delivery.graph import ACTIVATIONS, FLOATS, KERNELS, build_graph
+from vocabshrink.models.loading import load_config, load_model
 from vocabshrink.models.modules import POOLINGS, module_files
 from vocabshrink.models.rounding import fake_quantize_
-from vocabshrink.models.teacher import load_config, load_model
 from vocabshrink.run.formats import Formats, formats_of
 
 TASKS = {

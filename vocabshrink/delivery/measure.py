@@ -12,7 +12,7 @@ from pathlib import Path
 from vocabshrink.data.held_out import Embed, HeldOut, RatedPairs
 from vocabshrink.delivery.export import export_model
 from vocabshrink.models.embedder import torch_embedder
-from vocabshrink.models.teacher import load_config, read_backbone
+from vocabshrink.models.loading import load_config, read_backbone
 from vocabshrink.runtime.delivery import load
 
 TIMED_SENTENCES = 100

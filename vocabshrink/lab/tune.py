@@ -58,10 +58,10 @@ from vocabshrink.lab.variants import (
     refuse_launcher,
     without_left_out,
 )
+from vocabshrink.models.loading import load_config, resolve_model
 from vocabshrink.models.rounding import fake_quantize_
 from vocabshrink.models.student import student_config
 from vocabshrink.models.task_model import load_task_model
-from vocabshrink.models.teacher import load_config, resolve_model
 from vocabshrink.pages.tune import write_page
 from vocabshrink.run.engine import say, settings_of
 from vocabshrink.run.folder import RunDir
@@ -368,7 +368,7 @@ class Candidates:
 
 def measure_latency(recipe: Recipe, vocab_size: int) -> float:
     """See `Candidates.latency`; the weights are random."""
-    teacher = load_config(resolve_model(recipe.teacher.model))
+    teacher = load_config(resolve_model(recipe.teacher.model, recipe.teacher.revision))
     config, delivery = student_config(recipe.student, teacher, vocab_size), delivery_of(recipe)
     state = {name: value.numpy() for name, value in BertModel(config, add_pooling_layer=False).state_dict().items()}
     kernel = KERNELS[0] if delivery.kernel == "auto" else delivery.kernel

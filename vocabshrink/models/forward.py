@@ -1,12 +1,20 @@
-"""TODO: models.forward."""
+"""A pass through a backbone, and the pooling of what it gives: pieces into units, pieces into a sentence.
 
-from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+Losses of attention need each layer's queries, keys and values. They are read by hooks on the layers that compute them,
+so that transformers' fast attention stays in use, which never shows its scores. This costs a table of where each family
+has these layers, and leaves out families whose scores are more than Q K^T / sqrt(d).
+
+Student and teacher cut words into different pieces. Whatever is compared between them is pooled into units (words)
+first; the sums are float32 under autocast too.
+"""
+
+from collections.abc import Iterable, Iterator
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
-from torch import nn
+from torch import Tensor, nn
 
 from tokenizer_build.errors import InputError
 from vocabshrink.data.pieces import Pieces
@@ -20,45 +28,38 @@ class Pass:
     autocast); index 0 is layer 1. None where not asked for.
     """
 
-    hidden: tuple[torch.Tensor, ...]
-    queries: tuple[torch.Tensor, ...] | None = None
-    keys: tuple[torch.Tensor, ...] | None = None
-    values: tuple[torch.Tensor, ...] | None = None
+    hidden: tuple[Tensor, ...]
+    queries: tuple[Tensor, ...] | None = None
+    keys: tuple[Tensor, ...] | None = None
+    values: tuple[Tensor, ...] | None = None
 
 
 BERT_PROJECTIONS = ("attention.self.query", "attention.self.key", "attention.self.value")
 # Where each family keeps the layers that give queries, keys and values. Only families whose scores are Q K^T / sqrt(d)
 # and nothing else: MPNet and DeBERTa add relative positions, ModernBERT rotates.
-PROJECTIONS = {
-    "bert": BERT_PROJECTIONS,
-    "roberta": BERT_PROJECTIONS,
-    "xlm-roberta": BERT_PROJECTIONS,
-    "camembert": BERT_PROJECTIONS,
+PROJECTIONS = dict.fromkeys(("bert", "roberta", "xlm-roberta", "camembert"), BERT_PROJECTIONS) | {
     "distilbert": ("attention.q_lin", "attention.k_lin", "attention.v_lin"),
     "albert": ("attention.query", "attention.key", "attention.value"),
 }
 
 
-def check_attention(config) -> None:
-    """Refuses losses of attention for an architecture whose attention is not known. Raises InputError."""
+def check_attention(config) -> tuple[str, ...]:
+    """Where the family's layers compute queries, keys and values. Raises InputError where that is not known."""
     if config.model_type not in PROJECTIONS or getattr(config, "inner_group_num", 1) != 1:  # ALBERT's layers in a layer
         raise InputError(
-            f"{config.model_type}: where its attention is computed is not known, so that no loss can read it: choose "
+            f"{config.model_type}: where its attention is computed is not known, so no loss can read it: choose "
             f"losses of hidden states, or a model among {', '.join(PROJECTIONS)}"
         )
+    return PROJECTIONS[config.model_type]
 
 
 @contextmanager
-def captured(backbone: nn.Module) -> Iterator[tuple[list[torch.Tensor], ...]]:
-    """Lists that fill with each layer's queries, keys and values while the backbone runs: sdpa stays in use."""
-    check_attention(backbone.config)
-    family = backbone.config.model_type
-    found = ([], [], [])
+def hooked(modules: Iterable[nn.Module], *, inputs: bool = False) -> Iterator[list[Tensor]]:
+    """A list that fills with each module's output, or its first input, in the order in which they run."""
+    found: list[Tensor] = []
     handles = [
-        module.register_forward_hook(lambda module, inputs, output, into=into: into.append(output))
-        for name, module in backbone.named_modules()
-        for into, place in zip(found, PROJECTIONS[family], strict=True)
-        if name.endswith("." + place)
+        module.register_forward_hook(lambda _, taken, given: found.append(taken[0] if inputs else given))
+        for module in modules
     ]
     try:
         yield found
@@ -73,52 +74,46 @@ LEAST_POSITIONS = 4096
 
 
 def run_backbone(
-    backbone: nn.Module,
-    side: Pieces,
-    *,
-    embeddings: torch.Tensor | None = None,
-    layers: bool = False,
-    qkv: bool = False,
+    backbone: nn.Module, side: Pieces, *, embeddings: Tensor | None = None, layers: bool = False, qkv: bool = False
 ) -> Pass:
     """A pass over ids, or over embeddings [B, T, D_E] made outside: all hidden states (`layers`) or the last only.
 
     Token types are read by models that tell two types apart. A batch of near sentences has halves beside wholes: where
     a fifth or more of a large one would be padding, it is run in chunks of similar length, which a test holds equal to
-    the plain pass.
-
-    Raises:
-        InputError: `qkv` of an architecture whose attention is not known.
+    the plain pass. Raises InputError: see `check_attention`.
     """
-    lengths = side.attention_mask.sum(1)
     size, width = side.ids.shape
-    typed = side.token_types is not None and getattr(backbone.config, "type_vocab_size", 0) > 1
+    places = check_attention(backbone.config) if qkv else ()
+    projections = [
+        [module for name, module in backbone.named_modules() if name.endswith(f".{place}")] for place in places
+    ]
+    tensors = {"input_ids": side.ids} if embeddings is None else {"inputs_embeds": embeddings}
+    if side.token_types is not None and getattr(backbone.config, "type_vocab_size", 0) > 1:
+        tensors["token_type_ids"] = side.token_types
+    tensors["attention_mask"] = side.attention_mask
 
     def forward(rows, columns: int) -> Pass:
-        inputs = (
-            {"input_ids": side.ids[rows, :columns]}
-            if embeddings is None
-            else {"inputs_embeds": embeddings[rows, :columns]}
-        )
-        if typed:
-            inputs["token_type_ids"] = side.token_types[rows, :columns]
-        with captured(backbone) if qkv else nullcontext(()) as found:
-            output = backbone(**inputs, attention_mask=side.attention_mask[rows, :columns], output_hidden_states=layers)
+        inputs = {name: tensor[rows, :columns] for name, tensor in tensors.items()}
+        with ExitStack() as stack:
+            found = [stack.enter_context(hooked(modules)) for modules in projections]
+            output = backbone(**inputs, output_hidden_states=layers)
         return Pass(output.hidden_states if layers else (output.last_hidden_state,), *map(tuple, found))
 
+    lengths = side.attention_mask.sum(1)
     if size < 2 * CHUNKS or size * width < LEAST_POSITIONS or lengths.sum() > 0.8 * size * width:
         return forward(slice(None), width)
     order = lengths.argsort(stable=True)
     parts = [forward(rows, int(lengths[rows[-1]])) for rows in order.chunk(CHUNKS)]
     back = order.argsort()
 
-    def join(states: tuple[torch.Tensor, ...]) -> torch.Tensor:
+    def join(states: tuple[Tensor, ...]) -> Tensor:
         return torch.cat([F.pad(state, (0, 0, 0, width - state.shape[1])) for state in states])[back]
 
     fields = zip(*(vars(part).values() for part in parts), strict=True)
     return Pass(*(None if field[0] is None else tuple(map(join, zip(*field, strict=True))) for field in fields))
 
 
-def pool_sentence(hidden: torch.Tensor, attention_mask: torch.Tensor, pooling: str, normalize: bool) -> torch.Tensor:
+def pool_sentence(hidden: Tensor, attention_mask: Tensor, pooling: str, normalize: bool) -> Tensor:
     """[B, T, D], [B, T] -> sentence embedding [B, D] in float32."""
     hidden = hidden.float()
     if pooling == "cls":
@@ -129,7 +124,7 @@ def pool_sentence(hidden: torch.Tensor, attention_mask: torch.Tensor, pooling: s
     return F.normalize(vector, dim=-1) if normalize else vector
 
 
-def pool_units(hidden: torch.Tensor, units: torch.Tensor, count: int, *, total: bool = False) -> torch.Tensor:
+def pool_units(hidden: Tensor, units: Tensor, count: int, *, total: bool = False) -> Tensor:
     """Mean (`total`: sum) of each unit's pieces; zero where it has none.
 
     hidden [B, T, D], units [B, T] (-1 at padding), count U -> [B, U, D] float32.
@@ -143,7 +138,7 @@ def pool_units(hidden: torch.Tensor, units: torch.Tensor, count: int, *, total: 
     return pooled.view(size, count + 1, width)[:, :count]
 
 
-def pool_attention(maps: torch.Tensor, units: torch.Tensor, count: int, *, scores: bool = False) -> torch.Tensor:
+def pool_attention(maps: Tensor, units: Tensor, count: int, *, scores: bool = False) -> Tensor:
     """Attention between pieces as attention between units. maps [B, h, T, T], units [B, T] -> [B, h, U, U] float32.
 
     What a unit attends with is the mean over its pieces. What it attends to is, for distributions, the sum over the

@@ -1,6 +1,17 @@
-"""The files by which sentence-transformers knows how a model's folder makes a sentence vector."""
+"""The files beside a model's weights: its tokenizer, and what tells sentence-transformers how to make a vector."""
+
+import shutil
+from pathlib import Path
 
 POOLINGS = ("mean", "cls")
+TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "vocab.txt")
+
+
+def copy_tokenizer(source: Path, target: Path) -> None:
+    """Copies those of TOKENIZER_FILES that the folder `source` has."""
+    for name in TOKENIZER_FILES:
+        if (source / name).is_file():
+            shutil.copy(source / name, target / name)
 
 
 def module_files(width: int, positions: int, pooling: str, normalize: bool) -> dict[str, list | dict]:

@@ -4,23 +4,22 @@ They belong to the training task, never to the student, and are dropped after tr
 """
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from tokenizer_build.errors import InputError
 from vocabshrink.run.layer_map import Pairs, SoftPairs
 
 
-def principal_directions(table: torch.Tensor, width: int, weights: torch.Tensor | None = None) -> torch.Tensor:
-    """The `width` orthonormal directions [D, width] that keep most of the rows' energy, each row weighted.
+def principal_directions(table: Tensor, width: int) -> Tensor:
+    """The `width` orthonormal directions [D, width] that keep most of the rows' energy.
 
     The table is not centred: the map must be linear so that its transpose leads back.
     """
-    rows = table.float() if weights is None else table.float() * weights.float().sqrt().unsqueeze(1)
-    _, vectors = torch.linalg.eigh(rows.T @ rows)  # eigenvalues rise
+    _, vectors = torch.linalg.eigh(table.float().T @ table.float())  # eigenvalues rise
     return vectors[:, -width:].flip(1).contiguous()
 
 
-def widen(student_width: int, teacher_width: int, directions: torch.Tensor | None = None) -> nn.Module:
+def widen(student_width: int, teacher_width: int, directions: Tensor | None = None) -> nn.Module:
     """Affine map up from the student's width to the teacher's; the identity where they are equal."""
     if student_width == teacher_width:
         return nn.Identity()
@@ -47,25 +46,29 @@ class ParameterProjection(nn.Module):
         self.matched = match_parameters(student, teacher, pairs)
         if not self.matched:
             raise InputError("losses: parameter projections need teacher and student of one architecture (BERT)")
-        teacher_parameters, student_parameters = dict(teacher.named_parameters()), dict(student.named_parameters())
         self.left, self.right = nn.ParameterDict(), nn.ParameterDict()
-        for student_name, teacher_name in self.matched:
-            small, large = student_parameters[student_name].shape, teacher_parameters[teacher_name].shape
-            source, target = (large, small) if direction == "down" else (small, large)
-            key = shape_key(source, target)
-            if key not in self.left:
-                self.left[key] = nn.Parameter(nn.init.xavier_uniform_(torch.empty(target[0], source[0])))
-                if len(source) == 2:
-                    self.right[key] = nn.Parameter(nn.init.xavier_uniform_(torch.empty(source[1], target[1])))
 
-    def forward(self, student: nn.Module, teacher: nn.Module) -> torch.Tensor:
+        def matrix(rows: int, columns: int) -> nn.Parameter:
+            return nn.Parameter(nn.init.xavier_uniform_(torch.empty(rows, columns)))
+
+        for key, source, target in self.moves(student, teacher):
+            if key not in self.left:
+                self.left[key] = matrix(len(target), len(source))
+                if source.ndim == 2:
+                    self.right[key] = matrix(source.shape[1], target.shape[1])
+
+    def moves(self, student: nn.Module, teacher: nn.Module) -> list[tuple[str, Tensor, Tensor]]:
+        """(name of the pair of shapes, variable to project, variable to meet) for all that is matched."""
+        small, large = dict(student.named_parameters()), dict(teacher.named_parameters())
+        sides = [(small[ours], large[theirs]) for ours, theirs in self.matched]
+        if self.direction == "down":
+            sides = [(theirs, ours) for ours, theirs in sides]
+        return [("_to_".join("x".join(map(str, v.shape)) for v in side), *side) for side in sides]
+
+    def forward(self, student: nn.Module, teacher: nn.Module) -> Tensor:
         """The mean over matched variables of the squared error after projection, a scalar."""
-        teacher_parameters, student_parameters = dict(teacher.named_parameters()), dict(student.named_parameters())
         total = torch.zeros((), device=next(iter(self.left.values())).device)
-        for student_name, teacher_name in self.matched:
-            small, large = student_parameters[student_name], teacher_parameters[teacher_name]
-            source, target = (large, small) if self.direction == "down" else (small, large)
-            key = shape_key(source.shape, target.shape)
+        for key, source, target in self.moves(student, teacher):
             moved = self.left[key] @ source
             if source.ndim == 2:
                 moved = moved @ self.right[key]
@@ -73,33 +76,30 @@ class ParameterProjection(nn.Module):
         return total / len(self.matched)
 
 
-def shape_key(source, target) -> str:
-    return "x".join(map(str, source)) + "_to_" + "x".join(map(str, target))
+def layer_and_tail(name: str) -> tuple[int | None, str]:
+    """A BERT parameter's layer, 0-based, and its name there: (3, "output.dense.bias"); (None, name) outside layers."""
+    if not name.startswith("encoder.layer."):
+        return None, name
+    number, _, tail = name.removeprefix("encoder.layer.").partition(".")
+    return int(number), tail
 
 
 def match_parameters(student: nn.Module, teacher: nn.Module, pairs: Pairs) -> list[tuple[str, str]]:
     """(student name, teacher name) of the variables of one role: layers by the map (1-based), the rest by name.
 
-    Parameters have no mean that does anything, so of a block the last layer counts, whose output the block's is.
-
-    Raises:
-        InputError: the map `emd`, which matches every layer with every other.
+    Parameters have no mean that does anything, so of a block the last layer counts, whose output the block's is. Raises
+    InputError for the map `emd`, which matches every layer with every other.
     """
     if isinstance(pairs, SoftPairs):
         raise InputError("layer_map: emd has no one teacher layer for parameter projections: choose another map")
-    teacher_names = {name: p for name, p in teacher.named_parameters()}
+    theirs = dict(teacher.named_parameters())
     layer_of = {m - 1: block[-1] - 1 for m, block in pairs if m > 0 and block[-1] > 0}
     matched = []
     for name, parameter in student.named_parameters():
-        if "word_embeddings" in name:
+        layer, tail = layer_and_tail(name)
+        if "word_embeddings" in name or (layer is not None and layer not in layer_of):
             continue
-        other = name
-        if ".layer." in name:
-            head, rest = name.split(".layer.", 1)
-            number, tail = rest.split(".", 1)
-            if int(number) not in layer_of:
-                continue
-            other = f"{head}.layer.{layer_of[int(number)]}.{tail}"
-        if other in teacher_names and teacher_names[other].ndim == parameter.ndim and parameter.ndim <= 2:
+        other = name if layer is None else f"encoder.layer.{layer_of[layer]}.{tail}"
+        if other in theirs and theirs[other].ndim == parameter.ndim <= 2:
             matched.append((name, other))
     return matched

@@ -1,15 +1,11 @@
-"""Symmetric rounding of weight matrices to 8, 4 or 3 bits: of arrays, of a model in training, and of files.
+"""Symmetric round-to-nearest of weight matrices to 8, 4 or 3 bits: of arrays for files, and of a model in training.
 
-A format is a name: fp32, fp16, int8 (one scale a row), int4-G or int3-G (one scale for G values of a row, G = 32,
-64 or 128). Formats are mixed by class of tensor, {"embeddings": "int4-64", "attention": "int3-128", ...}; positions
-(with types) and heads are int8 unless told, which costs all-MiniLM's 128 positions 25 KB. Vectors (biases, layer
-norms) and scales are float16, and codes are rounded against the scale that is stored, not the one that was meant.
-
-At 4 and 3 bits the scale of a group is the one of least squared error among many near the plain one (extreme / -8).
-For all-MiniLM at 4 bits that takes a second or two and raises the file's mean cosine with the unrounded model from
-0.952 to 0.959 in groups of 64 and from 0.939 to 0.952 in groups of 128. Among the candidates is every scale that
-would have given the extreme value a whole code, so what was rounded once is rounded again to itself: a model that
-was trained through rounding and baked is written without loss, by the ONNX writer as by `save_compact`.
+Formats are those of `run.formats`. Codes are rounded against the float16 scale that is stored, not the one that was
+meant. At 4 and 3 bits the scale of a group is the one of least squared error among many near the plain one (extreme /
+-8). For all-MiniLM at 4 bits that takes a second or two and raises the file's mean cosine with the unrounded model from
+0.952 to 0.959 in groups of 64 and from 0.939 to 0.952 in groups of 128. Among the candidates is every scale that would
+have given the extreme value a whole code, so what was rounded once is rounded again to itself: a model that was trained
+through rounding and baked is written without loss, by the ONNX writer as by `save_compact`.
 
 Not done here: calibration on text and error feedback (GPTQ). Training recovers more, and has the same files.
 """
@@ -21,7 +17,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
-from vocabshrink.run.formats import Formats, bits_and_group, format_of, formats_of
+from vocabshrink.run.formats import Formats, bits_and_group, bits_of, format_of, formats_of, is_float
 
 FLOAT16_MAX = float(np.finfo(np.float16).max)
 
@@ -79,18 +75,12 @@ def _codes(blocks: Tensor, scales: Tensor, bits: int) -> Tensor:
     return (blocks * inverse).round_().clamp_(1 - half if bits == 8 else -half, half - 1)
 
 
-def rounded(weight: Tensor, scales: Tensor | None, format: str) -> Tensor:
-    """weight, as float32, with the values that `format` keeps of it under these scales."""
-    if format in ("fp32", "fp16"):
-        return weight.half().float() if format == "fp16" else weight.float()
-    bits, size = bits_and_group(format, weight.shape[1])
-    values = _codes(_blocks(weight, size), scales, bits) * scales[..., None]
-    return values.flatten(1)[:, : weight.shape[1]]
-
-
 def quantize(weight: np.ndarray, format: str) -> Quantized:
-    """weight [rows, columns] -> codes and scales. int8: |error| <= 0.51 scale; else |error| <= |scale| / 2 but where
-    a value is cut, which the fit does where that costs less than it gains."""
+    """weight [rows, columns] -> codes and scales.
+
+    int8: |error| <= 0.51 scale; else |error| <= |scale| / 2, except where an extreme is cut because that costs less
+    than it gains. Raises ValueError for what is no matrix or not finite.
+    """
     if weight.ndim != 2:
         raise ValueError(f"a matrix is needed, not shape {weight.shape}")
     if not np.isfinite(weight).all():
@@ -128,20 +118,25 @@ class Rounding(nn.Module):
     def __init__(self, weight: Tensor, format: str):
         super().__init__()
         self.format = format
-        self.fixed = format.startswith(("int4", "int3"))
+        self.fixed = bits_of(format) < 8
         self.register_buffer("scales", fit_scales(weight.detach(), format) if self.fixed else None)
 
     def forward(self, weight: Tensor) -> Tensor:
         kept = weight.detach()
-        scales = self.scales if self.fixed else fit_scales(kept, self.format) if self.format == "int8" else None
-        return rounded(kept, scales, self.format).to(weight.dtype) + (weight - kept)
+        if is_float(self.format):
+            values = kept.half() if self.format == "fp16" else kept
+        else:
+            bits, size = bits_and_group(self.format, kept.shape[1])
+            scales = self.scales if self.fixed else fit_scales(kept, self.format)
+            values = (_codes(_blocks(kept, size), scales, bits) * scales[..., None]).flatten(1)[:, : kept.shape[1]]
+        return values.to(weight.dtype) + (weight - kept)
 
 
 def quantization_aware(model: nn.Module, formats: Formats) -> nn.Module:
-    """Make, in place, every matrix of the model one that is rounded whenever it is used, training included.
+    """Makes, in place, every matrix of the model one that is rounded whenever it is used, training included.
 
-    The optimiser must be made after this; the model is saved after `bake`, for until then its state_dict has
-    `parametrizations.weight.original` and scales where it had a weight.
+    The optimiser must be made after this. Save the model after `bake`: until then its state_dict holds
+    `parametrizations.weight.original` and scales instead of weights.
     """
     formats = formats_of(formats)
     for name, module in list(model.named_modules()):
@@ -158,21 +153,19 @@ def is_rounded(model: nn.Module) -> bool:
 
 @torch.no_grad()
 def refit(model: nn.Module) -> None:
-    """Fit the scales to the weights again: every hundred steps or so, never within one."""
-    for module in model.modules():
-        if parametrize.is_parametrized(module, "weight"):
-            (rounding,), weight = module.parametrizations.weight, module.parametrizations.weight.original
-            if isinstance(rounding, Rounding) and rounding.fixed:
-                rounding.scales.copy_(fit_scales(weight, rounding.format))
+    """Fits the scales to the weights again: every hundred steps or so, never within one."""
+    for module in filter(parametrize.is_parametrized, model.modules()):
+        (rounding,), weight = module.parametrizations.weight, module.parametrizations.weight.original
+        if rounding.fixed:
+            rounding.scales.copy_(fit_scales(weight, rounding.format))
 
 
 @torch.no_grad()
 def bake(model: nn.Module) -> nn.Module:
-    """Undo `quantization_aware`, in place, leaving in every parameter the very values that a file will hold."""
+    """Undoes `quantization_aware`, in place, leaving in every parameter the very values that a file will hold."""
     kept = {module.format for module in model.modules() if isinstance(module, Rounding)}
-    for module in list(model.modules()):
-        if parametrize.is_parametrized(module, "weight"):
-            parametrize.remove_parametrizations(module, "weight", leave_parametrized=True)
+    for module in list(filter(parametrize.is_parametrized, model.modules())):
+        parametrize.remove_parametrizations(module, "weight", leave_parametrized=True)
     for parameter in model.parameters():
         if parameter.dim() == 1 and kept != {"fp32"}:
             parameter.copy_(parameter.half())
@@ -180,5 +173,5 @@ def bake(model: nn.Module) -> nn.Module:
 
 
 def fake_quantize_(model: nn.Module, formats: Formats) -> nn.Module:
-    """Replace, in place, every parameter by the value that a delivery keeps of it."""
+    """Replaces, in place, every parameter by the value that a delivery keeps of it."""
     return bake(quantization_aware(model, formats))

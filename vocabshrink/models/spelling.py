@@ -1,13 +1,20 @@
-"""TODO: models.spelling."""
+"""Pieces of one vocabulary in the other's: the pieces that both have, and how one spells what the other has.
+
+WordPiece marks a piece inside a word with `##`, byte-level BPE and SentencePiece mark one at its start with `Ġ` or `▁`,
+and [CLS] may be <s>. Here every piece is written as WordPiece writes it, the student's form. Normalizer, pre-tokenizer
+and model of the other tokenizer are asked wherever they can be; only a WordPiece model cannot be asked about text
+inside a word.
+"""
 
 import re
 
 import numpy as np
 import torch
 from tokenizers import Tokenizer, decoders, models
+from torch import Tensor
 
 
-def piece_means(student_tokenizer: Tokenizer, teacher_tokenizer: Tokenizer, table: torch.Tensor) -> torch.Tensor:
+def piece_means(student_tokenizer: Tokenizer, teacher_tokenizer: Tokenizer, table: Tensor) -> Tensor:
     """[V_S, D]: for each student piece the mean of the teacher's pieces that spell it; its own row if it has one."""
     rows = torch.zeros(student_tokenizer.get_vocab_size(), table.shape[1])
     for piece, index in student_tokenizer.get_vocab().items():
@@ -47,20 +54,21 @@ def spell(piece: str, tokenizer: Tokenizer) -> list[int]:
 
 
 def first_known(tokenizer: Tokenizer, *names: str) -> int | None:
+    """The id of the first of `names` that the tokenizer has."""
     return next((i for name in names if (i := tokenizer.token_to_id(name)) is not None), None)
 
 
 def wordpieces(word: str, tokenizer: Tokenizer, inside: bool) -> list[int]:
     """Greedy longest match, also from inside a word, for which the model itself cannot be asked; empty if unknown."""
-    ids, start = [], 0
-    while start < len(word):
-        mark = "##" if inside or start else ""
-        ends = range(len(word), start, -1)
-        end = next((e for e in ends if tokenizer.token_to_id(mark + word[start:e]) is not None), None)
+    ids: list[int] = []
+    while word:
+        marked = "##" * bool(inside or ids) + word
+        ends = range(len(marked), len(marked) - len(word), -1)
+        end = next((e for e in ends if tokenizer.token_to_id(marked[:e]) is not None), None)
         if end is None:
             return []
-        ids.append(tokenizer.token_to_id(mark + word[start:end]))
-        start = end
+        ids.append(tokenizer.token_to_id(marked[:end]))
+        word = marked[end:]
     return ids
 
 

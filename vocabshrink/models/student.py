@@ -10,60 +10,48 @@ position, and on a CPU the random numbers alone cost a third of a step. The save
 whoever fine-tunes the student.
 """
 
-import shutil
 from collections import Counter
 from pathlib import Path
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from transformers import BertConfig, BertForMaskedLM, BertModel
 
 from tokenizer_build.errors import InputError
 from tokenizer_build.files import replacing_folder, write_json
 from tokenizer_build.tokenizer import load_tokenizer
 from vocabshrink.data.pieces import Pieces
-from vocabshrink.models.extraction import SCORES, check_extraction, cut, head_size, keep, shape_of
-from vocabshrink.models.modules import module_files
-from vocabshrink.models.projection import principal_directions
+from vocabshrink.models.extraction import SCORES, check_extraction, cut, keep
+from vocabshrink.models.loading import load_model
+from vocabshrink.models.modules import copy_tokenizer, module_files
+from vocabshrink.models.projection import layer_and_tail, principal_directions
 from vocabshrink.models.spelling import piece_means
-from vocabshrink.models.teacher import MaskedLMHead, Teacher, eps_and_activation, load_head, load_model
+from vocabshrink.models.teacher import HEADS, MaskedLMHead, Teacher, eps_and_activation, load_head, new_head
 from vocabshrink.run.layer_map import layer_pairs
 from vocabshrink.run.recipe import StudentSection
-
-TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "vocab.txt")
 
 
 def student_config(section: StudentSection, teacher_config, vocab_size: int) -> BertConfig:
     """The student's shape: the recipe's numbers, the teacher's where the recipe is silent.
 
-    Raises:
-        InputError: a width that the heads do not divide.
+    Raises InputError for a width that the heads do not divide, and for a number that neither of them gives.
     """
-
-    def pick(name):
-        value = getattr(section, name)
-        if value is None and name == "intermediate_size" and not hasattr(teacher_config, name):
-            return teacher_config.hidden_dim  # DistilBERT's name for it
-        return getattr(teacher_config, name) if value is None else value
-
-    hidden, heads = pick("hidden_size"), pick("num_attention_heads")
+    names = "hidden_size", "num_attention_heads", "num_hidden_layers", "intermediate_size", "max_position_embeddings"
+    theirs = {name: getattr(teacher_config, name, None) for name in names}
+    if teacher_config.model_type == "distilbert":
+        theirs["intermediate_size"] = teacher_config.hidden_dim
+    if theirs["max_position_embeddings"]:
+        theirs["max_position_embeddings"] -= first_position(teacher_config)
+    shape = {name: getattr(section, name) or value for name, value in theirs.items()}
+    if missing := [name for name, value in shape.items() if not value]:
+        theirs = f"the {teacher_config.model_type} teacher has no such number to take over"
+        raise InputError(f"student.{missing[0]}: {theirs}: write it in the recipe")
+    hidden, heads = shape["hidden_size"], shape["num_attention_heads"]
     if hidden % heads:
         raise InputError(f"student: num_attention_heads {heads} does not divide hidden_size {hidden}: choose a divisor")
-    positions = section.max_position_embeddings or teacher_config.max_position_embeddings - first_position(
-        teacher_config
-    )
     eps, activation = eps_and_activation(teacher_config)
-    return BertConfig(
-        vocab_size=vocab_size,
-        hidden_size=hidden,
-        num_attention_heads=heads,
-        num_hidden_layers=pick("num_hidden_layers"),
-        intermediate_size=pick("intermediate_size"),
-        max_position_embeddings=positions,
-        type_vocab_size=getattr(teacher_config, "type_vocab_size", 0) or 1,
-        hidden_act=activation,
-        layer_norm_eps=eps,
-    )
+    shape |= {"type_vocab_size": getattr(teacher_config, "type_vocab_size", 0) or 1}
+    return BertConfig(vocab_size=vocab_size, hidden_act=activation, layer_norm_eps=eps, **shape)
 
 
 def first_position(config) -> int:
@@ -73,7 +61,7 @@ def first_position(config) -> int:
 
 def build_student(
     section: StudentSection, teacher: Teacher, tokenizer_folder: Path, *, batch: Pieces | None = None, seed: int = 0
-) -> tuple[BertModel, torch.Tensor | None, dict]:
+) -> tuple[BertModel, Tensor | None, dict]:
     """A student and how it was started.
 
     batch: text in the teacher's pieces, from which `extract_importance` measures. seed: of `extract_random` and of the
@@ -82,37 +70,32 @@ def build_student(
     Returns: the model; the directions [D_T, D_S] that `widen` starts from (principal, or the columns of the kept
     dimensions), or None for equal widths; a report {"embeddings": ..., "layers": ...} for the log.
 
-    Raises:
-        InputError: a shape that the teacher cannot fill; extraction from a teacher without BERT's layers.
+    Raises InputError for a shape that the teacher cannot fill, and extraction from a teacher without BERT's layers.
     """
-    tokenizer = load_tokenizer(tokenizer_folder)
+    tokenizer, how = load_tokenizer(tokenizer_folder), section.initialize
     config = student_config(section, teacher.config, tokenizer.get_vocab_size())
     config.pad_token_id = tokenizer.token_to_id("[PAD]")
     config._attn_implementation = teacher.config._attn_implementation
     student = BertModel(config, add_pooling_layer=False).eval()
-    table = teacher.table.weight.detach()
+    table, ours = teacher.table.weight.detach(), config.hidden_size
     width = table.shape[1]
     kept, directions, turned = None, None, ""
-    if section.initialize in SCORES:
-        names = {name for name, _ in teacher.backbone.named_parameters()}
-        check_extraction(section.initialize, config, teacher.config, names)
-        if section.initialize == "extract_importance" and batch is None:
+    if how in SCORES:
+        check_extraction(how, config, teacher.config)
+        if how == "extract_importance" and batch is None:
             raise InputError("student.initialize extract_importance: there is no text to measure it on: give a batch")
-        kept = keep(SCORES[section.initialize](teacher, batch, seed), config)
-        if config.hidden_size < width:
-            directions, turned = torch.eye(width)[:, kept["dims"]], f" in {config.hidden_size} of {width} dimensions"
-    elif config.hidden_size < width:
-        directions = principal_directions(table, config.hidden_size)
-        turned = f" on {config.hidden_size} principal directions"
-    elif config.hidden_size > width:  # ALBERT's table is narrower than its layers
-        directions, turned = torch.eye(width, config.hidden_size), f" in the first {width} columns"
-    if section.initialize == "random":
+        kept = keep(SCORES[how](teacher, batch, seed), config)
+        if ours < width:
+            directions, turned = torch.eye(width)[:, kept["dims"]], f" in {ours} of {width} dimensions"
+    elif ours < width:
+        directions, turned = principal_directions(table, ours), f" on {ours} principal directions"
+    elif ours > width:  # ALBERT's table is narrower than its layers
+        directions, turned = torch.eye(width, ours), f" in the first {width} columns"
+    if how == "random":
         return student, directions, {"embeddings": "random", "layers": "random"}
-    if config.hidden_size > teacher.config.hidden_size:
-        raise InputError(
-            f"student.hidden_size {config.hidden_size} is over the teacher's width {teacher.config.hidden_size}: "
-            "choose at most that, or student.initialize: random"
-        )
+    if ours > teacher.config.hidden_size:
+        excess = f"student.hidden_size {ours} is over the teacher's width {teacher.config.hidden_size}"
+        raise InputError(f"{excess}: choose at most that, or student.initialize: random")
     means = piece_means(tokenizer, load_tokenizer(teacher.folder), table)
     student.embeddings.word_embeddings.weight.data.copy_(means if directions is None else means @ directions)
     layers = copy_body(student, teacher, source_layers(section.layer_map, student, teacher, seed), kept)
@@ -140,55 +123,45 @@ def copy_body(student: BertModel, teacher: Teacher, source_layer: dict[int, int]
 
     Of a teacher layer that several student layers start from, each adds 1 / sqrt(copies) of the update to the residual
     stream: all-MiniLM-L6-v2 with every layer twice keeps 0.921 of 0.926 on 500 pairs of STS-B untrained (whole updates
-    0.904, halves 0.911).
-
-    Returns what was done.
+    0.904, halves 0.911). Returns what was done.
     """
-    source = dict(teacher.backbone.named_parameters())
-    same_heads = student.config.num_attention_heads == teacher.config.num_attention_heads
+    source, shape = dict(teacher.backbone.named_parameters()), student.config
+    same_heads = shape.num_attention_heads == teacher.config.num_attention_heads
     copies = Counter(source_layer.values())
-    copied, copied_in_layers, in_layers = 0, 0, 0
+    in_layers, copied = 0, Counter()  # copied: how many inside (True) and outside (False) of layers
     for name, target in student.named_parameters():
-        if name == "embeddings.word_embeddings.weight":
-            continue
-        other, tail, layer = name, name, None
-        if name.startswith("encoder.layer."):
-            in_layers += 1
-            number, tail = name.removeprefix("encoder.layer.").split(".", 1)
-            layer = source_layer.get(int(number))
-            if layer is None or (kept is None and tail.startswith("attention.self.") and not same_heads):
-                continue
-            other = f"encoder.layer.{layer}.{tail}"
-        value = source.get(other)
-        if value is None:
+        number, tail = layer_and_tail(name)
+        inside = number is not None
+        in_layers += inside
+        layer = source_layer.get(number)
+        value = source.get(f"encoder.layer.{layer}.{tail}" if inside else name)  # none for a layer outside the map
+        other_heads = kept is None and tail.startswith("attention.self.") and not same_heads
+        if value is None or other_heads or "word_embeddings" in name:
             continue
         if "position_embeddings" in name:  # a shorter student takes the first ones
             value = value[first_position(teacher.config) :][: len(target)]
         if kept is not None:
-            value = cut(tail, value, {"dims": kept["dims"]} | ({} if layer is None else kept["layers"][layer]))
-            if tail.startswith("attention.self.query"):  # see the section on extraction
-                value = value * (head_size(teacher.config) / head_size(student.config)) ** 0.5
-        if layer is not None and tail.startswith(UPDATES):
+            value = cut(kept, layer, tail, value)
+        if inside and tail.startswith(UPDATES):
             value = value / copies[layer] ** 0.5
-        if value.shape != target.shape:
-            continue
-        target.data.copy_(value)
-        copied += 1
-        copied_in_layers += layer is not None
-    others = f", {copied - copied_in_layers} others"
-    if not copied_in_layers:
-        return "random: no layer of the teacher has this shape" + (
-            f" ({copied} other variables copied)" if copied else ""
-        )
+        if value.shape == target.shape:
+            target.data.copy_(value)
+            copied[inside] += 1
+    if not copied[True]:
+        others = f" ({copied[False]} other variables copied)" if copied[False] else ""
+        return f"random: no layer of the teacher has this shape{others}"
+    how = "teacher's"
+    if kept is not None:
+        heads, neurons = shape.num_attention_heads, shape.intermediate_size
+        how = f"cut out of the teacher's to {shape.hidden_size} wide, {heads} heads, {neurons} neurons"
     pairs = [(m + 1, n + 1) for m, n in sorted(source_layer.items())]
-    how = "teacher's" if kept is None else f"cut out of the teacher's to {shape_of(student.config)}"
-    return f"{how}, pairs {pairs} ({copied_in_layers} of {in_layers} variables of layers copied{others})"
+    counts = f"{copied[True]} of {in_layers} variables of layers copied, {copied[False]} others"
+    return f"{how}, pairs {pairs} ({counts})"
 
 
 def new_student_head(student: BertModel, teacher: Teacher) -> MaskedLMHead:
     """The student's masked-LM head: the teacher's transform where widths agree, else random."""
-    width = student.config.hidden_size
-    head = MaskedLMHead(width, width, student.config.vocab_size, *eps_and_activation(student.config))
+    head = new_head(student)
     if teacher.head is not None and teacher.head.dense.weight.shape == head.dense.weight.shape:
         head.dense.load_state_dict(teacher.head.dense.state_dict())
         head.norm.load_state_dict(teacher.head.norm.state_dict())
@@ -210,17 +183,14 @@ def save_student(
     """Writes a model folder that AutoModel (and, by its module list, SentenceTransformer) loads unchanged."""
     model: nn.Module = student
     if head is not None:
+        values = {f"bert.{name}": value for name, value in student.state_dict().items()}
+        values |= {HEADS[0][name]: value for name, value in head.state_dict().items()}
         model = BertForMaskedLM(student.config)
-        model.bert.load_state_dict(student.state_dict())
-        transform = model.cls.predictions.transform
-        transform.dense.load_state_dict(head.dense.state_dict())
-        transform.LayerNorm.load_state_dict(head.norm.state_dict())
-        model.cls.predictions.bias.data.copy_(head.bias)
+        model.load_state_dict(values, strict=False)  # the decoder is the piece table
         model.tie_weights()
     shape = student.config.hidden_size, student.config.max_position_embeddings
     with replacing_folder(folder) as new:
         model.save_pretrained(new)
-        for name in TOKENIZER_FILES:
-            shutil.copy(tokenizer_folder / name, new / name)
+        copy_tokenizer(tokenizer_folder, new)
         for name, content in module_files(*shape, pooling, normalize).items():
             write_json(new / name, content)

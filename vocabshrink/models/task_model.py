@@ -1,22 +1,16 @@
-"""Task models and their training: classifiers, regressors and taggers, with or without a fine-tuned teacher.
+"""Task models: classifiers, regressors and taggers around a student's or a teacher's body.
 
 The models are transformers' own, so that what is trained loads unchanged: the student is a
 `BertForSequenceClassification` or `BertForTokenClassification`, the teacher whatever the Auto classes make of its
 folder. Here a model is a body and a head, because the losses compare bodies word by word; `HEADS` says how each family
 gets from the last hidden states to logits. The head runs in float32 whatever the precision: scores that are equal in
 bfloat16 would be ties to a rank correlation, and the head costs nothing.
-
-A phase without a layer-wise loss runs no teacher where the teacher's logits of the training rows are stored: that
-makes soft labels cost as much as hard ones, and the teacher is then read once for all epochs, seeds and settings.
 """
 
-import shutil
 from collections.abc import Callable
 from pathlib import Path
 
-import numpy as np
 import torch
-from safetensors import safe_open
 from torch import Tensor, nn
 from transformers import (
     AutoModelForSequenceClassification,
@@ -33,7 +27,8 @@ from vocabshrink.data.batches import Batch
 from vocabshrink.data.task_batches import TaskBatcher
 from vocabshrink.data.tasks import Task, check_label_order
 from vocabshrink.models.forward import run_backbone
-from vocabshrink.models.teacher import check_folder, load_config, load_model, resolve_model
+from vocabshrink.models.loading import check_folder, load_model, read_tensors, resolve_model, tensors_in
+from vocabshrink.models.modules import copy_tokenizer
 
 # model_type -> (model, last hidden states [B, T, D]) -> logits [B, C]; transformers' heads without their dropout
 HEADS: dict[str, Callable[[nn.Module, Tensor], Tensor]] = {
@@ -56,11 +51,8 @@ def task_logits(model: nn.Module, hidden: Tensor, kind: str) -> Tensor:
 def label_names(task: Task) -> dict:
     """What a model's config says of the task's labels; transformers takes one label for regression."""
     names = task.labels if task.kind != "regression" else ["score"]
-    return {
-        "num_labels": len(names),
-        "id2label": dict(enumerate(names)),
-        "label2id": {name: index for index, name in enumerate(names)},
-    }
+    ids = {name: index for index, name in enumerate(names)}
+    return {"num_labels": len(names), "id2label": dict(enumerate(names)), "label2id": ids}
 
 
 def load_task_model(model: str, task: Task, *, trained: bool) -> nn.Module:
@@ -69,17 +61,14 @@ def load_task_model(model: str, task: Task, *, trained: bool) -> nn.Module:
     trained: the folder holds a fine-tuned model, whose labels must be the task's; else the head is new and random
     (torch's seed), over whatever the folder holds.
 
-    Raises:
-        InputError: see `check_folder`; a fine-tuned model with other labels, in another order or without a head;
-            a family that has no entry in `HEADS`.
+    Raises InputError: see `check_folder`; a fine-tuned model with other labels, in another order or without a head; a
+    family that has no entry in `HEADS`.
     """
     folder = resolve_model(model)
-    check_folder(folder)
+    config = check_folder(folder)
     loader = AutoModelForTokenClassification if task.kind == "tokens" else AutoModelForSequenceClassification
-    config = load_config(folder)
     if config.model_type not in HEADS:
-        known = ", ".join(HEADS)
-        raise InputError(f"{folder}: {config.model_type} cannot be a task teacher: use one of {known}")
+        raise InputError(f"{folder}: {config.model_type} cannot be a task teacher: use one of {', '.join(HEADS)}")
     if trained:
         check_label_order(task, config.id2label, str(folder))
     options = {} if trained else label_names(task) | {"ignore_mismatched_sizes": True}
@@ -89,12 +78,12 @@ def load_task_model(model: str, task: Task, *, trained: bool) -> nn.Module:
             f"{folder}: no head for task {task.name} in its weights: name a model fine-tuned on the task, or leave "
             f"tasks.{task.name}.teacher out and add finetune.teacher"
         )
-    return loaded.eval()
+    return loaded
 
 
 def student_model(student: BertModel, task: Task, teacher_folder: Path) -> nn.Module:
-    """A task model around a student's body, which it shares. The head is random, by torch's seed; the pooler is the
-    teacher's where it has one of this shape."""
+    """A task model with a student's body. The head is random, by torch's seed; the pooler is the teacher's where it has
+    one of this shape."""
     config = BertConfig.from_dict(student.config.to_dict() | label_names(task))
     config._attn_implementation = student.config._attn_implementation
     if task.kind == "tokens":
@@ -111,29 +100,21 @@ def student_model(student: BertModel, task: Task, teacher_folder: Path) -> nn.Mo
 
 def pooler_of(folder: Path) -> dict[str, Tensor]:
     """{"weight" [D, D], "bias" [D]} of a BERT's pooler from its files; empty where it has none."""
-    found = {}
-    for path in sorted(folder.glob("*.safetensors")):
-        with safe_open(path, framework="pt") as file:
-            for kind in ("weight", "bias"):
-                for name in {f"pooler.dense.{kind}", f"bert.pooler.dense.{kind}"} & set(file.keys()):
-                    found[kind] = file.get_tensor(name).float()
-    return found
+    found = tensors_in(folder)
+    places = {kind: [f"{prefix}pooler.dense.{kind}" for prefix in ("", "bert.")] for kind in ("weight", "bias")}
+    return read_tensors(folder, {kind: name for kind, names in places.items() for name in names if name in found})
 
 
 def save_task_model(folder: Path, model: nn.Module, tokenizer_folder: Path) -> None:
     """Writes a folder that AutoModelForSequenceClassification (or ...TokenClassification) and AutoTokenizer load."""
     with replacing_folder(folder) as new:
         model.save_pretrained(new)
-        for name in ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "vocab.txt"):
-            if (tokenizer_folder / name).is_file():
-                shutil.copy(tokenizer_folder / name, new / name)
+        copy_tokenizer(tokenizer_folder, new)
 
 
 @torch.inference_mode()
-def predict(
-    model: nn.Module, batcher: TaskBatcher, *, side: str = "student", precision: str = "bf16"
-) -> np.ndarray | list[np.ndarray]:
-    """The model's logits of a split in the order of its rows, [R, C]; for token tasks [tokens, C] for each row."""
+def predict(model: nn.Module, batcher: TaskBatcher, *, side: str = "student", precision: str = "bf16"):
+    """The model's logits of a split, in the order of its rows: [R, C]; for token tasks a list of [tokens, C]."""
     device = next(model.parameters()).device
 
     def run(batch: Batch) -> Tensor:

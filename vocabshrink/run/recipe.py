@@ -17,6 +17,7 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationEr
 
 from tokenizer_build.errors import InputError
 from vocabshrink.run.folder import OF_SUMMARY
+from vocabshrink.run.formats import CLASSES, FORMATS, LARGE_CLASSES, kind_of
 from vocabshrink.run.layer_map import LAYER_MAPS
 from vocabshrink.run.recipe_yaml import RecipeDumper, override_value, parse_yaml, read_yaml
 from vocabshrink.run.stage import RENAMED
@@ -65,10 +66,8 @@ Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9_][A-Za-z0-9._-]*$")]
 LayerMap = Annotated[str | list[tuple[int, int | list[int]]], BeforeValidator(check_layer_map)]
 
 
-Format = Literal[
-    "fp32", "fp16", "int8", "int4-32", "int4-64", "int4-128", "int3-32", "int3-64", "int3-128"
-]  # 3 bits in compact weights alone
-WeightFormats = Format | dict[Literal["embeddings", "positions", "attention", "feed_forward", "head"], Format]
+Format = Literal[*FORMATS]
+WeightFormats = Format | dict[Literal[*CLASSES], Format]
 
 
 class Section(BaseModel):
@@ -77,7 +76,10 @@ class Section(BaseModel):
 
 class TeacherSection(Section):
     model: str  # a local folder, a hub name, or package:NAME/SUBFOLDER for a model inside an installed package
-    sha256: str | None = None  # of model.safetensors; checked before anything is built on it
+    # a branch, tag or commit of a hub model; out of dumps where it is not set, so that what was made before there was
+    # such a setting stays finished
+    revision: str | None = Field(default=None, exclude_if=lambda value: value is None)
+    sha256: str | None = None  # of the weights, all shards in order of name; checked before anything is built on them
     pooling: Literal["mean", "cls"] = "mean"  # of the sentence embedding, where one is matched or delivered
     normalize: bool = True
 
@@ -318,10 +320,10 @@ class DeliverySection(Section):
     def kernels_read_it(self):
         for key in ("weights", "compact"):
             chosen = getattr(self, key)
-            if isinstance(chosen, dict) and (missing := {"embeddings", "attention", "feed_forward"} - set(chosen)):
+            if isinstance(chosen, dict) and (missing := set(LARGE_CLASSES) - set(chosen)):
                 raise ValueError(f"{key}: {min(missing)} has no format: give each of these classes one")
         formats = self.weights.values() if isinstance(self.weights, dict) else [self.weights]
-        if any(format.startswith("int3") for format in formats):
+        if "int3" in map(kind_of, formats):
             raise ValueError("weights: no ONNX kernel reads 3 bits: they are for delivery.compact")
         return self
 

@@ -6,8 +6,9 @@ from tokenizer_build.errors import InputError
 from vocabshrink.data.held_out import LEAST_SENTENCES
 from vocabshrink.models.extraction import check_extraction
 from vocabshrink.models.forward import check_attention
+from vocabshrink.models.loading import load_config
 from vocabshrink.models.student import student_config
-from vocabshrink.models.teacher import has_head, load_config, parameter_names
+from vocabshrink.models.teacher import find_head
 from vocabshrink.run.layer_map import layer_pairs
 from vocabshrink.run.recipe import Recipe
 from vocabshrink.stages.inputs import teacher_folder
@@ -81,8 +82,8 @@ def check_models(recipe: Recipe, folder: Path, teacher) -> None:
     """
     student = student_config(recipe.student, teacher, vocabulary_size(recipe, folder))
     if recipe.student.initialize.startswith("extract"):
-        check_extraction(recipe.student.initialize, student, teacher, parameter_names(teacher))
-    head = has_head(folder)
+        check_extraction(recipe.student.initialize, student, teacher)
+    head = find_head(folder)
     if head and recipe.masked_lm_head:
         raise InputError(f"{folder} has a masked-LM head already: remove masked_lm_head from the recipe")
     head = head or bool(recipe.masked_lm_head)

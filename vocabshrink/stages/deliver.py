@@ -16,8 +16,9 @@ from vocabshrink.data.tasks import Rows, Task, score
 from vocabshrink.delivery.card import write_card
 from vocabshrink.delivery.export import export_model
 from vocabshrink.delivery.measure import measure_systems
+from vocabshrink.models.loading import weights_sha256
 from vocabshrink.models.student import save_student
-from vocabshrink.models.teacher import Teacher, weights_sha256
+from vocabshrink.models.teacher import Teacher
 from vocabshrink.run.engine import Context
 from vocabshrink.runtime.delivery import Delivery, load
 from vocabshrink.runtime.index import build_index

@@ -13,9 +13,10 @@ from vocabshrink.data.held_out import HeldOut, held_out_texts
 from vocabshrink.data.lexicon import Lexicon, WordStream
 from vocabshrink.data.pieces import PieceTable
 from vocabshrink.data.tasks import Task, read_task
+from vocabshrink.models.loading import check_folder, resolve_model
 from vocabshrink.models.spelling import shared_pieces
 from vocabshrink.models.student import build_student
-from vocabshrink.models.teacher import Teacher, check_folder, load_head, load_teacher, resolve_model
+from vocabshrink.models.teacher import Teacher, load_head, load_teacher
 from vocabshrink.run.engine import Context
 from vocabshrink.run.recipe import Recipe
 
@@ -24,7 +25,7 @@ HELD_OUT = {"max_pieces": 126, "min_words": 4}  # of the segments that no traini
 
 def teacher_folder(recipe: Recipe) -> Path:
     """The teacher's folder, checked."""
-    folder = resolve_model(recipe.teacher.model)
+    folder = resolve_model(recipe.teacher.model, recipe.teacher.revision)
     check_folder(folder, recipe.teacher.sha256)
     return folder
 

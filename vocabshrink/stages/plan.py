@@ -14,8 +14,8 @@ from rich.table import Table
 from tokenizer_build.errors import InputError
 from tokenizer_build.tokenizer import load_tokenizer
 from vocabshrink.delivery.size import FORMATS, Shape, delivery_bytes, describe, parameters, refusal
+from vocabshrink.models.loading import check_folder, resolve_model
 from vocabshrink.models.student import student_config
-from vocabshrink.models.teacher import check_folder, load_config, resolve_model
 from vocabshrink.run.folder import RunDir
 from vocabshrink.run.recipe import DeliverySection, Recipe, StudentSection
 
@@ -25,9 +25,8 @@ GUESSED_FILL = 0.5  # of max_length, where nothing is encoded yet
 
 def shapes(recipe: Recipe) -> tuple[Shape, Shape]:
     """The student's and the teacher's shape. Raises InputError for a teacher folder that cannot be one."""
-    folder = resolve_model(recipe.teacher.model)
-    check_folder(folder)
-    teacher = load_config(folder)
+    folder = resolve_model(recipe.teacher.model, recipe.teacher.revision)
+    teacher = check_folder(folder)
     like_teacher = student_config(StudentSection(), teacher, teacher.vocab_size)
     student = student_config(recipe.student, teacher, vocabulary_size(recipe, folder))
     fields = ("vocab_size", "hidden_size", "num_hidden_layers", "intermediate_size", "max_position_embeddings")

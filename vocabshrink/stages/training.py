@@ -14,10 +14,11 @@ from vocabshrink.data.batches import Batcher, cut_segments
 from vocabshrink.data.held_out import read_rated_pairs
 from vocabshrink.data.pieces import PieceTable
 from vocabshrink.models.embedder import torch_embedder
+from vocabshrink.models.loading import read_backbone
 from vocabshrink.models.rounding import bake, quantization_aware
 from vocabshrink.models.spelling import spellings
 from vocabshrink.models.student import load_student, new_student_head, save_student
-from vocabshrink.models.teacher import MaskedLMHead, Teacher, load_head, new_head, read_backbone, save_head
+from vocabshrink.models.teacher import MaskedLMHead, Teacher, load_head, new_head, save_head
 from vocabshrink.run.engine import Context, material, say, settings_of
 from vocabshrink.run.layer_map import layer_pairs
 from vocabshrink.run.recipe import DistillStage, TrainingSection, Weighted
@@ -43,7 +44,7 @@ def masked_lm_head(context: Context) -> dict:
     stage, teacher = context.recipe.masked_lm_head, read_teacher(context)
     torch.manual_seed(context.recipe.seed)
     accelerator = make_accelerator(stage, context.dir)
-    teacher.head = new_head(teacher)
+    teacher.head = new_head(teacher.backbone)
     task = HeadTraining(teacher, {"teacher_masked_lm": Weighted()})
     batcher = make_batcher(context, stage, teacher, ("teacher",), accelerator)
     result = train_stage(context, task, batcher, stage, accelerator)

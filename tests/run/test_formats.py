@@ -1,0 +1,67 @@
+"""What a weight format's name says."""
+
+from typing import get_args
+
+import pytest
+
+from tokenizer_build.errors import InputError
+from vocabshrink.run import recipe
+from vocabshrink.run.formats import (
+    CLASSES,
+    FORMATS,
+    bits_and_group,
+    bits_of,
+    describe,
+    format_of,
+    formats_of,
+    is_float,
+    kind_of,
+)
+
+MIXED = {"embeddings": "int3-64", "positions": "int4-32", "attention": "int8", "feed_forward": "int4-128"}
+
+
+def test_every_name_is_read():
+    found = {name: (kind_of(name), bits_of(name), is_float(name), describe(name)) for name in FORMATS}
+    assert found == {
+        "fp32": ("fp32", 32, True, "fp32"),
+        "fp16": ("fp16", 16, True, "fp16"),
+        "int8": ("int8", 8, False, "int8"),
+        "int4-32": ("int4", 4, False, "int4 groups of 32"),
+        "int4-64": ("int4", 4, False, "int4 groups of 64"),
+        "int4-128": ("int4", 4, False, "int4 groups of 128"),
+        "int3-32": ("int3", 3, False, "int3 groups of 32"),
+        "int3-64": ("int3", 3, False, "int3 groups of 64"),
+        "int3-128": ("int3", 3, False, "int3 groups of 128"),
+    }
+
+
+def test_a_scale_covers_a_group_or_a_row():
+    assert bits_and_group("int4-64", 40) == (4, 64)
+    assert bits_and_group("int8", 40) == (8, 40)
+    assert bits_and_group("int8", 0) == (8, 1)
+
+
+def test_mixed_formats_and_files_in_words():
+    assert describe({"feed_forward": "int4-128", "head": "fp16"}) == "feed forward in int4 groups of 128, head in fp16"
+    assert describe("fp16-safetensors") == "fp16 safetensors"
+
+
+def test_a_recipe_knows_the_same_formats():
+    assert get_args(recipe.Format) == FORMATS
+
+
+def test_formats_are_one_name_or_one_for_each_class():
+    assert formats_of("int4-64") == dict(zip(CLASSES, ["int4-64", "int8", "int4-64", "int4-64", "int8"], strict=True))
+    assert set(formats_of("fp16").values()) == {"fp16"}
+    assert formats_of(MIXED)["head"] == "int8" and formats_of(MIXED)["positions"] == "int4-32"
+    assert formats_of(formats_of(MIXED)) == formats_of(MIXED)
+    assert format_of("a.bias", 1, formats_of("int8")) == "fp16" and format_of("a.bias", 1, formats_of("fp32")) == "fp32"
+    for formats, words in (
+        ("int4", "'int4' is no format"),
+        ({"embeddings": "int8"}, "weights of attention: None"),
+        (MIXED | {"pooler": "int8"}, "pooler"),
+        (MIXED | {"head": "int4-48"}, "weights of head: 'int4-48'"),
+    ):
+        with pytest.raises(InputError, match=words):
+            formats_of(formats)
