@@ -124,7 +124,7 @@ class Graph:
         return rows
 
     def codes(self, quantized: Quantized) -> np.ndarray:
-        """8 bits: codes [rows, columns]. 4 bits: packed, [rows, bytes], 8 standing for zero; the last group is filled."""
+        """8 bits: codes [rows, columns]. 4 bits: packed, [rows, bytes], 8 standing for zero; whole groups."""
         codes, zero = quantized.codes, 2 ** (quantized.bits - 1)
         if quantized.bits == 8:
             return codes if self.kernel != "unsigned" else (codes.astype(np.int16) + zero).astype(np.uint8)
