@@ -155,5 +155,5 @@ def test_bad_task_folders_are_refused(tmp_path):
     with pytest.raises(InputError, match="pairs without scores"):
         task_quality(None, tmp_path)
     write_rows(tmp_path / "test.jsonl", [{"sentence1": "a", "label": "same"}])
-    with pytest.raises(InputError, match="train.jsonl is missing"):
+    with pytest.raises(InputError, match="train.jsonl: no such file"):
         task_quality(None, tmp_path)

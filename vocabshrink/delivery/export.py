@@ -20,7 +20,6 @@ from torch import nn
 
 from tokenizer_build.errors import InputError
 from tokenizer_build.files import read_json, replacing_folder
-from tokenizer_build.tokenizer import load_tokenizer
 from vocabshrink.delivery.compact import save_compact, small_config
 from vocabshrink.delivery.graph import ACTIVATIONS, FLOATS, KERNELS, build_graph
 from vocabshrink.models.forward import pool_sentence
@@ -31,7 +30,6 @@ from vocabshrink.run.formats import Formats, formats_of, kind_of
 from vocabshrink.runtime.kinds import KINDS
 
 Feed = dict[str, np.ndarray]  # a graph's inputs, int64 [batch, sequence]
-KERNEL_GAIN = 0.01  # of agreement with torch, for which the slow "float" kernel is worth its price
 # By the kind of the coarsest weights: the name by which transformers.js finds such a graph (its dtypes q4, q8, fp16,
 # fp32); the least agreement of the graph with torch's model of the same rounded weights, where what is left is int8's
 # rounding of activations, and below which the graph is wrong or int8 collapsed; and the least agreement with torch's
@@ -62,11 +60,10 @@ LOADERS = {  # what each loader needs beside COMMON; "graph" stands for the grap
 class ExportSettings:
     """What to write.
 
-    formats: of the graph's weights, a name or {class: name}. kernel: one of KERNELS, for int8 weights; None takes the
-    first unless the texts show that it loses too much. safetensors: "fp16" or "fp32" adds model.safetensors for
-    AutoModel and, for embedders, SentenceTransformer. compact: formats of an added compact.safetensors
-    (`vocabshrink.load_compact`). budget_bytes: of what onnxruntime needs. tolerance: how far a delivered figure may
-    fall below the trained one. force: failures are written down instead of raised.
+    formats: of the graph's weights, a name or {class: name}. kernel: one of KERNELS, for int8 weights. safetensors:
+    "fp16" or "fp32" adds model.safetensors for AutoModel and, for embedders, SentenceTransformer. compact: formats of
+    an added compact.safetensors (`vocabshrink.load_compact`). budget_bytes: of what onnxruntime needs. tolerance: how
+    far a delivered figure may fall below the trained one. force: failures are written down instead of raised.
     """
 
     task: str
@@ -74,7 +71,7 @@ class ExportSettings:
     max_positions: int
     pooling: str = "mean"
     normalize: bool = True
-    kernel: str | None = None
+    kernel: str = KERNELS[0]
     safetensors: str | None = None
     compact: Formats | None = None
     budget_bytes: int | None = None
@@ -89,7 +86,7 @@ class ExportSettings:
                     f"weights of {name}: onnxruntime multiplies by 2, 4 and 8 bits and not by 3: use int4-128 in the "
                     "graph, and 3 bits for compact.safetensors"
                 )
-        allowed = {"task": KINDS, "pooling": POOLINGS, "kernel": (None, *KERNELS), "safetensors": (None, *FLOATS)}
+        allowed = {"task": KINDS, "pooling": POOLINGS, "kernel": KERNELS, "safetensors": (None, *FLOATS)}
         for key, known in allowed.items():
             if (value := getattr(self, key)) not in known:
                 raise InputError(f"{key} {value!r} is unknown: use one of {[name for name in known if name]}")
@@ -99,26 +96,19 @@ class ExportSettings:
         """The key of LIMITS for the coarsest class: "int4" of {"head": "int8", "attention": "int4-64"}."""
         return min(map(kind_of, self.formats.values()), key=list(LIMITS).index)
 
-    @property
-    def multiplies_int8(self) -> bool:
-        """Whether there are int8 matrices besides lookups, so that the kernel matters."""
-        multiplied = ["attention", "feed_forward"] + ["head"] * (self.task != "embedding")
-        return "int8" in [self.formats[name] for name in multiplied + ["embeddings"] * (self.task == "fill-mask")]
-
 
 def export_model(
     model_folder: str | Path,
     out_folder: str | Path,
     settings: ExportSettings,
     *,
-    texts: list[str] | None = None,
     measure: Callable[[Path], dict[str, dict[str, float]]] | None = None,
     gates: Iterable[str] | None = None,
     manifest: dict | None = None,
 ) -> dict:
     """Write the delivery of a model folder and return its manifest (also in MANIFEST.json).
 
-    texts: to choose the kernel by. measure: called with the folder once it is complete, gives {figure: {system:
+    measure: called with the folder once it is complete, gives {figure: {system:
     value}}, kept as "quality"; a figure in `gates` (None: each one) whose "delivered" is more than the tolerance under
     its "trained" is a failure. manifest: more keys (recipe, teacher's hash). Added: the settings, "files" {name:
     {"bytes", "sha256"}}, "loaders" {name: {"files", "bytes"}}, "delivery_bytes" (what onnxruntime needs, the manifest
@@ -134,7 +124,7 @@ def export_model(
     if taken and not (out_folder / "MANIFEST.json").is_file():
         raise InputError(f"{out_folder} exists and is no earlier delivery: give another place or remove it")
     with replacing_folder(out_folder) as place:
-        written = _write_files(model, model_folder, place, settings, texts)
+        written = _write_files(model, model_folder, place, settings)
         files = {
             path.relative_to(place).as_posix(): {
                 "bytes": path.stat().st_size,
@@ -192,9 +182,7 @@ def _load_model(folder: Path, settings: ExportSettings) -> nn.Module:
     return model.requires_grad_(False)
 
 
-def _write_files(
-    model: nn.Module, model_folder: Path, place: Path, settings: ExportSettings, texts: list[str] | None
-) -> dict:
+def _write_files(model: nn.Module, model_folder: Path, place: Path, settings: ExportSettings) -> dict:
     """Every file but the manifest; the manifest's keys that say what they are."""
     _write_tokenizer(model_folder, place, model.config.vocab_size, settings.max_positions)
     keys = {"graph": LIMITS[settings.coarsest][0], "task": settings.task, "formats": settings.formats}
@@ -202,24 +190,13 @@ def _write_files(
     pooled = {"pooling": settings.pooling, "normalize": settings.normalize}
     if settings.task == "embedding":
         keys |= pooled | {"dimension": model.config.hidden_size}
-    kernels = [settings.kernel or KERNELS[0]]
-    if settings.multiplies_int8 and texts and not settings.kernel:
-        kernels = [KERNELS[0], "float"]
+    if "int8" in settings.formats.values():
+        keys["kernel"] = settings.kernel
     state = {name.removeprefix("bert."): value.numpy() for name, value in model.state_dict().items()}
-    graphs = {}
-    for kernel in kernels:
-        graph = build_graph(state, model.config, task=settings.task, formats=settings.formats, kernel=kernel, **pooled)
-        graphs[kernel] = graph.SerializeToString(deterministic=True)
-    kernel = kernels[0]
-    if len(kernels) > 1:
-        feeds = feeds_of(texts, place / "tokenizer.json")
-        agreements = {name: agreement(graph, feeds, model, settings, np.mean) for name, graph in graphs.items()}
-        kernel = max(kernels, key=lambda name: agreements[name] - KERNEL_GAIN * (name == "float"))
-        keys["kernels"] = agreements
-    if settings.multiplies_int8:
-        keys["kernel"] = kernel
+    built = {"task": settings.task, "formats": settings.formats, "kernel": settings.kernel} | pooled
+    graph = build_graph(state, model.config, **built).SerializeToString(deterministic=True)
     (place / "onnx").mkdir()
-    (place / keys["graph"]).write_bytes(graphs[kernel])
+    (place / keys["graph"]).write_bytes(graph)
     _write_json(place / "config.json", small_config(model))
     if settings.safetensors:
         dtype = torch.float16 if settings.safetensors == "fp16" else torch.float32
@@ -267,7 +244,7 @@ def _compare(model: nn.Module, graph: Path, settings: ExportSettings) -> tuple[d
     if check["same_weights"] < least_same:
         failures.append(
             f"the {kind} graph's cosine with torch on the same weights is {check['same_weights']}, under "
-            f"{least_same}: give texts to choose a kernel by, or use other weights"
+            f"{least_same}: choose kernel: float, which does not round activations, or other weights"
         )
     if check["fp32"] < least_whole:
         failures.append(
@@ -277,17 +254,11 @@ def _compare(model: nn.Module, graph: Path, settings: ExportSettings) -> tuple[d
     return check, failures
 
 
-def agreement(
-    graph: bytes | Path,
-    feeds: list[Feed],
-    model: nn.Module,
-    settings: ExportSettings,
-    of_rows: Callable[[np.ndarray], float] = np.min,
-) -> float:
-    """Cosine of what the graph gives for the feeds with what torch gives; -1 where anything is not finite.
+def agreement(graph: bytes | Path, feeds: list[Feed], model: nn.Module, settings: ExportSettings) -> float:
+    """Least cosine of what the graph gives for the feeds with what torch gives; -1 where anything is not finite.
 
-    Of embeddings, the least (or other `of_rows`) over the texts. Logits are centred, for a softmax does not see their
-    mean, and compared all at once: two classes that nearly tie have no direction.
+    Logits are centred, for a softmax does not see their mean, and compared all at once: two classes that nearly tie
+    have no direction.
     """
     options, task = onnxruntime.SessionOptions(), settings.task
     options.intra_op_num_threads, options.log_severity_level = 1, 3
@@ -301,19 +272,7 @@ def agreement(
         pairs = [(rows - rows.mean(1, keepdims=True) * (rows.shape[1] > 1)).reshape(1, -1) for rows in pairs]
     a, b = pairs
     cosines = (a * b).sum(1) / np.maximum(np.linalg.norm(a, axis=1) * np.linalg.norm(b, axis=1), 1e-30)
-    return round(float(of_rows(cosines)), 6) if np.isfinite(cosines).all() else -1.0
-
-
-def feeds_of(texts: list[str], tokenizer_file: Path, batch_size: int = 16) -> list[Feed]:
-    """The graph's inputs for texts, in batches."""
-    tokenizer = load_tokenizer(tokenizer_file)
-    tokenizer.enable_padding()
-    fields = {"input_ids": "ids", "attention_mask": "attention_mask", "token_type_ids": "type_ids"}
-    batches = [tokenizer.encode_batch(texts[i : i + batch_size]) for i in range(0, len(texts), batch_size)]
-    return [
-        {name: np.array([getattr(e, field) for e in encodings], dtype=np.int64) for name, field in fields.items()}
-        for encodings in batches
-    ]
+    return round(float(cosines.min()), 6) if np.isfinite(cosines).all() else -1.0
 
 
 def awkward_inputs(vocab_size: int, longest: int, types: int = 2) -> list[Feed]:

@@ -1,14 +1,12 @@
 """Sizes, start-up, memory, speed and quality of delivered models beside their peers, in one run on one machine.
 
-Every system is measured from text to answer, in processes of its own: our runtime for a delivery (and for the
-teacher, exported as fp32 and int8 ONNX), model2vec for static vectors distilled from the same teacher. A length is a
-number of pieces under the teacher's tokenizer, and all systems are given the same texts: a small vocabulary needs
-more pieces for them, and that is part of its price. Systems take turns, round after round, so that a machine that slows
-down slows all of them.
+Every system is measured from text to answer, in processes of its own: our runtime for a delivery (and for the teacher,
+exported as fp32 and int8 ONNX), model2vec for static vectors distilled from the same teacher. Lengths are in pieces of
+the teacher's tokenizer, and all systems get the same texts: a small vocabulary needs more pieces for them, and that is
+part of its price. Systems take turns, round after round, so that a machine that slows down slows all of them.
 
-- Cold start: from the start of a Python process to the printed first answer; the median of several. RSS: the peak of
-  that process.
-- Bytes: what the system's loader needs, as files, and each gzipped as servers do.
+- Cold start: from the start of a Python process to its first answer; the median of several. RSS: that process's peak.
+- Bytes: the files that the system's loader needs, and the same gzipped one by one, as servers do.
 - Quality, where task folders are given: Spearman of the cosine for scored pairs; else the accuracy of a logistic
   regression on the embeddings (a linear probe), its strength chosen on held-out training rows.
 """
@@ -20,6 +18,7 @@ import platform
 import subprocess
 import sys
 import time
+from collections import defaultdict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from importlib import metadata, util
@@ -69,16 +68,11 @@ class System:
             from model2vec import StaticModel
 
             return StaticModel.from_pretrained(str(self.folder)).encode
-        return getattr(load(self.folder, threads), self.method)
-
-    @property
-    def method(self) -> str:
-        """Of our runtime, for this delivery."""
-        kind = KINDS[load(self.folder).task]
-        if not kind.any_text:
+        model = load(self.folder, threads)
+        if not KINDS[model.task].any_text:
             known = [task for task, kind in KINDS.items() if kind.any_text]
-            raise InputError(f"{self.folder} is for the task {kind.pipeline!r}: bench measures {known}")
-        return kind.method
+            raise InputError(f"{self.folder} is for the task {model.task!r}: bench measures {known}")
+        return getattr(model, KINDS[model.task].method)
 
     @property
     def files(self) -> list[Path]:
@@ -148,12 +142,12 @@ def bench(
     tokenizer = Path(teacher or systems[0].folder) / "tokenizer.json"
     texts = {length: text_of(length, tokenizer) for length in calls.lengths}
     for threads in calls.threads or sorted({1, os.cpu_count() or 1}):
-        times: dict[str, dict[str, list[float]]] = {name: {} for name in names}
+        times: dict[str, dict[str, list[float]]] = {name: defaultdict(list) for name in names}
         for turn in range(3):
             for system in systems:
                 progress(f"{system.name}: {threads} thread{'s' * (threads > 1)}, round {turn + 1} of 3")
                 for key, more in timed_apart(system, threads, texts, calls.batches, calls.seconds / 3).items():
-                    times[system.name].setdefault(key, []).extend(more)
+                    times[system.name][key] += more
         for name, by_key in times.items():
             figures = {key: statistics_of(found, int(key.partition("x")[2])) for key, found in by_key.items()}
             results[name]["latency"][str(threads)] = figures
@@ -161,8 +155,8 @@ def bench(
         for system in systems:
             if system.kind == "static" or load(system.folder).task == "embedding":
                 progress(f"{system.name}: {task}")
-                quality = results[system.name].setdefault("quality", {})
-                quality[task] = round(task_quality(system.open(os.cpu_count() or 1), Path(folder)), 4)
+                quality = task_quality(system.open(os.cpu_count() or 1), Path(folder))
+                results[system.name].setdefault("quality", {})[task] = round(quality, 4)
     report = {"machine": machine(), "lengths": list(calls.lengths), "systems": results}
     write_json(Path(out), report)
     return report
@@ -219,7 +213,7 @@ def cold_start(system: System, starts: int) -> dict[str, float]:
     """{"cold_start_seconds", "rss_mb"}: medians over processes, the first (whose files may be on disk yet) left out."""
     code = COLD_START[system.kind].replace("PATH", repr(str(system.folder.resolve()))) + REPORT
     if system.kind == "delivery":
-        code = code.replace("METHOD", system.method)
+        code = code.replace("METHOD", KINDS[load(system.folder).task].method)
     found = []
     for _ in range(starts + 1):
         began = time.time()
@@ -298,10 +292,9 @@ def task_quality(embed: Callable[[list[str]], np.ndarray], folder: Path) -> floa
     split = ShuffleSplit(1, test_size=0.2, random_state=0)
     probe = GridSearchCV(LogisticRegression(max_iter=1000), {"C": STRENGTHS}, cv=split)
     sides = [[train[i] for i in chosen], rows]
-    (vectors, labels), asked = (
-        (_unit(embed([row["sentence1"] for row in side])), [row["label"] for row in side]) for side in sides
-    )
-    return float(probe.fit(vectors, labels).score(*asked))
+    vectors = [_unit(embed([row["sentence1"] for row in side])) for side in sides]
+    labels = [[row["label"] for row in side] for side in sides]
+    return float(probe.fit(vectors[0], labels[0]).score(vectors[1], labels[1]))
 
 
 def _rows(path: Path) -> list[dict]:
@@ -337,15 +330,12 @@ def bench_tables(report: dict) -> list[Table]:
     }
     tables = [_table("Size, start and quality", sizes)]
     for threads in next(iter(systems.values()))["latency"]:
-        cells = {
-            name: {
-                "{} pieces\nbatch {}".format(
-                    *key.split("x")
-                ): f"{cell['p50_ms']:.2f} / {cell['p95_ms']:.2f}\n{cell['texts_per_second']:,.0f}/s"
-                for key, cell in system["latency"][threads].items()
-            }
-            for name, system in systems.items()
-        }
+        cells: dict[str, dict[str, str]] = {name: {} for name in systems}
+        for name, system in systems.items():
+            for key, found in system["latency"][threads].items():
+                length, batch = key.split("x")
+                milliseconds = f"{found['p50_ms']:.2f} / {found['p95_ms']:.2f}"
+                cells[name][f"{length} pieces\nbatch {batch}"] = f"{milliseconds}\n{found['texts_per_second']:,.0f}/s"
         tables.append(_table(f"p50 / p95 ms, texts a second: {threads} thread{'s' * (threads != '1')}", cells))
     return tables
 

@@ -1,7 +1,4 @@
-"""The kinds of delivered models, and everything that the library knows about each. Free of torch.
-
-A manifest's "task" is a key of KINDS.
-"""
+"""The kinds of delivered models, and everything that the library knows about each. Free of torch."""
 
 from dataclasses import dataclass
 
@@ -10,27 +7,27 @@ from dataclasses import dataclass
 class Kind:
     """What a delivered model is for."""
 
-    output: str  # the graph's output that the runtime reads
     method: str  # of `runtime.delivery.Delivery`
     architecture: str  # transformers' class
     pipeline: str  # Hugging Face's pipeline tag
     title: str  # in the model card
-    example: str  # a call in the model card
+    example: str  # a call, in the model card
+    output: str = "logits"  # the graph's output that the runtime reads
     labelled: bool = False  # config.json names a label for each column of the output
     any_text: bool = True  # False where texts must hold a mask
 
 
+# A manifest's "task" -> its kind
 KINDS = {
     "embedding": Kind(
-        output="sentence_embedding",
         method="embed",
         architecture="BertModel",
         pipeline="sentence-similarity",
         title="A sentence embedder",
         example='embed(["a text"])  # [1, {dimension}] float32',
+        output="sentence_embedding",
     ),
     "classification": Kind(
-        output="logits",
         method="classify",
         architecture="BertForSequenceClassification",
         pipeline="text-classification",
@@ -39,7 +36,6 @@ KINDS = {
         labelled=True,
     ),
     "tokens": Kind(
-        output="logits",
         method="label_tokens",
         architecture="BertForTokenClassification",
         pipeline="token-classification",
@@ -48,7 +44,6 @@ KINDS = {
         labelled=True,
     ),
     "fill-mask": Kind(
-        output="logits",
         method="fill_mask",
         architecture="BertForMaskedLM",
         pipeline="fill-mask",

@@ -1,7 +1,6 @@
 """The export stage: what a run leaves for its users, each delivery loaded back and measured before it is in place."""
 
 import os
-from collections.abc import Iterator
 from dataclasses import replace
 from itertools import islice
 from pathlib import Path
@@ -9,7 +8,6 @@ from pathlib import Path
 import numpy as np
 from transformers import BertModel
 
-from tokenizer_build.errors import InputError
 from tokenizer_build.files import read_json, read_jsonl
 from vocabshrink.data.held_out import read_rated_pairs
 from vocabshrink.data.tasks import Rows, Task, score
@@ -30,8 +28,6 @@ from vocabshrink.stages.inputs import (
     vocabulary_folder,
 )
 
-TEXTS = 64  # by which the kernel of int8 products is chosen
-
 
 def export(context: Context) -> dict:
     """Writes the embedder's delivery and one of each task's model. Returns their figures, tasks' under their names."""
@@ -44,7 +40,7 @@ def export(context: Context) -> dict:
         max_positions=min(section.max_positions, student.config.max_position_embeddings),
         pooling=teacher.pooling,
         normalize=teacher.normalize,
-        kernel=None if section.kernel == "auto" else section.kernel,
+        kernel=section.kernel,
         safetensors=section.safetensors,
         compact=section.compact,
         budget_bytes=section.budget,
@@ -80,19 +76,13 @@ def export_embedder(
         return {name: row for name, row in figures.items() if name not in ("bytes", "latency_ms")}
 
     manifest = export_model(
-        done[-1],
-        folder / "model",
-        settings,
-        texts=held_out.texts[:TEXTS],
-        measure=measure,
-        gates=["rank_agreement", *rated],
-        manifest=origin,
+        done[-1], folder / "model", settings, measure=measure, gates=["rank_agreement", *rated], manifest=origin
     )
     figures["bytes"]["delivered"] = manifest["delivery_bytes"]
     figures["parameters_by_block"] = {"teacher": blocks_of(teacher.backbone), "student": blocks_of(student)}
     write_card(folder / "model", manifest, **sources_of(context))
     if recipe.index:
-        passages = islice(read_passages(Path(recipe.index.passages)), recipe.index.limit)
+        passages = islice((row for _, row in read_jsonl(recipe.index.passages)), recipe.index.limit)
         figures["indexed_passages"] = build_index(folder / "model", passages, threads=os.cpu_count() or 1)
     return figures
 
@@ -110,7 +100,6 @@ def export_task(context: Context, task: Task, settings: ExportSettings, origin: 
         source / "model",
         folder,
         replace(settings, task="tokens" if task.kind == "tokens" else "classification"),
-        texts=[row if isinstance(row, str) else " ".join(row) for row in rows.first[:TEXTS]],
         measure=measure,
         manifest=origin | {"trained_for": task.name, "pairs": rows.second is not None},
     )
@@ -145,11 +134,3 @@ def blocks_of(model) -> dict[str, int]:
     pieces = model.get_input_embeddings().weight.numel()
     embeddings = sum(p.numel() for name, p in model.named_parameters() if "embeddings" in name)
     return {"pieces": pieces, "other embeddings": embeddings - pieces, "layers": model.num_parameters() - embeddings}
-
-
-def read_passages(path: Path) -> Iterator[dict]:
-    """Rows of a JSONL file, each with a "text"."""
-    for number, row in read_jsonl(path):
-        if not isinstance(row.get("text"), str):
-            raise InputError(f'{path}: line {number} has no "text" string: correct or delete it')
-        yield row
