@@ -234,7 +234,7 @@ def embed(artifact: Path, batch_size: BatchSize = 32, threads: Threads = 1):
 
 @app.command()
 def classify(artifact: Path, batch_size: BatchSize = 32, threads: Threads = 1):
-    """Classify the lines of standard input (first TAB second: a pair, for models of pairs), or label words. Needs no torch."""
+    """Classify the lines of standard input (first TAB second, of a model of pairs), or label words. Needs no torch."""
     from vocabshrink.runtime.lines import classify_lines
 
     classify_lines(artifact, sys.stdin.buffer, sys.stdout, batch_size=batch_size, threads=threads)

@@ -172,9 +172,8 @@ def teacher_systems(teacher: Path, peers: Path, progress: Callable[[str], None])
 
             progress(f"exporting {teacher} as {weights}")
             # signed: the fastest int8 there is, so that the peer is not slowed down
-            export_model(
-                teacher, folder, ExportSettings("embedding", weights, max(LENGTHS), kernel="signed", force=True)
-            )
+            settings = ExportSettings("embedding", weights, max(LENGTHS), kernel="signed", force=True)
+            export_model(teacher, folder, settings)
         systems.append(System(folder.name, folder, "delivery"))
     return systems
 
@@ -201,12 +200,10 @@ def static_system(teacher: Path, peers: Path, progress: Callable[[str], None]) -
 def text_of(length: int, tokenizer_file: Path) -> str:
     """A text of `length` pieces, special tokens included, or one more where a word takes two."""
     tokenizer = load_tokenizer(tokenizer_file)
-    words, count = WORDS.split(), 1
-    while len(tokenizer.encode(" ".join(words[:count])).ids) < length:
-        count += 1
-        if count > len(words):
-            words += words
-    return " ".join(words[:count])
+    words = WORDS.split() * (1 + length // len(WORDS.split()))
+    pieces = [len(tokenizer.encode(word, add_special_tokens=False).ids) for word in words]
+    special = len(tokenizer.encode("").ids)
+    return " ".join(words[: 1 + int(np.searchsorted(special + np.cumsum(pieces), length))])
 
 
 def cold_start(system: System, starts: int) -> dict[str, float]:

@@ -20,7 +20,8 @@ from tokenizer_build.errors import InputError
 from vocabshrink.runtime.kinds import KINDS
 
 CHARACTERS_A_PIECE = 32  # of a long text at first: a text is tokenised no further than it is read
-INPUTS = {"input_ids", "attention_mask", "token_type_ids"}  # of a graph; the last may be missing
+# A graph's inputs and the tokenizer's names for them; the last may be missing.
+INPUTS = {"input_ids": "ids", "attention_mask": "attention_mask", "token_type_ids": "type_ids"}
 Text = str | tuple[str, str]
 
 
@@ -140,14 +141,14 @@ class Delivery:
         order = sorted(range(len(encodings)), key=lambda i: len(encodings[i].ids))
         for start in range(0, len(order), batch_size):
             rows = order[start : start + batch_size]
-            shape = (len(rows), len(encodings[rows[-1]].ids))
-            feed = {name: np.zeros(shape, dtype=np.int64) for name in INPUTS}
-            for line, i in enumerate(rows):
-                count = len(encodings[i].ids)
-                feed["input_ids"][line, :count] = encodings[i].ids
-                feed["attention_mask"][line, :count] = 1
-                feed["token_type_ids"][line, :count] = encodings[i].type_ids
-            output = self.session.run([KINDS[self.task].output], {name: feed[name] for name in self.inputs})[0]
+            batch = [encodings[i] for i in rows]
+            for encoding in batch:
+                encoding.pad(len(batch[-1].ids))
+            feed = {
+                name: np.array([getattr(encoding, INPUTS[name]) for encoding in batch], dtype=np.int64)
+                for name in self.inputs
+            }
+            output = self.session.run([KINDS[self.task].output], feed)[0]
             yield from zip(rows, output, strict=True)
 
 
@@ -234,15 +235,12 @@ def _read_manifest(folder: Path) -> dict:
         manifest = json.loads(path.read_bytes())
     except ValueError as error:
         raise InputError(f"{path} is not JSON ({error}): export the model again") from error
-    needed = {"graph", "files"}
-    if isinstance(manifest, dict):
-        manifest.setdefault("task", "embedding")
-        needed |= {"dimension"} if manifest["task"] == "embedding" else set()
-    if not isinstance(manifest, dict) or not needed <= manifest.keys():
+    task = manifest.setdefault("task", "embedding") if isinstance(manifest, dict) else None
+    needed = {"graph", "files"} | ({"dimension"} if task == "embedding" else set())
+    if task is None or not needed <= manifest.keys():
         raise InputError(f"{path} lacks one of {sorted(needed)}: export the model again")
-    if manifest["task"] not in KINDS:
-        known = list(KINDS)
-        raise InputError(f"{path} has the task {manifest['task']!r}, not one of {known}: use a newer vocabshrink")
+    if task not in KINDS:
+        raise InputError(f"{path} has the task {task!r}, not one of {list(KINDS)}: use a newer vocabshrink")
     files = manifest["files"]
     if not isinstance(files, dict) or not all(isinstance(facts, dict) for facts in files.values()):
         raise InputError(f"{path}: files is not names with facts: export the model again")
@@ -291,7 +289,7 @@ def _labels(folder: Path, config: dict) -> list[str]:
 def _check_graph(path: Path, delivery: Delivery, config: dict) -> None:
     """Raise InputError where the graph's inputs and outputs are not those that the manifest promises."""
     task, session, pieces = delivery.task, delivery.session, delivery.tokenizer.get_vocab_size()
-    if not INPUTS - {"token_type_ids"} <= set(delivery.inputs) <= INPUTS:
+    if not {"input_ids", "attention_mask"} <= set(delivery.inputs) <= set(INPUTS):
         found = sorted(delivery.inputs)
         raise InputError(f"{path} has the inputs {found}, not input_ids and attention_mask: export the model again")
     output = next((put for put in session.get_outputs() if put.name == KINDS[task].output), None)
