@@ -46,12 +46,7 @@ LOADERS = {  # what each loader needs beside COMMON; "graph" stands for the grap
     "onnxruntime": ["graph", "MANIFEST.json"],
     "transformers.js": ["graph"],
     "transformers": ["model.safetensors"],
-    "sentence-transformers": [
-        "model.safetensors",
-        "modules.json",
-        "sentence_bert_config.json",
-        "1_Pooling/config.json",
-    ],
+    "sentence-transformers": ["model.safetensors", *module_files(1, 1, "mean", False)],
     "load_compact": ["compact.safetensors"],
 }
 
@@ -108,12 +103,12 @@ def export_model(
 ) -> dict:
     """Write the delivery of a model folder and return its manifest (also in MANIFEST.json).
 
-    measure: called with the folder once it is complete, gives {figure: {system:
-    value}}, kept as "quality"; a figure in `gates` (None: each one) whose "delivered" is more than the tolerance under
-    its "trained" is a failure. manifest: more keys (recipe, teacher's hash). Added: the settings, "files" {name:
-    {"bytes", "sha256"}}, "loaders" {name: {"files", "bytes"}}, "delivery_bytes" (what onnxruntime needs, the manifest
-    too: the budget binds it), "check": least agreement with torch over padded, two-segment, one-piece and longest
-    inputs, with the unrounded model ("fp32") and with the same rounded weights ("same_weights").
+    measure: called with the folder once it is complete, gives {figure: {system: value}}, kept as "quality"; a figure in
+    `gates` (None: each one) whose "delivered" is more than the tolerance under its "trained" is a failure. manifest:
+    more keys (recipe, teacher's hash). Added: the settings, "files" {name: {"bytes", "sha256"}}, "loaders" {name:
+    {"files", "bytes"}}, "delivery_bytes" (what onnxruntime needs, the manifest too: the budget binds it), "check":
+    least agreement with torch over padded, two-segment, one-piece and longest inputs, with the unrounded model ("fp32")
+    and with the same rounded weights ("same_weights").
 
     Raises InputError for a model that it cannot write, and for a failure: over budget, disagreement with torch, lost
     quality. With `force` failures are sentences in the manifest's "failures" instead.
@@ -125,13 +120,10 @@ def export_model(
         raise InputError(f"{out_folder} exists and is no earlier delivery: give another place or remove it")
     with replacing_folder(out_folder) as place:
         written = _write_files(model, model_folder, place, settings)
+        contents = {path: path.read_bytes() for path in sorted(place.rglob("*")) if path.is_file()}
         files = {
-            path.relative_to(place).as_posix(): {
-                "bytes": path.stat().st_size,
-                "sha256": hashlib.sha256(path.read_bytes()).hexdigest(),
-            }
-            for path in sorted(place.rglob("*"))
-            if path.is_file()
+            path.relative_to(place).as_posix(): {"bytes": len(found), "sha256": hashlib.sha256(found).hexdigest()}
+            for path, found in contents.items()
         }
         check, failures = _compare(model, place / written["graph"], settings)
         full = {**(manifest or {}), **written, "files": files, "check": check}

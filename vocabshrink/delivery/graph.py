@@ -46,7 +46,6 @@ class Graph:
         self.nodes: list[onnx.NodeProto] = []
         self.initializers: list[onnx.TensorProto] = []
         self.known: set[str] = set()
-        self.rounded_rows: dict[str, tuple[str, str]] = {}
 
     def node(
         self, kind: str, inputs: list[str], outputs: int | list[str] = 1, domain: str = "", **attributes
@@ -161,13 +160,11 @@ class Graph:
             scales = self.cast(self.stored(name + ".s", quantized.scales, -1))
             return self.node("MatMul", [hidden, self.node("Mul", [weight, scales])])
         middle = self.array("u128", np.array(128, dtype=np.uint8))
-        if hidden not in self.rounded_rows:
-            extreme = self.node("ReduceMax", [self.node("Abs", [hidden]), self.integers(-1)], keepdims=1)
-            extreme = self.node("Max", [extreme, self.number(1e-12)])
-            share = self.node("Div", [hidden, extreme])
-            rounded = self.node("QuantizeLinear", [share, self.number(1 / 127), middle])
-            self.rounded_rows[hidden] = rounded, self.node("Mul", [extreme, self.number(1 / 127)])
-        rounded, row_scale = self.rounded_rows[hidden]
+        extreme = self.node("ReduceMax", [self.node("Abs", [hidden]), self.integers(-1)], keepdims=1)
+        extreme = self.node("Max", [extreme, self.number(1e-12)])
+        step = self.number(1 / 127)
+        rounded = self.node("QuantizeLinear", [self.node("Div", [hidden, extreme]), step, middle])
+        row_scale = self.node("Mul", [extreme, step])
         zero = middle if self.kernel == "unsigned" else self.array("i0", np.array(0, dtype=np.int8))
         product = self.cast(self.node("MatMulInteger", [rounded, self.transposed(name, codes), middle, zero]))
         scales = self.cast(self.stored(name + ".s", quantized.scales, -1))

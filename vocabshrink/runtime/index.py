@@ -51,10 +51,8 @@ class Index:
 
     def __init__(self, folder: str | Path, threads: int = 1):
         place = Path(folder) / "index"
-        if not place.is_dir():
-            raise InputError(f"{folder} has no index: build one with vocabshrink.runtime.index.build_index")
         if not all((place / name).is_file() for name in (*FILES, "index.json")):
-            raise InputError(f"{place} lacks one of {[*FILES, 'index.json']}: build the index again")
+            raise InputError(f"{folder} has no index, or not a whole one: build the index again (`build_index`)")
         self.embedder = load(folder, threads)
         if read_json(place / "index.json") != _sums(place, self.embedder):
             raise InputError(f"{place}: a file was altered or is another model's: build the index again")
