@@ -37,6 +37,6 @@ def test_the_manifest_says_whether_the_task_has_pairs(tmp_path, monkeypatch, sec
 def test_an_activation_that_cannot_be_delivered_is_refused_before_anything_runs(tiny_teacher):
     teacher = BertConfig.from_pretrained(tiny_teacher, hidden_act="silu")
     sections = {"name": "small", "teacher": {"model": str(tiny_teacher)}, "corpus": {"sources": ["a.txt"]}}
-    check_models(parse_recipe(sections, "here"), tiny_teacher, teacher)
+    check_models(parse_recipe(sections | {"delivery": None}, "here"), tiny_teacher, teacher)
     with pytest.raises(InputError, match="hidden_act 'silu' cannot be delivered"):
-        check_models(parse_recipe(sections | {"delivery": {}}, "here"), tiny_teacher, teacher)
+        check_models(parse_recipe(sections, "here"), tiny_teacher, teacher)

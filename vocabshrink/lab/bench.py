@@ -283,13 +283,14 @@ def task_quality(embed: Callable[[list[str]], np.ndarray], folder: Path) -> floa
         return read_rated_pairs(found[0]).spearman(embed)
     from sklearn.linear_model import LogisticRegression
     from sklearn.model_selection import GridSearchCV, ShuffleSplit
+    from sklearn.preprocessing import normalize
 
     train = _rows(folder / "train.jsonl")
     chosen = np.random.default_rng(0).permutation(len(train))[:PROBE_ROWS]
     split = ShuffleSplit(1, test_size=0.2, random_state=0)
     probe = GridSearchCV(LogisticRegression(max_iter=1000), {"C": STRENGTHS}, cv=split)
     sides = [[train[i] for i in chosen], rows]
-    vectors = [_unit(embed([row["sentence1"] for row in side])) for side in sides]
+    vectors = [normalize(embed([row["sentence1"] for row in side])) for side in sides]
     labels = [[row["label"] for row in side] for side in sides]
     return float(probe.fit(vectors[0], labels[0]).score(vectors[1], labels[1]))
 
@@ -299,10 +300,6 @@ def _rows(path: Path) -> list[dict]:
     if not rows or any(not {"sentence1", "label"} <= row.keys() for row in rows):
         raise InputError(f"{path} is empty or lacks sentence1 or label in a row: give a task's folder")
     return rows
-
-
-def _unit(vectors: np.ndarray) -> np.ndarray:
-    return vectors / np.maximum(np.linalg.norm(vectors, axis=1, keepdims=True), 1e-12)
 
 
 def machine() -> dict:
