@@ -62,7 +62,7 @@ def run(
 
 
 def add_stage(name: str) -> None:
-    @app.command(name, help=f"Do the {name} stage of a recipe.")
+    @app.command(name, help=STAGES[name].about, rich_help_panel="Stages of a recipe")
     def stage(recipe: RecipePath, overrides: Overrides = None, force: Force = False):
         from vocabshrink.run.engine import run_stage, summarise
 
@@ -129,16 +129,22 @@ def show(recipe: RecipePath, overrides: Overrides = None):
 
 
 @app.command("list")
-def list_parts():
-    """List vocabulary trainers, losses and layer maps."""
+def list_parts(
+    kind: Annotated[str, typer.Argument(help="stages, trainers, losses or maps; all of them if not given")] = "",
+):
+    """List stages, vocabulary trainers, losses and layer maps, or one of these kinds."""
     from tokenizer_build.trainers import TRAINERS
     from vocabshrink.run.layer_map import LAYER_MAPS
     from vocabshrink.training.losses import LOSSES
 
-    for title, parts in {"vocabulary.trainer": TRAINERS, "losses": LOSSES, "layer_map": LAYER_MAPS}.items():
+    kinds = {"stages": STAGES, "trainers": TRAINERS, "losses": LOSSES, "maps": LAYER_MAPS}
+    if kind and kind not in kinds:
+        raise InputError(f"{kind}: there is no such list: choose from {', '.join(kinds)}")
+    for title, parts in kinds.items() if not kind else [(kind, kinds[kind])]:
         table = Table(title, "", box=None, title_justify="left")
-        for name, function in parts.items():
-            table.add_row(name, (function.__doc__ or "").strip().split("\n")[0])
+        for name, part in parts.items():
+            text = part.about if title == "stages" else getattr(part, "function", part).__doc__ or ""
+            table.add_row(name, text.strip().split("\n")[0])
         Console().print(table)
 
 
@@ -188,8 +194,7 @@ def search(
 
     if not words:
         raise InputError(f"{subject}: there is no query: write one behind it (and a search file's name ends in .yaml)")
-    folder = subject / "model" if (subject / "model" / "MANIFEST.json").is_file() else subject
-    for hit in search_index(folder, " ".join(words), top):
+    for hit in search_index(delivered(subject), " ".join(words), top):
         print(
             json.dumps(hit, ensure_ascii=False)
             if as_json
@@ -219,6 +224,12 @@ def show_search(summary: dict) -> None:
         print(f"proxy's rank correlation {summary['proxy_check']['spearman']:.2f} ({low:.2f} to {high:.2f})")
 
 
+def delivered(path: Path) -> Path:
+    """The delivered folder of a path: itself, or the embedder of a run's `export`."""
+    inside = (path / "model", path / "export" / "model")
+    return next((folder for folder in inside if (folder / "MANIFEST.json").is_file()), path)
+
+
 Artifacts = Annotated[list[Path], typer.Argument(help="delivered folders")]
 Threads = Annotated[int, typer.Option(min=1, help="processor threads")]
 BatchSize = Annotated[int, typer.Option(min=1, help="texts in a batch")]
@@ -229,7 +240,7 @@ def embed(artifact: Path, batch_size: BatchSize = 32, threads: Threads = 1):
     """Embed the lines of standard input: one JSON object a line. Needs no torch."""
     from vocabshrink.runtime.lines import embed_lines
 
-    embed_lines(artifact, sys.stdin.buffer, sys.stdout, batch_size=batch_size, threads=threads)
+    embed_lines(delivered(artifact), sys.stdin.buffer, sys.stdout, batch_size=batch_size, threads=threads)
 
 
 @app.command()
@@ -237,7 +248,7 @@ def classify(artifact: Path, batch_size: BatchSize = 32, threads: Threads = 1):
     """Classify the lines of standard input (first TAB second, of a model of pairs), or label words. Needs no torch."""
     from vocabshrink.runtime.lines import classify_lines
 
-    classify_lines(artifact, sys.stdin.buffer, sys.stdout, batch_size=batch_size, threads=threads)
+    classify_lines(delivered(artifact), sys.stdin.buffer, sys.stdout, batch_size=batch_size, threads=threads)
 
 
 @app.command()
@@ -251,7 +262,7 @@ def web(
     """Write a page that runs the artifacts in the browser."""
     from vocabshrink.pages.web import build_web
 
-    done = build_web(artifacts, out, passages, title, node_modules=node_modules)
+    done = build_web([delivered(path) for path in artifacts], out, passages, title, node_modules=node_modules)
     print(f"{out}/index.html (any static server), {out}/standalone.html (from a disk); {done['passages']} passages")
 
 
@@ -273,7 +284,7 @@ def bench(
 
     tasks = dict(entry.split("=", 1) for entry in task or [])
     report = measure(
-        artifacts,
+        [delivered(path) for path in artifacts],
         teacher=resolve_model(teacher) if teacher else None,
         static=static,
         tasks=tasks,
@@ -301,21 +312,9 @@ def main() -> None:
         print(f"vocabshrink: the disk is full (writing {where}): free some space and run again", file=sys.stderr)
         sys.exit(2)
     except ImportError as error:
-        known = {
-            "torch": "train",
-            "transformers": "train",
-            "accelerate": "train",
-            "pydantic": "train",
-            "yaml": "train",
-            "pyarrow": "train",
-            "scipy": "train",
-            "onnx": "train",
-            "sklearn": "train",
-            "optuna": "search",
-            "sqlalchemy": "search",
-            "matplotlib": "report",
-            "jinja2": "report",
-        }
+        train = "torch transformers accelerate pydantic yaml pyarrow scipy onnx sklearn safetensors sentencepiece"
+        extras = {"train": train, "search": "optuna sqlalchemy", "report": "matplotlib jinja2 pandas"}
+        known = {package: extra for extra, packages in extras.items() for package in packages.split()}
         extra = known.get((error.name or "").partition(".")[0])
         if extra is None:
             raise

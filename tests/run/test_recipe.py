@@ -55,6 +55,7 @@ class TestStrictness:
         ("override", "sentence"),
         [
             ("distill.stps=3", "unknown key distill.stps: did you mean steps?"),
+            ("quantize.steps=3", "unknown key quantize: did you mean recovery?"),
             ("dsitill.steps=3", "unknown key dsitill: did you mean distill?"),
             ("teacher.modle=x", "unknown key teacher.modle: did you mean model?"),
             ("student.hiden_size=64", "unknown key student.hiden_size: did you mean hidden_size?"),
@@ -262,7 +263,7 @@ class TestFiles:
         assert sentence in refusal(text=text)
 
     def test_that_are_not_there(self, tmp_path):
-        with pytest.raises(InputError, match="none.yaml: no such recipe$"):
+        with pytest.raises(InputError, match="none.yaml: no such file: correct the path to a recipe$"):
             load_recipe(tmp_path / "none.yaml")
         with pytest.raises(InputError, match="cannot be read as a recipe: Is a directory$"):
             load_recipe(tmp_path)
