@@ -249,7 +249,7 @@ def embed(artifact: Path, batch_size: BatchSize = 32, threads: Threads = 1):
 
 @app.command()
 def classify(artifact: Path, batch_size: BatchSize = 32, threads: Threads = 1):
-    """Classify the lines of standard input (first TAB second: a pair), or label their words. Needs no torch."""
+    """Classify the lines of standard input (first TAB second, of a model of pairs), or label words. Needs no torch."""
     from vocabshrink.runtime.lines import classify_lines
 
     classify_lines(delivered(artifact), sys.stdin.buffer, sys.stdout, batch_size=batch_size, threads=threads)
@@ -280,8 +280,8 @@ def bench(
     seconds: Annotated[float, typer.Option(help="of calls for each length, batch and number of threads")] = 2.0,
 ):
     """Measure artifacts beside their teacher and a static peer."""
+    from vocabshrink.lab.bench import Calls, bench_tables
     from vocabshrink.lab.bench import bench as measure
-    from vocabshrink.lab.bench import bench_tables
 
     if teacher:
         from vocabshrink.models.loading import resolve_model
@@ -293,7 +293,7 @@ def bench(
         static=static,
         tasks=tasks,
         out=out,
-        seconds=seconds,
+        calls=Calls(seconds=seconds),
         progress=lambda line: print(line, file=sys.stderr),
     )
     for table in bench_tables(report):

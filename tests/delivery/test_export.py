@@ -12,15 +12,26 @@ from conftest import made_up_text
 from transformers import AutoTokenizer, BertConfig
 
 from tokenizer_build.errors import InputError
+from vocabshrink.delivery import export as export_module
 from vocabshrink.delivery import graph as graph_module
 from vocabshrink.delivery.compact import load_compact
-from vocabshrink.delivery.export import TASKS, agreement, awkward_inputs, export_model, torch_outputs
+from vocabshrink.delivery.export import ExportSettings, agreement, awkward_inputs, check_activation, torch_outputs
+from vocabshrink.delivery.export import export_model as export_with
 from vocabshrink.delivery.graph import KERNELS
 from vocabshrink.run.formats import formats_of
 from vocabshrink.runtime.delivery import load
+from vocabshrink.runtime.kinds import KINDS
 
 FORMATS = ["fp32", "fp16", "int8", "int4-32", "int4-64", "int4-128"]
 MIXED = {"embeddings": "int4-64", "positions": "int4-32", "attention": "int8", "feed_forward": "fp16", "head": "fp32"}
+
+
+def export_model(model: Path, out: Path, *, measure=None, gates=None, manifest=None, **settings) -> dict:
+    return export_with(model, out, ExportSettings(**settings), measure=measure, gates=gates, manifest=manifest)
+
+
+def settings_of(task: str, **changes) -> ExportSettings:
+    return ExportSettings(task, "fp32", 32, **changes)
 
 
 def make_model(folder: Path, tokenizer_from: Path, task: str = "embedding", **changes) -> Path:
@@ -38,7 +49,7 @@ def make_model(folder: Path, tokenizer_from: Path, task: str = "embedding", **ch
     if task in ("classification", "tokens"):
         shape |= {"id2label": {0: "no", 1: "maybe", 2: "yes"}, "label2id": {"no": 0, "maybe": 1, "yes": 2}}
     torch.manual_seed(0)
-    model = getattr(transformers, TASKS[task])(BertConfig(**(shape | changes)))
+    model = getattr(transformers, KINDS[task].architecture)(BertConfig(**(shape | changes)))
     for name, parameter in model.named_parameters():
         if parameter.dim() == 1:  # biases of zero and layer norms of one would hide a lost vector
             torch.nn.init.normal_(parameter, 1.0 if "LayerNorm.weight" in name else 0.0, 0.1)
@@ -50,7 +61,7 @@ def make_model(folder: Path, tokenizer_from: Path, task: str = "embedding", **ch
 
 @pytest.fixture(scope="module")
 def folders(tiny_teacher, tmp_path_factory) -> dict[str, Path]:
-    return {task: make_model(tmp_path_factory.mktemp("student"), tiny_teacher, task) for task in TASKS}
+    return {task: make_model(tmp_path_factory.mktemp("student"), tiny_teacher, task) for task in KINDS}
 
 
 @pytest.fixture(scope="module")
@@ -65,12 +76,12 @@ def outputs_of(path: Path, feed: dict[str, np.ndarray]) -> dict[str, np.ndarray]
 
 
 @pytest.mark.parametrize("formats", [*FORMATS, MIXED], ids=str)
-@pytest.mark.parametrize("task", TASKS)
+@pytest.mark.parametrize("task", KINDS)
 def test_the_file_computes_what_torch_computes(folders, tmp_path, task, formats):
     manifest = export_model(folders[task], tmp_path / "out", task=task, formats=formats, max_positions=32)
     assert manifest["check"]["same_weights"] > 0.999
     assert manifest["formats"] == formats_of(formats) and manifest["task"] == task
-    model = getattr(transformers, TASKS[task]).from_pretrained(folders[task]).eval()
+    model = getattr(transformers, KINDS[task].architecture).from_pretrained(folders[task]).eval()
     for feed in awkward_inputs(300, 32):
         out = outputs_of(tmp_path / "out" / manifest["graph"], feed)
         batch, length = feed["input_ids"].shape
@@ -83,12 +94,34 @@ def test_the_file_computes_what_torch_computes(folders, tmp_path, task, formats)
             shapes = {"classification": (batch, 3), "tokens": (batch, length, 3), "fill-mask": (batch, length, 300)}
             assert out["logits"].shape == shapes[task]
             ours = out["logits"] if task == "classification" else out["logits"][feed["attention_mask"] > 0]
-        theirs = torch_outputs(model, feed, task)
+        theirs = torch_outputs(model, feed, settings_of(task))
         assert ours.dtype == np.float32 and ours.shape == theirs.shape
         if formats == "fp32":
             np.testing.assert_allclose(ours, theirs, atol=2e-5)
         least = 0.99 if formats in ("fp32", "fp16", "int8") else 0.95  # what 4 bits cost
         assert (ours * theirs).sum() / np.linalg.norm(ours) / np.linalg.norm(theirs) > least
+
+
+@pytest.mark.parametrize(
+    "formats,kernel", [(name, KERNELS[0]) for name in FORMATS] + [("int8", k) for k in KERNELS[1:]]
+)
+@pytest.mark.parametrize("task", KINDS)
+def test_an_answer_depends_on_nothing_else_in_the_batch(folders, tmp_path, task, formats, kernel):
+    out, settings = tmp_path / "out", {"task": task, "formats": formats, "kernel": kernel, "max_positions": 32}
+    manifest = export_model(folders[task], out, force=True, **settings)
+    session = onnxruntime.InferenceSession(out / manifest["graph"], providers=["CPUExecutionProvider"])
+    draw, lengths = np.random.default_rng(0), [32, 2, 3, 17, 9, 32, 1, 24]
+    ids, mask = draw.integers(5, 300, (8, 32)), (np.arange(32) < np.array(lengths)[:, None]).astype(np.int64)
+
+    def answers(rows: slice, length: int) -> np.ndarray:
+        feed = {"input_ids": ids[rows, :length], "attention_mask": mask[rows, :length]}
+        return session.run([KINDS[task].output], feed | {"token_type_ids": 0 * feed["input_ids"]})[0]
+
+    together = answers(slice(None), 32)
+    for i, length in enumerate(lengths):
+        alone = answers(slice(i, i + 1), length)[0]
+        beside = together[i, :length] if task in ("tokens", "fill-mask") else together[i]
+        np.testing.assert_allclose(beside, alone, atol=1e-5)
 
 
 @pytest.mark.parametrize("pooling,normalize", [("mean", False), ("cls", True), ("cls", False)])
@@ -99,17 +132,19 @@ def test_other_poolings(model_folder, tmp_path, pooling, normalize):
     model = transformers.BertModel.from_pretrained(model_folder).eval()
     for feed in awkward_inputs(300, 32):
         ours = outputs_of(tmp_path / "out" / manifest["graph"], feed)["sentence_embedding"]
-        np.testing.assert_allclose(ours, torch_outputs(model, feed, "embedding", pooling, normalize), atol=2e-5)
+        theirs = torch_outputs(model, feed, settings_of("embedding", pooling=pooling, normalize=normalize))
+        np.testing.assert_allclose(ours, theirs, atol=2e-5)
 
 
 @pytest.mark.parametrize("task", ["embedding", "classification"])
-def test_agreement_sees_one_bad_text_and_not_what_a_softmax_does_not_see(folders, tmp_path, task):
+def test_agreement_sees_one_bad_text_and_not_what_a_softmax_does_not_see(folders, tmp_path, monkeypatch, task):
     manifest = export_model(folders[task], tmp_path / "out", task=task, formats="fp32", max_positions=32)
     graph, feeds = (tmp_path / "out" / manifest["graph"]).read_bytes(), awkward_inputs(300, 32)
-    model = getattr(transformers, TASKS[task]).from_pretrained(folders[task]).eval()
+    model = getattr(transformers, KINDS[task].architecture).from_pretrained(folders[task]).eval()
 
     def agreement_if(change) -> float:
-        return agreement(graph, feeds, lambda feed: change(torch_outputs(model, feed, task)), task)
+        monkeypatch.setattr(export_module, "torch_outputs", lambda *given: change(torch_outputs(*given)))
+        return agreement(graph, feeds, model, settings_of(task))
 
     def turn_second(rows):
         return rows * np.where(np.arange(len(rows)) == 1, -1, 1)[:, None]
@@ -134,11 +169,14 @@ def test_other_activations_and_a_single_type(tiny_teacher, tmp_path, activation)
     assert manifest["check"]["fp32"] > 0.999999
 
 
-def test_the_kernel_is_the_one_that_keeps_quality_on_the_texts(folders, tiny_teacher, tmp_path):
-    settings = {"task": "embedding", "formats": "int8", "max_positions": 32}
-    texts = made_up_text(20)
-    manifest = export_model(folders["embedding"], tmp_path / "out", texts=texts, **settings)
-    assert manifest["kernel"] == "unsigned" and manifest["kernels"].keys() == set(KERNELS)
+def test_an_activation_that_no_graph_has_is_refused():
+    for config in (BertConfig(hidden_act="relu"), transformers.DistilBertConfig(activation="gelu")):
+        check_activation(config)
+    with pytest.raises(InputError, match=r"here: hidden_act 'silu' cannot be delivered: use one of \['gelu', "):
+        check_activation(BertConfig(hidden_act="silu"), "here")
+
+
+def test_int8_that_collapses_is_refused_and_the_float_kernel_keeps_it(tiny_teacher, tmp_path):
     spoilt = make_model(tmp_path / "spoilt", tiny_teacher)
     model = transformers.BertModel.from_pretrained(spoilt)
     with torch.no_grad():  # huge activations that matter little, as real BERTs have them: they take all 8 bits
@@ -146,9 +184,11 @@ def test_the_kernel_is_the_one_that_keeps_quality_on_the_texts(folders, tiny_tea
             layer.intermediate.dense.bias[5] = 1000.0
             layer.output.dense.weight[:, 5] = 0
     model.save_pretrained(spoilt)
-    manifest = export_model(spoilt, tmp_path / "spoilt out", texts=texts, force=True, **settings)
-    assert manifest["kernel"] == "blocks"
-    assert manifest["kernels"]["blocks"] > manifest["kernels"]["unsigned"] + 0.02
+    settings = {"task": "embedding", "formats": "int8", "max_positions": 32}
+    with pytest.raises(InputError, match="int8 graph's cosine with torch .* under 0.97: choose kernel: float"):
+        export_model(spoilt, tmp_path / "out", **settings)
+    manifest = export_model(spoilt, tmp_path / "out", kernel="float", **settings)
+    assert manifest["kernel"] == "float" and manifest["check"]["same_weights"] > 0.999
 
 
 def test_three_bits_are_refused_in_a_graph_and_kept_in_the_compact_file(model_folder, tmp_path):
@@ -202,7 +242,7 @@ def test_the_same_model_gives_the_same_bytes(model_folder, tmp_path):
     assert runs[0]["files"] == runs[1]["files"]
 
 
-@pytest.mark.parametrize("task", TASKS)
+@pytest.mark.parametrize("task", KINDS)
 def test_one_folder_loads_in_transformers_and_onnxruntime(folders, tmp_path, task):
     out = tmp_path / "out"
     manifest = export_model(
@@ -221,7 +261,7 @@ def test_one_folder_loads_in_transformers_and_onnxruntime(folders, tmp_path, tas
     whole, again = automatic.from_pretrained(folders[task]).eval(), automatic.from_pretrained(out, dtype=torch.float32)
     feed = awkward_inputs(300, 32)[0]
     for model, near in ((again.eval(), 0.01), (load_compact(out), 0.05)):
-        theirs, ours = torch_outputs(whole, feed, task), torch_outputs(model, feed, task)
+        theirs, ours = (torch_outputs(each, feed, settings_of(task)) for each in (whole, model))
         np.testing.assert_allclose(ours, theirs, atol=near * np.abs(theirs).max())
     assert again.config.max_position_embeddings == 32
     if task in ("classification", "tokens"):
@@ -309,6 +349,7 @@ def test_bad_input_is_refused_in_one_sentence(folders, tiny_teacher, tmp_path):
         ({"max_positions": 49}, "max_positions 49"),
         ({"pooling": "max"}, "pooling 'max'"),
         ({"safetensors": "bf16"}, "safetensors 'bf16'"),
+        ({"kernel": "blocks"}, "kernel 'blocks'"),
         ({"task": "tokens"}, "holds a BertModel, which has no head for tokens"),
     ):
         with pytest.raises(InputError, match=words):

@@ -1,11 +1,15 @@
 """The latency that the headline table prints. The table itself is checked on whole runs in test_pipeline.py."""
 
+import json
+import shutil
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+from transformers import BertConfig, BertModel
 
 from vocabshrink.delivery import measure
-from vocabshrink.delivery.measure import TIMED_SENTENCES, latency
+from vocabshrink.delivery.measure import TIMED_SENTENCES, latency, teacher_latency
 
 
 def test_latency_is_the_median_of_single_sentences_after_warming_up(monkeypatch):
@@ -20,3 +24,52 @@ def test_latency_is_the_median_of_single_sentences_after_warming_up(monkeypatch)
     assert figure == pytest.approx(2)
     assert len(calls) == TIMED_SENTENCES + 3
     assert all(len(texts) == 1 for texts in calls)
+
+
+def change_nothing(folder: Path) -> None:
+    pass
+
+
+def save_half(folder: Path) -> None:
+    BertModel.from_pretrained(folder).half().save_pretrained(folder)
+
+
+def shard(folder: Path) -> None:
+    BertModel.from_pretrained(folder).save_pretrained(folder, max_shard_size="20KB")
+    (folder / "model.safetensors").unlink()
+
+
+def lengthen_table(folder: Path) -> None:
+    BertModel(BertConfig(vocab_size=320, hidden_size=32, num_attention_heads=4)).save_pretrained(folder)
+
+
+def change_activation(folder: Path) -> None:
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"hidden_act": "silu"}))
+
+
+@pytest.mark.parametrize(
+    "change,words",
+    [
+        (change_nothing, None),
+        (save_half, None),
+        (shard, "has no model.safetensors"),
+        (lengthen_table, "300 pieces in tokenizer.json and 320"),
+        (change_activation, "hidden_act 'silu'"),
+    ],
+)
+def test_a_teacher_that_cannot_be_exported_has_no_latency(headless_teacher, tmp_path, lines, capsys, change, words):
+    folder = Path(shutil.copytree(headless_teacher, tmp_path / "teacher"))
+    change(folder)
+    found = teacher_latency(folder, lines[:5], "mean", True)
+    said = capsys.readouterr().err
+    if words is None:
+        assert found["teacher"] > 0 and not said
+    else:
+        assert found == {} and "the teacher's latency is left out: " in said and words in said
+
+
+@pytest.mark.parametrize("family", ["distilbert", "roberta", "albert"])
+def test_a_teacher_of_another_family_has_no_latency(folders, lines, capsys, family):
+    assert teacher_latency(folders[family], lines[:5], "mean", True) == {}
+    assert "only bert encoders can be exported" in capsys.readouterr().err

@@ -12,7 +12,7 @@ from test_delivery import write_delivery
 
 import vocabshrink.lab.bench as module
 from tokenizer_build.errors import InputError
-from vocabshrink.lab.bench import bench, bench_tables, statistics_of, task_quality, text_of, time_calls
+from vocabshrink.lab.bench import Calls, bench, bench_tables, statistics_of, task_quality, text_of, time_calls
 
 
 @pytest.fixture(scope="module")
@@ -36,11 +36,7 @@ def test_everything_is_measured_once_and_written(deliveries, tmp_path, lines):
         deliveries[:2],
         out=out,
         tasks={"made_up": tmp_path / "task"},
-        lengths=(8, 12),
-        batches=(1, 3),
-        threads=(1,),
-        seconds=0.01,
-        starts=1,
+        calls=Calls(lengths=(8, 12), batches=(1, 3), threads=(1,), seconds=0.01, starts=1),
         progress=said.append,
     )
     assert json.loads(out.read_text()) == report and said
@@ -79,12 +75,12 @@ def test_what_cannot_be_measured_is_refused(deliveries, tmp_path):
 def test_the_teacher_is_exported_once(tiny_teacher, tmp_path, monkeypatch):
     calls = []
 
-    def export_model(teacher, folder, **settings):
-        calls.append(settings["formats"])
+    def export_model(teacher, folder, settings):
+        calls.append(settings.formats["attention"])
         folder.mkdir(parents=True)
         (folder / "MANIFEST.json").write_text("{}")
 
-    monkeypatch.setitem(sys.modules, "vocabshrink.export", types.SimpleNamespace(export_model=export_model))
+    monkeypatch.setattr("vocabshrink.delivery.export.export_model", export_model)
     for _ in range(2):
         systems = module.teacher_systems(tiny_teacher, tmp_path, print)
     assert calls == ["fp32", "int8"] and [system.name for system in systems] == ["teacher-fp32", "teacher-int8"]
@@ -151,7 +147,7 @@ def test_quality_is_spearman_of_pairs_or_a_linear_probe(tmp_path):
 def test_bad_task_folders_are_refused(tmp_path):
     with pytest.raises(InputError, match="neither test.jsonl nor"):
         task_quality(None, tmp_path)
-    for content, words in (("{", "not JSONL"), ("", "is empty"), ('{"label": 1}', "lacks sentence1")):
+    for content, words in (("{", "row 1 is not a JSON object"), ("", "is empty"), ('{"label": 1}', "lacks sentence1")):
         (tmp_path / "test.jsonl").write_text(content)
         with pytest.raises(InputError, match=words):
             task_quality(None, tmp_path)
@@ -159,5 +155,5 @@ def test_bad_task_folders_are_refused(tmp_path):
     with pytest.raises(InputError, match="pairs without scores"):
         task_quality(None, tmp_path)
     write_rows(tmp_path / "test.jsonl", [{"sentence1": "a", "label": "same"}])
-    with pytest.raises(InputError, match="train.jsonl is missing"):
+    with pytest.raises(InputError, match="train.jsonl: no such file"):
         task_quality(None, tmp_path)

@@ -171,7 +171,7 @@ def bert_delivery(place: Path, tokenizer_from: Path, task: str) -> Path:
     import torch
     from transformers import BertConfig, BertForSequenceClassification, BertForTokenClassification
 
-    from vocabshrink.delivery.export import export_model
+    from vocabshrink.delivery.export import ExportSettings, export_model
 
     kind, labels = {
         "classification": (BertForSequenceClassification, ["bad", "good", "so so"]),
@@ -193,7 +193,7 @@ def bert_delivery(place: Path, tokenizer_from: Path, task: str) -> Path:
     kind(config).save_pretrained(place / f"{task}-model")
     for name in ("tokenizer.json", "tokenizer_config.json"):
         shutil.copy(tokenizer_from / name, place / f"{task}-model" / name)
-    export_model(place / f"{task}-model", place / task, task=task, formats="fp32", max_positions=24)
+    export_model(place / f"{task}-model", place / task, ExportSettings(task, "fp32", 24))
     return place / task
 
 

@@ -14,8 +14,9 @@ from onnx import TensorProto, helper, numpy_helper
 from tokenizers import Tokenizer
 
 from tokenizer_build.errors import InputError
-from vocabshrink.runtime.delivery import TASKS, load
-from vocabshrink.runtime.index import build_index, search
+from vocabshrink.runtime.delivery import load
+from vocabshrink.runtime.index import Index, build_index, search
+from vocabshrink.runtime.kinds import KINDS
 from vocabshrink.runtime.lines import classify_lines, embed_lines
 
 LABELS = {"classification": ["bad", "good", "so so"], "tokens": ["O", "B-word"]}
@@ -39,7 +40,7 @@ def write_graph(path: Path, task: str, pieces: int, *, ids=TensorProto.INT64, ou
         ]
     else:
         nodes.append(helper.make_node("Identity", ["rows"], ["result"]))
-    nodes.append(helper.make_node("Cast", ["result"], [TASKS[task]], to=out))
+    nodes.append(helper.make_node("Cast", ["result"], [KINDS[task].output], to=out))
     shape = ["batch", columns] if task in ("embedding", "classification") else ["batch", "sequence", columns]
     inputs = [
         helper.make_tensor_value_info(name, kind, ["batch", "sequence"])
@@ -47,7 +48,9 @@ def write_graph(path: Path, task: str, pieces: int, *, ids=TensorProto.INT64, ou
     ]
     arrays = {"table": table, "last": np.array([-1]), "one": np.array([1])}
     weights = [numpy_helper.from_array(values, name) for name, values in arrays.items()]
-    graph = helper.make_graph(nodes, "g", inputs, [helper.make_tensor_value_info(TASKS[task], out, shape)], weights)
+    graph = helper.make_graph(
+        nodes, "g", inputs, [helper.make_tensor_value_info(KINDS[task].output, out, shape)], weights
+    )
     model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 21)], ir_version=10)
     path.parent.mkdir(exist_ok=True)
     onnx.save(model, path)
@@ -78,7 +81,7 @@ def write_delivery(folder: Path, task: str, tokenizer_from: Path) -> Path:
 @pytest.fixture(scope="module")
 def deliveries(tiny_teacher, tmp_path_factory) -> dict[str, Path]:
     place = tmp_path_factory.mktemp("deliveries")
-    return {task: write_delivery(place / task, task, tiny_teacher) for task in TASKS}
+    return {task: write_delivery(place / task, task, tiny_teacher) for task in KINDS}
 
 
 @pytest.fixture
@@ -115,7 +118,7 @@ def test_embeds_as_torch_does(tiny_teacher, tmp_path, lines):
     import torch
     from transformers import AutoTokenizer, BertConfig, BertModel
 
-    from vocabshrink.delivery.export import export_model
+    from vocabshrink.delivery.export import ExportSettings, export_model
 
     folder = tmp_path / "student"
     pieces = Tokenizer.from_file(str(tiny_teacher / "tokenizer.json")).get_vocab_size()
@@ -124,7 +127,7 @@ def test_embeds_as_torch_does(tiny_teacher, tmp_path, lines):
     BertModel(BertConfig(vocab_size=pieces, initializer_range=0.1, **shape)).save_pretrained(folder)
     for name in ("tokenizer.json", "tokenizer_config.json"):
         shutil.copy(tiny_teacher / name, folder)
-    export_model(folder, tmp_path / "delivery", task="embedding", formats="fp32", max_positions=24)
+    export_model(folder, tmp_path / "delivery", ExportSettings("embedding", "fp32", 24))
     texts = [*lines[:5], " ".join(lines[:20])]
     ours = load(tmp_path / "delivery").embed(texts, batch_size=4)
     tokenizer, model = AutoTokenizer.from_pretrained(folder), BertModel.from_pretrained(folder).eval()
@@ -178,16 +181,14 @@ def test_fills_a_mask(deliveries, expected):
             model.fill_mask([text])
 
 
-@pytest.mark.parametrize("task", TASKS)
+@pytest.mark.parametrize("task", KINDS)
 def test_a_model_of_another_task_is_refused(deliveries, task):
     model = load(deliveries[task])
-    methods = {"embed": "embedding", "classify": "classification", "label_tokens": "tokens", "fill_mask": "fill-mask"}
-    for method, needed in methods.items():
+    for needed, kind in KINDS.items():
         if needed != task:
-            with pytest.raises(
-                InputError, match=f"{method} needs a model of the task '{needed}': this one's is '{task}'"
-            ):
-                getattr(model, method)(["ka"])
+            words = f"{kind.method} needs a model of the task '{needed}': this one's is '{task}'"
+            with pytest.raises(InputError, match=words):
+                getattr(model, kind.method)(["ka"])
 
 
 @pytest.mark.parametrize(
@@ -366,9 +367,9 @@ def test_lines_become_rows_of_json(deliveries, lines):
     np.testing.assert_allclose([row["embedding"] for row in rows], ours, rtol=1e-6)
 
     out = io.StringIO()
-    assert classify_lines(deliveries["classification"], [lines[0], f"{lines[1]}\t{lines[2]}\n"], out) == 2
+    assert classify_lines(deliveries["classification"], [lines[0], lines[1]], out) == 2
     model = load(deliveries["classification"])
-    best, scores = model.classify([lines[0], (lines[1], lines[2])])
+    best, scores = model.classify(lines[:2])
     rows = [json.loads(row) for row in out.getvalue().splitlines()]
     assert [row["label"] for row in rows] == best
     np.testing.assert_allclose([[row["scores"][label] for label in model.labels] for row in rows], scores, rtol=1e-6)
@@ -378,10 +379,35 @@ def test_lines_become_rows_of_json(deliveries, lines):
     assert json.loads(out.getvalue())["words"] == load(deliveries["tokens"]).label_tokens(["ka lo"])[0]
 
 
+@pytest.mark.parametrize("pairs", [True, False])
+def test_a_tab_makes_a_pair_only_where_the_model_takes_pairs(deliveries, tmp_path, lines, pairs):
+    folder = Path(shutil.copytree(deliveries["classification"], tmp_path / "copy"))
+    line, out = f"{lines[1]}\t{lines[2]}", io.StringIO()
+    write_manifest(folder, "classification", **({"pairs": True} if pairs else {}))  # released manifests do not say it
+    classify_lines(folder, [line, "a\tb\tc"], out)
+    expected = load(folder).classify([(lines[1], lines[2]) if pairs else line, "a\tb\tc"])[1]
+    rows = [list(json.loads(row)["scores"].values()) for row in out.getvalue().splitlines()]
+    np.testing.assert_allclose(rows, expected, rtol=1e-6)
+    if pairs:
+        with pytest.raises(InputError, match="line 2 is empty"):
+            classify_lines(folder, ["ka", "lo\t"], io.StringIO())
+
+
 @pytest.mark.parametrize(
-    "stream,words",
-    [([b"ka\n", b"\n"], "line 2 is empty"), ([b"ka\xff\n"], "line 1 is not UTF-8"), (["\ud83d"], "line 1 has")],
+    "task,none", [("embedding", ["embedding"]), ("classification", ["label", "scores"]), ("tokens", ["words"])]
 )
+def test_an_empty_line_has_an_answer_that_says_so(deliveries, task, none):
+    out, answer_lines = io.StringIO(), embed_lines if task == "embedding" else classify_lines
+    assert answer_lines(deliveries[task], [b"ka\n", b"\n", b" \r\n", b"lo"], out) == 4
+    rows = [json.loads(row) for row in out.getvalue().splitlines()]
+    assert [row["text"] for row in rows] == ["ka", "", " ", "lo"]
+    assert rows[1] == {"text": ""} | dict.fromkeys(none) and all(rows[0][name] for name in none)
+    alone = io.StringIO()
+    answer_lines(deliveries[task], ["lo"], alone)
+    assert json.loads(alone.getvalue()) == rows[3]
+
+
+@pytest.mark.parametrize("stream,words", [([b"ka\n", b"ka\xff\n"], "line 2 is not UTF-8"), (["\ud83d"], "line 1 has")])
 def test_bad_lines_are_refused_by_number(deliveries, stream, words):
     with pytest.raises(InputError, match=words):
         embed_lines(deliveries["embedding"], stream, io.StringIO())
@@ -392,7 +418,8 @@ def test_search_finds_the_passages_of_greatest_cosine(copy, lines):
     assert build_index(copy, passages[:3]) == 3
     assert build_index(copy, iter(passages)) == 40  # the earlier index is replaced
     assert np.load(copy / "index" / "vectors.npy").dtype == np.float16
-    assert sorted(path.name for path in (copy / "index").iterdir()) == ["passages.jsonl", "vectors.npy"]
+    assert sorted(path.name for path in (copy / "index").iterdir()) == ["index.json", "passages.jsonl", "vectors.npy"]
+    assert not [path for path in copy.iterdir() if path.name.startswith(".")]
     found = search(copy, lines[7], top=3)
     assert found[0]["source"] == "line 7" and found[0]["score"] == pytest.approx(1, abs=1e-3)
     model = load(copy)
@@ -400,7 +427,8 @@ def test_search_finds_the_passages_of_greatest_cosine(copy, lines):
     vectors /= np.linalg.norm(vectors, axis=1, keepdims=True)
     scores = vectors @ vectors[7]
     assert [hit["score"] for hit in found] == pytest.approx(sorted(scores, reverse=True)[:3], abs=1e-3)
-    assert len(search(copy, "ka", top=99)) == 40
+    index = Index(copy)
+    assert index.search(lines[7], top=3) == found and len(index.search("ka", top=99)) == 40
 
 
 def test_texts_may_hold_any_line_separator(copy):
@@ -421,9 +449,32 @@ def test_bad_passages_and_indexes_are_refused(copy, deliveries):
     build_index(copy, ["ka", "lo"])
     with pytest.raises(InputError, match="top is 0"):
         search(copy, "ka", top=0)
-    (copy / "index" / "passages.jsonl").write_text('{"text": "ka"}\n')
+    index = {path: path.read_bytes() for path in (copy / "index").iterdir()}
+    (copy / "index" / "passages.jsonl").write_text('{"text": "ka"}\n{"text": "mi"}\n')  # as many, of another build
     with pytest.raises(InputError, match="build the index again"):
         search(copy, "ka")
+    for path in index:
+        path.unlink()
+        with pytest.raises(InputError, match="build the index again"):
+            search(copy, "ka")
+        path.write_bytes(index[path])
+    write_graph(copy / "onnx" / "model.onnx", "embedding", 301)  # another model beside the same index
+    write_manifest(copy, "embedding")
+    with pytest.raises(InputError, match="another model's: build the index again"):
+        search(copy, "ka")
+
+
+def test_an_index_that_cannot_be_finished_leaves_the_earlier_one(copy, monkeypatch):
+    build_index(copy, ["ka", "lo"])
+
+    def fail(*_):
+        raise OSError("no more")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(np, "save", fail)
+        with pytest.raises(OSError, match="no more"):
+            build_index(copy, ["mi"])
+    assert {hit["text"] for hit in search(copy, "ka")} == {"ka", "lo"}
 
 
 def test_the_runtime_needs_no_torch(deliveries):
@@ -432,7 +483,8 @@ def test_the_runtime_needs_no_torch(deliveries):
     code = (
         f"import sys\nsys.modules.update(dict.fromkeys({absent!r}))\n"
         "import vocabshrink\nassert 'numpy' not in sys.modules\n"
-        "from vocabshrink import load\nfrom vocabshrink.runtime import load as same\nassert load is same\n"
+        "from vocabshrink import Index, load\nfrom vocabshrink.runtime import delivery, index, lines\n"
+        "assert load is delivery.load and Index is index.Index\n"
         "assert not {'onnxruntime', 'tokenizers'} & set(sys.modules)\n"
         f"print(load({str(deliveries['embedding'])!r}).embed(['ka lo']).shape)\n"
     )

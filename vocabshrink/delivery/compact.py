@@ -1,4 +1,8 @@
-"""TODO: delivery.compact."""
+"""Packed weights: codes of 3, 4 or 8 bits with their scales in one safetensors file, read back as transformers' model.
+
+No ONNX kernel reads 3 bits, and a graph cannot be trained further, so this is the smallest file that gives a torch
+model. The price is that only this library reads it, and unpacks it to float32.
+"""
 
 import json
 from pathlib import Path
@@ -13,13 +17,14 @@ from tokenizer_build.errors import InputError
 from tokenizer_build.files import replacing, write_json
 from vocabshrink.models.loading import load_config
 from vocabshrink.models.rounding import Quantized, dequantize, pack, quantize, unpack
-from vocabshrink.run.formats import Formats, bits_and_group, format_of, formats_of
+from vocabshrink.run.formats import Formats, bits_and_group, format_of, formats_of, is_float
+from vocabshrink.runtime.kinds import KINDS
 
-ARCHITECTURES = ("BertModel", "BertForSequenceClassification", "BertForTokenClassification", "BertForMaskedLM")
+ARCHITECTURES = tuple(kind.architecture for kind in KINDS.values())
 
 
 def small_config(model: nn.Module) -> dict:
-    """What of config.json any loader needs."""
+    """The part of config.json that any loader needs."""
     config = model.config
     kept = ["vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size"]
     kept += ["max_position_embeddings", "hidden_act", "type_vocab_size", "layer_norm_eps", "pad_token_id"]
@@ -30,7 +35,7 @@ def small_config(model: nn.Module) -> dict:
 
 
 def save_compact(model: nn.Module, folder: str | Path, formats: Formats) -> Path:
-    """Write folder/compact.safetensors, and a config.json where there is none; its path.
+    """Write folder/compact.safetensors, and a config.json where there is none; returns its path.
 
     By parameter name: codes as packed bytes (`pack`, rows one after the other) beside `name.scales` [rows, groups]
     float16, or values in float16 or float32. The metadata's "formats" says which; shapes follow from config.json.
@@ -39,7 +44,7 @@ def save_compact(model: nn.Module, folder: str | Path, formats: Formats) -> Path
     tensors: dict[str, Tensor] = {}
     for name, parameter in model.named_parameters():  # a tied table comes once
         values, format = parameter.detach().float().cpu(), format_of(name, parameter.dim(), formats)
-        if format in ("fp32", "fp16"):
+        if is_float(format):
             tensors[name] = values.half() if format == "fp16" else values
             continue
         quantized = quantize(values.numpy(), format)
@@ -48,11 +53,11 @@ def save_compact(model: nn.Module, folder: str | Path, formats: Formats) -> Path
     folder.mkdir(parents=True, exist_ok=True)
     if not (folder / "config.json").is_file():
         write_json(folder / "config.json", small_config(model))
-    with replacing(folder / "compact.safetensors") as temporary:
-        save_file(
-            {name: value.contiguous() for name, value in tensors.items()}, temporary, {"formats": json.dumps(formats)}
-        )
-    return folder / "compact.safetensors"
+    path = folder / "compact.safetensors"
+    with replacing(path) as temporary:
+        tensors = {name: value.contiguous() for name, value in tensors.items()}
+        save_file(tensors, temporary, {"formats": json.dumps(formats)})
+    return path
 
 
 @torch.no_grad()
@@ -77,14 +82,12 @@ def load_compact(folder: str | Path) -> nn.Module:
         model = getattr(transformers, architecture)(config, **pooler).eval()
         for name, parameter in model.named_parameters():
             values, format = tensors.pop(name), format_of(name, parameter.dim(), formats)
-            if format not in ("fp32", "fp16"):
+            if not is_float(format):
                 bits, size = bits_and_group(format, parameter.shape[1])
-                codes, scales = unpack(values, bits, parameter.numel()), tensors.pop(name + ".scales")
-                if values.size != -(-parameter.numel() * bits // 8) or scales.shape != (
-                    len(parameter),
-                    -(-parameter.shape[1] // size),
-                ):
+                scales, groups = tensors.pop(name + ".scales"), -(-parameter.shape[1] // size)
+                if (values.size, *scales.shape) != (-(-parameter.numel() * bits // 8), len(parameter), groups):
                     raise ValueError(f"{name} has another shape")
+                codes = unpack(values, bits, parameter.numel())
                 values = dequantize(Quantized(codes.reshape(parameter.shape), scales, bits, size))
             if values.shape != parameter.shape:
                 raise ValueError(f"{name} has another shape")

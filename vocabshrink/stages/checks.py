@@ -4,6 +4,7 @@ from pathlib import Path
 
 from tokenizer_build.errors import InputError
 from vocabshrink.data.held_out import LEAST_SENTENCES
+from vocabshrink.delivery.export import check_activation
 from vocabshrink.models.extraction import check_extraction
 from vocabshrink.models.forward import check_attention
 from vocabshrink.models.loading import load_config
@@ -81,6 +82,8 @@ def check_models(recipe: Recipe, folder: Path, teacher) -> None:
     teacher: its config.
     """
     student = student_config(recipe.student, teacher, vocabulary_size(recipe, folder))
+    if recipe.delivery:
+        check_activation(student, str(folder))
     if recipe.student.initialize.startswith("extract"):
         check_extraction(recipe.student.initialize, student, teacher)
     head = find_head(folder)

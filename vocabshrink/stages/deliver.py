@@ -1,20 +1,18 @@
 """The export stage: what a run leaves for its users, each delivery loaded back and measured before it is in place."""
 
-import json
 import os
-from collections.abc import Iterator
+from dataclasses import replace
 from itertools import islice
 from pathlib import Path
 
 import numpy as np
 from transformers import BertModel
 
-from tokenizer_build.errors import InputError
-from tokenizer_build.files import read_json
+from tokenizer_build.files import read_json, read_jsonl
 from vocabshrink.data.held_out import read_rated_pairs
 from vocabshrink.data.tasks import Rows, Task, score
 from vocabshrink.delivery.card import write_card
-from vocabshrink.delivery.export import export_model
+from vocabshrink.delivery.export import ExportSettings, export_model
 from vocabshrink.delivery.measure import measure_systems
 from vocabshrink.models.loading import weights_sha256
 from vocabshrink.models.student import save_student
@@ -31,58 +29,66 @@ from vocabshrink.stages.inputs import (
     vocabulary_folder,
 )
 
-TEXTS = 64  # by which the kernel of int8 products is chosen
-
 
 def export(context: Context) -> dict:
     """Writes the embedder's delivery and one of each task's model. Returns their figures, tasks' under their names."""
-    teacher = read_teacher(context)
+    recipe, teacher = context.recipe, read_teacher(context)
     student, _, _ = start_student(context, teacher)
-    options = options_of(context, student.config.max_position_embeddings)
-    figures = export_embedder(context, teacher, student, options)
-    if context.recipe.finetune and context.recipe.finetune.save_models:
-        figures |= {name: export_task(context, task, options) for name, task in read_tasks(context.recipe).items()}
+    section = recipe.delivery
+    settings = ExportSettings(
+        task="embedding",
+        formats=section.weights,
+        max_positions=min(section.max_positions, student.config.max_position_embeddings),
+        pooling=teacher.pooling,
+        normalize=teacher.normalize,
+        kernel=section.kernel,
+        safetensors=section.safetensors,
+        compact=section.compact,
+        budget_bytes=section.budget,
+        tolerance=section.tolerance,
+        force=context.force,
+    )
+    origin = {"recipe": recipe.name, "teacher_sha256": weights_sha256(teacher_folder(recipe))}
+    figures = export_embedder(context, teacher, student, settings, origin)
+    if recipe.finetune and recipe.finetune.save_models:
+        for name, task in read_tasks(recipe).items():
+            figures[name] = export_task(context, task, settings, origin)
     return figures
 
 
-def export_embedder(context: Context, teacher: Teacher, student: BertModel, options: dict) -> dict:
-    """Delivers the trained student and measures teacher, untrained, trained and delivered side by side.
+def export_embedder(
+    context: Context, teacher: Teacher, student: BertModel, settings: ExportSettings, origin: dict
+) -> dict:
+    """Delivers the trained embedder, measured beside its teacher and itself before training.
 
-    student: as it starts. options: what all deliveries have in common (`options_of`).
+    student: as it starts. origin: what the manifest says of the run.
     """
     recipe, folder, held_out = context.recipe, context.folder, read_held_out(context)
-    pooled = {"pooling": teacher.pooling, "normalize": teacher.normalize}
+    pooled = {"pooling": settings.pooling, "normalize": settings.normalize}
     save_student(folder / "untrained", student, None, vocabulary_folder(context), **pooled)
     done = [*context.students.values()] or [folder / "untrained"]
     trained = done[-2] if recipe.recovery and len(done) > 1 else done[-1]  # before rounding came into it
+    systems = {"teacher": teacher_folder(recipe), "untrained": folder / "untrained", "trained": trained}
     rated = {name: read_rated_pairs(path) for name, path in recipe.evaluation.stsb.items()}
     figures: dict = {}
 
     def measure(delivered: Path) -> dict:
-        systems = {"untrained": folder / "untrained", "trained": trained, "delivered": delivered}
-        figures.update(measure_systems(held_out, rated, teacher_folder=teacher_folder(recipe), **systems, **pooled))
+        figures.update(measure_systems(held_out, rated, systems | {"delivered": delivered}, **pooled))
         return {name: row for name, row in figures.items() if name not in ("bytes", "latency_ms")}
 
     manifest = export_model(
-        done[-1],
-        folder / "model",
-        task="embedding",
-        texts=held_out.texts[:TEXTS],
-        measure=measure,
-        gates=["rank_agreement", *rated],
-        **pooled,
-        **options,
+        done[-1], folder / "model", settings, measure=measure, gates=["rank_agreement", *rated], manifest=origin
     )
     figures["bytes"]["delivered"] = manifest["delivery_bytes"]
     figures["parameters_by_block"] = {"teacher": blocks_of(teacher.backbone), "student": blocks_of(student)}
-    write_card(folder / "model", manifest, **origin_of(context))
+    write_card(folder / "model", manifest, **sources_of(context))
     if recipe.index:
-        passages = islice(read_passages(Path(recipe.index.passages)), recipe.index.limit)
+        passages = islice((row for _, row in read_jsonl(recipe.index.passages)), recipe.index.limit)
         figures["indexed_passages"] = build_index(folder / "model", passages, threads=os.cpu_count() or 1)
     return figures
 
 
-def export_task(context: Context, task: Task, options: dict) -> dict:
+def export_task(context: Context, task: Task, settings: ExportSettings, origin: dict) -> dict:
     """Delivers a task's fine-tuned model, measured on its validation rows."""
     source, folder = context.folder_of("finetune") / task.name, context.folder / task.name
     rows, before = task.splits["validation"], read_json(source / "metrics.json")["validation"]
@@ -94,33 +100,16 @@ def export_task(context: Context, task: Task, options: dict) -> dict:
     manifest = export_model(
         source / "model",
         folder,
-        task="tokens" if task.kind == "tokens" else "classification",
-        texts=[row if isinstance(row, str) else " ".join(row) for row in rows.first[:TEXTS]],
+        replace(settings, task="tokens" if task.kind == "tokens" else "classification"),
         measure=measure,
-        **options | {"manifest": options["manifest"] | {"trained_for": task.name}},
+        manifest=origin | {"trained_for": task.name, "pairs": rows.second is not None},
     )
-    write_card(folder, manifest, **origin_of(context))
+    write_card(folder, manifest, **sources_of(context))
     return {"bytes": manifest["delivery_bytes"]} | manifest["quality"]
 
 
-def options_of(context: Context, positions: int) -> dict:
-    """What every delivery of the run has in common, as `export_model` takes it. positions: the student's."""
-    section = context.recipe.delivery
-    return {
-        "formats": section.weights,
-        "kernel": None if section.kernel == "auto" else section.kernel,
-        "max_positions": min(section.max_positions, positions),
-        "safetensors": section.safetensors,
-        "compact": section.compact,
-        "budget_bytes": section.budget,
-        "tolerance": section.tolerance,
-        "force": context.force,
-        "manifest": {"recipe": context.recipe.name, "teacher_sha256": weights_sha256(teacher_folder(context.recipe))},
-    }
-
-
-def origin_of(context: Context) -> dict:
-    """Where a delivery comes from, for its card."""
+def sources_of(context: Context) -> dict:
+    """Where a delivery comes from, as `write_card` takes it."""
     return {
         "teacher": context.recipe.teacher.model,
         "sources": [Path(source).name for source in context.recipe.corpus.sources],
@@ -146,16 +135,3 @@ def blocks_of(model) -> dict[str, int]:
     pieces = model.get_input_embeddings().weight.numel()
     embeddings = sum(p.numel() for name, p in model.named_parameters() if "embeddings" in name)
     return {"pieces": pieces, "other embeddings": embeddings - pieces, "layers": model.num_parameters() - embeddings}
-
-
-def read_passages(path: Path) -> Iterator[dict]:
-    """Rows of a JSONL file with a "text"."""
-    try:
-        with path.open(encoding="utf-8") as file:
-            for number, line in enumerate(file, 1):
-                try:
-                    yield json.loads(line)
-                except json.JSONDecodeError as error:
-                    raise InputError(f"{path}: line {number} is not JSON ({error}): correct or delete it") from None
-    except FileNotFoundError:
-        raise InputError(f"{path}: no such file: correct index.passages or leave the section out") from None

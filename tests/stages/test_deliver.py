@@ -1,0 +1,42 @@
+"""What the export stage tells the manifest, and what is refused before it; whole runs are in test_pipeline.py."""
+
+import json
+from types import SimpleNamespace
+
+import pytest
+from transformers import BertConfig
+
+from tokenizer_build.errors import InputError
+from vocabshrink.delivery.export import ExportSettings
+from vocabshrink.run.recipe import parse_recipe
+from vocabshrink.stages import deliver
+from vocabshrink.stages.checks import check_models
+
+
+@pytest.mark.parametrize("second", [None, ["b"]])
+def test_the_manifest_says_whether_the_task_has_pairs(tmp_path, monkeypatch, second):
+    seen = {}
+
+    def export_model(model, folder, settings, *, measure, manifest):
+        seen.update(manifest, task=settings.task)
+        return {"delivery_bytes": 1, "quality": {}}
+
+    monkeypatch.setattr(deliver, "export_model", export_model)
+    monkeypatch.setattr(deliver, "write_card", lambda *_, **__: None)
+    monkeypatch.setattr(deliver, "sources_of", lambda _: {})
+    (tmp_path / "made_up").mkdir()
+    (tmp_path / "made_up" / "metrics.json").write_text(json.dumps({"validation": {}}))
+    context = SimpleNamespace(folder=tmp_path / "out", folder_of=lambda _: tmp_path)
+    splits = {"validation": SimpleNamespace(first=["a"], second=second)}
+    task = SimpleNamespace(name="made_up", kind="classification", splits=splits)
+    deliver.export_task(context, task, ExportSettings("embedding", "int8", 16), {"recipe": "demo"})
+    expected = {"recipe": "demo", "trained_for": "made_up", "pairs": second is not None, "task": "classification"}
+    assert seen == expected
+
+
+def test_an_activation_that_cannot_be_delivered_is_refused_before_anything_runs(tiny_teacher):
+    teacher = BertConfig.from_pretrained(tiny_teacher, hidden_act="silu")
+    sections = {"name": "small", "teacher": {"model": str(tiny_teacher)}, "corpus": {"sources": ["a.txt"]}}
+    check_models(parse_recipe(sections | {"delivery": None}, "here"), tiny_teacher, teacher)
+    with pytest.raises(InputError, match="hidden_act 'silu' cannot be delivered"):
+        check_models(parse_recipe(sections, "here"), tiny_teacher, teacher)
