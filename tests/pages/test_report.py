@@ -247,7 +247,7 @@ def test_bars_are_shares_of_the_longest_system(run):
 
 
 def test_curves_are_against_tokens_and_hold_every_loss():
-    rows = list(metrics("distill", 10)) + [{"stage": "other", "step": n, "loss": 5.0} for n in (1, 2)]
+    rows = list(metrics("distill", 10)) + [{"stage": "other", "step": n, "kind": "train", "loss": 5.0} for n in (1, 2)]
     panel = training_panel("distill", rows)
     assert [plot["title"] for plot in panel["plots"]] == ["Losses, each part unweighted", "Evaluation"]
     assert panel["plots"][0]["legend"] == {"total": "0.1000", "similarity": "0.0100", "cosine": "0.0500"}

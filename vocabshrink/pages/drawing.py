@@ -17,13 +17,14 @@ INK, GRID, SERIES = "#010101", "#020202", tuple(f"#0303{index:02x}" for index in
 VARIABLES = {INK: "--ink, #24272b", GRID: "--grid, #d5d8dc"}
 COLOURS = ("#1f5fa8", "#c8553d", "#3a7d44", "#8a6bb1", "#b8860b", "#17868b", "#a23e6d", "#5b6470")
 VARIABLES |= {colour: f"--series-{index}, {COLOURS[index]}" for index, colour in enumerate(SERIES)}
+NO_METADATA = dict.fromkeys(("Date", "Creator", "Format", "Type"))
 STYLE = {"svg.fonttype": "none", "font.size": 9, "text.parse_math": False, "axes.unicode_minus": False}
 STYLE |= {"axes.spines.top": False, "axes.spines.right": False, "axes.axisbelow": True}
 STYLE |= {"axes.edgecolor": GRID, **dict.fromkeys(("axes.labelcolor", "xtick.color", "ytick.color", "text.color"), INK)}
 
 
 def svg_of(
-    name: str, draw: Callable[[Figure], None], size: tuple[float, float] = (5.2, 2.7), *, alone: bool = False
+    name: str, draw: Callable[[Figure], None], size: tuple[float, float] = (4.6, 2.5), *, alone: bool = False
 ) -> Markup:
     """An inline SVG of what `draw` puts on a figure of `size` inches.
 
@@ -33,12 +34,10 @@ def svg_of(
         figure = Figure(figsize=size, layout="constrained")
         draw(figure)
         file = io.StringIO()
-        figure.savefig(file, format="svg", transparent=True, metadata={"Date": None, "Creator": None})
-    svg = file.getvalue()
+        figure.savefig(file, format="svg", transparent=True, metadata=NO_METADATA)
     prefix = f"f{zlib.crc32(name.encode()):08x}-"  # identifiers are unique within a file, not on a page of many figures
-    svg = re.sub(r'(\bid="|xlink:href="#|url\(#)', rf"\1{prefix}", svg[svg.index("<svg") :])
-    svg = re.sub(r"<metadata>.*?</metadata>", "", svg, flags=re.DOTALL)
+    svg = re.sub(r'(\bid="|xlink:href="#|url\(#)', rf"\1{prefix}", file.getvalue().partition("<svg ")[2])
     svg = re.sub(r' (width|height)="[\d.]+pt"', "", svg)  # the page decides how large it is
     for colour, variable in VARIABLES.items():
         svg = svg.replace(colour, f"var({variable if alone else variable.partition(',')[0]})")
-    return Markup(svg.replace("<svg ", '<svg role="img" ', 1))
+    return Markup(f'<svg role="img" {svg}')

@@ -36,7 +36,8 @@ def write_report(run: RunDir) -> Path:
     files = (run.path / "summary.json", run.path / "environment.json", run.stage("vocab") / "comparison.json")
     summary, environment, comparison = (read_json(file) if file.is_file() else {} for file in files)
     stages = {path.parent.name: read_json(path) for path in run.path.glob("*/summary.json")}
-    rows, recipe = run.metrics(), run.path / "recipe.yaml"
+    rows = [row for row in run.metrics() if {"stage", "step", "kind"} <= row.keys()]
+    recipe = run.path / "recipe.yaml"
     write_page(
         run.path / "report.html",
         "report",
@@ -67,10 +68,9 @@ def per_system(summary: dict) -> dict[str, dict]:
 def headline_tiles(summary: dict) -> list[tuple[str, str, str]]:
     """(figure, what it is, what it compares with) of the few figures that matter most."""
     tiles = []
-    for key, systems in per_system(summary).items():
+    entries = {key: row for key, row in per_system(summary).items() if row.get("delivered") is not None}
+    for key, systems in entries.items():
         delivered, teacher, untrained = (systems.get(name) for name in ("delivered", "teacher", "untrained"))
-        if delivered is None:
-            continue
         if key == "bytes" and teacher:
             note = f"{teacher / delivered:.1f} times smaller than the teacher's {figure(key, teacher)}"
         elif untrained is not None:
@@ -78,28 +78,23 @@ def headline_tiles(summary: dict) -> list[tuple[str, str, str]]:
         else:
             note = f"teacher {figure(key, teacher)}" if teacher is not None else ""
         tiles.append((figure(key, delivered), label(key), note))
-    whole = [(figure("minutes", summary["minutes"]), "whole run", "")] if summary.get("minutes") is not None else []
-    return tiles[:5] + whole
+    minutes = summary.get("minutes")
+    return tiles[:5] + ([(figure("minutes", minutes), "whole run", "")] if minutes is not None else [])
 
 
 def training_panel(stage: str, rows: list[dict]) -> dict:
-    """A stage's plots against tokens, or steps where tokens were not logged, and how long and fast it trained.
-
-    {"stage", "note", "plots": [{"title", "svg", "legend": {curve: its last value}}]}.
-    """
+    """{"stage", "note", "plots": [{"title", "svg", "legend": {curve: its last value}}]} of one training stage."""
     frame = pd.json_normalize([row for row in rows if row["stage"] == stage])
-    axis = "tokens" if "tokens" in frame and frame["tokens"].notna().all() else "step"
-    kinds = frame["kind"].fillna("train") if "kind" in frame else pd.Series("train", frame.index)
+    axis = "tokens" if "tokens" in frame and frame["tokens"].notna().all() else "step"  # where tokens were not logged
     plots = []
     for title, (kind, prefix) in PLOTS.items():
-        part = frame[kinds == kind]
+        part = frame[frame["kind"] == kind]
         curves = {c.partition(".")[2] or "total": curve(part, axis, c) for c in part if c.startswith(prefix)}
         curves = {name: points for name, points in curves.items() if len(points)}
         if curves:
             svg = svg_of(f"{stage}-{kind}", partial(draw, curves, axis, log=kind == "train"))
             legend = {name: figure("", points[-1, 1]) for name, points in curves.items()}
-            single = max(map(len, curves.values())) == 1  # the legend says it all
-            plots.append({"title": title, "svg": "" if single else svg, "legend": legend})
+            plots.append({"title": title, "svg": svg if max(map(len, curves.values())) > 1 else "", "legend": legend})
     note = f"{frame['step'].max():,} steps"
     if "tokens_per_second" in frame:
         speed = frame["tokens_per_second"].median()
@@ -108,10 +103,8 @@ def training_panel(stage: str, rows: list[dict]) -> dict:
 
 
 def curve(frame: pd.DataFrame, axis: str, column: str) -> np.ndarray:
-    """[at most POINTS, 2]: the finite values of a column against the axis, averaged over neighbouring rows."""
-    points = (
-        frame[[axis, column]].apply(pd.to_numeric, errors="coerce").replace([math.inf, -math.inf], math.nan).dropna()
-    )
+    """[at most POINTS, 2]: the values of a column against the axis, averaged over neighbouring rows."""
+    points = frame[[axis, column]].dropna()
     group = np.arange(len(points)) // max(1, math.ceil(len(points) / POINTS))
     return points.groupby(group).agg({axis: "last", column: "mean"}).to_numpy(float)
 
@@ -169,7 +162,7 @@ def label(key: str) -> str:
 
 def figure(key: str, value) -> str:
     """A value with the unit that its key names. MB is 10^6 bytes."""
-    if value is None or isinstance(value, str | bool):
+    if not isinstance(value, int | float) or isinstance(value, bool):
         return "" if value is None else str(value)
     if key == "minutes":
         return f"{60 * value:.1f} s" if value < 1 else f"{value:.1f} min" if value < 60 else f"{value / 60:.1f} h"
@@ -177,7 +170,7 @@ def figure(key: str, value) -> str:
         return f"{value / 1e6:,.2f} MB" if value >= 1e5 else f"{value:,} bytes"
     if key.endswith("_ms"):
         return f"{value:.2f} ms"
-    if key.endswith(("coverage", "_rate", "overlap_with_first")):
+    if key.endswith(("coverage", "unknown_rate", "overlap_with_first")):
         return f"{100 * value:.2f} %"
     if isinstance(value, int) or abs(value) >= 1000:
         return f"{value:,.0f}"
