@@ -74,7 +74,7 @@ web: .venv/demo.installed tests/js/node_modules/.package-lock.json  ## a page th
 	python -m vocabshrink web $(ARTIFACT) $(if $(PASSAGES),--passages $(PASSAGES))
 
 web-test: .venv/dev.installed tests/js/node_modules/.package-lock.json  ## ARTIFACTs in Node and Chromium (Debian: apt install chromium)
-	python -m pytest tests/test_web.py -m browser -rxs
+	python -m pytest tests/pages/test_web.py -m browser -rxs
 
 lint: .venv/dev.installed  ## ruff
 	ruff check . && ruff format --check .

@@ -84,6 +84,12 @@ for names in RENAMED.items():
     add_renamed(*names)
 
 
+def delivery_in(folder: Path) -> Path:
+    """The delivery of a run's folder or of its export stage; any other folder is taken for a delivery itself."""
+    places = (folder / "export" / "model", folder / "model")
+    return next((place for place in places if (place / "MANIFEST.json").is_file()), folder)
+
+
 def show_summary(summary: dict) -> None:
     """The headline tables of a run."""
     console = Console(width=None if sys.stdout.isatty() else 100)
@@ -188,8 +194,7 @@ def search(
 
     if not words:
         raise InputError(f"{subject}: there is no query: write one behind it (and a search file's name ends in .yaml)")
-    folder = subject / "model" if (subject / "model" / "MANIFEST.json").is_file() else subject
-    for hit in search_index(folder, " ".join(words), top):
+    for hit in search_index(delivery_in(subject), " ".join(words), top):
         print(
             json.dumps(hit, ensure_ascii=False)
             if as_json
@@ -229,7 +234,7 @@ def embed(artifact: Path, batch_size: BatchSize = 32, threads: Threads = 1):
     """Embed the lines of standard input: one JSON object a line. Needs no torch."""
     from vocabshrink.runtime.lines import embed_lines
 
-    embed_lines(artifact, sys.stdin.buffer, sys.stdout, batch_size=batch_size, threads=threads)
+    embed_lines(delivery_in(artifact), sys.stdin.buffer, sys.stdout, batch_size=batch_size, threads=threads)
 
 
 @app.command()
@@ -237,7 +242,7 @@ def classify(artifact: Path, batch_size: BatchSize = 32, threads: Threads = 1):
     """Classify the lines of standard input (first TAB second: a pair), or label their words. Needs no torch."""
     from vocabshrink.runtime.lines import classify_lines
 
-    classify_lines(artifact, sys.stdin.buffer, sys.stdout, batch_size=batch_size, threads=threads)
+    classify_lines(delivery_in(artifact), sys.stdin.buffer, sys.stdout, batch_size=batch_size, threads=threads)
 
 
 @app.command()
@@ -251,7 +256,7 @@ def web(
     """Write a page that runs the artifacts in the browser."""
     from vocabshrink.pages.web import build_web
 
-    done = build_web(artifacts, out, passages, title, node_modules=node_modules)
+    done = build_web([*map(delivery_in, artifacts)], out, passages, title, node_modules=node_modules)
     print(f"{out}/index.html (any static server), {out}/standalone.html (from a disk); {done['passages']} passages")
 
 
@@ -273,7 +278,7 @@ def bench(
 
     tasks = dict(entry.split("=", 1) for entry in task or [])
     report = measure(
-        artifacts,
+        [*map(delivery_in, artifacts)],
         teacher=resolve_model(teacher) if teacher else None,
         static=static,
         tasks=tasks,

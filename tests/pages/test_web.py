@@ -9,6 +9,7 @@ import json
 import os
 import shutil
 import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -21,7 +22,8 @@ from vocabshrink.pages.web import build_web
 from vocabshrink.runtime.delivery import load
 from vocabshrink.runtime.index import build_index
 
-JS = Path(__file__).parents[1] / "js"
+ROOT = Path(__file__).resolve().parents[2]
+JS = ROOT / "tests" / "js"
 SHOTS = os.environ.get("VOCABSHRINK_SCREENSHOTS")  # a folder to keep the screenshots in
 CHROMIUM = os.environ.get("CHROMIUM") or next(
     filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None
@@ -271,6 +273,20 @@ def test_more_passages_than_the_page_can_search_are_cut_and_said(delivery, packa
     assert (tmp_path / "web" / "vectors.bin").stat().st_size == 2 * 8
     page = (tmp_path / "web" / "index.html").read_text()
     assert '"passages": 2' in page and '"of": 3' in page
+
+
+def test_a_run_is_shown_under_its_name(delivery, packages, tmp_path):
+    """`make web` gives the folder of the export stage, in which the delivery lies as `model`."""
+    export = tmp_path / "my-run" / "export"
+    export.mkdir(parents=True)
+    delivery.rename(export / "model")
+    for given in (export, export.parent):
+        arguments = ["web", given, "--out", tmp_path / "web", "--node-modules", packages]
+        done = subprocess.run(
+            [sys.executable, "-m", "vocabshrink", *map(str, arguments)], cwd=ROOT, capture_output=True, text=True
+        )
+        assert done.returncode == 0, done.stderr
+        assert (tmp_path / "web" / "models" / "my-run" / "config.json").is_file()
 
 
 def test_an_index_of_another_model_is_refused(delivery, packages, tmp_path):

@@ -54,8 +54,7 @@ def build_web(
     Returns {"files": {name: bytes}, "model": bytes, "runtime": bytes, "passages": number searched}.
 
     Raises:
-        InputError: `load` refuses a folder, the page cannot show its task, npm's packages are missing, the passages
-            are not as above, or something other than a page is at `out`.
+        InputError: folders, passages or npm packages that cannot be used, or something other than a page at `out`.
     """
     out, node_modules = Path(out), Path(node_modules)
     if out.exists() and not (out / "standalone.html").is_file() and (out.is_file() or any(out.iterdir())):
@@ -86,7 +85,8 @@ def build_web(
 def _copy_model(place: Path, folder: Path, examples: dict) -> tuple[dict, object]:
     """What the page must know of a model whose files are copied to place/models, and the model."""
     model = load(folder)
-    graph, name = model.manifest["graph"], folder.resolve().name
+    graph = model.manifest["graph"]
+    name = next(part for part in reversed(folder.resolve().parts) if part not in ("model", "export"))  # of a run's
     if model.task not in SHOWN:
         raise InputError(f"{folder} is for the task {model.task!r}: the page shows {', '.join(SHOWN)}")
     if graph not in DTYPES:
