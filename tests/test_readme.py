@@ -19,7 +19,7 @@ COMMANDS = sorted(
         line.split("#")[0].strip()
         for text in TEXTS.values()
         for block in re.findall(r"```bash\n(.*?)```", text, re.S)
-        for line in block.splitlines()
+        for line in block.replace("\\\n", " ").splitlines()
     }
 )
 PYTHON = [code for text in TEXTS.values() for code in re.findall(r"```python\n(.*?)```", text, re.S)]
