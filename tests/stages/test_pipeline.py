@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 import yaml
+from safetensors.torch import load_file
 from tiny_training import launch
 from transformers import AutoModel
 
@@ -14,10 +15,14 @@ from tokenizer_build.files import read_json
 from vocabshrink.cli import show_summary
 from vocabshrink.delivery.compact import load_compact
 from vocabshrink.models.rounding import dequantize, quantize
+from vocabshrink.run.engine import Run, context_of, run_stage, summarise
 from vocabshrink.run.folder import RunDir
 from vocabshrink.run.recipe import parse_recipe
+from vocabshrink.run.stage import stages_of
 from vocabshrink.runtime.delivery import load
-from vocabshrink.stages.stages import Run, run_stage, stages_of, summarise
+from vocabshrink.stages.checks import check_recipe
+from vocabshrink.stages.inputs import read_teacher
+from vocabshrink.stages.training import read_trained_teacher
 
 TRAINING = {"steps": 6, "batch_size": 16, "max_length": 48, "learning_rate": 1e-3, "precision": "no", "evaluations": 1}
 DISTILL = TRAINING | {
@@ -217,11 +222,23 @@ def test_a_teacher_without_head_gets_one(tiny_teacher, corpus_file, tmp_path):
         (folder / name).write_bytes((tiny_teacher / name).read_bytes())
     joint = tiny_recipe(folder, corpus_file, "joint")
     with pytest.raises(InputError, match="add a masked_lm_head section"):
-        run_all(joint, tmp_path / "without")
+        check_recipe(parse_recipe(joint, "test"))
     run = run_all(joint | {"masked_lm_head": TRAINING | {"steps": 30, "learning_rate": 1e-2}}, tmp_path / "with")
-    losses = [row["loss"] for row in run.dir.metrics() if row["stage"] == "teacher"]
+    losses = [row["loss"] for row in run.dir.metrics() if row["stage"] == "masked_lm_head"]
     assert np.mean(losses[-5:]) < np.mean(losses[:5])
-    assert run.teacher().head is not None
+    assert read_teacher(context_of(run, "distill")).head is not None
+
+
+def test_the_head_that_dual_training_trained_is_the_one_that_distillation_reads(tiny_teacher, corpus_file, tmp_path):
+    distill = TRAINING | {"mask": 0.15, "losses": {"student_masked_lm": 1, "masked_lm_match": 1}}
+    run = run_all(tiny_recipe(tiny_teacher, corpus_file, "joint", distill=distill), tmp_path / "run")
+    context = context_of(run, "distill")
+    teacher = read_teacher(context)
+    before = teacher.head.dense.weight.clone()
+    read_trained_teacher(context, teacher)
+    kept = load_file(run.dir.stage("dual") / "teacher_head/model.safetensors")
+    assert torch.equal(teacher.head.dense.weight, kept["cls.predictions.transform.dense.weight"])
+    assert not torch.equal(teacher.head.dense.weight, before)
 
 
 def test_a_killed_stage_resumes_to_the_same_student(tiny_teacher, corpus_file, tmp_path, monkeypatch):
@@ -265,9 +282,9 @@ def test_a_vocabulary_that_is_there_is_taken_as_it_is(match_run, tiny_teacher, c
     again = Run(parse_recipe(data, "test"), RunDir(tmp_path / "again"))
     for name in ("count", "vocab"):
         run_stage(again, name)
-    assert (again.vocab / "vocab.txt").read_bytes() == (run.vocab / "vocab.txt").read_bytes()
-    assert json.loads((again.vocab / "tokenizer.json").read_text()) == json.loads(
-        (run.vocab / "tokenizer.json").read_text()
+    assert (again.dir.stage("vocab") / "vocab.txt").read_bytes() == (run.dir.stage("vocab") / "vocab.txt").read_bytes()
+    assert json.loads((again.dir.stage("vocab") / "tokenizer.json").read_text()) == json.loads(
+        (run.dir.stage("vocab") / "tokenizer.json").read_text()
     )
 
 
@@ -277,7 +294,7 @@ def test_the_teachers_own_vocabulary_is_kept_piece_by_piece(tiny_teacher, corpus
     run = Run(parse_recipe(data, "test"), RunDir(tmp_path / "own"))
     for name in ("count", "vocab"):
         run_stage(run, name)
-    assert (run.vocab / "vocab.txt").read_text() == (tiny_teacher / "vocab.txt").read_text()
+    assert (run.dir.stage("vocab") / "vocab.txt").read_text() == (tiny_teacher / "vocab.txt").read_text()
 
 
 def quantize_of(model, name: str, format: str) -> float:
@@ -308,6 +325,7 @@ def recipe_of_tasks(teacher, corpus_file, lines, folder) -> dict:
                 phase | {"losses": {"soft_labels": 1}},
             ],
             "augment": {"copies": 2, "candidates": 3},
+            "rounded": "int4-32",
             "seeds": [1, 2],
         },
         recovery=DISTILL | {"learning_rate": 1e-4},
@@ -337,7 +355,7 @@ def test_tasks_run_from_augmentation_to_report(tiny_teacher, corpus_file, lines,
     right = sum(int(label) == row["label"] for label, row in zip(labels, rows, strict=True)) / 40
     assert summary["made_up"]["accuracy"]["delivered"] == pytest.approx(right)
     # recovery left in the student what the files hold: rounding it again changes nothing
-    trained = AutoModel.from_pretrained(tmp_path / "run/quantize/student")
+    trained = AutoModel.from_pretrained(tmp_path / "run/recovery/student")
     packed = load_compact(export / "model")
     for name, one in trained.named_parameters():
         if name.startswith("pooler"):  # of which an embedder has none

@@ -77,10 +77,10 @@ class Context:
 def settings_of(recipe: Recipe, name: str) -> dict:
     """{section.key: value} of what decides a stage's output: what it reads itself and what the stages it needs read."""
     stage, chosen = STAGES[name], {}
-    for other in () if stage.alone else stage.needs:
+    for other in [] if stage.alone else stage.needs.split():
         if STAGES[other].asked(recipe):
             chosen |= settings_of(recipe, other)
-    return chosen | {path: material(setting(recipe, path)) for path in stage.reads}
+    return chosen | {path: material(setting(recipe, path)) for path in stage.reads.split()}
 
 
 def material(value: Any) -> Any:
@@ -106,6 +106,11 @@ def first_difference(before: Any, now: Any, path: str = "") -> str | None:
 # ------------------------------------------------------------------------------------------------ running
 
 
+def context_of(run: Run, name: str) -> Context:
+    """What the stage of this name works with."""
+    return Context(run.recipe, run.dir, STAGES[name], run.force)
+
+
 def run_stage(run: Run, name: str) -> bool:
     """Runs one stage unless it is done. Returns whether it ran.
 
@@ -113,7 +118,7 @@ def run_stage(run: Run, name: str) -> bool:
         InputError: a stage that it needs is not done, or it is done under other settings.
     """
     stage, folder = STAGES[name], run.dir.stage(name)
-    missing = [n for n in stage.needs if STAGES[n].asked(run.recipe) and not run.dir.is_done(n)]
+    missing = [n for n in stage.needs.split() if STAGES[n].asked(run.recipe) and not run.dir.is_done(n)]
     if missing:
         raise InputError(
             f"{run.dir.path}: stage {name} needs {missing[0]} first: vocabshrink {missing[0]} RECIPE, or run"
@@ -132,10 +137,9 @@ def run_stage(run: Run, name: str) -> bool:
         write_text(run.dir.path / "recipe.yaml", dump_recipe(run.recipe))
         run.dir.write_environment()
     wait_for_everyone()
-    module, _, function = stage.do.partition(".")
-    do = getattr(importlib.import_module(f"vocabshrink.stages.{module}"), function)
+    do = getattr(importlib.import_module(f"vocabshrink.stages.{stage.module}"), name)
     started = time.monotonic()
-    summary = do(Context(run.recipe, run.dir, stage, run.force)) if stage.trains or main_process() else {}
+    summary = do(context_of(run, name)) if stage.trains or main_process() else {}
     if main_process():
         minutes = (time.monotonic() - started) / 60
         run.dir.finish(name, {"minutes": round(minutes, 2)} | summary)

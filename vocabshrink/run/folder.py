@@ -24,6 +24,8 @@ from pathlib import Path
 from tokenizer_build.errors import InputError
 from tokenizer_build.files import _plain, naming_full_disk, write_json, write_text
 
+# What a fine-tuning's summary says beside its tasks' names.
+OF_SUMMARY = {"average", "seconds_per_step", "tokens", "test", "rounded", "minutes"}
 PACKAGES = ("vocabshrink", "torch", "transformers", "tokenizers", "accelerate", "onnxruntime", "numpy")
 
 
@@ -146,7 +148,7 @@ def task_rows(tasks: dict) -> list[tuple[str, ...]]:
     rows = [
         (task, metric, *(f"{figures[key]:.4f}" for key in ("median", "min", "max")))
         for task, metrics in tasks.items()
-        if isinstance(metrics, dict) and task != "test"
+        if task not in OF_SUMMARY
         for metric, figures in metrics.items()
     ]
     return [*rows, ("average", "", f"{tasks['average']:.4f}", "", "")]

@@ -6,6 +6,7 @@ recipe is read, not three hours into training.
 """
 
 import difflib
+import itertools
 import os
 import re
 from pathlib import Path
@@ -15,14 +16,9 @@ import yaml
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 
 from tokenizer_build.errors import InputError
+from vocabshrink.run.folder import OF_SUMMARY
 from vocabshrink.run.layer_map import LAYER_MAPS
-from vocabshrink.run.recipe_yaml import BOOLEANS, RecipeDumper, RecipeLoader, override_value, parse_yaml
-
-RecipeLoader.add_implicit_resolver("tag:yaml.org,2002:bool", BOOLEANS, list("tfTF"))
-for either in (RecipeLoader, RecipeDumper):
-    either.add_implicit_resolver(
-        "tag:yaml.org,2002:float", re.compile(r"[-+]?\d+(\.\d*)?[eE][-+]?\d+$"), list("-+0123456789")
-    )
+from vocabshrink.run.recipe_yaml import RecipeDumper, override_value, parse_yaml, read_yaml
 
 
 def refuse_boolean(value: Any) -> Any:
@@ -62,6 +58,9 @@ Bytes = Annotated[int, BeforeValidator(parse_size), Number, Field(gt=0)]
 Share = Annotated[float, Number, Field(ge=0, le=1)]
 Positive = Annotated[int, Number, Field(gt=0)]
 Rate = Annotated[float, Number, Field(gt=0)]
+Count = Annotated[int, Number, Field(ge=0)]
+Weight = Annotated[float, Number, Field(ge=0)]
+Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9_][A-Za-z0-9._-]*$")]
 LayerMap = Annotated[str | list[tuple[int, int | list[int]]], BeforeValidator(check_layer_map)]
 
 
@@ -123,13 +122,13 @@ class TrainingSection(Section):
     learning_rate: Rate = 5e-5
     embedding_learning_rate: Rate | None = None  # None: learning_rate. New pieces have far more to learn
     optimizer: Literal["adamw", "lamb"] = "adamw"
-    weight_decay: Annotated[float, Number, Field(ge=0)] = 0.01
+    weight_decay: Weight = 0.01
     warmup: Share = 0.06  # share of the steps
     decay: Literal["linear", "cosine", "constant"] = "linear"
     clip: Rate = 1.0
     precision: Literal["no", "bf16", "fp16"] = "bf16"
     # during training, evenly spaced, besides the one at its end
-    evaluations: Annotated[int, Number, Field(ge=0)] = 5
+    evaluations: Count = 5
     checkpoint_minutes: Rate = 5
     threads: Positive | None = None  # of torch on a CPU; None leaves torch's choice
     trackers: list[Literal["tensorboard", "wandb", "mlflow", "trackio"]] = []
@@ -144,8 +143,8 @@ class TrainingSection(Section):
 class Weighted(Section):
     """A loss chosen by the recipe: its weight, from `start` to `weight` over the run, and its own arguments."""
 
-    weight: Annotated[float, Number, Field(ge=0)] = 1.0
-    start: Annotated[float, Number, Field(ge=0)] | None = None
+    weight: Weight = 1.0
+    start: Weight | None = None
     arguments: dict[str, Any] = {}
 
     @model_validator(mode="before")
@@ -164,24 +163,35 @@ class Weighted(Section):
 Losses = Annotated[dict[str, Weighted], Field(min_length=1)]
 
 
-def check_stage(section: str, stage: "DualStage | DistillStage") -> None:
-    """Refuses losses that the stage's other settings leave without masked words or without near sentences."""
-    masked = [name for name in stage.losses if "masked_lm" in name]
-    if masked and not stage.mask:
-        raise ValueError(f"losses.{masked[0]}: nothing is masked: set {section}.mask, 0.15 as in BERT")
-    if "group_similarity" in stage.losses and stage.group_size == 1:
-        raise ValueError(f"losses.group_similarity compares near sentences: set {section}.group_size to 4")
-    if stage.batch_size % (stage.gradient_accumulation * stage.group_size):
-        raise ValueError("batch_size must be a multiple of gradient_accumulation times group_size")
-
-
 class TeacherStage(TrainingSection):
     """Trains a masked-LM head on a teacher that has none."""
 
     mask: Annotated[float, Number, Field(gt=0, le=1)] = 0.15
 
 
-class DualStage(TrainingSection):
+class ComparingStage(TrainingSection):
+    """What dual training and distillation have in common: losses between two models over the corpus."""
+
+    losses: Losses
+    layer_map: LayerMap = "uniform"  # student layer, teacher layer; 0 is the embedding output
+    unit: Literal["sentence", "line"] = "line"
+    group_size: Literal[1, 4] = 1  # 4: each sentence beside a rare-word swap, a dropped word, a half or rotation
+    mask: Share = 0.0
+
+    @model_validator(mode="after")
+    def losses_have_their_input(self):
+        section = "dual" if isinstance(self, DualStage) else "distill"
+        masked = [name for name in self.losses if "masked_lm" in name]
+        if masked and not self.mask:
+            raise ValueError(f"losses.{masked[0]}: nothing is masked: set {section}.mask, 0.15 as in BERT")
+        if "group_similarity" in self.losses and self.group_size == 1:
+            raise ValueError(f"losses.group_similarity compares near sentences: set {section}.group_size to 4")
+        if self.batch_size % (self.gradient_accumulation * self.group_size):
+            raise ValueError("batch_size must be a multiple of gradient_accumulation times group_size")
+        return self
+
+
+class DualStage(ComparingStage):
     """Dual training: the teacher reads each word in the student's pieces with probability p.
 
     joint: version 1 of the paper, teacher and student together. two_stage: version 2, the teacher alone, then
@@ -194,39 +204,26 @@ class DualStage(TrainingSection):
     p_end: Share | None = None  # p is ramped to this over the stage
     mask: Share = 0.15
     train_teacher: bool = True  # match mode keeps the body frozen whatever this says
-    losses: Losses | None = None
-    layer_map: LayerMap = "uniform"
-    unit: Literal["sentence", "line"] = "line"
-    group_size: Literal[1, 4] = 1  # as in distill; match only
 
-    @model_validator(mode="after")
-    def default_losses(self):
-        if self.losses is None:
-            names = {
-                "joint": {"teacher_masked_lm": 1.0, "student_masked_lm": 1.0, "parameters_up": 1.0},
-                "two_stage": {"teacher_masked_lm": 1.0},
-                "match": {"hidden_mse": 0.1, "batch_similarity": 20.0, "sentence_cosine": 0.5},
-            }[self.mode]
-            self.losses = {name: Weighted(weight=weight) for name, weight in names.items()}
-        check_stage("dual", self)
-        return self
+    @model_validator(mode="before")
+    @classmethod
+    def default_losses(cls, value):
+        """Each mode's own losses, where the recipe names none."""
+        if not isinstance(value, dict) or value.get("losses") is not None:
+            return value
+        losses = {
+            "joint": {"teacher_masked_lm": 1.0, "student_masked_lm": 1.0, "parameters_up": 1.0},
+            "two_stage": {"teacher_masked_lm": 1.0},
+            "match": {"hidden_mse": 0.1, "batch_similarity": 20.0, "sentence_cosine": 0.5},
+        }
+        return value | {"losses": losses.get(value.get("mode"), losses["joint"])}
 
 
-class DistillStage(TrainingSection):
+class DistillStage(ComparingStage):
     """Trains the student on its own vocabulary against the teacher on the teacher's."""
 
-    losses: Losses
-    layer_map: LayerMap = "uniform"  # student layer, teacher layer; 0 is the embedding output
-    unit: Literal["sentence", "line"] = "line"
-    group_size: Literal[1, 4] = 1  # 4: each sentence beside a rare-word swap, a dropped word, a half or rotation
-    mask: Share = 0.0
-    # keeps what the teacher says of each batch on disk, for the other runs of an ablation or a search (recorded.py)
+    # keeps the teacher's outputs for each batch on disk, for the other runs of an ablation or a search (recorded.py)
     record_teacher: bool = False
-
-    @model_validator(mode="after")
-    def losses_can_be_given(self):
-        check_stage("distill", self)
-        return self
 
 
 class Phase(TrainingSection):
@@ -236,16 +233,12 @@ class Phase(TrainingSection):
     epochs: Rate = 3.0
     batch_size: Positive = 32
     warmup: Share = 0.1
-    evaluations: Annotated[int, Number, Field(ge=0)] = 0
+    evaluations: Count = 0
     losses: Losses = {"labels": Weighted()}
     layer_map: LayerMap = "uniform"
     # trains through finetune.rounded from here on (straight-through), so that the model is what its delivery holds;
     # out of dumps where it is not set, so that what was trained before there was such a setting stays finished
     through_rounding: bool = Field(default=False, exclude_if=lambda value: not value)
-
-
-# What a fine-tuning's summary says beside the tasks' names.
-OF_SUMMARY = {"average", "seconds_per_step", "tokens", "test", "rounded", "minutes"}
 
 
 class AugmentSection(Section):
@@ -261,15 +254,28 @@ class FinetuneStage(Section):
 
     phases: Annotated[list[Phase], Field(min_length=1)] = [Phase()]
     teacher: Phase | None = None  # fine-tunes the teacher where a task names neither a folder nor stored logits
-    seeds: Annotated[list[Annotated[int, Number, Field(ge=0)]], Field(min_length=1)] = [1]
+    seeds: Annotated[list[Count], Field(min_length=1)] = [1]
     # settings of the last phase, every combination tried on validation with the first seed
     grid: dict[Literal["learning_rate", "batch_size", "epochs"], Annotated[list[float], Field(min_length=1)]] = {}
     augment: AugmentSection | None = None
     save_models: bool = True  # the model of each task's median seed
     rounded: WeightFormats | None = None  # validates each model also with its weights as such a delivery keeps them
 
+    def points(self, phases: "list[Phase]") -> "dict[str, list[Phase]]":
+        """The grid's settings: name -> phases, of which the last one's settings vary."""
+        points = {}
+        for values in itertools.product(*self.grid.values()):
+            point = dict(zip(self.grid, values, strict=True))
+            try:
+                last = Phase.model_validate(phases[-1].model_dump() | point)
+            except ValidationError as error:
+                raise ValueError(f"grid: {explain(error.errors()[0], Phase)}") from None
+            points["_".join(f"{key}-{value:g}" for key, value in point.items()) or "only"] = [*phases[:-1], last]
+        return points
+
     @model_validator(mode="after")
-    def seeds_differ(self):
+    def consistent(self):
+        self.points(self.phases)  # whose values are refused here
         if any(phase.through_rounding for phase in self.phases) and not self.rounded:
             raise ValueError("phases: through_rounding has no rounding: add finetune.rounded, the delivery's weights")
         if self.teacher and self.teacher.through_rounding:
@@ -334,13 +340,13 @@ class IndexSection(Section):
 
 class EvaluationSection(Section):
     # held-out sentences for rank agreement and neighbour overlap; 0 leaves these out
-    sentences: Annotated[int, Number, Field(ge=0)] = 1000
+    sentences: Count = 1000
     stsb: dict[str, str] = {}  # name -> JSONL with sentence1, sentence2, label; scored by Spearman
 
 
 class Recipe(Section):
-    name: str = Field(pattern=r"^[A-Za-z0-9_][A-Za-z0-9._-]*$")  # the run's folder
-    seed: Annotated[int, Number, Field(ge=0)] = 0
+    name: Name  # the run's folder
+    seed: Count = 0
     teacher: TeacherSection
     corpus: CorpusSection
     vocabulary: VocabularySection = VocabularySection()
@@ -352,7 +358,7 @@ class Recipe(Section):
     recovery: DistillStage | None = None
     # the folder that relative paths of tasks and of rated pairs start from; once read, they have it in them
     data: str = "."
-    tasks: dict[Annotated[str, Field(pattern=r"^[A-Za-z0-9_][A-Za-z0-9._-]*$")], TaskSection] = {}
+    tasks: dict[Name, TaskSection] = {}
     finetune: FinetuneStage | None = None
     delivery: DeliverySection | None = DeliverySection()  # null: no artifact is wanted
     evaluation: EvaluationSection = EvaluationSection()
@@ -408,16 +414,7 @@ def load_recipe(path: str | Path, overrides: list[str] | tuple[str, ...] = ()) -
     Raises:
         InputError: a missing or malformed file, an unknown key (with the nearest known one), a wrong value.
     """
-    path = Path(path)
-    try:
-        text = path.read_text(encoding="utf-8")
-    except FileNotFoundError:
-        raise InputError(f"{path}: no such recipe") from None
-    except UnicodeDecodeError as error:
-        raise InputError(f"{path}: not UTF-8 text at byte {error.start}: write the recipe as UTF-8") from None
-    except OSError as error:
-        raise InputError(f"{path}: cannot be read as a recipe: {error.strerror}") from None
-    data = parse_yaml(text, str(path))
+    data = read_yaml(path, "a recipe")
     if not isinstance(data, dict):
         raise InputError(f"{path}: a recipe is a mapping of sections (name, teacher, corpus, ...)")
     for override in overrides:

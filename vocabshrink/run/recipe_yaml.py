@@ -1,6 +1,7 @@
-"""TODO: run.recipe_yaml."""
+"""YAML as recipes are written in it: read strictly, overridden by `section.key=value`, dumped so that it reads back."""
 
 import re
+from pathlib import Path
 from typing import Any
 
 import yaml
@@ -30,7 +31,13 @@ class RecipeDumper(yaml.SafeDumper):
     """Quotes what `RecipeLoader` would not read back as a string."""
 
 
-BOOLEANS = re.compile("(true|false|True|False|TRUE|FALSE)$")
+RecipeLoader.add_implicit_resolver(
+    "tag:yaml.org,2002:bool", re.compile("(true|false|True|False|TRUE|FALSE)$"), list("tfTF")
+)
+for either in (RecipeLoader, RecipeDumper):
+    either.add_implicit_resolver(
+        "tag:yaml.org,2002:float", re.compile(r"[-+]?\d+(\.\d*)?[eE][-+]?\d+$"), list("-+0123456789")
+    )
 
 
 def parse_yaml(text: str, origin: str) -> Any:
@@ -42,6 +49,22 @@ def parse_yaml(text: str, origin: str) -> Any:
         problem = getattr(error, "problem", None) or getattr(error, "reason", None)  # of a control character
         where = f" at line {mark.line + 1}" if mark else ""
         raise InputError(f"{origin}: not YAML{where}: {problem}") from None
+
+
+def read_yaml(path: str | Path, kind: str) -> Any:
+    """The value of a YAML file. kind: what it should be ("a recipe"), for the refusal.
+
+    Raises:
+        InputError: a missing file, one that is not UTF-8, or not YAML.
+    """
+    try:
+        return parse_yaml(Path(path).read_text(encoding="utf-8"), str(path))
+    except FileNotFoundError:
+        raise InputError(f"{path}: no such file: correct the path to {kind}") from None
+    except UnicodeDecodeError as error:
+        raise InputError(f"{path}: not UTF-8 text at byte {error.start}: write it as UTF-8") from None
+    except OSError as error:
+        raise InputError(f"{path}: cannot be read as {kind}: {error.strerror}") from None
 
 
 def override_value(data: dict, keys: list[str], value: Any, origin: str) -> None:

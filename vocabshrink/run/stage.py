@@ -12,20 +12,20 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Stage:
-    """One step from text to artifact.
+    """One step from text to artifact: the function of its name in `vocabshrink.stages.MODULE`, Context -> summary.
 
-    do: `module.function` of `vocabshrink.stages`, imported when the stage runs: Context -> summary. section: the part
-    of the recipe without which the stage is not asked for; None: it always is. needs: the stages whose files it reads,
-    those of them that the recipe asks for. reads: the settings that decide what it makes, beside those that decide
-    the stages it needs (`alone`: nothing beside its own). trains: every process of a launcher runs it, not the main one
-    alone. student: it leaves one, in the folder `student`, from which later stages go on.
+    section: the part of the recipe without which the stage is not asked for; None: it always is. needs: the stages
+    whose files it reads, those of them that the recipe asks for. reads: the settings that decide what it makes, beside
+    those that decide the stages it needs (`alone`: nothing beside its own). trains: every process of a launcher runs
+    it, not the main one alone. student: it leaves one, in the folder `student`, from which later stages go on.
     """
 
     name: str
-    do: str
+    module: str
+    about: str
+    needs: str = ""
+    reads: str = ""
     section: str | None = None
-    needs: tuple[str, ...] = ()
-    reads: tuple[str, ...] = ()
     alone: bool = False
     trains: bool = False
     student: bool = False
@@ -37,79 +37,97 @@ class Stage:
         return self.section is None or bool(setting(recipe, self.section))
 
 
-TEXT = ("encode", "masked_lm_head")
+TRAINED = {"trains": True, "student": True}
 STAGES = {
     stage.name: stage
     for stage in (
-        Stage("count", "text.count", reads=("corpus.sources", "corpus.column", "vocabulary.lowercase")),
-        Stage("vocab", "text.vocab", needs=("count",), reads=("vocabulary", "teacher")),
-        Stage("encode", "text.encode", needs=("vocab",)),
+        Stage(
+            "count",
+            "text",
+            "count the words of the corpus, streamed and in parallel",
+            reads="corpus.sources corpus.column vocabulary.lowercase",
+        ),
+        Stage(
+            "vocab",
+            "text",
+            "choose the pieces that cut the corpus into the fewest pieces",
+            needs="count",
+            reads="vocabulary teacher",
+        ),
+        Stage(
+            "encode", "text", "read the corpus once into word ids, and a lexicon of both vocabularies", needs="vocab"
+        ),
         Stage(
             "masked_lm_head",
-            "training.masked_lm_head",
+            "training",
+            "train a masked-LM head on a teacher that has none",
+            needs="encode",
+            reads="corpus teacher masked_lm_head seed",
             section="masked_lm_head",
-            needs=("encode",),
-            reads=("corpus", "teacher", "masked_lm_head", "seed"),
             alone=True,  # in the teacher's pieces, whatever the student's vocabulary
             trains=True,
         ),
         Stage(
             "dual",
-            "training.dual",
+            "training",
+            "dual training: the teacher reads words in the student's pieces with probability p",
+            needs="encode masked_lm_head",
+            reads="student dual seed corpus",
             section="dual",
-            needs=TEXT,
-            reads=("student", "dual", "seed", "corpus"),
-            trains=True,
-            student=True,
+            **TRAINED,
         ),
         Stage(
             "distill",
-            "training.distill",
+            "training",
+            "the student, on its own vocabulary, learns from the teacher on the teacher's",
+            needs="encode masked_lm_head dual",
+            reads="student distill seed corpus",
             section="distill",
-            needs=(*TEXT, "dual"),
-            reads=("student", "distill", "seed", "corpus"),
-            trains=True,
-            student=True,
+            **TRAINED,
         ),
         Stage(
             "recovery",
-            "training.recovery",
+            "training",
+            "train on through the rounding of the delivery",
+            needs="encode masked_lm_head dual distill",
+            reads="recovery delivery.weights delivery.compact",
             section="recovery",
-            needs=(*TEXT, "dual", "distill"),
-            reads=("recovery", "delivery.weights", "delivery.compact"),
-            trains=True,
-            student=True,
+            **TRAINED,
         ),
         Stage(
             "task_teacher",
-            "tasks.task_teacher",
+            "tasks",
+            "fine-tune the teacher on each task's labels",
+            reads="teacher tasks finetune.teacher",
             section="finetune.teacher",
-            reads=("teacher", "tasks", "finetune.teacher"),
             trains=True,
         ),
         Stage(
             "augment",
-            "tasks.augment",
+            "tasks",
+            "add training rows in which words are replaced by likely ones (TinyBERT)",
+            needs="masked_lm_head",
+            reads="teacher tasks finetune.augment",
             section="finetune.augment",
-            needs=("masked_lm_head",),
-            reads=("teacher", "tasks", "finetune.augment"),
         ),
         Stage(
             "finetune",
-            "tasks.finetune",
+            "tasks",
+            "fine-tune the student on each task, over phases, seeds and a grid",
+            needs="encode masked_lm_head dual distill task_teacher augment",
+            reads="student tasks finetune",
             section="finetune",
-            needs=(*TEXT, "dual", "distill", "task_teacher", "augment"),
-            reads=("student", "tasks", "finetune"),
             trains=True,
         ),
         Stage(
             "export",
-            "deliver.export",
+            "deliver",
+            "write the deliveries, load them back and measure them beside the teacher",
+            needs="encode masked_lm_head dual distill recovery finetune",
+            reads="student delivery evaluation index",
             section="delivery",
-            needs=(*TEXT, "dual", "distill", "recovery", "finetune"),
-            reads=("student", "delivery", "evaluation", "index"),
         ),
-        Stage("report", "report.report"),
+        Stage("report", "report", "write a page with tables and curves that opens offline"),
     )
 }
 RENAMED = {"teacher": "masked_lm_head", "quantize": "recovery"}  # until version 0.1
@@ -130,4 +148,5 @@ def stages_of(recipe: Recipe) -> list[str]:
 
 def needed(stage: Stage) -> set[str]:
     """The names of the stages that it needs, and that those need."""
-    return set(stage.needs).union(*(needed(STAGES[name]) for name in stage.needs))
+    names = stage.needs.split()
+    return set(names).union(*(needed(STAGES[name]) for name in names))

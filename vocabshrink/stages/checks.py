@@ -15,6 +15,7 @@ from vocabshrink.stages.plan import check_budget, vocabulary_size
 from vocabshrink.training.distillation import LOSSES_OF_DISTILLATION
 from vocabshrink.training.dual_training import LOSSES_OF_MODE
 from vocabshrink.training.losses import ATTENTION, MASKED_LM, TASK, check_losses
+from vocabshrink.training.task_training import OF_LOGITS
 
 
 def check_recipe(recipe: Recipe, *, force: bool = False) -> None:
@@ -48,6 +49,19 @@ def check_all_losses(recipe: Recipe) -> None:
             check_losses(f"finetune.phases.{number}", phase.losses, LOSSES_OF_DISTILLATION - MASKED_LM | TASK)
         if finetune.teacher:
             check_losses("finetune.teacher", finetune.teacher.losses, {"labels"})
+        for name, task in recipe.tasks.items():
+            reads = {loss for phase in finetune.phases for loss in phase.losses} - {"labels"}
+            if not task.logits or task.teacher or not reads:
+                continue
+            if layers := sorted(reads - OF_LOGITS):
+                raise InputError(
+                    f"losses.{layers[0]} reads the teacher's layers, and tasks.{name}.logits are logits alone: add "
+                    f"tasks.{name}.teacher, or take the logits out and add finetune.teacher"
+                )
+            if finetune.augment:
+                raise InputError(
+                    f"tasks.{name}.logits has none of augmented rows: add tasks.{name}.teacher, or do not augment"
+                )
 
 
 def check_files(recipe: Recipe) -> None:

@@ -1,12 +1,12 @@
-"""The stages of real tasks: `task_teacher` fine-tunes the teacher on labels, `finetune` the student, over seeds.
+"""The stages of labelled tasks: `task_teacher` fine-tunes the teacher, `augment` adds rows, `finetune` trains students.
 
-The unit of work is one training: a task, a setting of the grid, a seed. Its folder stands under the stage's
-`checkpoints/`, the one place that an unfinished stage keeps, and ends with `metrics.json`: a stage that is started
-again skips what has one, so that a crash costs at most the unit in work (and of that, what the loop's own checkpoint
-does not hold). At its end the stage puts the results where readers look: `TASK/seed-N/metrics.json`, `TASK/model`.
+The unit of work is one training: a task, a setting of the grid, a seed. Its folder is under the stage's `checkpoints/`,
+which an unfinished stage keeps, and ends with `metrics.json`: a stage that is started again skips finished trainings,
+so that a crash costs at most the steps since the last checkpoint. At its end the stage puts the results where readers
+look: `TASK/seed-N/metrics.json`, `TASK/model`.
 
-The grid is searched as the papers do: every setting with the first seed, the best on validation then with all seeds.
-What is random about a seed is the new head, what the student does not start from anything, and the order of rows.
+The grid is searched as the papers do: every setting with the first seed, the best on validation with all seeds. A seed
+decides the new head, whatever of the student starts at random, and the order of rows.
 """
 
 import hashlib
@@ -14,13 +14,13 @@ import itertools
 import json
 import shutil
 import statistics
+from collections.abc import Callable
 from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
 
 import torch
 from accelerate import PartialState
-from pydantic import ValidationError
 from torch import nn
 from transformers import BertModel
 
@@ -34,7 +34,7 @@ from vocabshrink.models.task_model import load_task_model, save_task_model, stud
 from vocabshrink.models.teacher import load_model
 from vocabshrink.run.engine import Context, saying_millions, settings_of
 from vocabshrink.run.folder import RunDir
-from vocabshrink.run.recipe import OF_SUMMARY, FinetuneStage, Phase, TaskSection, explain
+from vocabshrink.run.recipe import Phase
 from vocabshrink.stages.inputs import (
     read_shared_pieces,
     read_tasks,
@@ -54,39 +54,49 @@ TEACHER_SEED = 0  # one fine-tuned teacher serves every seed of the students, as
 def task_teacher(context: Context) -> dict:
     """Fine-tunes the teacher on the labels of each task that names neither a fine-tuned teacher nor stored logits.
 
-    Writes TASK/model (a transformers folder), TASK/logits.safetensors (every split's; not for token tasks) and
-    TASK/metrics.json. Reads no student and no vocabulary. Returns {task: its metrics on validation}, "average".
+    Writes TASK/model (a transformers folder), TASK/logits.safetensors (of every split; not for token tasks) and
+    TASK/metrics.json. Returns {task: its metrics on validation}, "average".
     """
-    recipe, folder, results = context.recipe, context.folder, {}
-    stage, tasks, of_teacher = recipe.finetune.teacher, read_tasks(recipe), teacher_folder(recipe)
-    for name, task in tasks.items():
-        section, unit = recipe.tasks[name], folder / "checkpoints" / name
-        if not section.trains_teacher:
+    recipe, units, results = context.recipe, context.folder / "checkpoints", {}
+    folder = teacher_folder(recipe)
+    for name, task in read_tasks(recipe).items():
+        if not recipe.tasks[name].trains_teacher:
             continue
-        phases = phases_of([stage], section)
-        mark = fingerprint(context, name, "", TEACHER_SEED)
-        if finished(unit, mark) is None:
+        unit, phases = units / name, phases_of([recipe.finetune.teacher], recipe.tasks[name])
+        mark = mark_of(context, name, "", TEACHER_SEED)
+
+        def make(name=name, task=task, unit=unit, phases=phases, mark=mark) -> dict:
             with PartialState().main_process_first():
-                encoded = encode_task(task, of_teacher, of_teacher, unit / "encoded")
+                encoded = encode_task(task, folder, folder, unit / "encoded")
             torch.manual_seed(TEACHER_SEED)
-            model = load_task_model(str(of_teacher), task, trained=False)
+            model = load_task_model(str(folder), task, trained=False)
             result = fit(TaskTraining(model, task.kind), encoded, phases, RunDir(unit), name, TEACHER_SEED, mark)
             if PartialState().is_main_process:
                 logits = {split: logits_of(model, encoded, split, phases[-1]) for split in task.splits}
                 result |= {split: score(task, logits[split], split) for split in task.splits if split != "train"}
-                save_task_model(unit / "model", model, of_teacher)
+                save_task_model(unit / "model", model, folder)
                 if task.kind != "tokens":
                     write_logits(unit / "logits.safetensors", logits)
-                finish(unit, result, mark)
-            PartialState().wait_for_everyone()
-        results[name] = finished(unit, mark)
+            return result
+
+        results[name] = once(unit, mark, make)
     PartialState().wait_for_everyone()  # all have read what is about to go
     if PartialState().is_main_process:
         for name in results:
-            deliver(folder / "checkpoints" / name, folder / name, ("model", "logits.safetensors"))
-        shutil.rmtree(folder / "checkpoints", ignore_errors=True)
+            deliver(units / name, context.folder / name, "model", "logits.safetensors")
+        shutil.rmtree(units, ignore_errors=True)
     validation = {name: result["validation"] for name, result in results.items()}
     return validation | {"average": statistics.fmean(map(headline, validation.values()))}
+
+
+def augment(context: Context) -> dict:
+    """Writes the augmented training rows of every task."""
+    section, teacher = context.recipe.finetune.augment, read_teacher(context)
+    options = section.model_dump() | {"seed": 0, "progress": saying_millions("augment", "rows", every=1)}
+    return {
+        name: augment_task(task, teacher, context.folder / f"{name}.jsonl", **options)
+        for name, task in read_tasks(context.recipe).items()
+    }
 
 
 def finetune(context: Context) -> dict:
@@ -100,118 +110,62 @@ def finetune(context: Context) -> dict:
     validation; the latter of rounded weights, with an "average" of its own).
 
     Raises:
-        InputError: a phase needs of a task's teacher what there is not; see also `load_task_model`, `read_logits`.
+        InputError: see `load_task_model` and `read_logits`.
     """
-    stage, folder, chosen = context.recipe.finetune, context.folder, {}
-    tasks = read_tasks(context.recipe)
-    subjects = {name: Subject(context, task, folder / "checkpoints" / name) for name, task in tasks.items()}
-    for subject in subjects.values():
-        subject.check()  # all of them before the first is trained
-    for name, subject in subjects.items():
-        points, tried = subject.points, {}
-        if len(points) > 1:
-            tried = {point: headline(subject.train(point, stage.seeds[0])["validation"]) for point in points}
-        best = max(points, key=lambda point: tried.get(point, 0.0))
-        units = {seed: subject.train(best, seed) for seed in stage.seeds}
-        chosen[name] = (list(units.values()), best)
+    stage, folder, found = context.recipe.finetune, context.folder, {}
+    for name, task in read_tasks(context.recipe).items():
+        trainings, tried = TaskTrainings(context, task), {}
+        settings = list(trainings.settings)
+        if len(settings) > 1:
+            tried = {setting: headline(trainings.train(setting, stage.seeds[0])["validation"]) for setting in settings}
+        best = max(settings, key=lambda setting: tried.get(setting, 0.0))
+        results = {seed: trainings.train(best, seed) for seed in stage.seeds}
+        found[name] = list(results.values())
         if PartialState().is_main_process:
-            for seed in units:
-                deliver(subject.folder / best / f"seed-{seed}", folder / name / f"seed-{seed}", ())
+            for seed in results:
+                deliver(trainings.unit(best, seed), folder / name / f"seed-{seed}")
             if tried:
                 write_json(folder / name / "grid.json", tried)
             if stage.save_models:
-                seed = sorted(units, key=lambda seed: headline(units[seed]["validation"]))[(len(units) - 1) // 2]
-                shutil.copytree(subject.folder / best / f"seed-{seed}" / "model", folder / name / "model")
-                write_json(folder / name / "metrics.json", units[seed])  # of the model beside it
+                seed = sorted(results, key=lambda seed: headline(results[seed]["validation"]))[(len(results) - 1) // 2]
+                shutil.copytree(trainings.unit(best, seed) / "model", folder / name / "model")
+                write_json(folder / name / "metrics.json", results[seed])  # of the model beside it
     PartialState().wait_for_everyone()  # all have read what is about to go
     if PartialState().is_main_process:
         shutil.rmtree(folder / "checkpoints", ignore_errors=True)
-    return summary_of({name: units for name, (units, _) in chosen.items()})
+    return summary_of(found)
 
 
-def augment(context: Context) -> dict:
-    """Writes the augmented training rows of every task."""
-    section, teacher = context.recipe.finetune.augment, read_teacher(context)
-    return {
-        name: augment_task(
-            task,
-            teacher,
-            context.folder / f"{name}.jsonl",
-            p=section.p,
-            copies=section.copies,
-            candidates=section.candidates,
-            seed=0,
-            progress=saying_millions("augment", "rows", every=1),
-        )
-        for name, task in read_tasks(context.recipe).items()
-    }
+class TaskTrainings:
+    """The trainings of one task, and what they share: its encoded rows, its teacher, the teacher's logits."""
 
-
-class Subject:
-    """A task with what all its trainings share: its encoded rows, its teacher, the teacher's logits of its rows."""
-
-    def __init__(self, context: Context, task: Task, folder: Path):
-        self.context, self.rows, self.name, self.folder = context, task, task.name, folder
-        self.stage: FinetuneStage = context.recipe.finetune
-        self.section: TaskSection = context.recipe.tasks[task.name]
+    def __init__(self, context: Context, task: Task):
+        self.context, self.name, self.folder = context, task.name, context.folder / "checkpoints" / task.name
+        self.stage, self.section = context.recipe.finetune, context.recipe.tasks[task.name]
         self.phases = phases_of(self.stage.phases, self.section)
         self.reads = set().union(*(phase.losses for phase in self.phases)) - {"labels"}
+        self.teacher_folder = teacher_folder(context.recipe)
+        self.task = task
+        if self.stage.augment:  # the copies follow the training rows
+            made = context.folder_of("augment") / f"{self.name}.jsonl"
+            self.task = replace(task, splits=task.splits | {"train": augmented_rows(task, made)})
 
-    @cached_property
-    def points(self) -> dict[str, list[Phase]]:
-        """The grid's settings: name -> phases. The last phase's settings vary.
+    @property
+    def settings(self) -> dict[str, list[Phase]]:
+        """The grid's settings: name -> phases."""
+        return self.stage.points(self.phases)
 
-        Raises:
-            InputError: a value that the setting does not take.
-        """
-        *before, last = self.phases
-        points, grid = {}, self.stage.grid
-        for values in itertools.product(*grid.values()):
-            point = dict(zip(grid, values, strict=True))
-            try:
-                phase = Phase.model_validate(last.model_dump() | point)
-            except ValidationError as error:
-                raise InputError(f"finetune.grid: {explain(error.errors()[0])}") from None
-            points["_".join(f"{key}-{value:g}" for key, value in point.items()) or "only"] = [*before, phase]
-        return points
-
-    def check(self) -> None:
-        """Refuses losses whose teacher is not there, before anything is trained."""
-        where = f"tasks.{self.name}"
-        if self.name in OF_SUMMARY:
-            raise InputError(f"{where}: the summary has a figure of this name: give the task another")
-        layers = sorted(self.reads - OF_LOGITS)
-        if self.section.logits and not self.section.teacher:
-            if layers:
-                raise InputError(
-                    f"{where}.logits are logits alone and losses.{layers[0]} reads the teacher's layers: add "
-                    f"{where}.teacher, or take the logits out and add finetune.teacher"
-                )
-            if self.reads and self.stage.augment:
-                raise InputError(f"{where}.logits has none of augmented rows: add {where}.teacher, or do not augment")
-        self.points  # noqa: B018
-
-    @cached_property
-    def task(self) -> Task:
-        """The task, with the augmented copies behind its training rows where the recipe augments."""
-        task = self.rows
-        if not self.stage.augment:
-            return task
-        made = self.context.folder_of("augment") / f"{self.name}.jsonl"
-        return replace(task, splits=task.splits | {"train": augmented_rows(task, made)})
+    def unit(self, setting: str, seed: int) -> Path:
+        """The folder of one training."""
+        return self.folder / setting / f"seed-{seed}"
 
     @cached_property
     def encoded(self) -> EncodedTask:
         with PartialState().main_process_first():
-            return encode_task(self.task, self.of_teacher, vocabulary_folder(self.context), self.folder / "encoded")
+            return encode_task(self.task, self.teacher_folder, vocabulary_folder(self.context), self.folder / "encoded")
 
     @property
-    def of_teacher(self) -> Path:
-        """The folder of the teacher that no task has trained."""
-        return teacher_folder(self.context.recipe)
-
-    @property
-    def teacher_folder(self) -> str | None:
+    def tuned_folder(self) -> str | None:
         """The fine-tuned teacher's folder; None where there are only stored logits."""
         if not self.section.trains_teacher:
             return self.section.teacher
@@ -222,7 +176,7 @@ class Subject:
         """The fine-tuned teacher, where a phase runs it."""
         if not live_teacher(self.reads, stored=self.logits is not None):
             return None
-        return load_task_model(self.teacher_folder, self.task, trained=True)
+        return load_task_model(self.tuned_folder, self.task, trained=True)
 
     @cached_property
     def logits(self) -> torch.Tensor | None:
@@ -236,53 +190,52 @@ class Subject:
         if self.section.logits:
             path = Path(self.section.logits)
         elif not (self.section.teacher or self.stage.augment):
-            path = Path(self.teacher_folder).with_name("logits.safetensors")
+            path = Path(self.tuned_folder).with_name("logits.safetensors")
         else:
             encoded = self.encoded  # by all processes: they wait for each other there
             if PartialState().is_main_process and not path.is_file():
-                teacher = load_task_model(self.teacher_folder, self.task, trained=True).to(PartialState().device)
+                teacher = load_task_model(self.tuned_folder, self.task, trained=True).to(PartialState().device)
                 logits = logits_of(teacher, encoded, "train", self.stage.phases[-1], side="teacher")
                 write_logits(path, {"train": logits})
             PartialState().wait_for_everyone()
         return torch.from_numpy(read_logits(path, self.task)["train"])
 
-    def train(self, point: str, seed: int) -> dict:
-        """One training, or what it gave before."""
-        phases, unit = self.points[point], self.folder / point / f"seed-{seed}"
-        mark = fingerprint(self.context, self.name, point, seed)
-        if (result := finished(unit, mark)) is not None:
-            return result
+    def train(self, setting: str, seed: int) -> dict:
+        """One training's metrics, made now or before."""
+        unit, mark = self.unit(setting, seed), mark_of(self.context, self.name, setting, seed)
+        return once(unit, mark, lambda: self._train(setting, seed, unit, mark))
+
+    def _train(self, setting: str, seed: int, unit: Path, mark: str) -> dict:
         torch.manual_seed(seed)
-        body, directions = self.student()
+        body, directions = self._student()
+        phases, section = self.settings[setting], self.context.recipe.teacher
         training = TaskTraining(
-            student_model(body, self.task, self.of_teacher),
+            student_model(body, self.task, self.teacher_folder),
             self.task.kind,
             teacher=self.teacher,
             logits=self.logits,
             directions=directions,
-            pooling=self.context.recipe.teacher.pooling,
-            normalize=self.context.recipe.teacher.normalize,
+            pooling=section.pooling,
+            normalize=section.normalize,
         )
         shared = read_shared_pieces(self.context) if self.teacher is not None else None
         options = {"shared": shared, "rounding": self.stage.rounded}
         result = fit(training, self.encoded, phases, RunDir(unit), self.name, seed, mark, **options)
         if PartialState().is_main_process:
-            for split in (s for s in self.task.splits if s != "train"):
-                logits = logits_of(training.student, self.encoded, split, phases[-1])
-                result[split] = score(self.task, logits, split)
+
+            def measure(split: str) -> dict:
+                return score(self.task, logits_of(training.student, self.encoded, split, phases[-1]), split)
+
+            result |= {split: measure(split) for split in self.task.splits if split != "train"}
             if self.stage.save_models:
                 save_task_model(unit / "model", training.student, vocabulary_folder(self.context))
             if self.stage.rounded:  # last: the weights are replaced
-                logits = logits_of(
-                    fake_quantize_(training.student, self.stage.rounded), self.encoded, "validation", phases[-1]
-                )
-                result["rounded"] = score(self.task, logits, "validation")
-            finish(unit, result | {"task": self.name, "seed": seed, "setting": point}, mark)
-        PartialState().wait_for_everyone()
-        return finished(unit, mark)
+                fake_quantize_(training.student, self.stage.rounded)
+                result["rounded"] = measure("validation")
+        return result | {"task": self.name, "seed": seed, "setting": setting}
 
-    def student(self) -> tuple[BertModel, torch.Tensor | None]:
-        """The body to fine-tune, as the stages before left it, and the directions that its projections start from."""
+    def _student(self) -> tuple[BertModel, torch.Tensor | None]:
+        """The body as the stages before left it, and the directions that its projections start from."""
         if not self.context.students:
             student, directions, _ = start_student(self.context, read_teacher(self.context))
             return student, directions
@@ -290,34 +243,37 @@ class Subject:
         return student, None if self.teacher is None else start_directions(self.context)
 
 
-def fingerprint(context: Context, name: str, point: str, seed: int) -> str:
-    """What decides one training. Not the other tasks, nor the other seeds and settings: they may come later."""
+def mark_of(context: Context, name: str, setting: str, seed: int) -> str:
+    """The hash of what decides one training. Other tasks, seeds and settings do not: they may come later."""
     settings = settings_of(context.recipe, context.stage.name)
     section = settings.get("finetune", {})
     own = {key: section[key] for key in ("phases", "rounded") if key in section}
     settings |= {"tasks": settings["tasks"][name], "finetune": own}
-    return hashlib.sha256(json.dumps([settings, point, seed], sort_keys=True).encode()).hexdigest()
+    return hashlib.sha256(json.dumps([settings, setting, seed], sort_keys=True).encode()).hexdigest()
 
 
-def finished(unit: Path, mark: str) -> dict | None:
-    """What a training gave before, or None. Raises InputError where it was another recipe's."""
-    if not (unit / "metrics.json").is_file():
-        return None
-    result = read_json(unit / "metrics.json")
+def once(unit: Path, mark: str, make: Callable[[], dict]) -> dict:
+    """The metrics of a training: those in `unit`, or what `make` gives, written there last.
+
+    Raises:
+        InputError: the unit holds another recipe's training.
+    """
+    done = unit / "metrics.json"
+    if not done.is_file():
+        result = make()
+        if PartialState().is_main_process:
+            write_json(done, result | {"fingerprint": mark})
+            for entry in unit.iterdir():  # only resuming needs these
+                if (entry / "checkpoints").is_dir():
+                    shutil.rmtree(entry)
+        PartialState().wait_for_everyone()
+    result = read_json(done)
     if result["fingerprint"] != mark:
         raise InputError(f"{unit}: made by another recipe: delete the folder, or give the run another name")
     return result
 
 
-def finish(unit: Path, result: dict, mark: str) -> None:
-    """Writes a training's metrics.json, last, and frees what only its resuming needs."""
-    write_json(unit / "metrics.json", result | {"fingerprint": mark})
-    for entry in unit.iterdir():
-        if (entry / "checkpoints").is_dir():
-            shutil.rmtree(entry)
-
-
-def deliver(unit: Path, folder: Path, names: tuple[str, ...]) -> None:
+def deliver(unit: Path, folder: Path, *names: str) -> None:
     """Copies a finished training's figures, and what else is named, to where readers look."""
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)

@@ -1,0 +1,70 @@
+"""What cannot work is refused before anything runs: from the recipe, the files it names and the models' configs."""
+
+import json
+
+import pytest
+from test_pipeline import DISTILL, TRAINING, tiny_recipe
+
+from tokenizer_build.errors import InputError
+from vocabshrink.run.recipe import parse_recipe
+from vocabshrink.stages.checks import check_recipe
+
+NARROW = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 32}
+ATTENTION = {"distill": TRAINING | {"losses": {"value_relations": 1}}}
+TASK = {"tasks": {"made_up": {"train": "none.jsonl", "validation": "none.jsonl"}}, "finetune": {}}
+
+# family of the teacher -> [(sections, what is said)]
+REFUSED = {
+    "bert": [
+        ({"masked_lm_head": TRAINING}, "has a masked-LM head already: remove masked_lm_head"),
+        ({"student": {"hidden_size": 30}}, "num_attention_heads 4 does not divide hidden_size 30"),
+        ({"student": {"num_hidden_layers": 5}, "distill": DISTILL}, "the student has 5 layers and the teacher only 2"),
+        ({"distill": DISTILL | {"layer_map": [[1, 3]]}}, r"pair \(1, 3\) is outside"),
+        ({"student": {"initialize": "extract_random", "intermediate_size": 99}}, "intermediate_size 99 is over"),
+        ({"dual": {"mode": "match", "steps": 2, "losses": {"teacher_masked_lm": 1}}}, "dual.losses.teacher_masked_lm"),
+        ({"evaluation": {"sentences": 5}}, "evaluation.sentences: 5 are too few to check the delivery"),
+        ({"evaluation": {"sentences": 30, "stsb": {"rated": "none.jsonl"}}}, "evaluation.stsb.rated: none.jsonl: no"),
+        ({"index": {"passages": "none.jsonl"}}, "index.passages: none.jsonl: no such file"),
+        (TASK, "tasks.made_up.train: none.jsonl: no such file"),
+        ({"delivery": {"budget": "20kB"}}, "over the budget"),
+        ({"teacher_sha256": "0" * 64}, "teacher.sha256"),
+    ],
+    "mpnet": [
+        ({"student": NARROW | {"initialize": "extract_importance"}}, "a mpnet teacher does not have BERT's layers"),
+        (ATTENTION, "mpnet: where its attention is computed is not known"),
+    ],
+}
+
+
+@pytest.mark.parametrize(
+    "family, sections, sentence", [(family, *case) for family, cases in REFUSED.items() for case in cases]
+)
+def test_is_refused(family, sections, sentence, folders, corpus_file):
+    sections = dict(sections)
+    data = tiny_recipe(folders[family], corpus_file, "untrained")
+    if sha256 := sections.pop("teacher_sha256", None):
+        data["teacher"] |= {"sha256": sha256}
+    with pytest.raises(InputError, match=sentence):
+        check_recipe(parse_recipe(data | sections, "test"))
+
+
+@pytest.mark.parametrize("mode", ["joint", "two_stage"])
+def test_dual_training_needs_a_head(mode, headless_teacher, corpus_file):
+    data = tiny_recipe(headless_teacher, corpus_file, mode)
+    with pytest.raises(InputError, match="needs a masked-LM head .* add a masked_lm_head section"):
+        check_recipe(parse_recipe(data, "test"))
+    check_recipe(parse_recipe(data | {"masked_lm_head": TRAINING}, "test"))
+
+
+@pytest.mark.parametrize("family", ["bert", "roberta", "xlm-roberta", "albert", "distilbert", "mpnet"])
+def test_teachers_of_every_family_pass(family, folders, corpus_file):
+    check_recipe(parse_recipe(tiny_recipe(folders[family], corpus_file, "match"), "test"))
+
+
+def test_a_decoder_is_no_teacher(tiny_teacher, corpus_file, tmp_path):
+    for file in tiny_teacher.iterdir():
+        (tmp_path / file.name).write_bytes(file.read_bytes())
+    config = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps(config | {"is_decoder": True}))
+    with pytest.raises(InputError, match="bert is a decoder: only encoders can be teachers"):
+        check_recipe(parse_recipe(tiny_recipe(tmp_path, corpus_file, "untrained"), "test"))
