@@ -107,6 +107,7 @@ def test_plan_and_list_print_their_tables(write_recipe, tmp_path):
     listed = vocabshrink("list").stdout
     for word in ("fewest", "group_similarity", "uniform"):
         assert word in listed
+    assert "[n,C]" in "".join(listed.split())  # rich took it for markup
 
 
 def test_a_refused_stage_can_be_mended_in_the_recipe(write_recipe, tmp_path):

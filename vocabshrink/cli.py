@@ -10,7 +10,8 @@ from typing import Annotated
 
 import typer
 from rich.console import Console
-from rich.table import Table
+from rich.table import Column, Table
+from rich.text import Text
 
 from tokenizer_build.errors import InputError
 from vocabshrink.run.folder import task_rows
@@ -93,7 +94,9 @@ def show_summary(summary: dict) -> None:
         if isinstance(row, dict) and not key.endswith("_by_block") and set(SYSTEMS) & set(row)
     }
     if systems:
-        table = Table("", *SYSTEMS, title=f"{summary['minutes']:.1f} minutes")
+        table = Table(
+            "", *(Column(name, justify="right") for name in SYSTEMS), title=f"{summary['minutes']:.1f} minutes"
+        )
         for key, row in systems.items():
             shown = [
                 f"{row[s]:,.0f}" if key == "bytes" and s in row else f"{row[s]:.4g}" if s in row else ""
@@ -148,8 +151,8 @@ def list_parts(
     for title in [kind] if kind else kinds:
         table = Table(title, "", box=None, title_justify="left")
         for name, about in kinds[title].items():
-            table.add_row(name, about.strip().split("\n")[0])
-        Console().print(table)
+            table.add_row(name, Text(about.strip().split("\n")[0]))  # [n, C] is no markup
+        Console().print(table, "")
 
 
 @app.command()
@@ -234,13 +237,14 @@ def delivered(path: Path) -> Path:
     return next((folder for folder in inside if (folder / "MANIFEST.json").is_file()), path)
 
 
-Artifacts = Annotated[list[Path], typer.Argument(help="delivered folders")]
+Artifact = Annotated[Path, typer.Argument(help="a delivered folder, or its run's")]
+Artifacts = Annotated[list[Path], typer.Argument(help="delivered folders, or their runs'")]
 Threads = Annotated[int, typer.Option(min=1, help="processor threads")]
 BatchSize = Annotated[int, typer.Option(min=1, help="texts in a batch")]
 
 
 @app.command()
-def embed(artifact: Path, batch_size: BatchSize = 32, threads: Threads = 1):
+def embed(artifact: Artifact, batch_size: BatchSize = 32, threads: Threads = 1):
     """Embed the lines of standard input: one JSON object a line. Needs no torch."""
     from vocabshrink.runtime.lines import embed_lines
 
@@ -248,7 +252,7 @@ def embed(artifact: Path, batch_size: BatchSize = 32, threads: Threads = 1):
 
 
 @app.command()
-def classify(artifact: Path, batch_size: BatchSize = 32, threads: Threads = 1):
+def classify(artifact: Artifact, batch_size: BatchSize = 32, threads: Threads = 1):
     """Classify the lines of standard input (first TAB second, of a model of pairs), or label words. Needs no torch."""
     from vocabshrink.runtime.lines import classify_lines
 
@@ -258,10 +262,10 @@ def classify(artifact: Path, batch_size: BatchSize = 32, threads: Threads = 1):
 @app.command()
 def web(
     artifacts: Artifacts,
-    out: Path = Path("artifacts/web"),
+    out: Annotated[Path, typer.Option(help="where the page goes")] = Path("artifacts/web"),
     passages: Annotated[Path | None, typer.Option(help="JSONL with a text in each row, to search in")] = None,
-    title: str = "Search by meaning, in your browser",
-    node_modules: Path = Path("tests/js/node_modules"),
+    title: Annotated[str, typer.Option(help="the page's heading")] = "Search by meaning, in your browser",
+    node_modules: Annotated[Path, typer.Option(help="where npm put transformers.js")] = Path("tests/js/node_modules"),
 ):
     """Write a page that runs the artifacts in the browser."""
     from vocabshrink.pages.web import build_web
@@ -276,7 +280,7 @@ def bench(
     teacher: Annotated[str | None, typer.Option(help="folder or package:NAME/FOLDER, exported as a peer")] = None,
     static: Annotated[bool, typer.Option(help="a model2vec peer, distilled from the teacher")] = True,
     task: Annotated[list[str] | None, typer.Option(help="name=folder of JSONL, for quality")] = None,
-    out: Path = Path("artifacts/bench/delivery.json"),
+    out: Annotated[Path, typer.Option(help="where the figures go")] = Path("artifacts/bench/delivery.json"),
     seconds: Annotated[float, typer.Option(help="of calls for each length, batch and number of threads")] = 2.0,
 ):
     """Measure artifacts beside their teacher and a static peer."""

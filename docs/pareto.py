@@ -1,0 +1,48 @@
+"""Draws docs/pareto.svg from artifacts/bench/delivery.json: bytes against STS-B test. `python docs/pareto.py`.
+
+The background is transparent and every colour is legible on white and on black, since README is shown on both.
+"""
+
+import json
+from pathlib import Path
+
+from matplotlib import rc_context
+from matplotlib.figure import Figure
+
+DOCS = Path(__file__).parent
+OURS, PEER, INK, GRID = "#3b82f6", "#d1662a", "#7a828c", "#8b949e55"
+LABELS = {  # system in delivery.json: label, where it stands beside its point
+    "minilm-l6-7mb": ("minilm-l6-7mb, 4 bits", (9, -3)),
+    "minilm-fast-7mb": ("minilm-fast-7mb, 8 bits", (9, -3)),
+    "model2vec": ("model2vec, static vectors", (9, -3)),
+    "teacher-int8": ("all-MiniLM-L6-v2, int8", (0, 10)),
+    "teacher-fp32": ("all-MiniLM-L6-v2, fp32", (0, 10)),
+}
+
+
+def main() -> None:
+    systems = json.loads((DOCS.parent / "artifacts/bench/delivery.json").read_text())["systems"]
+    style = {"svg.fonttype": "none", "svg.hashsalt": "pareto", "font.size": 10, "text.color": INK}
+    style |= {"axes.labelcolor": INK, "xtick.color": INK, "ytick.color": INK, "axes.edgecolor": INK}
+    with rc_context(style):
+        figure = Figure(figsize=(7.2, 3.4), layout="constrained")
+        axes = figure.subplots()
+        for name, (label, offset) in LABELS.items():
+            point = (systems[name]["bytes"] / 1e6, systems[name]["quality"]["stsb"])
+            ours = name.endswith("mb")
+            axes.plot(*point, "o", color=OURS if ours else PEER, markersize=9 if ours else 7)
+            shown = {"ha": "left" if offset[0] else "center", "color": OURS if ours else INK}
+            weight = "bold" if ours else "normal"
+            axes.annotate(label, point, offset, textcoords="offset points", weight=weight, **shown)
+        axes.set(xscale="log", xlim=(5, 160), ylim=(0.64, 0.85))
+        axes.set(xlabel="MB that the loader needs (log)", ylabel="STS-B test, Spearman")
+        axes.set_xticks([5, 10, 20, 50, 100], ["5", "10", "20", "50", "100"])
+        axes.set_yticks([0.65, 0.7, 0.75, 0.8, 0.85])
+        axes.minorticks_off()
+        axes.grid(color=GRID, linewidth=0.6)
+        axes.spines[["top", "right"]].set_visible(False)
+        figure.savefig(DOCS / "pareto.svg", transparent=True, metadata={"Date": None, "Creator": None})
+
+
+if __name__ == "__main__":
+    main()
