@@ -1,6 +1,7 @@
 """TODO: run.recipe_yaml."""
 
 import re
+from pathlib import Path
 from typing import Any
 
 import yaml
@@ -42,6 +43,34 @@ def parse_yaml(text: str, origin: str) -> Any:
         problem = getattr(error, "problem", None) or getattr(error, "reason", None)  # of a control character
         where = f" at line {mark.line + 1}" if mark else ""
         raise InputError(f"{origin}: not YAML{where}: {problem}") from None
+
+
+def read_yaml(path: Path, kind: str, *needed: str) -> dict:
+    """The mapping in a YAML file. kind: what it should be, as "a recipe"; needed: the keys that tell it from others.
+
+    Raises:
+        InputError: a file that is missing, not UTF-8, not YAML, or not of its kind.
+    """
+    try:
+        data = parse_yaml(path.read_text(encoding="utf-8"), str(path))
+    except FileNotFoundError:
+        raise InputError(f"{path}: no such {kind.partition(' ')[2]}") from None
+    except UnicodeDecodeError as error:
+        raise InputError(f"{path}: not UTF-8 text at byte {error.start}: write {kind} as UTF-8") from None
+    except OSError as error:
+        raise InputError(f"{path}: cannot be read as {kind}: {error.strerror}") from None
+    if not isinstance(data, dict) or not data.keys() >= set(needed):
+        shape = f"with {', '.join(needed)}" if needed else "of sections (name, teacher, corpus, ...)"
+        raise InputError(f"{path}: {kind} is a mapping {shape}")
+    return data
+
+
+def parse_override(override: str) -> tuple[str, Any]:
+    """(key.subkey, value) of a command line's `key.subkey=value`; nothing behind the sign is null."""
+    key, equals, value = override.partition("=")
+    if not equals:
+        raise InputError(f"{override}: write an override as key.subkey=value")
+    return key, parse_yaml(value, override) if value else None
 
 
 def override_value(data: dict, keys: list[str], value: Any, origin: str) -> None:
