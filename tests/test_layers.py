@@ -1,4 +1,4 @@
-"""Imports point down only, never in a circle, and what must run without torch never loads it."""
+"""Imports point to the left only, never in a circle, and what must run without torch never loads it."""
 
 import ast
 from collections.abc import Iterator
@@ -7,46 +7,28 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
-LAYERS = {
-    "facts": "recipe run_dir layer_map budget",
-    "parts": "harvest lexicon batches teacher student projection quantize augment tasks checkpoint evaluation",
-    "delivery": "__init__ drawing graph export delivery runtime report measure card bench web",
-    "training": "losses dual_training distillation recorded classification finetune loop",
-    "front": "cli stages plan variants ablations search search_page __main__",
-}
-MAY_IMPORT = {
-    "facts": {"facts"},
-    "parts": {"facts", "parts"},
-    "delivery": {"facts", "parts", "delivery"},  # what is shipped knows nothing of how it was trained,
-    "training": {"facts", "parts", "training"},  # and the other way round
-    "front": set(LAYERS),
-}
-LAYER_OF = {f"vocabshrink.{name}": layer for layer, names in LAYERS.items() for name in names.split()}
-WITHOUT_TORCH = {name for name, layer in LAYER_OF.items() if layer == "facts"} | {
-    "vocabshrink.__init__",
-    "vocabshrink.harvest",
-    "vocabshrink.runtime",
-    "vocabshrink.report",
-    "vocabshrink.card",
-    "vocabshrink.bench",
-    "vocabshrink.web",
-}
+# A folder imports from itself and from those to its left; the modules of vocabshrink itself, the front, stand last.
+ORDER = ["tokenizer_build", "runtime", "run", "pages", "data", "models", "training", "delivery", "stages", "lab"]
+APART = {("run", "runtime"), ("delivery", "training")}  # neighbours that know nothing of each other
+WITHOUT_TORCH = {"tokenizer_build", "runtime", "run", "pages"}
+
+
+def folder_of(module: str) -> str:
+    """The folder of a module's full name; "" for the front."""
+    parts = module.split(".")
+    return parts[0] if parts[0] != "vocabshrink" else parts[1] if len(parts) > 2 else ""
 
 
 def sources() -> dict[str, str]:
-    """Source of every module of both packages under its full name."""
-    found = {}
-    for package in ("tokenizer_build", "vocabshrink"):
-        for path in sorted((ROOT / package).rglob("*.py")):
-            name = ".".join(path.relative_to(ROOT).with_suffix("").parts)
-            found[name] = path.read_text(encoding="utf-8")
-    return found
+    """{full name: source} of every module of both packages."""
+    paths = [path for package in ("tokenizer_build", "vocabshrink") for path in sorted((ROOT / package).rglob("*.py"))]
+    return {".".join(path.relative_to(ROOT).with_suffix("").parts): path.read_text(encoding="utf-8") for path in paths}
 
 
 def at_import(tree: ast.AST) -> Iterator[ast.AST]:
     """The nodes that run when the module is imported: not those in functions or under TYPE_CHECKING."""
     for node in ast.iter_child_nodes(tree):
-        if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef, ast.Lambda)):
+        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.Lambda):
             continue
         if isinstance(node, ast.If) and "TYPE_CHECKING" in ast.unparse(node.test):
             continue
@@ -64,8 +46,7 @@ def imports(source: str, importer: str, modules: set[str], *, only_at_import: bo
             base = node.module or ""
             if node.level:
                 base = ".".join([*importer.split(".")[: -node.level], *filter(None, [node.module])])
-            inside = [f"{base}.{alias.name}" for alias in node.names]
-            names = [name if name in modules else base for name in inside]
+            names = [f"{base}.{alias.name}" if f"{base}.{alias.name}" in modules else base for alias in node.names]
         else:
             continue
         for name in names:
@@ -73,17 +54,17 @@ def imports(source: str, importer: str, modules: set[str], *, only_at_import: bo
 
 
 def upward(files: dict[str, str]) -> list[str]:
-    """One sentence per import that the layering forbids, wherever in the module it stands."""
+    """One sentence per import that the order forbids, wherever in the module it stands."""
     wrong = []
     for importer, source in files.items():
+        here = folder_of(importer)
         for name in imports(source, importer, set(files), only_at_import=False):
-            if importer.startswith("tokenizer_build."):
-                if name.startswith("vocabshrink"):
-                    wrong.append(f"{importer} imports {name}: tokenizer_build stands alone")
-            elif name.startswith("vocabshrink.") and importer in LAYER_OF:
-                layer = LAYER_OF.get(name, "unlisted")
-                if layer not in MAY_IMPORT[LAYER_OF[importer]]:
-                    wrong.append(f"{importer} ({LAYER_OF[importer]}) imports {name} ({layer})")
+            if not here or name.split(".")[0] not in ("vocabshrink", "tokenizer_build"):
+                continue
+            there = folder_of(name)
+            allowed = there in ORDER and ORDER.index(there) <= ORDER.index(here)
+            if not allowed or tuple(sorted((here, there))) in APART:
+                wrong.append(f"{importer} ({here}) imports {name} ({there or 'front'})")
     return wrong
 
 
@@ -102,14 +83,15 @@ def loads(files: dict[str, str], module: str, wanted: str) -> list[str] | None:
 
 
 FILES = sources()
+FRONT = {"vocabshrink.__init__", "vocabshrink.__main__", "vocabshrink.api", "vocabshrink.cli"}
 
 
-def test_every_module_is_in_a_layer():
-    unlisted = [name for name in FILES if name.startswith("vocabshrink.") and name not in LAYER_OF]
-    assert unlisted == [], f"add to LAYERS in {Path(__file__).name}: {unlisted}"
+def test_every_folder_is_in_the_order():
+    assert {folder_of(name) for name in FILES} <= {*ORDER, ""}
+    assert {name for name in FILES if not folder_of(name)} <= FRONT
 
 
-def test_imports_point_down_only():
+def test_imports_point_to_the_left_only():
     assert upward(FILES) == []
 
 
@@ -118,35 +100,38 @@ def test_no_module_imports_itself_in_a_circle(module):
     assert loads(FILES, module, module) is None
 
 
-@pytest.mark.parametrize(
-    "module", [name for name in FILES if name in WITHOUT_TORCH or name.startswith("tokenizer_build.")]
-)
+@pytest.mark.parametrize("module", [name for name in FILES if folder_of(name) in WITHOUT_TORCH or name in FRONT])
 def test_torch_is_not_loaded_by(module):
     assert loads(FILES, module, "torch") is None
+    if folder_of(module) in ("", "runtime"):  # the base install has neither
+        assert loads(FILES, module, "pydantic") is None and loads(FILES, module, "yaml") is None
 
 
 MADE_UP = {
     "vocabshrink.__init__": "",
-    "vocabshrink.recipe": "import os\ndef f():\n    from .loop import train",
-    "vocabshrink.runtime": "from vocabshrink import student, __version__",
-    "vocabshrink.student": "import torch.nn as nn\nimport vocabshrink.export",
-    "vocabshrink.export": "from . import losses\nfrom vocabshrink.student import build\nimport torchless",
-    "vocabshrink.losses": "import vocabshrink.export as e\nfrom vocabshrink.recipe import Recipe",
-    "vocabshrink.loop": "if TYPE_CHECKING:\n    import torch\nelse:\n    pass\ndef f():\n    import torch",
-    "vocabshrink.cli": "from vocabshrink import stages, loop",
-    "tokenizer_build.count": "import tokenizer_build.errors\nfrom vocabshrink.recipe import Recipe",
+    "vocabshrink.run.recipe": "import os\ndef f():\n    from ..training.loop import train",
+    "vocabshrink.runtime.index": "from vocabshrink.models import student\nfrom vocabshrink import __version__",
+    "vocabshrink.models.student": "import torch.nn as nn\nimport vocabshrink.delivery.export",
+    "vocabshrink.delivery.export": "from ..training import losses\nfrom vocabshrink.models.student import build",
+    "vocabshrink.training.losses": "import vocabshrink.delivery.export as e\nfrom vocabshrink.run.recipe import Recipe",
+    "vocabshrink.training.loop": "if TYPE_CHECKING:\n    import torch\nelse:\n    pass\ndef f():\n    import torch",
+    "vocabshrink.cli": "from vocabshrink.stages import text",
+    "tokenizer_build.count": "import tokenizer_build.errors\nfrom vocabshrink.run.recipe import Recipe",
 }
 
 
 def test_the_checks_see_what_they_must():
     assert upward(MADE_UP) == [
-        "vocabshrink.recipe (facts) imports vocabshrink.loop (training)",
-        "vocabshrink.student (parts) imports vocabshrink.export (delivery)",
-        "vocabshrink.export (delivery) imports vocabshrink.losses (training)",
-        "vocabshrink.losses (training) imports vocabshrink.export (delivery)",
-        "tokenizer_build.count imports vocabshrink.recipe: tokenizer_build stands alone",
+        "vocabshrink.run.recipe (run) imports vocabshrink.training.loop (training)",
+        "vocabshrink.runtime.index (runtime) imports vocabshrink.models.student (models)",
+        "vocabshrink.runtime.index (runtime) imports vocabshrink.__init__ (front)",
+        "vocabshrink.models.student (models) imports vocabshrink.delivery.export (delivery)",
+        "vocabshrink.delivery.export (delivery) imports vocabshrink.training.losses (training)",
+        "vocabshrink.training.losses (training) imports vocabshrink.delivery.export (delivery)",
+        "tokenizer_build.count (tokenizer_build) imports vocabshrink.run.recipe (run)",
     ]
-    assert loads(MADE_UP, "vocabshrink.runtime", "torch") == ["vocabshrink.runtime", "vocabshrink.student", "torch.nn"]
-    assert loads(MADE_UP, "vocabshrink.loop", "torch") is None
-    circle = loads(MADE_UP, "vocabshrink.student", "vocabshrink.student")
-    assert circle == ["vocabshrink.student", "vocabshrink.export", "vocabshrink.student"]
+    chain = loads(MADE_UP, "vocabshrink.runtime.index", "torch")
+    assert chain == ["vocabshrink.runtime.index", "vocabshrink.models.student", "torch.nn"]
+    assert loads(MADE_UP, "vocabshrink.training.loop", "torch") is None
+    circle = loads(MADE_UP, "vocabshrink.models.student", "vocabshrink.models.student")
+    assert circle == ["vocabshrink.models.student", "vocabshrink.delivery.export", "vocabshrink.models.student"]

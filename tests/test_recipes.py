@@ -8,11 +8,11 @@ from tokenizer_build.errors import InputError
 from vocabshrink.lab import tune as search
 from vocabshrink.lab.ablations import read_ablation, units_of
 from vocabshrink.lab.variants import base_values, make_variant
-from vocabshrink.run.folder import RunDir
 from vocabshrink.run.layer_map import layer_pairs
 from vocabshrink.run.recipe import dump_recipe, load_recipe
 from vocabshrink.run.recipe_yaml import parse_yaml
-from vocabshrink.stages.stages import Run, stages_of
+from vocabshrink.run.stage import stages_of
+from vocabshrink.stages.checks import check_all_losses
 from vocabshrink.training.dual_training import LOSSES_OF_MODE
 from vocabshrink.training.losses import LOSSES, MASKED_LM, check_losses
 
@@ -84,7 +84,7 @@ class TestRecipe:
 
     def test_asks_only_for_losses_that_its_stages_give(self, path):
         recipe = load_recipe(path)
-        Run(recipe, RunDir("unused"))
+        check_all_losses(recipe)
         if recipe.dual:
             check_losses("dual", recipe.dual.losses, LOSSES_OF_MODE[recipe.dual.mode])
         if recipe.distill:

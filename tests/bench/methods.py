@@ -17,9 +17,11 @@ os.environ["OMP_NUM_THREADS"] = "1"
 import torch
 
 from tokenizer_build.files import write_json
+from vocabshrink.models.student import new_student_head
+from vocabshrink.run.engine import Run
 from vocabshrink.run.folder import RunDir
 from vocabshrink.run.recipe import DistillStage, load_recipe
-from vocabshrink.stages.stages import Run, make_batcher, make_distillation, new_student_head
+from vocabshrink.stages.training import make_batcher, make_distillation
 from vocabshrink.training.loop import make_accelerator, parameter_groups
 from vocabshrink.training.losses import MASKED_LM
 
@@ -46,14 +48,15 @@ def make_step(run: Run, losses: dict, layer_map: str, batch_size: int, length: i
     stage = DistillStage(
         steps=1, batch_size=batch_size, max_length=length, mask=0.15, losses=losses, layer_map=layer_map, threads=1
     )
-    teacher = run.teacher()
-    student, directions, _ = run.start_student(teacher)
+    context = context_of(run, "distill")
+    teacher = read_teacher(context)
+    student, directions, _ = start_student(context, teacher)
     head = new_student_head(student, teacher) if MASKED_LM & set(losses) else None
     accelerator = make_accelerator(stage, run.dir)
-    task = make_distillation(run, stage, teacher, student, head, directions)
+    task = make_distillation(context, stage, teacher, student, head, directions)
     optimizer = torch.optim.AdamW(parameter_groups(task, stage))
     task, optimizer = accelerator.prepare(task, optimizer)
-    batcher = make_batcher(run, stage, teacher, ("student", "teacher"), accelerator)
+    batcher = make_batcher(context, stage, teacher, ("student", "teacher"), accelerator)
 
     def step(index: int) -> float:
         batch = batcher.batch(index)

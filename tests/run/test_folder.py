@@ -31,7 +31,7 @@ def test_a_stage_is_done_only_after_finish(run):
 
 def test_done_is_written_after_the_summary(run, monkeypatch):
     run.start("vocab")
-    monkeypatch.setattr("vocabshrink.run_dir.write_json", lambda path, value: 1 / 0)
+    monkeypatch.setattr("vocabshrink.run.folder.write_json", lambda path, value: 1 / 0)
     with pytest.raises(ZeroDivisionError):
         run.finish("vocab", {})
     assert not run.is_done("vocab")
@@ -204,7 +204,7 @@ def test_environment_says_what_ran_and_not_who_or_where(run):
 
 def test_environment_does_not_load_torch(tmp_path):
     code = (
-        "import sys; from vocabshrink.run_dir import RunDir; RunDir(sys.argv[1]).write_environment(); "
+        "import sys; from vocabshrink.run.folder import RunDir; RunDir(sys.argv[1]).write_environment(); "
         "assert 'torch' not in sys.modules"
     )
     root = Path(__file__).resolve().parents[2]

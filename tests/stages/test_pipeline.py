@@ -14,10 +14,13 @@ from tokenizer_build.files import read_json
 from vocabshrink.cli import show_summary
 from vocabshrink.delivery.compact import load_compact
 from vocabshrink.models.rounding import dequantize, quantize
+from vocabshrink.run.engine import Run, context_of, run_stage, summarise
 from vocabshrink.run.folder import RunDir
 from vocabshrink.run.recipe import parse_recipe
+from vocabshrink.run.stage import stages_of
 from vocabshrink.runtime.delivery import load
-from vocabshrink.stages.stages import Run, run_stage, stages_of, summarise
+from vocabshrink.stages.checks import check_recipe
+from vocabshrink.stages.inputs import read_teacher
 
 TRAINING = {"steps": 6, "batch_size": 16, "max_length": 48, "learning_rate": 1e-3, "precision": "no", "evaluations": 1}
 DISTILL = TRAINING | {
@@ -217,11 +220,11 @@ def test_a_teacher_without_head_gets_one(tiny_teacher, corpus_file, tmp_path):
         (folder / name).write_bytes((tiny_teacher / name).read_bytes())
     joint = tiny_recipe(folder, corpus_file, "joint")
     with pytest.raises(InputError, match="add a masked_lm_head section"):
-        run_all(joint, tmp_path / "without")
+        check_recipe(parse_recipe(joint, "test"))
     run = run_all(joint | {"masked_lm_head": TRAINING | {"steps": 30, "learning_rate": 1e-2}}, tmp_path / "with")
-    losses = [row["loss"] for row in run.dir.metrics() if row["stage"] == "teacher"]
+    losses = [row["loss"] for row in run.dir.metrics() if row["stage"] == "masked_lm_head"]
     assert np.mean(losses[-5:]) < np.mean(losses[:5])
-    assert run.teacher().head is not None
+    assert read_teacher(context_of(run, "distill")).head is not None
 
 
 def test_a_killed_stage_resumes_to_the_same_student(tiny_teacher, corpus_file, tmp_path, monkeypatch):
@@ -265,9 +268,9 @@ def test_a_vocabulary_that_is_there_is_taken_as_it_is(match_run, tiny_teacher, c
     again = Run(parse_recipe(data, "test"), RunDir(tmp_path / "again"))
     for name in ("count", "vocab"):
         run_stage(again, name)
-    assert (again.vocab / "vocab.txt").read_bytes() == (run.vocab / "vocab.txt").read_bytes()
-    assert json.loads((again.vocab / "tokenizer.json").read_text()) == json.loads(
-        (run.vocab / "tokenizer.json").read_text()
+    assert (again.dir.stage("vocab") / "vocab.txt").read_bytes() == (run.dir.stage("vocab") / "vocab.txt").read_bytes()
+    assert json.loads((again.dir.stage("vocab") / "tokenizer.json").read_text()) == json.loads(
+        (run.dir.stage("vocab") / "tokenizer.json").read_text()
     )
 
 
@@ -277,7 +280,7 @@ def test_the_teachers_own_vocabulary_is_kept_piece_by_piece(tiny_teacher, corpus
     run = Run(parse_recipe(data, "test"), RunDir(tmp_path / "own"))
     for name in ("count", "vocab"):
         run_stage(run, name)
-    assert (run.vocab / "vocab.txt").read_text() == (tiny_teacher / "vocab.txt").read_text()
+    assert (run.dir.stage("vocab") / "vocab.txt").read_text() == (tiny_teacher / "vocab.txt").read_text()
 
 
 def quantize_of(model, name: str, format: str) -> float:
@@ -337,7 +340,7 @@ def test_tasks_run_from_augmentation_to_report(tiny_teacher, corpus_file, lines,
     right = sum(int(label) == row["label"] for label, row in zip(labels, rows, strict=True)) / 40
     assert summary["made_up"]["accuracy"]["delivered"] == pytest.approx(right)
     # recovery left in the student what the files hold: rounding it again changes nothing
-    trained = AutoModel.from_pretrained(tmp_path / "run/quantize/student")
+    trained = AutoModel.from_pretrained(tmp_path / "run/recovery/student")
     packed = load_compact(export / "model")
     for name, one in trained.named_parameters():
         if name.startswith("pooler"):  # of which an embedder has none

@@ -12,6 +12,7 @@ from tiny_training import NARROW
 from transformers import AutoModelForSequenceClassification, AutoModelForTokenClassification, AutoTokenizer
 
 import vocabshrink.stages.tasks
+import vocabshrink.training.finetune
 from tokenizer_build.errors import InputError
 from tokenizer_build.files import read_json
 from tokenizer_build.tokenizer import save_tokenizer
@@ -20,10 +21,12 @@ from vocabshrink.data.task_batches import encode_task
 from vocabshrink.data.tasks import predictions, read_logits, score
 from vocabshrink.models.rounding import fake_quantize_
 from vocabshrink.models.task_model import load_task_model
+from vocabshrink.run.engine import Run, context_of, run_stage, settings_of
 from vocabshrink.run.folder import RunDir
 from vocabshrink.run.recipe import Phase, TaskSection, parse_recipe
-from vocabshrink.stages.stages import Run, run_stage
-from vocabshrink.stages.tasks import finetune, spread, train_task_teachers
+from vocabshrink.run.stage import stages_of
+from vocabshrink.stages.inputs import read_tasks, read_teacher, start_directions, teacher_folder
+from vocabshrink.stages.tasks import finetune, spread, task_teacher
 from vocabshrink.training.augment import augment_task
 from vocabshrink.training.finetune import logits_of, phases_of
 
@@ -74,7 +77,7 @@ def make(data, model, path, *, tasks=("topic",), changes=None, **finetune_sectio
     }
     run = Run(parse_recipe(recipe, "recipe"), RunDir(path))
     texts = [line for file in sorted(data.glob("topic-*")) for line in file.read_text().split("\n")]
-    save_tokenizer(wordpiece_pieces(texts, 120), run.vocab)
+    save_tokenizer(wordpiece_pieces(texts, 120), run.dir.stage("vocab"))
     return run
 
 
@@ -116,7 +119,7 @@ def test_teachers_learn_their_tasks_and_are_written(taught, tiny_teacher):
 
 @torch.no_grad()
 def test_a_teacher_s_files_agree_with_each_other(taught):
-    folder, task = taught.dir.stage("task_teacher") / "topic", taught.tasks["topic"]
+    folder, task = taught.dir.stage("task_teacher") / "topic", read_tasks(taught.recipe)["topic"]
     model = AutoModelForSequenceClassification.from_pretrained(folder / "model", dtype=torch.float32).eval()
     assert model.config.id2label == {0: "bad", 1: "good"}
     logits = read_logits(folder / "logits.safetensors", task)
@@ -131,8 +134,8 @@ def test_a_teacher_s_files_agree_with_each_other(taught):
 def test_a_task_with_its_own_teacher_is_left_alone(taught, data, tiny_teacher, tmp_path):
     model = str(taught.dir.stage("task_teacher") / "topic" / "model")
     run = make(data, tiny_teacher, tmp_path, changes={"teacher": model}, phases=[SOFT], seeds=[1])
-    assert "task_teacher" not in vocabshrink.stages.stages_of(run.recipe)
-    assert finetune(run)["topic"]["accuracy"]["seeds"] == 1
+    assert "task_teacher" not in stages_of(run.recipe)
+    assert finetune(context_of(run, "finetune"))["topic"]["accuracy"]["seeds"] == 1
 
 
 # ------------------------------------------------------------------------------------------------ students
@@ -141,7 +144,7 @@ def test_a_task_with_its_own_teacher_is_left_alone(taught, data, tiny_teacher, t
 def test_students_learn_and_the_summary_says_how_well(taught, data, tiny_teacher, tmp_path):
     phases, names = [LAYERS, SOFT | {"epochs": 4}], ("rating", "slots")
     run = with_teachers(taught, data, tiny_teacher, tmp_path, tasks=names, phases=phases, seeds=[1, 2])
-    summary = finetune(run)
+    summary = finetune(context_of(run, "finetune"))
     assert summary["slots"]["slot_f1"]["median"] > 0.8
     assert set(summary["rating"]) == {"pearson", "spearman"} and set(summary["test"]) == set(names)
     assert summary["rounded"] == {}
@@ -161,8 +164,8 @@ def test_students_learn_and_the_summary_says_how_well(taught, data, tiny_teacher
 @pytest.mark.parametrize("name, epochs", [("topic", 0.5), ("slots", 3)])
 def test_the_median_seed_s_model_is_delivered(name, epochs, taught, data, tiny_teacher, tmp_path):
     run = with_teachers(taught, data, tiny_teacher, tmp_path, tasks=[name], phases=[{"epochs": epochs, **PLAIN}])
-    finetune(run)
-    folder, task = run.dir.stage("finetune") / name, run.tasks[name]
+    finetune(context_of(run, "finetune"))
+    folder, task = run.dir.stage("finetune") / name, read_tasks(run.recipe)[name]
     assert sorted(path.name for path in folder.iterdir()) == ["metrics.json", "model", "seed-1", "seed-2", "seed-3"]
     loader = AutoModelForTokenClassification if name == "slots" else AutoModelForSequenceClassification
     model = loader.from_pretrained(folder / "model", dtype=torch.float32).eval().requires_grad_(False)
@@ -184,7 +187,7 @@ def test_the_median_seed_s_model_is_delivered(name, epochs, taught, data, tiny_t
 
 def test_no_model_is_kept_where_none_is_wanted(data, tiny_teacher, tmp_path):
     run = make(data, tiny_teacher, tmp_path, phases=[{"steps": 3, **PLAIN}], save_models=False, teacher=None)
-    finetune(run)
+    finetune(context_of(run, "finetune"))
     files = {path.relative_to(run.dir.stage("finetune")).as_posix() for path in run.dir.stage("finetune").rglob("*.*")}
     assert files == {f"topic/seed-{seed}/metrics.{kind}" for seed in (1, 2, 3) for kind in ("json", "jsonl")}
 
@@ -193,11 +196,12 @@ def test_no_model_is_kept_where_none_is_wanted(data, tiny_teacher, tmp_path):
 def test_rounded_weights_are_scored_beside_the_trained(name, taught, data, tiny_teacher, tmp_path):
     options = {"tasks": [name], "phases": [{"epochs": 3, **PLAIN}], "seeds": [1], "rounded": "int4-32"}
     run = with_teachers(taught, data, tiny_teacher, tmp_path, **options)
-    summary = finetune(run)
-    folder, task = run.dir.stage("finetune") / name, run.tasks[name]
+    summary = finetune(context_of(run, "finetune"))
+    folder, task = run.dir.stage("finetune") / name, read_tasks(run.recipe)[name]
     unit = read_json(folder / "metrics.json")
     model = load_task_model(str(folder / "model"), task, trained=True)  # as trained: rounding came after
-    phase, encoded = run.recipe.finetune.phases[-1], encode_task(task, run.teacher_folder, run.vocab, tmp_path / "rows")
+    phase, vocabulary = run.recipe.finetune.phases[-1], run.dir.stage("vocab")
+    encoded = encode_task(task, teacher_folder(run.recipe), vocabulary, tmp_path / "rows")
     assert score(task, logits_of(model, encoded, "validation", phase), "validation") == unit["validation"]
     logits = logits_of(fake_quantize_(model, "int4-32"), encoded, "validation", phase)
     assert score(task, logits, "validation") == unit["rounded"]
@@ -211,8 +215,8 @@ def test_a_model_trained_through_the_rounding_is_what_its_delivery_holds(name, t
     phases = [SOFT | {"epochs": 4}, SOFT | {"epochs": 2, "through_rounding": True}]
     options = {"tasks": [name], "phases": phases, "seeds": [1], "rounded": "int4-32"}
     run = with_teachers(taught, data, tiny_teacher, tmp_path, **options)
-    finetune(run)
-    folder, task = run.dir.stage("finetune") / name, run.tasks[name]
+    finetune(context_of(run, "finetune"))
+    folder, task = run.dir.stage("finetune") / name, read_tasks(run.recipe)[name]
     unit, model = read_json(folder / "metrics.json"), load_task_model(str(folder / "model"), task, trained=True)
     assert unit["rounded"] == unit["validation"]
     assert losses_of(folder / "seed-1")[-1] < 0.7 * losses_of(folder / "seed-1")[0]
@@ -226,7 +230,7 @@ def test_the_first_task_of_a_process_starts_like_any_other(taught, data, tiny_te
     torch.manual_seed(0)
     expected = torch.rand(1)
     torch.manual_seed(0)
-    assert run.directions is not None and torch.rand(1) == expected
+    assert start_directions(context_of(run, "finetune")) is not None and torch.rand(1) == expected
 
 
 def test_soft_labels_of_scores_are_their_squares():
@@ -243,7 +247,7 @@ def test_the_grid_s_best_setting_is_taken(data, tiny_teacher, tmp_path):
     grid = {"learning_rate": [1e-9, 3e-3], "batch_size": [8, 16]}
     options = {"phases": [{"epochs": 3, **PLAIN}], "grid": grid, "seeds": [1, 2], "teacher": None}
     run = make(data, tiny_teacher, tmp_path, tasks=["slots"], **options)
-    finetune(run)
+    finetune(context_of(run, "finetune"))
     folder = run.dir.stage("finetune") / "slots"
     tried = read_json(folder / "grid.json")
     assert set(tried) == {f"learning_rate-{rate}_batch_size-{size}" for rate in ("1e-09", "0.003") for size in (8, 16)}
@@ -258,7 +262,7 @@ def test_the_grid_s_best_setting_is_taken(data, tiny_teacher, tmp_path):
 def test_a_setting_that_there_is_not_is_refused_before_training(data, tiny_teacher, tmp_path):
     run = make(data, tiny_teacher, tmp_path, grid={"batch_size": [8, 8.5]}, teacher=None)
     with pytest.raises(InputError, match=r"^finetune\.grid: batch_size: .*8\.5"):
-        finetune(run)
+        finetune(context_of(run, "finetune"))
     assert not run.dir.stage("finetune").exists()
 
 
@@ -267,14 +271,16 @@ def test_stored_logits_need_no_teacher(taught, data, tiny_teacher, tmp_path):
     logits = str(taught.dir.stage("task_teacher") / "topic" / "logits.safetensors")
     own = make(data, tiny_teacher, tmp_path / "own", changes={"logits": logits}, phases=[SOFT], seeds=[1])
     beside = with_teachers(taught, data, tiny_teacher, tmp_path / "beside", phases=[SOFT], seeds=[1])
-    finetune(own), finetune(beside)
+    finetune(context_of(own, "finetune")), finetune(context_of(beside, "finetune"))
     first, second = (losses_of(run.dir.stage("finetune") / "topic" / "seed-1") for run in (own, beside))
     assert first == second
     with pytest.raises(InputError, match=r"tasks.topic.logits are logits alone and losses.attention_kl reads"):
-        finetune(make(data, tiny_teacher, tmp_path / "layers", changes={"logits": logits}, phases=[LAYERS]))
+        run = make(data, tiny_teacher, tmp_path / "layers", changes={"logits": logits}, phases=[LAYERS])
+        finetune(context_of(run, "finetune"))
     more = {"p": 0.4, "copies": 2, "candidates": 3}
     with pytest.raises(InputError, match=r"tasks.topic.logits has none of augmented rows"):
-        finetune(make(data, tiny_teacher, tmp_path / "more", changes={"logits": logits}, phases=[SOFT], augment=more))
+        options = {"changes": {"logits": logits}, "phases": [SOFT], "augment": more}
+        finetune(context_of(make(data, tiny_teacher, tmp_path / "more", **options), "finetune"))
 
 
 @pytest.mark.parametrize("name", ["topic", "slots"])
@@ -282,18 +288,17 @@ def test_augmented_rows_are_trained_on_with_the_teacher_s_logits(name, taught, d
     more = {"p": 0.4, "copies": 2, "candidates": 3}
     options = {"tasks": [name], "phases": [SOFT], "seeds": [1], "augment": more}
     run = with_teachers(taught, data, tiny_teacher, tmp_path, **options)
-    made = augment_task(run.tasks[name], run.teacher(), run.dir.stage("augment") / f"{name}.jsonl", seed=0, **more)
+    made = augment_task(
+        read_tasks(run.recipe)[name],
+        read_teacher(context_of(run, "augment")),
+        run.dir.stage("augment") / f"{name}.jsonl",
+        seed=0,
+        **more,
+    )
     assert made["written"] > 64
-    finetune(run)
+    finetune(context_of(run, "finetune"))
     unit = read_json(run.dir.stage("finetune") / name / "seed-1" / "metrics.json")
     assert unit["steps"] == -(-(64 + made["written"]) // 16)
-
-
-def test_a_summary_s_figure_is_no_task_s_name(data, tiny_teacher, tmp_path):
-    run = make(data, tiny_teacher, tmp_path, teacher=None)
-    run.recipe.tasks["average"] = run.recipe.tasks.pop("topic")
-    with pytest.raises(InputError, match=r"tasks.average: the summary has a figure of this name"):
-        finetune(run)
 
 
 def test_spread():
@@ -309,7 +314,7 @@ class Killed(BaseException):
 
 def killing(monkeypatch, at: int) -> list[str]:
     """The loop's trainings by name, of which the `at`-th is killed at its end, before its figures are written."""
-    begun, train = [], vocabshrink.finetune.train
+    begun, train = [], vocabshrink.training.finetune.train
 
     def counted(task, batcher, settings, run, stage, **options):
         begun.append(stage)
@@ -318,7 +323,7 @@ def killing(monkeypatch, at: int) -> list[str]:
             raise Killed
         return result
 
-    monkeypatch.setattr(vocabshrink.finetune, "train", counted)
+    monkeypatch.setattr(vocabshrink.training.finetune, "train", counted)
     return begun
 
 
@@ -326,7 +331,7 @@ def finish_all(run: Run) -> dict:
     for name in ("count", "vocab", "encode"):
         run.dir.stage(name).mkdir(exist_ok=True)
         (run.dir.stage(name) / "DONE").touch()
-        (run.dir.stage(name) / "settings.json").write_text(json.dumps(run.settings_of(name)))
+        (run.dir.stage(name) / "settings.json").write_text(json.dumps(settings_of(run.recipe, name)))
     run_stage(run, "finetune")
     return read_json(run.dir.stage("finetune") / "summary.json")
 
@@ -343,8 +348,8 @@ def test_a_crash_costs_no_finished_training(at, taught, data, tiny_teacher, tmp_
             with pytest.raises(Killed):
                 finish_all(run)
         else:  # killed while the results were put in their place
-            patched.setattr(vocabshrink.finetune, "summarise", lambda units: (_ for _ in ()).throw(Killed))
-            patched.setattr(vocabshrink.finetune.shutil, "rmtree", lambda *a, **k: None)
+            patched.setattr(vocabshrink.stages.tasks, "summary_of", lambda units: (_ for _ in ()).throw(Killed))
+            patched.setattr(vocabshrink.stages.tasks.shutil, "rmtree", lambda *a, **k: None)
             with pytest.raises(Killed):
                 finish_all(run)
     begun = killing(monkeypatch, -1)
@@ -371,7 +376,7 @@ def test_a_teacher_s_crash_costs_no_finished_teacher(data, tiny_teacher, tmp_pat
     run_stage(run, "task_teacher")
     assert [name.split("-")[0] for name in begun] == ["rating", "slots"]
     assert all((run.dir.stage("task_teacher") / name / "model" / "config.json").exists() for name in KIND)
-    assert train_task_teachers(run)["topic"]  # nothing in its way
+    assert task_teacher(context_of(run, "task_teacher"))["topic"]  # nothing in its way
 
 
 def test_what_another_recipe_left_is_refused(data, tiny_teacher, tmp_path, monkeypatch):
@@ -379,11 +384,11 @@ def test_what_another_recipe_left_is_refused(data, tiny_teacher, tmp_path, monke
     run = make(data, tiny_teacher, tmp_path, phases=[{"steps": 3, **PLAIN}], **options)
     with monkeypatch.context() as patched, pytest.raises(Killed):
         killing(patched, 2)
-        finetune(run)
+        finetune(context_of(run, "finetune"))
     other = make(data, tiny_teacher, tmp_path, phases=[{"steps": 4, **PLAIN}], **options)
     with pytest.raises(InputError, match=r"only/seed-1: made by another recipe: delete the folder"):
-        finetune(other)
+        finetune(context_of(other, "finetune"))
     more = make(data, tiny_teacher, tmp_path, phases=[{"steps": 3, **PLAIN}], seeds=[1, 2, 3], teacher=None)
     begun = killing(monkeypatch, -1)
-    finetune(more)  # another seed is no other recipe
+    finetune(context_of(more, "finetune"))  # another seed is no other recipe
     assert [name.split("-")[2] for name in begun] == ["2", "3"]

@@ -106,6 +106,11 @@ def first_difference(before: Any, now: Any, path: str = "") -> str | None:
 # ------------------------------------------------------------------------------------------------ running
 
 
+def context_of(run: Run, name: str) -> Context:
+    """What the stage of this name works with."""
+    return Context(run.recipe, run.dir, STAGES[name], run.force)
+
+
 def run_stage(run: Run, name: str) -> bool:
     """Runs one stage unless it is done. Returns whether it ran.
 
@@ -135,7 +140,7 @@ def run_stage(run: Run, name: str) -> bool:
     module, _, function = stage.do.partition(".")
     do = getattr(importlib.import_module(f"vocabshrink.stages.{module}"), function)
     started = time.monotonic()
-    summary = do(Context(run.recipe, run.dir, stage, run.force)) if stage.trains or main_process() else {}
+    summary = do(context_of(run, name)) if stage.trains or main_process() else {}
     if main_process():
         minutes = (time.monotonic() - started) / 60
         run.dir.finish(name, {"minutes": round(minutes, 2)} | summary)

@@ -34,7 +34,7 @@ from vocabshrink.models.task_model import load_task_model, save_task_model, stud
 from vocabshrink.models.teacher import load_model
 from vocabshrink.run.engine import Context, saying_millions, settings_of
 from vocabshrink.run.folder import RunDir
-from vocabshrink.run.recipe import OF_SUMMARY, FinetuneStage, Phase, TaskSection, explain
+from vocabshrink.run.recipe import FinetuneStage, Phase, TaskSection, explain
 from vocabshrink.stages.inputs import (
     read_shared_pieces,
     read_tasks,
@@ -178,8 +178,6 @@ class Subject:
     def check(self) -> None:
         """Refuses losses whose teacher is not there, before anything is trained."""
         where = f"tasks.{self.name}"
-        if self.name in OF_SUMMARY:
-            raise InputError(f"{where}: the summary has a figure of this name: give the task another")
         layers = sorted(self.reads - OF_LOGITS)
         if self.section.logits and not self.section.teacher:
             if layers:
