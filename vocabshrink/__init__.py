@@ -1,15 +1,21 @@
 """Compress a BERT-type encoder by giving it a much smaller vocabulary, and deliver it under a byte budget.
 
-`vocabshrink.load(folder)` opens a delivered model and needs no torch; training lives in the other modules.
+`vocabshrink.load(folder)` opens a delivered model and `vocabshrink.Index(folder)` its passages; neither needs torch.
+`vocabshrink.load_compact(folder)` gives the transformers model of packed weights. Training lives in the other modules.
 """
 
-__all__ = ["load"]
+import importlib
+
+HOMES = {
+    "load": "vocabshrink.runtime.delivery",
+    "Index": "vocabshrink.runtime.index",
+    "load_compact": "vocabshrink.delivery.compact",
+}
+__all__ = list(HOMES)
 
 
 def __getattr__(name: str):
-    """`load`, imported when it is asked for: `import vocabshrink` alone costs nothing."""
-    if name != "load":
+    """What HOMES names, imported when it is asked for: `import vocabshrink` alone costs nothing."""
+    if name not in HOMES:
         raise AttributeError(f"module 'vocabshrink' has no attribute {name!r}")
-    from vocabshrink.runtime.delivery import load
-
-    return load
+    return getattr(importlib.import_module(HOMES[name]), name)

@@ -1,45 +1,52 @@
 """The ONNX graph of a BERT encoder, written node by node from its weights.
 
-An encoder is forty nodes a layer, and so the file holds weights and almost nothing else (21 KB for six layers; torch's
-exporter leaves 340 KB of metadata), takes the very codes of `quantize`, and its size is known before it exists
-(`budget`). It costs generality: BERT encoders with absolute positions only, other families are refused by name.
+A layer is some forty nodes, so the file holds weights and almost nothing else (21 KB of nodes for six layers, where
+torch's exporter leaves 340 KB of metadata), and the codes are exactly those of `quantize`. The price is generality:
+only BERT encoders with absolute positions can be written; other families are refused by name.
 
-- 4 bits: MatMulNBits, and the lookup in plain operators; int8: DynamicQuantizeLinear + MatMulInteger (or MatMulNBits,
-  see KERNELS) and a Gather of int8 rows; floats: plain MatMul and Gather. Vectors and scales are float16 behind a Cast,
-  folded when it is loaded. A tied masked-LM decoder multiplies by the very codes that the lookup reads.
-- 3 bits are for compact.safetensors alone: onnxruntime's kernels take 2, 4 and 8.
-- inputs input_ids, attention_mask, token_type_ids: int64 [batch, sequence], sequence <= max_positions. Outputs,
+- 4 bits: MatMulNBits, and a lookup in plain operators. int8: MatMulInteger (or a float product, see KERNELS) and a
+  Gather of int8 rows. Floats: plain MatMul and Gather. Vectors and scales are float16 behind a Cast, which onnxruntime
+  folds while loading. A tied masked-LM decoder multiplies by the same codes that the lookup reads.
+- 3 bits are for compact.safetensors only: onnxruntime's kernels take 2, 4 and 8.
+- Nothing is rounded across texts, so a text's answer does not depend on its batch or on padding.
+- Inputs input_ids, attention_mask, token_type_ids: int64 [batch, sequence], sequence <= max_positions. Outputs,
   float32: sentence_embedding [batch, hidden] (pooled, normalised) and last_hidden_state [batch, sequence, hidden]
-  of embedders; logits [batch, labels], [batch, sequence, labels] or [batch, sequence, pieces] of the others.
+  for embedders; logits [batch, labels], [batch, sequence, labels] or [batch, sequence, pieces] for the others.
 """
+
+from dataclasses import dataclass
 
 import numpy as np
 import onnx
 from onnx import TensorProto, helper, numpy_helper
+from transformers import BertConfig
 
 from vocabshrink.models.rounding import Quantized, pack, quantize
 from vocabshrink.run.formats import format_of
 
+# hidden_act of the config -> Gelu's attribute "approximate"; None is Relu
 ACTIVATIONS = {"gelu": "none", "gelu_new": "tanh", "gelu_pytorch_tanh": "tanh", "relu": None}
-# How int8 products are computed, the fastest first; the weights' values are the same. "unsigned" and "signed" round
-# activations to 8 bits by one scale a tensor: where a few activations are huge, all others vanish, and some BERTs
-# collapse. "blocks" rounds them in blocks: mean cosine with unrounded all-MiniLM on 64 news items 0.9987, of the other
-# two 0.9932. Signed codes are twice as fast as unsigned ones on processors with VNNI, and may saturate on those
-# without, so they are taken only where asked for or measured better. Scales are always by row: 2 bytes of 386 buy it.
-KERNELS = ("unsigned", "signed", "blocks")
-BLOCK = 128  # columns that share a scale of "blocks"
+# How int8 products are computed; the weights' values are the same. "unsigned" and "signed" say how the weights' codes
+# are stored; both round activations to 8 bits with one scale for each row (a piece of a text). Signed codes run twice
+# as fast on processors with VNNI, but may saturate on those without, so they must be asked for. "float" multiplies
+# unrounded activations by the dequantised weights, at the speed and memory of fp32, for models with activations so
+# extreme that the others vanish in 8 bits. Median ms of a 6 x 256 encoder at 16 / 32 / 64 / 128 pieces on one thread
+# with VNNI: signed 0.69 / 1.13 / 2.18 / 8.5, unsigned 1.13 / 2.15 / 7.6 / 13.2, float 1.15 / 2.44 / 7.4 / 12.0. One
+# scale for the whole tensor (DynamicQuantizeLinear: signed 0.52 / 0.87 / 1.61 / 6.9) made a text's vector depend on
+# its batch by up to 0.02 a component; so did MatMulNBits at accuracy level 4, by 0.0007, and it was as slow as float.
+KERNELS = ("unsigned", "signed", "float")
 FLOATS = {"fp32": np.float32, "fp16": np.float16}
 
 
 class Graph:
-    """Nodes and initialisers in the order of their making; weights are stored as their class's format asks."""
+    """Nodes and initialisers in the order they are made; weights are stored in the format of their class."""
 
     def __init__(self, formats: dict[str, str], kernel: str = "unsigned"):
         self.formats, self.kernel = formats, kernel
         self.nodes: list[onnx.NodeProto] = []
         self.initializers: list[onnx.TensorProto] = []
         self.known: set[str] = set()
-        self.inputs_in_8_bits: dict[str, list[str]] = {}
+        self.rounded_rows: dict[str, tuple[str, str]] = {}
 
     def node(
         self, kind: str, inputs: list[str], outputs: int | list[str] = 1, domain: str = "", **attributes
@@ -95,7 +102,7 @@ class Graph:
         scales = self.array(name + ".s", quantized.scales)
         if quantized.bits == 8:
             rows = self.cast(self.node("Gather", [codes, ids]))
-            if self.kernel != "signed":
+            if self.kernel == "unsigned":
                 rows = self.node("Sub", [rows, self.number(128.0)])
             rows = self.node("Mul", [rows, self.cast(self.node("Gather", [scales, ids]))])
         else:
@@ -112,143 +119,170 @@ class Graph:
             factors = self.node("Unsqueeze", [self.cast(self.node("Gather", [scales, ids])), last])
             rows = self.node("Mul", [self.node("Sub", [rows, self.number(8.0)]), factors])
             rows = self.node("Reshape", [rows, self.integers(*kept, groups * size)])
-        if columns % self.block(quantized):
+        if quantized.bits == 4 and columns % quantized.group_size:
             rows = self.node("Slice", [rows, self.integers(0), self.integers(columns), self.integers(-1)])
         return rows
 
-    def block(self, quantized: Quantized) -> int:
-        """Columns that share a scale in a product; the codes of a row fill a multiple of it."""
-        if quantized.bits == 8:
-            return BLOCK if self.kernel == "blocks" else 1
-        return quantized.group_size
-
     def codes(self, quantized: Quantized) -> np.ndarray:
-        """Packed codes [rows, bytes], 2^(bits - 1) standing for zero; signed where the kernel is."""
-        if self.kernel == "signed" and quantized.bits == 8:
-            return quantized.codes
-        (rows, columns), zero = quantized.codes.shape, 2 ** (quantized.bits - 1)
-        filled = np.full((rows, columns + -columns % self.block(quantized)), zero, dtype=np.uint8)
-        filled[:, :columns] = quantized.codes.astype(np.int16) + zero
-        return pack(filled, quantized.bits)
+        """8 bits: codes [rows, columns]. 4 bits: packed, [rows, bytes], 8 standing for zero; whole groups."""
+        codes, zero = quantized.codes, 2 ** (quantized.bits - 1)
+        if quantized.bits == 8:
+            return codes if self.kernel != "unsigned" else (codes.astype(np.int16) + zero).astype(np.uint8)
+        filled = np.pad(codes, ((0, 0), (0, -codes.shape[1] % quantized.group_size)))
+        return pack(filled.astype(np.int16) + zero, quantized.bits)
 
     def linear(self, name: str, weight: np.ndarray, bias: np.ndarray, hidden: str) -> str:
         """hidden [..., columns] times weight [rows, columns] transposed, plus bias [rows].
 
-        Where `name` is a table that `gather` has stored, as in a tied decoder, that very array is read.
+        Where `name` is a table that `gather` has stored, as in a tied decoder, that array is read.
         """
-        format, (rows, columns) = format_of(name, 2, self.formats), weight.shape
+        format = format_of(name, 2, self.formats)
         if format in FLOATS:
             values = self.transposed(name, weight.astype(FLOATS[format]))
             product = self.node("MatMul", [hidden, values if format == "fp32" else self.cast(values)])
-            return self.node("Add", [product, self.vector(name + ".b", bias)])
-        quantized = quantize(weight, format)
-        codes, scales, block = self.codes(quantized), quantized.scales, self.block(quantized)
-        if block > 1:
-            groups = -(-columns // block)
-            if quantized.bits == 8:
-                scales = self.cast(self.array(name + ".r", scales.repeat(groups)))  # a row's scale, for each block
-            else:
-                scales = self.cast(self.stored(name + ".s", scales, -1))
-            attributes = {"K": columns, "N": rows, "bits": quantized.bits, "block_size": block}
-            if quantized.bits == 8:
-                # Activations in 8 bits, by block. Not at 4 bits: native kernels obey and WebAssembly's do not, so that
-                # browser and server would differ by 0.009 a component, and a text's vector by what shares its batch.
-                attributes["accuracy_level"] = 4
-            inputs = [hidden, self.stored(name, codes, rows, groups, block * quantized.bits // 8), scales]
-            product = self.node("MatMulNBits", inputs, domain="com.microsoft", **attributes)
         else:
-            if hidden not in self.inputs_in_8_bits:
-                self.inputs_in_8_bits[hidden] = self.node("DynamicQuantizeLinear", [hidden], 3)
-            rounded, scale, zero = self.inputs_in_8_bits[hidden]
-            middle = self.array("zero", np.array(0 if self.kernel == "signed" else 128, dtype=codes.dtype))
-            codes = self.transposed(name, codes)
-            product = self.cast(self.node("MatMulInteger", [rounded, codes, zero, middle]))
-            scales = self.cast(self.stored(name + ".s", scales, -1))
-            product = self.node("Mul", [product, self.node("Mul", [scale, scales])])
+            quantized = quantize(weight, format)
+            multiply = self.product_of_4_bits if quantized.bits == 4 else self.product_of_8_bits
+            product = multiply(name, quantized, hidden)
         return self.node("Add", [product, self.vector(name + ".b", bias)])
 
+    def product_of_4_bits(self, name: str, quantized: Quantized, hidden: str) -> str:
+        # Accuracy level 0, the default, does not round activations. At level 4 native kernels do and WebAssembly's do
+        # not: browser and server would differ by 0.009 a component, and a text's vector by what shares its batch.
+        (rows, columns), size = quantized.codes.shape, quantized.group_size
+        codes, scales = self.codes(quantized), self.cast(self.stored(name + ".s", quantized.scales, -1))
+        inputs = [hidden, self.stored(name, codes, rows, -(-columns // size), size // 2), scales]
+        return self.node("MatMulNBits", inputs, domain="com.microsoft", K=columns, N=rows, bits=4, block_size=size)
 
-def build_graph(
-    state: dict[str, np.ndarray],
-    config,
-    *,
-    task: str,
-    formats: dict[str, str],
-    pooling: str = "mean",
-    normalize: bool = True,
-    kernel: str = "unsigned",
-) -> onnx.ModelProto:
-    """The ONNX model of a BERT whose parameters are `state` (transformers' names less "bert.", float32 arrays)."""
-    graph = Graph(formats, kernel)
-    hidden_size, heads = config.hidden_size, config.num_attention_heads
+    def product_of_8_bits(self, name: str, quantized: Quantized, hidden: str) -> str:
+        codes = self.codes(quantized)
+        if self.kernel == "float":
+            weight = self.cast(self.transposed(name, codes))
+            scales = self.cast(self.stored(name + ".s", quantized.scales, -1))
+            return self.node("MatMul", [hidden, self.node("Mul", [weight, scales])])
+        middle = self.array("u128", np.array(128, dtype=np.uint8))
+        if hidden not in self.rounded_rows:
+            extreme = self.node("ReduceMax", [self.node("Abs", [hidden]), self.integers(-1)], keepdims=1)
+            extreme = self.node("Max", [extreme, self.number(1e-12)])
+            share = self.node("Div", [hidden, extreme])
+            rounded = self.node("QuantizeLinear", [share, self.number(1 / 127), middle])
+            self.rounded_rows[hidden] = rounded, self.node("Mul", [extreme, self.number(1 / 127)])
+        rounded, row_scale = self.rounded_rows[hidden]
+        zero = middle if self.kernel == "unsigned" else self.array("i0", np.array(0, dtype=np.int8))
+        product = self.cast(self.node("MatMulInteger", [rounded, self.transposed(name, codes), middle, zero]))
+        scales = self.cast(self.stored(name + ".s", quantized.scales, -1))
+        return self.node("Mul", [self.node("Mul", [product, row_scale]), scales])
 
-    def layer_norm(name: str, hidden: str, outputs: int | list[str] = 1) -> str:
-        vectors = [graph.vector(f"{name}.{part}", state[f"{name}.{part}"]) for part in ("weight", "bias")]
-        epsilon = config.layer_norm_eps
-        return graph.node("LayerNormalization", [hidden, *vectors], outputs, axis=-1, epsilon=epsilon)
 
-    def linear(name: str, hidden: str) -> str:
-        return graph.linear(name, state[name + ".weight"], state[name + ".bias"], hidden)
+@dataclass(frozen=True)
+class Encoder:
+    """A BERT's parameters `state` (transformers' names less "bert.", float32 arrays), written into `graph`."""
 
-    def activated(hidden: str) -> str:
-        approximate = ACTIVATIONS[config.hidden_act]
-        return graph.node("Gelu", [hidden], approximate=approximate) if approximate else graph.node("Relu", [hidden])
+    graph: Graph
+    state: dict[str, np.ndarray]
+    config: BertConfig
 
-    def heads_of(hidden: str, order: list[int]) -> str:
-        shape = graph.integers(0, 0, heads, hidden_size // heads)
-        return graph.node("Transpose", [graph.node("Reshape", [hidden, shape])], perm=order)
+    def layer_norm(self, name: str, hidden: str, outputs: int | list[str] = 1) -> str:
+        vectors = [self.graph.vector(f"{name}.{part}", self.state[f"{name}.{part}"]) for part in ("weight", "bias")]
+        epsilon = self.config.layer_norm_eps
+        return self.graph.node("LayerNormalization", [hidden, *vectors], outputs, axis=-1, epsilon=epsilon)
 
-    def looked_up(name: str, ids: str, rank: int = 2) -> str:
-        return graph.gather(f"{name}_embeddings", state[f"embeddings.{name}_embeddings.weight"], ids, rank)
+    def linear(self, name: str, hidden: str) -> str:
+        return self.graph.linear(name, self.state[name + ".weight"], self.state[name + ".bias"], hidden)
 
-    length = graph.node("Shape", ["input_ids"], start=1, end=2)
-    places = graph.node("Range", [graph.scalar(0), graph.node("Squeeze", [length]), graph.scalar(1)])
-    total = graph.node("Add", [looked_up("word", "input_ids"), looked_up("token_type", "token_type_ids")])
-    total = graph.node("Add", [total, looked_up("position", places, 1)])
-    hidden = layer_norm("embeddings.LayerNorm", total)
-    mask = graph.cast("attention_mask")
-    bias = graph.node("Mul", [graph.node("Sub", [mask, graph.number(1.0)]), graph.number(1e9)])
-    bias = graph.node("Unsqueeze", [bias, graph.integers(1, 2)])  # [batch, 1, 1, sequence]
-    scale = graph.number((hidden_size // heads) ** -0.5)
-    for layer in range(config.num_hidden_layers):
-        name = f"encoder.layer.{layer}"
-        parts = [f"{name}.attention.self.{part}" for part in ("query", "key", "value")]
+    def activated(self, hidden: str) -> str:
+        approximate = ACTIVATIONS[self.config.hidden_act]
+        if approximate is None:
+            return self.graph.node("Relu", [hidden])
+        return self.graph.node("Gelu", [hidden], approximate=approximate)
+
+    def looked_up(self, name: str, ids: str, rank: int = 2) -> str:
+        return self.graph.gather(f"{name}_embeddings", self.state[f"embeddings.{name}_embeddings.weight"], ids, rank)
+
+    def embeddings(self) -> str:
+        graph = self.graph
+        length = graph.node("Shape", ["input_ids"], start=1, end=2)
+        places = graph.node("Range", [graph.scalar(0), graph.node("Squeeze", [length]), graph.scalar(1)])
+        words, types = self.looked_up("word", "input_ids"), self.looked_up("token_type", "token_type_ids")
+        total = graph.node("Add", [graph.node("Add", [words, types]), self.looked_up("position", places, 1)])
+        return self.layer_norm("embeddings.LayerNorm", total)
+
+    def attention(self, name: str, hidden: str, bias: str, scale: str) -> str:
+        """bias: 0 for pieces and -1e9 for padding, [batch, 1, 1, sequence]; scale: of the queries."""
+        graph, (width, heads) = self.graph, (self.config.hidden_size, self.config.num_attention_heads)
+
+        def heads_of(states: str, order: list[int]) -> str:
+            shape = graph.integers(0, 0, heads, width // heads)
+            return graph.node("Transpose", [graph.node("Reshape", [states, shape])], perm=order)
+
+        parts = [f"{name}.self.{part}" for part in ("query", "key", "value")]
         # Rows are rounded one by one, so the three matrices become one product without a change of value.
-        weight, offset = (np.concatenate([state[f"{part}.{kind}"] for part in parts]) for kind in ("weight", "bias"))
-        joint = graph.linear(f"{name}.attention.self", weight, offset, hidden)
+        weight, offset = (
+            np.concatenate([self.state[f"{part}.{kind}"] for part in parts]) for kind in ("weight", "bias")
+        )
+        joint = graph.linear(f"{name}.self", weight, offset, hidden)
         query, key, value = graph.node("Split", [joint], 3, axis=-1, num_outputs=3)
         query = heads_of(graph.node("Mul", [query, scale]), [0, 2, 1, 3])
         scores = graph.node("MatMul", [query, heads_of(key, [0, 2, 3, 1])])
         attention = graph.node("Softmax", [graph.node("Add", [scores, bias])], axis=-1)
         context = graph.node("MatMul", [attention, heads_of(value, [0, 2, 1, 3])])
         context = graph.node("Transpose", [context], perm=[0, 2, 1, 3])
-        context = graph.node("Reshape", [context, graph.integers(0, 0, hidden_size)])
-        context = linear(f"{name}.attention.output.dense", context)
-        hidden = layer_norm(f"{name}.attention.output.LayerNorm", graph.node("Add", [context, hidden]))
-        inner = activated(linear(f"{name}.intermediate.dense", hidden))
-        outer = graph.node("Add", [linear(f"{name}.output.dense", inner), hidden])
-        last = layer == config.num_hidden_layers - 1 and task == "embedding"
-        hidden = layer_norm(f"{name}.output.LayerNorm", outer, ["last_hidden_state"] if last else 1)
+        context = graph.node("Reshape", [context, graph.integers(0, 0, width)])
+        return self.linear(f"{name}.output.dense", context)
 
+    def layer(self, name: str, hidden: str, bias: str, scale: str, outputs: int | list[str]) -> str:
+        context = self.attention(f"{name}.attention", hidden, bias, scale)
+        hidden = self.layer_norm(f"{name}.attention.output.LayerNorm", self.graph.node("Add", [context, hidden]))
+        inner = self.activated(self.linear(f"{name}.intermediate.dense", hidden))
+        outer = self.graph.node("Add", [self.linear(f"{name}.output.dense", inner), hidden])
+        return self.layer_norm(f"{name}.output.LayerNorm", outer, outputs)
+
+    def logits(self, task: str, hidden: str) -> int:
+        """Adds the head of a task that is no embedding; the number of columns of its output "logits"."""
+        if task == "fill-mask":
+            transform = "cls.predictions.transform"
+            hidden = self.activated(self.linear(f"{transform}.dense", hidden))
+            hidden = self.layer_norm(f"{transform}.LayerNorm", hidden)
+            table, bias = self.state["embeddings.word_embeddings.weight"], self.state["cls.predictions.bias"]
+            logits = self.graph.linear("word_embeddings", table, bias, hidden)
+        else:
+            if task == "classification":
+                first = self.graph.node("Gather", [hidden, self.graph.scalar(0)], axis=1)
+                hidden = self.graph.node("Tanh", [self.linear("pooler.dense", first)])
+            table, logits = self.state["classifier.weight"], self.linear("classifier", hidden)
+        self.graph.node("Identity", [logits], ["logits"])
+        return len(table)
+
+
+def build_graph(
+    state: dict[str, np.ndarray],
+    config: BertConfig,
+    *,
+    task: str,
+    formats: dict[str, str],
+    pooling: str = "mean",
+    normalize: bool = True,
+    kernel: str = KERNELS[0],
+) -> onnx.ModelProto:
+    """The ONNX model of a BERT whose parameters are `state` (transformers' names less "bert.", float32 arrays)."""
+    graph = Graph(formats, kernel)
+    encoder = Encoder(graph, state, config)
+    hidden = encoder.embeddings()
+    mask = graph.cast("attention_mask")
+    bias = graph.node("Mul", [graph.node("Sub", [mask, graph.number(1.0)]), graph.number(1e9)])
+    bias = graph.node("Unsqueeze", [bias, graph.integers(1, 2)])
+    scale = graph.number((config.hidden_size // config.num_attention_heads) ** -0.5)
+    for number in range(config.num_hidden_layers):
+        last = task == "embedding" and number == config.num_hidden_layers - 1
+        hidden = encoder.layer(f"encoder.layer.{number}", hidden, bias, scale, ["last_hidden_state"] if last else 1)
     axes: list[str | int] = ["batch", "sequence"]
     if task == "embedding":
         pool(graph, hidden, mask, pooling, normalize)
-        outputs = {"sentence_embedding": ["batch", hidden_size], "last_hidden_state": [*axes, hidden_size]}
+        width = config.hidden_size
+        outputs = {"sentence_embedding": ["batch", width], "last_hidden_state": [*axes, width]}
     else:
-        if task == "classification":
-            first = graph.node("Gather", [hidden, graph.scalar(0)], axis=1)
-            hidden = graph.node("Tanh", [linear("pooler.dense", first)])
-        if task == "fill-mask":
-            transform = "cls.predictions.transform"
-            hidden = layer_norm(f"{transform}.LayerNorm", activated(linear(f"{transform}.dense", hidden)))
-            table, bias = state["embeddings.word_embeddings.weight"], state["cls.predictions.bias"]
-            logits = graph.linear("word_embeddings", table, bias, hidden)
-        else:
-            table = state["classifier.weight"]
-            logits = linear("classifier", hidden)
-        graph.node("Identity", [logits], ["logits"])
-        outputs = {"logits": [*axes[: 1 if task == "classification" else 2], len(table)]}
-
+        columns = encoder.logits(task, hidden)
+        outputs = {"logits": [*axes[: 1 if task == "classification" else 2], columns]}
     names = ("input_ids", "attention_mask", "token_type_ids")
     inputs = [helper.make_tensor_value_info(name, TensorProto.INT64, axes) for name in names]
     infos = [helper.make_tensor_value_info(name, TensorProto.FLOAT, shape) for name, shape in outputs.items()]

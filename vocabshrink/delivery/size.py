@@ -1,175 +1,113 @@
-"""What a BERT shape weighs: parameters by block and bytes of every delivery, before anything is trained.
+"""What a BERT shape weighs, before anything is trained: parameters by block, and the bytes of every delivery.
 
-Weights are counted exactly, from the same layout that `quantize` and `export` write: rows in groups, float16
-scales and vectors, positions, types and heads at int8 unless told, no pooler in an embedder's graph. Measured once
-and added: the graph's own bytes (nodes and names), the header of safetensors, and, where there is no tokenizer yet,
-its file's bytes per piece. Predicted graphs are within 0.1 % of written ones.
+A graph's bytes are those of the graph itself, built on zeros by the code that writes the delivery: exact but for a few
+bytes, in tens of milliseconds. Where there is no tokenizer yet, its file is estimated from the number of pieces.
 """
 
-from collections.abc import Mapping
-from dataclasses import dataclass, replace
+import copy
+import math
 from pathlib import Path
 
-SAFETENSORS = ("fp32-safetensors", "fp16-safetensors")
-GRAPHS = ("fp32", "int8", "int4-32", "int4-64", "int4-128")
-FORMATS = SAFETENSORS + GRAPHS
+import numpy as np
+import torch
+import transformers
+from torch import nn
+from transformers import BertConfig, BertModel
 
-# (per graph, per layer) bytes of nodes, names and shapes, measured on what `export` writes; by the format of the
-# layers' matrices. A head's few hundred are left out.
-GRAPH_OVERHEAD = {"fp32": (1_390, 2_035), "fp16": (1_560, 2_403), "int8": (2_060, 3_325), "int4": (2_060, 3_122)}
-LOOKUP_OVERHEAD = 360  # of rows in 4 bits, which plain operators unpack
-HEADER_BYTES_PER_TENSOR = 116  # of a safetensors file; a few less in compact.safetensors
-# Tokenizer files, (at all, per piece): tokenizer.json without white space as `export` writes it, 13.4 bytes a
-# piece at 5,000 English pieces and 13.6 at 6,500; in training folders indented, with a vocab.txt.
+from vocabshrink.delivery.graph import build_graph
+from vocabshrink.run.formats import Formats, describe, formats_of
+from vocabshrink.runtime.kinds import KINDS
+
+SAFETENSORS = {"fp32-safetensors": 4, "fp16-safetensors": 2}  # bytes of a value in a training folder's weights
+GRAPH_FORMATS = ("fp32", "int8", "int4-32", "int4-64", "int4-128")  # of a whole graph, from the largest to the smallest
+HEADER_BYTES = 116  # of a safetensors file, for each tensor
+# Bytes of tokenizer.json, (at all, per piece). Delivered without white space: 13.4 a piece at 5,000 English pieces and
+# 13.6 at 6,500. In training folders it is indented, with a vocab.txt.
 COMPACT_TOKENIZER = (1_300, 13.7)
 TRAINING_TOKENIZER = (2_600, 28.0)
 SMALL_FILES = 2_800  # config.json, tokenizer_config.json and a MANIFEST.json with quality figures
 
 
-@dataclass(frozen=True)
-class Shape:
-    """A BERT encoder. `max_position_embeddings` is what the delivery keeps, not what the teacher has."""
-
-    vocab_size: int
-    hidden_size: int
-    num_hidden_layers: int
-    intermediate_size: int
-    max_position_embeddings: int = 512
-    type_vocab_size: int = 2
-    task: str = "embedding"
-    labels: int = 0  # of a classifier or tagger
-
-
-Format = str | Mapping[str, str]  # of all matrices, or by class of tensor
-
-
-def describe(format: Format) -> str:
-    """A format in words: "int4-64" -> "int4 groups of 64"."""
-    if not isinstance(format, str):
-        return ", ".join(f"{name.replace('_', ' ')} in {describe(chosen)}" for name, chosen in format.items())
-    return format.replace("int4-", "int4 groups of ").replace("int3-", "int3 groups of ").replace("-", " ")
-
-
-def parameters(shape: Shape) -> dict[str, int]:
+def parameters(config: BertConfig) -> dict[str, int]:
     """Parameters by block; "total" counts every layer and the pooler."""
-    hidden, inner = shape.hidden_size, shape.intermediate_size
-    blocks = {
-        "pieces": shape.vocab_size * hidden,
-        "positions": shape.max_position_embeddings * hidden,
-        "types": shape.type_vocab_size * hidden,
-        "embedding_layernorm": 2 * hidden,
-        "per_layer": 4 * (hidden * hidden + hidden) + 2 * inner * hidden + inner + 5 * hidden,
-        "pooler": hidden * hidden + hidden,
+    with torch.device("meta"):
+        model = BertModel(config)
+
+    def count(module: nn.Module) -> int:
+        return sum(parameter.numel() for parameter in module.parameters())
+
+    tables = model.embeddings
+    return {
+        "pieces": count(tables.word_embeddings),
+        "positions": count(tables.position_embeddings),
+        "types": count(tables.token_type_embeddings),
+        "embedding_layernorm": count(tables.LayerNorm),
+        "per_layer": count(model.encoder.layer[0]),
+        "pooler": count(model.pooler),
+        "layers": count(model.encoder),
+        "total": count(model),
     }
-    blocks["layers"] = blocks["per_layer"] * shape.num_hidden_layers
-    blocks["total"] = sum(count for name, count in blocks.items() if name != "per_layer")
-    return blocks
 
 
-def delivery_bytes(shape: Shape, format: Format, tokenizer: str | Path | None = None) -> dict[str, int]:
+def graph_bytes(config: BertConfig, formats: Formats, task: str = "embedding") -> int:
+    """Bytes of the ONNX graph of this shape; a classifier or tagger has `config.num_labels` labels."""
+    with torch.device("meta"):
+        model = getattr(transformers, KINDS[task].architecture)(config)
+    shapes = {name.removeprefix("bert."): tuple(value.shape) for name, value in model.state_dict().items()}
+    state = {name: np.zeros(shape, dtype=np.float32) for name, shape in shapes.items()}
+    return build_graph(state, config, task=task, formats=formats_of(formats)).ByteSize()
+
+
+def delivery_bytes(
+    config: BertConfig, formats: Formats, task: str = "embedding", tokenizer: Path | None = None
+) -> dict[str, int]:
     """Bytes by file, with "total": weights, tokenizer.json (measured where the file is given), small files.
 
-    A graph format is what `export` writes; a safetensors format is a training folder, vocab.txt included.
+    formats: of a graph, a name or {class: name}; or a key of SAFETENSORS: a training folder, vocab.txt included.
+    config: its max_position_embeddings are the delivery's (`stages.plan.delivered_config`).
     """
-    first, per_piece = TRAINING_TOKENIZER if format in SAFETENSORS else COMPACT_TOKENIZER
-    estimate = first + round(per_piece * shape.vocab_size)
+    if plain := isinstance(formats, str) and formats in SAFETENSORS:
+        tensors = 7 + 16 * config.num_hidden_layers
+        weights = parameters(config)["total"] * SAFETENSORS[formats] + HEADER_BYTES * tensors
+    else:
+        weights = graph_bytes(config, formats, task)
+    first, per_piece = TRAINING_TOKENIZER if plain else COMPACT_TOKENIZER
+    estimate = first + round(per_piece * config.vocab_size)
     sizes = {
-        "weights": weights_bytes(shape, format),
-        "tokenizer": Path(tokenizer).stat().st_size if tokenizer is not None else estimate,
+        "weights": weights,
+        "tokenizer": tokenizer.stat().st_size if tokenizer else estimate,
         "small_files": SMALL_FILES,
     }
     return {**sizes, "total": sum(sizes.values())}
 
 
-def weights_bytes(shape: Shape, format: Format, compact: bool = False) -> int:
-    """Bytes of the one file with the weights: the ONNX graph, model.safetensors, or (`compact`) compact.safetensors.
-
-    format: a name, or {class: name} as `quantize.formats_of` gives.
-    """
-    layers = shape.num_hidden_layers
-    tensors, vectors = _tensors(shape)
-    if format in SAFETENSORS:
-        width = 4 if format == "fp32-safetensors" else 2
-        return parameters(shape)["total"] * width + HEADER_BYTES_PER_TENSOR * (7 + 16 * layers)
-    if isinstance(format, str):
-        if format.split("-")[0] not in (*GRAPH_OVERHEAD, "int3"):
-            raise ValueError(f"format {format!r}: use one of {FORMATS}")
-        spare = format if format in ("fp32", "fp16") else "int8"
-        format = dict.fromkeys(("embeddings", "attention", "feed_forward"), format)
-        format |= {"positions": spare, "head": spare}
-    format = {"positions": "int8", "head": "int8"} | dict(format)
-    total = sum(vectors) * (4 if set(format.values()) == {"fp32"} else 2)
-    total += sum(_matrix_bytes(rows, columns, format[name], not compact) for name, rows, columns in tensors)
-    if compact:
-        scales = sum(format[name] not in ("fp32", "fp16") for name, _, _ in tensors)
-        return total + HEADER_BYTES_PER_TENSOR * (len(tensors) + len(vectors) + scales)
-    first, _ = GRAPH_OVERHEAD[format["attention"].split("-")[0]]
-    each = [GRAPH_OVERHEAD[format[name].split("-")[0]][1] for name in ("attention", "feed_forward")]
-    lookups = {"embeddings": 1, "positions": 2}  # types are a lookup too
-    total += sum(LOOKUP_OVERHEAD * count for name, count in lookups.items() if format[name].startswith("int4"))
-    return total + first + layers * sum(each) // 2
-
-
-def largest_vocabulary(shape: Shape, budget_bytes: int, format: Format) -> int:
-    """The most pieces whose delivery is at most `budget_bytes`; 0 where not even one fits."""
-    low, high = 0, budget_bytes  # a piece takes more than one byte
-    while low < high:
-        middle = (low + high + 1) // 2
-        if delivery_bytes(replace(shape, vocab_size=middle), format)["total"] <= budget_bytes:
-            low = middle
-        else:
-            high = middle - 1
-    return low
-
-
 def refusal(
-    shape: Shape, budget_bytes: int, format: Format, *, recipe: str, tokenizer: str | Path | None = None
+    config: BertConfig, budget_bytes: int, formats: Formats, *, recipe: str, task: str = "embedding"
 ) -> str | None:
     """None where the delivery fits its budget, else one sentence that says by how much and what to change."""
-    needed = delivery_bytes(shape, format, tokenizer)["total"]
+
+    def total(pieces: int = config.vocab_size, formats: Formats = formats) -> int:
+        smaller = copy.copy(config)
+        smaller.vocab_size = pieces
+        return delivery_bytes(smaller, formats, task)["total"]
+
+    needed = total()
     if needed <= budget_bytes:
         return None
-    mends = []
-    fewer = min(largest_vocabulary(shape, budget_bytes, format), shape.vocab_size - 1)
-    if fewer:
-        mends.append(f"vocabulary.size <= {fewer:,}")
-    smaller = [other for other in GRAPHS if delivery_bytes(shape, other)["total"] <= budget_bytes]
-    if smaller:
-        mends.append(describe(smaller[0]))  # GRAPHS runs from the largest to the smallest
-    if not mends:
-        mends.append("fewer layers or a smaller hidden_size (no vocabulary and no format fits)")
+    half = config.vocab_size // 2
+    per_piece = (needed - total(half)) / (config.vocab_size - half)
+    fewer = config.vocab_size - math.ceil((needed - budget_bytes) / per_piece)
+    while fewer > 0 and total(fewer) > budget_bytes:  # lengths of lengths: a step or two
+        fewer -= 1
+    remedies = [f"vocabulary.size <= {fewer:,}"] if fewer > 0 else []
+    if total(formats=GRAPH_FORMATS[-1]) <= budget_bytes:
+        remedies += [next(describe(other) for other in GRAPH_FORMATS if total(formats=other) <= budget_bytes)]
+    if not remedies:
+        remedies = ["fewer layers or a smaller hidden_size (no vocabulary and no format fits)"]
     return (
-        f"{recipe} needs {_megabytes(needed)} at {describe(format)}: over the budget of "
-        f"{_megabytes(budget_bytes)} by {_megabytes(needed - budget_bytes)}; use {', or '.join(mends)}"
+        f"{recipe} needs {_megabytes(needed)} at {describe(formats)}: over the budget of "
+        f"{_megabytes(budget_bytes)} by {_megabytes(needed - budget_bytes)}; use {', or '.join(remedies)}"
     )
-
-
-def _tensors(shape: Shape) -> tuple[list[tuple[str, int, int]], list[int]]:
-    """(class, rows, columns) of each matrix and the length of each vector that a delivery holds; a tied decoder is
-    the piece table."""
-    hidden, inner, pieces = shape.hidden_size, shape.intermediate_size, shape.vocab_size
-    matrices = [("embeddings", pieces, hidden)]
-    matrices += [("positions", rows, hidden) for rows in (shape.max_position_embeddings, shape.type_vocab_size)]
-    layer = [("attention", hidden, hidden)] * 4 + [("feed_forward", inner, hidden), ("feed_forward", hidden, inner)]
-    heads = {
-        "embedding": ([], []),
-        "classification": ([(hidden, hidden), (shape.labels, hidden)], [hidden, shape.labels]),
-        "tokens": ([(shape.labels, hidden)], [shape.labels]),
-        "fill-mask": ([(hidden, hidden)], [hidden, hidden, hidden, pieces]),
-    }
-    matrices += layer * shape.num_hidden_layers + [("head", *size) for size in heads[shape.task][0]]
-    per_layer = [rows for _, rows, _ in layer] + [hidden] * 4
-    return matrices, [hidden] * 2 + per_layer * shape.num_hidden_layers + heads[shape.task][1]
-
-
-def _matrix_bytes(rows: int, columns: int, format: str, padded: bool) -> int:
-    """Codes and float16 scales; `padded`: the codes of a row fill its last group, as a graph's do."""
-    if format in ("fp32", "fp16"):
-        return rows * columns * int(format[2:]) // 8
-    bits, _, size = format.removeprefix("int").partition("-")
-    groups = -(-columns // int(size)) if size else 1
-    filled = rows * groups * int(size) if padded and size else rows * columns
-    return -(-filled * int(bits) // 8) + 2 * rows * groups
 
 
 def _megabytes(count: int) -> str:

@@ -95,8 +95,11 @@ def quantize(weight: np.ndarray, format: str) -> Quantized:
         raise ValueError(f"a matrix is needed, not shape {weight.shape}")
     if not np.isfinite(weight).all():
         raise ValueError("the weight has values that are not finite")
-    values = torch.from_numpy(np.ascontiguousarray(weight, dtype=np.float32))
     bits, size = bits_and_group(format, weight.shape[1])
+    if not weight.any():  # as of a shape that is only weighed: nothing to fit
+        scales = np.zeros((len(weight), -(-weight.shape[1] // size)), dtype=np.float16)
+        return Quantized(np.zeros(weight.shape, dtype=np.int8), scales, bits, size)
+    values = torch.from_numpy(np.ascontiguousarray(weight, dtype=np.float32))
     scales = fit_scales(values, format)
     codes = _codes(_blocks(values, size), scales, bits).flatten(1)[:, : weight.shape[1]]
     return Quantized(codes.to(torch.int8).numpy(), scales.half().numpy(), bits, size)

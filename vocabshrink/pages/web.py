@@ -23,6 +23,7 @@ import numpy as np
 
 from tokenizer_build.errors import InputError
 from vocabshrink.runtime.delivery import load
+from vocabshrink.runtime.kinds import KINDS
 
 RUNTIME = {
     "onnxruntime": "onnxruntime-web/dist/ort.wasm.bundle.min.mjs",
@@ -31,7 +32,7 @@ RUNTIME = {
 }
 LOADED = ("config.json", "tokenizer.json", "tokenizer_config.json")  # by transformers.js, beside the graph
 DTYPES = {"onnx/model_q4.onnx": "q4", "onnx/model_quantized.onnx": "q8", "onnx/model.onnx": "fp32"}
-SHOWN = ("embedding", "classification", "tokens")
+SHOWN = tuple(task for task, kind in KINDS.items() if kind.any_text)
 MOST_PASSAGES = 50_000  # 20 MB of vectors at 384 columns, and 20 ms a query
 
 

@@ -114,7 +114,7 @@ class RunDir:
                 "date": datetime.now(UTC).strftime("%Y-%m-%d"),
                 "versions": {"python": platform.python_version(), **_versions()},
                 "platform": f"{platform.system()} {platform.machine()}",
-                "cpu": _cpu_model(),
+                "cpu": processor(),
                 "cpu_count": os.cpu_count(),
                 "gpus": _gpu_names(),
                 "git_commit": _git_commit(),
@@ -162,7 +162,8 @@ def _versions() -> dict[str, str]:
     return versions
 
 
-def _cpu_model() -> str:
+def processor() -> str:
+    """The processor's name."""
     try:
         for line in Path("/proc/cpuinfo").read_text().splitlines():
             if line.lower().startswith("model name"):

@@ -313,7 +313,7 @@ class TaskSection(Section):
 class DeliverySection(Section):
     # of the graph: one format, or one for each class of tensor
     weights: WeightFormats = "int4-128"
-    kernel: Literal["auto", "unsigned", "signed", "blocks"] = "auto"  # of int8 products; see graph.py
+    kernel: Literal["auto", "unsigned", "signed", "float"] = "auto"  # of int8 products; see graph.py
     safetensors: Literal["fp16", "fp32"] | None = None  # adds weights for AutoModel and SentenceTransformer
     compact: WeightFormats | None = None  # adds packed weights for load_compact
     max_positions: Positive = 128  # of the delivery

@@ -1,9 +1,8 @@
-"""Use a delivered model without torch: embed, classify, label words, fill a mask, index passages and search them.
+"""Use a delivered model without torch: embed, classify, label words, fill a mask.
 
-Needs numpy, onnxruntime and tokenizers, and imports the last two only when a folder is loaded: a first answer
-takes 0.3 s and 80 MB where torch and transformers take 4 s and 415 MB. What is read of a folder is checked against
-MANIFEST.json first (10 ms for 7 MB), and nothing outside the folder is read. The index is a plain matrix and a query
-one product with it: exact, 20 ms for 10,000 passages; an approximate index was not built.
+Needs numpy, onnxruntime and tokenizers, and imports the last two only when a folder is loaded: a first answer takes
+0.3 s and 80 MB where torch and transformers take 4 s and 415 MB. Whatever is read from a folder is first checked
+against MANIFEST.json (10 ms for 7 MB), and nothing outside the folder is read.
 
     model = load("artifacts/minilm-l6-7mb")
     model.embed(["a text", "another"])            # [2, 384] float32
@@ -18,24 +17,24 @@ from pathlib import Path
 import numpy as np
 
 from tokenizer_build.errors import InputError
+from vocabshrink.runtime.kinds import KINDS
 
 CHARACTERS_A_PIECE = 32  # of a long text at first: a text is tokenised no further than it is read
-TASKS = {"embedding": "sentence_embedding", "classification": "logits", "tokens": "logits", "fill-mask": "logits"}
-NEEDED_TASKS = {"embed": "embedding", "classify": "classification", "label_tokens": "tokens", "fill_mask": "fill-mask"}
+INPUTS = {"input_ids", "attention_mask", "token_type_ids"}  # of a graph; the last may be missing
 Text = str | tuple[str, str]
 
 
 class Delivery:
-    """A loaded delivery: its `manifest`, `task` (a key of TASKS) and, where it has them, `dimension` and `labels`.
+    """A loaded delivery: its `manifest`, `task` (a key of KINDS) and, where it has them, `dimension` and `labels`.
 
-    Texts are cut at the manifest's max_positions pieces. Those of like length share a batch of `batch_size`, so
-    little is padding; answers come in the order of the texts. Each method raises InputError for a model of another
-    task and for a text that is none: not a string, empty, or with a lone surrogate.
+    Texts are cut at the manifest's max_positions pieces. Texts of similar length share a batch of `batch_size`, so
+    that there is little padding; answers come in the order of the texts. Each method raises InputError for a model of
+    another task and for what is not a text: not a string, empty, or with a lone surrogate.
     """
 
     def __init__(self, session, tokenizer, manifest: dict, labels: list[str]):
         self.session, self.tokenizer, self.manifest, self.labels = session, tokenizer, manifest, labels
-        self.task: str = manifest.get("task", "embedding")
+        self.task: str = manifest["task"]
         self.dimension: int | None = manifest.get("dimension")
         self.inputs = [put.name for put in session.get_inputs()]
 
@@ -50,13 +49,13 @@ class Delivery:
     def classify(self, texts: Sequence[Text], batch_size: int = 32) -> tuple[list[str], np.ndarray]:
         """The likeliest label of each text or (first, second) pair, and scores [len(texts), len(labels)] float32.
 
-        Scores are probabilities in the order of `labels`; of a model with one label they are its plain outputs.
+        Scores are probabilities in the order of `labels`, or the plain output of a model with one label.
         """
         texts = self._texts("classify", texts)
         scores = np.empty((len(texts), len(self.labels)), dtype=np.float32)
         for i, row in self._run(self._encode(texts), batch_size):
             scores[i] = softmax(row) if len(row) > 1 else row
-        return [self.labels[best] for best in scores.argmax(axis=1)] if len(texts) else [], scores
+        return [self.labels[best] for best in scores.argmax(axis=1)], scores
 
     def label_tokens(self, texts: Sequence[str | Sequence[str]], batch_size: int = 32) -> list[list[dict]]:
         """For each text (or list of words) its words: [{"word", "label", "score"}]; those beyond the cut are left out.
@@ -70,15 +69,11 @@ class Delivery:
         encodings = self.tokenizer.encode_batch([row[: self.longest] for row in words], is_pretokenized=True)
         out: list[list[dict]] = [[] for _ in words]
         for i, row in self._run(encodings, batch_size):
-            scores = softmax(row)
-            seen = set()
-            for place, word in enumerate(encodings[i].word_ids):
-                if word is None or word in seen:
-                    continue
-                seen.add(word)
-                best = int(scores[place].argmax())
-                score = float(scores[place, best])
-                out[i].append({"word": words[i][word], "label": self.labels[best], "score": score})
+            scores, places = softmax(row), encodings[i].word_ids
+            for word in dict.fromkeys(place for place in places if place is not None):
+                of_labels = scores[places.index(word)]
+                best = int(of_labels.argmax())
+                out[i].append({"word": words[i][word], "label": self.labels[best], "score": float(of_labels[best])})
         return out
 
     def fill_mask(self, texts: Sequence[str], top: int = 5, batch_size: int = 32) -> list[list[dict]]:
@@ -114,9 +109,9 @@ class Delivery:
         return "<mask>" if self.tokenizer.token_to_id("[MASK]") is None else "[MASK]"
 
     def _texts(self, method: str, texts: Sequence[Text]) -> list[Text]:
-        """The texts as a list, each checked: a text's number and what is wrong with it, or the list."""
-        needed = NEEDED_TASKS[method]
-        if self.task != needed:
+        """The texts as a list, each checked."""
+        if KINDS[self.task].method != method:
+            needed = next(task for task, kind in KINDS.items() if kind.method == method)
             raise InputError(f"{method} needs a model of the task {needed!r}: this one's is {self.task!r}")
         if isinstance(texts, (str, bytes)):
             raise InputError(f"{method} takes a list of texts: put the text between brackets")
@@ -146,27 +141,28 @@ class Delivery:
         for start in range(0, len(order), batch_size):
             rows = order[start : start + batch_size]
             shape = (len(rows), len(encodings[rows[-1]].ids))
-            feed = {name: np.zeros(shape, dtype=np.int64) for name in ("input_ids", "attention_mask", "token_type_ids")}
+            feed = {name: np.zeros(shape, dtype=np.int64) for name in INPUTS}
             for line, i in enumerate(rows):
                 count = len(encodings[i].ids)
                 feed["input_ids"][line, :count] = encodings[i].ids
                 feed["attention_mask"][line, :count] = 1
                 feed["token_type_ids"][line, :count] = encodings[i].type_ids
-            output = self.session.run([TASKS[self.task]], {name: feed[name] for name in self.inputs})[0]
+            output = self.session.run([KINDS[self.task].output], {name: feed[name] for name in self.inputs})[0]
             yield from zip(rows, output, strict=True)
 
 
 def load(folder: str | Path, threads: int = 1) -> Delivery:
     """The model of a delivered folder, on `threads` processor threads.
 
-    Raises InputError where the manifest or a file is missing, altered, outside the folder, of another model, or
+    Raises InputError where the manifest or a file is missing, altered, outside the folder or of another model, and
     where the graph's inputs and outputs are not what the manifest says.
     """
     if threads < 1:
         raise InputError(f"threads is {threads}: give 1 or more")
     folder = Path(folder)
     manifest = _read_manifest(folder)
-    graph, tokenizer, config = _checked(folder, manifest)
+    files = _checked(folder, manifest)
+    config, graph = json.loads(files.get("config.json", b"{}")), folder / manifest["graph"]
     import onnxruntime
     from tokenizers import Tokenizer
 
@@ -175,20 +171,21 @@ def load(folder: str | Path, threads: int = 1) -> Delivery:
     options.inter_op_num_threads = 1
     options.log_severity_level = 4  # what fails is raised
     options.add_session_config_entry("session.intra_op.allow_spinning", "0")  # waiting would burn a core
-    try:
+    try:  # by its path, so that onnxruntime looks for external weights inside the folder alone
         session = onnxruntime.InferenceSession(graph, options, providers=["CPUExecutionProvider"])
     except Exception as error:  # onnxruntime's own have no common class but this
         raise InputError(f"{graph} is no graph that onnxruntime {onnxruntime.__version__} runs ({error})") from error
     try:
-        tokenizer = Tokenizer.from_str(tokenizer.read_text(encoding="utf-8"))
+        tokenizer = Tokenizer.from_buffer(files["tokenizer.json"])
     except Exception as error:  # tokenizers raises plain Exceptions
-        raise InputError(f"{tokenizer} is no tokenizer ({error}): export the model again") from error
+        raise InputError(f"{folder}/tokenizer.json is no tokenizer ({error}): export the model again") from error
     tokenizer.no_padding()
     if "max_positions" in manifest or tokenizer.truncation is None:
         tokenizer.enable_truncation(manifest.get("max_positions", 512))
-    labels = _labels(folder, manifest, config)
-    _check_graph(graph, session, tokenizer, manifest, config, labels)
-    return Delivery(session, tokenizer, manifest, labels)
+    labels = _labels(folder, config) if KINDS[manifest["task"]].labelled else []
+    delivery = Delivery(session, tokenizer, manifest, labels)
+    _check_graph(graph, delivery, config)
+    return delivery
 
 
 def check_text(name: str, text: str) -> None:
@@ -237,12 +234,15 @@ def _read_manifest(folder: Path) -> dict:
         manifest = json.loads(path.read_bytes())
     except ValueError as error:
         raise InputError(f"{path} is not JSON ({error}): export the model again") from error
-    task = manifest.get("task", "embedding") if isinstance(manifest, dict) else None
-    needed = {"graph", "files"} | ({"dimension"} if task == "embedding" else set())
+    needed = {"graph", "files"}
+    if isinstance(manifest, dict):
+        manifest.setdefault("task", "embedding")
+        needed |= {"dimension"} if manifest["task"] == "embedding" else set()
     if not isinstance(manifest, dict) or not needed <= manifest.keys():
         raise InputError(f"{path} lacks one of {sorted(needed)}: export the model again")
-    if task not in TASKS:
-        raise InputError(f"{path} has the task {task!r}, which is none of {list(TASKS)}: use a newer vocabshrink")
+    if manifest["task"] not in KINDS:
+        known = list(KINDS)
+        raise InputError(f"{path} has the task {manifest['task']!r}, not one of {known}: use a newer vocabshrink")
     files = manifest["files"]
     if not isinstance(files, dict) or not all(isinstance(facts, dict) for facts in files.values()):
         raise InputError(f"{path}: files is not names with facts: export the model again")
@@ -252,38 +252,34 @@ def _read_manifest(folder: Path) -> dict:
     return manifest
 
 
-def _checked(folder: Path, manifest: dict) -> tuple[Path, Path, dict]:
-    """Graph, tokenizer and what config.json says, once their bytes are the manifest's; other files are not read."""
-    inside = folder.resolve()
-    for name in manifest["files"]:
+def _checked(folder: Path, manifest: dict) -> dict[str, bytes]:
+    """What the runtime reads (graph, tokenizer and, where the manifest has its sha256, config.json), once its bytes are
+    those of the manifest."""
+    inside, files = folder.resolve(), manifest["files"]
+    for name in files:
         if "\0" in name or not (folder / name).resolve().is_relative_to(inside):
             raise InputError(f"MANIFEST.json names {name!r}, which lies outside {folder}: it is not to be trusted")
-    names = [manifest["graph"], "tokenizer.json"]
-    names += [name for name in ("config.json",) if "sha256" in manifest["files"].get(name, {})]
-    wrong = []
-    for name in names:
-        path, facts = folder / name, manifest["files"][name]
+    contents, altered = {}, []
+    for name in (manifest["graph"], "tokenizer.json", "config.json"):
+        if "sha256" not in (facts := files.get(name, {})):
+            continue
+        path = folder / name
         if not path.is_file():
             raise InputError(f"{path} is missing: copy the whole folder again")
-        content = path.read_bytes()
-        if len(content) < facts.get("bytes", 0):
-            raise InputError(
-                f"{path} is truncated ({len(content):,} of {facts['bytes']:,} bytes): copy the folder again"
-            )
-        if hashlib.sha256(content).hexdigest() != facts["sha256"]:
-            wrong.append(path)
-    if len(wrong) == len(names):
+        contents[name] = path.read_bytes()
+        if (found := len(contents[name])) < facts.get("bytes", 0):
+            raise InputError(f"{path} is truncated ({found:,} of {facts['bytes']:,} bytes): copy the folder again")
+        if hashlib.sha256(contents[name]).hexdigest() != facts["sha256"]:
+            altered.append(path)
+    if len(altered) == len(contents):
         raise InputError(f"{folder}/MANIFEST.json is another model's (no file has its sha256): copy the folder again")
-    if wrong:
-        raise InputError(f"{wrong[0]} was altered (its sha256 is not MANIFEST.json's): copy the folder again")
-    config = json.loads((folder / "config.json").read_bytes()) if "config.json" in names else {}
-    return folder / names[0], folder / names[1], config
+    if altered:
+        raise InputError(f"{altered[0]} was altered (its sha256 is not MANIFEST.json's): copy the folder again")
+    return contents
 
 
-def _labels(folder: Path, manifest: dict, config: dict) -> list[str]:
+def _labels(folder: Path, config: dict) -> list[str]:
     """The labels in the order of the logits: config.json's id2label."""
-    if manifest.get("task") not in ("classification", "tokens"):
-        return []
     names = config.get("id2label")
     if not names or set(names) != {str(i) for i in range(len(names))}:
         raise InputError(
@@ -292,31 +288,24 @@ def _labels(folder: Path, manifest: dict, config: dict) -> list[str]:
     return [names[str(i)] for i in range(len(names))]
 
 
-def _check_graph(path: Path, session, tokenizer, manifest: dict, config: dict, labels: list[str]) -> None:
+def _check_graph(path: Path, delivery: Delivery, config: dict) -> None:
     """Raise InputError where the graph's inputs and outputs are not those that the manifest promises."""
-    puts = {put.name: put for put in session.get_inputs()}
-    known = {"input_ids", "attention_mask", "token_type_ids"}
-    if not {"input_ids", "attention_mask"} <= puts.keys() <= known:
-        raise InputError(
-            f"{path} has the inputs {sorted(puts)}, not input_ids and attention_mask: export the model again"
-        )
-    for name, put in puts.items():
-        if put.type != "tensor(int64)":
-            raise InputError(f"{path}: {name} is {put.type}, not tensor(int64): export the model again")
-    task = manifest.get("task", "embedding")
-    outputs = {put.name: put for put in session.get_outputs()}
-    if TASKS[task] not in outputs:
-        raise InputError(f"{path} has no output {TASKS[task]}, which the task {task!r} needs: it is another model's")
-    output = outputs[TASKS[task]]
-    if output.type != "tensor(float)":
-        raise InputError(f"{path}: {output.name} is {output.type}, not tensor(float): export the model again")
-    pieces = tokenizer.get_vocab_size()
-    wide = {"embedding": manifest.get("dimension"), "fill-mask": pieces}.get(task, len(labels))
+    task, session, pieces = delivery.task, delivery.session, delivery.tokenizer.get_vocab_size()
+    if not INPUTS - {"token_type_ids"} <= set(delivery.inputs) <= INPUTS:
+        found = sorted(delivery.inputs)
+        raise InputError(f"{path} has the inputs {found}, not input_ids and attention_mask: export the model again")
+    output = next((put for put in session.get_outputs() if put.name == KINDS[task].output), None)
+    if output is None:
+        raise InputError(f"{path} has no output {KINDS[task].output}, which the task {task!r} needs: another model's")
+    kinds = [(put, "tensor(int64)") for put in session.get_inputs()] + [(output, "tensor(float)")]
+    for put, kind in kinds:
+        if put.type != kind:
+            raise InputError(f"{path}: {put.name} is {put.type}, not {kind}: export the model again")
+    wide = {"embedding": delivery.dimension, "fill-mask": pieces}.get(task, len(delivery.labels))
     if isinstance(output.shape[-1], int) and output.shape[-1] != wide:
         raise InputError(
             f"{path}: {output.name} has {output.shape[-1]} columns where {wide} are promised: it is another model's"
         )
     if pieces > config.get("vocab_size", pieces):
-        raise InputError(
-            f"tokenizer.json has {pieces:,} pieces and the model {config['vocab_size']:,}: it is another model's"
-        )
+        rows = config["vocab_size"]
+        raise InputError(f"tokenizer.json has {pieces:,} pieces and the model {rows:,}: it is another model's")

@@ -1,26 +1,32 @@
-"""TODO: runtime.index."""
+"""An index of passages beside a delivered embedder, and exact search in it.
 
+The vectors are one plain float16 matrix and a query is one product with it: exact, and 20 ms for 10,000 passages, so
+nothing approximate was built. The index is written as one folder, whole or not at all, and index.json holds the sha256
+of its files and of the graph that made them: passages, vectors and model are always of one build.
+"""
+
+import hashlib
 import json
-import os
 from collections.abc import Iterable
 from pathlib import Path
 
 import numpy as np
 
 from tokenizer_build.errors import InputError
-from vocabshrink.runtime.delivery import load
+from tokenizer_build.files import read_json, replacing_folder, write_json
+from vocabshrink.runtime.delivery import Delivery, load
 
 ROWS_AT_ONCE = 65_536  # of the index while it is searched: 100 MB as float32 at 384 columns
+FILES = ("passages.jsonl", "vectors.npy")
 
 
 def build_index(folder: str | Path, passages: Iterable[dict | str], *, batch_size: int = 32, threads: int = 1) -> int:
     """Embed passages (texts, or dicts with a "text") into folder/index; the number of passages.
 
-    Writes passages.jsonl and vectors.npy [passages, dimension] float16; an index that was there is replaced.
+    Writes passages.jsonl, vectors.npy [passages, dimension] float16 and index.json, in place of an earlier index.
+    Raises InputError for a passage without a text, or where there is none at all.
     """
-    folder = Path(folder)
-    embedder = load(folder, threads)
-    records = []
+    embedder, records = load(folder, threads), []
     for place, passage in enumerate(passages):
         record = {"text": passage} if isinstance(passage, str) else passage
         if not isinstance(record, dict) or not isinstance(record.get("text"), str):
@@ -28,43 +34,52 @@ def build_index(folder: str | Path, passages: Iterable[dict | str], *, batch_siz
         records.append(record)
     if not records:
         raise InputError("there is no passage to index: give one text or more")
-    vectors = embedder.embed([record["text"] for record in records], batch_size).astype(np.float16)
-    index = folder / "index"
-    index.mkdir(exist_ok=True)
-    lines, matrix = index / ".passages.jsonl.tmp", index / ".vectors.npy.tmp"
-    with open(lines, "w", encoding="utf-8") as out:
-        out.writelines(json.dumps(record, ensure_ascii=False) + "\n" for record in records)
-    with open(matrix, "wb") as out:
-        np.save(out, vectors)
-    os.replace(lines, index / "passages.jsonl")
-    os.replace(matrix, index / "vectors.npy")
+    vectors = embedder.embed([record["text"] for record in records], batch_size)
+    with replacing_folder(Path(folder) / "index") as new:
+        with open(new / "passages.jsonl", "w", encoding="utf-8") as out:
+            out.writelines(json.dumps(record, ensure_ascii=False) + "\n" for record in records)
+        np.save(new / "vectors.npy", vectors.astype(np.float16))
+        write_json(new / "index.json", _sums(new, embedder))
     return len(records)
 
 
-def search(folder: str | Path, query: str, top: int = 5, threads: int = 1) -> list[dict]:
-    """The `top` passages of folder/index nearest to the query, best first.
+class Index:
+    """The opened index of a delivered embedder: opened once, it answers any number of queries.
 
-    Each is the passage's dict with "score", its cosine with the query.
-    Raises InputError where there is no index or its two files disagree.
+    Raises InputError where there is no index, or one of altered files or of another model.
     """
-    folder = Path(folder)
-    lines, matrix = folder / "index" / "passages.jsonl", folder / "index" / "vectors.npy"
-    if not lines.is_file() or not matrix.is_file():
-        raise InputError(f"{folder} has no index: build one with vocabshrink.runtime.build_index")
-    if top < 1:
-        raise InputError(f"top is {top}: give 1 or more")
-    vectors = np.load(matrix, mmap_mode="r", allow_pickle=False)
-    records = lines.read_text(encoding="utf-8").split("\n")[:-1]
-    embedder = load(folder, threads)
-    if vectors.shape != (len(records), embedder.dimension):
-        raise InputError(
-            f"{matrix} is {vectors.shape} where {(len(records), embedder.dimension)} is needed: build the index again"
-        )
-    question = embedder.embed([query])[0]
-    question /= max(float(np.linalg.norm(question)), 1e-12)
-    scores = np.empty(len(records), dtype=np.float32)
-    for start in range(0, len(records), ROWS_AT_ONCE):
-        rows = vectors[start : start + ROWS_AT_ONCE].astype(np.float32)
-        scores[start : start + len(rows)] = rows @ question / np.maximum(np.linalg.norm(rows, axis=1), 1e-12)
-    best = np.argsort(-scores, kind="stable")[:top]
-    return [{**json.loads(records[i]), "score": float(scores[i])} for i in best]
+
+    def __init__(self, folder: str | Path, threads: int = 1):
+        place = Path(folder) / "index"
+        if not place.is_dir():
+            raise InputError(f"{folder} has no index: build one with vocabshrink.runtime.index.build_index")
+        if not all((place / name).is_file() for name in (*FILES, "index.json")):
+            raise InputError(f"{place} lacks one of {[*FILES, 'index.json']}: build the index again")
+        self.embedder = load(folder, threads)
+        if read_json(place / "index.json") != _sums(place, self.embedder):
+            raise InputError(f"{place}: a file was altered or is another model's: build the index again")
+        self.records = (place / "passages.jsonl").read_text(encoding="utf-8").split("\n")[:-1]
+        self.vectors = np.load(place / "vectors.npy", mmap_mode="r", allow_pickle=False)
+
+    def search(self, query: str, top: int = 5) -> list[dict]:
+        """The `top` passages nearest to the query, best first: each passage's dict with "score", the cosine."""
+        if top < 1:
+            raise InputError(f"top is {top}: give 1 or more")
+        question = self.embedder.embed([query])[0]
+        question /= max(float(np.linalg.norm(question)), 1e-12)
+        scores = np.empty(len(self.records), dtype=np.float32)
+        for start in range(0, len(scores), ROWS_AT_ONCE):
+            rows = self.vectors[start : start + ROWS_AT_ONCE].astype(np.float32)
+            scores[start : start + len(rows)] = rows @ question / np.maximum(np.linalg.norm(rows, axis=1), 1e-12)
+        best = np.argsort(-scores, kind="stable")[:top]
+        return [{**json.loads(self.records[i]), "score": float(scores[i])} for i in best]
+
+
+def search(folder: str | Path, query: str, top: int = 5, threads: int = 1) -> list[dict]:
+    """`Index.search` for one query."""
+    return Index(folder, threads).search(query, top)
+
+
+def _sums(place: Path, embedder: Delivery) -> dict[str, str]:
+    sums = {name: hashlib.sha256((place / name).read_bytes()).hexdigest() for name in FILES}
+    return sums | {"graph": embedder.manifest["files"][embedder.manifest["graph"]]["sha256"]}
