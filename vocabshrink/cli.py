@@ -315,6 +315,7 @@ def main() -> None:
             "sqlalchemy": "search",
             "matplotlib": "report",
             "jinja2": "report",
+            "pandas": "report",
         }
         extra = known.get((error.name or "").partition(".")[0])
         if extra is None:

@@ -10,16 +10,7 @@ import pytest
 
 from tokenizer_build.errors import InputError
 from tokenizer_build.files import write_json, write_text
-from vocabshrink.pages.report import (
-    POINTS,
-    headline_table,
-    headline_tiles,
-    size_bars,
-    stage_timings,
-    training_panel,
-    vocabulary_table,
-    write_report,
-)
+from vocabshrink.pages.report import POINTS, headline_tiles, stage_timings, training_panel, write_report
 from vocabshrink.run.folder import RunDir
 
 SUMMARY = {
@@ -107,16 +98,20 @@ def run(tmp_path) -> RunDir:
         {
             "student": {"size": 5000, "pieces_per_word": 1.29},
             "teacher": {"size": 30522, "coverage": 0.94},
-            "examples": [{"word": "dataframe", "teacher": ["data", "##frame"], "student": "dataframe"}],
+            "examples": [{"word": "dataframe", "teacher": ["data", "##frame"], "student": ["dataframe"]}],
         },
     )
     return run
 
 
-def test_everything_is_shown(run):
+def html(run: RunDir) -> str:
     path = write_report(run)
     assert path == run.path / "report.html"
-    page = Page(path.read_text(encoding="utf-8"))
+    return path.read_text(encoding="utf-8")
+
+
+def test_everything_is_shown(run):
+    page = Page(html(run))
     for text in [
         "91.80 MB",
         "6.91 MB",
@@ -129,7 +124,7 @@ def test_everything_is_shown(run):
         "Training: dual",
         "Training: distill",
         "similarity",
-        "learning rate",
+        "20 steps, 20,000 tokens, 9,000 tokens per second (median)",
         "##frame",
         "94.00 %",
         "30,522",
@@ -138,36 +133,36 @@ def test_everything_is_shown(run):
         "Environment",
     ]:
         assert text in page.text, text
-    assert page.tags.count("svg") == 8
+    assert page.tags.count("svg") == 2  # one evaluation alone is not drawn: the legend tells it
     run.start("report")
     run.finish("report", {"minutes": 0.1})  # a page does not list its own making
-    assert Page(write_report(run).read_text(encoding="utf-8")).text == page.text
+    assert Page(html(run)).text == page.text
     assert page.text.index("Training: dual") < page.text.index("Training: distill")
 
 
 def test_the_page_is_alone(run):
     """No script, no external resource, no duplicate id, every internal reference has its target."""
-    html = write_report(run).read_text(encoding="utf-8")
-    page = Page(html)
+    text = html(run)
+    page = Page(text)
     assert not {"script", "link", "img", "iframe", "object", "base", "image"} & set(page.tags)
     for name, value in page.attributes:
         assert not name.startswith("on")
         if name in ("src", "href", "xlink:href", "action", "data"):
             assert value.startswith("#"), (name, value)
-    assert not re.search(r"@import|url\((?!#)", html)
+    assert not re.search(r"@import|url\((?!#)", text)
     ids = [value for name, value in page.attributes if name == "id"]
     assert len(ids) == len(set(ids)) > 0
-    references = set(re.findall(r'(?:xlink:href="|url\()#([^")]+)', html))
+    references = set(re.findall(r'(?:xlink:href="|url\()#([^")]+)', text))
     assert references and references <= set(ids)
 
 
 def test_colours_follow_the_page(run):
-    html = write_report(run).read_text(encoding="utf-8")
-    drawings = "".join(re.findall(r"<svg.*?</svg>", html, flags=re.DOTALL))
+    text = html(run)
+    drawings = "".join(re.findall(r"<svg.*?</svg>", text, flags=re.DOTALL))
     assert "var(--series-1)" in drawings and "var(--ink)" in drawings
     assert not re.findall(r"(?<!xlink:href=\")#[0-9a-f]{6}\b", drawings.lower())
-    defined = set(re.findall(r"(--[\w-]+):", html))
-    assert set(re.findall(r"var\((--[\w-]+)\)", html)) <= defined
+    defined = set(re.findall(r"(--[\w-]+):", text))
+    assert set(re.findall(r"var\((--[\w-]+)\)", text)) <= defined
 
 
 def test_the_same_files_give_the_same_page(run):
@@ -178,7 +173,7 @@ def test_the_same_files_give_the_same_page(run):
 def test_names_from_files_are_escaped(tmp_path):
     bad = "<script>alert('x')</script>$_{&"
     run = RunDir(tmp_path / "<b>run")
-    write_json(run.path / "summary.json", {bad: {"delivered": bad, bad: 1.5}, "bytes_by_block": {bad: 3}})
+    write_json(run.path / "summary.json", {bad: {"delivered": bad, bad: 1.5}, "bytes_by_block": {bad: {bad: 3}}})
     run.append_metrics({"stage": bad, "step": 1, "kind": "train", "loss": 1.0, "losses": {bad: 2.0}})
     run.append_metrics({"stage": bad, "step": 2, "kind": "evaluation", "metrics": {bad: 2.0}})
     examples = [{"word": bad, bad: [bad]}]
@@ -186,7 +181,7 @@ def test_names_from_files_are_escaped(tmp_path):
     write_json(run.stage(bad.replace("/", "")) / "summary.json", {bad: bad})
     write_text(run.path / "recipe.yaml", bad)
     write_json(run.path / "environment.json", {bad: bad})
-    page = Page(write_report(run).read_text(encoding="utf-8"))
+    page = Page(html(run))
     assert "script" not in page.tags and "b" not in page.tags
     assert page.text.count("alert('x')") >= 10
 
@@ -208,9 +203,9 @@ def test_an_empty_run_has_a_page_without_sections(tmp_path):
     ],
 )
 def test_what_is_missing_is_left_out(run, name, heading):
-    assert heading in Page(write_report(run).read_text(encoding="utf-8")).text
+    assert heading in Page(html(run)).text
     (run.path / name).unlink()
-    assert heading not in Page(write_report(run).read_text(encoding="utf-8")).text
+    assert heading not in Page(html(run)).text
 
 
 def test_a_broken_file_is_named(run):
@@ -219,13 +214,19 @@ def test_a_broken_file_is_named(run):
         write_report(run)
 
 
-def test_headline_has_a_row_per_figure_and_a_column_per_system():
-    table = headline_table(SUMMARY)
-    assert table["columns"] == ["teacher", "untrained", "trained", "delivered", "delivered_int8"]
-    assert table["rows"][0] == ("size", ["91.80 MB", "", "", "6.91 MB", ""])
-    assert table["rows"][1] == ("rank agreement", ["", "0.9240", "0.9432", "0.9401", ""])
-    assert [name for name, _ in table["rows"]] == ["size", "rank agreement", "latency", "stsb test"]
-    assert headline_table({"minutes": 3, "other": {"a": 1}}) is None
+def cells(page: str, heading: str) -> list[list[str]]:
+    """The text of each row of the table below a heading."""
+    table = re.search(rf"<h2>{heading}</h2>.*?<table.*?</table>", page, re.DOTALL)[0]
+    rows = re.findall(r"<tr>(.*?)</tr>", table, re.DOTALL)
+    return [re.findall(r"<t[hd][^>]*>(.*?)</t[hd]>", row) for row in rows]
+
+
+def test_headline_has_a_row_per_figure_and_a_column_per_system(run):
+    head, *rows = cells(html(run), "Result")
+    assert head == ["", "teacher", "untrained", "trained", "delivered", "delivered int8"]
+    assert rows[0] == ["size", "91.80 MB", "", "", "6.91 MB", ""]
+    assert rows[1] == ["rank agreement", "", "0.9240", "0.9432", "0.9401", ""]
+    assert [name for name, *_ in rows] == ["size", "rank agreement", "latency", "stsb test"]
 
 
 def test_tiles_compare_only_with_what_was_measured():
@@ -233,27 +234,23 @@ def test_tiles_compare_only_with_what_was_measured():
     assert headline_tiles({"rank_agreement": {"trained": 0.9}, "minutes": None}) == []
 
 
-def test_bars_are_shares_of_the_longest_system():
-    (chart,) = size_bars({"run": SUMMARY})
-    teacher, delivered = chart["bars"]
-    assert sum(part[2] for part in teacher["parts"]) == pytest.approx(100)
-    assert sum(part[2] for part in delivered["parts"]) == pytest.approx(100 * 6 / 90)
-    assert teacher["total"] == "90.00 MB"
-    blocks = {"body": 30, "pooler": 10}
-    (flat,) = size_bars({"export": {"parameters_by_block": blocks}, "dual": {"bytes_by_block": {}}})
-    assert [part[2] for part in flat["bars"][0]["parts"]] == [75, 25]
+def test_bars_are_shares_of_the_longest_system(run):
+    blocks = {"parameters_by_block": {"student": {"body": 30, "pooler": 10}}, "bytes_by_block": {}}
+    for summary, widths, total in (
+        (SUMMARY, [100 * 47 / 90, 100 * 43 / 90, 100 * 1 / 90, 100 * 5 / 90], "90.00 MB"),
+        (blocks, [75, 25], ">40<"),
+    ):
+        write_json(run.path / "summary.json", summary)
+        section = html(run).partition("<h2>Size by block</h2>")[2].partition("<h2>")[0]
+        assert [float(n) for n in re.findall(r"width:([\d.]+)%", section)] == pytest.approx(widths, abs=0.01)
+        assert total in section
 
 
 def test_curves_are_against_tokens_and_hold_every_loss():
-    rows = list(metrics("distill", 10)) + [{"stage": "other", "step": 1, "loss": 5.0}]
+    rows = list(metrics("distill", 10)) + [{"stage": "other", "step": n, "loss": 5.0} for n in (1, 2)]
     panel = training_panel("distill", rows)
-    assert [plot["title"] for plot in panel["plots"]] == [
-        "Losses, each part unweighted",
-        "Evaluation",
-        "Learning rate",
-        "Tokens per second",
-    ]
-    assert panel["plots"][0]["legend"] == [("total", 0, "0.1000"), ("similarity", 1, "0.0100"), ("cosine", 2, "0.0500")]
+    assert [plot["title"] for plot in panel["plots"]] == ["Losses, each part unweighted", "Evaluation"]
+    assert panel["plots"][0]["legend"] == {"total": "0.1000", "similarity": "0.0100", "cosine": "0.0500"}
     assert ">tokens<" in panel["plots"][0]["svg"]
     assert ">step<" in training_panel("other", rows)["plots"][0]["svg"]  # tokens were not logged
 
@@ -267,25 +264,33 @@ def test_gaps_zeros_and_long_curves_are_drawn():
     assert training_panel("s", [{"stage": "s", "step": 1, "kind": "train", "loss": None}])["plots"] == []
 
 
-def test_vocabulary_keeps_gaps_as_gaps():
-    table = vocabulary_table({"a": {"size": 5}, "b": {"coverage": 0.5}, "examples": []})
-    assert table == {"columns": ["size", "coverage"], "rows": [("a", ["5", ""]), ("b", ["", "50.00 %"])]}
+def test_vocabulary_keeps_gaps_as_gaps(run):
+    comparison = {"a": {"size": 5}, "b": {"coverage": 0.5}, "examples": []}
+    write_json(run.stage("vocab") / "comparison.json", comparison)
+    table = cells(html(run), "Vocabulary")
+    assert table == [["tokenizer", "size", "coverage"], ["a", "5", ""], ["b", "", "50.00 %"]]
 
 
 def test_timings_prefer_the_summary_and_fall_back_to_the_metrics(run):
     rows = run.metrics()
-    timings = stage_timings(run, rows, {"vocab": {"minutes": 1.0, "seconds": 3}, "dual": {"seconds": 30}})
-    assert [(t["name"], t["text"], t["done"]) for t in timings] == [
-        ("vocab", "1.0 min", True),
-        ("dual", "30.0 s", True),
-        ("distill", "2.0 s", False),
+    timings = stage_timings(run, rows, {"vocab": {"minutes": 1.0, "seconds": 3}})
+    assert timings == [("vocab", 1.0, True), ("dual", pytest.approx(0.5 / 60), True), ("distill", 2 / 60, False)]
+    bars = re.findall(r'width:([\d.]+)%;background:var\(--series-0\)"></div></div><div>([\d. ms]+)', html(run))
+    assert [(percent, time.strip()) for percent, time in bars[-3:]] == [
+        ("100.00", "30.0 s"),
+        ("100.00", "30.0 s"),
+        ("6.67", "2.0 s"),
     ]
-    assert [t["percent"] for t in timings] == pytest.approx([100, 50, 100 * 2 / 60])
 
 
-@pytest.mark.parametrize("package", ["matplotlib", "jinja2"])
+@pytest.mark.parametrize("package", ["matplotlib", "jinja2", "pandas"])
 def test_a_missing_package_names_the_extra(package):
-    code = f"import sys; sys.modules[{package!r}] = None; import vocabshrink.report"
+    code = f"""
+import sys; sys.modules[{package!r}] = None
+import vocabshrink.cli as cli
+cli.app = lambda: __import__("vocabshrink.pages.report")
+cli.main()
+"""
     root = Path(__file__).resolve().parents[2]
     answer = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=root)
-    assert answer.returncode == 1 and "pip install 'vocabshrink[report]'" in answer.stderr
+    assert answer.returncode == 2 and "pip install 'vocabshrink[report]'" in answer.stderr

@@ -1,22 +1,25 @@
-"""Figures of the HTML pages: SVGs whose colours are the page's CSS variables, so that they follow its theme.
+"""Matplotlib figures for the HTML pages: SVGs coloured by the page's CSS variables, so that they follow its theme.
 
-Every page that shows one defines --ink, --grid and --series-0 to -7. A figure that also stands alone in a file brings
-defaults for them.
+Every page that shows one defines --ink, --grid and --series-0 to -7. A figure saved on its own brings defaults.
 """
 
 import io
 import re
+import zlib
 from collections.abc import Callable
 
 from markupsafe import Markup
 from matplotlib import rc_context
 from matplotlib.figure import Figure
 
-# What matplotlib draws with: each stands for its variable until the text is written.
+# Matplotlib draws with these colours, each of which is replaced by its CSS variable in the text of the SVG.
 INK, GRID, SERIES = "#010101", "#020202", tuple(f"#0303{index:02x}" for index in range(8))
-DEFAULTS = ("#24272b", "#d5d8dc")
-DEFAULTS += ("#1f5fa8", "#c8553d", "#3a7d44", "#8a6bb1", "#b8860b", "#17868b", "#a23e6d", "#5b6470")
-ROOT = '<svg xmlns="http://www.w3.org/2000/svg" xmlns:xlink="http://www.w3.org/1999/xlink"'
+VARIABLES = {INK: "--ink, #24272b", GRID: "--grid, #d5d8dc"}
+COLOURS = ("#1f5fa8", "#c8553d", "#3a7d44", "#8a6bb1", "#b8860b", "#17868b", "#a23e6d", "#5b6470")
+VARIABLES |= {colour: f"--series-{index}, {COLOURS[index]}" for index, colour in enumerate(SERIES)}
+STYLE = {"svg.fonttype": "none", "font.size": 9, "text.parse_math": False, "axes.unicode_minus": False}
+STYLE |= {"axes.spines.top": False, "axes.spines.right": False, "axes.axisbelow": True}
+STYLE |= {"axes.edgecolor": GRID, **dict.fromkeys(("axes.labelcolor", "xtick.color", "ytick.color", "text.color"), INK)}
 
 
 def svg_of(
@@ -24,38 +27,18 @@ def svg_of(
 ) -> Markup:
     """An inline SVG of what `draw` puts on a figure of `size` inches.
 
-    name: unique among the figures of a page, whose identifiers it begins. alone: with default colours.
+    name: unique among the figures of a page: it keeps their identifiers apart. alone: with default colours.
     """
-    settings = {
-        "svg.fonttype": "none",
-        "svg.hashsalt": name,
-        "font.size": 9,
-        "text.parse_math": False,
-        "axes.spines.top": False,
-        "axes.spines.right": False,
-        "axes.edgecolor": GRID,
-        "axes.labelcolor": INK,
-        "xtick.color": INK,
-        "ytick.color": INK,
-        "text.color": INK,
-        "axes.axisbelow": True,
-        "axes.formatter.use_mathtext": False,
-        "axes.unicode_minus": False,
-    }
-    with rc_context(settings):
+    with rc_context(STYLE | {"svg.hashsalt": name}):
         figure = Figure(figsize=size, layout="constrained")
         draw(figure)
         file = io.StringIO()
         figure.savefig(file, format="svg", transparent=True, metadata={"Date": None, "Creator": None})
     svg = file.getvalue()
-    svg = svg[svg.index("<svg") :]
-    # Identifiers are unique in a file of its own, not among the many figures of one page.
-    slug = re.sub(r"[^A-Za-z0-9-]", lambda match: f"_{ord(match.group()):x}", name)
-    svg = re.sub(r'\bid="', f'id="{slug}-', svg)
-    svg = re.sub(r'(xlink:href="|url\()#', rf"\1#{slug}-", svg)
+    prefix = f"f{zlib.crc32(name.encode()):08x}-"  # identifiers are unique within a file, not on a page of many figures
+    svg = re.sub(r'(\bid="|xlink:href="#|url\(#)', rf"\1{prefix}", svg[svg.index("<svg") :])
     svg = re.sub(r"<metadata>.*?</metadata>", "", svg, flags=re.DOTALL)
-    svg = re.sub(r'<svg [^>]*(viewBox="[^"]*")[^>]*>', rf'{ROOT} \1 role="img">', svg, count=1)
-    names = ("ink", "grid", *(f"series-{index}" for index in range(8)))
-    for colour, name, default in zip((INK, GRID, *SERIES), names, DEFAULTS, strict=True):
-        svg = svg.replace(colour, f"var(--{name}, {default})" if alone else f"var(--{name})")
-    return Markup(svg)
+    svg = re.sub(r' (width|height)="[\d.]+pt"', "", svg)  # the page decides how large it is
+    for colour, variable in VARIABLES.items():
+        svg = svg.replace(colour, f"var({variable if alone else variable.partition(',')[0]})")
+    return Markup(svg.replace("<svg ", '<svg role="img" ', 1))
