@@ -220,6 +220,8 @@ class Tuner:
         Raises:
             InputError: settings that contradict each other; a delivery over its budget.
         """
+        if self.tuning.map and not changes[self.tuning.map[0]]:
+            raise InputError("no student layer learns from any teacher layer")
         recipe = self.variant(changes, self.tuning.tasks[0]).recipe
         check_budget(recipe)
         config, delivery = delivered_config(recipe, shapes(recipe)[0]), recipe.delivery or DeliverySection()
@@ -314,24 +316,22 @@ def explore(tuner: Tuner, kind: str) -> optuna.Study:
             seed=seed,
         )
 
-    def done() -> int:
+    def trained() -> int:
         return sum("scores" in trial.user_attrs for trial in distinct(study))
 
-    def enough() -> bool:
-        return done() >= tuning.trials or len(study.get_trials(deepcopy=False)) >= ASKED * tuning.trials
-
     def after_each(study: optuna.Study, trial: FrozenTrial) -> None:
+        done = trained()
         if "scores" in trial.user_attrs:
             row = row_of(kind, trial)
-            say(f"{study.study_name} {done()}/{tuning.trials}  {row['words']}  {row['state']}  {row['scores']}")
-        if enough():
+            say(f"{study.study_name} {done}/{tuning.trials}  {row['words']}  {row['state']}  {row['scores']}")
+        if done >= tuning.trials or trial.number + 1 >= ASKED * tuning.trials:
             study.stop()
 
     def objective(trial: optuna.Trial) -> list[float]:
         genes = {gene: trial.suggest_int(gene, 0, size - 1) for gene, size in sizes.items()}
         return attempt(tuner, study, trial, tuner.changes(genes))
 
-    if not enough():
+    if trained() < tuning.trials and len(study.trials) < ASKED * tuning.trials:
         study.optimize(objective, callbacks=[after_each])
     return study
 
@@ -441,7 +441,7 @@ def summarise(tuner: Tuner, studies: dict[str, optuna.Study], rows: list[dict]) 
     fronts = {kind: front_of(kind, study) for kind, study in studies.items()}
     if not fronts["genetic"]:
         reasons = [row["refused"] for row in genetic.values() if row["refused"]] or ["all were given up"]
-        raise InputError(f"{tuner.path}: no candidate could be trained: {min(reasons)}")
+        raise InputError(f"{tuner.path}: no candidate could be trained: {statistics.mode(reasons)}")
     summary = {"title": tuning.title, "objectives": tuning.objectives, "tasks": tuning.tasks}
     summary |= {"map_settings": tuning.map, "teacher_layers": tuner.teacher_layers}
     one = tuning.objectives == ["quality"]
@@ -542,7 +542,9 @@ def write_results(tuner: Tuner, rows: list[dict], summary: dict) -> None:
     for place, result in results.items():
         changes = result["changes"] | {"name": f"{name}_{place.replace('/', '_')}"}
         write_text(root / f"{place}.yaml", dump_recipe(tuner.make(changes, place).recipe))
-    table = pd.DataFrame([row | (row["scores"] or {}) for row in rows]).drop(columns=["scores", "changes"])
+    columns = ["kind", "number", "state", "name", "words", "quality", *tuner.tuning.tasks]
+    columns += ["bytes", "latency", "seconds", "genome", "refused"]
+    table = pd.DataFrame([row | (row["scores"] or {}) for row in rows], columns=columns)
     write_text(root / "trials.csv", table.to_csv(index=False))
     write_tune_page(rows, summary, root)
     write_json(root / "summary.json", summary)
