@@ -406,9 +406,9 @@ def test_a_tiny_table_end_to_end(tiny_teacher, corpus_file, lines, tmp_path):
     assert set(averages) == {"(teacher)", "all", "labels only"} and all(0 <= value <= 1 for value in averages.values())
     units = units_of(path, [], root)
     of_all, of_labels = (figures_of(unit) for unit in units)
-    assert of_all.costs["tokens"] > of_labels.costs["tokens"] > 0 and of_all.costs["seconds_per_step"] > 0
-    assert of_all.costs["general_seconds_per_step"] > 0
-    assert of_labels.costs["general_seconds_per_step"] is None
+    assert of_all["tokens"] > of_labels["tokens"] > 0 and of_all["seconds_per_step"] > 0
+    assert of_all["general_seconds_per_step"] > 0
+    assert of_labels["general_seconds_per_step"] is None
     assert sorted(p.name.partition("-")[0] for p in (root / "stages").iterdir() if p.is_dir()) == sorted(
         ["count", "vocab", "encode", "distill", "task_teacher", "finetune", "finetune"]
     )

@@ -12,7 +12,6 @@ written anew after each run; a killed command loses at most an unfinished stage'
 import re
 import statistics
 import time
-from collections import deque
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -125,57 +124,44 @@ def run_ablations(
     """
     refuse_launcher()
     ablations = [units_of(Path(path), overrides, root) for path in files]
-    names = [units[0].ablation.name for units in ablations]
-    if twice := next((name for name in names if names.count(name) > 1), None):
-        raise InputError(f"two of the files are named {twice}: give each ablation a name of its own")
-    waiting, failed = deque(unit for units in ablations for unit in units), {}
+    of_name = {units[0].ablation.name: units for units in ablations}
+    if len(of_name) < len(ablations):
+        raise InputError(f"two of the files are named {ablations[-1][0].ablation.name}: give each a name of its own")
+    waiting, failed = [unit for units in ablations for unit in units], []
     for unit in waiting:
         try:
             check_budget(unit.run.recipe)
         except InputError as error:
             raise InputError(f"{unit.run.label}: {error}") from None
     RunDir(root).write_environment()
-    held = 0  # units in other processes' hands since this one last finished one
     while waiting:
-        unit = waiting.popleft()
-        try:
-            finished = advance(unit.run)
-        except InputError as error:
-            failed[unit.run.label] = error
-            say(f"{unit.run.label}: {error}")
-            continue
-        if finished:
-            held = 0
-            write_tables([units for units in ablations if units[0].ablation.name == unit.ablation.name], root)
-            continue
-        waiting.append(unit)
-        held += 1
-        if held >= len(waiting):
+        held = []  # by other processes
+        for unit in waiting:
+            try:
+                finished = advance(unit.run)
+            except InputError as error:
+                failed.append(f"{unit.run.label}: {error}")
+                say(failed[-1])
+                continue
+            if finished:
+                write_tables([of_name[unit.ablation.name]], root)
+            else:
+                held.append(unit)
+        if held == waiting:
             time.sleep(2)
-            held = 0
+        waiting = held
     summary = write_tables(ablations, root)
     if failed:
-        label, error = next(iter(failed.items()))
-        others = f" (and {len(failed) - 1} more)" if len(failed) > 1 else ""
-        raise InputError(f"{label}{others}: {error}")
+        raise InputError(failed[0] + (f" (and {len(failed) - 1} runs more)" if len(failed) > 1 else ""))
     return summary
 
 
 # ------------------------------------------------------------------------------------------------ tables
 
 
-@dataclass(frozen=True)
-class Figures:
-    """What one finished unit, or the fine-tuned teacher, measured."""
-
-    variant: str
-    seed: int
-    measured: dict[tuple[str, str, str], float]  # (split, task, metric) -> value
-    costs: dict[str, float | None]  # tokens and COSTS
-
-
-def figures_of(unit: Unit) -> Figures:
-    """The figures of a finished unit; the cost of general stages is None where the student went straight to tasks."""
+def figures_of(unit: Unit) -> dict:
+    """What a finished unit measured: {"variant", "seed", "measured": {(split, task, metric): value}, and COSTS}; the
+    cost of general stages is None where the student went straight to its tasks."""
     run, summary = unit.run, unit.run.summary("finetune")
     general = [run.summary(name) for name in GENERAL if name in run.stages]
     steps = sum(stage["steps"] for stage in general)
@@ -188,12 +174,14 @@ def figures_of(unit: Unit) -> Figures:
     measured |= {("general", name, "spearman"): value for name, value in rated_of(run).items()}
     if summary["rounded"]:
         measured[ROUNDED] = summary["rounded"]["average"]
-    costs = {
+    return {
+        "variant": unit.variant,
+        "seed": unit.seed,
+        "measured": measured | {AVERAGE: summary["average"]},
         "tokens": summary["tokens"] + sum(stage["tokens"] for stage in general),
         "seconds_per_step": summary["seconds_per_step"],
         "general_seconds_per_step": sum(stage["seconds"] for stage in general) / steps if steps else None,
     }
-    return Figures(unit.variant, unit.seed, measured | {AVERAGE: summary["average"]}, costs)
 
 
 def rated_of(run: Variant) -> dict[str, float]:
@@ -203,12 +191,13 @@ def rated_of(run: Variant) -> dict[str, float]:
     return {name: found[name] for name in run.recipe.evaluation.stsb if name in found}
 
 
-def figures_of_teacher(units: list[Unit]) -> list[Figures]:
-    """The figures of the fine-tuned teacher where there is one: one seed, validation alone, no cost."""
+def figures_of_teacher(units: list[Unit]) -> list[dict]:
+    """As `figures_of`, of the fine-tuned teacher where there is one: one seed, validation alone, no cost."""
     for run in (u.run for u in units if "task_teacher" in u.run.stages and u.run.dir.is_done("task_teacher")):
         summary = run.summary("task_teacher")
         measured = {("validation", t, m): value for t in run.recipe.tasks for m, value in summary.get(t, {}).items()}
-        return [Figures(TEACHER, 0, measured | {AVERAGE: summary["average"]}, dict.fromkeys(("tokens", *COSTS)))]
+        about = {"variant": TEACHER, "seed": 0, "measured": measured | {AVERAGE: summary["average"]}}
+        return [about | dict.fromkeys(COSTS)]
     return []
 
 
@@ -225,29 +214,25 @@ def rows_of(units: list[Unit]) -> list[dict]:
     ablation, rows = units[0].ablation, []
     figures = figures_of_teacher(units) + [figures_of(unit) for unit in units if unit.run.done]
     for label in (TEACHER, *ablation.variants):
-        mine = [found for found in figures if found.variant == label]
-        costs = {name: median_of([found.costs[name] for found in mine]) for name in ("tokens", *COSTS)}
-        for place in mine[0].measured if mine else ():
-            values = [found.measured[place] for found in mine]
+        mine = [found for found in figures if found["variant"] == label]
+        known = {name: [found[name] for found in mine if found[name] is not None] for name in COSTS}
+        about = {"seeds": [found["seed"] for found in mine]}
+        about |= {name: statistics.median(values) if values else None for name, values in known.items()}
+        for place in mine[0]["measured"] if mine else ():
+            values = [found["measured"][place] for found in mine if place in found["measured"]]
             row = {"ablation": ablation.name, "recipe": label}
             row |= dict(zip(("split", "task", "metric"), place, strict=True))
             row |= {"median": statistics.median(values), "spread": max(values) - min(values), "values": values}
-            row |= {"average": statistics.median(found.measured[AVERAGE] for found in mine)}
-            rows.append(row | {"seeds": [found.seed for found in mine]} | costs)
-    known = {(row["recipe"], place_of(row)): row for row in rows}
+            rows.append(row | {"average": statistics.median(found["measured"][AVERAGE] for found in mine)} | about)
+    others = {(row["recipe"], place_of(row)): row for row in rows}
     for row in rows:
-        other = known.get((ablation.baseline_of(row["recipe"]), place_of(row)))
+        other = others.get((ablation.baseline_of(row["recipe"]), place_of(row)))
         if other and other is not row:
             ours, theirs = row["values"], other["values"]
             apart = min(ours) > max(theirs) or max(ours) < min(theirs)
             row |= {"baseline": other["recipe"], "difference": row["median"] - other["median"]}
             row |= {"clear": apart and min(len(ours), len(theirs)) > 1}  # one seed has no spread
     return rows
-
-
-def median_of(values: list) -> float | None:
-    values = [value for value in values if value is not None]
-    return statistics.median(values) if values else None
 
 
 def write_tables(ablations: list[list[Unit]], root: Path) -> dict:

@@ -2,6 +2,7 @@
 
 from pathlib import Path
 
+import pandas as pd
 from markupsafe import Markup
 from matplotlib.figure import Figure
 
@@ -10,7 +11,11 @@ from vocabshrink.pages.drawing import GRID, SERIES, svg_of
 from vocabshrink.pages.page import write_page
 
 TEACHER = "(teacher)"  # its label among the variants
-COSTS = ("seconds_per_step", "general_seconds_per_step")
+COSTS = {  # a row's key -> head, scale and format of its column
+    "tokens": ("tokens", 1e-6, "{:.2f} M"),
+    "seconds_per_step": ("s/step", 1, "{:.3f}"),
+    "general_seconds_per_step": ("general s/step", 1, "{:.3f}"),
+}
 AVERAGE = ("validation", "average", "average")  # named like a task's figures: split, task, metric
 ROUNDED = ("rounded", "average", "average")  # of the models with weights rounded as finetune.rounded says
 
@@ -19,33 +24,24 @@ def place_of(row: dict) -> tuple[str, str, str]:
     return row["split"], row["task"], row["metric"]
 
 
-def cells_of(rows: list[dict]) -> tuple[list[str], dict[str, list[str]]]:
-    """Column heads, and each variant's cells: every metric, the average, the difference, tokens and cost."""
-    rows = [row for row in rows if row["split"] == "validation" or place_of(row) == ROUNDED]
-    measures = list(dict.fromkeys(place_of(row) for row in rows))
-    compared = any("difference" in row for row in rows)
-    heads = []
-    for split, task, metric in measures:
-        name = task if task == metric else f"{task} {metric}"
-        heads.append(name if split == "validation" else f"{split} {name}")
-    heads += (["against baseline"] if compared else []) + ["tokens", "s/step", "general s/step"]
-    cells: dict[str, list[str]] = {}
-    for label in dict.fromkeys(row["recipe"] for row in rows):
-        mine = {place_of(row): row for row in rows if row["recipe"] == label}
-        average = mine[AVERAGE]
-        cells[label] = [figure(mine.get(measure)) for measure in measures]
-        if compared:
-            mark = "*" if average.get("clear") else ""
-            cells[label].append(f"{100 * average['difference']:+.1f}{mark}" if "difference" in average else "")
-        cells[label].append("" if average["tokens"] is None else f"{average['tokens'] / 1e6:.2f} M")
-        cells[label] += ["" if average[cost] is None else f"{average[cost]:.3f}" for cost in COSTS]
-    return heads, cells
-
-
-def figure(row: dict | None) -> str:
-    if row is None:
-        return ""
-    return f"{100 * row['median']:.1f}" + (f" ({100 * row['spread']:.1f})" if len(row["values"]) > 1 else "")
+def table_of(rows: list[dict]) -> pd.DataFrame:
+    """The table's cells as text, variants by columns: every metric, the average, the difference, tokens and cost."""
+    columns: dict[str, dict[str, str]] = {}
+    for row in (row for row in rows if row["split"] == "validation" or place_of(row) == ROUNDED):
+        head = row["task"] if row["task"] == row["metric"] else f"{row['task']} {row['metric']}"
+        head = head if row["split"] == "validation" else f"{row['split']} {head}"
+        spread = f" ({100 * row['spread']:.1f})" if len(row["values"]) > 1 else ""
+        columns.setdefault(head, {})[row["recipe"]] = f"{100 * row['median']:.1f}{spread}"
+    averages = {row["recipe"]: row for row in rows if place_of(row) == AVERAGE}
+    if any("difference" in row for row in averages.values()):
+        columns["against baseline"] = {
+            label: f"{100 * row['difference']:+.1f}{'*' if row['clear'] else ''}"
+            for label, row in averages.items()
+            if "difference" in row
+        }
+    for name, (head, scale, form) in COSTS.items():
+        columns[head] = {label: form.format(scale * r[name]) for label, r in averages.items() if r[name] is not None}
+    return pd.DataFrame(columns, index=list(averages), dtype=object).fillna("")
 
 
 def compared_with(rows: list[dict]) -> str:
@@ -60,9 +56,9 @@ def markdown(rows: list[dict]) -> str:
     """The table: 100 times the median, and in brackets the largest less the smallest seed."""
     if not rows:
         return "No run has finished yet.\n"
-    heads, cells = cells_of(rows)
-    lines = ["| | " + " | ".join(heads) + " |", "|---|" + "--:|" * len(heads)]
-    lines += [f"| {label.replace('|', '/')} | " + " | ".join(row) + " |" for label, row in cells.items()]
+    table = table_of(rows)
+    lines = ["| | " + " | ".join(table.columns) + " |", "|---|" + "--:|" * len(table.columns)]
+    lines += [f"| {label.replace('|', '/')} | " + " | ".join(cells) + " |" for label, cells in table.iterrows()]
     baseline = compared_with(rows)
     rows = [row for row in rows if row["recipe"] != TEACHER and place_of(row) == AVERAGE]
     seeds = max((row["seeds"] for row in rows), key=len, default=[])
@@ -100,10 +96,8 @@ def write_index(every: dict[str, dict], minutes: float, root: Path) -> None:
     """index.html of `root`: every table and plot, offline, in one file. every: {name: its summary.json}."""
     parts = []
     for name, one in every.items():
-        heads, cells = cells_of(one["rows"])
-        drawn = root / name / "plot.svg"
-        picture = Markup(drawn.read_text(encoding="utf-8")) if cells and drawn.is_file() else ""
-        about = {"name": name, "baseline": compared_with(one["rows"]), "heads": heads, "cells": cells, "plot": picture}
+        picture = Markup((root / name / "plot.svg").read_text(encoding="utf-8")) if one["rows"] else ""
+        about = {"name": name, "baseline": compared_with(one["rows"]), "table": table_of(one["rows"]), "plot": picture}
         parts.append(one | about)
     environment = read_json(root / "environment.json")
     write_page(root / "index.html", "ablations", ablations=parts, minutes=minutes, environment=environment)

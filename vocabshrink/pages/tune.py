@@ -1,7 +1,7 @@
 """tune.html: how a search went and what it found, in one page that opens offline; a view of summary.json and trials.
 
-It shows the map (student layers against teacher layers), every trial's quality in the order of training with the best
-so far, the front of quality against bytes or latency, the named maps, the longer runs and the check of the proxy.
+It shows every trial's quality in the order of training with the best so far, the front of quality against bytes or
+latency, the named maps, the longer runs and the check of the proxy.
 """
 
 from pathlib import Path
@@ -23,10 +23,6 @@ def write_tune_page(rows: list[dict], summary: dict, root: Path) -> None:
     """rows: `tune.row_of` of all trials. summary: the search's, with what was confirmed and checked so far."""
     results = [summary["best"]] if "best" in summary else summary["front"]
     figures = {"history": svg_of("history", lambda figure: history(figure.subplots(), rows), (7, 2.9))}
-    if "best" in summary and summary["map_settings"]:
-        pairs = dict(summary["best"]["changes"][summary["map_settings"][0]])
-        layers = summary["best"]["layers"], summary["teacher_layers"]
-        figures["map"] = svg_of("map", lambda figure: layer_map(figure.subplots(), pairs, *layers), (5.6, 1.8))
     complete = [row for row in rows if row["state"] == "complete"]
     for objective in summary["objectives"][1:] if "front" in summary else ():
         scale, unit = UNITS[objective]
@@ -70,18 +66,3 @@ def history(axes: Axes, rows: list[dict]) -> None:
     axes.set(xlabel="candidates trained to their end", ylabel=QUALITY)
     axes.legend(frameon=False, loc="lower right", fontsize=8)
     plain(axes)
-
-
-def layer_map(axes: Axes, pairs: dict[int, int], student: int, teacher: int) -> None:
-    """Student layers below, teacher layers above, a line for each pair."""
-    where = {m: 1 + (m - 1) * (teacher - 1) / max(student - 1, 1) for m in range(1, student + 1)}
-    for m, n in pairs.items():
-        axes.plot([where[m], n], [0, 1], color=SERIES[0], linewidth=1.8)
-    upper = (1, 1.14, "bottom", "teacher", {n: n for n in range(1, teacher + 1)}, set(pairs.values()))
-    for height, text, align, name, places, used in (upper, (0, -0.14, "top", "student", where, set(pairs))):
-        for layer, x in places.items():
-            axes.plot(x, height, "o", color=SERIES[0] if layer in used else GRID, markersize=9)
-            axes.text(x, text, str(layer), ha="center", va=align, fontsize=8)
-        axes.text(0.3, height, name, ha="right", va="center", fontsize=8.5)
-    axes.set(xlim=(-1.2, teacher + 0.5), ylim=(-0.5, 1.5))
-    axes.axis("off")
