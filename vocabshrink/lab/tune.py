@@ -53,6 +53,8 @@ NAMED_MAPS = ("uniform", "last", "skip", "first", "random")  # what the found ma
 LATENCY_PIECES = 32
 ASKED = 10  # genomes asked of the sampler for each trial that is allowed; towards the end most of them are known
 FINISHED = (TrialState.COMPLETE, TrialState.PRUNED)
+COLUMNS = ("kind", "number", "state", "name", "words", "quality", "bytes", "latency", "seconds", "genome")
+COLUMNS += ("scores", "changes", "refused")  # of a trial, see `row_of`
 Keys = Annotated[list[str], Field(min_length=1)]
 
 
@@ -180,8 +182,8 @@ class Tuner:
     def sizes(self) -> dict[str, int]:
         """{gene: how many values it has}."""
         layers = range(1, self.deepest + 1) if self.tuning.map else ()
-        sizes = {f"layer_{m}": self.teacher_layers + 1 for m in layers}
-        return sizes | {key: len(values) for key, values in self.tuning.genes.items()}
+        keys = {key: len(values) for key, values in self.tuning.genes.items()}
+        return {f"layer_{m}": self.teacher_layers + 1 for m in layers} | keys
 
     def changes(self, genes: dict[str, int]) -> dict[str, Any]:
         """{section.key: value} over the recipe. Genes of layers that the student does not have say nothing."""
@@ -199,9 +201,11 @@ class Tuner:
 
     def words(self, changes: dict[str, Any]) -> str:
         """The map, layer by layer, and the other genes' values on one line."""
-        pairs, layers = dict(changes.get(*self.tuning.map[:1] or [""]) or []), range(1, self.depth(changes) + 1)
-        shown = [" ".join(str(pairs.get(m, 0)) for m in layers)] if self.tuning.map else []
-        return "; ".join(shown + [f"{key.rpartition('.')[2]} {changes[key]}" for key in self.tuning.genes])
+        shown = [f"{key.rpartition('.')[2]} {changes[key]}" for key in self.tuning.genes]
+        for key in self.tuning.map[:1]:
+            pairs = dict(changes[key])
+            shown.insert(0, " ".join(str(pairs.get(m, 0)) for m in range(1, self.depth(changes) + 1)))
+        return "; ".join(shown)
 
     def named(self, name: str) -> dict[str, int]:
         """The genome of a named map; of other genes the recipe's value, or the first."""
@@ -317,11 +321,11 @@ def explore(tuner: Tuner, kind: str) -> optuna.Study:
         )
 
     def trained() -> int:
-        return sum("scores" in trial.user_attrs for trial in distinct(study))
+        return sum("scores" in trial.user_attrs["about"] for trial in distinct(study))
 
     def after_each(study: optuna.Study, trial: FrozenTrial) -> None:
         done = trained()
-        if "scores" in trial.user_attrs:
+        if "scores" in trial.user_attrs.get("about", {}):
             row = row_of(kind, trial)
             say(f"{study.study_name} {done}/{tuning.trials}  {row['words']}  {row['state']}  {row['scores']}")
         if done >= tuning.trials or trial.number + 1 >= ASKED * tuning.trials:
@@ -374,7 +378,11 @@ def open_study(tuner: Tuner, name: str) -> optuna.Study:
 
 def distinct(study: optuna.Study) -> list[FrozenTrial]:
     """The finished trials, each genome's first alone."""
-    return [trial for trial in study.get_trials(deepcopy=False, states=FINISHED) if "genome" in trial.user_attrs]
+    found: dict[str, FrozenTrial] = {}
+    for trial in study.get_trials(deepcopy=False, states=FINISHED):
+        if "genome" in trial.user_attrs.get("about", {}):
+            found.setdefault(trial.user_attrs["about"]["genome"], trial)
+    return list(found.values())
 
 
 def attempt(tuner: Tuner, study: optuna.Study, trial: optuna.Trial, changes: dict[str, Any]) -> list[float]:
@@ -383,51 +391,50 @@ def attempt(tuner: Tuner, study: optuna.Study, trial: optuna.Trial, changes: dic
     Raises:
         optuna.TrialPruned: refused before training (over its budget, contradictory), or given up after a task.
     """
-    tuning, began, genome = tuner.tuning, time.monotonic(), genome_of(changes)
-    for known in (t for t in distinct(study) if t.user_attrs["genome"] == genome):
+    tuning, began = tuner.tuning, time.monotonic()
+    about: dict[str, Any] = {"genome": genome_of(changes), "changes": changes, "words": tuner.words(changes)}
+    for known in (t for t in distinct(study) if t.user_attrs["about"]["genome"] == about["genome"]):
+        trial.set_user_attr("about", {})
         if known.state == TrialState.PRUNED:
             raise optuna.TrialPruned
         return known.values
-    about: dict[str, Any] = {"words": tuner.words(changes), "layers": tuner.depth(changes)}
     try:
-        about |= (worth := tuner.weigh(changes))
+        about |= tuner.weigh(changes)
     except InputError as error:
         about["refused"] = str(error)
-    for key, value in ({"genome": genome, "changes": changes} | about).items():
-        trial.set_user_attr(key, value)
+    trial.set_user_attr("about", about)  # one attribute, since each is a write to the disk
     if "refused" in about:
         raise optuna.TrialPruned
-    scores: dict[str, float] = {}
+    about["scores"] = {}
     for step, task in enumerate(tuning.tasks, 1):
-        scores[task] = tuner.quality(changes, task)
-        trial.set_user_attr("scores", scores)
-        trial.set_user_attr("seconds", round(time.monotonic() - began, 1))
+        about["scores"][task] = tuner.quality(changes, task)
+        trial.set_user_attr("about", about | {"seconds": round(time.monotonic() - began, 1)})
         if len(tuning.objectives) == 1 and step < len(tuning.tasks):
-            trial.report(sum(scores.values()), step)  # not their mean: of a trial's reports the pruner takes the best
+            # their sum, not their mean: of a trial's reports the pruner takes the best
+            trial.report(sum(about["scores"].values()), step)
             if "name" not in trial.user_attrs and trial.should_prune():
                 raise optuna.TrialPruned
-    worth["quality"] = statistics.fmean(scores.values())
-    return [worth[objective] for objective in tuning.objectives]
+    about["quality"] = statistics.fmean(about["scores"].values())
+    return [about[objective] for objective in tuning.objectives]
 
 
 # ------------------------------------------------------------------------------------------------ results
 
 
 def row_of(kind: str, trial: FrozenTrial) -> dict:
-    """One trial: kind, number, state (complete, given up, refused), name (of a named map), words, quality (None before
-    all tasks are done), scores by task, bytes, latency, seconds, genome, changes, layers (of the student), refused."""
-    about, complete = trial.user_attrs, trial.state == TrialState.COMPLETE
-    row = {"kind": kind, "number": trial.number}
-    row["state"] = "complete" if complete else "refused" if "refused" in about else "given up"
-    row |= {"name": about.get("name"), "words": about["words"]}
-    row["quality"] = statistics.fmean(about["scores"].values()) if complete else None
-    keys = ("scores", "bytes", "latency", "seconds", "genome", "changes", "layers", "refused")
-    return row | {key: about.get(key) for key in keys}
+    """One trial: COLUMNS. state: complete, given up, refused; name: of a named map; quality: None before all tasks are
+    done; scores: by task; refused: why."""
+    about = dict.fromkeys(COLUMNS) | trial.user_attrs["about"] | {"kind": kind, "number": trial.number}
+    about["name"] = trial.user_attrs.get("name")
+    if trial.state == TrialState.COMPLETE:
+        return about | {"state": "complete", "quality": statistics.fmean(about["scores"].values())}
+    return about | {"state": "refused" if about["refused"] else "given up"}
 
 
 def front_of(kind: str, study: optuna.Study) -> list[dict]:
     """The candidates that no other beats in one objective without losing in another, by quality."""
-    rows = [row_of(kind, trial) for trial in study.best_trials if "genome" in trial.user_attrs]
+    best = {trial.number for trial in study.best_trials}
+    rows = [row_of(kind, trial) for trial in distinct(study) if trial.number in best]
     return sorted(rows, key=lambda row: -row["quality"])
 
 
@@ -458,25 +465,20 @@ def summarise(tuner: Tuner, studies: dict[str, optuna.Study], rows: list[dict]) 
 
 
 def cost_of(tuner: Tuner, rows: list[dict], changes: dict[str, Any]) -> dict:
-    """Seconds of the search, and its share of the full distillation that it is for.
-
-    The full run's seconds are not measured: its tokens and FLOPs are the recipe's, at the speed (FLOP/s) that a
-    candidate's own distillation reached.
-    """
+    """Seconds of the search, and their share of the full distillation that it is for: the recipe's tokens and FLOPs at
+    the speed (FLOP/s) that a candidate's own distillation reached."""
     seconds = sum(row["seconds"] for row in rows)
     cost = {"search_seconds": round(seconds), "seconds_per_trial": round(seconds / max(len(rows), 1), 1)}
     full, variant = tuner.make({}, "base").recipe.distill, tuner.variant(changes, tuner.tuning.tasks[0])
-    stage = variant.recipe.distill
-    if not (full and stage and variant.dir.is_done("distill")):
+    if not (full and variant.dir.is_done("distill")):
         return cost
-    done = variant.summary("distill")
+    done, stage = variant.summary("distill"), variant.recipe.distill
     length = done["tokens"] / done["steps"] / stage.batch_size
     student, teacher = (flops_per_piece(config, round(length)) for config in shapes(variant.recipe))
-    work = 3 * student + (0 if stage.record_teacher else teacher)
-    speed = done["tokens"] * work / max(done["seconds"], 0.1)  # they are rounded to tenths, and a toy's are none
+    work = done["tokens"] * (3 * student + (0 if stage.record_teacher else teacher))
     tokens = full.steps * full.batch_size * length
-    full_seconds = tokens * (3 * student + teacher) / speed
-    return cost | {"full_tokens": round(tokens), "full_seconds": round(full_seconds), "ratio": seconds / full_seconds}
+    whole = tokens * (3 * student + teacher) / work * max(done["seconds"], 0.1)  # rounded to tenths: a toy's are none
+    return cost | {"full_tokens": round(tokens), "full_seconds": round(whole), "ratio": seconds / whole}
 
 
 def longer_runs(tuner: Tuner, tasks: list[str], settings: dict[str, Any], **keys) -> list[dict]:
@@ -504,11 +506,11 @@ def confirm(tuner: Tuner, best: dict[str, Any]) -> dict:
 
 
 def check_proxy(tuner: Tuner, rows: list[dict]) -> dict:
-    """Trains maps of all ranks longer: {"spearman", "interval" (of 95 %), "maps": [{"genome", "words", "proxy",
-    "longer"}]}. Raises InputError: fewer than eight maps were trained to their end."""
+    """Trains maps of all ranks longer: {"spearman", "interval" (of 95 %), "maps": [{"genome", "words", "quality"
+    (under the proxy), "longer"}]}. Raises InputError: fewer than eight maps were trained to their end."""
     section, tasks = tuner.tuning.check, tuner.tuning.tasks
-    complete = {row["genome"]: row for row in rows if row["state"] == "complete"}
-    ranked = sorted(complete.values(), key=lambda row: row["quality"])
+    ranked = sorted((row for row in rows if row["state"] == "complete"), key=lambda row: row["quality"])
+    ranked = list({row["genome"]: row for row in ranked}.values())
     if len(ranked) < 8:
         raise InputError(f"{tuner.path}: --proxy-check: only {len(ranked)} maps were trained to the end: raise trials")
     chosen = [ranked[round(place)] for place in np.linspace(0, len(ranked) - 1, min(section.maps, len(ranked)))]
@@ -517,9 +519,9 @@ def check_proxy(tuner: Tuner, rows: list[dict]) -> dict:
     found = pd.DataFrame(longer_runs(tuner, tasks, section.settings, **keys, variants=variants))
     found = found[found["split"].isin(["validation", "general"]) & found["task"].isin(tasks)]
     longer = found.groupby(["recipe", "task"])["median"].mean().groupby("recipe").mean()  # of metrics, then of tasks
-    maps = [{"genome": row["genome"], "words": row["words"], "proxy": row["quality"]} for row in chosen]
-    maps = [row | {"longer": longer[row["genome"]]} for row in maps]
-    rho, interval = rank_correlation([row["proxy"] for row in maps], [row["longer"] for row in maps])
+    maps = [{key: row[key] for key in ("genome", "words", "quality")} for row in chosen]
+    maps = [row | {"longer": float(longer[row["genome"]])} for row in maps]
+    rho, interval = rank_correlation([row["quality"] for row in maps], [row["longer"] for row in maps])
     return {"spearman": rho, "interval": interval, "maps": maps}
 
 
@@ -542,9 +544,7 @@ def write_results(tuner: Tuner, rows: list[dict], summary: dict) -> None:
     for place, result in results.items():
         changes = result["changes"] | {"name": f"{name}_{place.replace('/', '_')}"}
         write_text(root / f"{place}.yaml", dump_recipe(tuner.make(changes, place).recipe))
-    columns = ["kind", "number", "state", "name", "words", "quality", *tuner.tuning.tasks]
-    columns += ["bytes", "latency", "seconds", "genome", "refused"]
-    table = pd.DataFrame([row | (row["scores"] or {}) for row in rows], columns=columns)
+    table = pd.DataFrame([row | (row["scores"] or {}) for row in rows]).drop(columns=["scores", "changes"])
     write_text(root / "trials.csv", table.to_csv(index=False))
     write_tune_page(rows, summary, root)
     write_json(root / "summary.json", summary)

@@ -29,7 +29,7 @@ def write_tune_page(rows: list[dict], summary: dict, root: Path) -> None:
         points = [[(scale * row[objective], row["quality"]) for row in some] for some in (complete, summary["front"])]
         figures[f"front-{objective}"] = scatter(f"front-{objective}", points, unit, QUALITY)
     if "proxy_check" in summary:
-        points = [[(100 * row["proxy"], row["longer"]) for row in summary["proxy_check"]["maps"]]]
+        points = [[(100 * row["quality"], row["longer"]) for row in summary["proxy_check"]["maps"]]]
         figures["check"] = scatter("check", [[], *points], f"{QUALITY} under the proxy", "after the longer run")
     if "confirm" in summary:
         figures["confirm"] = Markup((root / "runs/confirm/plot.svg").read_text(encoding="utf-8"))
