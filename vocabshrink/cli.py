@@ -195,7 +195,7 @@ def tune(
     for row in summary["confirm"]["rows"] if "confirm" in summary else ():
         if "difference" in row:
             spread = f"{'beyond' if row['clear'] else 'within'} the seeds' spread"
-            print(f"unseen tasks: found against {row['recipe']} {-100 * row['difference']:+.2f}, {spread}")
+            print(f"unseen tasks: found against {row['recipe']} {0 - 100 * row['difference']:+.2f}, {spread}")
     if "proxy_check" in summary:
         low, high = summary["proxy_check"]["interval"]
         print(f"proxy's rank correlation {summary['proxy_check']['spearman']:.2f} ({low:.2f} to {high:.2f})")

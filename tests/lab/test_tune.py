@@ -449,6 +449,7 @@ def test_a_tiny_search_end_to_end(real, tmp_path):
     assert best.distill.steps == 8 and not best.distill.record_teacher  # the full run, not the proxy
     page = (root / "tune.html").read_text(encoding="utf-8")
     assert page.count("<svg") == 3 and not re.findall(r'(?:src|href)="(?!#)', page) and "<script" not in page
+    assert page.count("*</td>") == sum(row["clear"] for row in summary["confirm"]["rows"][1:])
     assert "8 candidates of all ranks" in page and summary["best"]["words"] in page
     rows = (root / "trials.csv").read_text(encoding="utf-8").splitlines()
     assert rows[0].startswith("kind,number,state,name,words,quality,") and rows[0].endswith(",mood") and len(rows) >= 17

@@ -63,6 +63,7 @@ def history(axes: Axes, rows: list[dict]) -> None:
             places, best = range(1, len(found) + 1), [max(found[: n + 1]) for n in range(len(found))]
             axes.plot(places, found, "o", color=colour, markersize=3.5, alpha=0.6, markeredgewidth=0)
             axes.step(places, best, where="post", color=colour, linewidth=1.6, label=label)
+    axes.xaxis.get_major_locator().set_params(integer=True)
     axes.set(xlabel="candidates trained to their end", ylabel=QUALITY)
     axes.legend(frameon=False, loc="lower right", fontsize=8)
     plain(axes)
