@@ -9,6 +9,7 @@ import signal
 import statistics
 import time
 from functools import partial
+from pathlib import Path
 from types import SimpleNamespace
 
 import optuna
@@ -20,6 +21,7 @@ from transformers import BertConfig
 
 from tokenizer_build.errors import InputError
 from tokenizer_build.files import read_json, write_json
+from vocabshrink import cli
 from vocabshrink.lab import tune
 from vocabshrink.lab.tune import (
     NAMED_MAPS,
@@ -133,6 +135,11 @@ def test_what_is_no_search_is_refused(written, tmp_path):
     with pytest.raises(InputError, match="--proxy-check: there is no check section"):
         run_tuning(path, [], tmp_path / "root", proxy_check=True)
     assert Tuner(path, ["tune.trials=3", "distill.steps=9"], tmp_path).tuning.trials == 3
+
+
+def test_the_old_command_names_the_new_one():
+    with pytest.raises(InputError, match="x.yaml: search answers queries .*: write vocabshrink tune x.yaml"):
+        cli.search(Path("x.yaml"))
 
 
 # ------------------------------------------------------------------------------------------------ genes
