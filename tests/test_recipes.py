@@ -3,11 +3,11 @@
 from pathlib import Path
 
 import pytest
+from transformers import BertConfig
 
 from tokenizer_build.errors import InputError
-from vocabshrink.lab import tune as search
+from vocabshrink.lab import tune
 from vocabshrink.lab.ablations import read_ablation, units_of
-from vocabshrink.lab.variants import base_values, make_variant
 from vocabshrink.run.layer_map import layer_pairs
 from vocabshrink.run.recipe import dump_recipe, load_recipe
 from vocabshrink.run.recipe_yaml import parse_yaml
@@ -113,13 +113,14 @@ class TestAblation:
 
 @pytest.mark.parametrize("path", SEARCHES, ids=name_of)
 def test_every_value_of_every_gene_is_a_recipe(path, tmp_path, monkeypatch):
-    monkeypatch.setattr(search, "space_of", lambda found, base, recipe: search.Space(found, base, 12, 6))
-    opened = search.open_search(path, [], tmp_path)
-    for name in search.NAMED_MAPS:
-        changes = opened.space.changes(opened.space.named(name))
-        check_that_it_can_run(opened.candidates.variant(changes, opened.search.tasks[0]).recipe)
-    full = opened.candidates.base["distill"]["steps"]
-    assert full < load_recipe(path.parent / opened.search.base).distill.steps  # a proxy is less than what it is for
-    base = base_values(path.parent / opened.search.base, [])
-    for section in filter(None, (opened.search.check, opened.search.confirm)):
-        make_variant(base, section.settings, tmp_path, tmp_path, origin="", label="")
+    config = BertConfig(num_hidden_layers=12)
+    monkeypatch.setattr(tune, "shapes", lambda recipe: (config, config))  # of a teacher that is made by a run
+    tuner = tune.Tuner(path, [], tmp_path)
+    for name in tune.NAMED_MAPS:
+        changes = tuner.changes(tuner.named(name))
+        for task in tuner.tuning.tasks:
+            check_that_it_can_run(tuner.variant(changes, task).recipe)
+    full = tuner.make({}, "base").recipe
+    assert tuner.recipe.distill.steps < full.distill.steps  # a proxy is less than what it is for
+    for section in filter(None, (tuner.tuning.check, tuner.tuning.confirm)):
+        tuner.make(section.settings, "longer runs")

@@ -183,52 +183,57 @@ def harvest(out: Annotated[Path, typer.Argument(help="a .jsonl or .jsonl.gz to w
 
 
 @app.command()
-def search(
-    subject: Annotated[Path, typer.Argument(help="a search file (YAML); or an artifact with an index, or its run")],
-    words: Annotated[list[str] | None, typer.Argument(help="of a search, settings; of an artifact, the query")] = None,
+def tune(
+    file: Annotated[Path, typer.Argument(help="a search (recipes/tune/*.yaml)")],
+    overrides: Annotated[
+        list[str] | None, typer.Argument(help="section.key=value, tune.key=value of the search")
+    ] = None,
     proxy_check: Annotated[bool, typer.Option("--proxy-check", help="measure how well the proxy ranks")] = False,
-    root: Annotated[Path, typer.Option(help="where searches go")] = Path("artifacts/search"),
-    top: Annotated[int, typer.Option(min=1, help="answers to a query")] = 5,
+    root: Annotated[Path, typer.Option(help="where searches go")] = Path("artifacts/tune"),
+):
+    """Search for the layer map, and for whatever else the file makes a gene, under a cheap proxy."""
+    from vocabshrink.lab.tune import run_tuning
+
+    summary = run_tuning(file, overrides or [], root, proxy_check=proxy_check)
+    table = Table("", "quality", *summary["tasks"], "bytes", title=summary["title"])
+    results = {f"front {number}": row for number, row in enumerate(summary.get("front", []), 1)}
+    results |= {
+        label: summary[key] for label, key in (("found", "best"), ("random search", "random_search")) if key in summary
+    }
+    for name, row in (results | summary["named"]).items():
+        if row["quality"] is not None:
+            figures = [row["quality"], *(row["scores"][task] for task in summary["tasks"])]
+            table.add_row(f"{name}: {row['words']}", *(f"{100 * x:.2f}" for x in figures), f"{row['bytes']:,.0f}")
+    Console(width=None if sys.stdout.isatty() else 120).print(table)
+    for row in summary["confirm"]["rows"] if "confirm" in summary else ():
+        if "difference" in row:
+            spread = f"{'beyond' if row['clear'] else 'within'} the seeds' spread"
+            print(f"unseen tasks: found against {row['recipe']} {0 - 100 * row['difference']:+.2f}, {spread}")
+    if "proxy_check" in summary:
+        low, high = summary["proxy_check"]["interval"]
+        print(f"proxy's rank correlation {summary['proxy_check']['spearman']:.2f} ({low:.2f} to {high:.2f})")
+
+
+@app.command()
+def search(
+    artifact: Annotated[Path, typer.Argument(help="an artifact with an index, or its run")],
+    query: Annotated[list[str] | None, typer.Argument(help="the query, one word or several")] = None,
+    top: Annotated[int, typer.Option(min=1, help="answers to the query")] = 5,
     as_json: Annotated[bool, typer.Option("--json", help="one JSON object a line")] = False,
 ):
-    """Search for the layer map of a YAML file; or answer a query from an artifact's own passages, without torch."""
-    if subject.suffix in (".yaml", ".yml"):
-        from vocabshrink.lab.tune import run_search
-
-        show_search(run_search(subject, words or [], root, proxy_check=proxy_check))
-        return
+    """Answer a query from an artifact's own passages, without torch."""
     from vocabshrink.runtime.index import search as search_index
 
-    if not words:
-        raise InputError(f"{subject}: there is no query: write one behind it (and a search file's name ends in .yaml)")
-    for hit in search_index(delivered(subject), " ".join(words), top):
+    if artifact.suffix in (".yaml", ".yml"):
+        raise InputError(f"{artifact}: search answers queries from an artifact: write vocabshrink tune {artifact}")
+    if not query:
+        raise InputError(f"{artifact}: there is no query: write one behind it")
+    for hit in search_index(delivered(artifact), " ".join(query), top):
         print(
             json.dumps(hit, ensure_ascii=False)
             if as_json
             else f"{hit['score']:.3f}  {hit.get('source', '')}\n       {hit['text']}"
         )
-
-
-def show_search(summary: dict) -> None:
-    """The headline of a finished search."""
-    table = Table("", "quality", *summary["tasks"], "bytes", title=summary["title"])
-    results = {f"front {number}": row for number, row in enumerate(summary.get("front", []), 1)}
-    if "best" in summary:
-        results["found"] = summary["best"]
-    if "random_search" in summary:
-        results["random search"] = summary["random_search"]
-    for name, row in (results | summary["named"]).items():
-        if "quality" in row:
-            label = f"{name}: {row['words']}" if "words" in row else name
-            figures = [row["quality"], *(row["scores"][task] for task in summary["tasks"])]
-            table.add_row(label, *(f"{100 * figure:.2f}" for figure in figures), f"{row['bytes']:,.0f}")
-    Console(width=None if sys.stdout.isatty() else 120).print(table)
-    for label, found in summary.get("confirm", {}).get("against", {}).items():
-        mark = "beyond" if found["clear"] else "within"
-        print(f"unseen tasks: found against {label} {100 * found['difference']:+.2f}, {mark} the seeds' spread")
-    if "proxy_check" in summary:
-        low, high = summary["proxy_check"]["interval"]
-        print(f"proxy's rank correlation {summary['proxy_check']['spearman']:.2f} ({low:.2f} to {high:.2f})")
 
 
 def delivered(path: Path) -> Path:
@@ -321,7 +326,7 @@ def main() -> None:
         sys.exit(2)
     except ImportError as error:
         train = "torch transformers accelerate pydantic yaml pyarrow scipy onnx sklearn safetensors sentencepiece"
-        extras = {"train": train, "search": "optuna sqlalchemy", "report": "matplotlib jinja2 pandas"}
+        extras = {"train": train, "tune": "optuna sqlalchemy", "report": "matplotlib jinja2 pandas"}
         known = {package: extra for extra, packages in extras.items() for package in packages.split()}
         extra = known.get((error.name or "").partition(".")[0])
         if extra is None:

@@ -1,10 +1,10 @@
 """Ablations: refusals that name the variant, stages made once, tables that are right after every finished run."""
 
+import importlib
 import json
 import multiprocessing
 import re
 import time
-from functools import partial
 
 import pytest
 import yaml
@@ -12,10 +12,11 @@ import yaml
 from tokenizer_build.errors import InputError
 from tokenizer_build.files import read_json
 from vocabshrink.lab import ablations
-from vocabshrink.lab.ablations import figures_of, plot, read_ablation, rows_of, run_ablations, units_of
+from vocabshrink.lab.ablations import figures_of, read_ablation, rows_of, run_ablations, units_of
 from vocabshrink.lab.variants import claimed
+from vocabshrink.pages.ablations import plot
 from vocabshrink.run.folder import RunDir
-from vocabshrink.stages import stages
+from vocabshrink.run.stage import STAGES
 
 TRAINING = {"steps": 4, "batch_size": 16, "max_length": 32, "learning_rate": 1e-3, "precision": "no", "threads": 1}
 LAYERS = {"epochs": 1, "batch_size": 8, "max_length": 32, "learning_rate": 1e-3, "precision": "no", "threads": 1}
@@ -53,6 +54,15 @@ def written(folder, base=BASE, /, name="two", **keys):
     return path
 
 
+def replace(monkeypatch, name, function):
+    """Puts `function` in the place of a stage's own; returns that one."""
+    module, _, own = STAGES[name].do.partition(".")
+    place = importlib.import_module(f"vocabshrink.stages.{module}")
+    before = getattr(place, own)
+    monkeypatch.setattr(place, own, function)
+    return before
+
+
 @pytest.fixture
 def made(monkeypatch):
     """Stages that only count themselves: a list of (stage, its folder's name)."""
@@ -70,8 +80,8 @@ def made(monkeypatch):
 
         return stage
 
-    replaced = {name: (stub(name), needs) for name, (_, needs) in stages.STAGES.items()}
-    monkeypatch.setattr(stages, "STAGES", replaced)
+    for name in STAGES:
+        replace(monkeypatch, name, stub(name))
     monkeypatch.setattr(ablations, "plot", lambda *_: "<svg></svg>")  # most of the time of a stubbed run
     return made
 
@@ -130,13 +140,13 @@ def test_bad_files_are_refused_by_name(tmp_path, keys, message):
 
 
 def test_what_is_no_ablation_file_is_refused(tmp_path):
-    with pytest.raises(InputError, match="cannot be read as an ablation: No such file"):
+    with pytest.raises(InputError, match="absent.yaml: no such ablation"):
         read_ablation(tmp_path / "absent.yaml")
     (tmp_path / "bytes.yaml").write_bytes(b"\xff\xfe")
     with pytest.raises(InputError, match="not UTF-8 text at byte 0"):
         read_ablation(tmp_path / "bytes.yaml")
     written(tmp_path)
-    with pytest.raises(InputError, match="base.yaml: an ablation is a mapping with name, title, base and variants"):
+    with pytest.raises(InputError, match="base.yaml: an ablation is a mapping with base, variants"):
         read_ablation(tmp_path / "base.yaml")
 
 
@@ -297,18 +307,16 @@ def test_the_page_is_whole_and_offline(tmp_path, made, monkeypatch):
     assert not [url for url in re.findall(r'https?://[^"\s<]+', page) if "www.w3.org" not in url]
     assert page.count("<svg") == 1 and "var(--series-0" in page and "2 of 2 runs finished" in page
     svg = (tmp_path / "root" / "two" / "plot.svg").read_text(encoding="utf-8")
-    assert svg.startswith("<svg") and "#030303" not in svg and not re.findall(r'\bid="(?!two-)', svg)
+    assert svg.startswith("<svg") and "#030303" not in svg and not re.findall(r'\bid="(?!f[0-9a-f]{8}-)', svg)
 
 
 def test_a_variant_that_fails_does_not_stop_the_others(tmp_path, made, monkeypatch):
-    function, needs = stages.STAGES["finetune"]
-
     def failing(run):
         if run.recipe.finetune.seeds == [2] and run.recipe.distill:
             raise InputError("the loss is nan")
         return function(run)
 
-    monkeypatch.setitem(stages.STAGES, "finetune", (failing, needs))
+    function = replace(monkeypatch, "finetune", failing)
     path = written(tmp_path)
     with pytest.raises(InputError, match="two: all, seed 2: the loss is nan"):
         run_ablations([path], root=tmp_path / "root")
@@ -317,14 +325,13 @@ def test_a_variant_that_fails_does_not_stop_the_others(tmp_path, made, monkeypat
     seeds = {row["recipe"]: row["seeds"] for row in summary["rows"]}
     assert seeds == {"(teacher)": [0], "all": [1, 3], "labels only": [1, 2, 3]}
     assert "fewer so far: all" in (tmp_path / "root" / "two" / "table.md").read_text(encoding="utf-8")
-    monkeypatch.setitem(stages.STAGES, "finetune", (function, needs))
+    replace(monkeypatch, "finetune", function)
     before = len(made)
     assert run_ablations([path], root=tmp_path / "root")["finished"] == {"two": "6 of 6"}
     assert [name for name, _ in made[before:]] == ["finetune"]
 
 
 def test_tables_are_there_after_every_finished_run(tmp_path, made, monkeypatch):
-    function, needs = stages.STAGES["finetune"]
     seen = []
 
     def stopping(run):
@@ -334,7 +341,7 @@ def test_tables_are_there_after_every_finished_run(tmp_path, made, monkeypatch):
             raise KeyboardInterrupt
         return function(run)
 
-    monkeypatch.setitem(stages.STAGES, "finetune", (stopping, needs))
+    function = replace(monkeypatch, "finetune", stopping)
     with pytest.raises(KeyboardInterrupt):
         run_ablations([written(tmp_path)], root=tmp_path / "root")
     assert seen == [0, 1, 2, 3]
@@ -357,14 +364,13 @@ def test_a_stage_belongs_to_one_process_at_a_time(tmp_path):
 
 
 def test_commands_side_by_side_share_the_work(tmp_path, made, monkeypatch):
-    def logged(run, name, function):
+    def logged(run):
         with (tmp_path / "log").open("a") as log:
-            log.write(run.dir.stage(name).name + "\n")
+            log.write(run.folder.name + "\n")
         time.sleep(0.02)
-        return function(run)
+        return own[run.stage.name](run)
 
-    for name, (function, needs) in list(stages.STAGES.items()):
-        monkeypatch.setitem(stages.STAGES, name, (partial(logged, name=name, function=function), needs))
+    own = {name: replace(monkeypatch, name, logged) for name in STAGES}
     path, fork = written(tmp_path), multiprocessing.get_context("fork")
     commands = [fork.Process(target=run_ablations, args=([path], (), tmp_path / "root")) for _ in range(2)]
     for command in commands:
@@ -401,7 +407,8 @@ def test_a_tiny_table_end_to_end(tiny_teacher, corpus_file, lines, tmp_path):
     units = units_of(path, [], root)
     of_all, of_labels = (figures_of(unit) for unit in units)
     assert of_all["tokens"] > of_labels["tokens"] > 0 and of_all["seconds_per_step"] > 0
-    assert of_all["general_seconds_per_step"] > 0 and of_labels["general_seconds_per_step"] is None
+    assert of_all["general_seconds_per_step"] > 0
+    assert of_labels["general_seconds_per_step"] is None
     assert sorted(p.name.partition("-")[0] for p in (root / "stages").iterdir() if p.is_dir()) == sorted(
         ["count", "vocab", "encode", "distill", "task_teacher", "finetune", "finetune"]
     )

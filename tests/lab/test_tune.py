@@ -9,32 +9,37 @@ import signal
 import statistics
 import time
 from functools import partial
+from pathlib import Path
+from types import SimpleNamespace
 
 import optuna
 import pytest
 import yaml
 from scipy.stats import spearmanr
 from test_ablations import BASE, TRAINING, write_task
+from transformers import BertConfig
 
 from tokenizer_build.errors import InputError
 from tokenizer_build.files import read_json, write_json
-from vocabshrink.lab import tune as search
+from vocabshrink import cli
+from vocabshrink.lab import tune
 from vocabshrink.lab.tune import (
     NAMED_MAPS,
-    behind,
+    Tuner,
+    distinct,
     explore,
-    front,
+    front_of,
     genome_of,
     measure_latency,
-    open_search,
     rank_correlation,
-    read_search,
-    run_search,
+    row_of,
+    run_tuning,
 )
-from vocabshrink.run.recipe import load_recipe
+from vocabshrink.run.recipe import DeliverySection, load_recipe
 
 SMALL = {"name": "small", "title": "A small search", "base": "base.yaml", "tasks": ["mood", "pairs"], "trials": 8}
-SMALL |= {"population": 4, "give_up": None}
+GENE = {"distill.steps": [1, 2]}
+SMALL |= {"population": 4, "give_up": 0}
 
 
 @pytest.fixture
@@ -62,16 +67,16 @@ def landscape(monkeypatch):
             judged.append((genome_of(changes), task))
             return function(changes, task)
 
-        monkeypatch.setattr(search.Candidates, "quality", quality)
+        monkeypatch.setattr(Tuner, "quality", quality)
         return judged
 
     return use
 
 
-def opened(path, root, *overrides):
-    found = open_search(path, list(overrides), root)
-    found.root.mkdir(parents=True, exist_ok=True)
-    return found
+def explored(path, root, kind="genetic"):
+    """The trials of a search as rows, and how many genomes were asked for."""
+    study = explore(Tuner(path, [], root), kind)
+    return [row_of(kind, trial) for trial in distinct(study)], len(study.trials)
 
 
 # ------------------------------------------------------------------------------------------------ files
@@ -84,50 +89,57 @@ def opened(path, root, *overrides):
         ({"tasks": ["moods"]}, "there is no task moods in the recipe: it has mood, pairs"),
         ({"objectives": ["bytes"]}, "objectives: quality is missing"),
         ({"objectives": ["quality", "quality"]}, "objectives: one is written twice"),
-        ({"map": None}, "there is nothing to search for: add map or genes"),
-        ({"genes": {"distill.layer_map": ["last", "first"]}}, "genes.distill.layer_map: map.settings has it already"),
+        ({"map": []}, "there is nothing to search for: add map or genes"),
+        ({"genes": {"distill.layer_map": ["last", "first"]}}, "genes.distill.layer_map: map has it already"),
         ({"genes": {"distill.stpes": [1, 2]}}, "unknown key distill.stpes: did you mean steps"),
         ({"genes": {"dual.p": [0.1, 1]}}, "dual.p: the base recipe has no dual"),
         ({"genes": {"student.hidden_size": [16, "wide"]}}, "student.hidden_size"),
         ({"genes": {"student.num_hidden_layers": [2, 6]}}, "a student of 6 layers has more than its teacher's 4"),
-        ({"map": {"settings": ["distill.layer_maps"]}}, "unknown key distill.layer_maps: did you mean layer_map"),
+        ({"map": ["distill.layer_maps"]}, "unknown key distill.layer_maps: did you mean layer_map"),
         ({"proxy": {"distill.stepz": 1}}, "small.yaml: proxy: unknown key distill.stepz"),
-        ({"proxy": {"dual.steps": 1}}, "small.yaml: proxy.dual.steps: the base recipe has no dual"),
+        ({"proxy": {"dual.steps": 1}}, "small.yaml: proxy: dual.steps: the base recipe has no dual"),
         ({"proxy": {"finetune": None}}, "the recipe has no finetune section: candidates are judged by their tasks"),
         ({"confirm": {"tasks": ["mood"]}}, "confirm.tasks: the search has seen mood"),
+        ({"confirm": {"tasks": ["moods"]}}, "there is no task moods in the recipe"),
+        ({"confirm": {"tasks": ["pairs"]}, "tasks": ["mood"], "map": [], "genes": GENE}, "confirm: it compares maps"),
         ({"check": {"settings": {}, "maps": 7}}, "check.maps"),
-        ({"objectives": ["quality", "bytes"], "check": {"settings": {}}}, "check and confirm are of one best map"),
+        ({"objectives": ["quality", "bytes"], "check": {"settings": {}}}, "check and confirm are for one best map"),
         ({"base": "nowhere.yaml"}, "nowhere.yaml: no such recipe"),
     ],
 )
 def test_bad_files_are_refused_by_name(written, tmp_path, keys, message):
     with pytest.raises(InputError, match=re.escape(message)):
-        open_search(written(**keys), [], tmp_path / "root")
+        Tuner(written(**keys), [], tmp_path / "root")
     assert not (tmp_path / "root").exists()
 
 
 def test_a_launcher_is_refused(written, tmp_path, monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "2")
     with pytest.raises(InputError, match="start this command several times"):
-        run_search(written(), root=tmp_path / "root")
+        run_tuning(written(), root=tmp_path / "root")
 
 
 def test_what_is_no_search_is_refused(written, tmp_path):
-    with pytest.raises(InputError, match="cannot be read as a search: No such file"):
-        read_search(tmp_path / "absent.yaml")
+    with pytest.raises(InputError, match="absent.yaml: no such search"):
+        Tuner(tmp_path / "absent.yaml", [], tmp_path)
     (tmp_path / "bytes.yaml").write_bytes(b"\xff\xfe")
     with pytest.raises(InputError, match="not UTF-8 text at byte 0"):
-        read_search(tmp_path / "bytes.yaml")
+        Tuner(tmp_path / "bytes.yaml", [], tmp_path)
     path = written()
-    with pytest.raises(InputError, match="a search is a mapping with name, title, base and tasks"):
-        read_search(path.with_name("base.yaml"))
-    with pytest.raises(InputError, match="search.trials=0: trials: "):
-        open_search(path, ["search.trials=0"], tmp_path)
-    with pytest.raises(InputError, match="search.trails=1: unknown key trails"):
-        open_search(path, ["search.trails=1"], tmp_path)
+    with pytest.raises(InputError, match="base.yaml: a search is a mapping with base, tasks"):
+        Tuner(path.with_name("base.yaml"), [], tmp_path)
+    with pytest.raises(InputError, match="small.yaml tune.trials=0: trials: "):
+        Tuner(path, ["tune.trials=0"], tmp_path)
+    with pytest.raises(InputError, match="tune.trails=1: unknown key trails"):
+        Tuner(path, ["tune.trails=1"], tmp_path)
     with pytest.raises(InputError, match="--proxy-check: there is no check section"):
-        run_search(path, [], tmp_path / "root", proxy_check=True)
-    assert open_search(path, ["search.trials=3", "distill.steps=9"], tmp_path).search.trials == 3
+        run_tuning(path, [], tmp_path / "root", proxy_check=True)
+    assert Tuner(path, ["tune.trials=3", "distill.steps=9"], tmp_path).tuning.trials == 3
+
+
+def test_the_old_command_names_the_new_one():
+    with pytest.raises(InputError, match="x.yaml: search answers queries .*: write vocabshrink tune x.yaml"):
+        cli.search(Path("x.yaml"))
 
 
 # ------------------------------------------------------------------------------------------------ genes
@@ -135,7 +147,7 @@ def test_what_is_no_search_is_refused(written, tmp_path):
 
 def test_genes_are_settings(written, tmp_path):
     genes = {"distill.losses.hidden_mse": [1, 10, None], "student.hidden_size": [8, 16]}
-    space = opened(written(genes=genes, map={"settings": ["distill.layer_map", "student.layer_map"]}), tmp_path).space
+    space = Tuner(written(genes=genes, map=["distill.layer_map", "student.layer_map"]), [], tmp_path)
     assert space.sizes == {"layer_1": 5, "layer_2": 5, "distill.losses.hidden_mse": 3, "student.hidden_size": 2}
     changes = space.changes({"layer_1": 3, "layer_2": 1, "distill.losses.hidden_mse": 2, "student.hidden_size": 1})
     pairs = [[1, 1], [2, 3]]  # in order
@@ -149,13 +161,13 @@ def test_genes_are_settings(written, tmp_path):
 
 
 def test_crossing_maps_are_kept_where_order_is_not_asked(written, tmp_path):
-    space = opened(written(map={"ordered": False}), tmp_path).space
+    space = Tuner(written(ordered=False), [], tmp_path)
     assert space.changes({"layer_1": 4, "layer_2": 1}) == {"distill.layer_map": [[1, 4], [2, 1]]}
     assert space.changes({"layer_1": 0, "layer_2": 2}) == {"distill.layer_map": [[2, 2]]}
 
 
 def test_genes_of_absent_layers_are_silent(written, tmp_path):
-    space = opened(written(genes={"student.num_hidden_layers": [2, 4]}), tmp_path).space
+    space = Tuner(written(genes={"student.num_hidden_layers": [2, 4]}), [], tmp_path)
     genes = {"layer_1": 1, "layer_2": 2, "layer_3": 3, "layer_4": 4}
     shallow, again, deep = (
         space.changes(genes | {"student.num_hidden_layers": n, "layer_4": last}) for n, last in ((0, 4), (0, 1), (1, 4))
@@ -165,7 +177,7 @@ def test_genes_of_absent_layers_are_silent(written, tmp_path):
 
 
 def test_named_maps_are_genomes(written, tmp_path):
-    space = opened(written(genes={"distill.losses.hidden_mse": [5, 1]}), tmp_path).space
+    space = Tuner(written(genes={"distill.losses.hidden_mse": [5, 1]}), [], tmp_path)
     maps = {name: space.changes(space.named(name)) for name in NAMED_MAPS}
     assert maps["uniform"]["distill.layer_map"] == [[1, 2], [2, 4]]
     assert maps["last"]["distill.layer_map"] == [[1, 3], [2, 4]]
@@ -214,9 +226,10 @@ def reference(seed: int, trials: int, population: int, crossover=0.9, swap=0.5) 
 @pytest.fixture
 def mountains(written, landscape, monkeypatch):
     """A search over that landscape: four student layers, twelve of the teacher, unordered."""
-    monkeypatch.setattr(search.Candidates, "weigh", lambda self, changes: {"bytes": 1.0})
-    monkeypatch.setattr(search, "space_of", lambda *found: search.Space(found[0], found[1], 12, 4))
-    monkeypatch.setattr(search, "NAMED_MAPS", ())
+    monkeypatch.setattr(Tuner, "weigh", lambda self, changes: {"bytes": 1.0})
+    twelve = SimpleNamespace(num_hidden_layers=12)
+    monkeypatch.setattr(tune, "shapes", lambda recipe: (None, twelve))
+    monkeypatch.setattr(tune, "NAMED_MAPS", ())
 
     def judge(changes, task):
         pairs = dict(changes["distill.layer_map"])
@@ -224,16 +237,15 @@ def mountains(written, landscape, monkeypatch):
 
     judged = landscape(judge)
     base = {"student": BASE["student"] | {"num_hidden_layers": 4}}
-    return partial(written, base, map={"ordered": False}, tasks=["mood"], population=10, trials=80), judged
+    return partial(written, base, ordered=False, tasks=["mood"], population=10, trials=80), judged
 
 
 def test_the_search_climbs_as_the_reference_does(mountains, tmp_path):
     write, judged = mountains
     found = {"genetic": [], "random": []}
     for seed in range(3):
-        running = opened(write(seed=seed, name=f"seed{seed}"), tmp_path / "root")
         for kind, best in found.items():
-            rows = explore(running, kind)
+            rows, _ = explored(write(seed=seed, name=f"seed{seed}"), tmp_path / "root", kind)
             assert len({row["genome"] for row in rows}) == 80
             best.append(max(row["quality"] for row in rows))
     expected = [reference(seed, trials=80, population=10) for seed in range(20)]
@@ -245,7 +257,7 @@ def test_the_search_climbs_as_the_reference_does(mountains, tmp_path):
 def test_a_seed_decides_the_search(mountains, tmp_path):
     write, _ = mountains
     first, again, other = (
-        [row["genome"] for row in explore(opened(write(seed=seed, trials=30), tmp_path / place), "genetic")]
+        [row["genome"] for row in explored(write(seed=seed, trials=30), tmp_path / place)[0]]
         for place, seed in (("a", 1), ("b", 1), ("c", 2))
     )
     assert first == again != other
@@ -253,24 +265,24 @@ def test_a_seed_decides_the_search(mountains, tmp_path):
 
 def test_no_genome_is_paid_for_twice_and_the_best_survives(mountains, tmp_path):
     write, judged = mountains
-    rows = explore(opened(write(trials=60), tmp_path / "root"), "genetic")
-    paid = [row for row in rows if row["scores"] and not row["again"]]
-    assert len(paid) == len({row["genome"] for row in paid}) == 60
-    assert all(row["quality"] == max(r["quality"] for r in rows if r["genome"] == row["genome"]) for row in rows)
-    before = len(judged)
-    assert explore(opened(write(trials=60), tmp_path / "root"), "genetic") == rows and len(judged) == before
-    more = explore(opened(write(trials=70), tmp_path / "root"), "genetic")
+    rows, asked = explored(write(trials=60), tmp_path / "root")
+    assert len(rows) == len({row["genome"] for row in rows}) == len(judged) == 60 < asked
+    study = optuna.load_study(study_name="small", storage=f"sqlite:///{tmp_path / 'root' / 'small' / 'study.db'}")
+    assert study.best_value == max(row["quality"] for row in rows)  # and of the known ones none has another value
+    assert {trial.values[0] for trial in study.trials} == {row["quality"] for row in rows}
+    assert explored(write(trials=60), tmp_path / "root") == (rows, asked) and len(judged) == 60
+    more, _ = explored(write(trials=70), tmp_path / "root")
     assert more[: len(rows)] == rows and len({row["genome"] for row in more}) == 70
 
 
 def test_another_search_of_the_same_name_is_refused(mountains, tmp_path):
     write, _ = mountains
-    explore(opened(write(trials=3), tmp_path / "root"), "genetic")
-    explore(opened(write(trials=4, population=4), tmp_path / "root"), "genetic")  # not what a score depends on
+    explored(write(trials=3), tmp_path / "root")
+    explored(write(trials=4, population=4), tmp_path / "root")  # not what a score depends on
     with pytest.raises(InputError, match="study small is of other genes, tasks or proxy settings"):
-        explore(opened(write(trials=4, proxy={"distill.steps": 2}), tmp_path / "root"), "genetic")
+        explored(write(trials=4, proxy={"distill.steps": 2}), tmp_path / "root")
     with pytest.raises(InputError, match="storage nosuch://x: cannot be opened"):
-        explore(opened(write(storage="nosuch://x"), tmp_path / "root"), "genetic")
+        explored(write(storage="nosuch://x"), tmp_path / "root")
 
 
 # ------------------------------------------------------------------------------------------------ killing, sharing
@@ -288,14 +300,14 @@ def slow_quality(log, self, changes, task):
 
 
 def searching(path, root, log):
-    search.Candidates.quality = lambda *arguments: slow_quality(log, *arguments)
-    rows = explore(opened(path, root), "genetic")
+    Tuner.quality = lambda *arguments: slow_quality(log, *arguments)
+    rows, _ = explored(path, root)
     write_json(root / f"rows-{os.getpid()}.json", [row["genome"] for row in rows])
 
 
 def test_killed_ten_times_no_finished_trial_is_lost(written, tmp_path, monkeypatch):
-    monkeypatch.setattr(search.Candidates, "quality", search.Candidates.quality)  # restored after the children
-    path, root, log = written(trials=20, map={"ordered": False}, population=8), tmp_path / "root", tmp_path / "log"
+    monkeypatch.setattr(Tuner, "quality", Tuner.quality)  # restored after the children
+    path, root, log = written(trials=20, ordered=False, population=8), tmp_path / "root", tmp_path / "log"
     fork, rng, finished, kills = multiprocessing.get_context("fork"), random.Random(0), {}, 0
     url = f"sqlite:///{root / 'small' / 'study.db'}"
     while True:
@@ -323,10 +335,10 @@ def test_killed_ten_times_no_finished_trial_is_lost(written, tmp_path, monkeypat
 
 
 def test_two_processes_share_a_study(written, tmp_path, monkeypatch):
-    monkeypatch.setattr(search.Candidates, "quality", search.Candidates.quality)
-    path, root, log = written(trials=20, map={"ordered": False}), tmp_path / "root", tmp_path / "log"
+    monkeypatch.setattr(Tuner, "quality", Tuner.quality)
+    path, root, log = written(trials=20, ordered=False), tmp_path / "root", tmp_path / "log"
     fork = multiprocessing.get_context("fork")
-    opened(path, root)
+    root.mkdir()
     children = [fork.Process(target=searching, args=(path, root, log)) for _ in range(2)]
     for child in children:
         child.start()
@@ -346,34 +358,30 @@ def test_what_stays_behind_is_given_up_after_its_first_task(written, landscape, 
         return sum(n for _, n in changes["distill.layer_map"]) / 10
 
     judged = landscape(judge)
-    rule = {"below": 0.5, "after": 6}
-    rows = explore(opened(written(give_up=rule, trials=16, map={"ordered": False}), tmp_path / "root"), "genetic")
-    up = [row for row in rows if row["state"] == "given up" and not row["again"]]
+    path = written(give_up=0.5, population=6, trials=16, ordered=False)
+    rows, _ = explored(path, tmp_path / "root")
+    up = [row for row in rows if row["state"] == "given up"]
     assert up and all(row["quality"] is None and len(row["scores"]) == 1 and not row["name"] for row in up)
-    assert len(judged) < 2 * len(rows)
+    assert len(judged) == 2 * sum(row["scores"] is not None for row in rows) - len(up)
     best = max(row["quality"] for row in rows if row["state"] == "complete")
     assert all(row["scores"]["mood"] < best for row in up)
 
 
-def test_only_as_light_ones_give_a_candidate_up(written, tmp_path):
-    found = read_search(written(objectives=["quality", "bytes"], give_up={"below": 0.9, "after": 2}))
-    study = optuna.create_study(directions=["maximize", "minimize"])
-    for quality, size in ((0.9, 100), (0.8, 100), (0.1, 10), (0.2, 10)):
-        attributes = {"scores": {"mood": quality, "pairs": quality}, "bytes": size}
-        trial = optuna.trial.create_trial(values=[quality, size], user_attrs=attributes)
-        study.add_trial(trial)
-    assert behind(found, study, {"bytes": 100.0}, {"mood": 0.5})
-    assert not behind(found, study, {"bytes": 20.0}, {"mood": 0.5})
-    assert not behind(found, study, {"bytes": 5.0}, {"mood": 0.0})  # fewer than two are as light
+def test_with_several_objectives_none_is_given_up(written, landscape, tmp_path):
+    landscape(lambda changes, task: sum(n for _, n in changes["distill.layer_map"]) / 10)
+    path = written(give_up=1, population=2, trials=12, objectives=["quality", "bytes"])
+    assert {row["state"] for row in explored(path, tmp_path / "root")[0]} == {"complete"}
 
 
 def test_over_the_budget_nothing_is_trained(written, landscape, tmp_path):
     judged = landscape(lambda changes, task: changes["vocabulary.size"] / 1000)
-    path = written(map=None, genes={"vocabulary.size": [100, 160, 900]}, budget=60_000, objectives=["quality", "bytes"])
-    summary = run_search(path, [], tmp_path / "root")
-    rows = {json.dumps(r["changes"]): r for r in explore(opened(path, tmp_path / "root"), "genetic")}
+    genes = {"vocabulary.size": [100, 160, 900]}
+    base = {"delivery": {"budget": 45_000, "weights": "int8"}}
+    path = written(base, map=[], genes=genes, objectives=["quality", "bytes"])
+    summary = run_tuning(path, [], tmp_path / "root")
+    rows = {json.dumps(r["changes"]): r for r in explored(path, tmp_path / "root")[0]}
     assert rows['{"vocabulary.size": 900}']["state"] == "refused"
-    assert "bytes are over the budget of 60,000" in rows['{"vocabulary.size": 900}']["refused"]
+    assert "over the budget of 0.04 MB" in rows['{"vocabulary.size": 900}']["refused"]
     assert len(judged) == len(set(judged)) == 4 or {g for g, _ in judged} == {
         genome_of({"vocabulary.size": size}) for size in (100, 160)
     }
@@ -384,13 +392,16 @@ def test_over_the_budget_nothing_is_trained(written, landscape, tmp_path):
 def test_no_trainable_candidate_is_one_sentence(written, landscape, tmp_path):
     landscape(lambda changes, task: 0.5)
     with pytest.raises(InputError, match="no candidate could be trained: .* over the budget of 1,000"):
-        run_search(written(budget=1000), [], tmp_path / "root")
+        run_tuning(written({"delivery": {"budget": 1000}}, trials=2), [], tmp_path / "root")
 
 
 def test_the_front_is_what_nothing_beats():
-    points = [(0.9, 100), (0.8, 50), (0.8, 60), (0.7, 50), (0.95, 100), (0.1, 5), (0.95, 100)]
-    rows = [{"genome": f"{q}/{b}", "quality": q, "bytes": b} for q, b in points]
-    kept = [(row["quality"], row["bytes"]) for row in front(rows, ["quality", "bytes"])]
+    study = optuna.create_study(directions=["maximize", "minimize"])
+    for quality, size in [(0.9, 100), (0.8, 50), (0.8, 60), (0.7, 50), (0.95, 100), (0.1, 5)]:
+        attributes = {"about": {"genome": f"{quality}/{size}", "scores": {"mood": quality}, "bytes": size}}
+        study.add_trial(optuna.trial.create_trial(values=[quality, size], user_attrs=attributes))
+    study.add_trial(optuna.trial.create_trial(values=[0.95, 100]))  # a known genome
+    kept = [(row["quality"], row["bytes"]) for row in front_of("genetic", study)]
     assert kept == [(0.95, 100), (0.8, 50), (0.1, 5)]
 
 
@@ -427,25 +438,30 @@ def test_a_tiny_search_end_to_end(real, tmp_path):
         check={"settings": longer},
         confirm={"settings": longer, "tasks": ["pairs"], "seeds": [1, 2]},
     )
-    summary = run_search(path, [], tmp_path / "root", proxy_check=True)
+    summary = run_tuning(path, [], tmp_path / "root", proxy_check=True)
     root = tmp_path / "root" / "small"
     assert read_json(tmp_path / "root" / "summary.json") == {"small": read_json(root / "summary.json")}
     assert summary["trials"]["trained"] == 8 and summary["random_search"]["trials"] == 8
     assert set(summary["named"]) == set(NAMED_MAPS)
     assert summary["best"]["quality"] >= max(row["quality"] for row in summary["named"].values())
     assert summary["cost"]["ratio"] > 0 and summary["cost"]["seconds_per_trial"] > 0
-    assert summary["confirm"]["seeds"] == [1, 2] and set(summary["confirm"]["unseen"]) == {"found", *NAMED_MAPS}
+    assert summary["confirm"]["seeds"] == [1, 2] and [row["recipe"] for row in summary["confirm"]["rows"]] == [
+        "found",
+        *NAMED_MAPS,
+    ]
+    assert all("clear" in row and row["baseline"] == "found" for row in summary["confirm"]["rows"][1:])
     assert len(summary["proxy_check"]["maps"]) == 8 and len(summary["proxy_check"]["interval"]) == 2
     best = load_recipe(root / "best.yaml")
     assert [list(pair) for pair in best.distill.layer_map] == summary["best"]["changes"]["distill.layer_map"]
     assert best.distill.steps == 8 and not best.distill.record_teacher  # the full run, not the proxy
-    page = (root / "search.html").read_text(encoding="utf-8")
-    assert page.count("<svg") == 4 and not re.findall(r'(?:src|href)="(?!#)', page) and "<script" not in page
+    page = (root / "tune.html").read_text(encoding="utf-8")
+    assert page.count("<svg") == 3 and not re.findall(r'(?:src|href)="(?!#)', page) and "<script" not in page
+    assert page.count("*</td>") == sum(row["clear"] for row in summary["confirm"]["rows"][1:])
     assert "8 candidates of all ranks" in page and summary["best"]["words"] in page
     rows = (root / "trials.csv").read_text(encoding="utf-8").splitlines()
-    assert rows[0].startswith("kind,number,state,name,words,quality,mood") and len(rows) >= 17
+    assert rows[0].startswith("kind,number,state,name,words,quality,") and rows[0].endswith(",mood") and len(rows) >= 17
     before = {p: p.stat().st_mtime_ns for p in (root / "runs" / "stages").rglob("DONE")}
-    assert run_search(path, [], tmp_path / "root", proxy_check=True)["best"] == summary["best"]
+    assert run_tuning(path, [], tmp_path / "root", proxy_check=True)["best"] == summary["best"]
     assert before == {p: p.stat().st_mtime_ns for p in (root / "runs" / "stages").rglob("DONE")}
 
 
@@ -458,7 +474,7 @@ def test_shape_bits_and_rated_pairs_together(real, lines, tmp_path):
     (tmp_path / "rated.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rated), encoding="utf-8")
     path = real(
         tasks=["near", "mood"],
-        map=None,
+        map=[],
         proxy={
             "distill.steps": 2,
             "delivery": {"budget": 100_000},
@@ -468,19 +484,19 @@ def test_shape_bits_and_rated_pairs_together(real, lines, tmp_path):
         objectives=["quality", "bytes", "latency"],
         trials=4,
     )
-    summary = run_search(path, [], tmp_path / "root")
+    summary = run_tuning(path, [], tmp_path / "root")
     root = tmp_path / "root" / "small"
     latencies = read_json(root / "latency.json")
     assert len(latencies) == 4 and all(value > 0 for value in latencies.values())
-    assert list((root / "runs" / "stages").glob("finetune-*/mood/rounded.json"))
+    finetuned = [read_json(p) for p in (root / "runs" / "stages").glob("finetune-*/summary.json")]
+    assert finetuned and all(summary["rounded"]["average"] >= 0 for summary in finetuned)
     assert all({"near", "mood"} == set(r["scores"]) and r["latency"] > 0 for r in summary["front"])
-    page = (root / "search.html").read_text(encoding="utf-8")
+    page = (root / "tune.html").read_text(encoding="utf-8")
     assert "The front" in page and page.count("<svg") == 3
 
 
-def test_deeper_shapes_are_slower(written, tmp_path):
-    recipe = open_search(written(), [], tmp_path).candidates.recipe
-    wide = {"hidden_size": 256, "intermediate_size": 1024, "num_attention_heads": 4}
-    shapes = (recipe.student.model_copy(update=wide | {"num_hidden_layers": layers}) for layers in (1, 8))
-    shallow, deep = (measure_latency(recipe.model_copy(update={"student": shape}), 200) for shape in shapes)
+def test_deeper_shapes_are_slower():
+    wide = {"vocab_size": 200, "hidden_size": 256, "intermediate_size": 1024, "num_attention_heads": 4}
+    shapes = (BertConfig(**wide, num_hidden_layers=layers) for layers in (1, 8))
+    shallow, deep = (measure_latency(shape, DeliverySection()) for shape in shapes)
     assert 0 < shallow < deep

@@ -1,247 +1,253 @@
-"""Search for the layer map, and with it for the losses' weights and the shape, under a cheap proxy.
+"""`vocabshrink tune`: a search for the layer map, and with it for loss weights, shape and bits, under a cheap proxy.
 
 Which teacher layer a student layer should learn from is found by a genetic algorithm (Jiao et al. 2020, arXiv
 2012.06153): gene i is the teacher layer of student layer i, 0 for none. A candidate is trained a little on the corpus
-and a little on a few tasks; the best map then serves the full distillation, and tasks that the search has not seen.
-The paper's population and rates are not public; ours are the defaults of `Search`.
+and on a few tasks; the best map then serves the full distillation. The paper's population and rates are not public;
+ours are the defaults of `Tuning`. Any setting can be a gene. With objectives besides quality the result is a Pareto
+front: bytes are exact, so a candidate over its budget is never trained; latency is that of random weights.
 
-Any other setting can be a gene: a list of values of one key of the recipe. With objectives besides quality the result
-is a Pareto front. Bytes are exact and cost nothing, so a candidate over the budget is never trained; latency is that of
-an untrained model of the same shape, in onnxruntime, measured once a shape.
-
-The algorithm is Optuna's NSGA-II, which with one objective is a genetic algorithm that keeps the best of parents and
-children. Every trial stands in the study's storage when it ends, so a killed search goes on where it was, and several
-processes or machines share one study. A candidate is a run like an ablation's, with shared stages (variants.py): no
-genome is trained twice, and what a killed trial had finished is not lost either. One task is fine-tuned after the
-other, and a candidate that stays behind the others is given up between them.
+The algorithm (NSGA-II), its storage, pruning and fronts are Optuna's: a killed search goes on from the storage, and
+several processes share one study. A candidate is a run like an ablation's, with shared stages (variants.py), so no
+genome is trained twice. Formats of weights cost a fine-tuning each, because a model is judged as it is delivered. With
+several objectives no candidate is given up between its tasks: Optuna prunes by one objective alone.
 """
 
-import csv
 import hashlib
-import io
 import json
 import math
 import statistics
-import tempfile
 import time
 import warnings
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import numpy as np
 import onnxruntime
 import optuna
+import pandas as pd
 import yaml
-from pydantic import Field, ValidationError, model_validator
+from optuna.trial import FrozenTrial, TrialState
+from pydantic import Field, model_validator
 from scipy.stats import norm, spearmanr
 from sqlalchemy.exc import SQLAlchemyError
-from transformers import BertModel
+from transformers import BertConfig, BertModel
 
 from tokenizer_build.errors import InputError
 from tokenizer_build.files import read_json, write_json, write_text
-from vocabshrink.data.metrics import headline
-from vocabshrink.data.task_batches import encode_task
-from vocabshrink.data.tasks import score
 from vocabshrink.delivery.graph import KERNELS, build_graph
-from vocabshrink.delivery.size import delivery_bytes, describe
-from vocabshrink.lab.ablations import run_ablations, units_of
+from vocabshrink.delivery.size import delivery_bytes
+from vocabshrink.lab.ablations import Seeds, rated_of, run_ablations
 from vocabshrink.lab.bench import time_calls
-from vocabshrink.lab.variants import (
-    Variant,
-    advance,
-    base_values,
-    change,
-    claimed,
-    make_variant,
-    read_yaml,
-    refuse_launcher,
-    without_left_out,
-)
-from vocabshrink.models.loading import load_config, resolve_model
-from vocabshrink.models.rounding import fake_quantize_
-from vocabshrink.models.student import student_config
-from vocabshrink.models.task_model import load_task_model
-from vocabshrink.pages.tune import write_page
+from vocabshrink.lab.variants import Variant, advance, base_values, claimed, make_variant, refuse_launcher, value_at
+from vocabshrink.pages.ablations import AVERAGE, TEACHER, place_of
+from vocabshrink.pages.tune import write_tune_page
 from vocabshrink.run.engine import say, settings_of
 from vocabshrink.run.folder import RunDir
 from vocabshrink.run.formats import formats_of
 from vocabshrink.run.layer_map import layer_pairs
-from vocabshrink.run.recipe import Bytes, Number, Positive, Recipe, Section, Share, dump_recipe, explain
-from vocabshrink.run.recipe_yaml import RecipeDumper, override_value, parse_yaml
-from vocabshrink.run.stage import STAGES
-from vocabshrink.stages.inputs import read_tasks, teacher_folder
-from vocabshrink.stages.plan import delivered_shape, delivery_of, flops_per_piece, shapes
-from vocabshrink.training.finetune import logits_of
+from vocabshrink.run.recipe import DeliverySection, Number, Positive, Section, Share, dump_recipe, parse_recipe
+from vocabshrink.run.recipe_yaml import RecipeDumper, override_value, parse_override, read_yaml
+from vocabshrink.stages.plan import check_budget, delivered_config, flops_per_piece, shapes
 
 NAMED_MAPS = ("uniform", "last", "skip", "first", "random")  # what the found map is compared with
-Genes = dict[str, int]
-Objective = Literal["quality", "bytes", "latency"]
 LATENCY_PIECES = 32
-ASKED = 10  # genomes asked of the sampler for each trial that is allowed, most of them known ones at the end
-
-
-class MapGenes(Section):
-    settings: Annotated[list[str], Field(min_length=1)] = ["distill.layer_map"]  # the keys that take the map
-    # later layers learn from later layers: no map of the literature crosses, and the space is many times smaller
-    ordered: bool = True
-
-
-class GiveUp(Section):
-    """When a candidate is given up between two tasks: under this share of those that came as far, once there are so
-    many."""
-
-    below: Share = 0.2
-    after: Positive = 10
+ASKED = 10  # genomes asked of the sampler for each trial that is allowed; towards the end most of them are known
+FINISHED = (TrialState.COMPLETE, TrialState.PRUNED)
+COLUMNS = ("kind", "number", "state", "name", "words", "quality", "bytes", "latency", "seconds", "genome")
+COLUMNS += ("scores", "changes", "refused")  # of a trial, see `row_of`
+Keys = Annotated[list[str], Field(min_length=1)]
 
 
 class Check(Section):
-    """How well does the proxy rank: maps of all ranks, trained longer."""
+    """How well the proxy ranks: maps of all ranks, trained longer."""
 
-    settings: dict[str, Any]  # over the recipe, in the place of the proxy's
+    settings: dict[str, Any]  # over the recipe, in place of the proxy's
     maps: Annotated[int, Number, Field(ge=8)] = 8
 
 
 class Confirm(Section):
-    """The found map beside the named ones, trained longer, on tasks that the search has not seen too."""
+    """The found map beside the named ones, trained longer, on tasks that the search has not seen."""
 
-    settings: dict[str, Any] = {}  # over the recipe
-    tasks: Annotated[list[str], Field(min_length=1)]  # unseen
-    seeds: Annotated[list[Annotated[int, Number, Field(ge=0)]], Field(min_length=1)] = [1, 2, 3]
+    settings: dict[str, Any] = {}  # over the recipe, in place of the proxy's
+    tasks: Keys
+    seeds: Seeds = [1, 2, 3]
 
 
-class Search(Section):
+class Tuning(Section):
     """A search: a base recipe, which is the full run that the result is for, the proxy, and what may vary."""
 
     name: str = Field(pattern=r"^[A-Za-z0-9_][A-Za-z0-9._-]*$")
     title: str
-    base: str  # a recipe's path, from this file's folder
-    # what a candidate is judged by, the mean of: tasks of the recipe, fine-tuned on (their headline metric), and rated
-    # pairs of evaluation.stsb, which the general student answers as it is (Spearman)
-    tasks: Annotated[list[str], Field(min_length=1)]
+    base: str  # a recipe's path, relative to this file's folder
+    # a candidate's quality is the mean over: tasks of the recipe, after fine-tuning (headline metric), and rated pairs
+    # of evaluation.stsb, which the general student answers as it is (Spearman)
+    tasks: Keys
     proxy: dict[str, Any] = {}  # section.key -> value over the recipe, of every candidate
-    map: MapGenes | None = MapGenes()
+    map: list[str] = ["distill.layer_map"]  # the keys that take the map; none: it is not searched for
+    # later layers learn from later layers: no map of the literature crosses, and the space is many times smaller
+    ordered: bool = True
     genes: dict[str, Annotated[list[Any], Field(min_length=2)]] = {}  # section.key -> its values; null leaves it out
-    objectives: Annotated[list[Objective], Field(min_length=1)] = ["quality"]
-    budget: Bytes | None = None  # of a candidate's delivery; None: delivery.budget
+    objectives: Annotated[list[Literal["quality", "bytes", "latency"]], Field(min_length=1)] = ["quality"]
     trials: Positive = 48  # distinct genomes, the named maps among them
     population: Annotated[int, Number, Field(ge=2)] = 12
     crossover: Share = 0.9  # probability that a child has two parents
     swap: Share = 0.5  # probability, gene by gene, that the child has the second parent's
     mutation: Share | None = None  # probability, gene by gene, of a new value; None: 1 / genes
     seed: Annotated[int, Number, Field(ge=0)] = 0
-    give_up: GiveUp | None = GiveUp()
+    # between two tasks, the lowest share is given up, compared with a population or more that came to their end
+    give_up: Share = 0.2
     random_search: bool = False  # as many trials of random genomes, for comparison
-    storage: str | None = None  # of the study, a database URL; None: a file in the search's folder
+    storage: str | None = None  # a database URL for the study; None: a file in the search's folder
     check: Check | None = None
     confirm: Confirm | None = None
 
     @model_validator(mode="after")
     def consistent(self):
-        if "quality" not in self.objectives:
-            raise ValueError("objectives: quality is missing: the smallest model is no model")
-        if len(set(self.objectives)) < len(self.objectives):
-            raise ValueError("objectives: one is written twice: write each once")
-        if not (self.map or self.genes):
-            raise ValueError("there is nothing to search for: add map or genes")
-        if self.map and (fixed := set(self.map.settings) & set(self.genes)):
-            raise ValueError(f"genes.{min(fixed)}: map.settings has it already: leave one of the two out")
-        if self.confirm and (seen := set(self.confirm.tasks) & set(self.tasks)):
-            raise ValueError(f"confirm.tasks: the search has seen {min(seen)}: name other tasks")
-        if len(self.objectives) > 1 and (self.check or self.confirm):
-            raise ValueError("check and confirm are of one best map: leave them out, or search for quality alone")
+        twice = set(self.map) & set(self.genes)
+        seen = set(self.confirm.tasks) & set(self.tasks) if self.confirm else ()
+        for wrong, message in (
+            ("quality" not in self.objectives, "objectives: quality is missing: the smallest model is no model"),
+            (len(set(self.objectives)) < len(self.objectives), "objectives: one is written twice: write each once"),
+            (not (self.map or self.genes), "there is nothing to search for: add map or genes"),
+            (twice, f"genes.{min(twice, default='')}: map has it already: leave one of the two out"),
+            (seen, f"confirm.tasks: the search has seen {min(seen, default='')}: name other tasks"),
+            ((self.check or self.confirm) and self.objectives != ["quality"], ONE_BEST),
+            (self.confirm and not self.map, "confirm: it compares maps: add map, or leave confirm out"),
+        ):
+            if wrong:
+                raise ValueError(message)
         return self
 
 
-def read_search(path: Path) -> Search:
-    """A search file. Raises InputError: a missing or malformed file, an unknown key, a wrong value."""
-    data = read_yaml(path, "a search")
-    if not isinstance(data, dict) or "base" not in data:
-        raise InputError(f"{path}: a search is a mapping with name, title, base and tasks; a recipe goes to run")
-    try:
-        return Search.model_validate(data)
-    except ValidationError as error:
-        raise InputError(f"{path}: {explain(error.errors()[0], Search)}") from None
+ONE_BEST = "check and confirm are for one best map: leave them out, or search for quality alone"
 
 
-# ------------------------------------------------------------------------------------------------ genes
+class Tuner:
+    """A search in its folder `root`/NAME: what genomes there are, which settings each means, and what each is worth.
 
-
-@dataclass(frozen=True)
-class Space:
-    """What genomes there are and which settings each means.
-
-    base: the recipe's plain values. teacher_layers: N; student_layers: the most that a candidate may have.
+    base: the plain values of the full run. recipe: the proxy's. Genes are positions: of `layer_1` .. the teacher layer,
+    0 for none; of a key of the recipe the position in its list of values.
     """
 
-    search: Search
-    base: dict
-    teacher_layers: int
-    student_layers: int
+    def __init__(self, path: Path, overrides: list[str] | tuple[str, ...], root: Path):
+        """Reads a search and its base recipe. overrides: of the recipe, or with `tune.` before them of the search.
+
+        Raises:
+            InputError: a missing or malformed file, an unknown key, a wrong value, a task that the recipe lacks, a
+                gene's value that is refused, a student deeper than its teacher, which no map is for.
+        """
+        data, own = read_yaml(path, "a search", "base", "tasks"), [o for o in overrides if o.startswith("tune.")]
+        for override in own:
+            key, value = parse_override(override.removeprefix("tune."))
+            override_value(data, key.split("."), value, override)
+        self.path, self.tuning = path, parse_recipe(data, " ".join([str(path), *own]), Tuning)
+        self.root, self.overrides = root / self.tuning.name, [o for o in overrides if o not in own]
+        self.base = base_values(path.parent / self.tuning.base, self.overrides)
+        self.recipe = self.make(self.tuning.proxy, "proxy").recipe
+        unseen = self.tuning.confirm.tasks if self.tuning.confirm else []
+        known = [*self.recipe.tasks, *self.recipe.evaluation.stsb]
+        for task in {*self.tuning.tasks, *unseen} - {*known} | {*unseen} - {*self.recipe.tasks}:
+            raise InputError(f"{path}: there is no task {task} in the recipe: it has {', '.join(known) or 'none'}")
+        if self.recipe.finetune is None:
+            raise InputError(f"{path}: the recipe has no finetune section: candidates are judged by their tasks")
+        singles = [{key: value} for key, values in self.tuning.genes.items() for value in values]
+        for changes in singles + [{key: "uniform"} for key in self.tuning.map]:
+            self.variant(changes, self.tuning.tasks[0])
+        self.teacher_layers = shapes(self.recipe)[1].num_hidden_layers
+        self.deepest = max(map(self.depth, [{}, *singles]))
+        if self.tuning.map and self.deepest > self.teacher_layers:
+            raise InputError(
+                f"{path}: a student of {self.deepest} layers has more than its teacher's {self.teacher_layers}: "
+                "leave such students out, or search without map"
+            )
+
+    def make(self, changes: dict[str, Any], origin: str, label: str = "", own: str = "") -> Variant:
+        """The full run with these settings. Raises InputError."""
+        runs, origin = self.root / "runs", f"{self.path}: {origin}"
+        return make_variant(self.base, changes, runs / own, runs / "stages", origin=origin, label=label)
+
+    def variant(self, changes: dict[str, Any], task: str) -> Variant:
+        """A candidate's run on one task, which shares its general student with the runs on the others."""
+        genome, keys = genome_of(changes), self.tuning.proxy | changes
+        about = (f"genes {changes}", f"{genome} {task}", f"candidates/{genome}")
+        if task not in self.recipe.tasks:  # rated pairs
+            return self.make(keys | {"finetune": None}, *about)
+        keys |= {f"tasks.{other}": None for other in self.recipe.tasks if other != task}
+        found = self.make(keys, *about)
+        if any(key.startswith("delivery.weights") for key in self.tuning.genes):
+            return self.make(keys | {"finetune.rounded": found.recipe.delivery.weights}, *about)
+        return found
 
     @property
     def sizes(self) -> dict[str, int]:
-        """Gene -> how many values it has: `layer_1` .. of the map, and the keys of the recipe."""
-        layers = range(1, self.student_layers + 1) if self.search.map else ()
-        return {f"layer_{m}": self.teacher_layers + 1 for m in layers} | {
-            k: len(v) for k, v in self.search.genes.items()
-        }
+        """{gene: how many values it has}."""
+        layers = range(1, self.deepest + 1) if self.tuning.map else ()
+        keys = {key: len(values) for key, values in self.tuning.genes.items()}
+        return {f"layer_{m}": self.teacher_layers + 1 for m in layers} | keys
 
-    def changes(self, genes: Genes) -> dict[str, Any]:
-        """{section.key: value} over the base recipe. Genes of layers that the student does not have say nothing."""
-        changes = {key: values[genes[key]] for key, values in self.search.genes.items()}
-        if self.search.map:
-            found = [genes[f"layer_{m}"] for m in range(1, self.depth(changes) + 1)]
-            if self.search.map.ordered:
-                rising = iter(sorted(filter(None, found)))
-                found = [n and next(rising) for n in found]
-            pairs = [[m, n] for m, n in enumerate(found, 1) if n]
-            changes |= dict.fromkeys(self.search.map.settings, pairs)
-        return changes
+    def changes(self, genes: dict[str, int]) -> dict[str, Any]:
+        """{section.key: value} over the recipe. Genes of layers that the student does not have say nothing."""
+        changes = {key: values[genes[key]] for key, values in self.tuning.genes.items()}
+        found = [genes.get(f"layer_{m}", 0) for m in range(1, self.depth(changes) + 1)]
+        if self.tuning.ordered:
+            rising = iter(sorted(filter(None, found)))
+            found = [n and next(rising) for n in found]
+        return changes | dict.fromkeys(self.tuning.map, [[m, n] for m, n in enumerate(found, 1) if n])
 
     def depth(self, changes: dict[str, Any]) -> int:
         """The layers of the student with these settings."""
-        section = {} | (self.base.get("student") or {})
-        section |= changes.get("student") or {}
+        section = changes.get("student", vars(self.recipe.student)) or {}
         return changes.get("student.num_hidden_layers") or section.get("num_hidden_layers") or self.teacher_layers
 
     def words(self, changes: dict[str, Any]) -> str:
         """The map, layer by layer, and the other genes' values on one line."""
-        shown = []
-        if self.search.map:
-            pairs = dict(changes[self.search.map.settings[0]])
-            shown.append(" ".join(str(pairs.get(m, 0)) for m in range(1, self.depth(changes) + 1)))
-        for key in self.search.genes:
-            value = changes[key]
-            shown.append(f"{key.rpartition('.')[2]} {describe(value) if isinstance(value, dict) else value}")
+        shown = [f"{key.rpartition('.')[2]} {changes[key]}" for key in self.tuning.genes]
+        for key in self.tuning.map[:1]:
+            pairs = dict(changes[key])
+            shown.insert(0, " ".join(str(pairs.get(m, 0)) for m in range(1, self.depth(changes) + 1)))
         return "; ".join(shown)
 
-    def named(self, name: str) -> Genes:
-        """The genome of a named map; of other genes the base's value, or the first."""
-        genes = {key: self._of_base(key, values) for key, values in self.search.genes.items()}
-        depth = self.depth(self.changes(genes | {f"layer_{m}": 0 for m in range(1, self.student_layers + 1)}))
-        pairs = dict(layer_pairs(name, depth, self.teacher_layers, seed=self.search.seed))
-        return {f"layer_{m}": pairs.get(m, (0,))[-1] for m in range(1, self.student_layers + 1)} | genes
+    def named(self, name: str) -> dict[str, int]:
+        """The genome of a named map; of other genes the recipe's value, or the first."""
+        genes = {}
+        for key, values in self.tuning.genes.items():
+            try:
+                genes[key] = values.index(value_at(self.base, key.split(".")))
+            except (LookupError, TypeError, ValueError):
+                genes[key] = 0
+        pairs = dict(layer_pairs(name, self.depth(self.changes(genes)), self.teacher_layers, seed=self.tuning.seed))
+        return genes | {f"layer_{m}": pairs.get(m, (0,))[-1] for m in range(1, self.deepest + 1)}
 
-    def _of_base(self, key: str, values: list) -> int:
-        found: Any = self.base
-        for part in key.split("."):
-            found = found.get(part) if isinstance(found, dict) else None
-        return values.index(found) if found in values else 0
+    def weigh(self, changes: dict[str, Any]) -> dict[str, float]:
+        """The objectives known before training: exact bytes, and milliseconds if asked for, measured once a shape.
 
+        Raises:
+            InputError: settings that contradict each other; a delivery over its budget.
+        """
+        if self.tuning.map and not changes[self.tuning.map[0]]:
+            raise InputError("no student layer learns from any teacher layer")
+        recipe = self.variant(changes, self.tuning.tasks[0]).recipe
+        check_budget(recipe)
+        config, delivery = delivered_config(recipe, shapes(recipe)[0]), recipe.delivery or DeliverySection()
+        known: dict[str, float] = {"bytes": delivery_bytes(config, delivery.weights)["total"]}
+        if "latency" not in self.tuning.objectives:
+            return known
+        kept = self.root / "latency.json"
+        measured = read_json(kept) if kept.is_file() else {}
+        shape = json.dumps([config.to_diff_dict(), delivery.weights, delivery.kernel], sort_keys=True)
+        if shape not in measured:
+            measured[shape] = measure_latency(config, delivery)
+            write_json(kept, measured)
+        return known | {"latency": measured[shape]}
 
-def space_of(search: Search, base: dict, recipe: Recipe) -> Space:
-    """Raises InputError: a student deeper than its teacher, which no map is for."""
-    _, teacher = shapes(recipe)
-    space = Space(search, base, teacher.num_hidden_layers, 0)
-    choices = [{}] + [{key: v} for key in ("student", "student.num_hidden_layers") for v in search.genes.get(key, [])]
-    deepest = max(map(space.depth, choices))
-    if search.map and deepest > teacher.num_hidden_layers:
-        raise InputError(
-            f"{search.name}: a student of {deepest} layers has more than its teacher's {teacher.num_hidden_layers}: "
-            "leave such students out, or search without map"
-        )
-    return Space(search, base, teacher.num_hidden_layers, deepest)
+    def quality(self, changes: dict[str, Any], task: str) -> float:
+        """The headline of the task's metrics on validation, of the rounded model where the run rounds it."""
+        variant = self.variant(changes, task)
+        advance(variant, wait=True)
+        if task not in self.recipe.tasks:
+            return rated_of(variant)[task]
+        summary = variant.summary("finetune")
+        return (summary["rounded"] or summary)["average"]
 
 
 def genome_of(changes: dict[str, Any]) -> str:
@@ -249,570 +255,274 @@ def genome_of(changes: dict[str, Any]) -> str:
     return hashlib.sha256(json.dumps(changes, sort_keys=True).encode()).hexdigest()[:12]
 
 
-# ------------------------------------------------------------------------------------------------ candidates
-
-
-def evaluation_of(variant: Variant) -> dict[str, float]:
-    """Spearman on the rated pairs of evaluation.stsb of the general student, the last one that the run trains.
-
-    Raises:
-        InputError: the stage was made before evaluation.stsb had these pairs.
-    """
-    if not variant.recipe.evaluation.stsb:
-        return {}
-    stage = variant.dir.stage([name for name in variant.stages if STAGES[name].student][-1])
-    found = read_json(stage / "summary.json").get("evaluation", {})
-    if missing := set(variant.recipe.evaluation.stsb) - set(found):
-        raise InputError(f"{stage}: it was made without evaluation.stsb.{min(missing)}: delete the folder")
-    return {name: found[name] for name in variant.recipe.evaluation.stsb}
-
-
-class GivenUp(Exception):
-    """A candidate that will not be trained on; its text says why."""
-
-
-class Candidates:
-    """Trains candidates and measures them. Everything that it finds once stays in the search's folder."""
-
-    def __init__(self, search: Search, base: dict, root: Path, origin: str):
-        """Raises InputError: the proxy's settings, a task that the recipe lacks, or one gene's value is refused."""
-        self.search, self.root, self.origin = search, root, origin
-        self.base = json.loads(json.dumps(base))
-        for key, value in search.proxy.items():
-            change(self.base, key, value, f"{origin}: proxy.{key}")
-        self.recipe = make_variant(self.base, {}, root, root, origin=f"{origin}: proxy", label="").recipe
-        self.rated = set(self.recipe.evaluation.stsb)
-        known = [*self.recipe.tasks, *self.rated]
-        for task in [*search.tasks, *(search.confirm.tasks if search.confirm else [])]:
-            if task not in known:
-                raise InputError(
-                    f"{origin}: there is no task {task} in the recipe: it has {', '.join(known) or 'none'}"
-                )
-        if self.recipe.finetune is None:
-            raise InputError(f"{origin}: the recipe has no finetune section: candidates are judged by their tasks")
-        if any(key.startswith("delivery.weights") for key in search.genes):
-            self.base["finetune"]["save_models"] = True  # they are rounded before they are judged
-        for key, values in search.genes.items():
-            for value in values:
-                self.variant({key: value}, search.tasks[0])
-        for key in search.map.settings if search.map else []:
-            self.variant({key: "uniform"}, search.tasks[0])
-        self.space = space_of(search, without_left_out(self.base), self.recipe)
-
-    def variant(self, changes: dict[str, Any], task: str) -> Variant:
-        """The run of a candidate on one task, whose general student it shares with its runs on the others."""
-        only: dict[str, Any] = {"finetune": None} if task in self.rated else {"tasks": {task: self.base["tasks"][task]}}
-        genome, runs = genome_of(changes), self.root / "runs"
-        options = {"origin": f"{self.origin}: genes {changes}", "label": f"{genome} {task}"}
-        return make_variant(self.base, changes | only, runs / "candidates" / genome, runs / "stages", **options)
-
-    def weigh(self, changes: dict[str, Any]) -> dict[str, float]:
-        """Of the objectives, what is known before training: exact bytes, and the latency of the shape.
-
-        Raises:
-            GivenUp: over the budget; settings that contradict each other.
-        """
-        if self.search.map and not changes[self.search.map.settings[0]]:
-            raise GivenUp("no student layer learns from any teacher layer")
-        try:
-            recipe = self.variant(changes, self.search.tasks[0]).recipe
-        except InputError as error:
-            raise GivenUp(str(error)) from None
-        student, _ = shapes(recipe)
-        delivery = delivery_of(recipe)
-        weight = delivery_bytes(delivered_shape(recipe, student), delivery.weights)["total"]
-        budget = self.search.budget or delivery.budget
-        if weight > budget:
-            raise GivenUp(f"{weight:,} bytes are over the budget of {budget:,}")
-        known: dict[str, float] = {"bytes": weight}
-        if "latency" in self.search.objectives:
-            known["latency"] = self.latency(recipe)
-        return known
-
-    def quality(self, changes: dict[str, Any], task: str) -> float:
-        """The headline of the task's metrics on validation, of the rounded model where the format is a gene."""
-        variant = self.variant(changes, task)
-        while not advance(variant):  # another process is at this stage
-            time.sleep(1)
-        if task in self.rated:
-            return evaluation_of(variant)[task]
-        if any(key.startswith("delivery.weights") for key in self.search.genes):
-            return self.rounded(variant, task)
-        return read_json(variant.dir.stage("finetune") / "summary.json")["average"]
-
-    def rounded(self, variant: Variant, name: str) -> float:
-        """The headline of a fine-tuned model whose weights are rounded as its delivery's would be."""
-        kept = variant.dir.stage("finetune") / name / "rounded.json"
-        if not kept.is_file():
-            task, phase = read_tasks(variant.recipe)[name], variant.recipe.finetune.phases[-1]
-            model = load_task_model(str((kept.parent / "model").absolute()), task, trained=True)
-            fake_quantize_(model, delivery_of(variant.recipe).weights)
-            with tempfile.TemporaryDirectory() as place:
-                encoded = encode_task(task, teacher_folder(variant.recipe), variant.dir.stage("vocab"), Path(place))
-                metrics = score(task, logits_of(model, encoded, "validation", phase), "validation")
-            write_json(kept, metrics)
-        return headline(read_json(kept))
-
-    def latency(self, recipe: Recipe) -> float:
-        """Milliseconds of a sentence of 32 pieces on one thread: the least of many, which other work disturbs least."""
-        delivery, (student, _) = delivery_of(recipe), shapes(recipe)
-        heads = recipe.student.num_attention_heads
-        shape = json.dumps([vars(student), heads, delivery.weights, delivery.kernel], sort_keys=True)
-        kept = self.root / "latency.json"
-        known = read_json(kept) if kept.is_file() else {}
-        if shape not in known:
-            known[shape] = measure_latency(recipe, student.vocab_size)
-            write_json(kept, known)
-        return known[shape]
-
-
-def measure_latency(recipe: Recipe, vocab_size: int) -> float:
-    """See `Candidates.latency`; the weights are random."""
-    teacher = load_config(resolve_model(recipe.teacher.model, recipe.teacher.revision))
-    config, delivery = student_config(recipe.student, teacher, vocab_size), delivery_of(recipe)
+def measure_latency(config: BertConfig, delivery: DeliverySection) -> float:
+    """Milliseconds of a sentence of 32 pieces on one thread with random weights: the least of many calls, which other
+    work disturbs least."""
     state = {name: value.numpy() for name, value in BertModel(config, add_pooling_layer=False).state_dict().items()}
     kernel = KERNELS[0] if delivery.kernel == "auto" else delivery.kernel
     graph = build_graph(state, config, task="embedding", formats=formats_of(delivery.weights), kernel=kernel)
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads, options.log_severity_level = 1, 3
     session = onnxruntime.InferenceSession(graph.SerializeToString(), options, providers=["CPUExecutionProvider"])
-    ids = np.random.default_rng(0).integers(5, vocab_size, (1, LATENCY_PIECES))
-    feed = {"input_ids": ids, "attention_mask": np.ones_like(ids), "token_type_ids": np.zeros_like(ids)}
+    ids = np.ones((1, min(LATENCY_PIECES, config.max_position_embeddings)), dtype=np.int64)
+    feed = {"input_ids": ids, "attention_mask": ids, "token_type_ids": 0 * ids}
     return 1000 * min(time_calls(lambda: session.run(None, feed), seconds=1.0, least=30))
 
 
 # ------------------------------------------------------------------------------------------------ the search
 
 
-@dataclass(frozen=True)
-class Opened:
-    """A search that is under way. base: the plain values of the full run; overrides: those of the recipe."""
-
-    search: Search
-    path: Path
-    overrides: list[str]
-    root: Path
-    base: dict
-    candidates: Candidates
-
-    @property
-    def space(self) -> Space:
-        return self.candidates.space
-
-    def full(self, changes: dict[str, Any]) -> Recipe:
-        """The full run with these settings."""
-        return make_variant(self.base, changes, self.root, self.root, origin=str(self.path), label="").recipe
-
-
-def open_search(path: Path, overrides: list[str] | tuple[str, ...], root: Path) -> Opened:
-    """Reads a search and its base recipe. overrides: of the recipe, or with `search.` before them of the search.
-
-    Raises:
-        InputError: see `read_search`, `base_values`, `Candidates`.
-    """
-    search = read_search(path)
-    for override in (o for o in overrides if o.startswith("search.")):
-        key, _, value = override.removeprefix("search.").partition("=")
-        data = search.model_dump()
-        override_value(data, key.split("."), parse_yaml(value, override), override)
-        try:
-            search = Search.model_validate(data)
-        except ValidationError as error:
-            raise InputError(f"{override}: {explain(error.errors()[0], Search)}") from None
-    others = [override for override in overrides if not override.startswith("search.")]
-    base, own = base_values(path.parent / search.base, others), root / search.name
-    return Opened(search, path, others, own, base, Candidates(search, base, own, str(path)))
-
-
-def run_search(
-    path: Path,
-    overrides: list[str] | tuple[str, ...] = (),
-    root: Path = Path("artifacts/search"),
-    *,
-    proxy_check: bool = False,
+def run_tuning(
+    path: Path, overrides: list[str] | tuple[str, ...] = (), root: Path = Path("artifacts/tune"), *, proxy_check=False
 ) -> dict:
-    """Searches, checks the proxy where asked, confirms the result where the file says so; what is finished is skipped.
+    """Searches, confirms the result where the file says so, checks the proxy where asked; what is finished is skipped.
 
-    Writes into `root`/NAME: study.db, best.yaml (or front/N.yaml), trials.csv, search.html, summary.json; and
-    `root`/summary.json, which gathers all searches. Returns the search's summary.
+    Writes into `root`/NAME: study.db, best.yaml (or front/N.yaml), trials.csv, tune.html, summary.json; and
+    `root`/summary.json, which gathers all searches. Returns the search's summary. Raises InputError: see `Tuner`.
     """
     refuse_launcher()
-    opened = open_search(path, overrides, root)
-    search = opened.search
-    if proxy_check and not search.check:
+    tuner = Tuner(path, overrides, root)
+    if proxy_check and not tuner.tuning.check:
         raise InputError(f"{path}: --proxy-check: there is no check section: add check with settings of longer runs")
-    RunDir(opened.root).write_environment()
-    rows = explore(opened, "genetic")
-    if search.random_search:
-        rows += explore(opened, "random")
-    summary = summarise(opened, rows)
-    write_results(opened, rows, summary)
-    if search.confirm:
-        summary["confirm"] = confirm(opened, summary["best"]["changes"])
-        write_results(opened, rows, summary)
-    kept = opened.root / "check.json"
+    RunDir(tuner.root).write_environment()
+    studies = {kind: explore(tuner, kind) for kind in ("genetic", "random")[: 1 + tuner.tuning.random_search]}
+    rows = [row_of(kind, trial) for kind, study in studies.items() for trial in distinct(study)]
+    summary = summarise(tuner, studies, rows)
+    write_results(tuner, rows, summary)
+    if tuner.tuning.confirm:
+        summary["confirm"] = confirm(tuner, summary["best"]["changes"])
+    kept = tuner.root / "check.json"
     if proxy_check:
-        write_json(kept, check_proxy(opened, rows))
+        write_json(kept, check_proxy(tuner, rows))
     if kept.is_file():
         summary["proxy_check"] = read_json(kept)
-    write_results(opened, rows, summary)
-    every = {place.parent.name: read_json(place) for place in sorted(root.glob("*/summary.json"))}
-    write_json(root / "summary.json", every)
+    write_results(tuner, rows, summary)
+    write_json(root / "summary.json", {p.parent.name: read_json(p) for p in sorted(root.glob("*/summary.json"))})
     return summary
 
 
-def explore(opened: Opened, kind: Literal["genetic", "random"]) -> list[dict]:
-    """Runs a study to its number of trials, or goes on with it. Returns its trials as rows (`row_of`).
+def explore(tuner: Tuner, kind: str) -> optuna.Study:
+    """Runs the "genetic" or "random" study to its number of trials, or goes on with it.
 
     Raises:
-        InputError: the storage holds a study of another search under this name.
+        InputError: a storage that cannot be opened, or holds a study of another search under this name.
     """
-    search, sizes = opened.search, opened.space.sizes
-    optuna.logging.set_verbosity(optuna.logging.WARNING)
-    warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)  # of heartbeats, there since 2021
-    url = search.storage or f"sqlite:///{(opened.root / 'study.db').absolute()}"
-    name = search.name if kind == "genetic" else f"{search.name}-random"
-    study = open_study(opened, url, name)
-    mark = study_mark(opened)
-    if study.user_attrs.setdefault("mark", mark) != mark:
-        raise InputError(
-            f"{url}: study {name} is of other genes, tasks or proxy settings: give the search another name, or delete "
-            f"{opened.root}"
-        )
-    study.set_user_attr("mark", mark)
-    seed = search.seed + len(study.trials)  # a resumed study draws on, not the same again
-    if kind == "random":
-        study.sampler = optuna.samplers.RandomSampler(seed=seed)
-    else:
+    tuning, sizes = tuner.tuning, tuner.sizes
+    study = open_study(tuner, tuning.name if kind == "genetic" else f"{tuning.name}-random")
+    seed = tuning.seed + len(study.trials)  # a resumed study draws on, not the same again
+    study.sampler = optuna.samplers.RandomSampler(seed=seed)
+    if kind == "genetic":
         study.sampler = optuna.samplers.NSGAIISampler(
-            population_size=search.population,
-            mutation_prob=search.mutation,
-            crossover=optuna.samplers.nsgaii.UniformCrossover(swapping_prob=search.swap),
-            crossover_prob=search.crossover,
+            population_size=tuning.population,
+            mutation_prob=tuning.mutation,
+            crossover=optuna.samplers.nsgaii.UniformCrossover(swapping_prob=tuning.swap),
+            crossover_prob=tuning.crossover,
             seed=seed,
         )
-    if not study.trials:
-        for named in NAMED_MAPS if search.map else ():
-            study.enqueue_trial(opened.space.named(named), user_attrs={"name": named}, skip_if_exists=True)
-    began = time.monotonic()
-    finished_before = len(trained(study))
+
+    def trained() -> int:
+        return sum("scores" in trial.user_attrs["about"] for trial in distinct(study))
+
+    def after_each(study: optuna.Study, trial: FrozenTrial) -> None:
+        done = trained()
+        if "scores" in trial.user_attrs.get("about", {}):
+            row = row_of(kind, trial)
+            say(f"{study.study_name} {done}/{tuning.trials}  {row['words']}  {row['state']}  {row['scores']}")
+        if done >= tuning.trials or trial.number + 1 >= ASKED * tuning.trials:
+            study.stop()
 
     def objective(trial: optuna.Trial) -> list[float]:
         genes = {gene: trial.suggest_int(gene, 0, size - 1) for gene, size in sizes.items()}
-        return attempt(opened, study, trial, opened.space.changes(genes))
+        return attempt(tuner, study, trial, tuner.changes(genes))
 
-    def stop_when_enough(study: optuna.Study, trial: optuna.trial.FrozenTrial) -> None:
-        done = len(trained(study))
-        if "scores" in trial.user_attrs and "again" not in trial.user_attrs:
-            each = (time.monotonic() - began) / max(done - finished_before, 1)
-            quality = statistics.fmean(trial.user_attrs["scores"].values())
-            state = "" if trial.state == optuna.trial.TrialState.COMPLETE else "  given up"
-            left = each * max(search.trials - done, 0) / 60
-            words = opened.space.words(trial.user_attrs["changes"])
-            say(f"{name} {done}/{search.trials}  {words}  quality {quality:.4f}{state}  {left:.1f} min left")
-        if done >= search.trials or len(study.get_trials(deepcopy=False)) >= ASKED * search.trials:
-            study.stop()
-
-    if finished_before < search.trials and len(study.trials) < ASKED * search.trials:
-        study.optimize(objective, callbacks=[stop_when_enough])
-    return [
-        row_of(kind, trial, opened.space) for trial in study.trials if trial.state.is_finished() and trial.user_attrs
-    ]
+    if trained() < tuning.trials and len(study.trials) < ASKED * tuning.trials:
+        study.optimize(objective, callbacks=[after_each])
+    return study
 
 
-def open_study(opened: Opened, url: str, name: str) -> optuna.Study:
-    """The study, made by whoever comes first. Raises InputError: a storage that is none."""
-    directions = ["maximize" if objective == "quality" else "minimize" for objective in opened.search.objectives]
-    while True:
-        with claimed(opened.root / "study") as mine:  # two processes would make the tables of one file twice
-            if mine:
-                try:
-                    storage = optuna.storages.RDBStorage(
-                        url,
-                        heartbeat_interval=30,  # a trial whose process died is told by it, and tried again
-                        grace_period=120,
-                        heartbeat_stale_trial_callback=optuna.storages.RetryHeartbeatStaleTrialCallback(),
-                    )
-                    return optuna.create_study(
-                        study_name=name, storage=storage, directions=directions, load_if_exists=True
-                    )
-                except (ImportError, SQLAlchemyError) as error:
-                    reason = str(error).splitlines()[0]
-                    raise InputError(f"storage {url}: cannot be opened: {reason}") from None
-        time.sleep(0.2)
+def open_study(tuner: Tuner, name: str) -> optuna.Study:
+    """The study, made and given the named maps by whoever comes first. Raises InputError: see `explore`."""
+    tuning, url = tuner.tuning, tuner.tuning.storage or f"sqlite:///{(tuner.root / 'study.db').absolute()}"
+    optuna.logging.set_verbosity(optuna.logging.WARNING)
+    warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)  # about heartbeats, there since 2021
+    pruner = optuna.pruners.PercentilePruner(100 * (1 - tuning.give_up), n_startup_trials=tuning.population)
+    directions = ["maximize" if objective == "quality" else "minimize" for objective in tuning.objectives]
+    # what decides a genome's score, and so whether trials of two commands may be compared
+    runs = [tuner.variant({}, task).recipe for task in tuning.tasks]
+    mark: Any = [settings_of(run, "finetune" if run.finetune else "distill") for run in runs]
+    mark += [tuning.model_dump(include={"tasks", "map", "ordered", "genes", "objectives"}), runs[0].evaluation.stsb]
+    mark = hashlib.sha256(json.dumps([*mark, (runs[0].delivery or DeliverySection()).budget]).encode()).hexdigest()
+    with claimed(tuner.root / "study", wait=True):  # two processes would make the tables of one file twice
+        try:
+            storage = optuna.storages.RDBStorage(
+                url,
+                heartbeat_interval=30,  # shows a trial whose process died, which is then tried again
+                grace_period=120,
+                heartbeat_stale_trial_callback=optuna.storages.RetryHeartbeatStaleTrialCallback(),
+            )
+            study = optuna.create_study(
+                study_name=name, storage=storage, load_if_exists=True, directions=directions, pruner=pruner
+            )
+        except (ImportError, SQLAlchemyError) as error:
+            raise InputError(f"storage {url}: cannot be opened: {str(error).splitlines()[0]}") from None
+        if study.user_attrs.get("mark", mark) != mark:
+            raise InputError(
+                f"{url}: study {name} is of other genes, tasks or proxy settings: give the search another name, or "
+                f"delete {tuner.root}"
+            )
+        study.set_user_attr("mark", mark)
+        for named in NAMED_MAPS if tuning.map else ():
+            study.enqueue_trial(tuner.named(named), user_attrs={"name": named}, skip_if_exists=True)
+    return study
 
 
-def study_mark(opened: Opened) -> str:
-    """What decides a genome's score, and so whether trials of two commands may be compared."""
-    search, candidates = opened.search, opened.candidates
-    chosen = search.model_dump(include={"tasks", "map", "genes", "objectives", "budget"})
-    runs = [candidates.variant({}, task) for task in search.tasks]
-    settings = [settings_of(run.recipe, run.stages[-1]) | {"rated": run.recipe.evaluation.stsb} for run in runs]
-    return hashlib.sha256(json.dumps([chosen, settings], sort_keys=True).encode()).hexdigest()
+def distinct(study: optuna.Study) -> list[FrozenTrial]:
+    """The finished trials, each genome's first alone."""
+    found: dict[str, FrozenTrial] = {}
+    for trial in study.get_trials(deepcopy=False, states=FINISHED):
+        if "genome" in trial.user_attrs.get("about", {}):
+            found.setdefault(trial.user_attrs["about"]["genome"], trial)
+    return list(found.values())
 
 
-def trained(study: optuna.Study) -> set[str]:
-    """The genomes of finished trials that cost a training."""
-    trials = study.get_trials(deepcopy=False)
-    return {t.user_attrs["genome"] for t in trials if t.state.is_finished() and "scores" in t.user_attrs}
-
-
-def attempt(opened: Opened, study: optuna.Study, trial: optuna.Trial, changes: dict[str, Any]) -> list[float]:
+def attempt(tuner: Tuner, study: optuna.Study, trial: optuna.Trial, changes: dict[str, Any]) -> list[float]:
     """One candidate: its objectives, in the order of the search's.
 
     Raises:
-        optuna.TrialPruned: over budget, contradictory, or given up after a task.
+        optuna.TrialPruned: refused before training (over its budget, contradictory), or given up after a task.
     """
-    search, began = opened.search, time.monotonic()
-    genome = genome_of(changes)
-    trial.set_user_attr("genome", genome)
-    trial.set_user_attr("changes", changes)
-    for other in study.get_trials(deepcopy=False):
-        if other.number == trial.number or other.user_attrs.get("genome") != genome or not other.state.is_finished():
-            continue
-        if "again" in other.user_attrs or other.state == optuna.trial.TrialState.FAIL:
-            continue
-        for key, value in (other.user_attrs | {"again": True}).items():
-            if key != "name":
-                trial.set_user_attr(key, value)
-        if other.state == optuna.trial.TrialState.PRUNED:
+    tuning, began = tuner.tuning, time.monotonic()
+    about: dict[str, Any] = {"genome": genome_of(changes), "changes": changes, "words": tuner.words(changes)}
+    for known in (t for t in distinct(study) if t.user_attrs["about"]["genome"] == about["genome"]):
+        trial.set_user_attr("about", {})
+        if known.state == TrialState.PRUNED:
             raise optuna.TrialPruned
-        return other.values
+        return known.values
     try:
-        known = opened.candidates.weigh(changes)
-    except GivenUp as error:
-        trial.set_user_attr("refused", str(error))
-        raise optuna.TrialPruned from None
-    for objective, value in known.items():
-        trial.set_user_attr(objective, value)
-    scores: dict[str, float] = {}
-    for task in search.tasks:
-        scores[task] = opened.candidates.quality(changes, task)
-        trial.set_user_attr("scores", scores)
-        trial.set_user_attr("seconds", round(time.monotonic() - began, 1))
-        if "name" not in trial.user_attrs and len(scores) < len(search.tasks) and behind(search, study, known, scores):
-            raise optuna.TrialPruned
-    known["quality"] = statistics.fmean(scores.values())
-    return [known[objective] for objective in search.objectives]
-
-
-def behind(search: Search, study: optuna.Study, known: dict[str, float], scores: dict[str, float]) -> bool:
-    """Whether a candidate with these first scores is to be given up (`GiveUp`), beside those as light and as fast."""
-    if not search.give_up:
-        return False
-    reached = []
-    for trial in study.get_trials(deepcopy=False):
-        theirs = list(trial.user_attrs.get("scores", {}).values())
-        comparable = all(trial.user_attrs.get(o, math.inf) <= known[o] for o in search.objectives if o != "quality")
-        if trial.state.is_finished() and len(theirs) >= len(scores) and comparable:
-            reached.append(statistics.fmean(theirs[: len(scores)]))
-    if len(reached) < search.give_up.after:
-        return False
-    return statistics.fmean(scores.values()) < float(np.quantile(reached, search.give_up.below))
-
-
-def row_of(kind: str, trial: optuna.trial.FrozenTrial, space: Space) -> dict:
-    """One trial: kind, number, state (complete, given up, refused, failed), name (of a named map), genome, changes,
-    words, layers (of the student), quality (None before all tasks are done), scores by task, bytes, latency, seconds,
-    again (whether it was known)."""
-    about = trial.user_attrs
-    complete = trial.state == optuna.trial.TrialState.COMPLETE
-    pruned = trial.state == optuna.trial.TrialState.PRUNED
-    state = "complete" if complete else "failed" if not pruned else "refused" if "refused" in about else "given up"
-    keys = ("name", "genome", "changes", "scores", "bytes", "latency", "seconds", "refused")
-    row = {"kind": kind, "number": trial.number, "state": state} | {key: about.get(key) for key in keys}
-    quality = statistics.fmean(about["scores"].values()) if complete else None
-    row |= {"quality": quality, "again": about.get("again", False)}
-    if row["changes"] is None:  # its process died at once
-        return row | {"words": "", "layers": None}
-    return row | {"words": space.words(row["changes"]), "layers": space.depth(row["changes"])}
+        about |= tuner.weigh(changes)
+    except InputError as error:
+        about["refused"] = str(error)
+    trial.set_user_attr("about", about)  # one attribute, since each is a write to the disk
+    if "refused" in about:
+        raise optuna.TrialPruned
+    about["scores"] = {}
+    for step, task in enumerate(tuning.tasks, 1):
+        about["scores"][task] = tuner.quality(changes, task)
+        trial.set_user_attr("about", about | {"seconds": round(time.monotonic() - began, 1)})
+        if len(tuning.objectives) == 1 and step < len(tuning.tasks):
+            # their sum, not their mean: of a trial's reports the pruner takes the best
+            trial.report(sum(about["scores"].values()), step)
+            if "name" not in trial.user_attrs and trial.should_prune():
+                raise optuna.TrialPruned
+    about["quality"] = statistics.fmean(about["scores"].values())
+    return [about[objective] for objective in tuning.objectives]
 
 
 # ------------------------------------------------------------------------------------------------ results
 
 
-def summarise(opened: Opened, rows: list[dict]) -> dict:
+def row_of(kind: str, trial: FrozenTrial) -> dict:
+    """One trial: COLUMNS. state: complete, given up, refused; name: of a named map; quality: None before all tasks are
+    done; scores: by task; refused: why."""
+    about = dict.fromkeys(COLUMNS) | trial.user_attrs["about"] | {"kind": kind, "number": trial.number}
+    about["name"] = trial.user_attrs.get("name")
+    if trial.state == TrialState.COMPLETE:
+        return about | {"state": "complete", "quality": statistics.fmean(about["scores"].values())}
+    return about | {"state": "refused" if about["refused"] else "given up"}
+
+
+def front_of(kind: str, study: optuna.Study) -> list[dict]:
+    """The candidates that no other beats in one objective without losing in another, by quality."""
+    best = {trial.number for trial in study.best_trials}
+    rows = [row_of(kind, trial) for trial in distinct(study) if trial.number in best]
+    return sorted(rows, key=lambda row: -row["quality"])
+
+
+def summarise(tuner: Tuner, studies: dict[str, optuna.Study], rows: list[dict]) -> dict:
     """The search's result: "best" (or "front"), "named" maps, "random_search", trials, cost.
 
     Raises:
         InputError: no candidate was trained to its end.
     """
-    search, candidates = opened.search, opened.candidates
-    genetic = [row for row in rows if row["kind"] == "genetic"]
-    complete = [row for row in genetic if row["state"] == "complete"]
-    if not complete:
-        reasons = {row["refused"] for row in genetic if row["refused"]} or {"all were given up"}
-        raise InputError(f"{opened.path}: no candidate could be trained: {min(reasons)}")
-    summary: dict[str, Any] = {"title": search.title, "objectives": search.objectives, "tasks": search.tasks}
-    summary |= {"map_settings": search.map.settings if search.map else []}
-    summary |= {"teacher_layers": opened.space.teacher_layers}
-    if len(search.objectives) == 1:
-        best = max(complete, key=lambda row: row["quality"])
-        summary["best"] = in_short(best)
-    else:
-        summary["front"] = [in_short(row) for row in front(complete, search.objectives)]
-    named = {}
-    for name in NAMED_MAPS if search.map else ():
-        changes = opened.space.changes(opened.space.named(name))
-        try:
-            weight = candidates.weigh(changes)
-            scores = {task: candidates.quality(changes, task) for task in search.tasks}
-        except GivenUp as error:
-            named[name] = {"refused": str(error)}
-            continue
-        named[name] = weight | {"scores": scores, "quality": statistics.fmean(scores.values()), "changes": changes}
-    summary["named"] = named
-    drawn = [row for row in rows if row["kind"] == "random" and row["state"] == "complete"]
-    if drawn:
-        best = in_short(max(drawn, key=lambda row: row["quality"]))
-        genomes = {row["genome"] for row in rows if row["kind"] == "random" and row["scores"]}
-        summary["random_search"] = best | {"trials": len(genomes)}
-    new = [row for row in genetic if row["scores"] and not row["again"]]
-    states = [row["state"] for row in genetic]
+    tuning, genetic = tuner.tuning, {row["genome"]: row for row in rows if row["kind"] == "genetic"}
+    fronts = {kind: front_of(kind, study) for kind, study in studies.items()}
+    if not fronts["genetic"]:
+        reasons = [row["refused"] for row in genetic.values() if row["refused"]] or ["all were given up"]
+        raise InputError(f"{tuner.path}: no candidate could be trained: {statistics.mode(reasons)}")
+    summary = {"title": tuning.title, "objectives": tuning.objectives, "tasks": tuning.tasks}
+    summary |= {"map_settings": tuning.map, "teacher_layers": tuner.teacher_layers}
+    one = tuning.objectives == ["quality"]
+    summary |= {"best": fronts["genetic"][0]} if one else {"front": fronts["genetic"]}
+    named = {name: genome_of(tuner.changes(tuner.named(name))) for name in (NAMED_MAPS if tuning.map else ())}
+    summary["named"] = {name: genetic[genome] for name, genome in named.items() if genome in genetic}
+    trained = {kind: [row for row in rows if row["kind"] == kind and row["scores"]] for kind in studies}
+    if fronts.get("random"):
+        summary["random_search"] = fronts["random"][0] | {"trials": len(trained["random"])}
+    states = [row["state"] for row in genetic.values()]
     summary["trials"] = {state: states.count(state) for state in ("complete", "given up", "refused")}
-    summary["trials"] |= {"trained": len({row["genome"] for row in new}), "asked": len(genetic)}
-    return summary | {"cost": cost_of(opened, new, complete[0]["changes"])}
+    summary["trials"] |= {"trained": len(trained["genetic"]), "asked": len(studies["genetic"].get_trials())}
+    return summary | {"cost": cost_of(tuner, trained["genetic"], fronts["genetic"][0]["changes"])}
 
 
-def in_short(row: dict) -> dict:
-    keys = ("number", "genome", "changes", "words", "layers", "quality", "scores", "bytes", "latency", "name")
-    return {key: row[key] for key in keys if row[key] is not None}
-
-
-def front(rows: list[dict], objectives: list[Objective]) -> list[dict]:
-    """The rows that no other beats in one objective without losing in another, each genome once, by quality."""
-    sign = {objective: -1 if objective == "quality" else 1 for objective in objectives}
-    points = {row["genome"]: [sign[o] * row[o] for o in objectives] for row in rows}
-
-    def beaten(mine: list[float]) -> bool:
-        return any(
-            theirs != mine and all(a <= b for a, b in zip(theirs, mine, strict=True)) for theirs in points.values()
-        )
-
-    kept = {row["genome"]: row for row in rows if not beaten(points[row["genome"]])}
-    return sorted(kept.values(), key=lambda row: -row["quality"])
-
-
-def cost_of(opened: Opened, rows: list[dict], changes: dict[str, Any]) -> dict:
-    """Seconds of the search, and its share of the full distillation that it is for.
-
-    The full run's seconds are not measured: its tokens and FLOPs are the recipe's, at the speed (FLOP/s) that a
-    candidate's own distillation reached.
-    """
-    seconds = sum(row["seconds"] or 0 for row in rows)
+def cost_of(tuner: Tuner, rows: list[dict], changes: dict[str, Any]) -> dict:
+    """Seconds of the search, and their share of the full distillation that it is for: the recipe's tokens and FLOPs at
+    the speed (FLOP/s) that a candidate's own distillation reached."""
+    seconds = sum(row["seconds"] for row in rows)
     cost = {"search_seconds": round(seconds), "seconds_per_trial": round(seconds / max(len(rows), 1), 1)}
-    full = opened.full({})
-    variant = opened.candidates.variant(changes, opened.search.tasks[0])
-    stage = variant.recipe.distill
-    if not (full.distill and stage and variant.dir.is_done("distill")):
+    full, variant = tuner.make({}, "base").recipe.distill, tuner.variant(changes, tuner.tuning.tasks[0])
+    if not (full and variant.dir.is_done("distill")):
         return cost
-    done = read_json(variant.dir.stage("distill") / "summary.json")
+    done, stage = variant.summary("distill"), variant.recipe.distill
     length = done["tokens"] / done["steps"] / stage.batch_size
-    student, teacher = (flops_per_piece(shape, round(length)) for shape in shapes(variant.recipe))
-    # seconds are rounded to tenths, and a toy's are none
-    speed = done["tokens"] * (3 * student + (0 if stage.record_teacher else teacher)) / max(done["seconds"], 0.1)
-    tokens = full.distill.steps * full.distill.batch_size * length
-    full_seconds = tokens * (3 * student + teacher) / speed
-    return cost | {"full_tokens": round(tokens), "full_seconds": round(full_seconds), "ratio": seconds / full_seconds}
+    student, teacher = (flops_per_piece(config, round(length)) for config in shapes(variant.recipe))
+    work = done["tokens"] * (3 * student + (0 if stage.record_teacher else teacher))
+    tokens = full.steps * full.batch_size * length
+    whole = tokens * (3 * student + teacher) / work * max(done["seconds"], 0.1)  # rounded to tenths: a toy's are none
+    return cost | {"full_tokens": round(tokens), "full_seconds": round(whole), "ratio": seconds / whole}
 
 
-def longer_runs(opened: Opened, name: str, title: str, variants: dict[str, dict], **keys) -> dict[str, dict[int, dict]]:
-    """Runs an ablation of these variants in the search's folder. Returns {label: {seed: {task: headline}}}."""
-    path = opened.root / f"{name}.yaml"
-    base = str((opened.path.parent / opened.search.base).absolute())
-    content = {"name": name, "title": title, "base": base, "variants": variants} | keys
+def longer_runs(tuner: Tuner, tasks: list[str], settings: dict[str, Any], **keys) -> list[dict]:
+    """Runs an ablation of the full run with these settings on these tasks. keys: the file's others.
+
+    Returns its rows, see `ablations.rows_of`.
+    """
+    path, base = tuner.root / f"{keys['name']}.yaml", tuner.path.parent / tuner.tuning.base
+    others = {f"tasks.{name}": None for name in tuner.base["tasks"] if name not in tasks}
+    content = keys | {"base": str(base.absolute()), "vary": "run", "common": settings | others}
     write_text(path, yaml.dump(content, Dumper=RecipeDumper, sort_keys=False, allow_unicode=True))
-    run_ablations([path], opened.overrides, root=opened.root / "runs")
-    found: dict[str, dict[int, dict]] = {}
-    for unit in units_of(path, opened.overrides, opened.root / "runs"):
-        done = read_json(unit.run.dir.stage("finetune") / "summary.json")
-        scores = {
-            task: headline({metric: value["median"] for metric, value in done[task].items()})
-            for task in unit.run.recipe.tasks
-        }
-        scores |= evaluation_of(unit.run)
-        found.setdefault(unit.variant, {})[unit.seed] = scores
-    return found
+    rows = run_ablations([path], tuner.overrides, root=tuner.root / "runs")["rows"]
+    return [row for row in rows if row["ablation"] == keys["name"] and row["recipe"] != TEACHER]
 
 
-def confirm(opened: Opened, best: dict[str, Any]) -> dict:
-    """The found map beside the named ones, trained longer under several seeds.
-
-    Returns: {"seen", "unseen": {label: {"values" (a mean over tasks for each seed), "median"}}, "against": {label:
-    {"difference" (of medians, unseen), "clear" (no seed of the one in the other's range)}}, "tasks", "seeds",
-    "by_task": {label: {seed: {task: score}}}}.
-    """
-    section, search, space = opened.search.confirm, opened.search, opened.space
-    variants = {"found": best} | {name: space.changes(space.named(name)) for name in NAMED_MAPS}
-    scores = longer_runs(
-        opened,
-        "confirm",
-        "The found map beside the named ones, trained longer",
-        variants,
-        common={"tasks": tasks_of(opened, [*search.tasks, *section.tasks])} | section.settings,
-        seeds=section.seeds,
-        vary="run",
-        baseline="uniform",
-    )
-    found: dict[str, Any] = {"tasks": section.tasks, "seeds": section.seeds, "by_task": scores}
-    for split, tasks in (("seen", search.tasks), ("unseen", section.tasks)):
-        found[split] = {}
-        for label, by_seed in scores.items():
-            values = [statistics.fmean(by_seed[seed][task] for task in tasks) for seed in section.seeds]
-            found[split][label] = {"values": values, "median": statistics.median(values)}
-    ours = found["unseen"]["found"]
-    found["against"] = {
-        label: {
-            "difference": ours["median"] - theirs["median"],
-            "clear": min(ours["values"]) > max(theirs["values"]) or max(ours["values"]) < min(theirs["values"]),
-        }
-        for label, theirs in found["unseen"].items()
-        if label != "found"
-    }
-    return found
+def confirm(tuner: Tuner, best: dict[str, Any]) -> dict:
+    """The found map beside the named ones, trained longer under several seeds on unseen tasks: {"tasks", "seeds",
+    "rows": of their averages, compared with the found map}."""
+    section = tuner.tuning.confirm
+    variants = {"found": best} | {name: tuner.changes(tuner.named(name)) for name in NAMED_MAPS}
+    keys = {"name": "confirm", "title": "The found map beside the named ones", "baseline": "found"}
+    rows = longer_runs(tuner, section.tasks, section.settings, **keys, seeds=section.seeds, variants=variants)
+    rows = [row for row in rows if place_of(row) == AVERAGE]
+    return {"tasks": section.tasks, "seeds": section.seeds, "rows": rows}
 
 
-def check_proxy(opened: Opened, rows: list[dict]) -> dict:
-    """Trains maps of all ranks longer.
-
-    Returns: {"spearman", "interval" (of 95 %), "maps": [{"genome", "words", "proxy", "longer"}]}.
-
-    Raises:
-        InputError: fewer than eight maps were trained to their end.
-    """
-    search, section = opened.search, opened.search.check
-    complete = {row["genome"]: row for row in rows if row["state"] == "complete"}
-    ranked = sorted(complete.values(), key=lambda row: row["quality"])
+def check_proxy(tuner: Tuner, rows: list[dict]) -> dict:
+    """Trains maps of all ranks longer: {"spearman", "interval" (of 95 %), "maps": [{"genome", "words", "quality"
+    (under the proxy), "longer"}]}. Raises InputError: fewer than eight maps were trained to their end."""
+    section, tasks = tuner.tuning.check, tuner.tuning.tasks
+    ranked = sorted((row for row in rows if row["state"] == "complete"), key=lambda row: row["quality"])
+    ranked = list({row["genome"]: row for row in ranked}.values())
     if len(ranked) < 8:
-        raise InputError(
-            f"{opened.path}: --proxy-check: only {len(ranked)} maps were trained to their end: raise trials"
-        )
-    places = np.linspace(0, len(ranked) - 1, min(section.maps, len(ranked))).round().astype(int)
-    chosen = [ranked[place] for place in places]
-    scores = longer_runs(
-        opened,
-        "check",
-        "Maps of all ranks under the proxy, trained longer",
-        {row["genome"]: row["changes"] for row in chosen},
-        common={"tasks": tasks_of(opened, search.tasks)} | section.settings,
-        seeds=[1],
-    )
-    maps = [
-        {
-            "genome": row["genome"],
-            "words": row["words"],
-            "proxy": row["quality"],
-            "longer": statistics.fmean(scores[row["genome"]][1][task] for task in search.tasks),
-        }
-        for row in chosen
-    ]
-    rho, interval = rank_correlation([m["proxy"] for m in maps], [m["longer"] for m in maps])
+        raise InputError(f"{tuner.path}: --proxy-check: only {len(ranked)} maps were trained to the end: raise trials")
+    chosen = [ranked[round(place)] for place in np.linspace(0, len(ranked) - 1, min(section.maps, len(ranked)))]
+    keys = {"name": "check", "title": "Maps of all ranks under the proxy", "seeds": [1]}
+    variants = {row["genome"]: row["changes"] for row in chosen}
+    found = pd.DataFrame(longer_runs(tuner, tasks, section.settings, **keys, variants=variants))
+    found = found[found["split"].isin(["validation", "general"]) & found["task"].isin(tasks)]
+    longer = found.groupby(["recipe", "task"])["median"].mean().groupby("recipe").mean()  # of metrics, then of tasks
+    maps = [{key: row[key] for key in ("genome", "words", "quality")} for row in chosen]
+    maps = [row | {"longer": float(longer[row["genome"]])} for row in maps]
+    rho, interval = rank_correlation([row["quality"] for row in maps], [row["longer"] for row in maps])
     return {"spearman": rho, "interval": interval, "maps": maps}
-
-
-def tasks_of(opened: Opened, names: list[str]) -> dict:
-    """The tasks as the base recipe has them, not as the proxy cut them."""
-    return {name: section for name, section in opened.base["tasks"].items() if name in names}
 
 
 def rank_correlation(first: list[float], second: list[float]) -> tuple[float, list[float]]:
@@ -820,28 +530,21 @@ def rank_correlation(first: list[float], second: list[float]) -> tuple[float, li
     2000). Where one of the two is constant, nothing is ranked: 0, from -1 to 1."""
     if len(set(first)) == 1 or len(set(second)) == 1:
         return 0.0, [-1.0, 1.0]
-    rho = float(spearmanr(first, second).statistic)
-    if abs(rho) >= 1:
-        return rho, [rho, rho]
+    rho = float(np.clip(spearmanr(first, second).statistic, -1, 1))
     half = norm.ppf(0.975) * math.sqrt((1 + rho**2 / 2) / (len(first) - 3))
-    return rho, [math.tanh(math.atanh(rho) - half), math.tanh(math.atanh(rho) + half)]
+    with np.errstate(divide="ignore"):  # all agree: rho is 1, its z infinite
+        return rho, [float(np.tanh(np.arctanh(rho) + side * half)) for side in (-1, 1)]
 
 
-def write_results(opened: Opened, rows: list[dict], summary: dict) -> None:
+def write_results(tuner: Tuner, rows: list[dict], summary: dict) -> None:
     """Writes the recipes, the table of trials, the page and, last, summary.json."""
-    search, root = opened.search, opened.root
-    results = [summary["best"]] if "best" in summary else summary["front"]
-    for number, result in enumerate(results, 1):
-        name = f"{search.name}_best" if "best" in summary else f"{search.name}_front_{number}"
-        place = root / "best.yaml" if "best" in summary else root / "front" / f"{number:02}.yaml"
-        write_text(place, dump_recipe(opened.full(result["changes"] | {"name": name})))
-    table = io.StringIO()
-    about = ["kind", "number", "state", "name", "words", "quality"]
-    columns = [*about, *search.tasks, "bytes", "latency", "seconds", "genome"]
-    writer = csv.DictWriter(table, columns, extrasaction="ignore", lineterminator="\n")
-    writer.writeheader()
-    for row in rows:
-        writer.writerow(row | (row["scores"] or {}))
-    write_text(root / "trials.csv", table.getvalue())
-    write_page(rows, summary, root)
+    name, root = tuner.tuning.name, tuner.root
+    results = {"best": summary["best"]} if "best" in summary else {}
+    results |= {f"front/{number:02}": row for number, row in enumerate(summary.get("front", []), 1)}
+    for place, result in results.items():
+        changes = result["changes"] | {"name": f"{name}_{place.replace('/', '_')}"}
+        write_text(root / f"{place}.yaml", dump_recipe(tuner.make(changes, place).recipe))
+    table = pd.DataFrame([row | (row["scores"] or {}) for row in rows]).drop(columns=["scores", "changes"])
+    write_text(root / "trials.csv", table.to_csv(index=False))
+    write_tune_page(rows, summary, root)
     write_json(root / "summary.json", summary)

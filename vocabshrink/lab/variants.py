@@ -1,9 +1,9 @@
-"""Variants of a recipe: settings over its plain values, and runs that share the stages which they have in common.
+"""Variants of a recipe: settings over its plain values, and runs that share the stages they have in common.
 
-Ablations and the search are many runs of one recipe. Each is an ordinary run whose stages stand in one folder, named by
-the settings that decide them (`SharedRunDir`), so that a stage is made once, whoever asks for it first, and a run that
-was made before is there already. The same command may run several times at once on one machine: a stage is one
-process' alone while it is made. The lock is the kernel's and dies with its process.
+Ablations and `tune` are many runs of one recipe. Each is an ordinary run whose stages stand in one folder, named by the
+settings that decide them (`SharedRunDir`), so that a stage is made once, whoever asks for it first. The same command
+may run several times at once on one machine: a stage belongs to one process while it is made. The lock is the kernel's
+and dies with its process.
 """
 
 import copy
@@ -17,19 +17,20 @@ from pathlib import Path
 from typing import Any
 
 from tokenizer_build.errors import InputError
+from tokenizer_build.files import read_json
 from vocabshrink.run.engine import Run, run_stage, say, settings_of
 from vocabshrink.run.folder import SharedRunDir
 from vocabshrink.run.recipe import Recipe, load_recipe, parse_recipe
-from vocabshrink.run.recipe_yaml import override_value, parse_yaml
+from vocabshrink.run.recipe_yaml import override_value, parse_override, read_yaml
 from vocabshrink.run.stage import stages_of
 from vocabshrink.stages.checks import check_all_losses
 
-DELIVERY = {"export", "report"}  # of a run, which no table of variants reads
+DELIVERY = {"export", "report"}  # stages whose results no table of variants reads
 
 
 @dataclass(frozen=True)
 class Variant:
-    """One run among many. label: what the log calls it."""
+    """One run among many. label: its name in the log."""
 
     label: str
     recipe: Recipe
@@ -43,41 +44,28 @@ class Variant:
     def done(self) -> bool:
         return self.dir.is_done("finetune")
 
-
-def read_yaml(path: Path, kind: str) -> Any:
-    """The value of a file that names a base recipe. kind: "an ablation", "a search".
-
-    Raises:
-        InputError: a missing or malformed file.
-    """
-    try:
-        return parse_yaml(path.read_text(encoding="utf-8"), str(path))
-    except OSError as error:
-        raise InputError(f"{path}: cannot be read as {kind}: {error.strerror}") from None
-    except UnicodeDecodeError as error:
-        raise InputError(f"{path}: not UTF-8 text at byte {error.start}: write it as UTF-8") from None
+    def summary(self, stage: str) -> dict:
+        """What a finished stage says of itself."""
+        return read_json(self.dir.stage(stage) / "summary.json")
 
 
 def base_values(path: Path, overrides: list[str] | tuple[str, ...]) -> dict:
     """The plain values of a recipe with the command line's settings, for `make_variant` to change.
 
     Raises:
-        InputError: the recipe's own mistakes, in its own name; an override of what it does not have.
+        InputError: the recipe's own mistakes, under its own name; an override of something it does not have.
     """
     load_recipe(path)
-    data = parse_yaml(path.read_text(encoding="utf-8"), str(path))
+    data = read_yaml(path, "a recipe")
     for override in overrides:
-        key, equals, value = override.partition("=")
-        if not equals:
-            raise InputError(f"{override}: write an override as key.subkey=value")
-        change(data, key, parse_yaml(value, override) if value else None, f"{override} over {path}")
+        change(data, *parse_override(override), f"{override} over {path}")
     return data
 
 
 def make_variant(base: dict, changes: dict[str, Any], own: Path, shared: Path, *, origin: str, label: str) -> Variant:
-    """The run of `base_values` with {section.key: value} changed, null leaving a key out.
+    """The run of `base_values` with {section.key: value} changed; null leaves a key out.
 
-    own: the run's folder. shared: that of all runs' stages. origin: of the changes, for refusals.
+    own: the run's folder. shared: the folder of all runs' stages. origin: where the changes come from, for messages.
 
     Raises:
         InputError: naming the origin, before anything is trained.
@@ -100,38 +88,34 @@ def change(data: dict, key: str, value: Any, origin: str) -> None:
     """Sets section.key of a recipe's plain values; null leaves it out.
 
     Raises:
-        InputError: the section is not there (what changes a section that a recipe lacks is rarely meant), or nothing
-            to leave out.
+        InputError: a section that is not there (a change to one that the recipe lacks is rarely meant), or nothing to
+            leave out.
     """
     keys = key.split(".")
     needed = keys if value is None else keys[:-1]
-    if not holds(data, needed):
-        raise InputError(f"{origin}: the base recipe has no {'.'.join(needed)}: correct the key, or add it there")
+    try:
+        value_at(data, needed)
+    except (LookupError, TypeError, ValueError):
+        message = f"{origin}: the base recipe has no {'.'.join(needed)}: correct the key, or add it there"
+        raise InputError(message) from None
     override_value(data, keys, LEFT_OUT if value is None else value, origin)
 
 
-def holds(data: Any, keys: list[str]) -> bool:
-    """Whether data[a][b][c] stands there, null or not; a number is the position in a list."""
+def value_at(data: Any, keys: list[str]) -> Any:
+    """data[a][b] of keys a.b, positions in lists as digits. Raises LookupError, TypeError or ValueError without one."""
     for key in keys:
-        if isinstance(data, dict) and key in data:
-            data = data[key]
-        elif isinstance(data, list) and key.isdigit() and int(key) < len(data):
-            data = data[int(key)]
-        else:
-            return False
-    return True
+        data = data[int(key)] if isinstance(data, list) else data[key]
+    return data
 
 
 def without_left_out(value: Any) -> Any:
     if isinstance(value, dict):
         return {key: without_left_out(item) for key, item in value.items() if item != LEFT_OUT}
-    if isinstance(value, list):
-        return [without_left_out(item) for item in value if item != LEFT_OUT]
-    return value
+    return [without_left_out(item) for item in value if item != LEFT_OUT] if isinstance(value, list) else value
 
 
 def refuse_launcher() -> None:
-    """Raises InputError: started by a launcher, whose processes would take different runs and wait for each other."""
+    """Raises InputError under a launcher, whose processes would take different runs and wait for each other."""
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         raise InputError(
             "many runs want one process each: start this command several times, each on its own GPU "
@@ -140,28 +124,31 @@ def refuse_launcher() -> None:
 
 
 @contextmanager
-def claimed(folder: Path) -> Iterator[bool]:
-    """Whether the stage at `folder` is this process' alone; False where another one is at it."""
+def claimed(folder: Path, *, wait: bool = False) -> Iterator[bool]:
+    """Whether `folder` belongs to this process alone; False where another holds it, unless this one waits for it."""
     folder.parent.mkdir(parents=True, exist_ok=True)
     with folder.with_name(folder.name + ".lock").open("w") as file:
         try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            fcntl.flock(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
         except BlockingIOError:
             yield False
         else:
             yield True
 
 
-def advance(variant: Variant) -> bool:
-    """Runs the variant's stages that are not done; False, with some perhaps done, if another process is at the next."""
-    run = Run(variant.recipe, variant.dir)  # afresh: what it reads of text and tasks is freed with it
+def advance(variant: Variant, *, wait: bool = False) -> bool:
+    """Runs the variant's stages that are not done.
+
+    Returns False, with some stages perhaps done, where another process is at the next and this one does not `wait`.
+    """
+    run = Run(variant.recipe, variant.dir)  # made here, so that the text and tasks it reads are freed with it
     for name in variant.stages:
         folder = variant.dir.stage(name)
         if not variant.dir.is_done(name):
-            with claimed(folder) as mine:
+            with claimed(folder, wait=wait) as mine:
                 if not mine:
                     return False
-                if not variant.dir.is_done(name):  # nor became so while this process came here
+                if not variant.dir.is_done(name):  # it may have become so while this process was on its way
                     say(f"{variant.label}: {name}")
                     run_stage(run, name)
         shutil.rmtree(folder / "checkpoints", ignore_errors=True)  # optimizer states, larger than all that is kept

@@ -19,7 +19,7 @@ from tokenizer_build.errors import InputError
 from vocabshrink.run.folder import OF_SUMMARY
 from vocabshrink.run.formats import CLASSES, FORMATS, LARGE_CLASSES, kind_of
 from vocabshrink.run.layer_map import LAYER_MAPS
-from vocabshrink.run.recipe_yaml import RecipeDumper, override_value, parse_yaml, read_yaml
+from vocabshrink.run.recipe_yaml import RecipeDumper, override_value, parse_override, read_yaml
 from vocabshrink.run.stage import RENAMED
 
 
@@ -411,24 +411,19 @@ def load_recipe(path: str | Path, overrides: list[str] | tuple[str, ...] = ()) -
     Raises:
         InputError: a missing or malformed file, an unknown key (with the nearest known one), a wrong value.
     """
-    data = read_yaml(path, "a recipe")
-    if not isinstance(data, dict):
-        raise InputError(f"{path}: a recipe is a mapping of sections (name, teacher, corpus, ...)")
+    data = read_yaml(Path(path), "a recipe")
     for override in overrides:
-        key, equals, value = override.partition("=")
-        if not equals:
-            raise InputError(f"{override}: write an override as key.subkey=value")
-        override_value(data, key.split("."), parse_yaml(value, override) if value else None, override)
+        key, value = parse_override(override)
+        override_value(data, key.split("."), value, override)
     return parse_recipe(data, str(path))
 
 
-def parse_recipe(data: dict, origin: str) -> Recipe:
-    """The validated recipe. Raises InputError with one sentence for the first thing that is wrong."""
+def parse_recipe(data: dict, origin: str, kind: type[BaseModel] = Recipe) -> Any:
+    """The validated recipe, or other file of `kind`. Raises InputError with one sentence for the first fault."""
     try:
-        return Recipe.model_validate(data)
+        return kind.model_validate(data)
     except ValidationError as error:
-        first = error.errors()[0]
-        raise InputError(f"{origin}: {explain(first)}") from None
+        raise InputError(f"{origin}: {explain(error.errors()[0], kind)}") from None
 
 
 def section_in(annotation: Any) -> type[BaseModel] | None:

@@ -51,20 +51,32 @@ def parse_yaml(text: str, origin: str) -> Any:
         raise InputError(f"{origin}: not YAML{where}: {problem}") from None
 
 
-def read_yaml(path: str | Path, kind: str) -> Any:
-    """The value of a YAML file. kind: what it should be ("a recipe"), for the refusal.
+def read_yaml(path: Path, kind: str, *needed: str) -> dict:
+    """The mapping in a YAML file. kind: what it should be, as "a recipe"; needed: the keys that tell it from others.
 
     Raises:
-        InputError: a missing file, one that is not UTF-8, or not YAML.
+        InputError: a file that is missing, not UTF-8, not YAML, or not of its kind.
     """
     try:
-        return parse_yaml(Path(path).read_text(encoding="utf-8"), str(path))
+        data = parse_yaml(path.read_text(encoding="utf-8"), str(path))
     except FileNotFoundError:
         raise InputError(f"{path}: no such file: correct the path to {kind}") from None
     except UnicodeDecodeError as error:
-        raise InputError(f"{path}: not UTF-8 text at byte {error.start}: write it as UTF-8") from None
+        raise InputError(f"{path}: not UTF-8 text at byte {error.start}: write {kind} as UTF-8") from None
     except OSError as error:
         raise InputError(f"{path}: cannot be read as {kind}: {error.strerror}") from None
+    if not isinstance(data, dict) or not data.keys() >= set(needed):
+        shape = f"with {', '.join(needed)}" if needed else "of sections (name, teacher, corpus, ...)"
+        raise InputError(f"{path}: {kind} is a mapping {shape}")
+    return data
+
+
+def parse_override(override: str) -> tuple[str, Any]:
+    """(key.subkey, value) of a command line's `key.subkey=value`; nothing behind the sign is null."""
+    key, equals, value = override.partition("=")
+    if not equals:
+        raise InputError(f"{override}: write an override as key.subkey=value")
+    return key, parse_yaml(value, override) if value else None
 
 
 def override_value(data: dict, keys: list[str], value: Any, origin: str) -> None:

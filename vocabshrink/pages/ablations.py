@@ -1,0 +1,103 @@
+"""The tables and plots of ablations, views of the rows in their summary.json: Markdown, SVG and one offline page."""
+
+from pathlib import Path
+
+import pandas as pd
+from markupsafe import Markup
+from matplotlib.figure import Figure
+
+from tokenizer_build.files import read_json
+from vocabshrink.pages.drawing import GRID, SERIES, svg_of
+from vocabshrink.pages.page import write_page
+
+TEACHER = "(teacher)"  # its label among the variants
+COSTS = {  # a row's key -> head, scale and format of its column
+    "tokens": ("tokens", 1e-6, "{:.2f} M"),
+    "seconds_per_step": ("s/step", 1, "{:.3f}"),
+    "general_seconds_per_step": ("general s/step", 1, "{:.3f}"),
+}
+AVERAGE = ("validation", "average", "average")  # named like a task's figures: split, task, metric
+ROUNDED = ("rounded", "average", "average")  # of the models with weights rounded as finetune.rounded says
+
+
+def place_of(row: dict) -> tuple[str, str, str]:
+    return row["split"], row["task"], row["metric"]
+
+
+def table_of(rows: list[dict]) -> pd.DataFrame:
+    """The table's cells as text, variants by columns: every metric, the average, the difference, tokens and cost."""
+    columns: dict[str, dict[str, str]] = {}
+    for row in (row for row in rows if row["split"] == "validation" or place_of(row) == ROUNDED):
+        head = row["task"] if row["task"] == row["metric"] else f"{row['task']} {row['metric']}"
+        head = head if row["split"] == "validation" else f"{row['split']} {head}"
+        spread = f" ({100 * row['spread']:.1f})" if len(row["values"]) > 1 else ""
+        columns.setdefault(head, {})[row["recipe"]] = f"{100 * row['median']:.1f}{spread}"
+    averages = {row["recipe"]: row for row in rows if place_of(row) == AVERAGE}
+    if any("difference" in row for row in averages.values()):
+        columns["against baseline"] = {
+            label: f"{100 * row['difference']:+.1f}{'*' if row['clear'] else ''}"
+            for label, row in averages.items()
+            if "difference" in row
+        }
+    for name, (head, scale, form) in COSTS.items():
+        columns[head] = {label: form.format(scale * r[name]) for label, r in averages.items() if r[name] is not None}
+    return pd.DataFrame(columns, index=list(averages), dtype=object).fillna("")
+
+
+def compared_with(rows: list[dict]) -> str:
+    """The baseline, or each variant with its own."""
+    found = {row["recipe"]: row["baseline"] for row in rows if "baseline" in row}
+    if len(set(found.values())) < 2:
+        return next(iter(found.values()), "")
+    return f"its own baseline ({'; '.join(f'{label}: {other}' for label, other in found.items())})"
+
+
+def markdown(rows: list[dict]) -> str:
+    """The table: 100 times the median, and in brackets the largest less the smallest seed."""
+    if not rows:
+        return "No run has finished yet.\n"
+    table = table_of(rows)
+    lines = ["| | " + " | ".join(table.columns) + " |", "|---|" + "--:|" * len(table.columns)]
+    lines += [f"| {label.replace('|', '/')} | " + " | ".join(cells) + " |" for label, cells in table.iterrows()]
+    baseline = compared_with(rows)
+    rows = [row for row in rows if row["recipe"] != TEACHER and place_of(row) == AVERAGE]
+    seeds = max((row["seeds"] for row in rows), key=len, default=[])
+    note = f"100 × median (largest − smallest) of seeds {', '.join(map(str, seeds))}"
+    fewer = [row["recipe"] for row in rows if len(row["seeds"]) < len(seeds)]
+    note += f"; fewer so far: {', '.join(fewer)}" if fewer else ""
+    note += f"; against {baseline}, * where no seed of the one is in the other's range" if baseline else ""
+    return "\n".join(lines) + f"\n\n{note}.\n"
+
+
+def plot(rows: list[dict], name: str) -> str:
+    """An SVG: each variant's average, a dot per seed and a line at the median; a common baseline's range as a band."""
+    baseline = compared_with(rows)
+    rows = [row for row in rows if place_of(row) == AVERAGE][::-1]
+
+    def draw(figure: Figure) -> None:
+        axes = figure.subplots()
+        for height, row in enumerate(rows):
+            values = [100 * value for value in row["values"]]
+            if row["recipe"] == baseline:
+                axes.axvspan(min(values), max(values), color=GRID, alpha=0.5, linewidth=0)
+            axes.plot(values, [height] * len(values), "o", color=SERIES[0], markersize=4, alpha=0.7, markeredgewidth=0)
+            axes.plot([100 * row["median"]] * 2, [height - 0.32, height + 0.32], color=SERIES[0], linewidth=2)
+        axes.set_yticks(range(len(rows)), [row["recipe"] for row in rows])
+        axes.set_ylim(-0.6, len(rows) - 0.4)
+        axes.spines["left"].set_visible(False)
+        axes.grid(axis="x", color=GRID, linewidth=0.6)
+        axes.tick_params(length=0)
+        axes.set_xlabel("mean of the tasks' headline metrics × 100")
+
+    return svg_of(name, draw, (7, 0.6 + 0.3 * len(rows)), alone=True)
+
+
+def write_index(every: dict[str, dict], minutes: float, root: Path) -> None:
+    """index.html of `root`: every table and plot, offline, in one file. every: {name: its summary.json}."""
+    parts = []
+    for name, one in every.items():
+        picture = Markup((root / name / "plot.svg").read_text(encoding="utf-8")) if one["rows"] else ""
+        about = {"name": name, "baseline": compared_with(one["rows"]), "table": table_of(one["rows"]), "plot": picture}
+        parts.append(one | about)
+    environment = read_json(root / "environment.json")
+    write_page(root / "index.html", "ablations", ablations=parts, minutes=minutes, environment=environment)
