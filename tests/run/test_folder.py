@@ -102,13 +102,13 @@ def test_metrics_truncation_touches_one_stage_and_heals_a_cut_last_line(run):
 
 def test_a_broken_metrics_line_in_the_middle_is_named(run):
     write_text(run.path / "metrics.jsonl", '{"step": 1}\nnot json\n{"step": 2}\n')
-    with pytest.raises(InputError, match="metrics.jsonl line 2"):
+    with pytest.raises(InputError, match="metrics.jsonl: row 2 is not a JSON object"):
         run.metrics()
     write_text(run.path / "metrics.jsonl", '{"step": 1}\ncomplete but not json\n')
-    with pytest.raises(InputError, match="metrics.jsonl line 2"):
+    with pytest.raises(InputError, match="metrics.jsonl: row 2 is not a JSON object"):
         run.metrics()
     write_text(run.path / "metrics.jsonl", "[1]\n")
-    with pytest.raises(InputError, match="line 1 is not a JSON object"):
+    with pytest.raises(InputError, match="row 1 is not a JSON object"):
         run.metrics()
 
 
@@ -125,6 +125,9 @@ def test_environment_says_what_ran_and_not_who_or_where(run):
     environment = read_json(run.path / "environment.json")
     assert environment["versions"]["torch"] == torch.__version__
     assert environment["versions"]["python"] == ".".join(map(str, sys.version_info[:3]))
+    root = Path(__file__).resolve().parents[2]
+    commit = subprocess.run(["git", "-C", root, "rev-parse", "HEAD"], capture_output=True, text=True).stdout.strip()
+    assert environment["git_commit"] == (commit or None)
     assert environment["cpu_count"] >= 1 and environment["cpu"]
     strings = [v for v in [*environment.values(), *environment["versions"].values()] if isinstance(v, str)]
     assert not [value for value in strings if value.startswith(("/", "C:"))]

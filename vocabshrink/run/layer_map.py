@@ -75,10 +75,8 @@ LAYER_MAPS = {
 def layer_pairs(layer_map: str | list, student_layers: int, teacher_layers: int, *, seed: int = 0) -> Pairs:
     """The pairs of a named map or of an explicit one: [[m, n], ...] or, for a block's mean, [[m, [n1, n2]], ...].
 
-    seed: of the map `random`.
-
-    Raises:
-        InputError: an unknown name, no pairs, a layer that a model does not have, or a student deeper than its teacher.
+    seed: of the map `random`. Raises InputError: an unknown name, no pairs, a layer that a model does not have, or a
+    student deeper than its teacher.
     """
     if isinstance(layer_map, str):
         if layer_map not in LAYER_MAPS:
@@ -90,21 +88,14 @@ def layer_pairs(layer_map: str | list, student_layers: int, teacher_layers: int,
             )
         options = {"seed": seed} if layer_map == "random" else {}
         pairs = LAYER_MAPS[layer_map](student_layers, teacher_layers, **options)
-        if not pairs:
+    else:
+        pairs = tuple((int(m), tuple(map(int, n)) if isinstance(n, list | tuple) else (int(n),)) for m, n in layer_map)
+    if not pairs or not all(block for _, block in pairs):
+        raise InputError(f"layer_map: {layer_map} gives a student layer no teacher layer, or no pair at all: name one")
+    for m, n in ((m, n) for m, block in pairs for n in block):
+        if not (0 <= m <= student_layers and 0 <= n <= teacher_layers):
             raise InputError(
-                f"layer_map: {layer_map} leaves out the last layer, and the student has no other: name another map"
+                f"layer_map: pair ({m}, {n}) is outside the student's {student_layers} and the teacher's "
+                f"{teacher_layers} layers (0 is the embedding output)"
             )
-        return pairs
-    pairs = tuple((int(m), tuple(map(int, n)) if isinstance(n, list | tuple) else (int(n),)) for m, n in layer_map)
-    if not pairs:
-        raise InputError("layer_map: there are no pairs in it: write at least one [student layer, teacher layer]")
-    for m, block in pairs:
-        if not block:
-            raise InputError(f"layer_map: student layer {m} has an empty block: name at least one teacher layer in it")
-        for n in block:
-            if not (0 <= m <= student_layers and 0 <= n <= teacher_layers):
-                raise InputError(
-                    f"layer_map: pair ({m}, {n}) is outside the student's {student_layers} and the teacher's "
-                    f"{teacher_layers} layers (0 is the embedding output)"
-                )
     return pairs

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, get_args
 
 import yaml
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_serializer, model_validator
 
 from tokenizer_build.errors import InputError
 from vocabshrink.run.folder import OF_SUMMARY
@@ -46,13 +46,13 @@ def check_layer_map(value: Any) -> Any:
 
 def parse_size(value: Any) -> Any:
     """Bytes from `7MB`, `7_000_000` or a number; MB is 10^6 bytes, MiB is 2^20."""
-    if isinstance(value, str):
-        match = re.fullmatch(r"\s*(\d[\d_]*(?:\.\d+)?)\s*(kB|KB|MB|GB|KiB|MiB|GiB|B)?\s*", value)
-        if not match:
-            raise ValueError("write a size as 7MB or 7000000")
-        unit = {"kB": 1e3, "KB": 1e3, "MB": 1e6, "GB": 1e9, "KiB": 2**10, "MiB": 2**20, "GiB": 2**30}
-        return round(float(match[1].replace("_", "")) * unit.get(match[2], 1))
-    return value
+    if not isinstance(value, str):
+        return value
+    match = re.fullmatch(r"\s*(\d[\d_]*(?:\.\d+)?)\s*(kB|KB|MB|GB|KiB|MiB|GiB|B)?\s*", value)
+    if not match:
+        raise ValueError("write a size as 7MB or 7000000")
+    unit = {"kB": 1e3, "KB": 1e3, "MB": 1e6, "GB": 1e9, "KiB": 2**10, "MiB": 2**20, "GiB": 2**30}
+    return round(float(match[1].replace("_", "")) * unit.get(match[2], 1))
 
 
 Number = BeforeValidator(refuse_boolean)
@@ -161,6 +161,11 @@ class Weighted(Section):
             return value
         known = {key: value[key] for key in ("weight", "start") if key in value}
         return known | {"arguments": {k: v for k, v in value.items() if k not in known}}
+
+    @model_serializer
+    def as_recipes_write_it(self) -> Any:
+        start = {} if self.start is None else {"start": self.start}
+        return {"weight": self.weight} | start | self.arguments if start or self.arguments else self.weight
 
 
 Losses = Annotated[dict[str, Weighted], Field(min_length=1)]
@@ -458,15 +463,8 @@ def explain(error: Any, root: type[BaseModel] = Recipe) -> str:
 
 
 def dump_recipe(recipe: Recipe) -> str:
-    """The resolved recipe as YAML, every default written out; losses in the short form that recipes use."""
+    """The resolved recipe as YAML, every default written out."""
     data = recipe.model_dump(exclude_none=True)
-    finetune = data.get("finetune") or {}
-    stages = map(data.get, ("dual", "distill", "recovery"))
-    for section in (*stages, *finetune.get("phases", []), finetune.get("teacher")):
-        for name, loss in (section or {}).get("losses", {}).items():
-            arguments = loss.pop("arguments")
-            short = list(loss) == ["weight"] and not arguments
-            section["losses"][name] = loss["weight"] if short else loss | arguments
     if recipe.delivery is None:  # left out, it would mean the default one
         data["delivery"] = None
     return yaml.dump(data, Dumper=RecipeDumper, sort_keys=False, allow_unicode=True)
