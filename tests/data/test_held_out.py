@@ -192,7 +192,7 @@ class TestRatedPairs:
         (tmp_path / "pairs.jsonl").write_text(f"{good}\n{good}\n{row}\n{good}\n", encoding="utf-8")
         with pytest.raises(
             InputError,
-            match=r"pairs.jsonl: row 3 (needs sentence1, sentence2 and a numeric label|is not a JSON object: .*)$",
+            match=r"pairs.jsonl: row 3 (needs sentence1, sentence2 and a numeric label|is not a JSON object.*)$",
         ):
             read_rated_pairs(tmp_path / "pairs.jsonl")
 

@@ -56,10 +56,9 @@ def written(folder, base=BASE, /, name="two", **keys):
 
 def replace(monkeypatch, name, function):
     """Puts `function` in the place of a stage's own; returns that one."""
-    module, _, own = STAGES[name].do.partition(".")
-    place = importlib.import_module(f"vocabshrink.stages.{module}")
-    before = getattr(place, own)
-    monkeypatch.setattr(place, own, function)
+    place = importlib.import_module(f"vocabshrink.stages.{STAGES[name].module}")
+    before = getattr(place, name)
+    monkeypatch.setattr(place, name, function)
     return before
 
 

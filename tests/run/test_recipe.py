@@ -268,7 +268,7 @@ class TestFiles:
         assert sentence in refusal(text=text)
 
     def test_that_are_not_there(self, tmp_path):
-        with pytest.raises(InputError, match="none.yaml: no such file: correct the path to a recipe$"):
+        with pytest.raises(InputError, match="none.yaml: no such recipe: correct its path$"):
             load_recipe(tmp_path / "none.yaml")
         with pytest.raises(InputError, match="cannot be read as a recipe: Is a directory$"):
             load_recipe(tmp_path)

@@ -55,6 +55,11 @@ class Context:
             raise LookupError(f"stage {self.stage.name} reads {name}, which it does not say it needs")
         return self.dir.stage(name)
 
+    @property
+    def vocabulary(self) -> Path:
+        """The folder of the student's tokenizer."""
+        return self.folder_of("vocab")
+
     def has(self, name: str) -> bool:
         """Whether the recipe asks for a stage that this one may need."""
         return name in needed(self.stage) and STAGES[name].asked(self.recipe)

@@ -60,7 +60,7 @@ def read_yaml(path: Path, kind: str, *needed: str) -> dict:
     try:
         data = parse_yaml(path.read_text(encoding="utf-8"), str(path))
     except FileNotFoundError:
-        raise InputError(f"{path}: no such file: correct the path to {kind}") from None
+        raise InputError(f"{path}: no such {kind.partition(' ')[2]}: correct its path") from None
     except UnicodeDecodeError as error:
         raise InputError(f"{path}: not UTF-8 text at byte {error.start}: write {kind} as UTF-8") from None
     except OSError as error:

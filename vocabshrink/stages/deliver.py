@@ -20,20 +20,13 @@ from vocabshrink.models.teacher import Teacher
 from vocabshrink.run.engine import Context
 from vocabshrink.runtime.delivery import Delivery, load
 from vocabshrink.runtime.index import build_index
-from vocabshrink.stages.inputs import (
-    read_held_out,
-    read_tasks,
-    read_teacher,
-    start_student,
-    teacher_folder,
-    vocabulary_folder,
-)
+from vocabshrink.stages import inputs
 
 
 def export(context: Context) -> dict:
     """Writes the embedder's delivery and one of each task's model. Returns their figures, tasks' under their names."""
-    recipe, teacher = context.recipe, read_teacher(context)
-    student, _, _ = start_student(context, teacher)
+    recipe, teacher = context.recipe, inputs.read_teacher(context)
+    student, _, _ = inputs.start_student(context, teacher)
     section = recipe.delivery
     settings = ExportSettings(
         task="embedding",
@@ -48,10 +41,10 @@ def export(context: Context) -> dict:
         tolerance=section.tolerance,
         force=context.force,
     )
-    origin = {"recipe": recipe.name, "teacher_sha256": weights_sha256(teacher_folder(recipe))}
+    origin = {"recipe": recipe.name, "teacher_sha256": weights_sha256(inputs.teacher_folder(recipe))}
     figures = export_embedder(context, teacher, student, settings, origin)
     if recipe.finetune and recipe.finetune.save_models:
-        for name, task in read_tasks(recipe).items():
+        for name, task in inputs.read_tasks(recipe).items():
             figures[name] = export_task(context, task, settings, origin)
     return figures
 
@@ -63,12 +56,12 @@ def export_embedder(
 
     student: as it starts. origin: what the manifest says of the run.
     """
-    recipe, folder, held_out = context.recipe, context.folder, read_held_out(context)
+    recipe, folder, held_out = context.recipe, context.folder, inputs.read_held_out(context)
     pooled = {"pooling": settings.pooling, "normalize": settings.normalize}
-    save_student(folder / "untrained", student, None, vocabulary_folder(context), **pooled)
+    save_student(folder / "untrained", student, None, context.vocabulary, **pooled)
     done = [*context.students.values()] or [folder / "untrained"]
     trained = done[-2] if recipe.recovery and len(done) > 1 else done[-1]  # before rounding came into it
-    systems = {"teacher": teacher_folder(recipe), "untrained": folder / "untrained", "trained": trained}
+    systems = {"teacher": inputs.teacher_folder(recipe), "untrained": folder / "untrained", "trained": trained}
     rated = {name: read_rated_pairs(path) for name, path in recipe.evaluation.stsb.items()}
     figures: dict = {}
 
@@ -113,7 +106,7 @@ def sources_of(context: Context) -> dict:
     return {
         "teacher": context.recipe.teacher.model,
         "sources": [Path(source).name for source in context.recipe.corpus.sources],
-        "vocabulary": read_json(vocabulary_folder(context) / "comparison.json"),
+        "vocabulary": read_json(context.vocabulary / "comparison.json"),
     }
 
 

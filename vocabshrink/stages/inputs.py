@@ -46,14 +46,9 @@ def read_words(context: Context) -> tuple[Lexicon, WordStream]:
     return Lexicon.load(folder), WordStream.load(folder)
 
 
-def vocabulary_folder(context: Context) -> Path:
-    """The folder of the student's tokenizer."""
-    return context.folder_of("vocab")
-
-
 def read_tokenizers(context: Context) -> tuple[Tokenizer, Tokenizer]:
     """The student's and the teacher's."""
-    return load_tokenizer(vocabulary_folder(context)), load_tokenizer(teacher_folder(context.recipe))
+    return load_tokenizer(context.vocabulary), load_tokenizer(teacher_folder(context.recipe))
 
 
 def read_shared_pieces(context: Context) -> np.ndarray:
@@ -71,7 +66,7 @@ def start_student(context: Context, teacher: Teacher) -> tuple[BertModel, torch.
         table = PieceTable(lexicon, teacher.table.num_embeddings)
         options = {"batch_size": 64, "seed": recipe.seed, "sides": ("teacher",)}
         batch = Batcher(table, stream, lexicon, segments, **options).batch(0).teacher
-    return build_student(recipe.student, teacher, vocabulary_folder(context), batch=batch, seed=recipe.seed)
+    return build_student(recipe.student, teacher, context.vocabulary, batch=batch, seed=recipe.seed)
 
 
 def start_directions(context: Context) -> torch.Tensor | None:

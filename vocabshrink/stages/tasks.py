@@ -35,15 +35,7 @@ from vocabshrink.models.task_model import load_task_model, save_task_model, stud
 from vocabshrink.run.engine import Context, saying_millions, settings_of
 from vocabshrink.run.folder import RunDir
 from vocabshrink.run.recipe import Phase
-from vocabshrink.stages.inputs import (
-    read_shared_pieces,
-    read_tasks,
-    read_teacher,
-    start_directions,
-    start_student,
-    teacher_folder,
-    vocabulary_folder,
-)
+from vocabshrink.stages import inputs
 from vocabshrink.training.augment import augment_task, augmented_rows
 from vocabshrink.training.finetune import fit, logits_of, phases_of, write_logits
 from vocabshrink.training.loop import Job
@@ -60,8 +52,8 @@ def task_teacher(context: Context) -> dict:
     TASK/metrics.json. Returns {task: its metrics on validation}, "average".
     """
     recipe, units, results = context.recipe, context.folder / "checkpoints", {}
-    folder = teacher_folder(recipe)
-    for name, task in read_tasks(recipe).items():
+    folder = inputs.teacher_folder(recipe)
+    for name, task in inputs.read_tasks(recipe).items():
         if not recipe.tasks[name].trains_teacher:
             continue
         unit, phases = units / name, phases_of([recipe.finetune.teacher], recipe.tasks[name])
@@ -94,11 +86,11 @@ def task_teacher(context: Context) -> dict:
 
 def augment(context: Context) -> dict:
     """Writes the augmented training rows of every task."""
-    section, teacher = context.recipe.finetune.augment, read_teacher(context)
+    section, teacher = context.recipe.finetune.augment, inputs.read_teacher(context)
     options = section.model_dump() | {"seed": 0, "progress": saying_millions("augment", "rows", every=1)}
     return {
         name: augment_task(task, teacher, context.folder / f"{name}.jsonl", **options)
-        for name, task in read_tasks(context.recipe).items()
+        for name, task in inputs.read_tasks(context.recipe).items()
     }
 
 
@@ -116,7 +108,7 @@ def finetune(context: Context) -> dict:
         InputError: see `load_task_model` and `read_logits`.
     """
     stage, folder, found = context.recipe.finetune, context.folder, {}
-    for name, task in read_tasks(context.recipe).items():
+    for name, task in inputs.read_tasks(context.recipe).items():
         trainings, tried = TaskTrainings(context, task), {}
         settings = list(trainings.settings)
         if len(settings) > 1:
@@ -147,7 +139,7 @@ class TaskTrainings:
         self.stage, self.section = context.recipe.finetune, context.recipe.tasks[task.name]
         self.phases = phases_of(self.stage.phases, self.section)
         self.reads = set().union(*(phase.losses for phase in self.phases)) - {"labels"}
-        self.teacher_folder = teacher_folder(context.recipe)
+        self.teacher_folder = inputs.teacher_folder(context.recipe)
         self.task = task
         if self.stage.augment:  # the copies follow the training rows
             made = context.folder_of("augment") / f"{self.name}.jsonl"
@@ -165,7 +157,7 @@ class TaskTrainings:
     @cached_property
     def encoded(self) -> EncodedTask:
         with PartialState().main_process_first():
-            return encode_task(self.task, self.teacher_folder, vocabulary_folder(self.context), self.folder / "encoded")
+            return encode_task(self.task, self.teacher_folder, self.context.vocabulary, self.folder / "encoded")
 
     @property
     def tuned_folder(self) -> str | None:
@@ -221,7 +213,7 @@ class TaskTrainings:
             pooling=section.pooling,
             normalize=section.normalize,
         )
-        shared = read_shared_pieces(self.context) if self.teacher is not None else None
+        shared = inputs.read_shared_pieces(self.context) if self.teacher is not None else None
         options = {"shared": shared, "rounding": self.stage.rounded}
         job = Job(RunDir(unit), self.name, mark, "finetune.phases.{}")
         result = fit(training, self.encoded, phases, job, seed, **options)
@@ -232,7 +224,7 @@ class TaskTrainings:
 
             result |= {split: measure(split) for split in self.task.splits if split != "train"}
             if self.stage.save_models:
-                save_task_model(unit / "model", training.student, vocabulary_folder(self.context))
+                save_task_model(unit / "model", training.student, self.context.vocabulary)
             if self.stage.rounded:  # last: the weights are replaced
                 fake_quantize_(training.student, self.stage.rounded)
                 result["rounded"] = measure("validation")
@@ -241,10 +233,10 @@ class TaskTrainings:
     def _student(self) -> tuple[BertModel, torch.Tensor | None]:
         """The body as the stages before left it, and the directions that its projections start from."""
         if not self.context.students:
-            student, directions, _ = start_student(self.context, read_teacher(self.context))
+            student, directions, _ = inputs.start_student(self.context, inputs.read_teacher(self.context))
             return student, directions
         student = load_model(BertModel, [*self.context.students.values()][-1], add_pooling_layer=False).eval()
-        return student, None if self.teacher is None else start_directions(self.context)
+        return student, None if self.teacher is None else inputs.start_directions(self.context)
 
 
 def mark_of(context: Context, name: str, setting: str, seed: int) -> str:

@@ -30,7 +30,6 @@ from vocabshrink.stages.inputs import (
     read_words,
     start_student,
     teacher_folder,
-    vocabulary_folder,
 )
 from vocabshrink.training.distillation import Distillation
 from vocabshrink.training.dual_training import DualTraining, HeadTraining
@@ -80,7 +79,7 @@ def dual(context: Context) -> dict:
     result = train_stage(context, task, batcher, stage, accelerator, evaluate)
     if accelerator.is_main_process:
         pooled = teacher.pooling, teacher.normalize
-        save_student(context.folder / "student", student, head, vocabulary_folder(context), *pooled)
+        save_student(context.folder / "student", student, head, context.vocabulary, *pooled)
         if any(p.requires_grad for p in teacher.backbone.parameters()):
             teacher.backbone.save_pretrained(context.folder / "teacher")
             if teacher.head is not None:
@@ -125,7 +124,7 @@ def distil_into_student(context: Context, stage: DistillStage, formats=None) -> 
         if formats:
             bake(student)
         pooled = teacher.pooling, teacher.normalize
-        save_student(context.folder / "student", student, head, vocabulary_folder(context), *pooled)
+        save_student(context.folder / "student", student, head, context.vocabulary, *pooled)
     return result | {"start": report}
 
 
@@ -200,7 +199,7 @@ def evaluator(context: Context, teacher: Teacher, accelerator: Accelerator) -> C
     held_out = read_held_out(context) if recipe.evaluation.sentences else None
     rated = {name: read_rated_pairs(path) for name, path in recipe.evaluation.stsb.items()}
     pooled = {"pooling": teacher.pooling, "normalize": teacher.normalize, "max_length": 128}
-    backbone, vocabulary = teacher.backbone.to(accelerator.device), vocabulary_folder(context)
+    backbone, vocabulary = teacher.backbone.to(accelerator.device), context.vocabulary
     embed = torch_embedder(backbone, teacher_folder(recipe), **pooled)
     of_teacher = embed(held_out.texts) if held_out else None
 
