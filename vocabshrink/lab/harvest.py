@@ -24,9 +24,9 @@ from collections.abc import Iterator
 from itertools import chain
 from pathlib import Path
 
+from tokenizer_build.count import map_in_order
 from tokenizer_build.errors import InputError
 from tokenizer_build.files import replacing
-from tokenizer_build.processes import map_in_order
 
 SKIPPED_FOLDERS = {"test", "tests", "testing", "idle_test", "site-packages", "dist-packages", "__pycache__"}
 DEFINITIONS = (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
