@@ -3,11 +3,13 @@
 import os
 import sys
 from collections import Counter
+from functools import partial
 from pathlib import Path
 from typing import Annotated
 
 import typer
 from rich.console import Console
+from rich.progress import Progress, TextColumn
 
 from tokenizer_build.compare import compare as compare_tokenizers
 from tokenizer_build.compare import markdown
@@ -20,7 +22,8 @@ from tokenizer_build.trainers import TRAINERS, one_word, train_vocabulary
 app = typer.Typer(help=__doc__, no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
 messages = Console(stderr=True, highlight=False)
 
-Sources = Annotated[list[str], typer.Argument(help="Files, folders, globs or datasets:NAME[:CONFIG]:SPLIT.")]
+Sources = Annotated[list[str], typer.Argument(help="Files, folders, globs, datasets:NAME[:CONFIG]:SPLIT; or counts.")]
+Output = Annotated[Path, typer.Option("--output", "-o", help="What to write: a parquet file, a tokenizer's folder.")]
 Column = Annotated[str, typer.Option(help="The field of JSONL, CSV and parquet records that holds the text.")]
 Cased = Annotated[bool, typer.Option("--cased", help="Keep upper case and accents.")]
 Processes = Annotated[int, typer.Option(min=1, help="Processes that count; the result is the same for any number.")]
@@ -29,20 +32,16 @@ CORES = os.cpu_count() or 1
 
 @app.command()
 def count(
-    sources: Sources,
-    output: Annotated[Path, typer.Option("--output", "-o", help="Parquet file to write.")],
-    column: Column = "text",
-    cased: Cased = False,
-    processes: Processes = CORES,
-) -> None:
+    sources: Sources, output: Output, column: Column = "text", cased: Cased = False, processes: Processes = CORES
+):
     """Count the words of a corpus of any size."""
     write_counts(_count(sources, column, cased, processes), output)
 
 
 @app.command()
 def train(
-    sources: Annotated[list[str], typer.Argument(help="One file of counts, or sources as for `count`.")],
-    output: Annotated[Path, typer.Option("--output", "-o", help="Folder to write the tokenizer into.")],
+    sources: Sources,
+    output: Output,
     size: Annotated[int, typer.Option(min=1, help="Pieces in the vocabulary, at most.")] = 5000,
     trainer: Annotated[str, typer.Option(help=f"One of {', '.join(TRAINERS)}.")] = "fewest",
     teacher: Annotated[Path | None, typer.Option(help="Tokenizer whose pieces are candidates.")] = None,
@@ -51,21 +50,14 @@ def train(
     column: Column = "text",
     cased: Cased = False,
     processes: Processes = CORES,
-) -> None:
+):
     """Learn a vocabulary and write tokenizer.json, tokenizer_config.json and vocab.txt."""
     if trainer not in TRAINERS:
         raise InputError(f"there is no trainer {trainer!r}: choose one of {', '.join(TRAINERS)}")
-    vocabulary = load_tokenizer(teacher).get_vocab() if teacher else {}
+    known = load_tokenizer(teacher).get_vocab() if teacher else {}
     required = [one_word(line.strip(), lowercase=not cased) for line in read_lines([require])] if require else []
-    if len(sources) == 1 and holds_counts(sources[0]):
-        counts = read_counts(sources[0])
-        if not cased and any(word.isascii() and word != word.lower() for word in counts):
-            raise InputError(f"{sources[0]} was counted with --cased: give --cased here too, or count again")
-    else:
-        counts = _count(sources, column, cased, processes)
-    pieces = train_vocabulary(
-        counts, size, trainer, required=required, teacher_vocabulary=vocabulary, lowercase=not cased
-    )
+    counts = _count(sources, column, cased, processes)
+    pieces = train_vocabulary(counts, size, trainer, required=required, teacher_vocabulary=known, lowercase=not cased)
     save_tokenizer(pieces, output, lowercase=not cased, max_length=max_length)
     found = ({"teacher": teacher} if teacher else {}) | {str(output): output}
     print(markdown(compare_tokenizers(counts, found)), end="")
@@ -75,21 +67,23 @@ def train(
 def compare(
     counts: Annotated[Path, typer.Argument(help="Counts written by `count`.")],
     tokenizers: Annotated[list[Path], typer.Argument(help="Folders or tokenizer.json files; the first is the base.")],
-) -> None:
+):
     """Compare tokenizers of any family: pieces per word, one-piece words, unknown words, overlap with the first."""
     print(markdown(compare_tokenizers(read_counts(counts), {str(path): path for path in tokenizers})), end="")
 
 
 def _count(sources: list[str], column: str, cased: bool, processes: int) -> Counter[str]:
-    done: list[int] = []
-
-    def advance(characters: int) -> None:
-        done.append(characters)
-        status.update(f"counting: {sum(done) / 1e6:,.0f} M characters")
-
-    with messages.status("counting") as status:
+    """The words of a corpus, counted now or before: `sources` may be one file of counts."""
+    if len(sources) == 1 and holds_counts(sources[0]):
+        counts = read_counts(sources[0])
+        if not cased and any(word.isascii() and word != word.lower() for word in counts):
+            raise InputError(f"{sources[0]} was counted with --cased: give --cased here too, or count again")
+        return counts
+    shown = TextColumn("counting: {task.completed:,} words")
+    with Progress(shown, console=messages, transient=True, disable=not messages.is_terminal) as bar:
+        advance = partial(bar.advance, bar.add_task(""))
         counts = count_words(sources, column=column, lowercase=not cased, processes=processes, progress=advance)
-    messages.print(f"{counts.total():,} words, {len(counts):,} distinct, in {sum(done) / 1e6:,.1f} M characters")
+    messages.print(f"{counts.total():,} words, {len(counts):,} distinct")
     return counts
 
 

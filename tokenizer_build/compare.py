@@ -11,18 +11,13 @@ from pathlib import Path
 
 from tokenizers import Tokenizer
 
-from tokenizer_build.candidates import teacher_pieces
 from tokenizer_build.errors import InputError
 from tokenizer_build.tokenizer import load_tokenizer
+from tokenizer_build.trainers import teacher_pieces
 
 BATCH = 10_000  # words
-COLUMNS = {  # measure -> (heading, number format)
-    "size": ("pieces", ",d"),
-    "pieces_per_word": ("pieces/word", ".4f"),
-    "coverage": ("one-piece words", ".2%"),
-    "unknown_rate": ("unknown words", ".2%"),
-    "overlap_with_first": ("in the first", ".2%"),
-}
+HEADINGS = ["tokenizer", "pieces", "pieces/word", "one-piece words", "unknown words", "in the first"]
+FORMATS = [",d", ".4f", ".2%", ".2%", ".2%"]  # of the measures, in the order of `compare`
 
 
 def compare(counts: Mapping[str, int], tokenizers: Mapping[str, str | Path]) -> dict[str, dict[str, float]]:
@@ -33,17 +28,14 @@ def compare(counts: Mapping[str, int], tokenizers: Mapping[str, str | Path]) -> 
     """
     if not counts or not tokenizers:
         raise InputError("nothing to compare: give word counts with words in them and at least one tokenizer")
-    loaded = {name: load_tokenizer(path) for name, path in tokenizers.items()}
-    pieces = {name: set(teacher_pieces(tokenizer.get_vocab())) for name, tokenizer in loaded.items()}
-    first = next(iter(pieces.values()))
-    return {
-        name: {
-            "size": tokenizer.get_vocab_size(),
-            **measure(counts, tokenizer),
-            "overlap_with_first": len(pieces[name] & first) / max(1, len(pieces[name])),
-        }
-        for name, tokenizer in loaded.items()
-    }
+    measured, first = {}, set()
+    for name, path in tokenizers.items():
+        tokenizer = load_tokenizer(path)
+        pieces = set(teacher_pieces(tokenizer.get_vocab()))
+        first = first or pieces
+        measured[name] = {"size": tokenizer.get_vocab_size(), **measure(counts, tokenizer)}
+        measured[name]["overlap_with_first"] = len(pieces & first) / max(1, len(pieces))
+    return measured
 
 
 def measure(counts: Mapping[str, int], tokenizer: Tokenizer) -> dict[str, float]:
@@ -72,9 +64,7 @@ def measure(counts: Mapping[str, int], tokenizer: Tokenizer) -> dict[str, float]
 
 def markdown(measured: Mapping[str, Mapping[str, float]]) -> str:
     """The comparison as a Markdown table whose columns line up in a terminal too."""
-    rows = [["tokenizer", *(heading for heading, _ in COLUMNS.values())]]
-    for name, values in measured.items():
-        rows.append([name, *(format(values[key], style) for key, (_, style) in COLUMNS.items())])
+    rows = [HEADINGS, *([name, *map(format, values.values(), FORMATS)] for name, values in measured.items())]
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     rows.insert(1, ["-" * widths[0], *("-" * (width - 1) + ":" for width in widths[1:])])
     lines = ([row[0].ljust(widths[0]), *map(str.rjust, row[1:], widths[1:])] for row in rows)

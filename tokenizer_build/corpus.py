@@ -1,8 +1,7 @@
 """The corpus as a stream of lines, whatever files it lies in.
 
-A line (in most corpora a paragraph) is the unit of everything downstream: counting, encoding, training. Text, JSONL,
-CSV/TSV and parquet files are streamed, so memory does not grow with the corpus; pyarrow decompresses gzip, bzip2,
-zstandard and lz4, the standard library xz. Folders and globs are sorted: the same stream on every machine.
+A line (in most corpora a paragraph) is the unit of everything downstream. Text, JSONL, CSV/TSV and parquet files are
+streamed, so memory does not grow with the corpus. Folders and globs are sorted: the same stream on every machine.
 
 Refused rather than guessed at: bytes that are not UTF-8, NUL bytes (binary files, UTF-16), records without the column,
 and more than LONGEST_LINE characters without white space (base64, a minified program): that is no language, and a word
@@ -29,6 +28,7 @@ COMPRESSED = {".gz": "gzip", ".bz2": "bz2", ".zst": "zstd", ".lz4": "lz4", ".xz"
 TABLE = {".csv": ",", ".tsv": "\t"}
 JSONL = {".jsonl", ".ndjson", ".json"}
 KNOWN = {".txt", ".text", ".md", ".rst", ".parquet", *JSONL, *TABLE}  # what is read from a folder
+NO_WHITE_SPACE = f"more than {LONGEST_LINE} characters without white space are no text: remove them or break them up"
 
 
 def read_lines(sources: Sequence[str | Path], column: str = "text") -> Iterator[str]:
@@ -36,30 +36,29 @@ def read_lines(sources: Sequence[str | Path], column: str = "text") -> Iterator[
 
     A source is a file, a folder (every corpus file below it, sorted by path), a glob, or `datasets:NAME[:CONFIG]:SPLIT`
     for a hub data set, which is streamed. `column` names the field of JSONL, CSV, parquet and hub records that holds
-    the text. A file with an unknown suffix is read as text. Raises InputError, naming the file and the line or byte,
-    for whatever the module docstring refuses, and when there is no text in any source.
+    the text. A file with an unknown suffix is read as text. Raises InputError, naming the file and the row or byte, for
+    whatever the module docstring refuses, and when there is no text in any source.
     """
     empty = True
     for source in expand(sources):
-        for place, record in _records(source, column):
-            for line in _text_of(record, column, place).split("\n"):
+        for place, text in _texts(source, column):
+            for line in text.split("\n"):
                 if line and not line.isspace():
                     empty = False
                     yield from (line,) if len(line) <= LONGEST_LINE else _cut(line, place)
     if empty:
-        named = ", ".join(map(str, sources)) or "an empty list"
-        raise InputError(f"there is no text in {named}: give a file with text")
+        raise InputError(
+            f"there is no text in {', '.join(map(str, sources)) or 'an empty list'}: give a file with text"
+        )
 
 
-def read_blocks(
-    sources: Sequence[str | Path], column: str = "text", characters: int = 4_000_000
-) -> Iterator[list[str]]:
-    """Group `read_lines` into lists of at least `characters` characters, the last one excepted."""
+def read_blocks(sources: Sequence[str | Path], column: str = "text", length: int = 4_000_000) -> Iterator[list[str]]:
+    """Group `read_lines` into lists of at least `length` characters, the last one excepted."""
     block, size = [], 0
     for line in read_lines(sources, column):
         block.append(line)
         size += len(line)
-        if size >= characters:
+        if size >= length:
             yield block
             block, size = [], 0
     if block:
@@ -89,99 +88,77 @@ def _format(path: str | Path) -> tuple[str, str]:
     return (last, end) if end in COMPRESSED else (end, "")
 
 
-def _records(source: str, column: str) -> Iterator[tuple[str, dict]]:
-    """(place, record) of every record; a text file's records are megabytes of whole lines under `column`."""
-    suffix, compression = _format(source)
+def _texts(source: str, column: str) -> Iterator[tuple[str, str]]:
+    """(place, text) of every record; a text file's records are megabytes of whole lines."""
+    (suffix, compression), unit, number = _format(source), "row", 0
     try:
         if source.startswith("datasets:"):
-            yield from _hub_records(source)
+            records = enumerate(_hub_records(source), 1)
         elif suffix == ".parquet" and not compression:  # which it has inside
-            yield from _parquet_records(source, column)
+            records = enumerate(_parquet_records(source, column), 1)
         elif suffix in JSONL:
-            for number, record in read_jsonl(source, _open(source, compression)):
-                yield f"{source}, line {number}", record
+            records = read_jsonl(source, _open(source, compression))
         elif suffix in TABLE:
-            yield from _csv_records(source, _open(source, compression), TABLE[suffix])
+            csv.field_size_limit(LARGEST_RECORD)  # the standard library's own limit is 131,072 characters
+            lines = text_lines(source, _open(source, compression))
+            records = enumerate(csv.DictReader(lines, delimiter=TABLE[suffix], strict=True), 2)  # row 1 is the header
         else:
-            for place, text in _text_chunks(source, _open(source, compression)):
-                yield place, {column: text}
-    except (OSError, EOFError, lzma.LZMAError, pyarrow.ArrowInvalid, UnicodeDecodeError) as error:
-        raise InputError(f"{source} cannot be read ({error}): check that it is there, whole and UTF-8") from error
+            unit, records = "byte", _text_chunks(source, _open(source, compression), column)
+        for number, record in records:
+            place = f"{source}, {unit} {number}"
+            if column not in record:
+                raise InputError(f"{place} has no column {column!r}: choose one of {', '.join(map(str, record))}")
+            text = "" if record[column] is None else record[column]
+            try:
+                str.encode(text)
+            except (TypeError, UnicodeEncodeError):  # the latter: half a surrogate pair, which JSON can write
+                raise InputError(
+                    f"{place}: {ascii(text):.60} is no text: correct it or choose another column"
+                ) from None
+            yield place, text
+    except (OSError, EOFError, csv.Error, lzma.LZMAError, pyarrow.ArrowInvalid, UnicodeDecodeError) as error:
+        what = f"{source} cannot be read after {unit} {number} ({error})"
+        raise InputError(f"{what}: check that it is there, whole and UTF-8") from error
 
 
 def _open(path: str, compression: str):
-    if not compression:
-        return open(path, "rb")
     if compression == ".xz":
         return lzma.open(path)
-    # The buffer, unlike the stream, reads lines.
-    return io.BufferedReader(pyarrow.input_stream(path, compression=COMPRESSED[compression]))
+    # pyarrow decompresses the others; the buffer, unlike its stream, reads lines
+    return io.BufferedReader(pyarrow.input_stream(path, compression=COMPRESSED.get(compression)))
 
 
-def _text_chunks(path: str, opened) -> Iterator[tuple[str, str]]:
-    """(place, text) of about a megabyte each, which end at a line's end or, inside a very long line, at white space."""
+def _text_chunks(path: str, opened, column: str) -> Iterator[tuple[int, dict]]:
+    """(offset, text) of about a megabyte each, ending where a line does or, inside a very long one, at white space."""
     offset, rest = 0, b""
     with opened as file:
-        while chunk := file.read(CHUNK):
-            raw, place = rest + chunk + file.readline(4 * LONGEST_LINE), f"{path}, after byte {offset}"
+        while raw := rest + file.read(CHUNK) + file.readline(4 * LONGEST_LINE):
             end = len(raw)
             if raw[-1:] != b"\n" and end > 4 * LONGEST_LINE:  # bytes: over LONGEST_LINE characters of one line
-                end = max(raw.rfind(white) for white in (b" ", b"\t", b"\r", b"\n")) + 1
+                end = max(map(raw.rfind, (b" ", b"\t", b"\r", b"\n"))) + 1
                 if not end:
-                    raise _no_white_space(place)
-            yield place, decode(raw[:end], path, offset)
+                    raise InputError(f"{path}, byte {offset}: {NO_WHITE_SPACE}")
+            yield offset, {column: decode(raw[:end], path, offset)}
             offset, rest = offset + end, raw[end:]
-    if rest:
-        yield f"{path}, after byte {offset}", decode(rest, path, offset)
 
 
-def _csv_records(path: str, opened, delimiter: str) -> Iterator[tuple[str, dict]]:
-    csv.field_size_limit(LARGEST_RECORD)  # the standard library's own limit is 131,072 characters
-    with opened as file:
-        reader = csv.DictReader(text_lines(file, path), delimiter=delimiter, strict=True)
-        try:
-            for record in reader:
-                yield f"{path}, line {reader.line_num}", record
-        except csv.Error as error:
-            place = f"{path}, line {reader.reader.line_num}"  # DictReader's own number lags behind on errors
-            raise InputError(f"{place} is not CSV ({error}): correct or remove the line") from error
-
-
-def _parquet_records(path: str, column: str) -> Iterator[tuple[str, dict]]:
-    row = 0
+def _parquet_records(path: str, column: str) -> Iterator[dict]:
     with pyarrow.parquet.ParquetFile(path) as file:
         columns = [column] if column in file.schema_arrow.names else None
         for batch in file.iter_batches(batch_size=256, columns=columns, use_threads=False):
-            for record in batch.to_pylist():
-                row += 1
-                yield f"{path}, row {row}", record
+            yield from batch.to_pylist()
 
 
-def _hub_records(source: str) -> Iterator[tuple[str, dict]]:
+def _hub_records(source: str) -> Iterator[dict]:
     import datasets  # slow to import, and seldom needed
 
     _, *name, split = source.split(":")
     if len(name) not in (1, 2) or not all([*name, split]):
         raise InputError(f"{source}: write datasets:NAME:SPLIT or datasets:NAME:CONFIG:SPLIT")
     try:
-        records = datasets.load_dataset(*name, split=split, streaming=True)
+        return iter(datasets.load_dataset(*name, split=split, streaming=True))
     except ValueError as error:  # no such configuration or split
         raise InputError(f"{source} cannot be read ({error}): check name, configuration and split") from error
-    for number, record in enumerate(records, 1):
-        yield f"{source}, row {number}", record
-
-
-def _text_of(record: dict, column: str, place: str) -> str:
-    if column not in record:
-        raise InputError(f"{place} has no column {column!r}: choose one of {', '.join(map(str, record))}")
-    text = record[column] if record[column] is not None else ""
-    if not isinstance(text, str):
-        raise InputError(f"{place}: {column!r} holds {type(text).__name__}, not text: choose another column")
-    try:
-        text.isascii() or text.encode()
-    except UnicodeEncodeError:
-        raise InputError(f"{place}: {column!r} holds half a surrogate pair, which is no character: remove it") from None
-    return text
 
 
 def _cut(line: str, place: str) -> Iterator[str]:
@@ -190,12 +167,7 @@ def _cut(line: str, place: str) -> Iterator[str]:
     while len(line) - start > LONGEST_LINE:
         end = max(line.rfind(white, start, start + LONGEST_LINE) for white in " \t\r")
         if end <= start:
-            raise _no_white_space(place)
+            raise InputError(f"{place}: {NO_WHITE_SPACE}")
         yield line[start:end]
         start = end + 1
     yield line[start:]
-
-
-def _no_white_space(place: str) -> InputError:
-    what = f"more than {LONGEST_LINE} characters without white space, which is no text (base64? a minified program?)"
-    return InputError(f"{place}: {what}: remove it or break it up")

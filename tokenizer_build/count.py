@@ -5,16 +5,17 @@ ASCII ones by a regular expression, all others by `tokenizers` itself. That is e
 tokenizer work on each character or combining sequence alone and no such sequence crosses white space. `str.split()`
 would not be: it splits at \\x1c-\\x1f and \\x85, which BertNormalizer deletes. Special tokens written out are text.
 
-Memory: two blocks per process and the counts. Blocks are folded in the order of the corpus, so the result does not
-depend on the number of processes. Once there are more than `maximum` distinct words (10 M, about 1.5 GB), the rarest
-are dropped (lossy counting, Manku & Motwani 2002): words counted once, then twice, ... until half of the maximum is
-left. A word that survives is then undercounted by at most what was dropped of it before; frequent words are exact.
+Memory: two blocks per process and the counts. Once there are more than `maximum` distinct words (10 M, about 1.5 GB),
+the rarest are dropped (lossy counting, Manku & Motwani 2002): words counted once, then twice, ... until half of the
+maximum is left. A word that survives is undercounted by at most what was dropped of it; frequent words are exact.
 """
 
 import re
-from collections import Counter
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections import Counter, deque
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import ProcessPoolExecutor
 from functools import lru_cache, partial
+from multiprocessing import get_context
 from pathlib import Path
 
 import pyarrow
@@ -25,7 +26,6 @@ from tokenizers.pre_tokenizers import BertPreTokenizer
 from tokenizer_build.corpus import read_blocks
 from tokenizer_build.errors import InputError
 from tokenizer_build.files import replacing
-from tokenizer_build.processes import map_in_order
 
 ASCII_WORDS = re.compile(r"[0-9A-Za-z]+|[!-/:-@\[-`{-~]")
 ASCII_CONTROL = dict.fromkeys([*range(0x20), 0x7F])
@@ -41,24 +41,38 @@ def count_words(
     lowercase: bool = True,
     processes: int = 1,
     maximum: int = 10_000_000,
-    progress: Callable[[int], None] | None = None,
+    progress: Callable[[int], None] = lambda words: None,
 ) -> Counter[str]:
     """Count the words of `sources` (see `corpus.read_lines`); the result is the same on any number of processes.
 
-    `maximum` bounds the distinct words kept; `progress` is called with the characters of each block counted. Processes
+    `maximum` bounds the distinct words kept; `progress` is called with the words of each block counted. Processes
     are spawned, so a script that asks for several needs its `if __name__ == "__main__":`.
     """
     counts: Counter[str] = Counter()
     blocks = read_blocks(sources, column)
-    for characters, words in map_in_order(partial(_count_sized, lowercase=lowercase), blocks, processes):
+    for words in map_in_order(partial(count_block, lowercase=lowercase), blocks, processes):
         fold(counts, words, maximum)
-        if progress:
-            progress(characters)
+        progress(sum(words.values()))
     return counts
 
 
-def _count_sized(block: list[str], lowercase: bool) -> tuple[int, dict[str, int]]:
-    return sum(map(len, block)), count_block(block, lowercase)
+def map_in_order(function: Callable, items: Iterable, processes: int) -> Iterator:
+    """Yield `function(item)` of every item, in order, computed by `processes` processes (1: by this one).
+
+    At most two items per process are in flight, so a stream is read no faster than it is worked on. Processes are
+    spawned (so `function` must be importable), not forked: the caller may have threads, and forking those can hang.
+    """
+    if processes <= 1:
+        yield from map(function, items)
+        return
+    waiting: deque = deque()
+    with ProcessPoolExecutor(processes, get_context("spawn")) as pool:
+        for item in items:
+            waiting.append(pool.submit(function, item))
+            if len(waiting) >= 2 * processes:
+                yield waiting.popleft().result()
+        while waiting:
+            yield waiting.popleft().result()
 
 
 def count_block(lines: Iterable[str], lowercase: bool = True) -> dict[str, int]:
@@ -84,8 +98,7 @@ def split_chunk(chunk: str, lowercase: bool = True) -> Sequence[str]:
 
 @lru_cache(maxsize=1 << 17)
 def _split_unicode(chunk: str, lowercase: bool) -> tuple[str, ...]:
-    normal = NORMALIZERS[lowercase].normalize_str(chunk)
-    return tuple(word for word, _ in SPLIT.pre_tokenize_str(normal))
+    return tuple(word for word, _ in SPLIT.pre_tokenize_str(NORMALIZERS[lowercase].normalize_str(chunk)))
 
 
 def fold(counts: Counter[str], words: Mapping[str, int], maximum: int) -> None:

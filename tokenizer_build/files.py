@@ -18,10 +18,7 @@ LARGEST_RECORD = 256_000_000  # bytes of one JSONL or CSV line; the only thing t
 
 @contextmanager
 def replacing(path: str | Path) -> Iterator[Path]:
-    """Yield a temporary path in the folder of `path`; rename it to `path` if the block succeeds.
-
-    Raises InputError, naming the file and the bytes free, when the disk is full.
-    """
+    """Yield a temporary path beside `path`, renamed to it if the block succeeds; InputError when the disk is full."""
     path = Path(path)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     with naming_full_disk(path):
@@ -64,10 +61,8 @@ def naming_full_disk(path: str | Path) -> Iterator[None]:
     except OSError as error:
         if error.errno not in (errno.ENOSPC, errno.EDQUOT):
             raise
-        folder = next(parent for parent in Path(path).absolute().parents if parent.is_dir())
-        free = shutil.disk_usage(folder).free
-        message = f"no space left to write {path}: {free:,} bytes are free there; free some and run again"
-        raise InputError(message) from error
+        free = shutil.disk_usage(next(parent for parent in Path(path).absolute().parents if parent.is_dir())).free
+        raise InputError(f"no space left to write {path}: {free:,} bytes are free: free some, run again") from error
 
 
 def write_text(path: str | Path, text: str) -> None:
@@ -79,8 +74,20 @@ def write_text(path: str | Path, text: str) -> None:
 
 
 def write_json(path: str | Path, value) -> None:
-    """Write strict JSON atomically; NumPy and torch numbers become plain ones, NaN and infinity null."""
+    """Write strict JSON atomically; see `plain` for what becomes of values that JSON cannot hold."""
     write_text(path, json.dumps(plain(value), indent=2, ensure_ascii=False) + "\n")
+
+
+def plain(value):
+    """`value` with NumPy and torch numbers as Python's, paths as str, NaN and infinity (which are not JSON) as None."""
+    if isinstance(value, dict):
+        return {str(key): plain(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [plain(item) for item in value]
+    value = value.item() if hasattr(value, "item") else value
+    if isinstance(value, float) and not math.isfinite(value):
+        return None
+    return str(value) if isinstance(value, PurePath) else value
 
 
 def read_json(path: str | Path):
@@ -100,10 +107,8 @@ def read_jsonl(path: str | Path, opened: BinaryIO | None = None) -> Iterator[tup
     InputError naming file and line for a missing file, bytes that are not UTF-8 and a line that is no object.
     """
     try:
-        with opened or Path(path).open("rb") as file:
-            for number, line in enumerate(text_lines(file, path), 1):
-                if line.isspace():
-                    continue
+        for number, line in enumerate(text_lines(path, opened), 1):
+            if not line.isspace():
                 row, why = None, ""
                 try:
                     row = json.loads(line.rstrip("\r\n"))
@@ -112,20 +117,21 @@ def read_jsonl(path: str | Path, opened: BinaryIO | None = None) -> Iterator[tup
                 if not isinstance(row, dict):
                     raise InputError(f"{path}: row {number} is not a JSON object{why}: write one object per line")
                 yield number, row
-    except FileNotFoundError:
-        raise InputError(f"{path}: no such file: correct its path") from None
     except OSError as error:
-        raise InputError(f"{path}: cannot be read ({error.strerror or error})") from None
+        missing = isinstance(error, FileNotFoundError)
+        what = "no such file" if missing else f"cannot be read ({error.strerror or error})"
+        raise InputError(f"{path}: {what}: correct its path") from None
 
 
-def text_lines(file: BinaryIO, path: str | Path) -> Iterator[str]:
-    """The lines of an open UTF-8 file with their line ends, cut at \\n alone: JSON strings may hold U+2028."""
+def text_lines(path: str | Path, opened: BinaryIO | None = None) -> Iterator[str]:
+    """The lines of a UTF-8 file (see `read_jsonl`) with their ends, cut at \\n alone: JSON strings may hold U+2028."""
     offset = 0
-    while raw := file.readline(LARGEST_RECORD):
-        if len(raw) >= LARGEST_RECORD:
-            raise InputError(f"{path}: the line at byte {offset} is over {LARGEST_RECORD // 10**6} MB: split it")
-        yield decode(raw, path, offset)
-        offset += len(raw)
+    with opened or Path(path).open("rb") as file:
+        while raw := file.readline(LARGEST_RECORD):
+            if len(raw) >= LARGEST_RECORD:
+                raise InputError(f"{path}: the line at byte {offset} is over {LARGEST_RECORD // 10**6} MB: split it")
+            yield decode(raw, path, offset)
+            offset += len(raw)
 
 
 def decode(raw: bytes, path: str | Path, offset: int = 0) -> str:
@@ -133,24 +139,12 @@ def decode(raw: bytes, path: str | Path, offset: int = 0) -> str:
 
     Raises InputError naming the byte that is NUL or not UTF-8.
     """
-    if (nul := raw.find(b"\0")) >= 0:
-        what = f"{path} has a NUL byte at byte {offset + nul}: it is a binary or UTF-16 file"
-        raise InputError(f"{what}; leave it out, or convert it to UTF-8 text")
+    bad = raw.find(b"\0")  # in binary and UTF-16 files
     try:
         text = raw.decode("utf-8")
     except UnicodeDecodeError as error:
-        what = f"{path}: not UTF-8 text at byte {offset + error.start} (0x{raw[error.start]:02x})"
-        raise InputError(f"{what}: convert it, for example with `iconv -f latin1 -t utf-8`, or leave it out") from None
+        bad = error.start
+    if bad >= 0:
+        what = f"{path}: not UTF-8 text at byte {offset + bad} (0x{raw[bad]:02x})"
+        raise InputError(f"{what}: convert it, for example with `iconv -f latin1 -t utf-8`, or leave it out")
     return text if offset else text.removeprefix("\ufeff")  # a byte order mark, which some editors write
-
-
-def plain(value):
-    if isinstance(value, dict):
-        return {str(key): plain(item) for key, item in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [plain(item) for item in value]
-    if hasattr(value, "item"):
-        value = value.item()
-    if isinstance(value, float) and not math.isfinite(value):
-        return None  # NaN is not JSON, and a browser or jq would refuse the whole file
-    return str(value) if isinstance(value, PurePath) else value

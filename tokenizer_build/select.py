@@ -7,11 +7,14 @@ run past that piece's end. Rounds that swap in what was dropped too early close 
 plain counts alone that saves 1 % of all pieces at 5,000, and on small corpora much more.
 
 Only the MOST_WORDS most frequent words are looked at (99 % of English text); about 8 seconds on one core. Ties are
-broken by the piece's text: the result depends on the counts alone. Not done: minimising anything but the number of
-pieces, such as likelihood.
+broken by the piece's text. Not done: minimising anything but the number of pieces, such as likelihood.
 """
 
+import re
+from collections import defaultdict
 from collections.abc import Iterable, Sequence
+
+Words = Sequence[tuple[str, int]]  # (word, count), most frequent first
 
 ROUNDS, EXACT_ROUNDS = 15, 4  # 30 rounds save 0.1 % more in twice the time
 SWAP_ROUNDS, SWAP_SHARE = 2, 0.02
@@ -21,87 +24,65 @@ PREFERENCE = 1.2  # a preferred piece wins against one that saves 20 % more: +1.
 
 
 def fewest_pieces(
-    words: Sequence[tuple[str, int]],
-    candidates: Iterable[str],
-    required: Iterable[str],
-    size: int,
-    preferred: Iterable[str] = (),
+    words: Words, candidates: Iterable[str], required: Iterable[str], size: int, preferred: Iterable[str] = ()
 ) -> list[str]:
     """Return at most `size` of `candidates` and `required`, the most frequent first; all of `required`.
 
-    `words` are (word, count), most frequent first. Every word must be spelt by the single characters among `required`
-    (`c` at its start, `##c` inside); candidates that are not are ignored, and those that no word uses are left out even
-    where there is room. `preferred` (the teacher's pieces, which bring their embeddings along) win against others that
-    save slightly more.
+    Every word must be spelt by the single characters among `required` (`c` at its start, `##c` inside); candidates that
+    are not are ignored, and those that no word uses are left out even where there is room. `preferred` (the teacher's
+    pieces, which bring their embeddings along) win against others that save slightly more.
     """
-    required = set(required)
-    spelt = (p for p in candidates if required.issuperset(_characters(p)))
+    required, preferred = set(required), set(preferred)
+    characters = set(map(_text, required))
+    spelt = (piece for piece in candidates if characters.issuperset(re.findall("(?s) ?.", _text(piece))))
     state = Segmentation(words[:MOST_WORDS], sorted(required.union(spelt)))
     fixed = {piece for piece, name in enumerate(state.names) if name in required}
-    preferred = set(preferred)
     worth = [PREFERENCE if name in preferred else 1.0 for name in state.names]
+
+    def drop(target: int, exact: bool) -> None:
+        if (surplus := len(state.alive) - target) > 0:
+            costs = state.exact_costs() if exact else state.estimated_costs()
+            order = sorted(state.alive - fixed, key=lambda piece: (worth[piece] * costs[piece], piece))
+            state.cut(state.alive.difference(order[:surplus]))
+
     first = len(state.alive)
     for step in range(1, ROUNDS + 1):
-        target = round(size * (first / size) ** (1 - step / ROUNDS))
-        _drop(state, fixed, target, worth, exact=step > ROUNDS - EXACT_ROUNDS)
+        drop(round(size * (first / size) ** (1 - step / ROUNDS)), exact=step > ROUNDS - EXACT_ROUNDS)
     for _ in range(SWAP_ROUNDS if first > size else 0):
         savings = {piece: worth[piece] * saved for piece, saved in state.savings().items() if saved > 0}
-        state.add(sorted(savings, key=lambda piece: (-savings[piece], piece))[: round(SWAP_SHARE * size)])
-        _drop(state, fixed, size, worth, exact=True)
+        best = sorted(savings, key=lambda piece: (-savings[piece], piece))
+        state.cut(state.alive.union(best[: round(SWAP_SHARE * size)]))
+        drop(size, exact=True)
     kept = [piece for piece in state.alive if state.counts[piece] or piece in fixed]
     return [state.names[piece] for piece in sorted(kept, key=lambda piece: (-state.counts[piece], piece))]
 
 
-def _is_inner(piece: str) -> bool:
-    return piece.startswith("##") and len(piece) > 2
-
-
-def _characters(piece: str) -> list[str]:
-    """The single-character pieces that spell a piece: `the` is `t`, `##h`, `##e`."""
-    if _is_inner(piece):
-        return [f"##{c}" for c in piece[2:]]
-    return [piece[0], *(f"##{c}" for c in piece[1:])]
-
-
-def _drop(state: "Segmentation", fixed: set[int], size: int, worth: Sequence[float], exact: bool) -> None:
-    if (surplus := len(state.alive) - size) > 0:
-        costs = state.exact_costs() if exact else state.estimated_costs()
-        order = sorted(state.alive - fixed, key=lambda piece: (worth[piece] * costs[piece], piece))
-        state.remove(order[:surplus])
+def _text(piece: str) -> str:
+    """A piece as it stands in a word: without `##` inside of it, with a space before its first letter."""
+    return piece[2:] if piece.startswith("##") and len(piece) > 2 else f" {piece}"
 
 
 class Segmentation:
     """Words cut by greedy longest match with a vocabulary that shrinks and grows.
 
     Pieces are numbered in the order of `names`; `alive` is the vocabulary of the moment, `counts[piece]` how often the
-    weighted words use it and `ends` where each word is cut. A word's start is written as a space before its first
-    letter, in `words` and `texts` alike, so that one `table` (text -> alive piece) serves for a word's start and its
-    inside.
+    weighted words use it and `ends` where each word is cut. Both `words` and `texts` have a space before a word's first
+    letter, so that one `table` (text -> alive piece) serves for its start and its inside.
     """
 
-    def __init__(self, words: Sequence[tuple[str, int]], names: Sequence[str]):
+    def __init__(self, words: Words, names: Sequence[str]):
         self.words = [f" {word}" for word, _ in words]
         self.weights = [count for _, count in words]
         self.names = list(names)
-        self.texts = [name[2:] if _is_inner(name) else f" {name}" for name in names]
-        self.alive: set[int] = set()
-        self.table: dict[str, int] = {}
-        self.add(range(len(self.names)))
+        self.texts = list(map(_text, names))
+        self.cut(range(len(names)))
 
-    def add(self, pieces: Iterable[int]) -> None:
-        self.alive.update(pieces)
-        self.table.update((self.texts[piece], piece) for piece in pieces)
-        self._cut_words()
-
-    def remove(self, pieces: Iterable[int]) -> None:
-        self.alive.difference_update(pieces)
-        for piece in pieces:
-            del self.table[self.texts[piece]]
-        self._cut_words()
-
-    def _cut_words(self) -> None:
-        self.counts, self.ends = [0] * len(self.names), []
-        counts, table = self.counts, self.table
+    def cut(self, alive: Iterable[int]) -> None:
+        """Cut all words with the pieces `alive`."""
+        self.alive = set(alive)
+        self.table = table = {self.texts[piece]: piece for piece in self.alive}
+        self.counts = counts = [0] * len(self.names)
+        self.ends: list[list[int]] = []
         for word, weight in zip(self.words, self.weights, strict=True):
             begin, length, ends = 0, len(word), []
             while begin < length:
@@ -151,12 +132,12 @@ class Segmentation:
     def savings(self) -> dict[int, int]:
         """By piece not alive that could be used: how many pieces its addition alone would save."""
         dead = {text: piece for piece, text in enumerate(self.texts) if piece not in self.alive}
-        saved: dict[int, int] = {}
+        saved: dict[int, int] = defaultdict(int)
         for word, weight, ends in zip(self.words, self.weights, self.ends, strict=True):
             for index, begin in enumerate([0, *ends[:-2]]):
                 for end in range(ends[index] + 1, len(word) + 1):
                     if (piece := dead.get(word[begin:end])) is not None:
-                        saved[piece] = saved.get(piece, 0) - weight * self._change(word, ends, index, end)
+                        saved[piece] -= weight * self._change(word, ends, index, end)
         return saved
 
     def _change(self, word: str, ends: list[int], index: int, end: int) -> int:

@@ -23,10 +23,10 @@ LONGEST_WORD = 100  # characters: WordPiece makes any longer word unknown
 def make_tokenizer(pieces: Sequence[str], *, lowercase: bool = True) -> Tokenizer:
     """The BERT tokenizer whose vocabulary is `pieces`, in the order of their ids."""
     ids = {piece: number for number, piece in enumerate(pieces)}
-    if len(ids) != len(pieces):
-        raise InputError("the vocabulary holds a piece twice: every piece needs its own id")
-    if missing := [token for token in SPECIAL_TOKENS if token not in ids]:
-        raise InputError(f"the vocabulary has no {missing[0]}: it needs {' '.join(SPECIAL_TOKENS)}")
+    missing = [token for token in SPECIAL_TOKENS if token not in ids]
+    if missing or len(ids) != len(pieces):
+        what = f"has no {missing[0]}" if missing else "holds a piece twice"
+        raise InputError(f"the vocabulary {what}: it needs {' '.join(SPECIAL_TOKENS)} and every piece once")
     tokenizer = Tokenizer(WordPiece(ids, unk_token="[UNK]", max_input_chars_per_word=LONGEST_WORD))
     tokenizer.normalizer = BertNormalizer(lowercase=lowercase)
     tokenizer.pre_tokenizer = BertPreTokenizer()
@@ -46,14 +46,9 @@ def save_tokenizer(pieces: Sequence[str], folder: str | Path, *, lowercase: bool
     `max_length` is the longest input, in pieces, that the model accepts. Each file appears whole or not at all.
     """
     folder = Path(folder)
-    settings = {
-        "tokenizer_class": "BertTokenizer",
-        "do_lower_case": lowercase,
-        "strip_accents": None,
-        "tokenize_chinese_chars": True,
-        "model_max_length": max_length,
-        **{f"{token[1:-1].lower()}_token": token for token in SPECIAL_TOKENS},  # pad_token: [PAD], ...
-    }
+    settings = {"tokenizer_class": "BertTokenizer", "do_lower_case": lowercase, "strip_accents": None}
+    settings |= {"tokenize_chinese_chars": True, "model_max_length": max_length}
+    settings |= {f"{token[1:-1].lower()}_token": token for token in SPECIAL_TOKENS}  # pad_token: [PAD], ...
     write_text(folder / "tokenizer.json", make_tokenizer(pieces, lowercase=lowercase).to_str(pretty=True))
     write_json(folder / "tokenizer_config.json", settings)
     write_text(folder / "vocab.txt", "".join(f"{piece}\n" for piece in pieces))
@@ -67,25 +62,16 @@ def load_tokenizer(path: str | Path) -> Tokenizer:
     path = Path(path)
     file = path / "tokenizer.json" if path.is_dir() else path
     if file.is_file():
-        return parse_tokenizer(file.read_bytes(), file)
+        try:
+            tokenizer = Tokenizer.from_buffer(file.read_bytes())
+        except Exception as error:  # the tokenizers library raises bare Exceptions
+            raise InputError(f"{file} is not a tokenizer that can be read ({error}): name a tokenizer.json") from None
+        tokenizer.no_padding()  # all-MiniLM-L6-v2's file pads every input to 128 pieces
+        tokenizer.no_truncation()
+        return tokenizer
     vocabulary, settings = path / "vocab.txt", path / "tokenizer_config.json"
     if not vocabulary.is_file():
         raise InputError(f"{path} has no tokenizer.json and no vocab.txt: name a tokenizer's folder or JSON file")
     lowercase = read_json(settings).get("do_lower_case", True) if settings.is_file() else True
     pieces = decode(vocabulary.read_bytes(), vocabulary).removesuffix("\n").split("\n")
     return make_tokenizer(pieces, lowercase=lowercase)
-
-
-def parse_tokenizer(text: str | bytes, origin: str | Path) -> Tokenizer:
-    """The tokenizer in the text of a tokenizer.json, without its padding and truncation.
-
-    Raises InputError naming `origin`, the file that the text is from, where `tokenizers` cannot read it.
-    """
-    try:
-        tokenizer = Tokenizer.from_str(text) if isinstance(text, str) else Tokenizer.from_buffer(text)
-    except Exception as error:  # the tokenizers library raises bare Exceptions
-        message = f"{origin} is not a tokenizer that the tokenizers library reads ({error}): name a tokenizer.json"
-        raise InputError(message) from None
-    tokenizer.no_padding()  # all-MiniLM-L6-v2's file pads every input to 128 pieces
-    tokenizer.no_truncation()
-    return tokenizer

@@ -4,21 +4,25 @@ Every vocabulary holds the special tokens, then what is required (the corpus's a
 the trainer chose; at most `size` pieces, fewer where the corpus has no more to offer. All are functions of the counts
 alone: no thread, process count or hash seed changes a byte.
 
-`wordpiece` is computed by SentencePiece because `tokenizers.WordPieceTrainer` gives another vocabulary on every run.
-`bpe` and `unigram` are SentencePiece's own, its word mark turned into `##`; unigram's probabilities are not kept, since
-WordPiece always takes the longest match, and that costs it pieces per word. Only `fewest` and `prune` look at the
-teacher: `fewest` prefers its pieces where that costs next to nothing, and does well without them.
+SentencePiece's BPE learns 30,000 candidates from a word-count table in a second on one thread. `wordpiece` is computed
+by it too: `tokenizers.WordPieceTrainer` reads running text only and gives another vocabulary on every run. Unigram's
+probabilities are not kept, since WordPiece always takes the longest match, and that costs it pieces per word.
 """
 
+import io
+from collections import Counter
 from collections.abc import Iterable, Mapping
 
-from tokenizer_build.candidates import alphabet, alphabet_pieces, learned_pieces, spellable_words, teacher_pieces
+import sentencepiece
+
 from tokenizer_build.count import split_chunk
 from tokenizer_build.errors import InputError
-from tokenizer_build.select import fewest_pieces
+from tokenizer_build.select import Words, fewest_pieces
 from tokenizer_build.tokenizer import LONGEST_WORD, SPECIAL_TOKENS
 
 CANDIDATES = 30_000  # learned by BPE; 60,000 give no better vocabulary
+LEAST_SHARE = 1e-6  # of all characters
+LONGEST_PIECE = 24  # characters, for learned pieces
 TRAINERS = {
     "fewest": "Fewest pieces for the corpus (see select), from learned candidates and the teacher's pieces.",
     "wordpiece": "BPE by count where `a` and `##a` are different symbols from the start, as in WordPieceTrainer.",
@@ -48,20 +52,23 @@ def train_vocabulary(
     required, teacher = [one_word(word, lowercase) for word in required], teacher_pieces(teacher_vocabulary)
     characters = {*alphabet(counts), *"".join(required)}
     if trainer == "prune":
-        characters &= _known_characters(set(teacher), required, characters)
+        known = set(teacher)
+        if not known:
+            raise InputError("prune chooses among the teacher's pieces: name a teacher, or train fewest")
+        for word in required:
+            if missing := [piece for piece in (word, *alphabet_pieces(word)) if piece not in known]:
+                raise InputError(f"the teacher has no piece {missing[0]!r}: prune cannot keep {word!r}: train fewest")
+        characters = {c for c in characters if known.issuperset(alphabet_pieces(c))}
     fixed = list(dict.fromkeys([*alphabet_pieces(sorted(characters)), *required]))
-    least = len(SPECIAL_TOKENS) + len(fixed)
-    if size < least:
-        raise InputError(
-            f"{size} pieces cannot hold the {len(SPECIAL_TOKENS)} special tokens, the alphabet "
-            f"({len(characters)} characters) and the required words: allow at least {least}"
-        )
-    words, room = spellable_words(counts, characters), size - len(SPECIAL_TOKENS)
-    if trainer == "fewest":
-        candidates = learned_pieces(words, CANDIDATES, "bpe") + teacher
-        chosen = fewest_pieces(words, candidates, fixed, room, preferred=teacher)
-    elif trainer == "prune":
-        chosen = fewest_pieces(words, teacher, fixed, room)
+    room = size - len(SPECIAL_TOKENS)
+    if room < len(fixed):
+        what = f"{size} pieces cannot hold the special tokens, {len(characters)} characters and the required words"
+        raise InputError(f"{what}: allow at least {len(SPECIAL_TOKENS) + len(fixed)}")
+    spelt = (item for item in counts.items() if len(item[0]) <= LONGEST_WORD and characters.issuperset(item[0]))
+    words = sorted(spelt, key=lambda item: (-item[1], item[0]))
+    if trainer in ("fewest", "prune"):
+        learned = learned_pieces(words, CANDIDATES, "bpe") if trainer == "fewest" else []
+        chosen = fewest_pieces(words, learned + teacher, fixed, room, preferred=teacher)
     else:
         model = "unigram" if trainer == "unigram" else "bpe"
         chosen = fixed + learned_pieces(words, size, model, marked=trainer != "wordpiece")
@@ -72,18 +79,77 @@ def one_word(word: str, lowercase: bool) -> str:
     """A required word as the tokenizer will see it. Raises InputError where the tokenizer would cut it."""
     words = [part for chunk in word.split() for part in split_chunk(chunk, lowercase)]
     if len(words) != 1 or len(words[0]) > LONGEST_WORD:
-        raise InputError(
-            f"the required word {word!r} is {len(words)} words for a BERT tokenizer ({' '.join(words)}) and cannot be "
-            f"one piece: name single words without punctuation, of at most {LONGEST_WORD} characters"
-        )
+        what = f"the required word {word!r} is {len(words)} words for a BERT tokenizer and cannot be one piece"
+        raise InputError(f"{what}: name single words without punctuation, of at most {LONGEST_WORD} characters")
     return words[0]
 
 
-def _known_characters(teacher: set[str], required: Iterable[str], characters: Iterable[str]) -> set[str]:
-    """The characters that the teacher has pieces for; InputError for a required word that it lacks pieces for."""
-    if not teacher:
-        raise InputError("prune chooses among the teacher's pieces: name a teacher, or train fewest")
-    for word in required:
-        if missing := [piece for piece in (word, *alphabet_pieces(word)) if piece not in teacher]:
-            raise InputError(f"the teacher has no piece {missing[0]!r}, so prune cannot keep {word!r}: train fewest")
-    return {c for c in characters if teacher.issuperset(alphabet_pieces(c))}
+def alphabet(counts: Mapping[str, int]) -> list[str]:
+    """Characters that are at least LEAST_SHARE of the corpus (in a small one: all that occur), sorted.
+
+    Words with a rarer character become unknown: 1 word in 7,000 of English Wikipedia, books and reviews.
+    """
+    seen: Counter[str] = Counter()
+    for word, count in counts.items():
+        for character in word:
+            seen[character] += count
+    least = LEAST_SHARE * seen.total()
+    return sorted(character for character, count in seen.items() if count >= least)
+
+
+def alphabet_pieces(characters: Iterable[str]) -> list[str]:
+    """Each character as a word's start, and inside words unless it is a word by itself wherever it stands."""
+    inner = [f"##{c}" for c in characters if len(split_chunk(f"a{c}a", lowercase=False)) == 1]
+    return [*characters, *inner]
+
+
+def teacher_pieces(vocabulary: Iterable[str]) -> list[str]:
+    """A vocabulary of any family, less its special tokens, as WordPiece (`start`, `##inside`), in order.
+
+    Families are told by their mark: `▁` (SentencePiece) and `Ġ` (byte-level BPE) open a word. Byte-level pieces beyond
+    ASCII are left out: they may be parts of characters.
+    """
+    pieces = list(vocabulary)
+    for mark in "▁Ġ":
+        if sum(piece.startswith(mark) for piece in pieces) > len(pieces) / 10:
+            own = [p for p in pieces if p != mark and (mark == "▁" or p.removeprefix(mark).isascii())]
+            pieces = [p[1:] if p.startswith(mark) else f"##{p}" for p in own]
+    texts = [p[2:] if p.startswith("##") and len(p) > 2 else p for p in pieces]
+    return [p for p, text in zip(pieces, texts, strict=True) if len(text) == 1 or [*split_chunk(text, False)] == [text]]
+
+
+def learned_pieces(words: Words, size: int, model: str, marked: bool = True) -> list[str]:
+    """Train SentencePiece (`bpe` or `unigram`) on word counts; its pieces as WordPiece, best first.
+
+    With `marked`, a word's start is a symbol of its own that merges like any other, as in SentencePiece. Without, a
+    start letter is another letter than the same one inside a word, as in WordPieceTrainer. Words that hold one of these
+    marks (`▁` and private-use characters, one per letter) themselves are left out.
+    """
+    characters = sorted({c for word, _ in words for c in word})
+    starts = {c: chr(0xF0000 + number) for number, c in enumerate(characters)}
+    letters = {mark: c for c, mark in starts.items()} | {"▁": ""}
+    plain = (item for item in words if letters.keys().isdisjoint(item[0]))
+    rows = [f"{word if marked else starts[word[0]] + word[1:]}\t{count}" for word, count in plain]
+    if not rows:
+        return []
+    blob = io.BytesIO()
+    sentencepiece.SentencePieceTrainer.train(
+        **dict.fromkeys(("hard_vocab_limit", "split_by_unicode_script", "split_by_number"), False),
+        **dict.fromkeys(("bos_id", "eos_id"), -1),
+        sentence_iterator=iter(rows),
+        input_format="tsv",
+        model_writer=blob,
+        model_type=model,
+        vocab_size=size + 2 * len(characters) + 2,
+        character_coverage=1.0,
+        normalization_rule_name="identity",
+        add_dummy_prefix=marked,
+        max_sentencepiece_length=LONGEST_PIECE,
+        num_threads=1,
+        minloglevel=2,
+    )
+    trained = sentencepiece.SentencePieceProcessor(model_proto=blob.getvalue())
+    learned = trained.id_to_piece(list(range(1, trained.get_piece_size())))  # 0 is the unknown piece
+    pieces = [letters[p[0]] + p[1:] if p[0] in letters else f"##{p}" for p in learned]
+    known = set(alphabet_pieces(characters))  # a character that is a word by itself starts its piece
+    return [p for p in pieces if p and (p in known or len(p.removeprefix("##")) > 1)]

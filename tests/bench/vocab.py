@@ -73,11 +73,10 @@ def peak_of_counting(text: Path, times: int) -> float:
 
 
 def measure_all(text: Path, teacher: str, processes: int) -> dict:
-    from tokenizer_build.candidates import alphabet, teacher_pieces
     from tokenizer_build.compare import measure
     from tokenizer_build.count import count_words
     from tokenizer_build.tokenizer import load_tokenizer, make_tokenizer
-    from tokenizer_build.trainers import train_vocabulary
+    from tokenizer_build.trainers import alphabet, teacher_pieces, train_vocabulary
 
     vocabulary = load_tokenizer(teacher).get_vocab()
     start = time.perf_counter()

@@ -1,6 +1,7 @@
 """Word counts equal those of tokenizers' own BertNormalizer + BertPreTokenizer, on anything, in any number of
 processes."""
 
+import os
 import subprocess
 import sys
 from collections import Counter
@@ -11,7 +12,7 @@ from hypothesis import strategies as st
 from tokenizers.normalizers import BertNormalizer
 from tokenizers.pre_tokenizers import BertPreTokenizer
 
-from tokenizer_build.count import count_block, count_words, fold, read_counts, write_counts
+from tokenizer_build.count import count_block, count_words, fold, map_in_order, read_counts, write_counts
 from tokenizer_build.errors import InputError
 
 ODD = (
@@ -48,11 +49,33 @@ def test_counts_do_not_depend_on_the_number_of_processes(tmp_path, monkeypatch):
     path.write_text("".join(lines), encoding="utf-8")
     seen = []
     one = count_words([path], progress=seen.append, maximum=500)
-    assert len(seen) > 1 and sum(seen) == sum(len(line) - 1 for line in lines)
+    assert len(seen) > 1 and sum(seen) == 4 * len(lines)
     two = count_words([path], processes=2, maximum=500)
     assert list(one.items()) == list(two.items())
     assert one[","] == len(lines) and len(one) <= 500
     assert count_words([path])["naive"] == count_words([path], lowercase=False)["naïve"] == len(lines)
+
+
+def triple(item: int) -> tuple[int, int]:
+    return 3 * item, os.getpid()
+
+
+@pytest.mark.parametrize("processes", [1, 2])
+def test_results_come_in_order_and_the_stream_is_read_as_needed(processes):
+    read = []
+
+    def items():
+        for item in range(50):
+            read.append(item)
+            yield item
+
+    results = map_in_order(triple, items(), processes)
+    first = next(results)
+    assert first[0] == 0 and len(read) <= 2 * processes
+    rest = [first, *results]
+    assert [result[0] for result in rest] == [3 * item for item in range(50)]
+    assert (os.getpid() in {result[1] for result in rest}) == (processes == 1)
+    assert list(map_in_order(triple, [], processes)) == []
 
 
 def test_beyond_the_maximum_the_rarest_words_go():

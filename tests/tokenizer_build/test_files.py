@@ -140,7 +140,7 @@ def test_bad_jsonl_is_named_with_the_row(tmp_path):
         b"[" * 100_000: "row 2 is not a JSON object",
         b'{"n": ' + b"9" * 5000 + b"}": "row 2 is not a JSON object",
         b"\xff": r"x\.jsonl: not UTF-8 text at byte 9 \(0xff\)",
-        b"\0": r"x\.jsonl has a NUL byte at byte 9",
+        b"\0": r"x\.jsonl: not UTF-8 text at byte 9 \(0x00\)",
     }
     for row, sentence in rows.items():
         path.write_bytes(b'{"a": 1}\n' + row + b"\n")

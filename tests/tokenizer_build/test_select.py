@@ -50,7 +50,7 @@ def alive(state):
 def test_exact_costs_and_savings_are_the_differences_of_plain_counts(case):
     words, fixed, parts = case
     state = Segmentation(words, fixed + parts)
-    state.remove(range(len(fixed), len(fixed) + 60))
+    state.cut(state.alive - set(range(len(fixed), len(fixed) + 60)))
     names = alive(state)
     before = total(words, names)
     costs, savings = state.exact_costs(), state.savings()
@@ -70,9 +70,9 @@ def test_counts_stay_true_while_the_vocabulary_shrinks_and_grows(case):
     state = Segmentation(words, fixed + parts)
     for _ in range(10):
         free = sorted(piece for piece in state.alive if piece >= len(fixed))
-        state.remove(rng.sample(free, 10))
+        state.cut(state.alive - set(rng.sample(free, 10)))
         gone = [piece for piece in range(len(state.names)) if piece not in state.alive]
-        state.add(rng.sample(gone, 4))
+        state.cut(state.alive | set(rng.sample(gone, 4)))
         fresh = Segmentation(words, alive(state))
         fresh_counts = dict(zip(fresh.names, fresh.counts, strict=True))
         assert all(state.counts[piece] == fresh_counts.get(name, 0) for piece, name in enumerate(state.names))

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from tokenizers import Tokenizer
 
 from tokenizer_build.errors import InputError
-from tokenizer_build.tokenizer import SPECIAL_TOKENS, load_tokenizer, make_tokenizer, parse_tokenizer, save_tokenizer
+from tokenizer_build.tokenizer import SPECIAL_TOKENS, load_tokenizer, make_tokenizer, save_tokenizer
 
 PIECES = [*SPECIAL_TOKENS, *"abcdeéé!漢", *(f"##{c}" for c in "abcdeé"), "abc", "##bcd", "É"]
 TEXT = st.text(st.one_of(st.sampled_from("abcdeéÉABC !漢\t\u0301\x1c"), st.characters(codec="utf-8")), max_size=40)
@@ -77,12 +77,7 @@ def test_a_loaded_tokenizer_neither_pads_nor_truncates(tmp_path):
     tokenizer.enable_truncation(8)
     file = tmp_path / "tokenizer.json"
     tokenizer.save(str(file))
-    for loaded in (
-        load_tokenizer(tmp_path),
-        load_tokenizer(file),
-        parse_tokenizer(file.read_text("utf-8"), "memory"),
-        parse_tokenizer(file.read_bytes(), "memory"),
-    ):
+    for loaded in (load_tokenizer(tmp_path), load_tokenizer(file)):
         assert loaded.padding is None and loaded.truncation is None
         assert len(loaded.encode("a b " * 20, add_special_tokens=False).ids) == 40
         assert len(loaded.encode("a").ids) == 3

@@ -23,7 +23,7 @@ def count(context: Context) -> dict:
         column=corpus.column,
         lowercase=context.recipe.vocabulary.lowercase,
         processes=corpus.processes,
-        progress=saying_millions("count", "characters", every=50),
+        progress=saying_millions("count", "words", every=10),
     )
     write_counts(counts, context.folder / "counts.parquet")
     return {"words": sum(counts.values()), "distinct_words": len(counts)}
