@@ -8,11 +8,13 @@ of them. Such a process runs this module, whose imports are therefore only what 
 """
 
 import gzip
+import itertools
 import json
 import os
 import subprocess
 import sys
 import timeit
+from collections import defaultdict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -126,29 +128,30 @@ def bench(
     names = [system.name for system in systems]
     if len(set(names)) < len(names):
         raise InputError(f"two of the folders have one name ({', '.join(names)}): rename one")
-    texts = {length: text_of(length, Path(teacher or systems[0].folder) / "tokenizer.json") for length in lengths}
-    counts = sorted({1, os.cpu_count() or 1})
-    said: dict[str, list[dict]] = {name: [] for name in names}
-    for threads, turn, system in ((n, turn, one) for n in counts for turn in range(ROUNDS) for one in systems):
-        say(f"{system.name}: {threads} thread{'s' * (threads > 1)}, round {turn + 1} of {ROUNDS}")
-        measured = system.measure(threads, texts=texts, batches=list(batches), seconds=seconds / ROUNDS)
-        said[system.name].append(measured | {"threads": threads})
     results: dict[str, dict] = {}
     for system in systems:
         contents = {path.relative_to(system.folder).as_posix(): path.read_bytes() for path in system.files}
-        results[system.name] = found = {
+        results[system.name] = {
             "kind": system.kind,
             "bytes": sum(map(len, contents.values())),
             "gzip_bytes": sum(len(gzip.compress(content, 6, mtime=0)) for content in contents.values()),
             "files": {name: len(content) for name, content in contents.items()},
         }
+    texts = {length: text_of(length, Path(teacher or systems[0].folder) / "tokenizer.json") for length in lengths}
+    asked = {"texts": texts, "batches": list(batches), "seconds": seconds / ROUNDS}
+    said: dict[str, dict[str, list[dict]]] = {name: defaultdict(list) for name in names}  # by number of threads
+    counts = sorted({1, os.cpu_count() or 1})
+    for threads, turn, system in itertools.product(counts, range(1, ROUNDS + 1), systems):
+        say(f"{system.name}: {threads} thread{'s' * (threads > 1)}, round {turn} of {ROUNDS}")
+        said[system.name][str(threads)].append(system.measure(threads, **asked))
+    for system in systems:
+        found, rounds = results[system.name], said[system.name]
         for key, digits in (("cold_start_seconds", 3), ("rss_mb", 1)):  # medians: the first reads from the disk
-            found[key] = round(float(np.median([one[key] for one in said[system.name]])), digits)
+            found[key] = round(float(np.median([one[key] for some in rounds.values() for one in some])), digits)
         found["latency"] = {}
-        for threads in counts:
-            times = [one["times"] for one in said[system.name] if one["threads"] == threads]
-            cells = {cell: [seconds for one in times for seconds in one[cell]] for cell in times[0]}
-            found["latency"][str(threads)] = {cell: statistics_of(cells[cell], cell) for cell in cells}
+        for threads, some in rounds.items():
+            cells = {cell: [seconds for one in some for seconds in one["times"][cell]] for cell in some[0]["times"]}
+            found["latency"][threads] = {cell: statistics_of(cells[cell], cell) for cell in cells}
         for task, folder in (tasks or {}).items():
             if system.kind == "static" or load(system.folder).task == "embedding":
                 say(f"{system.name}: {task}")
