@@ -185,7 +185,7 @@ def rows_of(units: list[Unit]) -> list[dict]:
     not overlap). The teacher fine-tuned on the same rows, where a variant has one, comes first as TEACHER.
     """
     ablation, rows = units[0].ablation, []
-    figures = figures_of_teacher(units) + [figures_of(unit) for unit in units if unit.run.done]
+    figures = figures_of_teacher(units) + [figures_of(unit) for unit in units if unit.run.dir.is_done("finetune")]
     for label in (TEACHER, *ablation.variants):
         mine = [found for found in figures if found["variant"] == label]
         about: dict[str, Any] = {"seeds": [found["seed"] for found in mine]}
@@ -219,7 +219,7 @@ def write_tables(ablations: list[list[Unit]], root: Path) -> dict:
         write_text(folder / "table.md", markdown(rows))
         write_text(folder / "plot.svg", plot(rows, ablation.name))
         about = {"title": ablation.title, "rows": rows, "minutes": minutes, "runs": len(units)}
-        about["finished"] = sum(unit.run.done for unit in units)
+        about["finished"] = sum(unit.run.dir.is_done("finetune") for unit in units)
         write_json(folder / "summary.json", about)  # last: what has a summary is whole
     every = {path.parent.name: read_json(path) for path in sorted(root.glob("*/summary.json"))}
     shared = {stage: minutes for one in every.values() for stage, minutes in one["minutes"].items()}

@@ -45,7 +45,6 @@ class System:
     folder: Path
     kind: str = "delivery"
 
-    @property
     def files(self) -> list[Path]:
         """What its loader needs."""
         if self.kind == "static":
@@ -55,16 +54,15 @@ class System:
         return [self.folder / name for name in needed or [*manifest["files"], "MANIFEST.json"]]
 
     def measure(self, threads: int, **asked) -> dict:
-        """What `answer_here` says in a process of its own, with the "cold_start_seconds" from that process's start to
-        its first answer. Raises InputError where it fails."""
+        """What `answer_here` says in a process of its own, and its "cold_start_seconds". Raises InputError."""
         asked |= {"kind": self.kind, "folder": str(self.folder.resolve()), "threads": threads}
         once = {"OMP_NUM_THREADS": str(threads), "TOKENIZERS_PARALLELISM": "false", "HF_HUB_OFFLINE": "1"}
         once["PYTHONPATH"] = os.pathsep.join(filter(None, sys.path))
         command, began = [sys.executable, "-m", "vocabshrink.lab.bench"], time()
         done = subprocess.run(command, input=json.dumps(asked), env=os.environ | once, capture_output=True, text=True)
         if done.returncode or not done.stdout:
-            last = (done.stderr.strip().splitlines() or ["no word of why"])[-1]
-            raise InputError(f"{self.name}: measuring {self.folder} failed ({last})")
+            last = done.stderr.strip().rpartition("\n")[2]
+            raise InputError(f"{self.name}: measuring {self.folder} failed ({last or 'no word of why'})")
         said = json.loads(done.stdout)
         return said | {"cold_start_seconds": said["answered"] - began}
 
@@ -76,6 +74,8 @@ def open_system(kind: str, folder: str, threads: int) -> Callable[[list[str]], o
 
         return StaticModel.from_pretrained(folder).encode
     model = load(folder, threads)
+    if not KINDS[model.task].any_text:
+        raise InputError(f"{folder} is for the task {model.task!r}: leave it out")
     return getattr(model, KINDS[model.task].method)
 
 
@@ -130,7 +130,7 @@ def bench(
         raise InputError(f"two of the folders have one name ({', '.join(names)}): rename one")
     results: dict[str, dict] = {}
     for system in systems:
-        contents = {path.relative_to(system.folder).as_posix(): path.read_bytes() for path in system.files}
+        contents = {path.relative_to(system.folder).as_posix(): path.read_bytes() for path in system.files()}
         results[system.name] = {
             "kind": system.kind,
             "bytes": sum(map(len, contents.values())),
@@ -159,8 +159,7 @@ def bench(
                 found.setdefault("quality", {})[task] = round(task_quality(embed, Path(folder)), 4)
     RunDir(Path(out).parent).write_environment()
     machine = read_json(Path(out).parent / "environment.json")
-    report = {"machine": machine, "lengths": list(lengths), "systems": results}
-    write_json(Path(out), report)
+    write_json(Path(out), report := {"machine": machine, "lengths": list(lengths), "systems": results})
     return report
 
 

@@ -326,7 +326,7 @@ def run_tuning(path: Path, overrides: list[str] | tuple[str, ...] = (), root: Pa
     summary["named"] = {name: rows[genome] for name, genome in named.items() if genome in rows}
     states = [row["state"] for row in rows.values()]
     summary["trials"] = {state: states.count(state) for state in ("complete", "given up", "refused")}
-    summary["trials"] |= {"asked": len(study.trials)}
+    summary["trials"]["asked"] = len(study.trials)
     summary["seconds"] = round(sum(row["seconds"] for row in rows.values()))
     write_results(tuner, list(rows.values()), summary)
     if tuning.confirm:

@@ -24,8 +24,6 @@ from vocabshrink.run.recipe_yaml import override_value, parse_override, read_yam
 from vocabshrink.run.stage import stages_of
 from vocabshrink.stages.checks import check_all_losses
 
-DELIVERY = {"export", "report"}  # stages whose results no table of variants reads
-
 
 @dataclass(frozen=True)
 class Variant:
@@ -37,11 +35,7 @@ class Variant:
 
     @property
     def stages(self) -> list[str]:
-        return [name for name in stages_of(self.recipe) if name not in DELIVERY]
-
-    @property
-    def done(self) -> bool:
-        return self.dir.is_done("finetune")
+        return [name for name in stages_of(self.recipe) if name not in ("export", "report")]  # which no table reads
 
     def summary(self, stage: str) -> dict:
         """What a finished stage says of itself."""
@@ -49,11 +43,8 @@ class Variant:
 
 
 def base_values(path: Path, overrides: list[str] | tuple[str, ...]) -> dict:
-    """The plain values of a recipe with the command line's settings, for `make_variant` to change.
-
-    Raises InputError for the recipe's own mistakes, under its own name, and an override of what it does not have.
-    """
-    load_recipe(path)
+    """The plain values of a recipe with the command line's settings, for `make_variant`. Raises InputError."""
+    load_recipe(path)  # for the recipe's own mistakes, under its own name
     data = read_yaml(path, "a recipe")
     for override in overrides:
         change(data, *parse_override(override), f"{override} over {path}")
@@ -61,11 +52,8 @@ def base_values(path: Path, overrides: list[str] | tuple[str, ...]) -> dict:
 
 
 def make_variant(base: dict, changes: dict[str, Any], own: Path, shared: Path, *, origin: str, label: str) -> Variant:
-    """The run of `base_values` with {section.key: value} changed; null leaves a key out.
-
-    own: the run's folder. shared: the folder of all runs' stages. Raises InputError, which names the origin of the
-    changes, before anything is trained.
-    """
+    """The run of `base_values` with {section.key: value} changed; null leaves a key out. own: the run's folder. shared:
+    the folder of all runs' stages. Raises InputError, which names the origin of the changes."""
     data = copy.deepcopy(base)
     for key, value in changes.items():
         change(data, key, copy.deepcopy(value), f"{origin}: {key}")
@@ -81,10 +69,8 @@ LEFT_OUT = "\0left out"  # stands where null was written until all changes are m
 
 
 def change(data: dict, key: str, value: Any, origin: str) -> None:
-    """Sets section.key of a recipe's plain values; null leaves it out.
-
-    Raises InputError for a section that is not there, since a change to one that the recipe lacks is rarely meant.
-    """
+    """Sets section.key of a recipe's plain values; null leaves it out. Raises InputError for a section that is not
+    there, since a change to one that the recipe lacks is rarely meant."""
     keys = key.split(".")
     needed = keys if value is None else keys[:-1]
     try:
