@@ -139,8 +139,8 @@ class Tuner:
 
     def make(self, changes: dict[str, Any], origin: str, label: str = "", own: str = "") -> Variant:
         """The full run with these settings. Raises InputError."""
-        runs, origin = self.root / "runs", f"{self.path}: {origin}"
-        return make_variant(self.base, changes, runs / own, runs / "stages", origin=origin, label=label)
+        about = {"origin": f"{self.path}: {origin}", "label": label}
+        return make_variant(self.base, changes, self.root / "runs" / own, self.root / "runs/stages", **about)
 
     def variant(self, changes: dict[str, Any], task: str) -> Variant:
         """A candidate's run on one task, which shares its general student with the runs on the others."""
@@ -227,11 +227,8 @@ def measure_latency(config: BertConfig, delivery: DeliverySection) -> float:
 
 
 def explore(tuner: Tuner) -> optuna.Study:
-    """The study, run to its number of trials. Whoever comes first makes it and gives it the named maps.
-
-    Its name ends in a hash of what decides a genome's score, so that a changed search is another study in the same
-    storage. Raises InputError for a storage that cannot be opened.
-    """
+    """The study, run to its number of trials. Its name ends in a hash of what decides a genome's score, so that a
+    changed search is another study in the same storage. Raises InputError for a storage that cannot be opened."""
     tuning, url = tuner.tuning, tuner.tuning.storage or f"sqlite:///{(tuner.root / 'study.db').absolute()}"
     optuna.logging.set_verbosity(optuna.logging.WARNING)
     warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)  # about heartbeats, there since 2021
@@ -352,9 +349,8 @@ def confirm(tuner: Tuner, best: dict[str, Any]) -> dict:
 
 def write_results(tuner: Tuner, rows: list[dict], summary: dict) -> None:
     """Writes the recipes, the table of trials, the page and, last, summary.json."""
-    results = {f"front/{number:02}": row for number, row in enumerate(summary.get("front", []), 1)}
-    results = results or {"best": summary["best"]}
-    for place, result in results.items():
+    front = {f"front/{number:02}": row for number, row in enumerate(summary.get("front", []), 1)}
+    for place, result in (front or {"best": summary["best"]}).items():
         changes = result["changes"] | {"name": f"{tuner.tuning.name}_{place.replace('/', '_')}"}
         write_text(tuner.root / f"{place}.yaml", dump_recipe(tuner.make(changes, place).recipe))
     table = pd.DataFrame([row | row["scores"] for row in rows]).drop(columns=["scores", "changes"])
