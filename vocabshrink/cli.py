@@ -188,18 +188,15 @@ def tune(
     overrides: Annotated[
         list[str] | None, typer.Argument(help="section.key=value, tune.key=value of the search")
     ] = None,
-    proxy_check: Annotated[bool, typer.Option("--proxy-check", help="measure how well the proxy ranks")] = False,
     root: Annotated[Path, typer.Option(help="where searches go")] = Path("artifacts/tune"),
 ):
     """Search for the layer map, and for whatever else the file makes a gene, under a cheap proxy."""
     from vocabshrink.lab.tune import run_tuning
 
-    summary = run_tuning(file, overrides or [], root, proxy_check=proxy_check)
+    summary = run_tuning(file, overrides or [], root)
     table = Table("", "quality", *summary["tasks"], "bytes", title=summary["title"])
     results = {f"front {number}": row for number, row in enumerate(summary.get("front", []), 1)}
-    results |= {
-        label: summary[key] for label, key in (("found", "best"), ("random search", "random_search")) if key in summary
-    }
+    results |= {"found": summary["best"]} if "best" in summary else {}
     for name, row in (results | summary["named"]).items():
         if row["quality"] is not None:
             figures = [row["quality"], *(row["scores"][task] for task in summary["tasks"])]
@@ -209,9 +206,6 @@ def tune(
         if "difference" in row:
             spread = f"{'beyond' if row['clear'] else 'within'} the seeds' spread"
             print(f"unseen tasks: found against {row['recipe']} {0 - 100 * row['difference']:+.2f}, {spread}")
-    if "proxy_check" in summary:
-        low, high = summary["proxy_check"]["interval"]
-        print(f"proxy's rank correlation {summary['proxy_check']['spearman']:.2f} ({low:.2f} to {high:.2f})")
 
 
 @app.command()
@@ -289,8 +283,8 @@ def bench(
     seconds: Annotated[float, typer.Option(help="of calls for each length, batch and number of threads")] = 2.0,
 ):
     """Measure artifacts beside their teacher and a static peer."""
-    from vocabshrink.lab.bench import Calls, bench_tables
     from vocabshrink.lab.bench import bench as measure
+    from vocabshrink.lab.bench import bench_tables
 
     if teacher:
         from vocabshrink.models.loading import resolve_model
@@ -302,8 +296,7 @@ def bench(
         static=static,
         tasks=tasks,
         out=out,
-        calls=Calls(seconds=seconds),
-        progress=lambda line: print(line, file=sys.stderr),
+        seconds=seconds,
     )
     for table in bench_tables(report):
         Console().print(table)

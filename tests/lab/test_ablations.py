@@ -130,7 +130,7 @@ def finetuned(run) -> dict:
             {"common": {"finetune.teacher": None}},
             "variant all: finetune.phases.0.losses.hidden_mse needs a fine-tuned teacher",
         ),
-        ({"base": "nowhere.yaml"}, "nowhere.yaml: no such recipe"),
+        ({"base": "nowhere.yaml"}, "nowhere.yaml: no such file: correct the path to a recipe"),
     ],
 )
 def test_bad_files_are_refused_by_name(tmp_path, keys, message):
@@ -139,7 +139,7 @@ def test_bad_files_are_refused_by_name(tmp_path, keys, message):
 
 
 def test_what_is_no_ablation_file_is_refused(tmp_path):
-    with pytest.raises(InputError, match="absent.yaml: no such ablation"):
+    with pytest.raises(InputError, match="absent.yaml: no such file: correct the path to an ablation"):
         read_ablation(tmp_path / "absent.yaml")
     (tmp_path / "bytes.yaml").write_bytes(b"\xff\xfe")
     with pytest.raises(InputError, match="not UTF-8 text at byte 0"):
@@ -248,7 +248,7 @@ def test_a_launcher_is_refused(tmp_path, made, monkeypatch):
 def test_what_is_over_its_budget_is_refused_before_anything_runs(tmp_path, made, tiny_teacher):
     changes = {"teacher.model": str(tiny_teacher), "delivery": {"budget": 1000}}
     path = written(tmp_path, variants=TWO | {"heavy": changes})
-    with pytest.raises(InputError, match="two: heavy, seed 1: two-heavy needs .* MB at .*: over the budget"):
+    with pytest.raises(InputError, match="two-heavy needs .* MB at .*: over the budget"):
         run_ablations([path], root=tmp_path / "root")
     assert made == []
 

@@ -1,7 +1,8 @@
 import io
+import itertools
 import json
 import sys
-import time
+import timeit
 import types
 from pathlib import Path
 
@@ -12,7 +13,7 @@ from test_delivery import write_delivery
 
 import vocabshrink.lab.bench as module
 from tokenizer_build.errors import InputError
-from vocabshrink.lab.bench import Calls, bench, bench_tables, statistics_of, task_quality, text_of, time_calls
+from vocabshrink.lab.bench import bench, bench_tables, statistics_of, task_quality, text_of, time_calls
 
 
 @pytest.fixture(scope="module")
@@ -26,31 +27,29 @@ def write_rows(path: Path, rows: list[dict]) -> None:
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
 
 
-def test_everything_is_measured_once_and_written(deliveries, tmp_path, lines):
+def test_everything_is_measured_once_and_written(deliveries, tmp_path, lines, monkeypatch, capsys):
+    monkeypatch.setattr("os.cpu_count", lambda: 1)
     write_rows(
         tmp_path / "task" / "train.jsonl", [{"sentence1": line, "label": i % 2} for i, line in enumerate(lines[:30])]
     )
     write_rows(tmp_path / "task" / "validation.jsonl", [{"sentence1": lines[0], "label": 0}])
-    out, said = tmp_path / "bench" / "delivery.json", []
+    out = tmp_path / "bench" / "delivery.json"
     report = bench(
-        deliveries[:2],
-        out=out,
-        tasks={"made_up": tmp_path / "task"},
-        calls=Calls(lengths=(8, 12), batches=(1, 3), threads=(1,), seconds=0.01, starts=1),
-        progress=said.append,
+        deliveries[:2], out=out, tasks={"made_up": tmp_path / "task"}, seconds=0.01, lengths=(8, 12), batches=(1, 3)
     )
-    assert json.loads(out.read_text()) == report and said
-    assert list(report["systems"]) == ["embedding", "classification"] and report["machine"]["packages"]["onnxruntime"]
+    assert json.loads(out.read_text()) == report
+    assert "embedding: 1 thread, round 3 of 3" in capsys.readouterr().err
+    assert list(report["systems"]) == ["embedding", "classification"] and report["machine"]["versions"]["onnxruntime"]
     for folder in deliveries[:2]:
         system = report["systems"][folder.name]
         names = {"onnx/model.onnx", "tokenizer.json", "config.json", "MANIFEST.json"}
         assert system["files"] == {name: (folder / name).stat().st_size for name in sorted(names)} | system["files"]
         assert set(system["files"]) == names and system["bytes"] == sum(system["files"].values())
         assert 0 < system["gzip_bytes"] < system["bytes"]
-        assert 0 < system["cold_start_seconds"] < 60 and 20 < system["rss_mb"] < 400
+        assert system["cold_start_seconds"] >= 0 and 20 < system["rss_mb"] < 400
         assert set(system["latency"]["1"]) == {"8x1", "8x3", "12x1", "12x3"}
         for cell in system["latency"]["1"].values():
-            assert 0 < cell["p50_ms"] <= cell["p95_ms"] and cell["calls"] >= 15 and cell["texts_per_second"] > 0
+            assert cell["p50_ms"] <= cell["p95_ms"] and cell["calls"] >= 15
     assert report["systems"]["embedding"]["quality"]["made_up"] in (0.0, 1.0)
     assert "quality" not in report["systems"]["classification"]
     console = Console(width=140, record=True, file=io.StringIO())
@@ -64,7 +63,7 @@ def test_what_cannot_be_measured_is_refused(deliveries, tmp_path):
     for folders, words in (
         ([], "nothing to measure"),
         ([tmp_path], "no MANIFEST.json"),
-        ([deliveries[2]], "task 'fill-mask'"),
+        ([deliveries[2]], "is for the task 'fill-mask': leave it out"),
         ([deliveries[0], deliveries[0]], "one name"),
     ):
         with pytest.raises(InputError, match=words):
@@ -72,41 +71,38 @@ def test_what_cannot_be_measured_is_refused(deliveries, tmp_path):
     assert not (tmp_path / "out.json").exists()
 
 
-def test_the_teacher_is_exported_once(tiny_teacher, tmp_path, monkeypatch):
-    calls = []
-
-    def export_model(teacher, folder, settings):
-        calls.append(settings.formats["attention"])
-        folder.mkdir(parents=True)
-        (folder / "MANIFEST.json").write_text("{}")
-
-    monkeypatch.setattr("vocabshrink.delivery.export.export_model", export_model)
-    for _ in range(2):
-        systems = module.teacher_systems(tiny_teacher, tmp_path, print)
-    assert calls == ["fp32", "int8"] and [system.name for system in systems] == ["teacher-fp32", "teacher-int8"]
-
-
-def test_the_static_peer_is_as_wide_as_its_budget_allows(tmp_path, monkeypatch):
+def test_peers_are_made_once(tmp_path, monkeypatch):
+    """The teacher in two formats, and static vectors as wide as their budget allows."""
     teacher = tmp_path / "teacher"
     teacher.mkdir()
     (teacher / "tokenizer.json").write_text(json.dumps({"model": {"vocab": {str(i): i for i in range(30_522)}}}))
-    widths = []
+    exported, widths = [], []
+
+    def export_model(teacher, folder, settings):
+        exported.append(settings.formats["attention"])
+        folder.mkdir(parents=True)
+        (folder / "MANIFEST.json").write_text("{}")
 
     def distill(folder, *, pca_dims, quantize_to):
         widths.append((pca_dims, quantize_to))
         save = lambda place: (Path(place) / "model.safetensors").write_bytes(b"")  # noqa: E731
         return types.SimpleNamespace(save_pretrained=save)
 
+    monkeypatch.setattr("vocabshrink.delivery.export.export_model", export_model)
     monkeypatch.setitem(sys.modules, "model2vec.distill", None)
     monkeypatch.setitem(sys.modules, "model2vec", types.ModuleType("model2vec"))
+    place = tmp_path / "peers"
+    assert [system.name for system in module.peers(teacher, place, static=False)] == ["teacher-fp32", "teacher-int8"]
     with pytest.raises(InputError, match=r"pip install 'model2vec\[distill\]>=0.10'"):
-        module.static_system(teacher, tmp_path / "peers", print)
+        module.peers(teacher, place, static=True)
     monkeypatch.setitem(sys.modules, "model2vec.distill", types.SimpleNamespace(distill=distill))
     for _ in range(2):
-        system = module.static_system(teacher, tmp_path / "peers", print)
-    assert widths == [(208, "int8")] and system.kind == "static"
+        systems = module.peers(teacher, place, static=True)
+    assert exported == ["fp32", "int8"] and widths == [(208, "int8")]
+    kinds = [(system.name, system.kind) for system in systems[1:]]
+    assert kinds == [("teacher-int8", "delivery"), ("model2vec", "static")]
     assert module.STATIC_BUDGET >= 208 * 30_522 + 500_000
-    assert [path.name for path in (tmp_path / "peers").iterdir()] == ["model2vec"]
+    assert {path.name for path in place.iterdir()} == {"teacher-fp32", "teacher-int8", "model2vec"}
 
 
 def test_texts_have_the_length_that_is_asked_for(tiny_teacher):
@@ -119,10 +115,13 @@ def test_texts_have_the_length_that_is_asked_for(tiny_teacher):
         assert length <= pieces < length + 20  # the tiny vocabulary spells most words out
 
 
-def test_times_are_those_of_the_calls():
-    times = time_calls(lambda: time.sleep(0.002), 0.03)
-    assert len(times) >= 5 and min(times) >= 0.002
-    assert statistics_of([0.001] * 19 + [0.101], 10) == {
+def test_times_are_those_of_the_calls(monkeypatch):
+    ticks, calls = itertools.count(), []
+    monkeypatch.setattr("timeit.default_timer", lambda: next(ticks))
+    monkeypatch.setattr(timeit.Timer.__init__, "__defaults__", ("pass", "pass", timeit.default_timer, None))
+    assert time_calls(lambda: calls.append(1), 7) == [1] * 7 and len(calls) == 9  # two to warm up
+    assert time_calls(lambda: None, 0) == [1] * 5
+    assert statistics_of([0.001] * 19 + [0.101], "16x10") == {
         "p50_ms": 1.0,
         "p95_ms": 6.0,
         "texts_per_second": 1666.7,
@@ -147,13 +146,15 @@ def test_quality_is_spearman_of_pairs_or_a_linear_probe(tmp_path):
 def test_bad_task_folders_are_refused(tmp_path):
     with pytest.raises(InputError, match="neither test.jsonl nor"):
         task_quality(None, tmp_path)
-    for content, words in (("{", "row 1 is not a JSON object"), ("", "is empty"), ('{"label": 1}', "lacks sentence1")):
+    write_rows(tmp_path / "train.jsonl", [{"sentence1": "a", "label": 0}, {"sentence1": "b", "label": 1}])
+    for content, words in (("{", "row 1 is not a JSON object"), ("", "no rows"), ('{"label": 1}', "sentence1")):
         (tmp_path / "test.jsonl").write_text(content)
-        with pytest.raises(InputError, match=words):
+        with pytest.raises(InputError, match=f"test.jsonl: .*{words}"):
             task_quality(None, tmp_path)
     write_rows(tmp_path / "test.jsonl", [{"sentence1": "a", "sentence2": "b", "label": "same"}])
-    with pytest.raises(InputError, match="pairs without scores"):
+    with pytest.raises(InputError, match="row 1 needs sentence1, sentence2 and a numeric label"):
         task_quality(None, tmp_path)
+    (tmp_path / "train.jsonl").unlink()
     write_rows(tmp_path / "test.jsonl", [{"sentence1": "a", "label": "same"}])
     with pytest.raises(InputError, match="train.jsonl: no such file"):
         task_quality(None, tmp_path)

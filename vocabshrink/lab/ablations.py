@@ -1,12 +1,10 @@
 """Ablations: variants of one recipe, each run under several seeds, and the table that compares them.
 
 An ablation file names a base recipe and, for every variant, the settings that differ. Every (variant, seed) is a run
-that shares its stages with the others (variants.py): a vocabulary, teacher or general student that variants have in
-common is made once, and so is a variant that stands in two files. The cost is that every seed has its own fine-tuning,
-and with `vary: run` its own student too.
-
-Several copies of the command share the work: each takes what no other holds. Tables are views of finished stages,
-written anew after each run; a killed command loses at most an unfinished stage's steps since its last checkpoint.
+that shares its stages with the others (variants.py), so that what variants have in common is made once. The cost is
+that every seed has its own fine-tuning, and with `vary: run` its own student too. Several copies of the command share
+the work. Tables are views of finished stages, written anew after each run; a killed command loses at most an unfinished
+stage's steps since its last checkpoint.
 """
 
 import re
@@ -24,7 +22,7 @@ from vocabshrink.lab.variants import Variant, advance, base_values, make_variant
 from vocabshrink.pages.ablations import AVERAGE, COSTS, ROUNDED, TEACHER, markdown, place_of, plot, write_index
 from vocabshrink.run.engine import say
 from vocabshrink.run.folder import RunDir
-from vocabshrink.run.recipe import Section, parse_recipe
+from vocabshrink.run.recipe import Name, Section, parse_recipe
 from vocabshrink.run.recipe_yaml import parse_override, read_yaml
 from vocabshrink.run.stage import STAGES
 from vocabshrink.stages.plan import check_budget
@@ -36,7 +34,7 @@ Seeds = Annotated[list[Annotated[int, Field(ge=0, strict=True)]], Field(min_leng
 class Ablation(Section):
     """One table: a base recipe, what all variants change in it, and what each changes."""
 
-    name: str = Field(pattern=r"^[A-Za-z0-9_][A-Za-z0-9._-]*$")
+    name: Name
     title: str
     base: str  # a recipe's path, relative to this file's folder
     seeds: Seeds = [1, 2, 3]
@@ -48,9 +46,8 @@ class Ablation(Section):
     @model_validator(mode="after")
     def consistent(self):
         named = self.baseline if isinstance(self.baseline, dict) else {self.baseline: self.baseline}
-        for label in (label for pair in named.items() for label in pair):
-            if label is not None and label not in self.variants:
-                raise ValueError(f"baseline: there is no variant {label}: write one of {', '.join(self.variants)}")
+        for label in {*named, *named.values()} - {*self.variants, None}:
+            raise ValueError(f"baseline: there is no variant {label}: write one of {', '.join(self.variants)}")
         if len(set(self.seeds)) < len(self.seeds):
             raise ValueError("seeds: a seed is written twice: every seed is a run of its own")
         folders = [slug(label) for label in self.variants]
@@ -77,11 +74,7 @@ def slug(label: str) -> str:
 
 
 def read_ablation(path: Path, overrides: list[str] | tuple[str, ...] = ()) -> Ablation:
-    """An ablation file, with `seeds=[...]` of the command line.
-
-    Raises:
-        InputError: a missing or malformed file, an unknown key, a wrong value.
-    """
+    """An ablation file, with `seeds=[...]` of the command line. Raises InputError for a bad file or value."""
     data = read_yaml(path, "an ablation", "base", "variants")
     return parse_recipe(data | dict(map(parse_override, overrides)), str(path), Ablation)
 
@@ -90,10 +83,7 @@ def units_of(path: Path, overrides: list[str] | tuple[str, ...], root: Path) -> 
     """Every variant under every seed, seeds outermost, so that a table fills evenly.
 
     Settings apply in the order base recipe, command line, `common`, variant: the command line scales all variants and
-    cannot undo what makes them differ. null leaves a key out.
-
-    Raises:
-        InputError: naming the file and the variant, before anything is trained.
+    cannot undo what makes them differ. Raises InputError that names the file and the variant.
     """
     ablation = read_ablation(path, [o for o in overrides if o.startswith("seeds=")])
     base = base_values(path.parent / ablation.base, [o for o in overrides if not o.startswith("seeds=")])
@@ -105,9 +95,8 @@ def units_of(path: Path, overrides: list[str] | tuple[str, ...], root: Path) -> 
                 raise InputError(f"{origin}: it has no finetune section: variants are compared by their tasks")
             changes |= {"name": f"{ablation.name}-{slug(label)}", "finetune.seeds": [seed]}
             changes |= {"seed": seed} if ablation.vary == "run" else {}
-            folder = root / ablation.name / slug(label) / f"seed-{seed}"
-            title = f"{ablation.name}: {label}, seed {seed}"
-            run = make_variant(base, changes, folder, root / "stages", origin=origin, label=title)
+            folder, title = Path(ablation.name, slug(label), f"seed-{seed}"), f"{ablation.name}: {label}, seed {seed}"
+            run = make_variant(base, changes, root / folder, root / "stages", origin=origin, label=title)
             units.append(Unit(ablation, label, seed, run))
     return units
 
@@ -118,9 +107,8 @@ def run_ablations(
     """Runs every variant of the files under every seed and writes the tables after each; finished ones are skipped.
 
     Returns summary.json of `root`: {"rows": one per variant, task and metric (`rows_of`), "minutes": of all stages}.
-
-    Raises:
-        InputError: a bad file, before anything runs; once all that can run has run, what stopped the others.
+    Raises InputError for a bad file or a variant over its budget, before anything runs; for what stopped a variant,
+    once all others have run.
     """
     refuse_launcher()
     ablations = [units_of(Path(path), overrides, root) for path in files]
@@ -129,24 +117,19 @@ def run_ablations(
         raise InputError(f"two of the files are named {ablations[-1][0].ablation.name}: give each a name of its own")
     waiting, failed = [unit for units in ablations for unit in units], []
     for unit in waiting:
-        try:
-            check_budget(unit.run.recipe)
-        except InputError as error:
-            raise InputError(f"{unit.run.label}: {error}") from None
+        check_budget(unit.run.recipe)
     RunDir(root).write_environment()
     while waiting:
         held = []  # by other processes
         for unit in waiting:
             try:
-                finished = advance(unit.run)
+                if advance(unit.run):
+                    write_tables([of_name[unit.ablation.name]], root)
+                else:
+                    held.append(unit)
             except InputError as error:
                 failed.append(f"{unit.run.label}: {error}")
                 say(failed[-1])
-                continue
-            if finished:
-                write_tables([of_name[unit.ablation.name]], root)
-            else:
-                held.append(unit)
         if held == waiting:
             time.sleep(2)
         waiting = held
@@ -156,32 +139,23 @@ def run_ablations(
     return summary
 
 
-# ------------------------------------------------------------------------------------------------ tables
-
-
 def figures_of(unit: Unit) -> dict:
     """What a finished unit measured: {"variant", "seed", "measured": {(split, task, metric): value}, and COSTS}; the
     cost of general stages is None where the student went straight to its tasks."""
     run, summary = unit.run, unit.run.summary("finetune")
     general = [run.summary(name) for name in GENERAL if name in run.stages]
     steps = sum(stage["steps"] for stage in general)
-    measured = {
-        (split, task, metric): value["median"]
-        for split, found in (("validation", summary), ("test", summary["test"]), ("rounded", summary["rounded"]))
-        for task in run.recipe.tasks
-        for metric, value in found.get(task, {}).items()
-    }
+    measured: dict[tuple[str, str, str], float] = {}
+    for split, found in (("validation", summary), ("test", summary["test"]), ("rounded", summary["rounded"])):
+        for task in run.recipe.tasks:
+            measured |= {(split, task, metric): one["median"] for metric, one in found.get(task, {}).items()}
     measured |= {("general", name, "spearman"): value for name, value in rated_of(run).items()}
-    if summary["rounded"]:
-        measured[ROUNDED] = summary["rounded"]["average"]
-    return {
-        "variant": unit.variant,
-        "seed": unit.seed,
-        "measured": measured | {AVERAGE: summary["average"]},
-        "tokens": summary["tokens"] + sum(stage["tokens"] for stage in general),
-        "seconds_per_step": summary["seconds_per_step"],
-        "general_seconds_per_step": sum(stage["seconds"] for stage in general) / steps if steps else None,
-    }
+    measured |= {ROUNDED: summary["rounded"]["average"]} if summary["rounded"] else {}
+    figures = {"variant": unit.variant, "seed": unit.seed, "measured": measured | {AVERAGE: summary["average"]}}
+    figures["tokens"] = summary["tokens"] + sum(stage["tokens"] for stage in general)
+    figures["seconds_per_step"] = summary["seconds_per_step"]
+    figures["general_seconds_per_step"] = sum(stage["seconds"] for stage in general) / steps if steps else None
+    return figures
 
 
 def rated_of(run: Variant) -> dict[str, float]:
@@ -196,33 +170,32 @@ def figures_of_teacher(units: list[Unit]) -> list[dict]:
     for run in (u.run for u in units if "task_teacher" in u.run.stages and u.run.dir.is_done("task_teacher")):
         summary = run.summary("task_teacher")
         measured = {("validation", t, m): value for t in run.recipe.tasks for m, value in summary.get(t, {}).items()}
-        about = {"variant": TEACHER, "seed": 0, "measured": measured | {AVERAGE: summary["average"]}}
-        return [about | dict.fromkeys(COSTS)]
+        measured |= {AVERAGE: summary["average"]}
+        return [{"variant": TEACHER, "seed": 0, "measured": measured} | dict.fromkeys(COSTS)]
     return []
 
 
 def rows_of(units: list[Unit]) -> list[dict]:
     """One row per variant, split, task and metric, and one (task "average") for the mean of the tasks' headlines.
 
-    Each: ablation, recipe (the variant), split, task, metric, median, spread (largest less smallest), values and seeds
-    (in order), tokens (of the student's own training, general and on tasks), seconds_per_step (of fine-tuning),
-    general_seconds_per_step, average (the variant's median on validation); where it has a baseline also its name,
-    difference (of medians) and clear (whether both have several seeds and their ranges do not overlap). Split
-    "general" is the student before its tasks. Variants without a finished seed have no row; the teacher fine-tuned on
-    the same rows, where a variant has one, comes first as TEACHER.
+    Each: ablation, recipe (the variant), split ("general": before its tasks), task, metric, median, spread (largest
+    less smallest), values and seeds (in order), tokens (of the student's own training, general and on tasks),
+    seconds_per_step (of fine-tuning), general_seconds_per_step, average (the variant's median on validation); where it
+    has a baseline also its name, difference (of medians) and clear (whether both have several seeds and their ranges do
+    not overlap). The teacher fine-tuned on the same rows, where a variant has one, comes first as TEACHER.
     """
     ablation, rows = units[0].ablation, []
-    figures = figures_of_teacher(units) + [figures_of(unit) for unit in units if unit.run.done]
+    figures = figures_of_teacher(units) + [figures_of(unit) for unit in units if unit.run.dir.is_done("finetune")]
     for label in (TEACHER, *ablation.variants):
         mine = [found for found in figures if found["variant"] == label]
-        known = {name: [found[name] for found in mine if found[name] is not None] for name in COSTS}
-        about = {"seeds": [found["seed"] for found in mine]}
-        about |= {name: statistics.median(values) if values else None for name, values in known.items()}
+        about: dict[str, Any] = {"seeds": [found["seed"] for found in mine]}
+        for name in COSTS:
+            known = [found[name] for found in mine if found[name] is not None]
+            about[name] = statistics.median(known) if known else None
         for place in mine[0]["measured"] if mine else ():
             values = [found["measured"][place] for found in mine if place in found["measured"]]
-            row = {"ablation": ablation.name, "recipe": label}
-            row |= dict(zip(("split", "task", "metric"), place, strict=True))
-            row |= {"median": statistics.median(values), "spread": max(values) - min(values), "values": values}
+            row = {"ablation": ablation.name, "recipe": label, "median": statistics.median(values), "values": values}
+            row |= dict(zip(("split", "task", "metric"), place, strict=True)) | {"spread": max(values) - min(values)}
             rows.append(row | {"average": statistics.median(found["measured"][AVERAGE] for found in mine)} | about)
     others = {(row["recipe"], place_of(row)): row for row in rows}
     for row in rows:
@@ -236,10 +209,8 @@ def rows_of(units: list[Unit]) -> list[dict]:
 
 
 def write_tables(ablations: list[list[Unit]], root: Path) -> dict:
-    """Writes each ablation's summary.json, table.md and plot.svg into its folder, and those of all into `root`.
-
-    `root` gathers every ablation that has a summary there, so that files may be run one by one.
-    """
+    """Writes each ablation's summary.json, table.md and plot.svg into its folder, and those of all that have a summary
+    there into `root`, so that files may be run one by one."""
     for units in ablations:
         ablation, folder = units[0].ablation, root / units[0].ablation.name
         rows = rows_of(units)
@@ -247,11 +218,9 @@ def write_tables(ablations: list[list[Unit]], root: Path) -> dict:
         minutes = {stage.name: read_json(stage / "summary.json").get("minutes", 0) for stage in sorted(stages)}
         write_text(folder / "table.md", markdown(rows))
         write_text(folder / "plot.svg", plot(rows, ablation.name))
-        write_json(  # last: what has a summary is whole
-            folder / "summary.json",
-            {"title": ablation.title, "rows": rows, "minutes": minutes}
-            | {"finished": sum(unit.run.done for unit in units), "runs": len(units)},
-        )
+        about = {"title": ablation.title, "rows": rows, "minutes": minutes, "runs": len(units)}
+        about["finished"] = sum(unit.run.dir.is_done("finetune") for unit in units)
+        write_json(folder / "summary.json", about)  # last: what has a summary is whole
     every = {path.parent.name: read_json(path) for path in sorted(root.glob("*/summary.json"))}
     shared = {stage: minutes for one in every.values() for stage, minutes in one["minutes"].items()}
     summary = {
@@ -260,7 +229,7 @@ def write_tables(ablations: list[list[Unit]], root: Path) -> dict:
         "finished": {name: f"{one['finished']} of {one['runs']}" for name, one in every.items()},
     }
     write_json(root / "summary.json", summary)
-    parts = [f"## {one['title']}\n\n{markdown(one['rows'])}" for one in every.values()]
+    parts = (f"## {one['title']}\n\n{markdown(one['rows'])}" for one in every.values())
     write_text(root / "tables.md", "\n".join(parts))
     write_index(every, summary["minutes"], root)
     return summary

@@ -1,9 +1,8 @@
 """Variants of a recipe: settings over its plain values, and runs that share the stages they have in common.
 
-Ablations and `tune` are many runs of one recipe. Each is an ordinary run whose stages stand in one folder, named by the
-settings that decide them (`SharedRunDir`), so that a stage is made once, whoever asks for it first. The same command
-may run several times at once on one machine: a stage belongs to one process while it is made. The lock is the kernel's
-and dies with its process.
+Each is an ordinary run whose stages stand in one folder, named by the settings that decide them (`SharedRunDir`), so
+that a stage is made once, whoever asks for it first. The same command may run several times at once on one machine: a
+stage belongs to one process while it is made. The lock is the kernel's and dies with its process.
 """
 
 import copy
@@ -25,8 +24,6 @@ from vocabshrink.run.recipe_yaml import override_value, parse_override, read_yam
 from vocabshrink.run.stage import stages_of
 from vocabshrink.stages.checks import check_all_losses
 
-DELIVERY = {"export", "report"}  # stages whose results no table of variants reads
-
 
 @dataclass(frozen=True)
 class Variant:
@@ -38,11 +35,7 @@ class Variant:
 
     @property
     def stages(self) -> list[str]:
-        return [name for name in stages_of(self.recipe) if name not in DELIVERY]
-
-    @property
-    def done(self) -> bool:
-        return self.dir.is_done("finetune")
+        return [name for name in stages_of(self.recipe) if name not in ("export", "report")]  # which no table reads
 
     def summary(self, stage: str) -> dict:
         """What a finished stage says of itself."""
@@ -50,12 +43,8 @@ class Variant:
 
 
 def base_values(path: Path, overrides: list[str] | tuple[str, ...]) -> dict:
-    """The plain values of a recipe with the command line's settings, for `make_variant` to change.
-
-    Raises:
-        InputError: the recipe's own mistakes, under its own name; an override of something it does not have.
-    """
-    load_recipe(path)
+    """The plain values of a recipe with the command line's settings, for `make_variant`. Raises InputError."""
+    load_recipe(path)  # for the recipe's own mistakes, under its own name
     data = read_yaml(path, "a recipe")
     for override in overrides:
         change(data, *parse_override(override), f"{override} over {path}")
@@ -63,13 +52,8 @@ def base_values(path: Path, overrides: list[str] | tuple[str, ...]) -> dict:
 
 
 def make_variant(base: dict, changes: dict[str, Any], own: Path, shared: Path, *, origin: str, label: str) -> Variant:
-    """The run of `base_values` with {section.key: value} changed; null leaves a key out.
-
-    own: the run's folder. shared: the folder of all runs' stages. origin: where the changes come from, for messages.
-
-    Raises:
-        InputError: naming the origin, before anything is trained.
-    """
+    """The run of `base_values` with {section.key: value} changed; null leaves a key out. own: the run's folder. shared:
+    the folder of all runs' stages. Raises InputError, which names the origin of the changes."""
     data = copy.deepcopy(base)
     for key, value in changes.items():
         change(data, key, copy.deepcopy(value), f"{origin}: {key}")
@@ -85,19 +69,15 @@ LEFT_OUT = "\0left out"  # stands where null was written until all changes are m
 
 
 def change(data: dict, key: str, value: Any, origin: str) -> None:
-    """Sets section.key of a recipe's plain values; null leaves it out.
-
-    Raises:
-        InputError: a section that is not there (a change to one that the recipe lacks is rarely meant), or nothing to
-            leave out.
-    """
+    """Sets section.key of a recipe's plain values; null leaves it out. Raises InputError for a section that is not
+    there, since a change to one that the recipe lacks is rarely meant."""
     keys = key.split(".")
     needed = keys if value is None else keys[:-1]
     try:
         value_at(data, needed)
     except (LookupError, TypeError, ValueError):
-        message = f"{origin}: the base recipe has no {'.'.join(needed)}: correct the key, or add it there"
-        raise InputError(message) from None
+        fault = f"the base recipe has no {'.'.join(needed)}"
+        raise InputError(f"{origin}: {fault}: correct the key, or add it there") from None
     override_value(data, keys, LEFT_OUT if value is None else value, origin)
 
 
@@ -117,10 +97,8 @@ def without_left_out(value: Any) -> Any:
 def refuse_launcher() -> None:
     """Raises InputError under a launcher, whose processes would take different runs and wait for each other."""
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
-        raise InputError(
-            "many runs want one process each: start this command several times, each on its own GPU "
-            "(CUDA_VISIBLE_DEVICES) or core, instead of by accelerate launch"
-        )
+        remedy = "start this command several times, each on its own GPU (CUDA_VISIBLE_DEVICES) or core"
+        raise InputError(f"many runs want one process each: {remedy}, instead of by accelerate launch")
 
 
 @contextmanager
@@ -130,26 +108,23 @@ def claimed(folder: Path, *, wait: bool = False) -> Iterator[bool]:
     with folder.with_name(folder.name + ".lock").open("w") as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+            mine = True
         except BlockingIOError:
-            yield False
-        else:
-            yield True
+            mine = False
+        yield mine
 
 
 def advance(variant: Variant, *, wait: bool = False) -> bool:
-    """Runs the variant's stages that are not done.
-
-    Returns False, with some stages perhaps done, where another process is at the next and this one does not `wait`.
-    """
+    """Runs the variant's stages that are not done. Returns False, with some perhaps done, where another process is at
+    the next and this one does not `wait`."""
     run = Run(variant.recipe, variant.dir)  # made here, so that the text and tasks it reads are freed with it
     for name in variant.stages:
-        folder = variant.dir.stage(name)
         if not variant.dir.is_done(name):
-            with claimed(folder, wait=wait) as mine:
+            with claimed(variant.dir.stage(name), wait=wait) as mine:
                 if not mine:
                     return False
-                if not variant.dir.is_done(name):  # it may have become so while this process was on its way
-                    say(f"{variant.label}: {name}")
-                    run_stage(run, name)
-        shutil.rmtree(folder / "checkpoints", ignore_errors=True)  # optimizer states, larger than all that is kept
+                say(f"{variant.label}: {name}")
+                run_stage(run, name)  # unless another process has just done it
+        # optimizer states, larger than all that is kept
+        shutil.rmtree(variant.dir.stage(name) / "checkpoints", ignore_errors=True)
     return True

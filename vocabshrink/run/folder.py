@@ -24,7 +24,7 @@ from tokenizer_build.files import naming_full_disk, plain, read_jsonl, write_jso
 
 # What a fine-tuning's summary says beside its tasks' names.
 OF_SUMMARY = {"average", "seconds_per_step", "tokens", "test", "rounded", "minutes"}
-PACKAGES = ("vocabshrink", "torch", "transformers", "tokenizers", "accelerate", "onnxruntime", "numpy")
+PACKAGES = ("vocabshrink", "torch", "transformers", "tokenizers", "accelerate", "onnxruntime", "numpy", "model2vec")
 
 
 @dataclass(frozen=True)
