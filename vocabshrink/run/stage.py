@@ -127,7 +127,7 @@ STAGES = {
             reads="student delivery evaluation index",
             section="delivery",
         ),
-        Stage("report", "report", "Write a page with tables and curves that opens offline"),
+        Stage("report", "deliver", "Write a page with tables and curves that opens offline"),
     )
 }
 RENAMED = {"teacher": "masked_lm_head", "quantize": "recovery"}  # until version 0.1

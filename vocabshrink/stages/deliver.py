@@ -1,4 +1,4 @@
-"""The export stage: what a run leaves for its users, each delivery loaded back and measured before it is in place."""
+"""The last stages: deliveries, each loaded back and measured before it is in place, and the report of the run."""
 
 import os
 from dataclasses import replace
@@ -47,6 +47,13 @@ def export(context: Context) -> dict:
         for name, task in inputs.read_tasks(recipe).items():
             figures[name] = export_task(context, task, settings, origin)
     return figures
+
+
+def report(context: Context) -> dict:
+    """Writes report.html of whatever the run's folder holds."""
+    from vocabshrink.pages.report import write_report  # the only stage that needs the report extra
+
+    return {"report": write_report(context.dir).name}
 
 
 def export_embedder(
