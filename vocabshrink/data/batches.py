@@ -43,10 +43,8 @@ class Batch:
     recorded: Any = None
 
     def to(self, device) -> "Batch":
-        moves = {
-            k: v.to(device, non_blocking=True) for k, v in vars(self).items() if isinstance(v, torch.Tensor | Pieces)
-        }
-        return replace(self, **moves)
+        moved = ((name, value) for name, value in vars(self).items() if isinstance(value, torch.Tensor | Pieces))
+        return replace(self, **{name: value.to(device, non_blocking=True) for name, value in moved})
 
 
 @dataclass(frozen=True)
@@ -79,10 +77,10 @@ def cut_segments(
     teacher reads, so that what it learns does not depend on the student's. A line is never split between the two.
     Raises InputError if the corpus leaves nothing to train on.
     """
-    table_lengths = np.diff(lexicon.teacher_offsets).astype(np.int64)
+    cost_of_word = np.diff(lexicon.teacher_offsets)
     if sides != ("teacher",):
-        table_lengths = np.maximum(table_lengths, np.diff(lexicon.student_offsets))
-    found = [(np.zeros(0, np.int64), np.zeros(0, np.int32), np.zeros(0, bool))]
+        cost_of_word = np.maximum(cost_of_word, np.diff(lexicon.student_offsets))
+    found = [(np.zeros(0, np.int64), np.zeros(0, np.int32), np.zeros(0, bool))]  # of a corpus without words
     for first_line in range(0, len(stream.line_offsets) - 1, BLOCK_LINES):
         offsets = np.asarray(stream.line_offsets[first_line : first_line + BLOCK_LINES + 1])
         words = np.asarray(stream.word_ids[offsets[0] : offsets[-1]])
@@ -90,13 +88,13 @@ def cut_segments(
             continue
         local = offsets - offsets[0]
         new_run = np.zeros(len(words), dtype=bool)
-        new_run[local[:-1][local[:-1] < len(words)]] = True
+        new_run[local[local < len(words)]] = True
         if unit == "sentence":
             new_run[1:] |= lexicon.ends_sentence[words[:-1]] & ~lexicon.ends_sentence[words[1:]]
-        cost = table_lengths[words]
-        ends = np.cumsum(cost)
+        cost = cost_of_word[words]
         # A word belongs to the window in which its last piece falls; a first word that began in the window before
         # may carry it a few pieces over, which is why windows are cut one longest ordinary word (8 pieces) short.
+        ends = np.cumsum(cost)
         before = (ends - cost)[new_run][np.cumsum(new_run) - 1]  # pieces of the block before the word's run
         window = (ends - before - 1) // max(1, max_pieces - 8)
         new_segment = new_run.copy()
@@ -104,14 +102,13 @@ def cut_segments(
         begin = np.flatnonzero(new_segment)
         length = np.diff(np.append(begin, len(words)))
         pieces = np.add.reduceat(cost, begin)
-        line = np.searchsorted(local, begin, side="right") - 1 + first_line
+        line = np.searchsorted(local, begin, side="right") + first_line  # the first is 1
         keep = (length >= min_words) & (pieces <= max_pieces)
-        held_out = line % held_out_every == held_out_every - 1
-        found.append((begin[keep] + offsets[0], length[keep].astype(np.int32), held_out[keep]))
+        found.append((begin[keep] + offsets[0], length[keep].astype(np.int32), line[keep] % held_out_every == 0))
     starts, lengths, held_out = map(np.concatenate, zip(*found, strict=True))
     if held_out.all():
-        run = f"run of at least {min_words} words fits {max_pieces} pieces"
-        raise InputError(f"corpus: no {run}: give more text or a larger max_length")
+        fault = f"no run of at least {min_words} words fits {max_pieces} pieces"
+        raise InputError(f"corpus: {fault}: give more text or a larger max_length")
     return Segments(starts[~held_out], lengths[~held_out]), Segments(starts[held_out], lengths[held_out])
 
 
@@ -170,22 +167,16 @@ class Batcher:
         sequences = gather_words(self.stream, self.segments, self.order.rows(index))
         if self.group_size > 1:
             sequences = near_groups(sequences, self._rare, rng)
-        return self.assemble(self._fit(sequences), rng, self.p(index))
-
-    def assemble(self, sequences: Sequences, rng: np.random.Generator, p: float) -> Batch:
-        """The batch of these words; a share p of them is in the student's pieces on the mixed side."""
+        # without the words at the end of a sequence that a swap for a longer word pushed over the limit
+        keep = sequences.running(self.table.longest[sequences.words]) <= self.max_pieces
+        sequences = Sequences(sequences.words[keep], sequences.numbers[keep], sequences.count)
         words, sides = len(sequences.words), {}
         masked = rng.random(words) < self.mask if self.mask else None
         for side in self.sides:
             mixed = side == "mixed"
-            from_student = rng.random(words) < p if mixed else side == "student"
+            from_student = rng.random(words) < self.p(index) if mixed else side == "student"
             sides[side] = self.table.gather(sequences, from_student, masked=masked, rng=rng, combined=mixed)
         return Batch(self.table.unit_mask(sequences), self.table.student_pieces(sequences), **sides)
-
-    def _fit(self, sequences: Sequences) -> Sequences:
-        """Drops the words at the end of a sequence that a swap for a longer word pushed over the limit."""
-        keep = sequences.running(self.table.longest[sequences.words]) <= self.max_pieces
-        return Sequences(sequences.words[keep], sequences.numbers[keep], sequences.count)
 
 
 def gather_words(stream: WordStream, segments: Segments, chosen: np.ndarray) -> Sequences:
@@ -211,16 +202,13 @@ def near_groups(sequences: Sequences, rare: np.ndarray, rng: np.random.Generator
     """
     words, sequence, count = sequences.words, sequences.numbers, sequences.count
     lengths = np.bincount(sequence, minlength=count)
-    first = np.cumsum(lengths) - lengths
-    position = within_rows(lengths)
+    first, position = np.cumsum(lengths) - lengths, within_rows(lengths)
 
     # swap: one word a sentence, a rare one if there is one (rare words get the higher random keys)
-    key = rng.random(len(words)) + rare[words]
-    best = np.lexsort((key, sequence))[first + lengths - 1]
+    best = np.lexsort((rng.random(len(words)) + rare[words], sequence))[first + lengths - 1]
     swapped, pool = words.copy(), np.flatnonzero(rare)
     drawn = rng.integers(0, len(pool), count)
-    drawn = (drawn + (pool[drawn] == words[best])) % len(pool)  # the word itself would be no swap
-    swapped[best] = pool[drawn]
+    swapped[best] = pool[(drawn + (pool[drawn] == words[best])) % len(pool)]  # the word itself would be no swap
 
     # drop: one or two words, never all
     rank = np.empty(len(words), dtype=np.int64)
@@ -228,13 +216,12 @@ def near_groups(sequences: Sequences, rare: np.ndarray, rng: np.random.Generator
     keep_drop = rank >= np.minimum(rng.integers(1, 3, count), lengths - 1)[sequence]
 
     # half or rotation
-    kind = rng.integers(0, 3, count)[sequence]
-    half = ((lengths + 1) // 2)[sequence]
+    kind, half = rng.integers(0, 3, count)[sequence], ((lengths + 1) // 2)[sequence]
     keep_half = (kind == 2) | ((position < half) == (kind == 0))
     rotated = np.where(kind == 2, words[first[sequence] + (position + half) % lengths[sequence]], words)
 
-    all_of_them = np.ones(len(words), bool)
-    variants = [(words, all_of_them), (swapped, all_of_them), (words, keep_drop), (rotated, keep_half)]
+    everything = np.ones(len(words), bool)
+    variants = [(words, everything), (swapped, everything), (words, keep_drop), (rotated, keep_half)]
     all_words = np.concatenate([w[keep] for w, keep in variants])
     all_sequences = np.concatenate([4 * sequence[keep] + j for j, (_, keep) in enumerate(variants)])
     order = np.argsort(all_sequences, kind="stable")

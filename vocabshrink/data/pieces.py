@@ -27,19 +27,15 @@ from vocabshrink.data.lexicon import Lexicon, within_rows
 class Special:
     """Ids of one vocabulary's special tokens.
 
-    double_sep: pairs are written as by RoBERTa, `<s> A </s> </s> B </s>` without token types; otherwise as by BERT.
+    between: separators between the sentences of a pair: 2 as in RoBERTa's `<s> A </s> </s> B </s>`, which has no token
+    types; 1 as in BERT's.
     """
 
     cls: int
     sep: int
     pad: int
     mask: int
-    double_sep: bool = False
-
-    @property
-    def between(self) -> int:
-        """Separators between the sentences of a pair."""
-        return 1 + self.double_sep
+    between: int
 
 
 @dataclass
@@ -88,10 +84,9 @@ def special_tokens(lexicon: Lexicon, side: str) -> Special:
     """Special ids of the "teacher" or "student" vocabulary. Raises InputError if the tokenizer lacks one."""
     meta = lexicon.meta[side]
     found = {role: meta["special"].get(role) for role in ("cls", "sep", "pad", "mask")}
-    for role, number in found.items():
-        if number is None:
-            raise InputError(f"{side} tokenizer: it has no {role} token: add one to tokenizer.json")
-    return Special(**found, double_sep=meta.get("double_sep", False))
+    if lacking := [role for role, number in found.items() if number is None]:
+        raise InputError(f"{side} tokenizer: it has no {lacking[0]} token: add one to tokenizer.json")
+    return Special(**found, between=1 + meta.get("double_sep", False))
 
 
 class PieceTable:
@@ -105,22 +100,20 @@ class PieceTable:
         self.teacher_size = teacher_size or lexicon.meta["teacher"]["size"]
         self.student_size = lexicon.meta["student"]["size"]
         self.words = len(lexicon.counts)
-        self.offsets = np.concatenate(
-            [lexicon.teacher_offsets, lexicon.student_offsets[1:] + lexicon.teacher_offsets[-1]]
-        )
+        offsets = lexicon.teacher_offsets, lexicon.student_offsets[1:] + lexicon.teacher_offsets[-1]
+        self.offsets = np.concatenate(offsets)
         self.pieces = np.concatenate([lexicon.teacher_ids, lexicon.student_ids + self.teacher_size]).astype(np.int64)
         self.lengths = np.diff(self.offsets).astype(np.int64)
         teacher, student = self.lengths[: self.words], self.lengths[self.words :]
         self.longest = np.maximum(teacher, student)
         self.whole = (teacher > 0) & (student > 0)
-        self.alike = np.zeros(self.words, dtype=bool)  # words of which both vocabularies make the same pieces
+        self.alike = (teacher == student) & (shared is not None)  # both vocabularies make the same pieces of the word
         if shared is not None:
-            self.alike = teacher == student
-            lengths = np.where(self.alike, teacher, 0)
+            words, lengths = np.flatnonzero(self.alike), teacher[self.alike]
             within = within_rows(lengths)
-            of_teacher = lexicon.teacher_ids[np.repeat(lexicon.teacher_offsets[:-1], lengths) + within]
-            of_student = lexicon.student_ids[np.repeat(lexicon.student_offsets[:-1], lengths) + within]
-            self.alike[np.repeat(np.arange(self.words), lengths)[shared[of_student] != of_teacher]] = False
+            of_teacher = lexicon.teacher_ids[np.repeat(lexicon.teacher_offsets[words], lengths) + within]
+            of_student = lexicon.student_ids[np.repeat(lexicon.student_offsets[words], lengths) + within]
+            self.alike[np.repeat(words, lengths)[shared[of_student] != of_teacher]] = False
         self.unit_counts = np.where(self.alike, teacher, 1)
         self.teacher_special, self.student_special = (special_tokens(lexicon, side) for side in ("teacher", "student"))
 
@@ -143,13 +136,12 @@ class PieceTable:
         tokens; otherwise the vocabulary's own.
         """
         words, count, second = sequences.words, sequences.count, sequences.second
-        student_side = np.broadcast_to(np.asarray(from_student), words.shape)
-        rows = words + student_side * self.words
+        rows = words + np.asarray(from_student) * self.words
         lengths = self.lengths[rows]
         within = within_rows(lengths)
         own = not combined and np.all(from_student)  # the student's numbering; of no words, one bool still says it
         special, shift = (self.student_special, self.teacher_size) if own else (self.teacher_special, 0)
-        ids = self.pieces[np.repeat(self.offsets[rows], lengths) + within] - shift
+        ids = self.pieces[np.repeat(self.offsets[rows], lengths) + within]
 
         sizes = sequences.sums(lengths)
         between = 0 if second is None else special.between
@@ -159,9 +151,9 @@ class PieceTable:
         flat = np.repeat(np.arange(count), sizes) * width + column
 
         def place(values, fill):
-            out = np.full(count * width, fill, dtype=np.int64)
-            out[flat] = values
-            return out.reshape(count, width)
+            out = np.full((count, width), fill, dtype=np.int64)
+            out.ravel()[flat] = values
+            return out
 
         placed = None
         if labels is not None:
@@ -169,11 +161,11 @@ class PieceTable:
             placed = place(np.where(within == 0, np.repeat(labels, lengths), -100), -100)
         if masked is not None:
             piece_masked = np.repeat(masked, lengths)
-            placed = place(np.where(piece_masked, ids, -100), -100)
-            ids = self._mask(ids, piece_masked, np.repeat(student_side, lengths), special, shift, rng)
+            placed = place(np.where(piece_masked, ids - shift, -100), -100)
+            self._mask(ids, np.flatnonzero(piece_masked), special.mask + shift, rng)
         first_unit, totals = self._units(sequences)
         units = place(np.repeat(first_unit, lengths) + within * np.repeat(self.alike[words], lengths), -1)
-        padded, row = place(ids, special.pad), np.arange(count)
+        padded, row = place(ids - shift, special.pad), np.arange(count)
         attention = (np.arange(width) <= last[:, None]).astype(np.int64)
         padded[:, 0], units[:, 0] = special.cls, 0
         token_types = None
@@ -181,7 +173,7 @@ class PieceTable:
             first_sep = sequences.sums(lengths * ~second) + 1
             for step in range(between):  # RoBERTa's two are one unit, as BERT's one is
                 padded[row, first_sep + step], units[row, first_sep + step] = special.sep, totals
-            if not special.double_sep:
+            if between == 1:
                 token_types = attention * (np.arange(width) > first_sep[:, None])
         padded[row, last], units[row, last] = special.sep, totals + (between > 0)
         arrays = (padded, attention, units, placed, token_types)
@@ -207,14 +199,11 @@ class PieceTable:
         counts = self.unit_counts[sequences.words]
         return sequences.running(counts) - counts + 1, sequences.sums(counts) + 1
 
-    def _mask(self, ids, piece_masked, piece_student, special, shift, rng):
+    def _mask(self, ids: np.ndarray, where: np.ndarray, mask: int, rng: np.random.Generator) -> None:
         """80 % of the masked pieces become [MASK], 10 % a random one of the same vocabulary (Devlin et al. 2019)."""
-        where = np.flatnonzero(piece_masked)
         draw = rng.random(len(where))
-        ids = ids.copy()
-        ids[where[draw < 0.8]] = special.mask
+        ids[where[draw < 0.8]] = mask
         noisy = where[(draw >= 0.8) & (draw < 0.9)]
-        low = np.where(piece_student[noisy], self.teacher_size, 0)
-        high = np.where(piece_student[noisy], self.teacher_size + self.student_size, self.teacher_size)
-        ids[noisy] = rng.integers(low, high) - shift
-        return ids
+        of_student = ids[noisy] >= self.teacher_size
+        low = of_student * self.teacher_size
+        ids[noisy] = rng.integers(low, low + np.where(of_student, self.student_size, self.teacher_size))

@@ -121,11 +121,9 @@ class TaskBatcher:
         """The index-th batch of the run."""
         return self.of_rows(self.order.rows(index))
 
-    def of_rows(self, rows: np.ndarray) -> Batch:
-        """The batch of these rows [B]."""
-        return self._gather(rows, self.labels)
-
-    def _gather(self, rows: np.ndarray, labels: np.ndarray | None) -> Batch:
+    def of_rows(self, rows: np.ndarray, labels: np.ndarray | None = None) -> Batch:
+        """The batch of these rows [B]. labels: of the split's words, instead of the task's own."""
+        labels = self.labels if labels is None else labels
         places, numbers = self.segments.places(rows)
         second = None if self.second is None else self.second[places]
         sequences = Sequences(self.words[places], numbers, len(rows), second)
@@ -147,7 +145,7 @@ class TaskBatcher:
         order, found = np.argsort(self.sizes, kind="stable"), [None] * self.rows
         for start in range(0, self.rows, self.order.per_batch):
             rows = order[start : start + self.order.per_batch]
-            batch = self._gather(rows, self.tokens)
+            batch = self.of_rows(rows, self.tokens)
             places = getattr(batch, side).labels
             for pieces in filter(None, (batch.student, batch.teacher)):
                 pieces.labels = None  # which were places here: no loss may take them for labels
