@@ -12,8 +12,7 @@ from hypothesis import strategies as st
 from safetensors.numpy import save_file
 
 from tokenizer_build.errors import InputError
-from vocabshrink.data.metrics import headline
-from vocabshrink.data.tasks import Rows, Task, check_label_order, predictions, read_logits, read_task, score
+from vocabshrink.data.tasks import Rows, Task, check_label_order, headline, predictions, read_logits, read_task, score
 from vocabshrink.run.recipe import TaskSection
 
 SINGLE = [{"sentence1": "kalo mine", "label": 0}, {"sentence1": "Ru, sato!", "label": 1}]
@@ -206,13 +205,9 @@ WRONG = {
     "no text": (
         changed(SINGLE, sentence1=...),
         {},
-        r"row 2: sentence1 is None, not text: .* in tasks.it.text \(the row has label;",
+        r"row 2: sentence1 is None, not text: .* in tasks.it.text \(of label;",
     ),
-    "no second text": (
-        changed(PAIRS, sentence2=...),
-        {},
-        r"row 2: sentence2 is None, .*\(the row has sentence1, label;",
-    ),
+    "no second text": (changed(PAIRS, sentence2=...), {}, r"row 2: sentence2 is None, .*\(of sentence1, label;"),
     "a second text later": (
         changed(SINGLE, sentence2="b"),
         {},
@@ -266,19 +261,27 @@ WRONG = {
     "metric of another kind": (
         SINGLE,
         {"metrics": ["pearson"]},
-        "'pearson' is no metric of classification: list accuracy, f1",
+        "'pearson' is no metric of classification of 2 labels: list accuracy, f1",
     ),
-    "metrics no list": (SINGLE, {"meta": {"metrics": 5}}, "5 is no metric of classification: list accuracy"),
-    "metric in meta": (SINGLE, {"meta": {"metrics": ["bleu"]}}, "'bleu' is no metric of classification"),
-    "f1 of three": (SINGLE, {"labels": ["a", "b", "c"], "metrics": ["f1"]}, "f1 is of two labels and there are 3"),
-    "labels twice": (SINGLE, {"labels": ["a", "a"]}, "tasks.it.labels: a label is written twice"),
-    "labels of scores": (SINGLE, {"labels": ["a", "b"], "kind": "regression"}, "tasks.it.labels: a regression has"),
-    "labels in meta": (
+    "metrics no list": (
         SINGLE,
-        {"meta": {"labels": "two"}},
-        "meta.json: not a JSON object like .*labels.*: mend it or take it away",
+        {"meta": {"metrics": 5}},
+        "5 is no metric of classification of 2 labels: list accuracy",
     ),
-    "meta a list": (SINGLE, {"meta": []}, "meta.json: not a JSON object like"),
+    "metric in meta": (SINGLE, {"meta": {"metrics": ["bleu"]}}, "'bleu' is no metric of classification"),
+    "f1 of three": (
+        SINGLE,
+        {"labels": ["a", "b", "c"], "metrics": ["f1"]},
+        "'f1' is no metric of classification of 3 labels: list accuracy, f1_macro, matthews",
+    ),
+    "labels twice": (SINGLE, {"labels": ["a", "a"]}, "tasks.it.labels: every label needs a name of its own"),
+    "labels of scores": (
+        SINGLE,
+        {"labels": ["a", "b"], "kind": "regression"},
+        "tasks.it.labels: .* and a regression has none",
+    ),
+    "labels in meta": (SINGLE, {"meta": {"labels": "two"}}, "meta.json: not .*labels.*: mend or remove it"),
+    "meta a list": (SINGLE, {"meta": []}, "meta.json: not .*labels"),
 }
 
 
@@ -292,11 +295,8 @@ class TestRefusals:
     @pytest.mark.parametrize(
         ("text", "message"),
         [
-            (
-                "kalo mine,0\nru,1\n",
-                r"row 2: sentence1 is None, .*\(the row has kalo mine, 0; a CSV needs a header line\)",
-            ),
-            ("sentence1,label\nkalo,mine,0\n", "row 2 has 3 cells and the header 2: quote cells that hold commas"),
+            ("kalo mine,0\nru,1\n", r"row 2: sentence1 is None, .*\(of kalo mine, 0; a CSV needs a header\)"),
+            ("sentence1,label\nkalo,mine,0\n", "row 2 has 3 cells, the header 2: quote those with commas"),
             (
                 'sentence1,label\n"kalo "mine"",0\n',
                 r"cannot be read beyond row 1 \(.*\): .* double the quotes inside quotes",
@@ -342,7 +342,7 @@ class TestRefusals:
         with pytest.raises(InputError, match="folder.csv: cannot be read .*Is a directory.*: correct its path"):
             read_task(section.model_copy(update={"validation": str(tmp_path / "folder.csv")}), "it")
         (tmp_path / "meta.json").write_text("{")
-        with pytest.raises(InputError, match="meta.json: not a JSON object"):
+        with pytest.raises(InputError, match="meta.json: not .*labels.*: mend or remove it"):
             read_task(section, "it")
 
 

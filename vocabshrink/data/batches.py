@@ -80,7 +80,7 @@ def cut_segments(
     cost_of_word = np.diff(lexicon.teacher_offsets)
     if sides != ("teacher",):
         cost_of_word = np.maximum(cost_of_word, np.diff(lexicon.student_offsets))
-    found = [(np.zeros(0, np.int64), np.zeros(0, np.int32), np.zeros(0, bool))]  # of a corpus without words
+    found = []
     for first_line in range(0, len(stream.line_offsets) - 1, BLOCK_LINES):
         offsets = np.asarray(stream.line_offsets[first_line : first_line + BLOCK_LINES + 1])
         words = np.asarray(stream.word_ids[offsets[0] : offsets[-1]])
@@ -97,13 +97,11 @@ def cut_segments(
         ends = np.cumsum(cost)
         before = (ends - cost)[new_run][np.cumsum(new_run) - 1]  # pieces of the block before the word's run
         window = (ends - before - 1) // max(1, max_pieces - 8)
-        new_segment = new_run.copy()
-        new_segment[1:] |= window[1:] != window[:-1]
-        begin = np.flatnonzero(new_segment)
+        new_run[1:] |= window[1:] != window[:-1]
+        begin = np.flatnonzero(new_run)
         length = np.diff(np.append(begin, len(words)))
-        pieces = np.add.reduceat(cost, begin)
         line = np.searchsorted(local, begin, side="right") + first_line  # the first is 1
-        keep = (length >= min_words) & (pieces <= max_pieces)
+        keep = (length >= min_words) & (np.add.reduceat(cost, begin) <= max_pieces)
         found.append((begin[keep] + offsets[0], length[keep].astype(np.int32), line[keep] % held_out_every == 0))
     starts, lengths, held_out = map(np.concatenate, zip(*found, strict=True))
     if held_out.all():
@@ -187,9 +185,9 @@ def gather_words(stream: WordStream, segments: Segments, chosen: np.ndarray) -> 
 
 def rare_words(lexicon: Lexicon) -> np.ndarray:
     """[W] bool: words worth telling apart: those the student splits and the teacher does not, or splits less."""
-    more = np.diff(lexicon.student_offsets) > np.diff(lexicon.teacher_offsets)
-    known = np.diff(lexicon.teacher_offsets) > 0
-    rare = more & known & (lexicon.counts > 1)
+    teacher, student = np.diff(lexicon.teacher_offsets), np.diff(lexicon.student_offsets)
+    known = teacher > 0
+    rare = known & (student > teacher) & (lexicon.counts > 1)
     # A vocabulary that splits nothing more, or a tiny corpus: any word will do.
     return rare if rare.sum() >= 100 else known
 
@@ -222,7 +220,7 @@ def near_groups(sequences: Sequences, rare: np.ndarray, rng: np.random.Generator
 
     everything = np.ones(len(words), bool)
     variants = [(words, everything), (swapped, everything), (words, keep_drop), (rotated, keep_half)]
-    all_words = np.concatenate([w[keep] for w, keep in variants])
+    all_words = np.concatenate([variant[keep] for variant, keep in variants])
     all_sequences = np.concatenate([4 * sequence[keep] + j for j, (_, keep) in enumerate(variants)])
     order = np.argsort(all_sequences, kind="stable")
     return Sequences(all_words[order], all_sequences[order], 4 * count)

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-from pydantic import BaseModel, FiniteFloat, ValidationError
+from pydantic import FiniteFloat, TypeAdapter, ValidationError
 from scipy.stats import spearmanr
 from sklearn.neighbors import NearestNeighbors
 from sklearn.preprocessing import normalize
@@ -80,23 +80,15 @@ class RatedPairs:
         return float(spearmanr(similarities(vectors, pairs), self.scores).statistic)
 
 
-class RatedPair(BaseModel):
-    """A row of a file of rated pairs."""
-
-    sentence1: str
-    sentence2: str
-    label: FiniteFloat
-
-
 def read_rated_pairs(path: str | Path) -> RatedPairs:
     """Reads JSONL rows with sentence1, sentence2 and label. Raises InputError with file, row and remedy."""
-    rows = []
+    rows, fields = [], TypeAdapter(tuple[str, str, FiniteFloat])
     for number, row in read_jsonl(path):
         try:
-            rows.append(RatedPair.model_validate(row))
+            rows.append(fields.validate_python(tuple(map(row.get, ("sentence1", "sentence2", "label")))))
         except ValidationError:
             raise InputError(f"{path}: row {number} needs sentence1, sentence2 and a numeric label") from None
     if len(rows) < 2:
         raise InputError(f"{path}: no rated pairs: give rows with sentence1, sentence2 and label")
-    first, second = [row.sentence1 for row in rows], [row.sentence2 for row in rows]
-    return RatedPairs(first, second, np.array([row.label for row in rows]))
+    first, second, scores = map(list, zip(*rows, strict=True))
+    return RatedPairs(first, second, np.array(scores))

@@ -7,9 +7,9 @@ segmentations: "The" and "the" are one word if both vocabularies are uncased.
 
 This is exact by construction: lines are cut into chunks only where neither tokenizer can see across the cut (before a
 space that follows a visible character; for two BERT tokenizers also beside ASCII punctuation), each distinct chunk is
-tokenised by the real tokenizers, and its pieces are only grouped, never reordered or dropped. `check_family` refuses
-tokenizers for which that cannot be promised, and the first lines of every corpus are compared with the pieces of whole
-lines (special tokens in the text are read as text).
+tokenised by the real tokenizers, and its pieces are only grouped. `check_family` refuses tokenizers for which that
+cannot be promised, and the first lines of every corpus are compared with the pieces of whole lines (special tokens in
+the text are read as text).
 
 Cost: one dictionary look-up per chunk (about 2 million words per second and core once warm) and one call of each
 tokenizer per distinct chunk. Memory holds one block, a bounded cache of chunks and the lexicon; only the lexicon
@@ -114,12 +114,11 @@ def encode_corpus(
 ) -> dict:
     """Writes the lexicon and word stream of `blocks` (lists of lines) into `folder`; returns the totals.
 
-    Tokenizers are folders or tokenizer.json files. The files are byte-identical for every number of processes (words
-    are numbered by first occurrence) and for every way of cutting the lines into blocks. An empty line stays as a line
-    without words. `progress` is called with the number of words of each block written. Other files in `folder` stay,
-    and a run that fails leaves the earlier ones. Totals: lines, words, distinct_words, teacher_pieces, student_pieces
-    (both over the whole stream). Raises InputError for a tokenizer that cannot be handled exactly, a corpus without
-    words, a full disk.
+    Tokenizers are folders or tokenizer.json files. Words are numbered by first occurrence, so that the files do not
+    depend on processes and blocks. An empty line stays as a line without words. `progress` is called with the number of
+    words of each block written. Other files in `folder` stay, and a run that fails leaves the earlier ones. Totals:
+    lines, words, distinct_words, teacher_pieces, student_pieces (both over the whole stream). Raises InputError for a
+    tokenizer that cannot be handled exactly, a corpus without words, a full disk.
     """
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # one thread a process; and spawn inherits it
     paths = tokenizer_file(teacher_tokenizer), tokenizer_file(student_tokenizer)
@@ -162,17 +161,13 @@ def check_family(path: str | Path) -> str:
     if not reason and not all(encoder.safe(chr(c)) for c in range(33, 127)):
         reason = "its normalizer changes a word by what stands beside it"
     if reason:
-        raise _inexact(path, reason)
+        raise InputError(f"{path} cannot be encoded word by word: {reason}; choose another teacher")
     lines = [form.format(edge) for edge in EDGES for form in ("a{0}b", "{0}a b{0}", "a's{0}12{0}{0}B!? (c)", "{0}")]
     encoder.check(lines, encoder.encode(lines))  # a backstop to `_unfit`
     if spec["model"]["type"] == "WordPiece":
         return "wordpiece"
     kinds = {part["type"] for part in _parts(spec["pre_tokenizer"])}
     return "byte-level" if "ByteLevel" in kinds else "metaspace" if "Metaspace" in kinds else "words"
-
-
-def _inexact(path: Path, reason: str) -> InputError:
-    return InputError(f"{path} cannot be encoded word by word: {reason}; choose another teacher")
 
 
 def _parts(spec: dict | None) -> list[dict]:
@@ -329,7 +324,8 @@ class _Encoder:
                 found[1].extend(pieces[size:])
             for path, tokenizer, pieces in zip(self.paths, self.tokenizers, found, strict=True):
                 if tokenizer.encode(line, add_special_tokens=False).ids != pieces:
-                    raise _inexact(path, f"it gives the words of {line[:200]!r} other pieces alone than in the line")
+                    fault = f"{path} gives the words of {line[:200]!r} other pieces alone than in the line"
+                    raise InputError(f"{fault}; choose another teacher")
             characters += len(line)
             if characters > CHECKED_CHARACTERS:
                 break
@@ -360,8 +356,8 @@ def _words(chunk: str, teacher: Encoding, student: Encoding) -> Iterator[tuple[l
 def _cuts(encoding: Encoding, length: int) -> list[tuple[int, int, int]]:
     """Where this tokenizer cuts the chunk: (pieces before the cut, lowest, highest position of the cut).
 
-    A cut has a range of positions where it lies in text without pieces, such as a space. Pre-tokens that share a
-    character (a normalizer made several of one) have no cut between them.
+    The positions differ where the cut lies in text without pieces, such as a space. Pre-tokens that share a character
+    (a normalizer made several of one) have no cut between them.
     """
     offsets, pre_tokens = encoding.offsets, encoding.word_ids
     edges = [0, *(k for k in range(1, len(offsets)) if pre_tokens[k] != pre_tokens[k - 1]), len(offsets)]
@@ -434,13 +430,15 @@ def _tables(keys: Iterable[bytes]) -> dict[str, np.ndarray]:
     lengths = np.fromiter(map(len, keys), np.int64, len(keys)) // 4
     teacher, place = data[np.cumsum(lengths) - lengths].astype(np.int64), within_rows(lengths)
     is_student = place > np.repeat(teacher, lengths)
-    offsets = [np.concatenate((np.zeros(1, np.int64), np.cumsum(n))) for n in (teacher, lengths - 1 - teacher)]
-    tables = {"teacher_ids": data[(place > 0) & ~is_student], "student_ids": data[is_student]}
-    return tables | dict(zip(("teacher_offsets", "student_offsets"), offsets, strict=True))
+    return {
+        "teacher_ids": data[(place > 0) & ~is_student],
+        "student_ids": data[is_student],
+        "teacher_offsets": np.append(0, np.cumsum(teacher)),
+        "student_offsets": np.append(0, np.cumsum(lengths - 1 - teacher)),
+    }
 
 
 def _npy_header(file: BinaryIO, dtype: str, length: int) -> None:
     """Writes the .npy header at the start of the file; numpy pads it, so that any length fits its bytes."""
     file.seek(0)
-    header = {"descr": dtype, "fortran_order": False, "shape": (length,)}
-    np.lib.format.write_array_header_1_0(file, header)
+    np.lib.format.write_array_header_1_0(file, {"descr": dtype, "fortran_order": False, "shape": (length,)})

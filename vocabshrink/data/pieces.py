@@ -1,15 +1,13 @@
 """Words as pieces of two vocabularies, and padded batches of pieces gathered from one table.
 
 `PieceTable` is a CSR table of 2W rows: row w holds word w in the teacher's pieces, row W + w the same word in the
-student's. Student ids are shifted by the size of the teacher's vocabulary (the combined numbering), so that one batch
-may mix both vocabularies word by word, and segmenting it is one gather: no tokenizer runs during training.
+student's, whose ids are shifted by the size of the teacher's vocabulary (the combined numbering). So one batch may mix
+both vocabularies word by word, and segmenting it is one gather.
 
 Hidden states and attention of two models are compared unit by unit. A word is one unit where the vocabularies spell it
 differently, and as many units as pieces where they spell it alike: equal vocabularies are compared piece by piece, as
-in the papers, and different ones wherever they can be. [CLS] is unit 0, the separators are the last units.
-
-Cost: two int64 arrays of all words' pieces in memory; the lexicon's words, not the corpus, set their size. Not done:
-units finer than a word for words of which only some pieces agree.
+in the papers, and different ones wherever they can be. [CLS] is unit 0, the separators are the last units. Not done:
+units finer than a word for words of which only some pieces agree. Cost: two int64 arrays of all words' pieces.
 
 Shapes: B sequences, T pieces in a padded sequence, U units in a padded sequence, n words of all sequences.
 """
@@ -27,8 +25,7 @@ from vocabshrink.data.lexicon import Lexicon, within_rows
 class Special:
     """Ids of one vocabulary's special tokens.
 
-    between: separators between the sentences of a pair: 2 as in RoBERTa's `<s> A </s> </s> B </s>`, which has no token
-    types; 1 as in BERT's.
+    between: separators between a pair's sentences: 1 as in BERT, 2 as in RoBERTa, which has no token types.
     """
 
     cls: int
@@ -94,26 +91,23 @@ class PieceTable:
 
     def __init__(self, lexicon: Lexicon, teacher_size: int | None = None, shared: np.ndarray | None = None):
         """teacher_size: rows of the teacher's table, if its model has more of them than its tokenizer has pieces.
-        shared: [V_S] the teacher's id of each student piece, -1 without one (see `shared_pieces`); None: nothing is
-        known to be spelt alike, and each word is one unit.
+        shared: [V_S] the teacher's id of each student piece, -1 without one (see `shared_pieces`); None: each word is
+        one unit.
         """
         self.teacher_size = teacher_size or lexicon.meta["teacher"]["size"]
         self.student_size = lexicon.meta["student"]["size"]
         self.words = len(lexicon.counts)
-        offsets = lexicon.teacher_offsets, lexicon.student_offsets[1:] + lexicon.teacher_offsets[-1]
-        self.offsets = np.concatenate(offsets)
-        self.pieces = np.concatenate([lexicon.teacher_ids, lexicon.student_ids + self.teacher_size]).astype(np.int64)
+        self.offsets = np.append(lexicon.teacher_offsets, lexicon.student_offsets[1:] + lexicon.teacher_offsets[-1])
+        self.pieces = np.append(lexicon.teacher_ids, lexicon.student_ids + self.teacher_size).astype(np.int64)
         self.lengths = np.diff(self.offsets).astype(np.int64)
         teacher, student = self.lengths[: self.words], self.lengths[self.words :]
-        self.longest = np.maximum(teacher, student)
-        self.whole = (teacher > 0) & (student > 0)
+        self.longest, self.whole = np.maximum(teacher, student), (teacher > 0) & (student > 0)
         self.alike = (teacher == student) & (shared is not None)  # both vocabularies make the same pieces of the word
         if shared is not None:
             words, lengths = np.flatnonzero(self.alike), teacher[self.alike]
-            within = within_rows(lengths)
-            of_teacher = lexicon.teacher_ids[np.repeat(lexicon.teacher_offsets[words], lengths) + within]
-            of_student = lexicon.student_ids[np.repeat(lexicon.student_offsets[words], lengths) + within]
-            self.alike[np.repeat(words, lengths)[shared[of_student] != of_teacher]] = False
+            starts = (np.repeat(self.offsets[rows], lengths) for rows in (words, self.words + words))
+            of_teacher, of_student = (self.pieces[start + within_rows(lengths)] for start in starts)
+            self.alike[np.repeat(words, lengths)[shared[of_student - self.teacher_size] != of_teacher]] = False
         self.unit_counts = np.where(self.alike, teacher, 1)
         self.teacher_special, self.student_special = (special_tokens(lexicon, side) for side in ("teacher", "student"))
 

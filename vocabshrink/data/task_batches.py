@@ -1,8 +1,8 @@
 """A labelled task's rows as batches of both vocabularies.
 
 All splits are encoded once into one lexicon, a sentence (or a token) per line, so that teacher and student see the same
-words cut at the same places, and a batch is a gather: no tokenizer runs during training. A token's label stands at its
-first piece on each side. Cost: a split's words in memory, as int64. Not done: splits that do not fit there.
+words cut at the same places, and a batch is a gather. A token's label stands at its first piece on each side. Cost: a
+split's words in memory, as int64. Not done: splits that do not fit there.
 
 Shapes: R rows of a split, C labels (1 for scores), B sequences, T pieces of a padded sequence.
 """
@@ -49,11 +49,9 @@ def encode_task(task: Task, teacher: str | Path, student: str | Path, folder: Pa
             of_rows = list(zip(rows.first, *([] if rows.second is None else [rows.second]), strict=True))
         starts[split] = len(lines) + np.cumsum([0, *map(len, of_rows)])
         lines.extend(chain.from_iterable(of_rows))
-    inputs = hashlib.sha256()
-    contents = (tokenizer_file(tokenizer).read_bytes() for tokenizer in (teacher, student))
-    for content in chain(contents, map(str.encode, lines)):
-        inputs.update(hashlib.sha256(content).digest())
-    finished, encoded = folder / "task.json", {"sha256": inputs.hexdigest(), "lines": len(lines)}
+    contents = chain((tokenizer_file(path).read_bytes() for path in (teacher, student)), map(str.encode, lines))
+    inputs = hashlib.sha256(b"".join(hashlib.sha256(content).digest() for content in contents)).hexdigest()
+    finished, encoded = folder / "task.json", {"sha256": inputs, "lines": len(lines)}
     if not finished.is_file() or read_json(finished) != encoded:
         finished.unlink(missing_ok=True)
         blocks = (lines[start : start + BLOCK_LINES] for start in range(0, len(lines), BLOCK_LINES))
@@ -82,22 +80,18 @@ class TaskBatcher:
     def __post_init__(self):
         self.task, self.split = self.encoded.task, self.encoded.task.splits[self.name]
         self.table = PieceTable(self.encoded.lexicon, shared=self.shared)
-        self.rows = len(self.split)
-        self._cut(self.encoded, self.encoded.starts[self.name], self.max_pieces)
-        self.order = Order(self.segments.lengths, max(1, self.batch_size), self.seed)
-
-    def _cut(self, encoded: EncodedTask, starts: np.ndarray, max_pieces: int) -> None:
-        """Lays out the words that fit: a sentence loses its end, a pair's longer sentence first, by whole words."""
-        offsets = np.asarray(encoded.stream.line_offsets[starts[0] : starts[-1] + 1])
-        words = np.asarray(encoded.stream.word_ids[offsets[0] : offsets[-1]]).astype(np.int64)
+        self.rows, stream, starts = len(self.split), self.encoded.stream, self.encoded.starts[self.name]
+        offsets = np.asarray(stream.line_offsets[starts[0] : starts[-1] + 1])
+        words = np.asarray(stream.word_ids[offsets[0] : offsets[-1]], np.int64)
         line = np.repeat(np.arange(len(offsets) - 1), np.diff(offsets))
         row = np.repeat(np.arange(self.rows), np.diff(starts))[line]
         place = line + starts[0] - starts[row]  # which sentence of the pair, or which token
+        # the words that fit: a sentence loses its end, a pair's longer sentence first, by whole words
         cost, pair = self.table.longest[words], self.split.second is not None
         group, groups = (2 * row + place, 2 * self.rows) if pair else (row, self.rows)
-        sequences, limits = Sequences(words, group, groups), np.full(groups, max_pieces)
+        sequences, limits = Sequences(words, group, groups), np.full(groups, self.max_pieces)
         if pair:
-            room = max_pieces - max(self.table.teacher_special.between, self.table.student_special.between)
+            room = self.max_pieces - max(self.table.teacher_special.between, self.table.student_special.between)
             left, right = sequences.sums(cost).reshape(-1, 2).T
             limits[::2] = np.maximum(room - right, -(-room // 2))
             limits[1::2] = np.maximum(room - left, room // 2)
@@ -106,6 +100,7 @@ class TaskBatcher:
         self.sizes = np.bincount(row, weights=cost[keep], minlength=self.rows)  # pieces of each row
         lengths = np.bincount(row, minlength=self.rows)
         self.segments = Segments(np.cumsum(lengths) - lengths, lengths)
+        self.order = Order(lengths, max(1, self.batch_size), self.seed)
         self.second = place == 1 if pair else None
         self.tokens = self.labels = None
         if self.task.kind == "tokens":  # a token is labelled at its first word that both vocabularies can write
@@ -125,9 +120,8 @@ class TaskBatcher:
         """The batch of these rows [B]. labels: of the split's words, instead of the task's own."""
         labels = self.labels if labels is None else labels
         places, numbers = self.segments.places(rows)
-        second = None if self.second is None else self.second[places]
+        second, labels = (None if of_words is None else of_words[places] for of_words in (self.second, labels))
         sequences = Sequences(self.words[places], numbers, len(rows), second)
-        labels = None if labels is None else labels[places]
         sides = {side: self.table.gather(sequences, side == "student", labels=labels) for side in self.sides}
         batch = Batch(self.table.unit_mask(sequences), self.table.student_pieces(sequences), **sides)
         batch.rows = torch.from_numpy(np.asarray(rows, np.int64))
@@ -143,8 +137,7 @@ class TaskBatcher:
         cut off, or that has no piece, is answered O (the first label if there is no O).
         """
         order, found = np.argsort(self.sizes, kind="stable"), [None] * self.rows
-        for start in range(0, self.rows, self.order.per_batch):
-            rows = order[start : start + self.order.per_batch]
+        for rows in np.split(order, range(self.order.per_batch, self.rows, self.order.per_batch)):
             batch = self.of_rows(rows, self.tokens)
             places = getattr(batch, side).labels
             for pieces in filter(None, (batch.student, batch.teacher)):

@@ -4,6 +4,8 @@ A task is one JSONL or CSV file per split. Whatever could silently train on nons
 file, the row and the remedy: an unknown label, a row without text, a single class. The names and the order of the
 labels travel with the task, because the commonest defect of distilled classifiers is a teacher that counts its classes
 in another order: `check_label_order` refuses it. Every row is read into memory and checked, even if the task samples.
+Metrics are scikit-learn's and scipy's; only spans are counted here, as CoNLL does. Not done: strict IOBES, confidence
+intervals.
 
 Shapes: R rows of a split, C labels (1 for scores).
 """
@@ -13,19 +15,21 @@ import io
 import json
 import math
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 from pydantic import TypeAdapter
 from safetensors import SafetensorError
 from safetensors.numpy import load_file
+from scipy.stats import pearsonr, spearmanr
+from sklearn.metrics import accuracy_score, f1_score, matthews_corrcoef
 
 from tokenizer_build.errors import InputError
 from tokenizer_build.files import read_jsonl
-from vocabshrink.data.metrics import METRICS, choose_metrics
 from vocabshrink.run.recipe import TaskSection
 
 UNLABELLED = -1
@@ -78,8 +82,8 @@ def read_task(section: TaskSection, name: str) -> Task:
     if len(seen) < 2:
         only = repr(reader.labels[seen[0]]) if reader.labels else seen[0]
         raise InputError(f"{paths['train']}: every row has the label {only}: give rows of at least two labels")
-    asked = section.metrics or reader.meta.get("metrics")
-    metrics = choose_metrics(asked, section.kind, reader.labels, f"tasks.{name}.metrics")
+    metrics = section.metrics or reader.meta.get("metrics")
+    metrics = choose_metrics(metrics, section.kind, reader.labels, f"tasks.{name}.metrics")
     return Task(name, section.kind, reader.labels, splits, metrics)
 
 
@@ -99,15 +103,16 @@ def _csv_rows(path: Path) -> list[tuple[int, dict]]:
         text = path.read_bytes().decode("utf-8-sig")
         records.extend(csv.reader(io.StringIO(text), strict=True))
     except (OSError, UnicodeDecodeError, csv.Error) as error:
-        fault = f"cannot be read beyond row {len(records)} ({error})"
-        raise InputError(f"{path}: {fault}: correct its path, write UTF-8, or double the quotes inside quotes") from None
+        remedy = "correct its path, write UTF-8, or double the quotes inside quotes"
+        raise InputError(f"{path}: cannot be read beyond row {len(records)} ({error}): {remedy}") from None
     (_, header), *rows = [(number, cells) for number, cells in enumerate(records, 1) if cells] or [(0, [])]
     if len(set(header)) < len(header):
         raise InputError(f"{path}: the header names a column twice: {', '.join(header)}: rename one")
     for number, cells in rows:
         if len(cells) != len(header):
-            counts = f"{len(cells)} cells and the header {len(header)}"
-            raise InputError(f"{path}: row {number} has {counts}: quote cells that hold commas")
+            raise InputError(
+                f"{path}: row {number} has {len(cells)} cells, the header {len(header)}: quote those with commas"
+            )
     return [(number, dict(zip(header, cells, strict=True))) for number, cells in rows]
 
 
@@ -147,17 +152,14 @@ class _Reader:
             in_meta = self.meta.get(self.field, self.meta.get("slots" if tokens else "labels"))
             in_meta = [] if section.kind == "regression" else TypeAdapter(list[str] | None).validate_python(in_meta)
         except (ValueError, AttributeError):
-            sample = '{"labels": [their names, in the order of their numbers]}'
-            raise InputError(f"{path}: not a JSON object like {sample}: mend it or take it away") from None
-        if section.labels and section.kind == "regression":
-            raise InputError(f"{self.key}.labels: a regression has scores, no labels: leave labels out")
+            raise InputError(f'{path}: not {{"labels": [names in the order of numbers]}}: mend or remove it') from None
         labels = section.labels or in_meta
         if labels is None:  # rows that lack a label, or write what cannot be one, are refused when they are read
             values = (row.get(self.field) for _, row in rows)
             found = {_written(label) for value in values for label in (_listed(value) if tokens else [value])} - {None}
             labels = sorted(found, key=int if all(map(INTEGER.fullmatch, found)) else None)
-        if len(set(labels)) < len(labels):
-            raise InputError(f"{self.key}.labels: a label is written twice: every output needs a name of its own")
+        if len(set(labels)) < len(labels) or labels and section.kind == "regression":
+            raise InputError(f"{self.key}.labels: every label needs a name of its own, and a regression has none")
         self.labels, self.codes = labels, {label: index for index, label in enumerate(labels)}
         if not any(map(INTEGER.fullmatch, labels)):  # names are no numbers, so that rows may number them
             numbered = in_meta if in_meta and set(in_meta) == set(labels) else labels
@@ -189,8 +191,7 @@ class _Reader:
                 self._check_text(row, "tokens", f"{section.tokens}[{place}]", token)
             labels = labels or [None] * len(tokens) * blind
             if len(labels) != len(tokens):
-                counts = f"{len(tokens)} {section.tokens} and {len(labels)} {self.field}"
-                raise InputError(f"{counts}: give each token one, or name their field in {self.key}.label")
+                raise InputError(f"{len(tokens)} {section.tokens} and {len(labels)} {self.field}: give each token one")
             return tokens, None, np.array([self._target(label, blind) for label in labels], np.int64)
         texts, last = section.text[: 1 + self.pair], section.text[-1]
         for text in texts:
@@ -201,10 +202,8 @@ class _Reader:
 
     def _check_text(self, row: dict, key: str, field: str, text) -> None:
         if not isinstance(text, str) or not text.strip():
-            has = f"the row has {', '.join(row)}; a CSV needs a header line"
-            raise InputError(
-                f"{field} is {text!r:.80}, not text: write it, or name its field in {self.key}.{key} ({has})"
-            )
+            remedy = f"write it, or name its field in {self.key}.{key}"
+            raise InputError(f"{field} is {text!r:.80}, not text: {remedy} (of {', '.join(row)}; a CSV needs a header)")
         if re.search("[\ud800-\udfff]", text):
             raise InputError(f"{field} has a lone surrogate: mend its encoding")
 
@@ -217,7 +216,7 @@ class _Reader:
                 score = math.nan
             if math.isfinite(score) or blind and value in (None, ""):
                 return score
-            fault, remedy = "no score", f"write a finite number, or name its field in {self.key}.label"
+            fault, remedy = "no score", f"write a finite number or name its field in {self.key}.label"
         else:
             unknown = UNLABELLED if blind and value in (None, "", UNLABELLED, str(UNLABELLED)) else None
             code = self.codes.get(_written(value), unknown)
@@ -318,4 +317,65 @@ def score(task: Task, logits_by_row: np.ndarray | list[np.ndarray], split: str) 
         by_row = [[np.array(task.labels)[row] for row in side] for side in numbers]
     if not len(sides[0]):
         return {}
-    return {name: float(METRICS[name](*(by_row if name == "slot_f1" else sides))) for name in task.metrics}
+    return {name: float(METRICS[task.kind][name](*(by_row if name == "slot_f1" else sides))) for name in task.metrics}
+
+
+def spans(tags: list[str]) -> set[tuple[str, int, int]]:
+    """(kind, first token, one past the last) of every span in BIO tags; an I- after another kind begins one (CoNLL)."""
+    found, begun = set(), None
+    for index, tag in enumerate([*tags, "O"]):
+        prefix, _, kind = tag.partition("-")
+        inside = prefix in ("B", "I")
+        if begun is not None and (not inside or prefix == "B" or kind != begun[0]):
+            found.add((*begun, index))
+            begun = None
+        if inside and begun is None:
+            begun = kind, index
+    return found
+
+
+def slot_f1(targets: list[list[str]], predicted: list[list[str]]) -> float:
+    """F1 of exactly found spans over all rows (Tjong Kim Sang and De Meulder 2003); 0 where there are none."""
+    right = total = 0
+    for tags, guessed in zip(targets, predicted, strict=True):
+        wanted, found = spans(tags), spans(guessed)
+        right, total = right + len(wanted & found), total + len(wanted) + len(found)
+    return 2 * right / max(total, 1)
+
+
+def correlation(of: Callable, targets: np.ndarray, predicted: np.ndarray) -> float:
+    """A correlation that is 0, not undefined, for a model that gives every row the same score."""
+    return of(targets, predicted).statistic if np.ptp(targets) and np.ptp(predicted) else 0.0
+
+
+MACRO = partial(f1_score, average="macro", zero_division=0)
+METRICS: dict[str, dict[str, Callable]] = {  # by kind of task
+    "classification": {
+        "accuracy": accuracy_score,
+        "f1": partial(f1_score, zero_division=0),  # of the second of two labels
+        "f1_macro": MACRO,
+        "matthews": matthews_corrcoef,
+    },
+    "regression": {"pearson": partial(correlation, pearsonr), "spearman": partial(correlation, spearmanr)},
+    "tokens": {"slot_f1": slot_f1, "accuracy": accuracy_score, "f1_macro": MACRO},
+}
+
+
+def choose_metrics(asked: list[str] | None, kind: str, labels: list[str], where: str) -> list[str]:
+    """The metrics asked for, else the usual ones of the kind. Raises InputError for one that does not fit."""
+    fitting = [metric for metric in METRICS[kind] if metric != "f1" or len(labels) == 2]
+    if not asked:
+        if kind == "tokens" and not any(label.startswith(("B-", "I-")) for label in labels):
+            return ["accuracy"]
+        return fitting if kind == "regression" else fitting[:1]
+    asked = asked if isinstance(asked, list) else [asked]
+    for metric in asked:
+        if metric not in fitting:
+            kind = f"{kind} of {len(labels)} labels" if labels else kind
+            raise InputError(f"{where} (or meta.json's): {metric!r} is no metric of {kind}: list {', '.join(fitting)}")
+    return asked
+
+
+def headline(metrics: dict[str, float]) -> float:
+    """One figure for a task: the mean of its metrics, as GLUE averages them (Wang et al. 2018)."""
+    return sum(metrics.values()) / len(metrics) if metrics else math.nan
