@@ -229,7 +229,7 @@ def near_groups(sequences: Sequences, rare: np.ndarray, rng: np.random.Generator
 def prefetch(batcher, indices: Iterator[int]) -> Iterator[Batch]:
     """The batches of `indices`, each made by `batcher.batch` in a thread while the one before is trained on.
 
-    When the consumer stops early, by close() or Ctrl-C, the batch that was begun is finished and no other begun.
+    When the consumer stops early, by close() or Ctrl-C, no further batch is begun.
     """
     pool = ThreadPoolExecutor(1)
     begun = (pool.submit(batcher.batch, index) for index in indices)

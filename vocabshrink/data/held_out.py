@@ -55,8 +55,8 @@ def held_out_texts(stream: WordStream, lexicon: Lexicon, segments: Segments, cou
     bounds = np.searchsorted(near.numbers, np.arange(1, near.count))
     texts = [" ".join(lexicon.words[w] for w in words) for words in np.split(near.words, bounds)]
     base = 4 * np.arange(len(chosen))
-    partners = [base + 1, base + 2, base + 3, rng.permutation(base)]
-    return HeldOut(texts, np.stack([np.tile(base, 4), np.concatenate(partners)], 1))
+    partners = np.concatenate([base + 1, base + 2, base + 3, rng.permutation(base)])
+    return HeldOut(texts, np.stack([np.tile(base, 4), partners], 1))
 
 
 def similarities(vectors: np.ndarray, pairs: np.ndarray) -> np.ndarray:
@@ -75,9 +75,8 @@ class RatedPairs:
 
     def spearman(self, embed: Embed) -> float:
         """Spearman correlation of the model's cosine similarities and the scores."""
-        vectors, count = embed(self.first + self.second), len(self.first)
-        pairs = np.arange(2 * count).reshape(2, count).T
-        return float(spearmanr(similarities(vectors, pairs), self.scores).statistic)
+        pairs = np.arange(2 * len(self.first)).reshape(2, -1).T
+        return float(spearmanr(similarities(embed(self.first + self.second), pairs), self.scores).statistic)
 
 
 def read_rated_pairs(path: str | Path) -> RatedPairs:

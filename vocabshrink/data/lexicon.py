@@ -1,6 +1,6 @@
 """The lexicon: a corpus as a stream of word ids, and the pieces of each word in both vocabularies.
 
-A corpus is tokenised once. Every line becomes a row of word ids in a memory-mapped file, and the lexicon lists the
+A corpus is tokenised once: every line becomes a row of word ids in a memory-mapped file, and the lexicon lists the
 teacher pieces and the student pieces of each word; from then on any segmentation, mixed ones included, is a gather.
 A *word* is the smallest stretch of text at whose edges both tokenizers cut, and its identity is its two
 segmentations: "The" and "the" are one word if both vocabularies are uncased.
@@ -16,8 +16,6 @@ tokenizer per distinct chunk. Memory holds one block, a bounded cache of chunks 
 grows. Not done: tokenizers that read whole sentences (no split at spaces), dropping words seen once.
 """
 
-from __future__ import annotations
-
 import hashlib
 import json
 import os
@@ -30,7 +28,6 @@ from dataclasses import dataclass
 from functools import cache, partial
 from itertools import accumulate, chain, filterfalse, pairwise
 from pathlib import Path
-from typing import BinaryIO
 
 import numpy as np
 from safetensors.numpy import load_file, save_file
@@ -41,6 +38,7 @@ from tokenizers.pre_tokenizers import BertPreTokenizer
 from tokenizer_build.errors import InputError
 from tokenizer_build.files import naming_full_disk, read_json, write_json
 from tokenizer_build.processes import map_in_order
+from tokenizer_build.tokenizer import parse_tokenizer
 
 CACHED_CHUNKS = 1_000_000  # about 250 MB; Zipf's law makes a refill after clearing cheap
 CACHED_CHARACTERS = 1_000  # longer chunks are not words of a language and will not come again
@@ -61,10 +59,7 @@ SENTENCE_END = re.compile("[.!?…‼‽⁇⁈⁉。！．？｡؟۔।॥]+")
 
 @dataclass(frozen=True)
 class Lexicon:
-    """A word *is* its two segmentations; the tables are CSR: word w has ids[offsets[w]:offsets[w + 1]].
-
-    `meta` has "teacher" and "student", each as of `_describe`, and the totals that `encode_corpus` returns.
-    """
+    """The pieces of each word in CSR tables: word w has ids[offsets[w]:offsets[w + 1]]."""
 
     teacher_offsets: np.ndarray  # [W + 1] int64
     teacher_ids: np.ndarray  # int32, concatenated pieces
@@ -73,10 +68,10 @@ class Lexicon:
     counts: np.ndarray  # [W] int64, occurrences in the stream
     ends_sentence: np.ndarray  # [W] bool, the surface is a run of . ! ? or of their equivalents
     words: list[str]  # the surface at the first occurrence, white space stripped
-    meta: dict
+    meta: dict  # teacher and student as of `_describe`, and what `encode_corpus` returns
 
     @classmethod
-    def load(cls, folder: Path) -> Lexicon:
+    def load(cls, folder: Path) -> "Lexicon":
         """Reads what `encode_corpus` wrote. Raises InputError if the folder is not a finished lexicon."""
         meta = read_json(folder / "meta.json")
         # split on "\n" alone: JSON keeps U+2028 and its like as they are, and str.splitlines cuts there
@@ -92,7 +87,7 @@ class WordStream:
     line_offsets: np.ndarray  # [L + 1] int64, memory-mapped
 
     @classmethod
-    def load(cls, folder: Path) -> WordStream:
+    def load(cls, folder: Path) -> "WordStream":
         """Maps what `encode_corpus` wrote. Raises InputError if the folder is not a finished lexicon."""
         read_json(folder / "meta.json")
         return cls(*(np.load(folder / f"{name}.npy", mmap_mode="r") for name in ("word_ids", "line_offsets")))
@@ -152,8 +147,7 @@ def tokenizer_file(path: str | Path) -> Path:
 def check_family(path: str | Path) -> str:
     """How this tokenizer keeps words apart: "wordpiece", "byte-level", "metaspace" or "words".
 
-    Raises InputError, with the reason, for one that cannot be cut at spaces exactly: that reads whole sentences or
-    single characters, whose parts are not known to act locally, or that is random.
+    Raises InputError, with the reason, for one that is not known to be cut at spaces exactly.
     """
     path = tokenizer_file(path)
     spec, encoder = json.loads(_load(path).to_str()), _Encoder(path, path)
@@ -200,13 +194,8 @@ def _unfit(spec: dict) -> str | None:
 
 def _load(path: Path) -> Tokenizer:
     """The tokenizer as it segments plain text: special tokens are text, and nothing is cut, padded or added."""
-    try:
-        spec = json.loads(path.read_text(encoding="utf-8"))
-        # without the post-processor the offsets of byte-level pieces keep their space, and nothing overlaps
-        plain = spec | {"truncation": None, "padding": None, "post_processor": None}
-        tokenizer = Tokenizer.from_str(json.dumps(plain))
-    except Exception as error:  # the tokenizers library raises bare Exceptions
-        raise InputError(f"{path} is not a file that the tokenizers library reads: {error}") from None
+    tokenizer = parse_tokenizer(path.read_bytes(), path)
+    tokenizer.post_processor = None  # offsets of byte-level pieces keep their space, and nothing overlaps
     tokenizer.encode_special_tokens = True
     return tokenizer
 
@@ -252,10 +241,8 @@ class _Encoder:
             self.chunks = BERT_CHUNK.findall
 
     def safe(self, character: str) -> bool:
-        """Whether a line may be cut between this character and a following space.
-
-        It must be visible (what counts as white space differs between tokenizers, and runs of white space are
-        tokenised as one), and normalising the two sides separately must equal normalising the whole.
+        """Whether a line may be cut between this character and a following space: it must be visible, since
+        tokenizers differ in what is white space, and normalising each side must equal normalising the whole.
         """
         if character not in self.known:
             self.known[character] = unicodedata.category(character)[0] in "LNPS" and all(
@@ -318,11 +305,9 @@ class _Encoder:
         _, new, word_ids, lengths = encoded
         keys, ends, characters = [np.frombuffer(key, np.int32).tolist() for key, _ in new], np.cumsum(lengths), 0
         for line, start, end in zip(lines, ends - lengths, ends, strict=True):
-            found = [], []
-            for size, *pieces in (keys[w] for w in word_ids[start:end]):
-                found[0].extend(pieces[:size])
-                found[1].extend(pieces[size:])
-            for path, tokenizer, pieces in zip(self.paths, self.tokenizers, found, strict=True):
+            words = [(pieces[:size], pieces[size:]) for size, *pieces in (keys[w] for w in word_ids[start:end])]
+            for side, (path, tokenizer) in enumerate(zip(self.paths, self.tokenizers, strict=True)):
+                pieces = list(chain.from_iterable(word[side] for word in words))
                 if tokenizer.encode(line, add_special_tokens=False).ids != pieces:
                     fault = f"{path} gives the words of {line[:200]!r} other pieces alone than in the line"
                     raise InputError(f"{fault}; choose another teacher")
@@ -334,7 +319,7 @@ class _Encoder:
 def _words(chunk: str, teacher: Encoding, student: Encoding) -> Iterator[tuple[list[int], list[int], str]]:
     """The words of a chunk as (teacher pieces, student pieces, surface): cut wherever both tokenizers cut.
 
-    A side without pieces for a word (its normalizer removed it, or it is white space) has an empty list.
+    A side has no pieces of what its normalizer removes, and of white space.
     """
     if chunk.isascii() and chunk.removeprefix(" ").isalpha():  # most chunks, and one word to every family
         yield teacher.ids, student.ids, chunk.strip()
@@ -438,7 +423,7 @@ def _tables(keys: Iterable[bytes]) -> dict[str, np.ndarray]:
     }
 
 
-def _npy_header(file: BinaryIO, dtype: str, length: int) -> None:
+def _npy_header(file, dtype: str, length: int) -> None:
     """Writes the .npy header at the start of the file; numpy pads it, so that any length fits its bytes."""
     file.seek(0)
     np.lib.format.write_array_header_1_0(file, {"descr": dtype, "fortran_order": False, "shape": (length,)})

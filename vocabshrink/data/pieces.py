@@ -125,9 +125,8 @@ class PieceTable:
 
         from_student [n] bool (or one bool): which words are segmented with the student's vocabulary. labels [n]: a
         task's label of each word, or -100; it stands at the first piece, and words that one vocabulary cannot write
-        lose it on every side, so that all sides have the same labels in the same order. masked [n] bool: words to
-        predict, with what rng draws: see `_mask`. combined: ids of the combined numbering, under the teacher's special
-        tokens; otherwise the vocabulary's own.
+        lose it on every side, so that all sides have the same labels. masked [n] bool: words to predict, see `_mask`.
+        combined: ids of the combined numbering, under the teacher's special tokens; otherwise the vocabulary's own.
         """
         words, count, second = sequences.words, sequences.count, sequences.second
         rows = words + np.asarray(from_student) * self.words
@@ -170,7 +169,7 @@ class PieceTable:
             if between == 1:
                 token_types = attention * (np.arange(width) > first_sep[:, None])
         padded[row, last], units[row, last] = special.sep, totals + (between > 0)
-        arrays = (padded, attention, units, placed, token_types)
+        arrays = padded, attention, units, placed, token_types
         return Pieces(*(None if array is None else torch.from_numpy(array) for array in arrays))
 
     def student_pieces(self, sequences: Sequences) -> int:

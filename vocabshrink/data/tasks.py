@@ -175,37 +175,37 @@ class _Reader:
         if limit and limit < len(rows):
             numbers = np.sort(np.random.default_rng(0).permutation(len(rows))[:limit])
             read = [read[i] for i in numbers]
-        first, second, targets = map(list, zip(*read, strict=True))
+        first, *second, targets = map(list, zip(*read, strict=True))
         if section.kind != "tokens":
             targets = np.array(targets)
         if split == "test" and section.kind == "regression" and (targets == UNLABELLED).all():
             targets = np.full(len(read), np.nan)
-        return Rows(first, second if self.pair else None, targets, numbers, len(rows))
+        return Rows(first, *second or [None], targets, numbers, len(rows))
 
     def _row(self, row: dict, blind: bool) -> tuple:
-        """(first, second, target) of a row. blind: it may lack its label, as test rows do."""
+        """The columns of a row: its text, a pair's other text, the target. blind: it may lack its label."""
         section, label = self.section, row.get(self.field)
         if section.kind == "tokens":
-            tokens, labels = _listed(row.get(section.tokens)), _listed(label)
-            for place, token in enumerate(tokens or [None]):
-                self._check_text(row, "tokens", f"{section.tokens}[{place}]", token)
-            labels = labels or [None] * len(tokens) * blind
-            if len(labels) != len(tokens):
-                raise InputError(f"{len(tokens)} {section.tokens} and {len(labels)} {self.field}: give each token one")
-            return tokens, None, np.array([self._target(label, blind) for label in labels], np.int64)
-        texts, last = section.text[: 1 + self.pair], section.text[-1]
-        for text in texts:
-            self._check_text(row, "text", text, row.get(text))
-        if last not in texts and row.get(last) is not None:
-            raise InputError(f"it has {last} and the first training row has none: give it in all rows or in none")
-        return row[texts[0]], row[texts[-1]], self._target(label, blind)
-
-    def _check_text(self, row: dict, key: str, field: str, text) -> None:
-        if not isinstance(text, str) or not text.strip():
-            remedy = f"write it, or name its field in {self.key}.{key}"
-            raise InputError(f"{field} is {text!r:.80}, not text: {remedy} (of {', '.join(row)}; a CSV needs a header)")
-        if re.search("[\ud800-\udfff]", text):
-            raise InputError(f"{field} has a lone surrogate: mend its encoding")
+            tokens, labels, key = _listed(row.get(section.tokens)), _listed(label), "tokens"
+            texts = {f"{section.tokens}[{place}]": token for place, token in enumerate(tokens or [None])}
+        else:
+            texts, key, last = {text: row.get(text) for text in section.text[: 1 + self.pair]}, "text", section.text[-1]
+        for field, text in texts.items():
+            if not isinstance(text, str) or not text.strip():
+                remedy = f"write it, or name its field in {self.key}.{key}"
+                raise InputError(
+                    f"{field} is {text!r:.80}, not text: {remedy} (of {', '.join(row)}; a CSV needs a header)"
+                )
+            if re.search("[\ud800-\udfff]", text):
+                raise InputError(f"{field} has a lone surrogate: mend its encoding")
+        if section.kind != "tokens":
+            if last not in texts and row.get(last) is not None:
+                raise InputError(f"it has {last} and the first training row has none: give it in all rows or in none")
+            return *texts.values(), self._target(label, blind)
+        labels = labels or [None] * len(tokens) * blind
+        if len(labels) != len(tokens):
+            raise InputError(f"{len(tokens)} {section.tokens} and {len(labels)} {self.field}: give each token one")
+        return tokens, np.array([self._target(label, blind) for label in labels], np.int64)
 
     def _target(self, value, blind: bool) -> int | float:
         """The score, or the output of a label as written."""
@@ -247,9 +247,8 @@ def check_label_order(task: Task, id2label: dict, origin: str | Path) -> None:
 def read_logits(path: str | Path, task: Task) -> dict[str, np.ndarray]:
     """A teacher's stored outputs, {split: [R, C] float32}, for the rows that the task has.
 
-    The safetensors file has `train.logits`, or `train`, and so on for other splits: a row for each row of the split's
-    file or, if the task sampled it, of the sample. Raises InputError if the file does not fit the task, also if it has
-    `train.labels` that are not the task's.
+    The safetensors file has `train.logits`, or `train`, and so on: a row for each of the split's file or, if the task
+    sampled it, of the sample. Raises InputError if it does not fit the task, also if its `train.labels` do not.
     """
     if task.kind == "tokens":
         raise InputError(f"{path}: stored logits serve one label a row, not tokens: name tasks.{task.name}.teacher")
@@ -291,8 +290,7 @@ def _logits_of_rows(task: Task, rows: Rows, logits: np.ndarray, labels: np.ndarr
 def predictions(task: Task, logits_by_row: np.ndarray | list[np.ndarray]) -> list:
     """What the outputs say, row by row: a label's name, a score, or the names for the tokens.
 
-    logits_by_row: [R, C], [R, 1] or [R] for scores, [tokens, C] for each row of a token task. Raises InputError for
-    outputs that are not finite.
+    logits_by_row: [R, C], [R, 1] or [R] for scores, [tokens, C] for each row of tokens. Raises InputError for NaN.
     """
     if not all(np.isfinite(row).all() for row in logits_by_row):
         raise InputError(f"task {task.name}: the model's outputs are not finite: lower the learning rate")
