@@ -21,8 +21,8 @@ from transformers import (
 
 from tokenizer_build.errors import InputError
 from tokenizer_build.tokenizer import save_tokenizer
+from vocabshrink.data.batches import TaskBatcher, encode_task
 from vocabshrink.data.pieces import Pieces
-from vocabshrink.data.task_batches import TaskBatcher, encode_task
 from vocabshrink.data.tasks import Rows, Task
 from vocabshrink.models.forward import run_backbone
 from vocabshrink.models.student import build_student

@@ -151,13 +151,10 @@ def check_family(path: str | Path) -> str:
     """
     path = tokenizer_file(path)
     spec, encoder = json.loads(_load(path).to_str()), _Encoder(path, path)
-    reason = _unfit(spec)
-    if not reason and not all(encoder.safe(chr(c)) for c in range(33, 127)):
-        reason = "its normalizer changes a word by what stands beside it"
-    if reason:
+    for reason in _reasons(spec, encoder):
         raise InputError(f"{path} cannot be encoded word by word: {reason}; choose another teacher")
     lines = [form.format(edge) for edge in EDGES for form in ("a{0}b", "{0}a b{0}", "a's{0}12{0}{0}B!? (c)", "{0}")]
-    encoder.check(lines, encoder.encode(lines))  # a backstop to `_unfit`
+    encoder.check(lines, encoder.encode(lines))  # a backstop to `_reasons`
     if spec["model"]["type"] == "WordPiece":
         return "wordpiece"
     kinds = {part["type"] for part in _parts(spec["pre_tokenizer"])}
@@ -171,8 +168,8 @@ def _parts(spec: dict | None) -> list[dict]:
     return [leaf for part in spec.get("normalizers") or spec["pretokenizers"] for leaf in _parts(part)]
 
 
-def _unfit(spec: dict) -> str | None:
-    """Why the parts of this tokenizer.json are not known to act within words; None if they are."""
+def _reasons(spec: dict, encoder: "_Encoder") -> Iterator[str]:
+    """Why the parts of this tokenizer.json are not known to act within words."""
     blanks = (" {2,}", r"\s{2,}|[\n\r\t]", r"\s+")  # these match within one run of white space
     for name, local in LOCAL.items():
         for part in _parts(spec[name]):
@@ -180,16 +177,17 @@ def _unfit(spec: dict) -> str | None:
             text = pattern.get("String", " " if pattern.get("Regex") in blanks else "  ")
             harmless = part["type"] == "Replace" and (text in (" ", "▁") or not re.search(r"[\s▁]", text))
             if not (harmless or re.fullmatch(local, part["type"])):
-                return f"its {name} {part['type']} {pattern or ''} is not known to act within words"
+                yield f"its {name} {part['type']} {pattern or ''} is not known to act within words"
     at_spaces = [part for part in _parts(spec["pre_tokenizer"]) if re.fullmatch(AT_SPACES, part["type"])]
     if not any(part.get("split", True) and part.get("use_regex", True) for part in at_spaces):
-        return "no pre-tokenizer keeps its words apart, it reads whole sentences"
+        yield "no pre-tokenizer keeps its words apart, it reads whole sentences"
     if spec["model"].get("dropout") or spec["model"].get("alpha"):
-        return "it samples its segmentations"
+        yield "it samples its segmentations"
     for token in spec["added_tokens"]:
         if not token["special"] and (token["rstrip"] or re.search(r"\s", token["content"])):
-            return f"its added token {token['content']!r} reaches across spaces"
-    return None
+            yield f"its added token {token['content']!r} reaches across spaces"
+    if not all(map(encoder.safe, map(chr, range(33, 127)))):
+        yield "its normalizer changes a word by what stands beside it"
 
 
 def _load(path: Path) -> Tokenizer:

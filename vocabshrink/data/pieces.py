@@ -12,6 +12,7 @@ units finer than a word for words of which only some pieces agree. Cost: two int
 Shapes: B sequences, T pieces in a padded sequence, U units in a padded sequence, n words of all sequences.
 """
 
+from collections import namedtuple
 from dataclasses import dataclass
 
 import numpy as np
@@ -21,34 +22,15 @@ from tokenizer_build.errors import InputError
 from vocabshrink.data.lexicon import Lexicon, within_rows
 
 
-@dataclass(frozen=True)
-class Special:
-    """Ids of one vocabulary's special tokens.
-
-    between: separators between a pair's sentences: 1 as in BERT, 2 as in RoBERTa, which has no token types.
-    """
-
-    cls: int
-    sep: int
-    pad: int
-    mask: int
-    between: int
-
-
 @dataclass
 class Pieces:
-    """One model's side of a batch: tensors [B, T], int64.
+    """One model's side of a batch: tensors [B, T], int64."""
 
-    ids: pieces; in mixed input, student pieces are offset by the teacher's vocabulary size. units: the piece's unit in
-    its sequence, -1 at padding only. labels: the true piece at masked positions, or a task's label at a word's first
-    piece; -100 elsewhere. token_types: 1 from the second sentence of a pair on; None without pairs, or without types.
-    """
-
-    ids: torch.Tensor
+    ids: torch.Tensor  # in mixed input, student pieces are offset by the teacher's vocabulary size
     attention_mask: torch.Tensor
-    units: torch.Tensor
-    labels: torch.Tensor | None = None
-    token_types: torch.Tensor | None = None
+    units: torch.Tensor  # the piece's unit in its sequence, -1 at padding only
+    labels: torch.Tensor | None = None  # the true piece where masked, a task's label at a word's first piece; else -100
+    token_types: torch.Tensor | None = None  # 1 from the second sentence of a pair on; None without pairs or types
 
     def to(self, device, non_blocking: bool = True) -> "Pieces":
         return Pieces(*(v if v is None else v.to(device, non_blocking=non_blocking) for v in vars(self).values()))
@@ -56,16 +38,12 @@ class Pieces:
 
 @dataclass(frozen=True)
 class Sequences:
-    """The words of B sequences, one sequence after the other.
+    """The words of B sequences, one sequence after the other."""
 
-    words [n]: word ids. numbers [n]: each word's sequence, rising. count: B, empty sequences included. second [n] bool:
-    words of a pair's second sentence, which follow the first's; None: single sentences.
-    """
-
-    words: np.ndarray
-    numbers: np.ndarray
-    count: int
-    second: np.ndarray | None = None
+    words: np.ndarray  # [n] word ids
+    numbers: np.ndarray  # [n] each word's sequence, rising
+    count: int  # B, empty sequences included
+    second: np.ndarray | None = None  # [n] bool: words of a pair's second sentence, which follow the first's
 
     def sums(self, values: np.ndarray) -> np.ndarray:
         """[B] int64: the sum of values [n] over each sequence."""
@@ -77,10 +55,15 @@ class Sequences:
         return np.cumsum(values) - (np.cumsum(sums) - sums)[self.numbers]
 
 
+Special = namedtuple("Special", ["cls", "sep", "pad", "mask", "between"])  # between: separators, see `special_tokens`
+
+
 def special_tokens(lexicon: Lexicon, side: str) -> Special:
-    """Special ids of the "teacher" or "student" vocabulary. Raises InputError if the tokenizer lacks one."""
+    """Ids of the "teacher" or "student" vocabulary's special tokens, and the number of separators between the sentences
+    of a pair: 1 as in BERT, 2 as in RoBERTa, which has no token types. Raises InputError if the tokenizer lacks one.
+    """
     meta = lexicon.meta[side]
-    found = {role: meta["special"].get(role) for role in ("cls", "sep", "pad", "mask")}
+    found = {role: meta["special"].get(role) for role in Special._fields[:4]}
     if lacking := [role for role, number in found.items() if number is None]:
         raise InputError(f"{side} tokenizer: it has no {lacking[0]} token: add one to tokenizer.json")
     return Special(**found, between=1 + meta.get("double_sep", False))

@@ -40,15 +40,14 @@ INTEGER = re.compile(r"-?\d+")
 class Rows:
     """One split.
 
-    first: a sentence each, or the list of its tokens. second: a pair's other sentence; None without pairs. targets:
-    [R] int64 labels, [R] float64 scores, or an int64 array of labels for each row of tokens; UNLABELLED (NaN for
-    scores) where a test row has none. numbers: [R] which of the file's `file_rows` rows these are; None: all of them.
+    targets: [R] int64 labels, [R] float64 scores, or an int64 array of labels for each row of tokens; UNLABELLED (NaN
+    for scores) where a test row has none.
     """
 
-    first: list[str] | list[list[str]]
-    second: list[str] | None
+    first: list[str] | list[list[str]]  # a sentence each, or its tokens
+    second: list[str] | None  # a pair's other sentence; None without pairs
     targets: np.ndarray | list[np.ndarray]
-    numbers: np.ndarray | None = None
+    numbers: np.ndarray | None = None  # [R] which of the file's `file_rows` rows these are; None: all of them
     file_rows: int | None = None
 
     def __len__(self) -> int:
