@@ -72,11 +72,11 @@ def cut_segments(
     held_out_every: int,
     sides: tuple[str, ...] = ("mixed",),
 ) -> tuple[Segments, Segments]:
-    """(training, held-out) segments: lines, or sentences if `unit` says so, cut where they exceed `max_pieces`.
+    """(training, held-out) segments, which never share a line: lines, or sentences if `unit` says so, cut where they
+    exceed `max_pieces`. Raises InputError if the corpus leaves nothing to train on.
 
     Pieces are counted in the vocabulary that needs more of them, so that any mixture fits; in the teacher's if only the
-    teacher reads, so that what it learns does not depend on the student's. A line is never split between the two.
-    Raises InputError if the corpus leaves nothing to train on.
+    teacher reads, so that what it learns does not depend on the student's.
     """
     cost_of_word = np.diff(lexicon.teacher_offsets)
     if sides != ("teacher",):
@@ -235,8 +235,8 @@ class EncodedTask:
 def encode_task(task: Task, teacher: str | Path, student: str | Path, folder: Path) -> EncodedTask:
     """Encodes all splits into one lexicon in `folder`, or reads it if the same rows were encoded before.
 
-    teacher, student: folders of tokenizers. A line is a sentence, or a token of a token task: from the second on behind
-    a space, so that byte-level vocabularies read the tokens as they stand in the sentence.
+    teacher, student: folders of tokenizers. Tokens from the second on stand behind a space, so that byte-level
+    vocabularies read them as in the sentence.
     """
     lines, starts = [], {}
     for split, rows in task.splits.items():
@@ -329,7 +329,8 @@ class TaskBatcher:
         model: batch -> [B, C], or [B, T, C] for the pieces of `side`. Rows of like length go together. A token that was
         cut off, or that has no piece, is answered O (the first label if there is no O).
         """
-        order, found = np.argsort(self.sizes, kind="stable"), [None] * self.rows
+        order, found, labels = np.argsort(self.sizes, kind="stable"), [None] * self.rows, self.task.labels
+        outside = np.array([label == ("O" if "O" in labels else labels[0]) for label in labels], np.float32)
         for rows in np.split(order, range(self.order.per_batch, self.rows, self.order.per_batch)):
             batch = self.of_rows(rows, self.tokens)
             places = getattr(batch, side).labels
@@ -340,8 +341,7 @@ class TaskBatcher:
                 if places is None:
                     found[row] = outputs[i].reshape(-1)
                     continue
-                found[row] = np.zeros((len(self.split.first[row]), len(self.task.labels)), np.float32)
-                found[row][:, self.task.labels.index("O") if "O" in self.task.labels else 0] = 1
+                found[row] = np.tile(outside, (len(self.split.first[row]), 1))
                 where = places[i] >= 0
                 found[row][places[i][where]] = outputs[i][where.numpy()]
         return found if self.tokens is not None else np.stack(found)

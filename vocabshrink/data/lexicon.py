@@ -25,7 +25,7 @@ import unicodedata
 from array import array
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
-from functools import cache, partial
+from functools import cache
 from itertools import accumulate, chain, filterfalse, pairwise
 from pathlib import Path
 
@@ -50,7 +50,6 @@ LOCAL = {  # parts of a tokenizer that are known to act within words
 }
 EDGES = (" ", "  ", "   ", " \t", "\t ", "\u00a0 ", " \u00a0", "\u200b ", ". ", " '", "▁ ", " ▁", "é ", " \u0301")
 ROLES = {"pad": "<pad>", "unk": "<unk>", "cls": "<s>", "sep": "</s>", "mask": "<mask>"}  # RoBERTa's names
-
 CHUNK = re.compile(r" *[^ ]+| +")
 DOUBTFUL = re.compile(r"[^ -~](?= )")  # a character that may not be a safe place to cut, before a space
 BERT_CHUNK = re.compile(r"[^ !-/:-@\[-`{-~]+|[!-/:-@\[-`{-~]")  # one ASCII punctuation mark, or none
@@ -216,11 +215,19 @@ def _describe(path: Path) -> dict:
     }
 
 
+@cache
+def _encoder_of_worker(*paths: Path) -> "_Encoder":
+    return _Encoder(*paths)
+
+
 class _Encoder:
     """One process' tokenizers and caches: blocks of lines to word ids, numbered as this process met them.
 
     A word's key is the bytes of int32 [number of teacher pieces, *teacher pieces, *student pieces].
     """
+
+    def __reduce__(self):
+        return _encoder_of_worker, self.paths  # what is sent to another process is that process' own encoder
 
     def __init__(self, *paths: Path):
         self.paths, self.tokenizers = paths, list(map(_load, paths))  # of teacher and student
@@ -356,18 +363,7 @@ def _encode_blocks(blocks: Iterable[list[str]], paths: tuple[Path, Path], proces
     encoded = encoder.encode(first)
     encoder.check(first, encoded)
     yield encoded
-    if processes == 1:
-        yield from map(encoder.encode, blocks)
-    else:
-        del encoder  # its cache
-        yield from map_in_order(partial(_encode_in_worker, paths), blocks, processes)
-
-
-_encoder_of_worker = cache(_Encoder)
-
-
-def _encode_in_worker(paths: tuple[Path, Path], lines: list[str]) -> tuple:
-    return _encoder_of_worker(*paths).encode(lines)
+    yield from map_in_order(encoder.encode, blocks, processes)
 
 
 def _write(results: Iterable[tuple], folder: Path, progress: Callable[[int], None]) -> dict:

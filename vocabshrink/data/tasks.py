@@ -1,11 +1,10 @@
 """Labelled tasks: a user's files as checked rows, and a model's outputs as predictions and scores.
 
 A task is one JSONL or CSV file per split. Whatever could silently train on nonsense is refused while reading, with the
-file, the row and the remedy: an unknown label, a row without text, a single class. The names and the order of the
-labels travel with the task, because the commonest defect of distilled classifiers is a teacher that counts its classes
-in another order: `check_label_order` refuses it. Every row is read into memory and checked, even if the task samples.
-Metrics are scikit-learn's and scipy's; only spans are counted here, as CoNLL does. Not done: strict IOBES, confidence
-intervals.
+file, the row and the remedy, even where the task samples its rows. The names and the order of the labels travel with
+the task, because the commonest defect of distilled classifiers is a teacher that counts its classes in another order:
+`check_label_order` refuses it. Metrics are scikit-learn's and scipy's; only spans are counted here, as CoNLL does.
+Not done: strict IOBES, confidence intervals, files that do not fit in memory.
 
 Shapes: R rows of a split, C labels (1 for scores).
 """
@@ -66,12 +65,12 @@ class Task:
 
 
 def read_task(section: TaskSection, name: str) -> Task:
-    """Reads and checks the files of `tasks.<name>`.
+    """Reads and checks the files of `tasks.<name>`. Raises InputError for anything that could not be meant.
 
     Labels are named by the section, else by the meta.json beside the train file ("labels", or the label field's own
     name), else they are the distinct labels of the training rows, sorted. A row gives its label by name, or by number:
     the position in meta.json's order, else in the section's. The task is of pairs if the recipe names two fields, or
-    none while the first training row has both usual ones. Raises InputError for anything that could not be meant.
+    none while the first training row has both usual ones.
     """
     paths = {split: Path(path) for split in ("train", "validation", "test") if (path := getattr(section, split))}
     rows = {split: _read_rows(path) for split, path in paths.items()}
@@ -229,8 +228,7 @@ class _Reader:
 def check_label_order(task: Task, id2label: dict, origin: str | Path) -> None:
     """Raises InputError for a teacher whose outputs mean other labels than the task's, or the same in another order.
 
-    id2label: of a transformers config, its keys int or str. transformers' own LABEL_0, LABEL_1, ... say nothing and
-    pass; case does not count.
+    id2label: of a transformers config. Its own LABEL_0, LABEL_1, ... say nothing and pass; case does not count.
     """
     theirs = [str(label) for _, label in sorted((int(number), label) for number, label in id2label.items())]
     unnamed = theirs == [f"LABEL_{number}" for number in range(len(theirs))] or not task.labels
@@ -362,9 +360,8 @@ def choose_metrics(asked: list[str] | None, kind: str, labels: list[str], where:
     """The metrics asked for, else the usual ones of the kind. Raises InputError for one that does not fit."""
     fitting = [metric for metric in METRICS[kind] if metric != "f1" or len(labels) == 2]
     if not asked:
-        if kind == "tokens" and not any(label.startswith(("B-", "I-")) for label in labels):
-            return ["accuracy"]
-        return fitting if kind == "regression" else fitting[:1]
+        spanned = kind != "tokens" or any(label.startswith(("B-", "I-")) for label in labels)
+        return fitting if kind == "regression" else fitting[:1] if spanned else ["accuracy"]
     asked = asked if isinstance(asked, list) else [asked]
     for metric in asked:
         if metric not in fitting:
