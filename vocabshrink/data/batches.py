@@ -184,8 +184,7 @@ def rare_words(lexicon: Lexicon) -> np.ndarray:
     teacher, student = np.diff(lexicon.teacher_offsets), np.diff(lexicon.student_offsets)
     known = teacher > 0
     rare = known & (student > teacher) & (lexicon.counts > 1)
-    # A vocabulary that splits nothing more, or a tiny corpus: any word will do.
-    return rare if rare.sum() >= 100 else known
+    return rare if rare.sum() >= 100 else known  # in a tiny corpus, or if nothing is split more, any word will do
 
 
 def near_groups(sequences: Sequences, rare: np.ndarray, rng: np.random.Generator) -> Sequences:
@@ -348,10 +347,7 @@ class TaskBatcher:
 
 
 def prefetch(batcher, indices: Iterator[int]) -> Iterator[Batch]:
-    """The batches of `indices`, each made by `batcher.batch` in a thread while the one before is trained on.
-
-    When the consumer stops early, by close() or Ctrl-C, no further batch is begun.
-    """
+    """The batches of `indices`, each made in a thread while the one before is trained on, until the consumer stops."""
     pool = ThreadPoolExecutor(1)
     begun = (pool.submit(batcher.batch, index) for index in indices)
     try:

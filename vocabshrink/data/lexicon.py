@@ -144,10 +144,8 @@ def tokenizer_file(path: str | Path) -> Path:
 
 
 def check_family(path: str | Path) -> str:
-    """How this tokenizer keeps words apart: "wordpiece", "byte-level", "metaspace" or "words".
-
-    Raises InputError, with the reason, for one that is not known to be cut at spaces exactly.
-    """
+    """How this tokenizer keeps words apart: "wordpiece", "byte-level", "metaspace" or "words". Raises InputError, with
+    the reason, for one that is not known to be cut at spaces exactly."""
     path = tokenizer_file(path)
     spec, encoder = json.loads(_load(path).to_str()), _Encoder(path, path)
     for reason in _reasons(spec, encoder):
@@ -237,12 +235,9 @@ class _Encoder:
         self.cache: dict[str, tuple[int, ...]] = {}  # the words of a chunk
         # BERT's normalizer maps character by character and its pre-tokenizer isolates punctuation and drops white
         # space. Cutting there too halves the distinct chunks ("word", not "word," and "(word").
-        if all(
-            isinstance(t.normalizer, BertNormalizer)
-            and isinstance(t.pre_tokenizer, BertPreTokenizer)
-            and all(token.special for token in t.get_added_tokens_decoder().values())
-            for t in self.tokenizers
-        ):
+        parts = [(t.normalizer, t.pre_tokenizer, *t.get_added_tokens_decoder().values()) for t in self.tokenizers]
+        kinds = [isinstance(n, BertNormalizer) and isinstance(p, BertPreTokenizer) for n, p, *_ in parts]
+        if all(kinds) and all(token.special for _, _, *added in parts for token in added):
             self.chunks = BERT_CHUNK.findall
 
     def safe(self, character: str) -> bool:
@@ -409,12 +404,9 @@ def _tables(keys: Iterable[bytes]) -> dict[str, np.ndarray]:
     lengths = np.fromiter(map(len, keys), np.int64, len(keys)) // 4
     teacher, place = data[np.cumsum(lengths) - lengths].astype(np.int64), within_rows(lengths)
     is_student = place > np.repeat(teacher, lengths)
-    return {
-        "teacher_ids": data[(place > 0) & ~is_student],
-        "student_ids": data[is_student],
-        "teacher_offsets": np.append(0, np.cumsum(teacher)),
-        "student_offsets": np.append(0, np.cumsum(lengths - 1 - teacher)),
-    }
+    tables = {"teacher_ids": data[(place > 0) & ~is_student], "student_ids": data[is_student]}
+    ends = {"teacher_offsets": np.cumsum(teacher), "student_offsets": np.cumsum(lengths - 1 - teacher)}
+    return tables | {name: np.append(0, values) for name, values in ends.items()}
 
 
 def _npy_header(file, dtype: str, length: int) -> None:

@@ -74,9 +74,7 @@ class PieceTable:
 
     def __init__(self, lexicon: Lexicon, teacher_size: int | None = None, shared: np.ndarray | None = None):
         """teacher_size: rows of the teacher's table, if its model has more of them than its tokenizer has pieces.
-        shared: [V_S] the teacher's id of each student piece, -1 without one (see `shared_pieces`); None: each word is
-        one unit.
-        """
+        shared: [V_S] the teacher's id of each student piece or -1 (see `shared_pieces`); None: a word is one unit."""
         self.teacher_size = teacher_size or lexicon.meta["teacher"]["size"]
         self.student_size = lexicon.meta["student"]["size"]
         self.words = len(lexicon.counts)

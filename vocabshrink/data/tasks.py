@@ -343,14 +343,10 @@ def correlation(of: Callable, targets: np.ndarray, predicted: np.ndarray) -> flo
     return of(targets, predicted).statistic if np.ptp(targets) and np.ptp(predicted) else 0.0
 
 
+F1 = partial(f1_score, zero_division=0)  # of the second of two labels
 MACRO = partial(f1_score, average="macro", zero_division=0)
 METRICS: dict[str, dict[str, Callable]] = {  # by kind of task
-    "classification": {
-        "accuracy": accuracy_score,
-        "f1": partial(f1_score, zero_division=0),  # of the second of two labels
-        "f1_macro": MACRO,
-        "matthews": matthews_corrcoef,
-    },
+    "classification": {"accuracy": accuracy_score, "f1": F1, "f1_macro": MACRO, "matthews": matthews_corrcoef},
     "regression": {"pearson": partial(correlation, pearsonr), "spearman": partial(correlation, spearmanr)},
     "tokens": {"slot_f1": slot_f1, "accuracy": accuracy_score, "f1_macro": MACRO},
 }
