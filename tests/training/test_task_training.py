@@ -172,7 +172,7 @@ def test_a_fine_tuned_teacher_is_checked(lines, tiny_teacher, tmp_path):
     loaded = load_task_model(str(tmp_path / "right"), task, trained=True)
     assert loaded.config.id2label == dict(enumerate(task.labels)) and not loaded.training
     turned = Task("toy", "classification", task.labels[::-1], task.splits, task.metrics)
-    with pytest.raises(InputError, match=r"right: its labels are in another order: no, maybe, yes instead of yes"):
+    with pytest.raises(InputError, match=r"right: its outputs are no, maybe, yes and those of task toy yes, maybe, no"):
         load_task_model(str(tmp_path / "right"), turned, trained=True)
     three = BertForSequenceClassification.from_pretrained(tmp_path / "right")
     three.bert.save_pretrained(tmp_path / "body")
