@@ -13,7 +13,7 @@ from transformers import AutoModel, AutoTokenizer
 
 from tokenizer_build.errors import InputError
 from vocabshrink.data.batches import Segments, cut_segments
-from vocabshrink.data.held_out import HeldOut, RatedPairs, held_out_texts, nearest, read_rated_pairs
+from vocabshrink.data.held_out import HeldOut, RatedPairs, held_out_texts, read_rated_pairs
 from vocabshrink.data.lexicon import Lexicon, WordStream, encode_corpus
 from vocabshrink.models.embedder import torch_embedder
 
@@ -55,10 +55,6 @@ class TestHeldOut:
         held_out = HeldOut([""] * 4 * count, np.zeros((0, 2), int))
         assert held_out.neighbour_overlap(student, teacher, top) == pytest.approx(np.mean(expected))
         assert held_out.neighbour_overlap(student, student * 2, top) == 1
-
-    def test_nobody_is_a_neighbour_of_itself(self):
-        found = nearest(np.random.default_rng(1).normal(size=(12, 4)), 5)
-        assert found.shape == (12, 5) and all(i not in row for i, row in enumerate(found))
 
 
 class TestHeldOutTexts:

@@ -351,7 +351,7 @@ def test_a_very_long_chunk_is_exact_and_not_cached(families, family):
     line = "catat" * 20_000
     encoder = lexicon._Encoder(*(families[name] / "tokenizer.json" for name in (family, "bert")))
     encoder.encode(["the " + line, line + " the"])
-    assert max(map(len, encoder.chunks)) <= 4
+    assert max(map(len, encoder.cache)) <= 4
     _, _, word_ids, _ = encoder.encode([line])
     words = [pieces_of(key) for key in encoder.words]
     assert [p for w in word_ids for p in words[w][0]] == whole_line_ids(families[family], line)
@@ -449,8 +449,8 @@ def test_bad_input_is_one_sentence(families, tmp_path, monkeypatch):
     with pytest.raises(InputError, match="meta.json is missing: run the stage that writes it"):
         Lexicon.load(tmp_path / "out")
     assert not list((tmp_path / "out").iterdir())
-    monkeypatch.setattr(lexicon._Splitter, "safe", lambda self, character: True)
-    with pytest.raises(InputError, match=r"(?s)teacher.*'a\\u200b b'"):  # the check on the corpus itself
+    monkeypatch.setattr(lexicon._Encoder, "safe", lambda self, character: True)
+    with pytest.raises(InputError, match=r"(?s)albert-converted.*'a\\u200b b'"):  # the check on the corpus itself
         monkeypatch.setattr(lexicon, "EDGES", ())
         teacher = families["albert-converted"]
         encode_corpus([["the", "a\u200b b"]], teacher, families["bert"], tmp_path / "out")

@@ -12,8 +12,7 @@ from hypothesis import strategies as st
 from safetensors.numpy import save_file
 
 from tokenizer_build.errors import InputError
-from vocabshrink.data.metrics import headline
-from vocabshrink.data.tasks import Rows, Task, check_label_order, predictions, read_logits, read_task, score
+from vocabshrink.data.tasks import Rows, Task, check_label_order, headline, predictions, read_logits, read_task, score
 from vocabshrink.run.recipe import TaskSection
 
 SINGLE = [{"sentence1": "kalo mine", "label": 0}, {"sentence1": "Ru, sato!", "label": 1}]
@@ -189,7 +188,7 @@ WRONG = {
     "unknown label": (
         changed(SINGLE, label="odd"),
         {"meta": {"labels": ["bad", "good"]}},
-        "row 2: label 'odd' is none of bad, good: correct it or add it to tasks.it.labels",
+        "row 2: label 'odd' is none of bad, good: correct it, .* or add it to tasks.it.labels",
     ),
     "number too large": (changed(SINGLE, label=2), {"labels": ["a", "b"]}, "row 2: label 2 is none of a, b"),
     "number below zero": (changed(SINGLE, label=-1), {"labels": ["a", "b"]}, "row 2: label -1 is none of a, b"),
@@ -197,16 +196,28 @@ WRONG = {
     "boolean label": (changed(SINGLE, label=True), {"labels": ["a", "b"]}, "row 2: label True is none of a, b"),
     "float label": (changed(SINGLE, label=1.0), {}, "row 2: label 1.0 is none of 0: .* need kind: regression"),
     "boolean, no names": (changed(SINGLE, label=True), {}, "row 2: label True is none of 0"),
-    "no label": (changed(SINGLE, label=...), {"labels": ["a", "b"]}, "row 2 has no label: add it, or name the label's"),
-    "no label, no names": (changed(SINGLE, label=...), {}, "row 2 has no label"),
-    "no text": (changed(SINGLE, sentence1=...), {}, r"row 2 has no sentence1 \(but label\): add it, or name the fie"),
-    "no second text": (changed(PAIRS, sentence2=...), {}, r"row 2 has no sentence2 \(but sentence1, label\)"),
-    "a second text later": (changed(SINGLE, sentence2="b"), {}, "row 2 has sentence2 and the first training row has"),
-    "misspelt field": (PAIRS, {"text": ["sentence1", "sentance2"]}, "row 1 has no sentance2"),
-    "text a number": (changed(SINGLE, sentence1=7), {}, "row 2: sentence1 is 7, not text: write it as a string"),
+    "no label": (
+        changed(SINGLE, label=...),
+        {"labels": ["a", "b"]},
+        "row 2: label None is none of a, b: .* name its field in tasks.it.label",
+    ),
+    "no label, no names": (changed(SINGLE, label=...), {}, "row 2: label None is none of 0"),
+    "no text": (
+        changed(SINGLE, sentence1=...),
+        {},
+        r"row 2: sentence1 is None, not text: .* in tasks.it.text \(of label;",
+    ),
+    "no second text": (changed(PAIRS, sentence2=...), {}, r"row 2: sentence2 is None, .*\(of sentence1, label;"),
+    "a second text later": (
+        changed(SINGLE, sentence2="b"),
+        {},
+        "row 2: it has sentence2 and the first training row has",
+    ),
+    "misspelt field": (PAIRS, {"text": ["sentence1", "sentance2"]}, "row 1: sentance2 is None, not text: write it"),
+    "text a number": (changed(SINGLE, sentence1=7), {}, "row 2: sentence1 is 7, not text: write it"),
     "text null": (changed(PAIRS, sentence2=None), {}, "row 2: sentence2 is None, not text"),
-    "text empty": (changed(SINGLE, sentence1=" \t"), {}, "row 2: sentence1 is empty: write its text or take the row"),
-    "second text empty": (changed(PAIRS, sentence2=""), {}, "row 2: sentence2 is empty"),
+    "text empty": (changed(SINGLE, sentence1=" \t"), {}, r"row 2: sentence1 is ' .t', not text: write it"),
+    "second text empty": (changed(PAIRS, sentence2=""), {}, "row 2: sentence2 is '', not text"),
     "surrogate": (
         '{"sentence1": "a", "label": 0}\n{"sentence1": "\\ud800", "label": 1}',
         {},
@@ -217,40 +228,60 @@ WRONG = {
     "score NaN": (changed(SINGLE, label=math.nan), {"kind": "regression"}, "row 2: label nan is no score"),
     "score infinite": (changed(SINGLE, label="inf"), {"kind": "regression"}, "row 2: label 'inf' is no score"),
     "score huge": (changed(SINGLE, label=10**400), {"kind": "regression"}, "row 2: label 10{79} is no score"),
-    "score missing": (changed(SINGLE, label=...), {"kind": "regression"}, "row 2 has no label: add it"),
+    "score missing": (changed(SINGLE, label=...), {"kind": "regression"}, "row 2: label None is no score: .* name its"),
     "scores equal": ([SINGLE[0]] * 2, {"kind": "regression"}, r"train.jsonl: every row has the label 0.0: give r"),
     "one label": ([SINGLE[0]] * 3, {"labels": ["a", "b"]}, "train.jsonl: every row has the label 'a': give ro"),
     "one token label": ([TOKENS[1]], {"kind": "tokens"}, "every row has the label 'O'"),
     "no rows": ("", {}, "train.jsonl: there are no rows in it: give at least one, or leave the split out"),
     "blank rows": ("\n \r\n", {}, "there are no rows in it"),
-    "not JSON": ('{"sentence1": "a", "label": 0}\n\n{"sentence1": ', {}, "row 3 is not a JSON object .*: write one"),
+    "not JSON": ('{"sentence1": "a", "label": 0}\n\n{"sentence1": ', {}, "row 3 is not a JSON object.*: write one"),
     "not an object": ("[1, 2]", {}, "row 1 is not a JSON object"),
     "deep": ("[" * 100_000, {}, "row 1 is not a JSON object"),
     "not UTF-8": ('{"sentence1": "caf\xe9"}'.encode("latin-1"), {}, "not UTF-8 text at byte 18 .*: convert it"),
-    "UTF-16": (jsonl(SINGLE).encode("utf-16"), {}, "binary or UTF-16 file"),
-    "no tokens": (changed(TOKENS, tokens=...), {"kind": "tokens"}, "row 2 has no list tokens: add it, or name one in"),
-    "tokens empty": (changed(TOKENS, tokens=[]), {"kind": "tokens"}, "row 2 has no list tokens"),
+    "UTF-16": (jsonl(SINGLE).encode("utf-16"), {}, "has a NUL byte at byte 3: .*convert it to UTF-8"),
+    "no tokens": (
+        changed(TOKENS, tokens=...),
+        {"kind": "tokens"},
+        r"row 2: tokens\[0\] is None, not text: .* in tasks.it.tokens",
+    ),
+    "tokens empty": (changed(TOKENS, tokens=[]), {"kind": "tokens"}, r"row 2: tokens\[0\] is None, not text"),
     "a token a number": (changed(TOKENS, tokens=[3]), {"kind": "tokens"}, r"row 2: tokens\[0\] is 3, not text"),
-    "a token empty": (changed(TOKENS, tokens=[""]), {"kind": "tokens"}, r"row 2: tokens\[0\] is empty"),
-    "more labels": (changed(TOKENS, slots=["O", "O"]), {"kind": "tokens"}, "row 2 has 1 tokens and 2 slots: give each"),
-    "labels no list": (changed(TOKENS, slots=7), {"kind": "tokens", "labels": ["O", "B-x"]}, "row 2: label 7 is none"),
+    "a token empty": (changed(TOKENS, tokens=[""]), {"kind": "tokens"}, r"row 2: tokens\[0\] is '', not text"),
+    "more labels": (
+        changed(TOKENS, slots=["O", "O"]),
+        {"kind": "tokens"},
+        "row 2: 1 tokens and 2 slots: give each token one",
+    ),
+    "labels no list": (changed(TOKENS, slots=7), {"kind": "tokens", "labels": ["O", "B-x"]}, "row 2: slots 7 is none"),
     "no token labels": (
         changed(TOKENS, slots=...),
         {"kind": "tokens", "labels": ["O", "B-x"]},
-        "row 2 has 1 tokens and 0 slots: give each token one",
+        "row 2: 1 tokens and 0 slots: give each token one",
     ),
     "metric of another kind": (
         SINGLE,
         {"metrics": ["pearson"]},
-        "'pearson' is no metric of classification: list accuracy, f1",
+        "'pearson' is no metric of classification of 2 labels: list accuracy, f1",
     ),
-    "metrics no list": (SINGLE, {"meta": {"metrics": 5}}, "5 is no metric of classification: list accuracy"),
+    "metrics no list": (
+        SINGLE,
+        {"meta": {"metrics": 5}},
+        "5 is no metric of classification of 2 labels: list accuracy",
+    ),
     "metric in meta": (SINGLE, {"meta": {"metrics": ["bleu"]}}, "'bleu' is no metric of classification"),
-    "f1 of three": (SINGLE, {"labels": ["a", "b", "c"], "metrics": ["f1"]}, "f1 is of two labels and there are 3"),
-    "labels twice": (SINGLE, {"labels": ["a", "a"]}, "tasks.it.labels: a label is written twice"),
-    "labels of scores": (SINGLE, {"labels": ["a", "b"], "kind": "regression"}, "tasks.it.labels: a regression has"),
-    "labels in meta": (SINGLE, {"meta": {"labels": "two"}}, "meta.json: its labels are not a list of names: wr"),
-    "meta a list": (SINGLE, {"meta": []}, "meta.json: not a JSON object"),
+    "f1 of three": (
+        SINGLE,
+        {"labels": ["a", "b", "c"], "metrics": ["f1"]},
+        "'f1' is no metric of classification of 3 labels: list accuracy, f1_macro, matthews",
+    ),
+    "labels twice": (SINGLE, {"labels": ["a", "a"]}, "tasks.it.labels: every label needs a name of its own"),
+    "labels of scores": (
+        SINGLE,
+        {"labels": ["a", "b"], "kind": "regression"},
+        "tasks.it.labels: .* and a regression has none",
+    ),
+    "labels in meta": (SINGLE, {"meta": {"labels": "two"}}, "meta.json: not .*labels.*: mend or remove it"),
+    "meta a list": (SINGLE, {"meta": []}, "meta.json: not .*labels"),
 }
 
 
@@ -264,15 +295,18 @@ class TestRefusals:
     @pytest.mark.parametrize(
         ("text", "message"),
         [
-            ("kalo mine,0\nru,1\n", r"row 2 has no sentence1 \(but kalo mine, 0\): .*a CSV needs a header line"),
-            ("sentence1,label\nkalo,mine,0\n", "row 2 has 3 cells and the header 2: quote cells that hold commas"),
-            ('sentence1,label\n"kalo "mine"",0\n', r"row 2 is not CSV \(.*\): double the quotes inside quotes"),
-            ('sentence1,label\n"kalo,0\n', r"row 2 is not CSV"),
+            ("kalo mine,0\nru,1\n", r"row 2: sentence1 is None, .*\(of kalo mine, 0; a CSV needs a header\)"),
+            ("sentence1,label\nkalo,mine,0\n", "row 2 has 3 cells, the header 2: quote those with commas"),
+            (
+                'sentence1,label\n"kalo "mine"",0\n',
+                r"cannot be read beyond row 1 \(.*\): .* double the quotes inside quotes",
+            ),
+            ('sentence1,label\n"kalo,0\n', r"cannot be read beyond row 1"),
             ("sentence1,sentence1,label\na,b,0\n", "the header names a column twice: sentence1, sentence1, label"),
-            (b"sentence1,label\nkalo,0\nru\xff,1\n", "cannot be read .*position 25.*: .*write it as UTF-8"),
+            (b"sentence1,label\nkalo,0\nru\xff,1\n", "cannot be read .*position 25.*: .*write UTF-8"),
             ("sentence1,label\n", "there are no rows in it"),
             ("\n\n", "there are no rows in it"),
-            ("sentence1,label\na,0\nb,\n", "row 3 has no label"),
+            ("sentence1,label\na,0\nb,\n", "row 3: label '' is none of 0"),
         ],
     )
     def test_wrong_csv(self, read, text, message):
@@ -282,17 +316,17 @@ class TestRefusals:
     def test_every_split_is_checked(self, read):
         with pytest.raises(InputError, match=r"validation.jsonl: row 2: label 5 is none of 0, 1"):
             read(SINGLE, changed(SINGLE, label=5))
-        with pytest.raises(InputError, match=r"test.jsonl: row 2: sentence1 is empty"):
+        with pytest.raises(InputError, match=r"test.jsonl: row 2: sentence1 is '', not text"):
             read(SINGLE, test=changed(SINGLE, sentence1=""))
         with pytest.raises(InputError, match=r"validation.jsonl: there are no rows"):
             read(SINGLE, "")
-        with pytest.raises(InputError, match=r"validation.jsonl: row 1 has no sentence2"):
+        with pytest.raises(InputError, match=r"validation.jsonl: row 1: sentence2 is None"):
             read(PAIRS, SINGLE)
 
     def test_a_broken_row_is_told_of_whatever_the_sample(self, read):
         rows = [SINGLE[i % 2] for i in range(30)]
         for place in (3, 17):
-            with pytest.raises(InputError, match=f"row {place + 1}: sentence1 is empty"):
+            with pytest.raises(InputError, match=f"row {place + 1}: sentence1 is '', not text"):
                 read([*rows[:place], {"sentence1": "", "label": 0}, *rows[place + 1 :]], train_rows=2)
 
     def test_missing_and_unreadable_files(self, tmp_path, write):
@@ -308,7 +342,7 @@ class TestRefusals:
         with pytest.raises(InputError, match="folder.csv: cannot be read .*Is a directory.*: correct its path"):
             read_task(section.model_copy(update={"validation": str(tmp_path / "folder.csv")}), "it")
         (tmp_path / "meta.json").write_text("{")
-        with pytest.raises(InputError, match="meta.json: not a JSON object"):
+        with pytest.raises(InputError, match="meta.json: not .*labels.*: mend or remove it"):
             read_task(section, "it")
 
 
@@ -329,10 +363,16 @@ class TestLabelOrder:
     @pytest.mark.parametrize(
         ("id2label", "message"),
         [
-            ({0: "yes", 1: "no"}, "teacher: its labels are in another order: yes, no instead of no, yes: write its"),
-            ({0: "bad", 1: "good"}, "it has other labels: bad, good instead of no, yes"),
-            ({0: "LABEL_1", 1: "LABEL_0"}, "it has other labels"),
-            ({0: "no", 1: "yes", 2: "perhaps"}, r"it has 3 outputs, task it needs 2 \(no, yes\): train one"),
+            (
+                {0: "yes", 1: "no"},
+                "teacher: its outputs are yes, no and those of task it no, yes: write its order in tas",
+            ),
+            (
+                {0: "bad", 1: "good"},
+                "its outputs are bad, good and those of task it no, yes: .* choose another teacher",
+            ),
+            ({0: "LABEL_1", 1: "LABEL_0"}, "its outputs are LABEL_1, LABEL_0 and those"),
+            ({0: "no", 1: "yes", 2: "perhaps"}, "its outputs are no, yes, perhaps and those of task it no, yes"),
         ],
     )
     def test_others_are_refused(self, id2label, message):
@@ -340,7 +380,7 @@ class TestLabelOrder:
             check_label_order(made(), id2label, "teacher")
 
     def test_a_classifier_is_no_regression(self):
-        with pytest.raises(InputError, match="it has 2 outputs, task it needs a score"):
+        with pytest.raises(InputError, match="its outputs are no, yes and those of task it a score"):
             check_label_order(made("regression", labels=()), {0: "no", 1: "yes"}, "teacher")
 
 
@@ -374,7 +414,9 @@ class TestLogits:
         part = read_logits(store(train_logits=logits[numbers], train_labels=labels[numbers]), task)["train"]
         assert np.array_equal(part, whole)
         labels[numbers[3]] = 1 - labels[numbers[3]]
-        with pytest.raises(InputError, match=f"train row {numbers[3] + 1} has another label than the task's file"):
+        with pytest.raises(
+            InputError, match=f"train.logits row {numbers[3] + 1} has another label than the task's: make them from"
+        ):
             read_logits(store(train_logits=logits, train_labels=labels), task)
 
     @pytest.mark.parametrize(
@@ -382,15 +424,18 @@ class TestLogits:
         [
             (
                 {"train": np.ones((3, 2))},
-                r"train has logits of shape \[3, 2\] and the task 2 rows of 2 .*: make them from",
+                r"train.logits has shape \[3, 2\] and the task 2 rows of 2 .*: make them from",
             ),
-            ({"train": np.ones((2, 2)), "validation": np.ones((1, 2))}, r"validation has logits of shape \[1, 2\]"),
-            ({"train": np.ones((2, 3))}, r"train has logits of shape \[2, 3\] and the task 2 rows of 2 \(no, yes\)"),
-            ({"train": np.ones(2)}, r"logits of shape \[2\]"),
-            ({"train": np.array([[0, 1], [np.nan, 0]])}, "train row 2 is not finite: write the logits anew"),
-            ({"train": np.array([[np.inf, 1], [0, 0]])}, "train row 1 is not finite"),
-            ({"train_logits": np.ones((2, 2)), "train_labels": np.array([1, 0])}, "train row 1 has another label"),
-            ({"validation": np.ones((2, 2))}, r"it has no tensor train.logits \(but validation\)"),
+            ({"train": np.ones((2, 2)), "validation": np.ones((1, 2))}, r"validation.logits has shape \[1, 2\]"),
+            ({"train": np.ones((2, 3))}, r"train.logits has shape \[2, 3\] and the task 2 rows of 2 \(no, yes\)"),
+            ({"train": np.ones(2)}, r"train.logits has shape \[2\]"),
+            ({"train": np.array([[0, 1], [np.nan, 0]])}, "train.logits row 2 is not finite: make them from"),
+            ({"train": np.array([[np.inf, 1], [0, 0]])}, "train.logits row 1 is not finite"),
+            (
+                {"train_logits": np.ones((2, 2)), "train_labels": np.array([1, 0])},
+                "train.logits row 1 has another label",
+            ),
+            ({"validation": np.ones((2, 2))}, r"train.logits is not in it \(but validation\)"),
         ],
     )
     def test_others_are_refused(self, store, tensors, message):

@@ -16,9 +16,8 @@ import vocabshrink.training.finetune
 from tokenizer_build.errors import InputError
 from tokenizer_build.files import read_json
 from tokenizer_build.tokenizer import save_tokenizer
-from vocabshrink.data.metrics import headline
-from vocabshrink.data.task_batches import encode_task
-from vocabshrink.data.tasks import predictions, read_logits, score
+from vocabshrink.data.batches import encode_task
+from vocabshrink.data.tasks import headline, predictions, read_logits, score
 from vocabshrink.models.rounding import fake_quantize_
 from vocabshrink.models.task_model import load_task_model
 from vocabshrink.run.engine import Run, context_of, run_stage, settings_of

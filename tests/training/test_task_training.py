@@ -21,8 +21,8 @@ from transformers import (
 
 from tokenizer_build.errors import InputError
 from tokenizer_build.tokenizer import save_tokenizer
+from vocabshrink.data.batches import TaskBatcher, encode_task
 from vocabshrink.data.pieces import Pieces
-from vocabshrink.data.task_batches import TaskBatcher, encode_task
 from vocabshrink.data.tasks import Rows, Task
 from vocabshrink.models.forward import run_backbone
 from vocabshrink.models.student import build_student
@@ -172,7 +172,7 @@ def test_a_fine_tuned_teacher_is_checked(lines, tiny_teacher, tmp_path):
     loaded = load_task_model(str(tmp_path / "right"), task, trained=True)
     assert loaded.config.id2label == dict(enumerate(task.labels)) and not loaded.training
     turned = Task("toy", "classification", task.labels[::-1], task.splits, task.metrics)
-    with pytest.raises(InputError, match=r"right: its labels are in another order: no, maybe, yes instead of yes"):
+    with pytest.raises(InputError, match=r"right: its outputs are no, maybe, yes and those of task toy yes, maybe, no"):
         load_task_model(str(tmp_path / "right"), turned, trained=True)
     three = BertForSequenceClassification.from_pretrained(tmp_path / "right")
     three.bert.save_pretrained(tmp_path / "body")

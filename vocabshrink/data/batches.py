@@ -1,23 +1,30 @@
-"""Batches from the word-id stream: any mixture of two vocabularies at memory speed, no tokenizer in the loop.
+"""Batches of the corpus and of labelled tasks, out of word ids: no tokenizer in the loop.
 
 A batch is a pure function of (seed, step, rank). Nothing is shuffled on disk and no iterator has a state, so the
-position in the data is the step number and a resumed run sees exactly the batches that it would have seen. How words
-become pieces and units: see pieces.py, also for the shapes B, T, U and n. S segments.
+position in the data is the step number and a resumed run sees exactly the batches that it would have seen. A task's
+splits are encoded once into one lexicon, a sentence (or a token) per line, so that teacher and student see the same
+words cut at the same places. Cost: a split's words in memory, as int64. Not done: splits that do not fit there.
+
+How words become pieces and units: see pieces.py, also for the shapes B, T, U and n. S segments, R rows of a split.
 """
 
+import hashlib
 import math
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import KW_ONLY, dataclass, replace
 from itertools import chain, pairwise
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 
 from tokenizer_build.errors import InputError
-from vocabshrink.data.lexicon import Lexicon, WordStream, within_rows
+from tokenizer_build.files import read_json, write_json
+from vocabshrink.data.lexicon import Lexicon, WordStream, encode_corpus, tokenizer_file, within_rows
 from vocabshrink.data.pieces import Pieces, PieceTable, Sequences
+from vocabshrink.data.tasks import UNLABELLED, Task
 
 BLOCK_LINES = 50_000  # lines cut into segments at a time, so that memory does not grow with the corpus
 POOL_BATCHES = 64  # batches sorted by length together: little padding, and still shuffled
@@ -25,28 +32,20 @@ POOL_BATCHES = 64  # batches sorted by length together: little padding, and stil
 
 @dataclass
 class Batch:
-    """What one step sees.
+    """What one step sees; a side that was not asked for is None."""
 
-    unit_mask [B, U] bool: true at units that every side has whole, special tokens included. tokens: student pieces.
-    student, teacher: in that vocabulary's pieces; mixed: in both, combined ids; None if not asked for. targets: [B]
-    int64 classes or [B] float scores of a task, whose split has this batch at `rows` [B] int64; None outside tasks.
-    recorded: the teacher's view of the batch if it was kept (recorded.py).
-    """
-
-    unit_mask: torch.Tensor
-    tokens: int
+    unit_mask: torch.Tensor  # [B, U] bool: true at units that every side has whole, special tokens included
+    tokens: int  # student pieces
     student: Pieces | None = None
     teacher: Pieces | None = None
-    mixed: Pieces | None = None
-    targets: torch.Tensor | None = None
-    rows: torch.Tensor | None = None
-    recorded: Any = None
+    mixed: Pieces | None = None  # pieces of both vocabularies, combined ids
+    targets: torch.Tensor | None = None  # [B] int64 classes or [B] float scores of a task of sentences
+    rows: torch.Tensor | None = None  # [B] int64: where a task's split has them
+    recorded: Any = None  # the teacher's view of the batch if it was kept (recorded.py)
 
     def to(self, device) -> "Batch":
-        moves = {
-            k: v.to(device, non_blocking=True) for k, v in vars(self).items() if isinstance(v, torch.Tensor | Pieces)
-        }
-        return replace(self, **moves)
+        moved = ((name, value) for name, value in vars(self).items() if isinstance(value, torch.Tensor | Pieces))
+        return replace(self, **{name: value.to(device, non_blocking=True) for name, value in moved})
 
 
 @dataclass(frozen=True)
@@ -73,16 +72,16 @@ def cut_segments(
     held_out_every: int,
     sides: tuple[str, ...] = ("mixed",),
 ) -> tuple[Segments, Segments]:
-    """(training, held-out) segments: lines, or sentences if `unit` says so, cut where they exceed `max_pieces`.
+    """(training, held-out) segments, which never share a line: lines, or sentences if `unit` says so, cut where they
+    exceed `max_pieces`. Raises InputError if the corpus leaves nothing to train on.
 
     Pieces are counted in the vocabulary that needs more of them, so that any mixture fits; in the teacher's if only the
-    teacher reads, so that what it learns does not depend on the student's. A line is never split between the two.
-    Raises InputError if the corpus leaves nothing to train on.
+    teacher reads, so that what it learns does not depend on the student's.
     """
-    table_lengths = np.diff(lexicon.teacher_offsets).astype(np.int64)
+    cost_of_word = np.diff(lexicon.teacher_offsets)
     if sides != ("teacher",):
-        table_lengths = np.maximum(table_lengths, np.diff(lexicon.student_offsets))
-    found = [(np.zeros(0, np.int64), np.zeros(0, np.int32), np.zeros(0, bool))]
+        cost_of_word = np.maximum(cost_of_word, np.diff(lexicon.student_offsets))
+    found = []
     for first_line in range(0, len(stream.line_offsets) - 1, BLOCK_LINES):
         offsets = np.asarray(stream.line_offsets[first_line : first_line + BLOCK_LINES + 1])
         words = np.asarray(stream.word_ids[offsets[0] : offsets[-1]])
@@ -90,28 +89,25 @@ def cut_segments(
             continue
         local = offsets - offsets[0]
         new_run = np.zeros(len(words), dtype=bool)
-        new_run[local[:-1][local[:-1] < len(words)]] = True
+        new_run[local[local < len(words)]] = True
         if unit == "sentence":
             new_run[1:] |= lexicon.ends_sentence[words[:-1]] & ~lexicon.ends_sentence[words[1:]]
-        cost = table_lengths[words]
-        ends = np.cumsum(cost)
+        cost = cost_of_word[words]
         # A word belongs to the window in which its last piece falls; a first word that began in the window before
         # may carry it a few pieces over, which is why windows are cut one longest ordinary word (8 pieces) short.
+        ends = np.cumsum(cost)
         before = (ends - cost)[new_run][np.cumsum(new_run) - 1]  # pieces of the block before the word's run
         window = (ends - before - 1) // max(1, max_pieces - 8)
-        new_segment = new_run.copy()
-        new_segment[1:] |= window[1:] != window[:-1]
-        begin = np.flatnonzero(new_segment)
+        new_run[1:] |= window[1:] != window[:-1]
+        begin = np.flatnonzero(new_run)
         length = np.diff(np.append(begin, len(words)))
-        pieces = np.add.reduceat(cost, begin)
-        line = np.searchsorted(local, begin, side="right") - 1 + first_line
-        keep = (length >= min_words) & (pieces <= max_pieces)
-        held_out = line % held_out_every == held_out_every - 1
-        found.append((begin[keep] + offsets[0], length[keep].astype(np.int32), held_out[keep]))
+        line = np.searchsorted(local, begin, side="right") + first_line  # the first is 1
+        keep = (length >= min_words) & (np.add.reduceat(cost, begin) <= max_pieces)
+        found.append((begin[keep] + offsets[0], length[keep].astype(np.int32), line[keep] % held_out_every == 0))
     starts, lengths, held_out = map(np.concatenate, zip(*found, strict=True))
     if held_out.all():
-        run = f"run of at least {min_words} words fits {max_pieces} pieces"
-        raise InputError(f"corpus: no {run}: give more text or a larger max_length")
+        fault = f"no run of at least {min_words} words fits {max_pieces} pieces"
+        raise InputError(f"corpus: {fault}: give more text or a larger max_length")
     return Segments(starts[~held_out], lengths[~held_out]), Segments(starts[held_out], lengths[held_out])
 
 
@@ -140,25 +136,20 @@ class Order:
 
 @dataclass
 class Batcher:
-    """Batches of segments by number.
-
-    batch_size: sequences, of which `group_size` (1, or 4: see `near_groups`) come from one segment. sides: "student",
-    "teacher", "mixed". p: batch number -> share of mixed words in the student's pieces. mask: share of words masked.
-    max_pieces: of a sequence without its special tokens.
-    """
+    """Batches of segments by number."""
 
     table: PieceTable
     stream: WordStream
     lexicon: Lexicon
     segments: Segments
     _: KW_ONLY
-    batch_size: int
+    batch_size: int  # sequences
     seed: int
-    sides: tuple[str, ...]
-    group_size: int = 1
-    p: Callable[[int], float] = lambda index: 0.5
-    mask: float = 0.0
-    max_pieces: int = 126
+    sides: tuple[str, ...]  # "student", "teacher", "mixed"
+    group_size: int = 1  # sequences from one segment: 1, or 4 (see `near_groups`)
+    p: Callable[[int], float] = lambda index: 0.5  # batch number -> share of mixed words in the student's pieces
+    mask: float = 0.0  # share of words
+    max_pieces: int = 126  # of a sequence without its special tokens
 
     def __post_init__(self):
         self.order = Order(self.segments.lengths, max(1, self.batch_size // self.group_size), self.seed)
@@ -170,22 +161,16 @@ class Batcher:
         sequences = gather_words(self.stream, self.segments, self.order.rows(index))
         if self.group_size > 1:
             sequences = near_groups(sequences, self._rare, rng)
-        return self.assemble(self._fit(sequences), rng, self.p(index))
-
-    def assemble(self, sequences: Sequences, rng: np.random.Generator, p: float) -> Batch:
-        """The batch of these words; a share p of them is in the student's pieces on the mixed side."""
+        # without the words at the end of a sequence that a swap for a longer word pushed over the limit
+        keep = sequences.running(self.table.longest[sequences.words]) <= self.max_pieces
+        sequences = Sequences(sequences.words[keep], sequences.numbers[keep], sequences.count)
         words, sides = len(sequences.words), {}
         masked = rng.random(words) < self.mask if self.mask else None
         for side in self.sides:
             mixed = side == "mixed"
-            from_student = rng.random(words) < p if mixed else side == "student"
+            from_student = rng.random(words) < self.p(index) if mixed else side == "student"
             sides[side] = self.table.gather(sequences, from_student, masked=masked, rng=rng, combined=mixed)
         return Batch(self.table.unit_mask(sequences), self.table.student_pieces(sequences), **sides)
-
-    def _fit(self, sequences: Sequences) -> Sequences:
-        """Drops the words at the end of a sequence that a swap for a longer word pushed over the limit."""
-        keep = sequences.running(self.table.longest[sequences.words]) <= self.max_pieces
-        return Sequences(sequences.words[keep], sequences.numbers[keep], sequences.count)
 
 
 def gather_words(stream: WordStream, segments: Segments, chosen: np.ndarray) -> Sequences:
@@ -196,11 +181,10 @@ def gather_words(stream: WordStream, segments: Segments, chosen: np.ndarray) -> 
 
 def rare_words(lexicon: Lexicon) -> np.ndarray:
     """[W] bool: words worth telling apart: those the student splits and the teacher does not, or splits less."""
-    more = np.diff(lexicon.student_offsets) > np.diff(lexicon.teacher_offsets)
-    known = np.diff(lexicon.teacher_offsets) > 0
-    rare = more & known & (lexicon.counts > 1)
-    # A vocabulary that splits nothing more, or a tiny corpus: any word will do.
-    return rare if rare.sum() >= 100 else known
+    teacher, student = np.diff(lexicon.teacher_offsets), np.diff(lexicon.student_offsets)
+    known = teacher > 0
+    rare = known & (student > teacher) & (lexicon.counts > 1)
+    return rare if rare.sum() >= 100 else known  # in a tiny corpus, or if nothing is split more, any word will do
 
 
 def near_groups(sequences: Sequences, rare: np.ndarray, rng: np.random.Generator) -> Sequences:
@@ -211,16 +195,13 @@ def near_groups(sequences: Sequences, rare: np.ndarray, rng: np.random.Generator
     """
     words, sequence, count = sequences.words, sequences.numbers, sequences.count
     lengths = np.bincount(sequence, minlength=count)
-    first = np.cumsum(lengths) - lengths
-    position = within_rows(lengths)
+    first, position = np.cumsum(lengths) - lengths, within_rows(lengths)
 
     # swap: one word a sentence, a rare one if there is one (rare words get the higher random keys)
-    key = rng.random(len(words)) + rare[words]
-    best = np.lexsort((key, sequence))[first + lengths - 1]
+    best = np.lexsort((rng.random(len(words)) + rare[words], sequence))[first + lengths - 1]
     swapped, pool = words.copy(), np.flatnonzero(rare)
     drawn = rng.integers(0, len(pool), count)
-    drawn = (drawn + (pool[drawn] == words[best])) % len(pool)  # the word itself would be no swap
-    swapped[best] = pool[drawn]
+    swapped[best] = pool[(drawn + (pool[drawn] == words[best])) % len(pool)]  # the word itself would be no swap
 
     # drop: one or two words, never all
     rank = np.empty(len(words), dtype=np.int64)
@@ -228,24 +209,145 @@ def near_groups(sequences: Sequences, rare: np.ndarray, rng: np.random.Generator
     keep_drop = rank >= np.minimum(rng.integers(1, 3, count), lengths - 1)[sequence]
 
     # half or rotation
-    kind = rng.integers(0, 3, count)[sequence]
-    half = ((lengths + 1) // 2)[sequence]
+    kind, half = rng.integers(0, 3, count)[sequence], ((lengths + 1) // 2)[sequence]
     keep_half = (kind == 2) | ((position < half) == (kind == 0))
     rotated = np.where(kind == 2, words[first[sequence] + (position + half) % lengths[sequence]], words)
 
-    all_of_them = np.ones(len(words), bool)
-    variants = [(words, all_of_them), (swapped, all_of_them), (words, keep_drop), (rotated, keep_half)]
-    all_words = np.concatenate([w[keep] for w, keep in variants])
+    everything = np.ones(len(words), bool)
+    variants = [(words, everything), (swapped, everything), (words, keep_drop), (rotated, keep_half)]
+    all_words = np.concatenate([variant[keep] for variant, keep in variants])
     all_sequences = np.concatenate([4 * sequence[keep] + j for j, (_, keep) in enumerate(variants)])
     order = np.argsort(all_sequences, kind="stable")
     return Sequences(all_words[order], all_sequences[order], 4 * count)
 
 
-def prefetch(batcher, indices: Iterator[int]) -> Iterator[Batch]:
-    """The batches of `indices`, each made by `batcher.batch` in a thread while the one before is trained on.
+@dataclass(frozen=True)
+class EncodedTask:
+    """A task's splits as words. Row i of a split has the stream's lines starts[split][i] : starts[split][i + 1]."""
 
-    When the consumer stops early, by close() or Ctrl-C, the batch that was begun is finished and no other begun.
+    task: Task
+    lexicon: Lexicon
+    stream: WordStream
+    starts: dict[str, np.ndarray]
+
+
+def encode_task(task: Task, teacher: str | Path, student: str | Path, folder: Path) -> EncodedTask:
+    """Encodes all splits into one lexicon in `folder`, or reads it if the same rows were encoded before.
+
+    teacher, student: folders of tokenizers. Tokens from the second on stand behind a space, so that byte-level
+    vocabularies read them as in the sentence.
     """
+    lines, starts = [], {}
+    for split, rows in task.splits.items():
+        if task.kind == "tokens":
+            of_rows = [[" " * (place > 0) + token for place, token in enumerate(tokens)] for tokens in rows.first]
+        else:
+            of_rows = list(zip(rows.first, *([] if rows.second is None else [rows.second]), strict=True))
+        starts[split] = len(lines) + np.cumsum([0, *map(len, of_rows)])
+        lines.extend(chain.from_iterable(of_rows))
+    contents = chain((tokenizer_file(path).read_bytes() for path in (teacher, student)), map(str.encode, lines))
+    inputs = hashlib.sha256(b"".join(hashlib.sha256(content).digest() for content in contents)).hexdigest()
+    finished, encoded = folder / "task.json", {"sha256": inputs, "lines": len(lines)}
+    if not finished.is_file() or read_json(finished) != encoded:
+        finished.unlink(missing_ok=True)
+        blocks = (lines[start : start + 10_000] for start in range(0, len(lines), 10_000))
+        encode_corpus(blocks, teacher, student, folder)
+        write_json(finished, encoded)
+    return EncodedTask(task, Lexicon.load(folder), WordStream.load(folder), starts)
+
+
+@dataclass
+class TaskBatcher:
+    """Batches of a split by number, and a model's outputs in the order of the split's rows."""
+
+    encoded: EncodedTask
+    name: str
+    _: KW_ONLY
+    batch_size: int
+    seed: int
+    sides: tuple[str, ...] = ("student",)  # or "teacher", or both
+    max_pieces: int = 126  # of a sequence without its two outer special tokens
+    shared: np.ndarray | None = None  # see `PieceTable`
+
+    def __post_init__(self):
+        self.task, self.split = self.encoded.task, self.encoded.task.splits[self.name]
+        self.table = PieceTable(self.encoded.lexicon, shared=self.shared)
+        self.rows, stream, starts = len(self.split), self.encoded.stream, self.encoded.starts[self.name]
+        offsets = np.asarray(stream.line_offsets[starts[0] : starts[-1] + 1])
+        words = np.asarray(stream.word_ids[offsets[0] : offsets[-1]], np.int64)
+        line = np.repeat(np.arange(len(offsets) - 1), np.diff(offsets))
+        row = np.repeat(np.arange(self.rows), np.diff(starts))[line]
+        place = line + starts[0] - starts[row]  # which sentence of the pair, or which token
+        # the words that fit: a sentence loses its end, a pair's longer sentence first, by whole words
+        cost, pair = self.table.longest[words], self.split.second is not None
+        group, groups = (2 * row + place, 2 * self.rows) if pair else (row, self.rows)
+        sequences, limits = Sequences(words, group, groups), np.full(groups, self.max_pieces)
+        if pair:
+            room = self.max_pieces - max(self.table.teacher_special.between, self.table.student_special.between)
+            left, right = sequences.sums(cost).reshape(-1, 2).T
+            limits[::2] = np.maximum(room - right, -(-room // 2))
+            limits[1::2] = np.maximum(room - left, room // 2)
+        keep = sequences.running(cost) <= limits[group]
+        self.words, row, place = words[keep], row[keep], place[keep]
+        self.sizes = np.bincount(row, weights=cost[keep], minlength=self.rows)  # pieces of each row
+        lengths = np.bincount(row, minlength=self.rows)
+        self.segments = Segments(np.cumsum(lengths) - lengths, lengths)
+        self.order = Order(lengths, max(1, self.batch_size), self.seed)
+        self.second = place == 1 if pair else None
+        self.tokens = self.labels = None
+        if self.task.kind == "tokens":  # a token is labelled at its first word that both vocabularies can write
+            line = starts[row] + place
+            whole = np.flatnonzero(self.table.whole[self.words])
+            first = whole[np.unique(line[whole], return_index=True)[1]]
+            self.tokens, self.labels = np.full((2, len(self.words)), -100)
+            self.tokens[first] = place[first]
+            targets = np.concatenate(self.split.targets)[line[first] - starts[0]]
+            self.labels[first] = np.where(targets == UNLABELLED, -100, targets)
+
+    def batch(self, index: int) -> Batch:
+        """The index-th batch of the run."""
+        return self.of_rows(self.order.rows(index))
+
+    def of_rows(self, rows: np.ndarray, labels: np.ndarray | None = None) -> Batch:
+        """The batch of these rows [B]. labels: of the split's words, instead of the task's own."""
+        labels = self.labels if labels is None else labels
+        places, numbers = self.segments.places(rows)
+        second, labels = (None if of_words is None else of_words[places] for of_words in (self.second, labels))
+        sequences = Sequences(self.words[places], numbers, len(rows), second)
+        sides = {side: self.table.gather(sequences, side == "student", labels=labels) for side in self.sides}
+        batch = Batch(self.table.unit_mask(sequences), self.table.student_pieces(sequences), **sides)
+        batch.rows = torch.from_numpy(np.asarray(rows, np.int64))
+        if self.task.kind != "tokens":
+            targets = torch.from_numpy(self.split.targets[rows])
+            batch.targets = targets.float() if self.task.kind == "regression" else targets
+        return batch
+
+    def predict(self, model: Callable[[Batch], torch.Tensor], side: str = "student") -> np.ndarray | list[np.ndarray]:
+        """A model's outputs in the order of the rows, as `score` takes them: [R, C], or [tokens, C] for each row.
+
+        model: batch -> [B, C], or [B, T, C] for the pieces of `side`. Rows of like length go together. A token that was
+        cut off, or that has no piece, is answered O (the first label if there is no O).
+        """
+        order, found, labels = np.argsort(self.sizes, kind="stable"), [None] * self.rows, self.task.labels
+        outside = np.array([label == ("O" if "O" in labels else labels[0]) for label in labels], np.float32)
+        for rows in np.split(order, range(self.order.per_batch, self.rows, self.order.per_batch)):
+            batch = self.of_rows(rows, self.tokens)
+            places = getattr(batch, side).labels
+            for pieces in filter(None, (batch.student, batch.teacher)):
+                pieces.labels = None  # which were places here: no loss may take them for labels
+            outputs = model(batch).float().cpu().numpy()
+            for i, row in enumerate(rows):
+                if places is None:
+                    found[row] = outputs[i].reshape(-1)
+                    continue
+                found[row] = np.tile(outside, (len(self.split.first[row]), 1))
+                where = places[i] >= 0
+                found[row][places[i][where]] = outputs[i][where.numpy()]
+        return found if self.tokens is not None else np.stack(found)
+
+
+def prefetch(batcher, indices: Iterator[int]) -> Iterator[Batch]:
+    """The batches of `indices`, each made in a thread while the one before is trained on, until the consumer stops."""
     pool = ThreadPoolExecutor(1)
     begun = (pool.submit(batcher.batch, index) for index in indices)
     try:

@@ -1,37 +1,32 @@
 """The lexicon: a corpus as a stream of word ids, and the pieces of each word in both vocabularies.
 
-A corpus is tokenised once. Every line becomes a row of word ids in a memory-mapped file, and the lexicon lists the
+A corpus is tokenised once: every line becomes a row of word ids in a memory-mapped file, and the lexicon lists the
 teacher pieces and the student pieces of each word; from then on any segmentation, mixed ones included, is a gather.
 A *word* is the smallest stretch of text at whose edges both tokenizers cut, and its identity is its two
 segmentations: "The" and "the" are one word if both vocabularies are uncased.
 
 This is exact by construction: lines are cut into chunks only where neither tokenizer can see across the cut (before a
 space that follows a visible character; for two BERT tokenizers also beside ASCII punctuation), each distinct chunk is
-tokenised by the real tokenizers, and its pieces are only grouped, never reordered or dropped. The pieces of a line's
-words, joined, are therefore what the tokenizer gives for the line (with special tokens in the text read as text).
-`check_family` refuses tokenizers for which that cannot be promised, and the first lines of every corpus are compared.
+tokenised by the real tokenizers, and its pieces are only grouped. `check_family` refuses tokenizers for which that
+cannot be promised, and the first lines of every corpus are compared with the pieces of whole lines (special tokens in
+the text are read as text).
 
 Cost: one dictionary look-up per chunk (about 2 million words per second and core once warm) and one call of each
 tokenizer per distinct chunk. Memory holds one block, a bounded cache of chunks and the lexicon; only the lexicon
 grows. Not done: tokenizers that read whole sentences (no split at spaces), dropping words seen once.
 """
 
-from __future__ import annotations
-
 import hashlib
 import json
-import multiprocessing
 import os
 import re
 import shutil
 import unicodedata
 from array import array
-from collections import deque
 from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from functools import cache
-from itertools import accumulate, chain, filterfalse
+from itertools import accumulate, chain, filterfalse, pairwise
 from pathlib import Path
 
 import numpy as np
@@ -40,17 +35,21 @@ from tokenizers import Encoding, Tokenizer
 from tokenizers.normalizers import BertNormalizer
 from tokenizers.pre_tokenizers import BertPreTokenizer
 
+from tokenizer_build.count import map_in_order
 from tokenizer_build.errors import InputError
 from tokenizer_build.files import naming_full_disk, read_json, write_json
+from tokenizer_build.tokenizer import parse_tokenizer
 
 CACHED_CHUNKS = 1_000_000  # about 250 MB; Zipf's law makes a refill after clearing cheap
 CACHED_CHARACTERS = 1_000  # longer chunks are not words of a language and will not come again
 CHECKED_CHARACTERS = 500_000  # of the first block, compared with whole-line tokenisation
-LOCAL_NORMALIZERS = re.compile("BertNormalizer|NFK?[CD]|Lowercase|StripAccents|Nmt|Strip|Precompiled")
-PRE_TOKENIZERS_AT_SPACES = ("BertPreTokenizer", "Whitespace", "WhitespaceSplit", "Metaspace", "ByteLevel")
+AT_SPACES = "BertPreTokenizer|Whitespace|WhitespaceSplit|Metaspace|ByteLevel"  # pre-tokenizers that cut there
+LOCAL = {  # parts of a tokenizer that are known to act within words
+    "normalizer": "BertNormalizer|NFK?[CD]|Lowercase|StripAccents|Nmt|Strip|Precompiled",
+    "pre_tokenizer": f"{AT_SPACES}|Punctuation|Digits",
+}
 EDGES = (" ", "  ", "   ", " \t", "\t ", "\u00a0 ", " \u00a0", "\u200b ", ". ", " '", "▁ ", " ▁", "é ", " \u0301")
 ROLES = {"pad": "<pad>", "unk": "<unk>", "cls": "<s>", "sep": "</s>", "mask": "<mask>"}  # RoBERTa's names
-
 CHUNK = re.compile(r" *[^ ]+| +")
 DOUBTFUL = re.compile(r"[^ -~](?= )")  # a character that may not be a safe place to cut, before a space
 BERT_CHUNK = re.compile(r"[^ !-/:-@\[-`{-~]+|[!-/:-@\[-`{-~]")  # one ASCII punctuation mark, or none
@@ -59,10 +58,7 @@ SENTENCE_END = re.compile("[.!?…‼‽⁇⁈⁉。！．？｡؟۔।॥]+")
 
 @dataclass(frozen=True)
 class Lexicon:
-    """A word *is* its two segmentations; the tables are CSR: word w has ids[offsets[w]:offsets[w + 1]].
-
-    `meta` has "teacher" and "student", each as of `_describe`, and the totals that `encode_corpus` returns.
-    """
+    """The pieces of each word in CSR tables: word w has ids[offsets[w]:offsets[w + 1]]."""
 
     teacher_offsets: np.ndarray  # [W + 1] int64
     teacher_ids: np.ndarray  # int32, concatenated pieces
@@ -71,10 +67,10 @@ class Lexicon:
     counts: np.ndarray  # [W] int64, occurrences in the stream
     ends_sentence: np.ndarray  # [W] bool, the surface is a run of . ! ? or of their equivalents
     words: list[str]  # the surface at the first occurrence, white space stripped
-    meta: dict
+    meta: dict  # teacher and student as of `_describe`, and what `encode_corpus` returns
 
     @classmethod
-    def load(cls, folder: Path) -> Lexicon:
+    def load(cls, folder: Path) -> "Lexicon":
         """Reads what `encode_corpus` wrote. Raises InputError if the folder is not a finished lexicon."""
         meta = read_json(folder / "meta.json")
         # split on "\n" alone: JSON keeps U+2028 and its like as they are, and str.splitlines cuts there
@@ -90,7 +86,7 @@ class WordStream:
     line_offsets: np.ndarray  # [L + 1] int64, memory-mapped
 
     @classmethod
-    def load(cls, folder: Path) -> WordStream:
+    def load(cls, folder: Path) -> "WordStream":
         """Maps what `encode_corpus` wrote. Raises InputError if the folder is not a finished lexicon."""
         read_json(folder / "meta.json")
         return cls(*(np.load(folder / f"{name}.npy", mmap_mode="r") for name in ("word_ids", "line_offsets")))
@@ -108,16 +104,15 @@ def encode_corpus(
     folder: Path,
     *,
     processes: int = 1,
-    progress: Callable[[int], None] | None = None,
+    progress: Callable[[int], None] = lambda words: None,
 ) -> dict:
     """Writes the lexicon and word stream of `blocks` (lists of lines) into `folder`; returns the totals.
 
-    Tokenizers are folders or tokenizer.json files. The files are byte-identical for every number of processes (words
-    are numbered by first occurrence) and for every way of cutting the lines into blocks. An empty line stays as a line
-    without words. `progress` is called with the number of words of each block written. Other files in `folder` stay,
-    and a run that fails leaves the earlier ones. Totals: lines, words, distinct_words, teacher_pieces, student_pieces
-    (both over the whole stream). Raises InputError for a tokenizer that cannot be handled exactly, a corpus without
-    words, a full disk.
+    Tokenizers are folders or tokenizer.json files. Words are numbered by first occurrence, so that the files do not
+    depend on processes and blocks. An empty line stays as a line without words. `progress` is called with the number of
+    words of each block written. Other files in `folder` stay, and a run that fails leaves the earlier ones. Totals:
+    lines, words, distinct_words, teacher_pieces, student_pieces (both over the whole stream). Raises InputError for a
+    tokenizer that cannot be handled exactly, a corpus without words, a full disk.
     """
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # one thread a process; and spawn inherits it
     paths = tokenizer_file(teacher_tokenizer), tokenizer_file(student_tokenizer)
@@ -125,110 +120,85 @@ def encode_corpus(
     # a teacher alone on a task stands on both sides
     if student["family"] != "wordpiece" and student["sha256"] != teacher["sha256"]:
         raise InputError(f"{paths[1]} is a {student['family']} tokenizer; give the student a WordPiece vocabulary")
-    partial = folder / ".partial"  # one name, so that the next run removes what a killed one left
-    shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir(parents=True)
+    made = folder / ".partial"  # one name, so that the next run removes what a killed one left
+    shutil.rmtree(made, ignore_errors=True)
+    made.mkdir(parents=True)
     try:
         with naming_full_disk(folder):
-            totals = _write(_encode_blocks(blocks, paths, processes), partial, progress or (lambda words: None))
-            write_json(partial / "meta.json", {"teacher": teacher, "student": student} | totals)
+            totals = _write(_encode_blocks(blocks, paths, processes), made, progress)
+            write_json(made / "meta.json", {"teacher": teacher, "student": student} | totals)
             (folder / "meta.json").unlink(missing_ok=True)  # goes first and comes last: no half-written run loads
-            for file in sorted(partial.iterdir(), key=lambda file: file.name == "meta.json"):
+            for file in sorted(made.iterdir(), key=lambda file: file.name == "meta.json"):
                 os.replace(file, folder / file.name)
     finally:
-        shutil.rmtree(partial, ignore_errors=True)
+        shutil.rmtree(made, ignore_errors=True)
     return totals
 
 
 def tokenizer_file(path: str | Path) -> Path:
     """The tokenizer.json of a folder, or the file itself. Raises InputError if there is none."""
-    path = Path(path)
-    file = path / "tokenizer.json" if path.is_dir() else path
+    file = Path(path, "tokenizer.json") if Path(path).is_dir() else Path(path)
     if not file.is_file():
         raise InputError(f"{path} holds no tokenizer.json; AutoTokenizer's save_pretrained writes one")
     return file
 
 
 def check_family(path: str | Path) -> str:
-    """How this tokenizer keeps words apart: "wordpiece", "byte-level", "metaspace" or "words".
-
-    Raises InputError, with the reason, for one that cannot be cut at spaces exactly: that reads whole sentences or
-    single characters, whose parts are not known to act locally, or that is random.
-    """
+    """How this tokenizer keeps words apart: "wordpiece", "byte-level", "metaspace" or "words". Raises InputError, with
+    the reason, for one that is not known to be cut at spaces exactly."""
     path = tokenizer_file(path)
-    spec = json.loads(_load(path).to_str())
-    if reason := _unfit(spec) or _inexact(path):
+    spec, encoder = json.loads(_load(path).to_str()), _Encoder(path, path)
+    for reason in _reasons(spec, encoder):
         raise InputError(f"{path} cannot be encoded word by word: {reason}; choose another teacher")
+    lines = [form.format(edge) for edge in EDGES for form in ("a{0}b", "{0}a b{0}", "a's{0}12{0}{0}B!? (c)", "{0}")]
+    encoder.check(lines, encoder.encode(lines))  # a backstop to `_reasons`
     if spec["model"]["type"] == "WordPiece":
         return "wordpiece"
-    kinds = {part["type"] for part in _parts(spec["pre_tokenizer"], "pretokenizers")}
+    kinds = {part["type"] for part in _parts(spec["pre_tokenizer"])}
     return "byte-level" if "ByteLevel" in kinds else "metaspace" if "Metaspace" in kinds else "words"
 
 
-def _parts(spec: dict | None, key: str) -> list[dict]:
+def _parts(spec: dict | None) -> list[dict]:
     """The normalizers or pre-tokenizers of a tokenizer.json, sequences flattened."""
     if spec is None or spec["type"] != "Sequence":
         return [spec] if spec else []
-    return [leaf for part in spec[key] for leaf in _parts(part, key)]
+    return [leaf for part in spec.get("normalizers") or spec["pretokenizers"] for leaf in _parts(part)]
 
 
-def _unfit(spec: dict) -> str | None:
-    """Why the parts of this tokenizer.json are not known to act within words; None if they are."""
+def _reasons(spec: dict, encoder: "_Encoder") -> Iterator[str]:
+    """Why the parts of this tokenizer.json are not known to act within words."""
     blanks = (" {2,}", r"\s{2,}|[\n\r\t]", r"\s+")  # these match within one run of white space
-    for part in _parts(spec["normalizer"], "normalizers"):
-        pattern = part.get("pattern", {})
-        text = pattern.get("String", " " if pattern.get("Regex") in blanks else "  ")
-        harmless = part["type"] == "Replace" and (text in (" ", "▁") or not re.search(r"[\s▁]", text))
-        if not (harmless or LOCAL_NORMALIZERS.fullmatch(part["type"])):
-            return f"its normalizer {part['type']} {pattern or ''} may look across spaces"
-    apart = False
-    for part in _parts(spec["pre_tokenizer"], "pretokenizers"):
-        kind = part["type"]
-        if kind not in (*PRE_TOKENIZERS_AT_SPACES, "Punctuation", "Digits"):
-            return f"its pre-tokenizer {kind} is not known to act within words"
-        apart |= kind in PRE_TOKENIZERS_AT_SPACES and part.get("split", True) and part.get("use_regex", True)
-    if not apart:
-        return "no pre-tokenizer keeps its words apart, it reads whole sentences"
-    if spec["model"]["type"] not in ("WordPiece", "BPE", "Unigram", "WordLevel"):
-        return f"its model {spec['model']['type']} is unknown"
+    for name, local in LOCAL.items():
+        for part in _parts(spec[name]):
+            pattern = part.get("pattern", {})
+            text = pattern.get("String", " " if pattern.get("Regex") in blanks else "  ")
+            harmless = part["type"] == "Replace" and (text in (" ", "▁") or not re.search(r"[\s▁]", text))
+            if not (harmless or re.fullmatch(local, part["type"])):
+                yield f"its {name} {part['type']} {pattern or ''} is not known to act within words"
+    at_spaces = [part for part in _parts(spec["pre_tokenizer"]) if re.fullmatch(AT_SPACES, part["type"])]
+    if not any(part.get("split", True) and part.get("use_regex", True) for part in at_spaces):
+        yield "no pre-tokenizer keeps its words apart, it reads whole sentences"
     if spec["model"].get("dropout") or spec["model"].get("alpha"):
-        return "it samples its segmentations"
+        yield "it samples its segmentations"
     for token in spec["added_tokens"]:
         if not token["special"] and (token["rstrip"] or re.search(r"\s", token["content"])):
-            return f"its added token {token['content']!r} reaches across spaces"
-    return None
-
-
-def _inexact(path: Path) -> str | None:
-    """Backstop to `_unfit`: why words and lines with every kind of edge between them are tokenised differently."""
-    encoder = _Encoder(path, path)
-    if not all(encoder.splitter.safe(chr(c)) for c in range(33, 127)):
-        return "its normalizer changes a word by what stands beside it"
-    forms = ("a{0}b", "{0}a b{0}", "a's{0}12{0}{0}B!? (c)", "{0}")
-    lines = [form.format(middle) for middle in EDGES for form in forms]
-    different = _first_difference(encoder, lines, encoder.encode(lines))
-    return f"it gives the words of {different[1]!r} other pieces alone than in the line" if different else None
+            yield f"its added token {token['content']!r} reaches across spaces"
+    if not all(map(encoder.safe, map(chr, range(33, 127)))):
+        yield "its normalizer changes a word by what stands beside it"
 
 
 def _load(path: Path) -> Tokenizer:
     """The tokenizer as it segments plain text: special tokens are text, and nothing is cut, padded or added."""
-    try:
-        spec = json.loads(path.read_text(encoding="utf-8"))
-        # without the post-processor the offsets of byte-level pieces keep their space, and nothing overlaps
-        plain = spec | {"truncation": None, "padding": None, "post_processor": None}
-        tokenizer = Tokenizer.from_str(json.dumps(plain))
-    except Exception as error:  # the tokenizers library raises bare Exceptions
-        raise InputError(f"{path} is not a file that the tokenizers library reads: {error}") from None
+    tokenizer = parse_tokenizer(path.read_bytes(), path)
+    tokenizer.post_processor = None  # offsets of byte-level pieces keep their space, and nothing overlaps
     tokenizer.encode_special_tokens = True
     return tokenizer
 
 
 def _describe(path: Path) -> dict:
     """What meta.json says of a tokenizer; special: ids of pad, unk, cls, sep and mask, or None."""
-    family, tokenizer = check_family(path), _load(path)
-    config_file = path.with_name("tokenizer_config.json")
-    config = json.loads(config_file.read_text(encoding="utf-8")) if config_file.is_file() else {}
-    special = {}
+    family, tokenizer, config_file = check_family(path), _load(path), path.with_name("tokenizer_config.json")
+    config, special = read_json(config_file) if config_file.is_file() else {}, {}
     for role, name in ROLES.items():
         named = config.get(f"{role}_token")
         names = (named["content"] if isinstance(named, dict) else named or "", f"[{role.upper()}]", name)
@@ -243,27 +213,36 @@ def _describe(path: Path) -> dict:
     }
 
 
-class _Splitter:
-    """Cuts lines into chunks (spaces and what follows them) where no tokenizer can see across the cut."""
+@cache
+def _encoder_of_worker(*paths: Path) -> "_Encoder":
+    return _Encoder(*paths)
 
-    def __init__(self, tokenizers: list[Tokenizer]):
-        self.normalizers = [t.normalizer for t in tokenizers if t.normalizer is not None]
-        self.known: dict[str, bool] = {}
+
+class _Encoder:
+    """One process' tokenizers and caches: blocks of lines to word ids, numbered as this process met them.
+
+    A word's key is the bytes of int32 [number of teacher pieces, *teacher pieces, *student pieces].
+    """
+
+    def __reduce__(self):
+        return _encoder_of_worker, self.paths  # what is sent to another process is that process' own encoder
+
+    def __init__(self, *paths: Path):
+        self.paths, self.tokenizers = paths, list(map(_load, paths))  # of teacher and student
+        self.normalizers = [t.normalizer for t in self.tokenizers if t.normalizer is not None]
+        self.words: dict[bytes, int] = {}
+        self.known: dict[str, bool] = {}  # what `safe` said
+        self.cache: dict[str, tuple[int, ...]] = {}  # the words of a chunk
         # BERT's normalizer maps character by character and its pre-tokenizer isolates punctuation and drops white
         # space. Cutting there too halves the distinct chunks ("word", not "word," and "(word").
-        if all(
-            isinstance(t.normalizer, BertNormalizer)
-            and isinstance(t.pre_tokenizer, BertPreTokenizer)
-            and all(token.special for token in t.get_added_tokens_decoder().values())
-            for t in tokenizers
-        ):
+        parts = [(t.normalizer, t.pre_tokenizer, *t.get_added_tokens_decoder().values()) for t in self.tokenizers]
+        kinds = [isinstance(n, BertNormalizer) and isinstance(p, BertPreTokenizer) for n, p, *_ in parts]
+        if all(kinds) and all(token.special for _, _, *added in parts for token in added):
             self.chunks = BERT_CHUNK.findall
 
     def safe(self, character: str) -> bool:
-        """Whether a line may be cut between this character and a following space.
-
-        It must be visible (what counts as white space differs between tokenizers, and runs of white space are
-        tokenised as one), and normalising the two sides separately must equal normalising the whole.
+        """Whether a line may be cut between this character and a following space: it must be visible, since
+        tokenizers differ in what is white space, and normalising each side must equal normalising the whole.
         """
         if character not in self.known:
             self.known[character] = unicodedata.category(character)[0] in "LNPS" and all(
@@ -275,74 +254,72 @@ class _Splitter:
         return self.known[character]
 
     def chunks(self, line: str) -> list[str]:
+        """Cuts a line into chunks (spaces and what follows them) where no tokenizer can see across the cut."""
         chunks = CHUNK.findall(line)
         if line.isascii() and line.isprintable():
             return chunks
         unsafe = {c for c in set(DOUBTFUL.findall(line)) if not self.safe(c)}
-        if not unsafe:
-            return chunks
-        groups: list[list[str]] = [[]]
-        for chunk in chunks:
-            if groups[-1] and groups[-1][-1][-1] not in unsafe:
-                groups.append([])
-            groups[-1].append(chunk)
-        return ["".join(group) for group in groups]
-
-
-class _Encoder:
-    """One process' tokenizers and caches: blocks of lines to word ids, numbered as this process met them.
-
-    A word's key is the bytes of int32 [number of teacher pieces, *teacher pieces, *student pieces].
-    """
-
-    def __init__(self, teacher: Path, student: Path):
-        self.teacher, self.student = _load(teacher), _load(student)
-        self.splitter = _Splitter([self.teacher, self.student])
-        self.words: dict[bytes, int] = {}
-        self.chunks: dict[str, tuple[int, ...]] = {}  # the cache
-        self.new: list[tuple[bytes, str]] = []
+        groups = chunks[:1]
+        for before, chunk in pairwise(chunks):
+            if before[-1] in unsafe:
+                groups[-1] += chunk
+            else:
+                groups.append(chunk)
+        return groups
 
     def encode(self, lines: list[str]) -> tuple[int, list[tuple[bytes, str]], np.ndarray, np.ndarray]:
         """(this process, its new words as (key, surface), own word ids uint32 [n], words per line int64)."""
-        if len(self.chunks) > CACHED_CHUNKS:
-            self.chunks.clear()
-        self.new = []
-        chunked = list(map(self.splitter.chunks, lines))
+        if len(self.cache) > CACHED_CHUNKS:
+            self.cache.clear()
+        chunked = list(map(self.chunks, lines))
         flat = list(chain.from_iterable(chunked))
-        missing = list(filterfalse(self.chunks.__contains__, dict.fromkeys(flat)))
-        self._learn(missing)
-        words = list(map(self.chunks.__getitem__, flat))
+        missing = list(filterfalse(self.cache.__contains__, dict.fromkeys(flat)))
+        new = [word for start in range(0, len(missing), 2048) for word in self._learn(missing[start : start + 2048])]
+        words = list(map(self.cache.__getitem__, flat))
         for chunk in missing:
             if len(chunk) > CACHED_CHARACTERS:
-                del self.chunks[chunk]
+                del self.cache[chunk]
         word_ids = np.fromiter(chain.from_iterable(words), np.uint32)
         ends = np.cumsum(np.fromiter(chain([0], map(len, words)), np.int64, 1 + len(words)))
-        lengths = np.diff(ends[np.cumsum([0, *map(len, chunked)])])
-        return os.getpid(), self.new, word_ids, lengths
+        return os.getpid(), new, word_ids, np.diff(ends[np.cumsum([0, *map(len, chunked)])])
 
-    def _learn(self, chunks: list[str]) -> None:
-        for start in range(0, len(chunks), 2048):
-            part = chunks[start : start + 2048]
-            try:
-                pairs = [t.encode_batch(part, add_special_tokens=False) for t in (self.teacher, self.student)]
-            except TypeError:  # what the library raises for a lone surrogate
-                wrong = next(c for c in part if re.search(r"[\ud800-\udfff]", c))[:80]
-                raise InputError(f"the corpus has a lone surrogate in {wrong!r}; mend its encoding") from None
-            for chunk, teacher, student in zip(part, *pairs, strict=True):
-                numbers = []
-                for left, right, surface in _words(chunk, teacher, student):
-                    key = array("i", (len(left), *left, *right)).tobytes()
-                    if key not in self.words:
-                        self.words[key] = len(self.words)
-                        self.new.append((key, surface))
-                    numbers.append(self.words[key])
-                self.chunks[chunk] = tuple(numbers)
+    def _learn(self, chunks: list[str]) -> Iterator[tuple[bytes, str]]:
+        """Caches the chunks' words; yields those that are new."""
+        try:
+            pairs = [tokenizer.encode_batch(chunks, add_special_tokens=False) for tokenizer in self.tokenizers]
+        except TypeError:  # what the library raises for a lone surrogate
+            wrong = next(c for c in chunks if re.search(r"[\ud800-\udfff]", c))[:80]
+            raise InputError(f"the corpus has a lone surrogate in {wrong!r}; mend its encoding") from None
+        for chunk, teacher, student in zip(chunks, *pairs, strict=True):
+            numbers = []
+            for left, right, surface in _words(chunk, teacher, student):
+                key = array("i", (len(left), *left, *right)).tobytes()
+                if key not in self.words:
+                    self.words[key] = len(self.words)
+                    yield key, surface
+                numbers.append(self.words[key])
+            self.cache[chunk] = tuple(numbers)
+
+    def check(self, lines: list[str], encoded: tuple) -> None:
+        """Raises InputError if a tokenizer gives one of the first lines other pieces than `encode` gave its words."""
+        _, new, word_ids, lengths = encoded
+        keys, ends, characters = [np.frombuffer(key, np.int32).tolist() for key, _ in new], np.cumsum(lengths), 0
+        for line, start, end in zip(lines, ends - lengths, ends, strict=True):
+            words = [(pieces[:size], pieces[size:]) for size, *pieces in (keys[w] for w in word_ids[start:end])]
+            for side, (path, tokenizer) in enumerate(zip(self.paths, self.tokenizers, strict=True)):
+                pieces = list(chain.from_iterable(word[side] for word in words))
+                if tokenizer.encode(line, add_special_tokens=False).ids != pieces:
+                    fault = f"{path} gives the words of {line[:200]!r} other pieces alone than in the line"
+                    raise InputError(f"{fault}; choose another teacher")
+            characters += len(line)
+            if characters > CHECKED_CHARACTERS:
+                break
 
 
 def _words(chunk: str, teacher: Encoding, student: Encoding) -> Iterator[tuple[list[int], list[int], str]]:
     """The words of a chunk as (teacher pieces, student pieces, surface): cut wherever both tokenizers cut.
 
-    A side without pieces for a word (its normalizer removed it, or it is white space) has an empty list.
+    A side has no pieces of what its normalizer removes, and of white space.
     """
     if chunk.isascii() and chunk.removeprefix(" ").isalpha():  # most chunks, and one word to every family
         yield teacher.ids, student.ids, chunk.strip()
@@ -364,8 +341,8 @@ def _words(chunk: str, teacher: Encoding, student: Encoding) -> Iterator[tuple[l
 def _cuts(encoding: Encoding, length: int) -> list[tuple[int, int, int]]:
     """Where this tokenizer cuts the chunk: (pieces before the cut, lowest, highest position of the cut).
 
-    A cut has a range of positions where it lies in text without pieces, such as a space. Pre-tokens that share a
-    character (a normalizer made several of one) have no cut between them.
+    The positions differ where the cut lies in text without pieces, such as a space. Pre-tokens that share a character
+    (a normalizer made several of one) have no cut between them.
     """
     offsets, pre_tokens = encoding.offsets, encoding.word_ids
     edges = [0, *(k for k in range(1, len(offsets)) if pre_tokens[k] != pre_tokens[k - 1]), len(offsets)]
@@ -375,52 +352,13 @@ def _cuts(encoding: Encoding, length: int) -> list[tuple[int, int, int]]:
 
 
 def _encode_blocks(blocks: Iterable[list[str]], paths: tuple[Path, Path], processes: int) -> Iterator[tuple]:
-    """`_Encoder.encode` of every block, in order. Raises InputError with the first line that is not exact."""
+    """`_Encoder.encode` of every block, in order; the first block is checked."""
     blocks, encoder = iter(blocks), _Encoder(*paths)
     first = next(blocks, [])
-    result = encoder.encode(first)
-    if different := _first_difference(encoder, first, result):
-        fault = f"the {different[0]}'s tokenizer gives the words of {different[1][:200]!r} other pieces alone"
-        raise InputError(f"{fault} than in the line; choose another teacher")
-    yield result
-    if processes == 1:
-        yield from map(encoder.encode, blocks)
-        return
-    del encoder
-    # spawn, not fork: the tokenizers library and torch hold threads. Blocks wait in a short queue, so that the corpus
-    # is read no faster than it is encoded.
-    with ProcessPoolExecutor(processes, multiprocessing.get_context("spawn")) as pool:
-        waiting = deque()
-        for block in blocks:
-            waiting.append(pool.submit(_encode_in_worker, paths, block))
-            if len(waiting) > 2 * processes:
-                yield waiting.popleft().result()
-        while waiting:
-            yield waiting.popleft().result()
-
-
-_encoder_of_worker = cache(_Encoder)
-
-
-def _encode_in_worker(paths: tuple[Path, Path], lines: list[str]) -> tuple:
-    return _encoder_of_worker(*paths).encode(lines)
-
-
-def _first_difference(encoder: _Encoder, lines: list[str], result: tuple) -> tuple[str, str] | None:
-    """(side, line) of the first line to which a whole tokenizer gives other pieces than its words have."""
-    _, new, word_ids, lengths = result
-    keys = [np.frombuffer(key, np.int32).tolist() for key, _ in new]
-    ends, characters = np.cumsum(lengths), 0
-    for line, start, end in zip(lines, ends - lengths, ends, strict=True):
-        words = [keys[w] for w in word_ids[start:end]]
-        pieces = {"teacher": (key[1 : 1 + key[0]] for key in words), "student": (key[1 + key[0] :] for key in words)}
-        for side, ids in pieces.items():
-            if getattr(encoder, side).encode(line, add_special_tokens=False).ids != list(chain.from_iterable(ids)):
-                return side, line
-        characters += len(line)
-        if characters > CHECKED_CHARACTERS:
-            break
-    return None
+    encoded = encoder.encode(first)
+    encoder.check(first, encoded)
+    yield encoded
+    yield from map_in_order(encoder.encode, blocks, processes)
 
 
 def _write(results: Iterable[tuple], folder: Path, progress: Callable[[int], None]) -> dict:
@@ -431,9 +369,9 @@ def _write(results: Iterable[tuple], folder: Path, progress: Callable[[int], Non
     counts = np.zeros(0, np.int64)
     words = lines = 0
     with open(folder / "word_ids.npy", "wb") as ids_file, open(folder / "line_offsets.npy", "wb") as lines_file:
-        _npy_header(ids_file, np.uint32, 0)
-        _npy_header(lines_file, np.int64, 0)
-        lines_file.write(np.zeros(1, np.int64).tobytes())
+        _npy_header(ids_file, "<u4", 0)
+        _npy_header(lines_file, "<i8", 0)
+        lines_file.write(bytes(8))
         for process, new, local_ids, lengths in results:
             for key, surface in new:
                 if numbers.setdefault(key, len(numbers)) == len(surfaces):
@@ -445,11 +383,10 @@ def _write(results: Iterable[tuple], folder: Path, progress: Callable[[int], Non
             lines_file.write((words + np.cumsum(lengths, dtype=np.int64)).data)
             block_counts = np.bincount(word_ids, minlength=len(numbers))
             block_counts[: len(counts)] += counts
-            counts = block_counts
-            words, lines = words + len(word_ids), lines + len(lengths)
+            counts, words, lines = block_counts, words + len(word_ids), lines + len(lengths)
             progress(len(word_ids))
-        _npy_header(ids_file, np.uint32, words)
-        _npy_header(lines_file, np.int64, lines + 1)
+        _npy_header(ids_file, "<u4", words)
+        _npy_header(lines_file, "<i8", lines + 1)
     if not words:
         raise InputError("the corpus holds no words; check its files and the name of the text column")
     ends = np.array([bool(SENTENCE_END.fullmatch(surface)) for surface in surfaces])
@@ -457,27 +394,22 @@ def _write(results: Iterable[tuple], folder: Path, progress: Callable[[int], Non
     save_file(tables, folder / "lexicon.safetensors")
     with open(folder / "words.jsonl", "w", encoding="utf-8", newline="\n") as file:
         file.writelines(json.dumps(surface, ensure_ascii=False) + "\n" for surface in surfaces)
-    totals = {"lines": lines, "words": words, "distinct_words": len(numbers)}
-    for side in ("teacher", "student"):
-        totals[f"{side}_pieces"] = int(counts @ np.diff(tables[f"{side}_offsets"]))
-    return totals
+    pieces = {f"{side}_pieces": int(counts @ np.diff(tables[f"{side}_offsets"])) for side in ("teacher", "student")}
+    return {"lines": lines, "words": words, "distinct_words": len(numbers)} | pieces
 
 
-def _tables(keys: dict[bytes, int]) -> dict[str, np.ndarray]:
+def _tables(keys: Iterable[bytes]) -> dict[str, np.ndarray]:
     """CSR tables of both sides from the words' keys (see _Encoder)."""
     data = np.frombuffer(b"".join(keys), np.int32)
     lengths = np.fromiter(map(len, keys), np.int64, len(keys)) // 4
-    teacher = data[np.cumsum(lengths) - lengths].astype(np.int64)
-    place = within_rows(lengths)
+    teacher, place = data[np.cumsum(lengths) - lengths].astype(np.int64), within_rows(lengths)
     is_student = place > np.repeat(teacher, lengths)
     tables = {"teacher_ids": data[(place > 0) & ~is_student], "student_ids": data[is_student]}
-    for side, sizes in (("teacher", teacher), ("student", lengths - 1 - teacher)):
-        tables[f"{side}_offsets"] = np.concatenate((np.zeros(1, np.int64), np.cumsum(sizes)))
-    return tables
+    ends = {"teacher_offsets": np.cumsum(teacher), "student_offsets": np.cumsum(lengths - 1 - teacher)}
+    return tables | {name: np.append(0, values) for name, values in ends.items()}
 
 
-def _npy_header(file, dtype: type, length: int) -> None:
+def _npy_header(file, dtype: str, length: int) -> None:
     """Writes the .npy header at the start of the file; numpy pads it, so that any length fits its bytes."""
     file.seek(0)
-    header = np.lib.format.header_data_from_array_1_0(np.zeros(0, dtype)) | {"shape": (length,)}
-    np.lib.format.write_array_header_1_0(file, header)
+    np.lib.format.write_array_header_1_0(file, {"descr": dtype, "fortran_order": False, "shape": (length,)})

@@ -1,19 +1,18 @@
 """Words as pieces of two vocabularies, and padded batches of pieces gathered from one table.
 
 `PieceTable` is a CSR table of 2W rows: row w holds word w in the teacher's pieces, row W + w the same word in the
-student's. Student ids are shifted by the size of the teacher's vocabulary (the combined numbering), so that one batch
-may mix both vocabularies word by word, and segmenting it is one gather: no tokenizer runs during training.
+student's, whose ids are shifted by the size of the teacher's vocabulary (the combined numbering). So one batch may mix
+both vocabularies word by word, and segmenting it is one gather.
 
 Hidden states and attention of two models are compared unit by unit. A word is one unit where the vocabularies spell it
 differently, and as many units as pieces where they spell it alike: equal vocabularies are compared piece by piece, as
-in the papers, and different ones wherever they can be. [CLS] is unit 0, the separators are the last units.
-
-Cost: two int64 arrays of all words' pieces in memory; the lexicon's words, not the corpus, set their size. Not done:
-units finer than a word for words of which only some pieces agree.
+in the papers, and different ones wherever they can be. [CLS] is unit 0, the separators are the last units. Not done:
+units finer than a word for words of which only some pieces agree. Cost: two int64 arrays of all words' pieces.
 
 Shapes: B sequences, T pieces in a padded sequence, U units in a padded sequence, n words of all sequences.
 """
 
+from collections import namedtuple
 from dataclasses import dataclass
 
 import numpy as np
@@ -23,39 +22,15 @@ from tokenizer_build.errors import InputError
 from vocabshrink.data.lexicon import Lexicon, within_rows
 
 
-@dataclass(frozen=True)
-class Special:
-    """Ids of one vocabulary's special tokens.
-
-    double_sep: pairs are written as by RoBERTa, `<s> A </s> </s> B </s>` without token types; otherwise as by BERT.
-    """
-
-    cls: int
-    sep: int
-    pad: int
-    mask: int
-    double_sep: bool = False
-
-    @property
-    def between(self) -> int:
-        """Separators between the sentences of a pair."""
-        return 1 + self.double_sep
-
-
 @dataclass
 class Pieces:
-    """One model's side of a batch: tensors [B, T], int64.
+    """One model's side of a batch: tensors [B, T], int64."""
 
-    ids: pieces; in mixed input, student pieces are offset by the teacher's vocabulary size. units: the piece's unit in
-    its sequence, -1 at padding only. labels: the true piece at masked positions, or a task's label at a word's first
-    piece; -100 elsewhere. token_types: 1 from the second sentence of a pair on; None without pairs, or without types.
-    """
-
-    ids: torch.Tensor
+    ids: torch.Tensor  # in mixed input, student pieces are offset by the teacher's vocabulary size
     attention_mask: torch.Tensor
-    units: torch.Tensor
-    labels: torch.Tensor | None = None
-    token_types: torch.Tensor | None = None
+    units: torch.Tensor  # the piece's unit in its sequence, -1 at padding only
+    labels: torch.Tensor | None = None  # the true piece where masked, a task's label at a word's first piece; else -100
+    token_types: torch.Tensor | None = None  # 1 from the second sentence of a pair on; None without pairs or types
 
     def to(self, device, non_blocking: bool = True) -> "Pieces":
         return Pieces(*(v if v is None else v.to(device, non_blocking=non_blocking) for v in vars(self).values()))
@@ -63,16 +38,12 @@ class Pieces:
 
 @dataclass(frozen=True)
 class Sequences:
-    """The words of B sequences, one sequence after the other.
+    """The words of B sequences, one sequence after the other."""
 
-    words [n]: word ids. numbers [n]: each word's sequence, rising. count: B, empty sequences included. second [n] bool:
-    words of a pair's second sentence, which follow the first's; None: single sentences.
-    """
-
-    words: np.ndarray
-    numbers: np.ndarray
-    count: int
-    second: np.ndarray | None = None
+    words: np.ndarray  # [n] word ids
+    numbers: np.ndarray  # [n] each word's sequence, rising
+    count: int  # B, empty sequences included
+    second: np.ndarray | None = None  # [n] bool: words of a pair's second sentence, which follow the first's
 
     def sums(self, values: np.ndarray) -> np.ndarray:
         """[B] int64: the sum of values [n] over each sequence."""
@@ -84,14 +55,18 @@ class Sequences:
         return np.cumsum(values) - (np.cumsum(sums) - sums)[self.numbers]
 
 
+Special = namedtuple("Special", ["cls", "sep", "pad", "mask", "between"])  # between: separators, see `special_tokens`
+
+
 def special_tokens(lexicon: Lexicon, side: str) -> Special:
-    """Special ids of the "teacher" or "student" vocabulary. Raises InputError if the tokenizer lacks one."""
+    """Ids of the "teacher" or "student" vocabulary's special tokens, and the number of separators between the sentences
+    of a pair: 1 as in BERT, 2 as in RoBERTa, which has no token types. Raises InputError if the tokenizer lacks one.
+    """
     meta = lexicon.meta[side]
-    found = {role: meta["special"].get(role) for role in ("cls", "sep", "pad", "mask")}
-    for role, number in found.items():
-        if number is None:
-            raise InputError(f"{side} tokenizer: it has no {role} token: add one to tokenizer.json")
-    return Special(**found, double_sep=meta.get("double_sep", False))
+    found = {role: meta["special"].get(role) for role in Special._fields[:4]}
+    if lacking := [role for role, number in found.items() if number is None]:
+        raise InputError(f"{side} tokenizer: it has no {lacking[0]} token: add one to tokenizer.json")
+    return Special(**found, between=1 + meta.get("double_sep", False))
 
 
 class PieceTable:
@@ -99,28 +74,21 @@ class PieceTable:
 
     def __init__(self, lexicon: Lexicon, teacher_size: int | None = None, shared: np.ndarray | None = None):
         """teacher_size: rows of the teacher's table, if its model has more of them than its tokenizer has pieces.
-        shared: [V_S] the teacher's id of each student piece, -1 without one (see `shared_pieces`); None: nothing is
-        known to be spelt alike, and each word is one unit.
-        """
+        shared: [V_S] the teacher's id of each student piece or -1 (see `shared_pieces`); None: a word is one unit."""
         self.teacher_size = teacher_size or lexicon.meta["teacher"]["size"]
         self.student_size = lexicon.meta["student"]["size"]
         self.words = len(lexicon.counts)
-        self.offsets = np.concatenate(
-            [lexicon.teacher_offsets, lexicon.student_offsets[1:] + lexicon.teacher_offsets[-1]]
-        )
-        self.pieces = np.concatenate([lexicon.teacher_ids, lexicon.student_ids + self.teacher_size]).astype(np.int64)
+        self.offsets = np.append(lexicon.teacher_offsets, lexicon.student_offsets[1:] + lexicon.teacher_offsets[-1])
+        self.pieces = np.append(lexicon.teacher_ids, lexicon.student_ids + self.teacher_size).astype(np.int64)
         self.lengths = np.diff(self.offsets).astype(np.int64)
         teacher, student = self.lengths[: self.words], self.lengths[self.words :]
-        self.longest = np.maximum(teacher, student)
-        self.whole = (teacher > 0) & (student > 0)
-        self.alike = np.zeros(self.words, dtype=bool)  # words of which both vocabularies make the same pieces
+        self.longest, self.whole = np.maximum(teacher, student), (teacher > 0) & (student > 0)
+        self.alike = (teacher == student) & (shared is not None)  # both vocabularies make the same pieces of the word
         if shared is not None:
-            self.alike = teacher == student
-            lengths = np.where(self.alike, teacher, 0)
-            within = within_rows(lengths)
-            of_teacher = lexicon.teacher_ids[np.repeat(lexicon.teacher_offsets[:-1], lengths) + within]
-            of_student = lexicon.student_ids[np.repeat(lexicon.student_offsets[:-1], lengths) + within]
-            self.alike[np.repeat(np.arange(self.words), lengths)[shared[of_student] != of_teacher]] = False
+            words, lengths = np.flatnonzero(self.alike), teacher[self.alike]
+            starts = (np.repeat(self.offsets[rows], lengths) for rows in (words, self.words + words))
+            of_teacher, of_student = (self.pieces[start + within_rows(lengths)] for start in starts)
+            self.alike[np.repeat(words, lengths)[shared[of_student - self.teacher_size] != of_teacher]] = False
         self.unit_counts = np.where(self.alike, teacher, 1)
         self.teacher_special, self.student_special = (special_tokens(lexicon, side) for side in ("teacher", "student"))
 
@@ -138,18 +106,16 @@ class PieceTable:
 
         from_student [n] bool (or one bool): which words are segmented with the student's vocabulary. labels [n]: a
         task's label of each word, or -100; it stands at the first piece, and words that one vocabulary cannot write
-        lose it on every side, so that all sides have the same labels in the same order. masked [n] bool: words to
-        predict, with what rng draws: see `_mask`. combined: ids of the combined numbering, under the teacher's special
-        tokens; otherwise the vocabulary's own.
+        lose it on every side, so that all sides have the same labels. masked [n] bool: words to predict, see `_mask`.
+        combined: ids of the combined numbering, under the teacher's special tokens; otherwise the vocabulary's own.
         """
         words, count, second = sequences.words, sequences.count, sequences.second
-        student_side = np.broadcast_to(np.asarray(from_student), words.shape)
-        rows = words + student_side * self.words
+        rows = words + np.asarray(from_student) * self.words
         lengths = self.lengths[rows]
         within = within_rows(lengths)
         own = not combined and np.all(from_student)  # the student's numbering; of no words, one bool still says it
         special, shift = (self.student_special, self.teacher_size) if own else (self.teacher_special, 0)
-        ids = self.pieces[np.repeat(self.offsets[rows], lengths) + within] - shift
+        ids = self.pieces[np.repeat(self.offsets[rows], lengths) + within]
 
         sizes = sequences.sums(lengths)
         between = 0 if second is None else special.between
@@ -159,9 +125,9 @@ class PieceTable:
         flat = np.repeat(np.arange(count), sizes) * width + column
 
         def place(values, fill):
-            out = np.full(count * width, fill, dtype=np.int64)
-            out[flat] = values
-            return out.reshape(count, width)
+            out = np.full((count, width), fill, dtype=np.int64)
+            out.ravel()[flat] = values
+            return out
 
         placed = None
         if labels is not None:
@@ -169,11 +135,11 @@ class PieceTable:
             placed = place(np.where(within == 0, np.repeat(labels, lengths), -100), -100)
         if masked is not None:
             piece_masked = np.repeat(masked, lengths)
-            placed = place(np.where(piece_masked, ids, -100), -100)
-            ids = self._mask(ids, piece_masked, np.repeat(student_side, lengths), special, shift, rng)
+            placed = place(np.where(piece_masked, ids - shift, -100), -100)
+            self._mask(ids, np.flatnonzero(piece_masked), special.mask + shift, rng)
         first_unit, totals = self._units(sequences)
         units = place(np.repeat(first_unit, lengths) + within * np.repeat(self.alike[words], lengths), -1)
-        padded, row = place(ids, special.pad), np.arange(count)
+        padded, row = place(ids - shift, special.pad), np.arange(count)
         attention = (np.arange(width) <= last[:, None]).astype(np.int64)
         padded[:, 0], units[:, 0] = special.cls, 0
         token_types = None
@@ -181,10 +147,10 @@ class PieceTable:
             first_sep = sequences.sums(lengths * ~second) + 1
             for step in range(between):  # RoBERTa's two are one unit, as BERT's one is
                 padded[row, first_sep + step], units[row, first_sep + step] = special.sep, totals
-            if not special.double_sep:
+            if between == 1:
                 token_types = attention * (np.arange(width) > first_sep[:, None])
         padded[row, last], units[row, last] = special.sep, totals + (between > 0)
-        arrays = (padded, attention, units, placed, token_types)
+        arrays = padded, attention, units, placed, token_types
         return Pieces(*(None if array is None else torch.from_numpy(array) for array in arrays))
 
     def student_pieces(self, sequences: Sequences) -> int:
@@ -207,14 +173,11 @@ class PieceTable:
         counts = self.unit_counts[sequences.words]
         return sequences.running(counts) - counts + 1, sequences.sums(counts) + 1
 
-    def _mask(self, ids, piece_masked, piece_student, special, shift, rng):
+    def _mask(self, ids: np.ndarray, where: np.ndarray, mask: int, rng: np.random.Generator) -> None:
         """80 % of the masked pieces become [MASK], 10 % a random one of the same vocabulary (Devlin et al. 2019)."""
-        where = np.flatnonzero(piece_masked)
         draw = rng.random(len(where))
-        ids = ids.copy()
-        ids[where[draw < 0.8]] = special.mask
+        ids[where[draw < 0.8]] = mask
         noisy = where[(draw >= 0.8) & (draw < 0.9)]
-        low = np.where(piece_student[noisy], self.teacher_size, 0)
-        high = np.where(piece_student[noisy], self.teacher_size + self.student_size, self.teacher_size)
-        ids[noisy] = rng.integers(low, high) - shift
-        return ids
+        of_student = ids[noisy] >= self.teacher_size
+        low = of_student * self.teacher_size
+        ids[noisy] = rng.integers(low, low + np.where(of_student, self.student_size, self.teacher_size))

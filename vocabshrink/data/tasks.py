@@ -1,9 +1,10 @@
-"""Labelled tasks: a user's files as checked rows, and a model's outputs as predictions and metrics.
+"""Labelled tasks: a user's files as checked rows, and a model's outputs as predictions and scores.
 
 A task is one JSONL or CSV file per split. Whatever could silently train on nonsense is refused while reading, with the
-file, the row and the remedy: an unknown label, a row without text, a single class. The names and the order of the
-labels travel with the task, because the commonest defect of distilled classifiers is a teacher that counts its classes
-in another order: `check_label_order` refuses it. Every row is read into memory and checked, even if the task samples.
+file, the row and the remedy, even where the task samples its rows. The names and the order of the labels travel with
+the task, because the commonest defect of distilled classifiers is a teacher that counts its classes in another order:
+`check_label_order` refuses it. Metrics are scikit-learn's and scipy's; only spans are counted here, as CoNLL does.
+Not done: strict IOBES, confidence intervals, files that do not fit in memory.
 
 Shapes: R rows of a split, C labels (1 for scores).
 """
@@ -13,16 +14,21 @@ import io
 import json
 import math
 import re
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import numpy as np
+from pydantic import TypeAdapter
 from safetensors import SafetensorError
 from safetensors.numpy import load_file
+from scipy.stats import pearsonr, spearmanr
+from sklearn.metrics import accuracy_score, f1_score, matthews_corrcoef
 
 from tokenizer_build.errors import InputError
 from tokenizer_build.files import read_jsonl
-from vocabshrink.data.metrics import METRICS, choose_metrics
 from vocabshrink.run.recipe import TaskSection
 
 UNLABELLED = -1
@@ -33,15 +39,14 @@ INTEGER = re.compile(r"-?\d+")
 class Rows:
     """One split.
 
-    first: a sentence each, or the list of its tokens. second: a pair's other sentence; None without pairs. targets:
-    [R] int64 labels, [R] float64 scores, or an int64 array of labels for each row of tokens; UNLABELLED (NaN for
-    scores) where a test row has none. numbers: [R] which of the file's `file_rows` rows these are; None: all of them.
+    targets: [R] int64 labels, [R] float64 scores, or an int64 array of labels for each row of tokens; UNLABELLED (NaN
+    for scores) where a test row has none.
     """
 
-    first: list[str] | list[list[str]]
-    second: list[str] | None
+    first: list[str] | list[list[str]]  # a sentence each, or its tokens
+    second: list[str] | None  # a pair's other sentence; None without pairs
     targets: np.ndarray | list[np.ndarray]
-    numbers: np.ndarray | None = None
+    numbers: np.ndarray | None = None  # [R] which of the file's `file_rows` rows these are; None: all of them
     file_rows: int | None = None
 
     def __len__(self) -> int:
@@ -60,30 +65,23 @@ class Task:
 
 
 def read_task(section: TaskSection, name: str) -> Task:
-    """Reads and checks the files of `tasks.<name>`.
+    """Reads and checks the files of `tasks.<name>`. Raises InputError for anything that could not be meant.
 
     Labels are named by the section, else by the meta.json beside the train file ("labels", or the label field's own
     name), else they are the distinct labels of the training rows, sorted. A row gives its label by name, or by number:
     the position in meta.json's order, else in the section's. The task is of pairs if the recipe names two fields, or
-    none while the first training row has both usual ones. Raises InputError for anything that could not be meant.
+    none while the first training row has both usual ones.
     """
     paths = {split: Path(path) for split in ("train", "validation", "test") if (path := getattr(section, split))}
-    meta_path = paths["train"].with_name("meta.json")
-    try:
-        meta = json.loads(meta_path.read_text(encoding="utf-8-sig")) if meta_path.is_file() else {}
-    except ValueError:
-        meta = None
-    if not isinstance(meta, dict):
-        raise InputError(f'{meta_path}: not a JSON object: write {{"labels": [...]}} or take it away')
     rows = {split: _read_rows(path) for split, path in paths.items()}
-    reader = _Reader(section, name, meta, rows["train"])
+    reader = _Reader(section, name, rows["train"])
     splits = {split: reader.split(paths[split], rows[split], split) for split in paths}
     seen = np.unique(np.concatenate(list(map(np.atleast_1d, splits["train"].targets))))
     if len(seen) < 2:
         only = repr(reader.labels[seen[0]]) if reader.labels else seen[0]
         raise InputError(f"{paths['train']}: every row has the label {only}: give rows of at least two labels")
-    asked = section.metrics or meta.get("metrics")
-    metrics = choose_metrics(asked, section.kind, reader.labels, f"tasks.{name}.metrics")
+    metrics = section.metrics or reader.meta.get("metrics")
+    metrics = choose_metrics(metrics, section.kind, reader.labels, f"tasks.{name}.metrics")
     return Task(name, section.kind, reader.labels, splits, metrics)
 
 
@@ -102,19 +100,27 @@ def _csv_rows(path: Path) -> list[tuple[int, dict]]:
     try:
         text = path.read_bytes().decode("utf-8-sig")
         records.extend(csv.reader(io.StringIO(text), strict=True))
-    except csv.Error as error:
-        row = len(records) + 1
-        raise InputError(f"{path}: row {row} is not CSV ({error}): double the quotes inside quotes") from None
-    except (OSError, UnicodeDecodeError) as error:
-        raise InputError(f"{path}: cannot be read ({error}): correct its path, or write it as UTF-8") from None
+    except (OSError, UnicodeDecodeError, csv.Error) as error:
+        remedy = "correct its path, write UTF-8, or double the quotes inside quotes"
+        raise InputError(f"{path}: cannot be read beyond row {len(records)} ({error}): {remedy}") from None
     (_, header), *rows = [(number, cells) for number, cells in enumerate(records, 1) if cells] or [(0, [])]
     if len(set(header)) < len(header):
         raise InputError(f"{path}: the header names a column twice: {', '.join(header)}: rename one")
     for number, cells in rows:
         if len(cells) != len(header):
-            counts = f"{len(cells)} cells and the header {len(header)}"
-            raise InputError(f"{path}: row {number} has {counts}: quote cells that hold commas")
+            raise InputError(
+                f"{path}: row {number} has {len(cells)} cells, the header {len(header)}: quote those with commas"
+            )
     return [(number, dict(zip(header, cells, strict=True))) for number, cells in rows]
+
+
+@contextmanager
+def _refusing(place: str, remedy: str = "") -> Iterator[None]:
+    """Puts the file and the row before a refusal."""
+    try:
+        yield
+    except InputError as error:
+        raise InputError(": ".join(filter(None, (f"{place} {error}", remedy)))) from None
 
 
 def _listed(value) -> list:
@@ -132,130 +138,114 @@ def _written(value) -> str | None:
 class _Reader:
     """Turns fields into rows, with every check. codes: the output of everything that a row may write for a label."""
 
-    def __init__(self, section: TaskSection, name: str, meta: dict, rows: list[tuple[int, dict]]):
+    def __init__(self, section: TaskSection, name: str, rows: list[tuple[int, dict]]):
         self.section, self.key, tokens = section, f"tasks.{name}", section.kind == "tokens"
         self.field = section.label or ("slots" if tokens else "label")
         self.pair = not tokens and len(section.text) == 2
         if section.text == TaskSection.model_fields["text"].default:  # the first training row says
             self.pair &= rows[0][1].get(section.text[-1]) is not None
-        in_meta = meta.get(self.field, meta.get("slots" if tokens else "labels"))
-        if section.kind == "regression":
-            if section.labels:
-                raise InputError(f"{self.key}.labels: a regression has scores, no labels: leave labels out")
-            in_meta = []
-        if not (in_meta is None or isinstance(in_meta, list) and all(isinstance(label, str) for label in in_meta)):
-            path = Path(section.train).with_name("meta.json")
-            raise InputError(f"{path}: its labels are not a list of names: write them in the order of their numbers")
+        path = Path(section.train).with_name("meta.json")
+        try:
+            self.meta = json.loads(path.read_text(encoding="utf-8-sig")) if path.is_file() else {}
+            in_meta = self.meta.get(self.field, self.meta.get("slots" if tokens else "labels"))
+            in_meta = [] if section.kind == "regression" else TypeAdapter(list[str] | None).validate_python(in_meta)
+        except (ValueError, AttributeError):
+            raise InputError(f'{path}: not {{"labels": [names in the order of numbers]}}: mend or remove it') from None
         labels = section.labels or in_meta
         if labels is None:  # rows that lack a label, or write what cannot be one, are refused when they are read
             values = (row.get(self.field) for _, row in rows)
             found = {_written(label) for value in values for label in (_listed(value) if tokens else [value])} - {None}
             labels = sorted(found, key=int if all(map(INTEGER.fullmatch, found)) else None)
-        if len(set(labels)) < len(labels):
-            raise InputError(f"{self.key}.labels: a label is written twice: every output needs a name of its own")
+        if len(set(labels)) < len(labels) or labels and section.kind == "regression":
+            raise InputError(f"{self.key}.labels: every label needs a name of its own, and a regression has none")
         self.labels, self.codes = labels, {label: index for index, label in enumerate(labels)}
         if not any(map(INTEGER.fullmatch, labels)):  # names are no numbers, so that rows may number them
             numbered = in_meta if in_meta and set(in_meta) == set(labels) else labels
             self.codes |= {str(number): self.codes[label] for number, label in enumerate(numbered)}
 
     def split(self, path: Path, rows: list[tuple[int, dict]], split: str) -> Rows:
-        section, numbers = self.section, None
+        """The rows of a split, all of them checked before sampling, so that a broken one is reported in any case."""
+        section, numbers, read = self.section, None, []
+        for number, row in rows:
+            with _refusing(f"{path}: row {number}:"):
+                read.append(self._row(row, split == "test"))
         limit = section.train_rows if split == "train" else section.evaluation_rows
-        # checked before sampling, so that a broken row is reported whatever the sample
-        read = [self._row(f"{path}: row {number}", row, split == "test") for number, row in rows]
         if limit and limit < len(rows):
             numbers = np.sort(np.random.default_rng(0).permutation(len(rows))[:limit])
             read = [read[i] for i in numbers]
-        first, second, targets = (list(column) for column in zip(*read, strict=True))
+        first, *second, targets = map(list, zip(*read, strict=True))
         if section.kind != "tokens":
             targets = np.array(targets)
         if split == "test" and section.kind == "regression" and (targets == UNLABELLED).all():
             targets = np.full(len(read), np.nan)
-        return Rows(first, second if self.pair else None, targets, numbers, len(rows))
+        return Rows(first, *second or [None], targets, numbers, len(rows))
 
-    def _row(self, where: str, row: dict, blind: bool) -> tuple:
-        """(first, second, target) of a row. blind: it may lack its label, as test rows do."""
-        section, field = self.section, self.field
+    def _row(self, row: dict, blind: bool) -> tuple:
+        """The columns of a row: its text, a pair's other text, the target. blind: it may lack its label."""
+        section, label = self.section, row.get(self.field)
         if section.kind == "tokens":
-            tokens, labels = _listed(row.get(section.tokens)), _listed(row.get(field))
-            if not tokens:
-                raise InputError(f"{where} has no list {section.tokens}: add it, or name one in {self.key}.tokens")
-            for place, token in enumerate(tokens):
-                _check_text(f"{where}: {section.tokens}[{place}]", token)
-            labels = labels or [None] * len(tokens) * blind
-            if len(labels) != len(tokens):
-                counts = f"{len(tokens)} {section.tokens} and {len(labels)} {field}"
-                raise InputError(f"{where} has {counts}: give each token one")
-            return tokens, None, np.array([self._target(where, label, blind) for label in labels], np.int64)
-        texts, last = section.text[: 1 + self.pair], section.text[-1]
-        for text in texts:
-            if text not in row:
-                remedy = f"add it, or name the fields in {self.key}.text; a CSV needs a header line"
-                raise InputError(f"{where} has no {text} (but {', '.join(row) or 'nothing'}): {remedy}")
-            _check_text(f"{where}: {text}", row[text])
-        if last not in texts and row.get(last) is not None:
-            raise InputError(f"{where} has {last} and the first training row has none: give it in all rows or in none")
-        if row.get(field) in (None, "") and not blind:
-            raise InputError(f"{where} has no {field}: add it, or name the label's field in {self.key}.label")
-        return row[texts[0]], row[texts[-1]], self._target(where, row.get(field), blind)
+            tokens, labels, key = _listed(row.get(section.tokens)), _listed(label), "tokens"
+            texts = {f"{section.tokens}[{place}]": token for place, token in enumerate(tokens or [None])}
+        else:
+            texts, key, last = {text: row.get(text) for text in section.text[: 1 + self.pair]}, "text", section.text[-1]
+        for field, text in texts.items():
+            if not isinstance(text, str) or not text.strip():
+                remedy = f"write it, or name its field in {self.key}.{key}"
+                raise InputError(
+                    f"{field} is {text!r:.80}, not text: {remedy} (of {', '.join(row)}; a CSV needs a header)"
+                )
+            if re.search("[\ud800-\udfff]", text):
+                raise InputError(f"{field} has a lone surrogate: mend its encoding")
+        if section.kind != "tokens":
+            if last not in texts and row.get(last) is not None:
+                raise InputError(f"it has {last} and the first training row has none: give it in all rows or in none")
+            return *texts.values(), self._target(label, blind)
+        labels = labels or [None] * len(tokens) * blind
+        if len(labels) != len(tokens):
+            raise InputError(f"{len(tokens)} {section.tokens} and {len(labels)} {self.field}: give each token one")
+        return tokens, np.array([self._target(label, blind) for label in labels], np.int64)
 
-    def _target(self, where: str, value, blind: bool) -> int | float:
+    def _target(self, value, blind: bool) -> int | float:
         """The score, or the output of a label as written."""
         if self.section.kind == "regression":
-            if blind and value in (None, ""):
-                return math.nan
             try:
-                score = float(str(value))  # through a string, since True is no score
+                score = math.nan if value is None else float(str(value))  # through a string, since True is no score
             except ValueError:
                 score = math.nan
-            if math.isfinite(score):
+            if math.isfinite(score) or blind and value in (None, ""):
                 return score
-            raise InputError(f"{where}: label {value!r:.80} is no score: write a finite number")
-        code = self.codes.get(_written(value))
-        if code is None and blind and value in (None, "", UNLABELLED, str(UNLABELLED)):
-            return UNLABELLED
-        if code is None:
-            names = ", ".join(self.labels[:12]) + (", ..." if len(self.labels) > 12 else "")
-            remedy = f"correct it or add it to {self.key}.labels (scores need kind: regression)"
-            raise InputError(f"{where}: label {value!r:.80} is none of {names or 'the labels'}: {remedy}")
-        return code
-
-
-def _check_text(where: str, text) -> None:
-    if not isinstance(text, str):
-        raise InputError(f"{where} is {text!r:.80}, not text: write it as a string")
-    if not text.strip():
-        raise InputError(f"{where} is empty: write its text or take the row out")
-    if re.search("[\ud800-\udfff]", text):
-        raise InputError(f"{where} has a lone surrogate: mend its encoding")
+            fault, remedy = "no score", f"write a finite number or name its field in {self.key}.label"
+        else:
+            unknown = UNLABELLED if blind and value in (None, "", UNLABELLED, str(UNLABELLED)) else None
+            code = self.codes.get(_written(value), unknown)
+            if code is not None:
+                return code
+            fault = "none of " + ", ".join(self.labels[:12]) + (", ..." if len(self.labels) > 12 else "")
+            remedy = f"correct it, name its field in {self.key}.label, or add it to {self.key}.labels"
+        raise InputError(f"{self.field} {value!r:.80} is {fault}: {remedy} (scores need kind: regression)")
 
 
 def check_label_order(task: Task, id2label: dict, origin: str | Path) -> None:
-    """Refuses a teacher whose outputs mean other labels than the task's, or the same in another order.
+    """Raises InputError for a teacher whose outputs mean other labels than the task's, or the same in another order.
 
-    id2label: of a transformers config, its keys int or str. transformers' own LABEL_0, LABEL_1, ... say nothing and
-    pass; case does not count.
+    id2label: of a transformers config. Its own LABEL_0, LABEL_1, ... say nothing and pass; case does not count.
     """
     theirs = [str(label) for _, label in sorted((int(number), label) for number, label in id2label.items())]
-    if len(theirs) != (len(task.labels) or 1):
-        needed = f"{len(task.labels)} ({', '.join(task.labels)})" if task.labels else "a score"
-        raise InputError(f"{origin}: it has {len(theirs)} outputs, task {task.name} needs {needed}: train one for it")
-    left, right = ([label.casefold() for label in labels] for labels in (theirs, task.labels))
-    if not task.labels or left == right or theirs == [f"LABEL_{number}" for number in range(len(theirs))]:
-        return
-    fault = "its labels are in another order" if sorted(left) == sorted(right) else "it has other labels"
-    raise InputError(
-        f"{origin}: {fault}: {', '.join(theirs)} instead of {', '.join(task.labels)}: write its order in "
-        f"tasks.{task.name}.labels (rows that number their labels keep meta.json's), or choose another teacher"
-    )
+    unnamed = theirs == [f"LABEL_{number}" for number in range(len(theirs))] or not task.labels
+    left, right = (list(map(str.casefold, labels)) for labels in (theirs, task.labels))
+    if len(theirs) != (len(task.labels) or 1) or not (unnamed or left == right):
+        ours = ", ".join(task.labels) or "a score"
+        raise InputError(
+            f"{origin}: its outputs are {', '.join(theirs)} and those of task {task.name} {ours}: write its order in "
+            f"tasks.{task.name}.labels (rows that number their labels keep meta.json's), or choose another teacher"
+        )
 
 
 def read_logits(path: str | Path, task: Task) -> dict[str, np.ndarray]:
     """A teacher's stored outputs, {split: [R, C] float32}, for the rows that the task has.
 
-    The safetensors file has `train.logits`, or `train`, and so on for other splits: a row for each row of the split's
-    file or, if the task sampled it, of the sample. Raises InputError if the file does not fit the task, also if it has
-    `train.labels` that are not the task's.
+    The safetensors file has `train.logits`, or `train`, and so on: a row for each of the split's file or, if the task
+    sampled it, of the sample. Raises InputError if it does not fit the task, also if its `train.labels` do not.
     """
     if task.kind == "tokens":
         raise InputError(f"{path}: stored logits serve one label a row, not tokens: name tasks.{task.name}.teacher")
@@ -263,45 +253,41 @@ def read_logits(path: str | Path, task: Task) -> dict[str, np.ndarray]:
         tensors = load_file(path)
     except (SafetensorError, OSError, ValueError) as error:
         raise InputError(f"{path}: no logits to read ({error}): correct tasks.{task.name}.logits") from None
-    logits = {split: tensors.get(f"{split}.logits", tensors.get(split)) for split in task.splits}
-    if logits["train"] is None:
-        raise InputError(f"{path}: it has no tensor train.logits (but {', '.join(tensors)}): write the logits anew")
-    return {
-        split: _checked_logits(f"{path}: {split}", task, rows, logits[split], tensors.get(f"{split}.labels"))
-        for split, rows in task.splits.items()
-        if logits[split] is not None
-    }
+    remedy = "make them from the task's file, row for row, labels in its order"
+    found = {}
+    for split, rows in task.splits.items():
+        logits, labels = tensors.get(f"{split}.logits", tensors.get(split)), tensors.get(f"{split}.labels")
+        with _refusing(f"{path}: {split}.logits", remedy):
+            if logits is not None:
+                found[split] = _logits_of_rows(task, rows, logits, labels)
+            elif split == "train":
+                raise InputError(f"is not in it (but {', '.join(tensors)})")
+    return found
 
 
-def _checked_logits(where: str, task: Task, rows: Rows, logits: np.ndarray, labels: np.ndarray | None) -> np.ndarray:
+def _logits_of_rows(task: Task, rows: Rows, logits: np.ndarray, labels: np.ndarray | None) -> np.ndarray:
     """The logits [R, C] float32 of the task's rows, out of those of the split's file or of the sample."""
     total, width = rows.file_rows or len(rows), len(task.labels) or 1
     numbers = np.arange(total) if rows.numbers is None else rows.numbers
-    if logits.ndim == 1 and width == 1:
-        logits = logits[:, None]
+    logits = logits[:, None] if logits.ndim == width == 1 else logits
     if logits.ndim != 2 or len(logits) not in (total, len(rows)) or logits.shape[1] != width:
-        raise InputError(
-            f"{where} has logits of shape {list(logits.shape)} and the task {total} rows of {width} "
-            f"({', '.join(task.labels) or 'a score'}): make them from the same file, row for row, with its own teacher"
-        )
+        names = ", ".join(task.labels) or "a score"
+        raise InputError(f"has shape {list(logits.shape)} and the task {total} rows of {width} ({names})")
     logits = (logits[numbers] if len(logits) == total else logits).astype(np.float32)
-    finite = np.isfinite(logits).all(1)
-    if not finite.all():
-        raise InputError(f"{where} row {1 + numbers[~finite][0]} is not finite: write the logits anew")
+    faults = {"is not finite": ~np.isfinite(logits).all(1)}
     if labels is not None and task.kind == "classification" and len(labels) in (total, len(rows)):
-        other = (labels[numbers] if len(labels) == total else labels) != rows.targets
-        other &= rows.targets != UNLABELLED
-        if other.any():
-            fault = f"row {1 + numbers[other][0]} has another label than the task's file"
-            raise InputError(f"{where} {fault}: make the logits from that file, row for row, labels in the same order")
+        labels = labels[numbers] if len(labels) == total else labels
+        faults["has another label than the task's"] = (labels != rows.targets) & (rows.targets != UNLABELLED)
+    for fault, wrong in faults.items():
+        if wrong.any():
+            raise InputError(f"row {1 + numbers[wrong][0]} {fault}")
     return logits
 
 
 def predictions(task: Task, logits_by_row: np.ndarray | list[np.ndarray]) -> list:
     """What the outputs say, row by row: a label's name, a score, or the names for the tokens.
 
-    logits_by_row: [R, C], [R, 1] or [R] for scores, [tokens, C] for each row of a token task. Raises InputError for
-    outputs that are not finite.
+    logits_by_row: [R, C], [R, 1] or [R] for scores, [tokens, C] for each row of tokens. Raises InputError for NaN.
     """
     if not all(np.isfinite(row).all() for row in logits_by_row):
         raise InputError(f"task {task.name}: the model's outputs are not finite: lower the learning rate")
@@ -318,13 +304,68 @@ def score(task: Task, logits_by_row: np.ndarray | list[np.ndarray], split: str) 
         raise ValueError(f"{split} has {len(targets)} rows and the model answered {len(predicted)}")
     if task.kind == "regression":
         known = np.isfinite(targets)
-        sides = targets[known], np.array(predicted)[known]
+        by_row = sides = targets[known], np.array(predicted)[known]
     else:
-        rows = [(np.atleast_1d(t), np.atleast_1d(p)) for t, p in zip(targets, predicted, strict=True)]
-        kept = [([task.labels[i] for i in t], p.tolist()) for t, p in rows if (t != UNLABELLED).all()]
-        by_row = [t for t, _ in kept], [p for _, p in kept]
-        index = {label: i for i, label in enumerate(task.labels)}
-        sides = tuple(np.array([index[label] for row in side for label in row]) for side in by_row)
+        known = [i for i, target in enumerate(targets) if np.all(target != UNLABELLED)]
+        numbers = [targets[i] for i in known], [np.argmax(logits_by_row[i], -1) for i in known]
+        sides = [np.concatenate([np.atleast_1d(row) for row in side] or [[]]) for side in numbers]
+        by_row = [[np.array(task.labels)[row] for row in side] for side in numbers]
     if not len(sides[0]):
         return {}
-    return {name: float(METRICS[name](*(by_row if name == "slot_f1" else sides))) for name in task.metrics}
+    return {name: float(METRICS[task.kind][name](*(by_row if name == "slot_f1" else sides))) for name in task.metrics}
+
+
+def spans(tags: list[str]) -> set[tuple[str, int, int]]:
+    """(kind, first token, one past the last) of every span in BIO tags; an I- after another kind begins one (CoNLL)."""
+    found, begun = set(), None
+    for index, tag in enumerate([*tags, "O"]):
+        prefix, _, kind = tag.partition("-")
+        inside = prefix in ("B", "I")
+        if begun is not None and (not inside or prefix == "B" or kind != begun[0]):
+            found.add((*begun, index))
+            begun = None
+        if inside and begun is None:
+            begun = kind, index
+    return found
+
+
+def slot_f1(targets: list[list[str]], predicted: list[list[str]]) -> float:
+    """F1 of exactly found spans over all rows (Tjong Kim Sang and De Meulder 2003); 0 where there are none."""
+    right = total = 0
+    for tags, guessed in zip(targets, predicted, strict=True):
+        wanted, found = spans(tags), spans(guessed)
+        right, total = right + len(wanted & found), total + len(wanted) + len(found)
+    return 2 * right / max(total, 1)
+
+
+def correlation(of: Callable, targets: np.ndarray, predicted: np.ndarray) -> float:
+    """A correlation that is 0, not undefined, for a model that gives every row the same score."""
+    return of(targets, predicted).statistic if np.ptp(targets) and np.ptp(predicted) else 0.0
+
+
+F1 = partial(f1_score, zero_division=0)  # of the second of two labels
+MACRO = partial(f1_score, average="macro", zero_division=0)
+METRICS: dict[str, dict[str, Callable]] = {  # by kind of task
+    "classification": {"accuracy": accuracy_score, "f1": F1, "f1_macro": MACRO, "matthews": matthews_corrcoef},
+    "regression": {"pearson": partial(correlation, pearsonr), "spearman": partial(correlation, spearmanr)},
+    "tokens": {"slot_f1": slot_f1, "accuracy": accuracy_score, "f1_macro": MACRO},
+}
+
+
+def choose_metrics(asked: list[str] | None, kind: str, labels: list[str], where: str) -> list[str]:
+    """The metrics asked for, else the usual ones of the kind. Raises InputError for one that does not fit."""
+    fitting = [metric for metric in METRICS[kind] if metric != "f1" or len(labels) == 2]
+    if not asked:
+        spanned = kind != "tokens" or any(label.startswith(("B-", "I-")) for label in labels)
+        return fitting if kind == "regression" else fitting[:1] if spanned else ["accuracy"]
+    asked = asked if isinstance(asked, list) else [asked]
+    for metric in asked:
+        if metric not in fitting:
+            kind = f"{kind} of {len(labels)} labels" if labels else kind
+            raise InputError(f"{where} (or meta.json's): {metric!r} is no metric of {kind}: list {', '.join(fitting)}")
+    return asked
+
+
+def headline(metrics: dict[str, float]) -> float:
+    """One figure for a task: the mean of its metrics, as GLUE averages them (Wang et al. 2018)."""
+    return sum(metrics.values()) / len(metrics) if metrics else math.nan

@@ -23,8 +23,7 @@ from transformers import (
 
 from tokenizer_build.errors import InputError
 from tokenizer_build.files import replacing_folder
-from vocabshrink.data.batches import Batch
-from vocabshrink.data.task_batches import TaskBatcher
+from vocabshrink.data.batches import Batch, TaskBatcher
 from vocabshrink.data.tasks import Task, check_label_order
 from vocabshrink.models.forward import run_backbone
 from vocabshrink.models.loading import check_folder, load_model, read_tensors, resolve_model, tensors_in

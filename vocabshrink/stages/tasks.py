@@ -26,9 +26,8 @@ from transformers import BertModel
 
 from tokenizer_build.errors import InputError
 from tokenizer_build.files import read_json, write_json
-from vocabshrink.data.metrics import headline
-from vocabshrink.data.task_batches import EncodedTask, encode_task
-from vocabshrink.data.tasks import Task, read_logits, score
+from vocabshrink.data.batches import EncodedTask, encode_task
+from vocabshrink.data.tasks import Task, headline, read_logits, score
 from vocabshrink.models.loading import load_model
 from vocabshrink.models.rounding import fake_quantize_
 from vocabshrink.models.task_model import load_task_model, save_task_model, student_model

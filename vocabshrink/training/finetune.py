@@ -12,7 +12,7 @@ from safetensors.numpy import save_file
 from torch import nn
 
 from tokenizer_build.files import replacing
-from vocabshrink.data.task_batches import EncodedTask, TaskBatcher
+from vocabshrink.data.batches import EncodedTask, TaskBatcher
 from vocabshrink.data.tasks import score
 from vocabshrink.models.rounding import bake, is_rounded, quantization_aware
 from vocabshrink.models.student import first_position
