@@ -38,7 +38,7 @@ from tokenizers.pre_tokenizers import BertPreTokenizer
 from tokenizer_build.count import map_in_order
 from tokenizer_build.errors import InputError
 from tokenizer_build.files import naming_full_disk, read_json, write_json
-from tokenizer_build.tokenizer import parse_tokenizer
+from tokenizer_build.tokenizer import load_tokenizer
 
 CACHED_CHUNKS = 1_000_000  # about 250 MB; Zipf's law makes a refill after clearing cheap
 CACHED_CHARACTERS = 1_000  # longer chunks are not words of a language and will not come again
@@ -189,7 +189,7 @@ def _reasons(spec: dict, encoder: "_Encoder") -> Iterator[str]:
 
 def _load(path: Path) -> Tokenizer:
     """The tokenizer as it segments plain text: special tokens are text, and nothing is cut, padded or added."""
-    tokenizer = parse_tokenizer(path.read_bytes(), path)
+    tokenizer = load_tokenizer(path)
     tokenizer.post_processor = None  # offsets of byte-level pieces keep their space, and nothing overlaps
     tokenizer.encode_special_tokens = True
     return tokenizer
