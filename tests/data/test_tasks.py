@@ -238,7 +238,7 @@ WRONG = {
     "not an object": ("[1, 2]", {}, "row 1 is not a JSON object"),
     "deep": ("[" * 100_000, {}, "row 1 is not a JSON object"),
     "not UTF-8": ('{"sentence1": "caf\xe9"}'.encode("latin-1"), {}, "not UTF-8 text at byte 18 .*: convert it"),
-    "UTF-16": (jsonl(SINGLE).encode("utf-16"), {}, "has a NUL byte at byte 3: .*convert it to UTF-8"),
+    "UTF-16": (jsonl(SINGLE).encode("utf-16"), {}, "not UTF-8 text at byte 0 .*: convert it"),
     "no tokens": (
         changed(TOKENS, tokens=...),
         {"kind": "tokens"},
