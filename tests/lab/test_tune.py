@@ -433,7 +433,7 @@ def test_a_tiny_search_end_to_end(real, tmp_path):
     longer = {"distill.steps": 6}
     path = real(
         tasks=["mood"],
-        proxy={"distill.steps": 2, "distill.record_teacher": True},
+        proxy={"distill.steps": 2},
         random_search=True,
         check={"settings": longer},
         confirm={"settings": longer, "tasks": ["pairs"], "seeds": [1, 2]},
@@ -453,7 +453,7 @@ def test_a_tiny_search_end_to_end(real, tmp_path):
     assert len(summary["proxy_check"]["maps"]) == 8 and len(summary["proxy_check"]["interval"]) == 2
     best = load_recipe(root / "best.yaml")
     assert [list(pair) for pair in best.distill.layer_map] == summary["best"]["changes"]["distill.layer_map"]
-    assert best.distill.steps == 8 and not best.distill.record_teacher  # the full run, not the proxy
+    assert best.distill.steps == 8  # the full run, not the proxy
     page = (root / "tune.html").read_text(encoding="utf-8")
     assert page.count("<svg") == 3 and not re.findall(r'(?:src|href)="(?!#)', page) and "<script" not in page
     assert page.count("*</td>") == sum(row["clear"] for row in summary["confirm"]["rows"][1:])

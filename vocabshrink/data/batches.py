@@ -10,7 +10,6 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import KW_ONLY, dataclass, replace
 from itertools import chain, pairwise
-from typing import Any
 
 import numpy as np
 import torch
@@ -30,7 +29,6 @@ class Batch:
     unit_mask [B, U] bool: true at units that every side has whole, special tokens included. tokens: student pieces.
     student, teacher: in that vocabulary's pieces; mixed: in both, combined ids; None if not asked for. targets: [B]
     int64 classes or [B] float scores of a task, whose split has this batch at `rows` [B] int64; None outside tasks.
-    recorded: the teacher's view of the batch if it was kept (recorded.py).
     """
 
     unit_mask: torch.Tensor
@@ -40,7 +38,6 @@ class Batch:
     mixed: Pieces | None = None
     targets: torch.Tensor | None = None
     rows: torch.Tensor | None = None
-    recorded: Any = None
 
     def to(self, device) -> "Batch":
         moves = {

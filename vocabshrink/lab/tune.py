@@ -475,7 +475,7 @@ def cost_of(tuner: Tuner, rows: list[dict], changes: dict[str, Any]) -> dict:
     done, stage = variant.summary("distill"), variant.recipe.distill
     length = done["tokens"] / done["steps"] / stage.batch_size
     student, teacher = (flops_per_piece(config, round(length)) for config in shapes(variant.recipe))
-    work = done["tokens"] * (3 * student + (0 if stage.record_teacher else teacher))
+    work = done["tokens"] * (3 * student + teacher)
     tokens = full.steps * full.batch_size * length
     whole = tokens * (3 * student + teacher) / work * max(done["seconds"], 0.1)  # rounded to tenths: a toy's are none
     return cost | {"full_tokens": round(tokens), "full_seconds": round(whole), "ratio": seconds / whole}

@@ -48,7 +48,7 @@ from vocabshrink.training.augment import augment_task, augmented_rows
 from vocabshrink.training.finetune import fit, logits_of, phases_of, write_logits
 from vocabshrink.training.loop import Job
 from vocabshrink.training.losses import readers
-from vocabshrink.training.task_training import TaskTraining, live_teacher
+from vocabshrink.training.task import TaskTraining, live_teacher
 
 TEACHER_SEED = 0  # one fine-tuned teacher serves every seed of the students, as in the papers
 

@@ -1,9 +1,9 @@
 """Checkpoints: everything a run needs to go on as if nothing had happened, in safetensors and JSON.
 
-What is trained, the optimizer's state, the loss scaler and the random states. The schedule and the position in the
-data are functions of the step, so the step is all that is kept of them. A checkpoint is written beside the one before,
-which steps aside as `.before` until the new one has its name: whenever the process is killed, `read_meta` finds one
-that is whole. The names are fixed (`replacing_folder` draws random ones), so that what a kill left is found again.
+What is trained, the optimizer's state, the loss scaler and the random states; the schedule and the position in the data
+are functions of the step. A checkpoint is written beside the one before, which steps aside as `.before` until the new
+one has its name: whenever the process is killed, `read_meta` finds a whole one. The names are fixed (`replacing_folder`
+draws random ones), so that what a kill left is found again.
 """
 
 import errno
@@ -27,10 +27,7 @@ def trained_state(task: nn.Module) -> dict[str, torch.Tensor]:
 
 
 def save_checkpoint(folder: Path, task: nn.Module, optimizer, meta: dict, scaler=None) -> None:
-    """Writes folder anew. meta is JSON: the step, the tokens, the recipe's fingerprint.
-
-    Raises InputError: the disk is full. The checkpoint before is untouched.
-    """
+    """Writes folder anew. meta: JSON. Raises InputError if the disk is full; the checkpoint before is untouched."""
     temporary, before = folder.with_name(folder.name + ".partial"), folder.with_name(folder.name + ".before")
     states = optimizer.state_dict()["state"]
     files = {
@@ -52,9 +49,8 @@ def save_checkpoint(folder: Path, task: nn.Module, optimizer, meta: dict, scaler
         shutil.rmtree(temporary, ignore_errors=True)
         if getattr(error, "errno", None) != errno.ENOSPC and "os error 28" not in str(error):
             raise
-        raise InputError(
-            f"{folder}: the disk is full: free some space and run again, the checkpoint before is whole"
-        ) from None
+        what = "the disk is full: free some space and run again, the checkpoint before is whole"
+        raise InputError(f"{folder}: {what}") from None
     if folder.exists():
         shutil.rmtree(before, ignore_errors=True)
         folder.rename(before)
@@ -63,7 +59,8 @@ def save_checkpoint(folder: Path, task: nn.Module, optimizer, meta: dict, scaler
 
 
 def read_meta(folder: Path) -> dict | None:
-    """The newest whole checkpoint's meta, or None. Finishes a rename that a crash cut off."""
+    """The newest whole checkpoint's meta, or None. Finishes a rename that a crash cut off. Raises InputError if it is
+    damaged."""
     before = folder.with_name(folder.name + ".before")
     if not folder.exists() and before.exists():
         before.rename(folder)
@@ -76,18 +73,16 @@ def read_meta(folder: Path) -> dict | None:
 
 
 def load_checkpoint(folder: Path, task: nn.Module, optimizer, meta: dict, scaler=None) -> None:
-    """Puts a checkpoint back, in place. Raises InputError: files that are damaged or belong to other shapes."""
+    """Puts a checkpoint back, in place. Raises InputError if files are damaged or belong to other shapes."""
     try:
         saved, state, random = (load_file(folder / f"{name}.safetensors") for name in ("model", "optimizer", "random"))
     except (OSError, SafetensorError) as error:
-        raise InputError(
-            f"{folder}: damaged checkpoint ({error}): delete the folder to train this stage anew"
-        ) from None
+        why = f"damaged checkpoint ({error}): delete the folder to train this stage anew"
+        raise InputError(f"{folder}: {why}") from None
     current = trained_state(task)
     if {n: t.shape for n, t in saved.items()} != {n: t.shape for n, t in current.items()}:
-        raise InputError(
-            f"{folder}: checkpoint of another recipe (shapes differ): delete it, or give the run another name"
-        )
+        why = "checkpoint of another recipe (shapes differ): delete it, or give the run another name"
+        raise InputError(f"{folder}: {why}")
     for name, tensor in current.items():
         tensor.copy_(saved[name])
     full = optimizer.state_dict() | {"state": {}}

@@ -4,10 +4,10 @@ Each word of the teacher's input is segmented with the student's vocabulary with
 teacher's. Student pieces are embedded by the student's table and, where widths differ, an affine map up; they enter the
 unchanged teacher beside its own pieces, as `inputs_embeds`, so its own objective pulls them into its space.
 
-Three modes: `joint` (version 1: the student trains alongside, with parameter projections), `two_stage` (version 2: the
+Modes: `joint` (version 1: the student trains alongside, with parameter projections), `two_stage` (version 2: the
 teacher alone; distillation follows), and `match` for teachers without a masked-LM head: mixed input must give, unit by
 unit, what the teacher gives on its own segmentation, and only the new embeddings move. There the teacher on mixed input
-takes the student's seat, and every loss between student and teacher can be used.
+takes the student's seat, so every loss between student and teacher can be used.
 """
 
 from functools import partial
@@ -19,14 +19,15 @@ from vocabshrink.data.batches import Batch
 from vocabshrink.models.projection import ParameterProjection, widen
 from vocabshrink.models.teacher import MaskedLMHead, Teacher
 from vocabshrink.run.layer_map import Pairs
-from vocabshrink.run.recipe import DualStage
+from vocabshrink.run.recipe import DualStage, Losses
 from vocabshrink.training.losses import masked_lm_loss, readers
-from vocabshrink.training.task import TrainingTask, freeze_unread, hidden_projections
+from vocabshrink.training.task import TrainingTask
 from vocabshrink.training.views import Forward
 
 
 class MixedEmbedding(nn.Module):
-    """Embeds combined ids: below V_T by the teacher's table, from V_T on by the student's and the affine map up."""
+    """Embeds combined ids [B, T] as [B, T, D_T]: below V_T by the teacher's table, from V_T on by the student's and the
+    affine map up."""
 
     def __init__(self, teacher_table: nn.Embedding, student_table: nn.Embedding, directions: Tensor | None):
         super().__init__()
@@ -38,7 +39,6 @@ class MixedEmbedding(nn.Module):
         return [self.teacher_table.weight, self.up(self.student_table.weight)]
 
     def forward(self, ids: Tensor) -> Tensor:
-        """[B, T] -> [B, T, D_T]"""
         first = self.teacher_table.num_embeddings
         from_student = (ids >= first).unsqueeze(-1)
         student = self.up(self.student_table((ids - first).clamp_min(0)))
@@ -63,7 +63,7 @@ class DualTraining(TrainingTask):
         self.teacher, self.student = teacher.backbone, student
         self.pooling, self.normalize = teacher.pooling, teacher.normalize
         self.embedding = MixedEmbedding(teacher.table, student.get_input_embeddings(), directions)
-        self.up, self.down = hidden_projections(student, teacher, directions)
+        self.project_hidden(student, teacher, directions)
         if teacher.table.embedding_dim == teacher.config.hidden_size:
             self.up = self.embedding.up  # one map up of this width
         self.teacher_head, self.head = teacher.head, student_head
@@ -72,7 +72,7 @@ class DualTraining(TrainingTask):
         for direction in ("down", "up"):
             if f"parameters_{direction}" in self.losses:
                 self.projections[direction] = ParameterProjection(student, teacher.backbone, pairs, direction)
-        freeze_unread(self)
+        self.freeze_unread()
         if self.mode == "match":  # both sides are the teacher, in its own width
             self.up.requires_grad_(False)
             self.down.requires_grad_(False)
@@ -101,20 +101,20 @@ class DualTraining(TrainingTask):
         forward.teacher = mixed.detached()
         if self.teacher_head is not None:
             tables, biases = self.embedding.tables, [self.teacher_head.bias, self.student_bias]
-            forward.masked_lm["teacher"] = lambda: masked_lm_loss(mixed, self.teacher_head, tables(), biases)
+            forward.given["teacher_masked_lm"] = lambda: masked_lm_loss(mixed, self.teacher_head, tables(), biases)
         if self.mode == "joint":
-            student = forward.student = self.run(self.student, batch.student, batch)
             table = self.student.get_input_embeddings().weight
-            forward.masked_lm["student"] = partial(masked_lm_loss, student, self.head, [table], [self.head.bias])
+            forward.student = self.run(self.student, batch.student, batch)
+            forward.student.predict = lambda states: self.head(states, table)
         for direction, projection in self.projections.items():
-            forward.parameters[direction] = partial(projection, self.student, self.teacher)
+            forward.given[f"parameters_{direction}"] = partial(projection, self.student, self.teacher)
         return forward
 
 
 class HeadTraining(TrainingTask):
     """Trains a masked-LM head on a teacher that has none. The body stays as it is: its embeddings are the target."""
 
-    def __init__(self, teacher: Teacher, losses):
+    def __init__(self, teacher: Teacher, losses: Losses):
         super().__init__()
         self.losses, self.teacher, self.head = losses, teacher.backbone.requires_grad_(False), teacher.head
 
@@ -124,7 +124,6 @@ class HeadTraining(TrainingTask):
     def view(self, batch: Batch) -> Forward:
         with torch.no_grad():
             view = self.run(self.teacher, batch.teacher, batch)
-        table = self.teacher.get_input_embeddings().weight
-        forward = Forward(batch, (), nn.Identity(), nn.Identity())
-        forward.masked_lm["teacher"] = partial(masked_lm_loss, view, self.head, [table], [self.head.bias])
+        table, forward = self.teacher.get_input_embeddings().weight, Forward(batch, (), nn.Identity(), nn.Identity())
+        forward.given["teacher_masked_lm"] = partial(masked_lm_loss, view, self.head, [table], [self.head.bias])
         return forward

@@ -20,8 +20,7 @@ from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 from accelerate.utils import DistributedDataParallelKwargs
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, TaskID, TextColumn, TimeRemainingColumn
-from rich.progress import Progress as Bar
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 from torch import nn
 
 from tokenizer_build.errors import InputError
@@ -46,16 +45,16 @@ class Lamb(torch.optim.Optimizer):
             for parameter in (parameter for parameter in group["params"] if parameter.grad is not None):
                 state, gradient = self.state[parameter], parameter.grad.float()
                 if not state:
-                    state |= {"step": torch.zeros(()), "exp_avg": torch.zeros_like(gradient)}
-                    state["exp_avg_sq"] = torch.zeros_like(gradient)
+                    state |= {name: torch.zeros_like(gradient) for name in ("exp_avg", "exp_avg_sq")}
+                    state["step"] = torch.zeros(())
                 state["step"] += 1
                 step, mean, squares = state["step"].item(), state["exp_avg"], state["exp_avg_sq"]
                 mean.lerp_(gradient, 1 - beta1)
                 squares.mul_(beta2).addcmul_(gradient, gradient, value=1 - beta2)
                 direction = mean / (1 - beta1**step) / ((squares / (1 - beta2**step)).sqrt() + group["eps"])
-                direction = direction + group["weight_decay"] * parameter
+                direction += group["weight_decay"] * parameter
                 weight, size = parameter.norm(), direction.norm()
-                trust = torch.where((weight > 0) & (size > 0), weight / size, torch.ones_like(weight))
+                trust = torch.where((weight > 0) & (size > 0), weight / size, 1.0)
                 parameter.add_(direction * trust, alpha=-group["lr"])
 
 
@@ -89,7 +88,7 @@ def parameter_groups(task: TrainingTask, settings: TrainingSection) -> list[dict
 
 
 def make_accelerator(settings: TrainingSection, run: RunDir) -> Accelerator:
-    """The accelerator of a stage. Raises InputError: fp16 without a GPU; processes that do not see each other."""
+    """A stage's accelerator. Raises InputError for fp16 without a GPU, and for processes that do not see each other."""
     if settings.precision == "fp16" and not torch.cuda.is_available():
         raise InputError("precision: fp16 needs a GPU: use bf16 or no")
     if settings.threads and not torch.cuda.is_available():
@@ -115,7 +114,7 @@ def make_accelerator(settings: TrainingSection, run: RunDir) -> Accelerator:
 def share_of_batch(settings: TrainingSection, accelerator: Accelerator, section: str, group: int = 1) -> int:
     """Sequences of one process in one accumulation step. section: the settings' key in the recipe.
 
-    Raises InputError: the batch cannot be shared evenly, in whole groups; rounding would change what a step is.
+    Raises InputError where the batch cannot be shared in whole groups: rounding would change what a step is.
     """
     processes, accumulation = accelerator.num_processes, settings.gradient_accumulation
     if settings.batch_size % (processes * accumulation * group):
@@ -144,14 +143,12 @@ class Job:
         """Ends a training that went wrong, saying what is kept of it and which key to change."""
         meta = read_meta(self.checkpoint)
         kept = f"the checkpoint of step {meta['step']} is kept" if meta else "no checkpoint yet"
-        raise InputError(
-            f"{self.stage}: {what}; {kept}: lower {self.section or self.stage}.learning_rate (now "
-            f"{settings.learning_rate:g}) or use precision: no"
-        )
+        key = f"{self.section or self.stage}.learning_rate (now {settings.learning_rate:g})"
+        raise InputError(f"{self.stage}: {what}; {kept}: lower {key} or use precision: no")
 
 
 @dataclass
-class Progress:
+class State:
     """How far a training is. losses: unweighted, of the last step whose numbers were looked at."""
 
     step: int = 0
@@ -174,93 +171,79 @@ def train(
     Rank r of W processes takes micro-batch (step * accumulation + a) * W + r, so one batch of the recipe is one step
     whatever the number of processes; `batcher` must be made for `share_of_batch`. clock: in seconds.
 
-    Returns: {"steps", "tokens", "seconds", "losses"}, and the last "evaluation" where there is any. Raises InputError:
-    a checkpoint of another recipe; a loss or parameters that are not finite (the last good checkpoint stays).
+    Returns {"steps", "tokens", "seconds", "losses"}, and the last "evaluation" where there is any. Raises InputError: a
+    checkpoint of another recipe; a loss or parameters that are not finite (the last good checkpoint stays).
     """
     optimizer = OPTIMIZERS[settings.optimizer](parameter_groups(task, settings))
     wrapped, optimizer = accelerator.prepare(task, optimizer)
-    progress = resume(task, optimizer, job, accelerator)
+    state = resume(task, optimizer, job, accelerator)
     main, on_cpu = accelerator.is_main_process, accelerator.device.type == "cpu"
     evaluate_at = {round(settings.steps * k / (settings.evaluations + 1)) for k in range(1, settings.evaluations + 2)}
     log_every, measured = max(1, settings.steps // 200), None
-    began, logged_before = replace(progress), replace(progress)
-    started, saved_at = clock() - progress.seconds, clock()
+    log = Log(job, settings, accelerator, replace(state), replace(state))
+    started, saved_at = clock() - state.seconds, clock()
     world, accumulation = accelerator.num_processes, settings.gradient_accumulation
-    micro = range(progress.step * accumulation, settings.steps * accumulation)
+    micro = range(state.step * accumulation, settings.steps * accumulation)
     batches = prefetch(batcher, (m * world + accelerator.process_index for m in micro))
-    with progress_bar(job.stage, progress.step, settings.steps, shown=main) as bar:
-        while progress.step < settings.steps:
-            task.before_step(progress.step)
-            weights, rate = task.weights(progress.step / settings.steps), rate_at(progress.step, settings)
+    with log.bar:
+        while state.step < settings.steps:
+            task.before_step(state.step)
+            weights, rate = task.weights(state.step / settings.steps), rate_at(state.step, settings)
             for group in optimizer.param_groups:
                 group["lr"] = group["peak"] * rate
             losses, norm, tokens = take_step(wrapped, optimizer, batches, weights, settings.clip, accelerator)
-            progress.step, progress.tokens = progress.step + 1, progress.tokens + tokens
-            progress.seconds = clock() - started
-            last = progress.step == settings.steps
-            logged = last or progress.step == 1 or progress.step % log_every == 0
+            state.step, state.tokens, state.seconds = state.step + 1, state.tokens + tokens, clock() - started
+            last = state.step == settings.steps
+            logged = last or state.step == 1 or state.step % log_every == 0
             due = last or (main and clock() - saved_at > 60 * settings.checkpoint_minutes)
             if logged or due or on_cpu:  # not at each step of a GPU, which would have to wait for the numbers
                 if logged or on_cpu:  # all processes together; a checkpoint is due by the main process's clock alone
                     losses = {name: accelerator.reduce(value, "mean") for name, value in losses.items()}
-                progress.losses = {name: float(value) for name, value in losses.items()}
-                total = sum(weights[name] * value for name, value in progress.losses.items())
+                state.losses = {name: float(value) for name, value in losses.items()}
+                total = sum(weights[name] * value for name, value in state.losses.items())
                 scaled = accelerator.scaler is not None  # fp16 skips a step whose gradient overflows by itself
                 if not math.isfinite(total) or not (scaled or math.isfinite(norm)):
-                    job.refuse(f"the loss is {total} at step {progress.step} (gradient norm {norm:.3g})", settings)
+                    job.refuse(f"the loss is {total} at step {state.step} (gradient norm {norm:.3g})", settings)
             if due and not is_finite(task):
-                job.refuse(f"the parameters are not finite after step {progress.step}", settings)
+                job.refuse(f"the parameters are not finite after step {state.step}", settings)
             if main and logged:
                 numbers = {"loss": total, "lr": optimizer.param_groups[0]["lr"], "grad_norm": float(norm)}
-                note = log_step(job, progress, logged_before, numbers, accelerator)
-                logged_before = replace(progress)
-                bar.update(TaskID(0), completed=progress.step, note=note)
-                if bar.disable and (last or progress.step == 1 or progress.step % (10 * log_every) == 0):
-                    pace = (progress.seconds - began.seconds) / (progress.step - began.step)
-                    left = f"{pace * (settings.steps - progress.step) / 60:.1f} min left"
-                    text = f"{job.stage} step {progress.step}/{settings.steps}  {note}  {left}"
-                    print(text, file=sys.stderr, flush=True)
-            if evaluate and main and progress.step in evaluate_at:
+                log.step(state, numbers, aloud=last or state.step == 1 or state.step % (10 * log_every) == 0)
+            if evaluate and main and state.step in evaluate_at:
                 measured = evaluate(task)
-                bar.console.print(log_evaluation(job, progress, measured, accelerator), soft_wrap=True)
+                log.evaluation(state, measured)
             if due:
                 if main:
-                    meta = {"stage": job.stage, "fingerprint": job.fingerprint} | vars(progress)
+                    meta = {"stage": job.stage, "fingerprint": job.fingerprint} | vars(state)
                     save_checkpoint(job.checkpoint, task, optimizer.optimizer, meta, accelerator.scaler)
                 saved_at = clock()
     accelerator.wait_for_everyone()
     for tracker in accelerator.trackers:
         tracker.finish()
-    seconds = round(progress.seconds, 3)
-    result = {"steps": progress.step, "tokens": progress.tokens, "seconds": seconds, "losses": progress.losses}
+    result = {"steps": state.step, "tokens": state.tokens, "seconds": round(state.seconds, 3), "losses": state.losses}
     if evaluate and main:
         result["evaluation"] = evaluate(task) if measured is None else measured  # None: resumed after the last step
     return result
 
 
-def resume(task: nn.Module, optimizer, job: Job, accelerator: Accelerator) -> Progress:
+def resume(task: nn.Module, optimizer, job: Job, accelerator: Accelerator) -> State:
     """Puts the job's checkpoint back where there is one, and drops the metrics of steps after it."""
-    meta, progress = read_meta(job.checkpoint), Progress()
+    meta, state = read_meta(job.checkpoint), State()
     if meta and meta["fingerprint"] != job.fingerprint:
         what = "checkpoint of another recipe: delete the folder, or give the run another name"
         raise InputError(f"{job.checkpoint}: {what}")
     if meta:
         load_checkpoint(job.checkpoint, task, optimizer.optimizer, meta, accelerator.scaler)
-        progress = Progress(**{key: meta[key] for key in vars(progress)})
+        state = State(**{key: meta[key] for key in vars(state)})
     if accelerator.is_main_process:
-        job.run.truncate_metrics(job.stage, progress.step)
+        job.run.truncate_metrics(job.stage, state.step)
     if accelerator.log_with:
         accelerator.init_trackers(job.stage, config={"fingerprint": job.fingerprint})
-    return progress
+    return state
 
 
-def take_step(
-    wrapped: nn.Module, optimizer, batches: Iterator[Batch], weights: dict, clip: float, accelerator
-) -> tuple:
-    """One optimizer step.
-
-    Returns: (means of its unweighted losses on this process, the gradient's norm, tokens of all processes).
-    """
+def take_step(wrapped, optimizer, batches: Iterator[Batch], weights: dict, clip: float, accelerator) -> tuple:
+    """One optimizer step: (this process's means of the unweighted losses, gradient norm, tokens of all processes)."""
     means, tokens, accumulation = {}, 0, accelerator.gradient_accumulation_steps
     for _ in range(accumulation):
         batch = next(batches)
@@ -283,29 +266,46 @@ def is_finite(task: nn.Module) -> bool:
     return bool(nn.utils.get_total_norm(trained).isfinite())
 
 
-def log_step(job: Job, progress: Progress, before: Progress, numbers: dict, accelerator: Accelerator) -> str:
-    """Writes a row of metrics, and returns what is shown of it. before: the progress at the row before."""
-    speed = round((progress.tokens - before.tokens) / max(progress.seconds - before.seconds, 1e-9))
-    row = {"stage": job.stage, "kind": "train", "tokens_per_second": speed} | vars(progress) | numbers
-    job.run.append_metrics(row | {"seconds": round(progress.seconds, 2)})
-    losses = {f"losses/{name}": value for name, value in progress.losses.items()}
-    accelerator.log({"loss": numbers["loss"], "lr": numbers["lr"]} | losses, step=progress.step)
-    return f"loss {numbers['loss']:.4f}  {speed:,} tokens/s"
+@dataclass
+class Log:
+    """What a training tells of itself: metrics rows, trackers, and a bar on a terminal or lines in a file.
 
+    began: where it started or resumed; before: at the last row.
+    """
 
-def log_evaluation(job: Job, progress: Progress, measured: dict, accelerator: Accelerator) -> str:
-    """Writes the metrics of an evaluation, and returns what is shown of them."""
-    row = {"stage": job.stage, "step": progress.step, "tokens": progress.tokens, "kind": "evaluation"}
-    job.run.append_metrics(row | {"metrics": measured})
-    accelerator.log({f"evaluation/{name}": value for name, value in measured.items()}, step=progress.step)
-    return f"{job.stage} step {progress.step}: " + "  ".join(f"{name} {value:.4f}" for name, value in measured.items())
+    job: Job
+    settings: TrainingSection
+    accelerator: Accelerator
+    began: State
+    before: State
 
+    def __post_init__(self):
+        shown = self.accelerator.is_main_process
+        columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+        console, disable = Console(stderr=True, quiet=not shown), not (shown and sys.stderr.isatty())
+        self.bar = Progress(*columns, TextColumn("{task.fields[note]}"), console=console, disable=disable)
+        self.bar.add_task(self.job.stage, total=self.settings.steps, completed=self.began.step, note="")
 
-def progress_bar(stage: str, step: int, steps: int, *, shown: bool) -> Bar:
-    """A bar on a terminal; none in a log, which gets plain lines."""
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    console = Console(stderr=True, quiet=not shown)
-    disable = not (shown and sys.stderr.isatty())
-    bar = Bar(*columns, TextColumn("{task.fields[note]}"), console=console, disable=disable)
-    bar.add_task(stage, total=steps, completed=step, note="")
-    return bar
+    def step(self, state: State, numbers: dict[str, float], *, aloud: bool) -> None:
+        """Writes a row of metrics. aloud: without a terminal, prints a line too."""
+        speed = round((state.tokens - self.before.tokens) / max(state.seconds - self.before.seconds, 1e-9))
+        row = {"stage": self.job.stage, "kind": "train", "tokens_per_second": speed} | vars(state) | numbers
+        self.job.run.append_metrics(row | {"seconds": round(state.seconds, 2)})
+        losses = {f"losses/{name}": value for name, value in state.losses.items()}
+        self.accelerator.log({"loss": numbers["loss"], "lr": numbers["lr"]} | losses, step=state.step)
+        self.before = replace(state)
+        note = f"loss {numbers['loss']:.4f}  {speed:,} tokens/s"
+        self.bar.update(TaskID(0), completed=state.step, note=note)
+        if self.bar.disable and aloud:
+            pace = (state.seconds - self.began.seconds) / (state.step - self.began.step)
+            left = f"{pace * (self.settings.steps - state.step) / 60:.1f} min left"
+            text = f"{self.job.stage} step {state.step}/{self.settings.steps}  {note}  {left}"
+            print(text, file=sys.stderr, flush=True)
+
+    def evaluation(self, state: State, measured: dict) -> None:
+        """Writes and prints the metrics of an evaluation."""
+        row = {"stage": self.job.stage, "step": state.step, "tokens": state.tokens, "kind": "evaluation"}
+        self.job.run.append_metrics(row | {"metrics": measured})
+        self.accelerator.log({f"evaluation/{name}": value for name, value in measured.items()}, step=state.step)
+        figures = "  ".join(f"{name} {value:.4f}" for name, value in measured.items())
+        self.bar.console.print(f"{self.job.stage} step {state.step}: {figures}", soft_wrap=True)

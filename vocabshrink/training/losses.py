@@ -1,14 +1,14 @@
 """Losses: pure functions of what one step saw, chosen and weighted by the recipe.
 
 Every loss is `f(forward, **arguments) -> scalar`, and its signature is the schema of its arguments. It is zero at
-agreement, ignores padding, and is logged unweighted. `LOSSES` says of each what it reads and where it can be used. All
-are computed in float32 (see `TrainingTask.forward`), because similarities near 1 are 0.004 apart in bfloat16.
+agreement, ignores padding, and is logged unweighted. All are computed in float32 (see `TrainingTask.forward`), because
+similarities near 1 are 0.004 apart in bfloat16.
 
-Teacher and student are compared unit by unit (see batches.py), because their sequences differ in length when their
-vocabularies do: a unit's hidden state is the mean over its pieces, and so are its queries, keys and values. Attention
-scores are products, so their mean over the pieces of two units is the product of two means, and no map between pieces
-is needed. Only attention distributions are pooled as maps, since their softmax is over pieces. Where both vocabularies
-spell every word alike, units are pieces and each loss is the papers' own.
+Teacher and student are compared unit by unit (see batches.py), since vocabularies that differ cut a sentence into
+different numbers of pieces: a unit's hidden state is the mean over its pieces, and so are its queries, keys and values.
+A score is a product, so its mean over the pieces of two units is the product of two means. Only attention distributions
+are pooled as maps, since their softmax is over pieces. Where both vocabularies spell every word alike, units are pieces
+and each loss is the papers' own.
 
 Shapes: B sequences, T pieces, U units, D width (D_S student, D_T teacher), h heads, n units or pieces of the batch that
 count, V_S and V_T pieces in the vocabularies, C classes.
@@ -38,12 +38,8 @@ STRICT = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)  # of the 
 
 
 def mean(values: Tensor) -> Tensor:
-    """The mean of all elements, zero where there are none: a batch without a masked word has no loss."""
+    """The mean of all elements, zero where there are none, as in a batch without a masked word."""
     return values.sum() / max(values.numel(), 1)
-
-
-def mean_squares(left: Tensor, right: Tensor) -> Tensor:
-    return (left - right).pow(2).mean()
 
 
 def one_minus_cosine(left: Tensor, right: Tensor) -> Tensor:
@@ -51,10 +47,8 @@ def one_minus_cosine(left: Tensor, right: Tensor) -> Tensor:
 
 
 def kl(student: Tensor, teacher: Tensor, temperature: float = 1.0) -> Tensor:
-    """KL(teacher || student) of the softmaxes of logits / T over the last axis, [..., C] twice -> [...].
-
-    It is times T², which keeps the gradients' size whatever T (Hinton et al. 2015, section 2).
-    """
+    """T² KL(teacher || student) of the softmaxes of logits / T over the last axis, [..., C] twice -> [...]. The factor
+    keeps the gradients' size whatever T (Hinton et al. 2015, section 2)."""
     student, teacher = (F.log_softmax(logits / temperature, dim=-1) for logits in (student, teacher))
     return (teacher.exp() * (teacher - student)).sum(-1) * temperature**2
 
@@ -69,15 +63,8 @@ def kl_between_units(forward: Forward, student: Tensor, teacher: Tensor) -> Tens
     return kl(student, teacher).mean(1)[counts].mean()
 
 
-def like_heads(student: Tensor, teacher: Tensor) -> tuple[Tensor, Tensor]:
-    """Maps [B, h, U, U] head by head or, where one model has more heads than the other, their means over heads."""
-    if student.shape[1] == teacher.shape[1]:
-        return student, teacher
-    return student.mean(1, keepdim=True), teacher.mean(1, keepdim=True)
-
-
 def transport(costs: Tensor) -> Tensor:
-    """The cheapest flow [M, N] between M and N layers of equal weight, exactly, by linear programming."""
+    """The cheapest flow [M, N] between M and N layers of equal weight, by linear programming."""
     rows, columns = costs.shape
     constraints = np.vstack([np.kron(np.eye(rows), np.ones(columns)), np.kron(np.ones(rows), np.eye(columns))])
     weights = np.concatenate([np.full(rows, 1 / rows), np.full(columns, 1 / columns)])
@@ -87,10 +74,10 @@ def transport(costs: Tensor) -> Tensor:
 
 
 def over_layers(forward: Forward, cost: Callable[[int, Layers], Tensor], *, attention: bool = False) -> Tensor:
-    """The mean of cost(m, block) over the map's pairs; under the map `emd`, the cost of the cheapest transport.
+    """The mean of cost(m, block) over the map's pairs; under the map `emd`, the cost of the cheapest transport: BERT-EMD
+    (Li et al. 2020, section 3) with uniform layer weights and no gradient through the flow.
 
-    That is BERT-EMD (Li et al. 2020, section 3) with uniform layer weights; no gradient goes through the flow.
-    attention: leaves out pairs with layer 0, which has none. Raises InputError: no pair is left.
+    attention: leaves out pairs with layer 0, which has none. Raises InputError if no pair is left.
     """
     pairs = [(m, block) for m, block in forward.pairs if not attention or (m and all(block))]
     if not pairs:
@@ -121,20 +108,21 @@ def masked_lm_loss(view: View, head: MaskedLMHead, tables: list[Tensor], biases:
 
 def student_masked_lm(forward: Forward) -> Tensor:
     """The student's masked-LM cross-entropy on its own vocabulary."""
-    return forward.masked_lm["student"]()
+    masked = forward.student.masked
+    logits = forward.student.predict(masked.states)
+    return F.cross_entropy(logits, masked.labels, reduction="sum") / max(len(masked.labels), 1)
 
 
 def teacher_masked_lm(forward: Forward) -> Tensor:
     """The teacher's masked-LM cross-entropy on mixed input, one softmax per vocabulary (Zhao et al. 2019)."""
-    return forward.masked_lm["teacher"]()
+    return forward.given["teacher_masked_lm"]()
 
 
 def masked_lm_match(forward: Forward, temperature: Positive = 1.0) -> Tensor:
     """T² KL(p_T || p_S) at masked pieces that both vocabularies write alike, over the pieces that both have.
 
-    Student logits [n, V_S] and teacher logits [n, V_T] at units of one masked piece on each side and the same one; both
-    softmaxes see only the shared pieces (Kolesnikova et al. 2022, arXiv 2205.02340, "match"; with one vocabulary it is
-    DistilBERT's L_ce).
+    Logits [n, V_S] and [n, V_T] at units that are the same one masked piece on each side (Kolesnikova et al. 2022,
+    arXiv 2205.02340, "match"; with one vocabulary it is DistilBERT's L_ce).
     """
     student, teacher = forward.student.masked, forward.teacher.masked
     alone = (student.counts == 1) & (teacher.counts == 1)
@@ -151,8 +139,8 @@ def masked_lm_reduce(forward: Forward, temperature: Positive = 1.0) -> Tensor:
     """T² KL(p_T || p_S) over the teacher's pieces, at words that the teacher has masked as one piece.
 
     The student's score of a teacher piece is the mean of its log-probabilities of the pieces that spell it, averaged
-    over the word's masked student pieces: [n, V_T] from [pieces, V_S]. Teacher pieces without a spelling are left out
-    of both softmaxes (after Kolesnikova et al. 2022, arXiv 2205.02340, "reduce-map").
+    over the word's masked pieces; teacher pieces without a spelling are left out of both softmaxes (after Kolesnikova
+    et al. 2022, arXiv 2205.02340, "reduce-map").
     """
     student, teacher = forward.student.masked, forward.teacher.masked
     chosen = (teacher.counts == 1) & (student.counts > 0)
@@ -180,7 +168,7 @@ def between_states(
 
 def hidden_mse(forward: Forward, direction: Direction = "up") -> Tensor:
     """Mean squared error of unit states over the matched layers, after the shared projection (TinyBERT, eq. 8)."""
-    return between_states(forward, mean_squares, direction)
+    return between_states(forward, F.mse_loss, direction)
 
 
 def hidden_mae(forward: Forward, direction: Direction = "up") -> Tensor:
@@ -212,9 +200,8 @@ def hidden_contrastive(
 ) -> Tensor:
     """KL of softmax(t · t_j / τ) and softmax(s · t_j / τ): a unit's state is told from those of the batch's others.
 
-    InfoNCE (van den Oord et al. 2018, eq. 4) whose targets are the teacher's own similarities, so that near units are
-    no errors and agreement is zero. s, t: L2-normalised states [n, D]; j over at most `limit` units, evenly spaced over
-    the batch, because the cost is n².
+    InfoNCE (van den Oord et al. 2018, eq. 4) with the teacher's own similarities as targets, so that near units are no
+    errors. s, t: L2-normalised states [n, D]; j over at most `limit` units, evenly spaced, because the cost is n².
     """
 
     def distance(student: Tensor, teacher: Tensor) -> Tensor:
@@ -227,53 +214,60 @@ def hidden_contrastive(
 
 def embedding_mse(forward: Forward) -> Tensor:
     """Mean squared error of the embedding outputs, unit by unit, after the projection up (TinyBERT, eq. 9)."""
-    return mean_squares(*forward.aligned(0, (0,), "up"))
+    return F.mse_loss(*forward.aligned(0, (0,), "up"))
+
+
+def between_maps(
+    forward: Forward, read: Callable[[View, Layers], Tensor], distance: Callable[[Tensor, Tensor], Tensor]
+) -> Tensor:
+    """The distance of maps [B, h, U, U] over the matched layers, head by head or, where the models have different
+    numbers of heads, of their means over heads."""
+
+    def cost(m: int, block: Layers) -> Tensor:
+        student, teacher = read(forward.student, (m,)), read(forward.teacher, block)
+        if student.shape[1] != teacher.shape[1]:
+            student, teacher = student.mean(1, keepdim=True), teacher.mean(1, keepdim=True)
+        return distance(student, teacher)
+
+    return over_layers(forward, cost, attention=True)
 
 
 def attention_scores(forward: Forward) -> Tensor:
-    """Mean squared error of the scores Q K^T / sqrt(d) between units, [B, h, U, U] (TinyBERT, eq. 7).
-
-    Head by head; where the models have different numbers of heads, the means over heads are compared.
-    """
+    """Mean squared error of the scores Q K^T / sqrt(d) between units (TinyBERT, eq. 7). See `between_maps`."""
     counts = forward.batch.unit_mask
     both = counts.unsqueeze(1) & counts.unsqueeze(2)
 
-    def cost(m: int, block: Layers) -> Tensor:
-        student, teacher = like_heads(forward.student.scores((m,)), forward.teacher.scores(block))
+    def distance(student: Tensor, teacher: Tensor) -> Tensor:
         return (student - teacher).pow(2).mean(1)[both].mean()
 
-    return over_layers(forward, cost, attention=True)
+    return between_maps(forward, View.scores, distance)
 
 
 def attention_kl(forward: Forward) -> Tensor:
-    """KL(A_T || A_S) of the attention distributions between units, [B, h, U, U], mean over heads and units.
+    """KL(A_T || A_S) of the attention distributions between units. See `between_maps`.
 
     MiniLM (Wang et al. 2020, section 3.1), there of the last layer; arXiv 2308.13958 replaces TinyBERT's MSE by it.
-    Head by head; where the models have different numbers of heads, the means over heads are compared.
     """
 
-    def cost(m: int, block: Layers) -> Tensor:
-        maps = like_heads(forward.student.attention((m,)), forward.teacher.attention(block))
+    def distance(*maps: Tensor) -> Tensor:
         return kl_between_units(forward, *(probabilities.clamp_min(1e-30).log() for probabilities in maps))
 
-    return over_layers(forward, cost, attention=True)
+    return between_maps(forward, View.attention, distance)
 
 
 def relations_kl(forward: Forward, kind: Kind, heads: int | None) -> Tensor:
     """KL of softmax(X X^T / sqrt(d_r)) between units, [B, A_r, U, U], where X is split into A_r heads of width d_r."""
-    heads = heads or forward.teacher.heads
 
-    def cost(m: int, block: Layers) -> Tensor:
-        student, teacher = forward.student.relations(kind, (m,), heads), forward.teacher.relations(kind, block, heads)
-        return kl_between_units(forward, student, teacher)
+    def read(view: View, layers: Layers) -> Tensor:
+        return view.relations(kind, layers, heads or forward.teacher.heads)
 
-    return over_layers(forward, cost, attention=True)
+    return between_maps(forward, read, partial(kl_between_units, forward))
 
 
 def query_relations(forward: Forward, heads: Count | None = None) -> Tensor:
     """KL of the relations between queries, softmax(Q Q^T / sqrt(d_r)) (MiniLMv2, Wang et al. 2021).
 
-    heads: A_r, which must divide both widths; the models' own numbers of heads do not matter. None: the teacher's.
+    heads: A_r, which must divide both widths, whatever the models' own numbers of heads. None: the teacher's.
     """
     return relations_kl(forward, "queries", heads)
 
@@ -317,23 +311,21 @@ def labels(forward: Forward) -> Tensor:
 
     The only loss of a task that needs no teacher: it is zero at the truth.
     """
-    logits, targets = forward.student.task_logits, forward.targets
+    logits, targets = forward.student.task_logits, forward.batch.targets
+    if targets is None:  # a task of tokens has its classes at pieces
+        targets = forward.student.side.labels[forward.student.side.labels >= 0]
     if targets.is_floating_point():
-        return mean_squares(logits.squeeze(-1), targets)
+        return F.mse_loss(logits.squeeze(-1), targets)
     return mean(F.cross_entropy(logits, targets, reduction="none"))
 
 
 def soft_labels(forward: Forward, temperature: Positive = 1.0, divergence: Literal["kl", "ce"] = "kl") -> Tensor:
     """T² KL(p_T || p_S) of softmax(z / T), z [B, C] or [n, C] at labelled pieces (Hinton et al. 2015, eq. 1).
 
-    divergence ce: T² times the cross-entropy (TinyBERT, eq. 10, with T = 1), which is larger by the teacher's entropy:
-    the same gradients, and not zero at agreement.
-
-    Raises InputError: a regression task, which has one output and no distribution.
+    divergence ce: T² times the cross-entropy (TinyBERT, eq. 10, with T = 1), larger by the teacher's entropy: the same
+    gradients, and not zero at agreement. Regression has no distribution: `phases_of` gives it `logits_mse`.
     """
     student, teacher = forward.student.task_logits, forward.teacher.task_logits
-    if student.shape[-1] == 1:
-        raise InputError("losses.soft_labels: one output has no distribution: choose logits_mse for regression")
     found = kl(student, teacher, temperature)
     if divergence == "ce":
         found = found + temperature**2 * torch.distributions.Categorical(logits=teacher / temperature).entropy()
@@ -341,31 +333,28 @@ def soft_labels(forward: Forward, temperature: Positive = 1.0, divergence: Liter
 
 
 def logits_mse(forward: Forward) -> Tensor:
-    """Mean squared error of a task's logits, [B, C] or [n, C] at labelled pieces (Ba and Caruana 2014).
-
-    For regression, where the one logit is the score.
-    """
+    """Mean squared error of a task's logits, [B, C] or [n, C] at labelled pieces (Ba and Caruana 2014), or scores."""
     return mean((forward.student.task_logits - forward.teacher.task_logits).pow(2))
 
 
 def parameters_down(forward: Forward) -> Tensor:
     """`MSE(U θ_t V, θ_s)` over matched parameters (Zhao et al. 2019, eq. 1)."""
-    return forward.parameters["down"]()
+    return forward.given["parameters_down"]()
 
 
 def parameters_up(forward: Forward) -> Tensor:
     """`MSE(θ_t, U' θ_s V')` over matched parameters (Zhao et al. 2019, eq. 2)."""
-    return forward.parameters["up"]()
+    return forward.given["parameters_up"]()
 
 
 @dataclass(frozen=True)
 class Loss:
     """A loss, what must be there for it, and the places whose steps have that.
 
-    reads: "hidden" (hidden states of all layers; the last are always there), "queries", "keys", "values"; "pieces" (the
-    teacher's pieces, not only its units); "teacher" (its states), "teacher logits", "task logits"; "masked words",
-    "student head", "teacher head" (of masked LM), "both vocabularies" (which pieces they share); "up" (the projection,
-    whatever the arguments); "groups" (of near sentences).
+    reads: "hidden" (hidden states of all layers; the last are always there), "queries", "keys", "values", "teacher"
+    (its states), "teacher logits", "task logits"; "masked words", "student head", "teacher head" (of masked LM), "both
+    vocabularies" (which pieces they share); "up" (the projection, whatever the arguments); "groups" (of near
+    sentences).
     stands_in: the modes of dual training ("joint", "two_stage", "match"), "distill" (recovery too), "finetune" and
     "task teacher" (of its fine-tuning).
     """
@@ -376,32 +365,28 @@ class Loss:
 
 
 COMPARED = frozenset({"joint", "match", "distill", "finetune"})  # where a student and a teacher see the same words
-MASKED = frozenset({"masked words", "student head", "teacher head", "both vocabularies", "teacher", "pieces"})
+ACROSS = ("masked words", "student head", "teacher head", "both vocabularies", "teacher")
 LOSSES: dict[str, Loss] = {
-    "student_masked_lm": Loss(student_masked_lm, {"masked words", "student head"}, {"joint", "distill"}),
-    "teacher_masked_lm": Loss(teacher_masked_lm, {"masked words", "teacher head"}, {"joint", "two_stage"}),
-    "masked_lm_match": Loss(masked_lm_match, MASKED, {"distill"}),
-    "masked_lm_reduce": Loss(masked_lm_reduce, MASKED, {"distill"}),
-    "parameters_down": Loss(parameters_down, set(), {"joint"}),
-    "parameters_up": Loss(parameters_up, set(), {"joint"}),
-    "hidden_mse": Loss(hidden_mse, {"hidden", "teacher"}, COMPARED),
-    "hidden_mae": Loss(hidden_mae, {"hidden", "teacher"}, COMPARED),
-    "hidden_huber": Loss(hidden_huber, {"hidden", "teacher"}, COMPARED),
-    "hidden_cosine": Loss(hidden_cosine, {"hidden", "teacher"}, COMPARED),
-    "hidden_normalized": Loss(hidden_normalized, {"hidden", "teacher"}, COMPARED),
-    "hidden_contrastive": Loss(hidden_contrastive, {"hidden", "teacher"}, COMPARED),
-    "embedding_mse": Loss(embedding_mse, {"hidden", "teacher", "up"}, COMPARED),
-    "attention_scores": Loss(attention_scores, {"queries", "keys", "teacher"}, COMPARED),
-    "attention_kl": Loss(attention_kl, {"queries", "keys", "pieces", "teacher"}, COMPARED),
-    "query_relations": Loss(query_relations, {"queries", "teacher"}, COMPARED),
-    "key_relations": Loss(key_relations, {"keys", "teacher"}, COMPARED),
-    "value_relations": Loss(value_relations, {"values", "teacher"}, COMPARED),
-    "sentence_cosine": Loss(sentence_cosine, {"teacher", "up"}, COMPARED),
-    "group_similarity": Loss(group_similarity, {"teacher", "groups"}, {"match", "distill"}),
-    "batch_similarity": Loss(batch_similarity, {"teacher"}, COMPARED),
-    "labels": Loss(labels, {"task logits"}, {"finetune", "task teacher"}),
-    "soft_labels": Loss(soft_labels, {"task logits", "teacher logits"}, {"finetune"}),
-    "logits_mse": Loss(logits_mse, {"task logits", "teacher logits"}, {"finetune"}),
+    function.__name__: Loss(function, frozenset(reads), stands_in)
+    for functions, reads, stands_in in (
+        ([student_masked_lm], ["masked words", "student head"], {"joint", "distill"}),
+        ([teacher_masked_lm], ["masked words", "teacher head"], {"joint", "two_stage"}),
+        ([masked_lm_match, masked_lm_reduce], ACROSS, {"distill"}),
+        ([parameters_down, parameters_up], [], {"joint"}),
+        ([hidden_mse, hidden_mae, hidden_huber, hidden_cosine], ["hidden", "teacher"], COMPARED),
+        ([hidden_normalized, hidden_contrastive], ["hidden", "teacher"], COMPARED),
+        ([embedding_mse], ["hidden", "teacher", "up"], COMPARED),
+        ([attention_scores, attention_kl], ["queries", "keys", "teacher"], COMPARED),
+        ([query_relations], ["queries", "teacher"], COMPARED),
+        ([key_relations], ["keys", "teacher"], COMPARED),
+        ([value_relations], ["values", "teacher"], COMPARED),
+        ([sentence_cosine], ["teacher", "up"], COMPARED),
+        ([group_similarity], ["teacher", "groups"], {"match", "distill"}),
+        ([batch_similarity], ["teacher"], COMPARED),
+        ([labels], ["task logits"], {"finetune", "task teacher"}),
+        ([soft_labels, logits_mse], ["task logits", "teacher logits"], {"finetune"}),
+    )
+    for function in functions
 }
 ATTENTION = ("queries", "keys", "values")
 
@@ -414,7 +399,7 @@ def readers(losses: Iterable[str], *parts: str) -> list[str]:
 def check_losses(section: str, stage: TrainingSection, place: str) -> None:
     """Refuses losses that a stage cannot compute: unknown, out of place, with wrong arguments, without what they read.
 
-    section: the stage's key in the recipe. place: see `Loss`. Raises InputError: naming the key.
+    section: the stage's key in the recipe. place: see `Loss`. Raises InputError, naming the key.
     """
     for name, chosen in stage.losses.items():
         key = f"{section}.losses.{name}"
@@ -424,9 +409,7 @@ def check_losses(section: str, stage: TrainingSection, place: str) -> None:
             choices = ", ".join(other for other, loss in LOSSES.items() if place in loss.stands_in)
             raise InputError(f"{key}: this stage cannot compute it: choose from {choices}")
         _, *known = inspect.signature(LOSSES[name].function).parameters.values()
-        schema = create_model(
-            name, __config__=STRICT, **{known.name: (known.annotation, known.default) for known in known}
-        )
+        schema = create_model(name, __config__=STRICT, **{p.name: (p.annotation, p.default) for p in known})
         try:
             schema.model_validate(chosen.arguments)
         except ValidationError as error:

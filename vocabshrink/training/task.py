@@ -1,7 +1,10 @@
-"""What the training loop asks of a task: named losses of a batch, their weights, and which parameters are embeddings.
+"""What the training loop trains: tasks, each of which gives named losses of a batch.
 
-A task is a module of models and of helpers (projections, heads) that are learned with them and never ship. Each kind
-of training is one: distillation.py, dual_training.py, task_training.py.
+A task is a module of models and of helpers (projections, heads) that are learned with them and never ship. A student on
+its own vocabulary learns from a frozen teacher on the teacher's: `Distillation` from text, `TaskTraining` from a labelled
+task's rows, their labels, a fine-tuned teacher or its stored logits. Each model reads its own segmentation of the same
+words, and only what the chosen losses read is computed: masked words alone, for instance, do not run the teacher. For
+tasks in which the teacher learns, see dual_training.py.
 """
 
 import inspect
@@ -9,13 +12,16 @@ import inspect
 import torch
 from torch import Tensor, nn
 
+from tokenizer_build.errors import InputError
 from vocabshrink.data.batches import Batch
 from vocabshrink.data.pieces import Pieces
 from vocabshrink.models.forward import run_backbone
 from vocabshrink.models.projection import widen
 from vocabshrink.models.rounding import refit
-from vocabshrink.models.teacher import Teacher
-from vocabshrink.run.recipe import Losses
+from vocabshrink.models.task_model import task_logits
+from vocabshrink.models.teacher import MaskedLMHead, Teacher
+from vocabshrink.run.layer_map import Pairs
+from vocabshrink.run.recipe import DistillStage, Losses
 from vocabshrink.training.losses import ATTENTION, LOSSES, readers
 from vocabshrink.training.views import Forward, View
 
@@ -24,11 +30,10 @@ STEPS_OF_SCALES = 50  # after which the scales of a rounded student are fitted t
 
 class TrainingTask(nn.Module):
     """A module of models and helpers with the losses that a recipe chose. Subclasses give `view(batch) -> Forward`.
-
-    Dropout is off on purpose (see student.py): a task stays in eval mode.
-    """
+    Dropout is off on purpose (see student.py): a task stays in eval mode."""
 
     losses: Losses
+    pairs: Pairs = ()
     pooling, normalize = "mean", False  # of sentence embeddings
 
     def forward(self, batch: Batch) -> dict[str, Tensor]:
@@ -38,14 +43,9 @@ class TrainingTask(nn.Module):
         with torch.autocast(batch.unit_mask.device.type, enabled=False):
             return {name: LOSSES[name].function(forward, **chosen.arguments) for name, chosen in self.losses.items()}
 
-    def view(self, batch: Batch) -> Forward:
-        raise NotImplementedError
-
     def run(self, backbone: nn.Module, side: Pieces, batch: Batch, embeddings: Tensor | None = None) -> View:
         """One model's pass, keeping what the losses read: all layers, queries, keys and values, or the last states.
-
-        embeddings [B, T, D_E]: instead of ids.
-        """
+        embeddings [B, T, D_E]: instead of ids."""
         layers, qkv = bool(readers(self.losses, "hidden")), bool(readers(self.losses, *ATTENTION))
         passed = run_backbone(backbone, side, embeddings=embeddings, layers=layers, qkv=qkv)
         heads, units = backbone.config.num_attention_heads, batch.unit_mask.shape[1]
@@ -63,29 +63,135 @@ class TrainingTask(nn.Module):
         return list(self.student.get_input_embeddings().parameters())  # also where the weight is a rounded view of it
 
     def before_step(self, step: int) -> None:
-        """What the task does to itself before an optimizer step, decided by the step's number alone, so that a resumed
-        run does the same: the scales of a rounded student follow its weights."""
+        """Fits the scales of a rounded student to its weights, at steps that their number alone decides, so that a
+        resumed run does the same."""
         if step % STEPS_OF_SCALES == 0:
             refit(self)
 
     def train(self, mode: bool = True):
         return super().train(False)
 
+    def project_hidden(self, student: nn.Module, teacher: nn.Module, directions: Tensor | None) -> None:
+        """Gives the task its shared maps of hidden states, up to the teacher's width and down. directions: of
+        `build_student`. ALBERT's are of a table narrower than its hidden states, and say nothing about them."""
+        small, large = student.config.hidden_size, teacher.config.hidden_size
+        if directions is not None and len(directions) != large:
+            directions = None
+        self.up = widen(small, large, directions)
+        self.down = widen(large, small, None if directions is None else directions.T)
 
-def hidden_projections(student: nn.Module, teacher: Teacher, directions: Tensor | None) -> tuple[nn.Module, nn.Module]:
-    """Shared maps of hidden states, up to the teacher's width and down. The principal directions are the piece table's;
-    ALBERT's table is narrower than its hidden states, and says nothing about them."""
-    small, large = student.config.hidden_size, teacher.config.hidden_size
-    if directions is not None and len(directions) != large:
-        directions = None
-    return widen(small, large, directions), widen(large, small, None if directions is None else directions.T)
+    def freeze_unread(self) -> None:
+        """Freezes projections that no loss reads, so that no process waits for a gradient that never comes."""
+        read = {"up"} if readers(self.losses, "up") else set()
+        for name, chosen in self.losses.items():
+            if known := inspect.signature(LOSSES[name].function).parameters.get("direction"):
+                read.add(chosen.arguments.get("direction", known.default))
+        self.up.requires_grad_("up" in read)
+        self.down.requires_grad_("down" in read)
 
 
-def freeze_unread(task: TrainingTask) -> None:
-    """Freezes projections that no chosen loss reads, so that no process waits for a gradient that never comes."""
-    directions = {"up"} if readers(task.losses, "up") else set()
-    for name, chosen in task.losses.items():
-        if known := inspect.signature(LOSSES[name].function).parameters.get("direction"):
-            directions.add(chosen.arguments.get("direction", known.default))
-    task.up.requires_grad_("up" in directions)
-    task.down.requires_grad_("down" in directions)
+class Distillation(TrainingTask):
+    """Student and frozen teacher, each on its own segmentation of the same words."""
+
+    def __init__(
+        self,
+        stage: DistillStage,
+        teacher: Teacher,
+        student: nn.Module,
+        pairs: Pairs,
+        *,
+        head: MaskedLMHead | None = None,
+        directions: Tensor | None = None,
+        shared: Tensor | None = None,
+        spelling: Tensor | None = None,
+    ):
+        """head: the student's, for masked-LM losses. directions: see `build_student`. shared, spelling: see `Forward`.
+
+        Raises InputError: a loss between vocabularies that have nothing in common.
+        """
+        super().__init__()
+        self.losses, self.pairs = stage.losses, pairs
+        self.student, self.head = student, head
+        self.teacher = teacher.backbone.requires_grad_(False)
+        across = readers(self.losses, "both vocabularies")
+        self.teacher_head = teacher.head.requires_grad_(False) if across else None
+        self.register_buffer("shared", shared, persistent=False)
+        self.register_buffer("spelling", spelling, persistent=False)
+        self.pooling, self.normalize = teacher.pooling, teacher.normalize
+        self.project_hidden(student, teacher, directions)
+        self.freeze_unread()
+        for name in across:
+            if not bool(((shared if name == "masked_lm_match" else spelling) >= 0).any()):
+                raise InputError(f"losses.{name}: the vocabularies have no piece in common: leave this loss out")
+
+    def view(self, batch: Batch) -> Forward:
+        teacher = None
+        if readers(self.losses, "teacher"):
+            with torch.no_grad():
+                teacher = self.run(self.teacher, batch.teacher, batch)
+        student = self.run(self.student, batch.student, batch)
+        forward = Forward(batch, self.pairs, self.up, self.down, student, teacher)
+        forward.shared, forward.spelling = self.shared, self.spelling
+        if self.head is not None:
+            student.predict = lambda states: self.head(states, self.student.get_input_embeddings().weight)
+        if self.teacher_head is not None:
+            teacher.predict = lambda states: self.teacher_head(states, self.teacher.get_input_embeddings().weight)
+        return forward
+
+
+class TaskTraining(TrainingTask):
+    """A task model on its own pieces and, where a loss reads it, a frozen fine-tuned teacher on the teacher's.
+
+    `begin` opens each phase: models and projections stay, so that a later phase starts where the one before ended.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        kind: str,
+        *,
+        teacher: nn.Module | None = None,
+        logits: Tensor | None = None,
+        directions: Tensor | None = None,
+        pooling: str = "mean",
+        normalize: bool = True,
+    ):
+        """logits [rows, C]: the teacher's on the training rows, by row number. directions: see `build_student`."""
+        super().__init__()
+        self.student, self.kind, self.pooling, self.normalize = model, kind, pooling, normalize
+        self.teacher, self.up, self.down = None, nn.Identity(), nn.Identity()
+        if teacher is not None:
+            self.teacher = teacher.requires_grad_(False)
+            self.project_hidden(model, teacher, directions)
+        self.register_buffer("logits", logits, persistent=False)
+
+    def begin(self, losses: Losses, pairs: Pairs) -> None:
+        """Opens a phase: its losses, its layer map, and what of the model they train."""
+        self.losses, self.pairs = losses, pairs
+        self.live = live_teacher(losses, stored=self.logits is not None)
+        self.freeze_unread()
+        body = {id(p) for name, p in self.student.base_model.named_parameters() if "pooler" not in name}
+        head = bool(readers(losses, "task logits"))
+        for parameter in self.student.parameters():
+            parameter.requires_grad_(head or id(parameter) in body)
+
+    def view(self, batch: Batch) -> Forward:
+        student = self.view_of(self.student, batch.student, batch)
+        forward = Forward(batch, self.pairs, self.up, self.down, student)
+        if self.live:
+            with torch.no_grad():
+                forward.teacher = self.view_of(self.teacher, batch.teacher, batch)
+        if self.logits is not None and readers(self.losses, "teacher logits"):
+            forward.teacher = forward.teacher or View(None, None)
+            forward.teacher.logits = self.logits[batch.rows]
+        return forward
+
+    def view_of(self, model: nn.Module, side: Pieces, batch: Batch) -> View:
+        view = self.run(model.base_model, side, batch)
+        view.predict = lambda states: task_logits(model, states, self.kind)
+        return view
+
+
+def live_teacher(losses: Losses, *, stored: bool) -> bool:
+    """Whether a phase with these losses runs the teacher; stored: its logits of the training rows are at hand."""
+    return bool(readers(losses, "teacher") or (readers(losses, "teacher logits") and not stored))

@@ -1,15 +1,15 @@
 """What the losses of one step see: each model's pass over its side of the batch, and what is pooled from it.
 
 A `View` is one model on its own pieces, and makes of its hidden states, queries, keys and values what can be compared
-across vocabularies: means over units (batches.py), products of such means, sentence embeddings. Each is made when a
-loss first asks for it, and once however many losses read it. Everything comes out in float32; only the passes
-themselves may be in bfloat16. Distributions of attention alone cost maps between pieces, [B, h, T, T] a layer.
+across vocabularies: means over units (batches.py), products of such means, sentence embeddings; each when a loss first
+asks for it, and once however many losses read it. Everything comes out in float32; only the passes themselves may be in
+bfloat16. Distributions of attention alone cost maps between pieces, [B, h, T, T] a layer.
 """
 
 import math
 from collections.abc import Callable, Hashable
 from dataclasses import dataclass, field, replace
-from functools import cached_property
+from functools import cached_property, partial
 from typing import Any, Literal, NamedTuple
 
 import torch
@@ -72,35 +72,31 @@ class View:
         parts = (part and tuple(tensor.detach() for tensor in part) for part in vars(self.passed).values())
         return replace(self, passed=Pass(*parts))
 
-    def _mean(self, what: Hashable, layers: Layers, make: Callable[[int], Tensor]) -> Tensor:
-        """The mean over layers of what `make` gives for each, made once."""
-        made = [self._cache.once((what, layer), lambda layer=layer: make(layer)) for layer in layers]
-        return made[0] if len(made) == 1 else torch.stack(made).mean(0)
-
-    def pooled(self, tensor: Tensor) -> Tensor:
-        """Of pieces [B, T, D], the means of units [B, U, D] in float32."""
-        return pool_units(tensor, self.side.units, self.unit_count)
+    def _units(self, kind: str, layer: int) -> Tensor:
+        """Hidden states, queries, keys or values (fields of `Pass`) of a layer, as means over units [B, U, D]."""
+        index = layer if kind == "hidden" else layer - 1
+        states = getattr(self.passed, kind)[index]
+        return self._cache.once((kind, layer), lambda: pool_units(states, self.side.units, self.unit_count))
 
     def states(self, layers: Layers) -> Tensor:
         """Hidden states of units, [B, U, D]."""
-        return self._mean("states", layers, lambda layer: self.pooled(self.hidden[layer]))
+        return mean_of([self._units("hidden", layer) for layer in layers])
 
     def _products(self, left: Kind, right: Kind, layers: Layers, heads: int) -> Tensor:
-        def of_units(kind: Kind, layer: int) -> Tensor:
-            return self._cache.once((kind, layer), lambda: self.pooled(getattr(self.passed, kind)[layer - 1]))
-
         def make(layer: int) -> Tensor:
-            return products(of_units(left, layer), of_units(right, layer), heads)
+            return products(self._units(left, layer), self._units(right, layer), heads)
 
-        return self._mean((left, right, heads), layers, make)
+        return mean_of([self._cache.once((left, right, heads, layer), partial(make, layer)) for layer in layers])
 
     def scores(self, layers: Layers) -> Tensor:
         """Attention scores between units before the softmax, Q K^T / sqrt(d), [B, h, U, U]."""
         return self._products("queries", "keys", layers, self.heads)
 
     def relations(self, kind: Kind, layers: Layers, heads: int) -> Tensor:
-        """X X^T / sqrt(D / heads) between units before the softmax, [B, heads, U, U]; X is `kind`, split anew. Raises
-        InputError: the heads do not divide the width."""
+        """X X^T / sqrt(D / heads) between units before the softmax, [B, heads, U, U]; X is `kind`, split anew.
+
+        Raises InputError if the heads do not divide the width.
+        """
         width = getattr(self.passed, kind)[0].shape[-1]
         if width % heads:
             raise InputError(f"losses: {heads} relation heads do not divide a width of {width}: set heads of the loss")
@@ -115,7 +111,7 @@ class View:
             maps = products(queries, keys, self.heads).masked_fill(padding, -math.inf).softmax(-1)
             return pool_attention(maps, self.side.units, self.unit_count)
 
-        return self._mean("attention", layers, make)
+        return mean_of([self._cache.once(("attention", layer), partial(make, layer)) for layer in layers])
 
     @cached_property
     def sentence(self) -> Tensor:
@@ -143,9 +139,9 @@ class Forward:
 
     student: the student on its pieces; in match mode, the teacher on mixed input takes its seat. teacher: the target:
     the teacher on its own pieces or, in joint training, on mixed ones; its view carries no gradient.
-    up [D_S -> D_T] and down [D_T -> D_S]: shared projections of hidden states. masked_lm: name -> function giving that
-    model's masked-LM loss. parameters: direction -> function giving the parameter projection loss. shared [V_S]: the
-    teacher's id of the same piece, or -1. spelling [V_T, K]: student pieces that spell a teacher piece, then -1.
+    up [D_S -> D_T] and down [D_T -> D_S]: shared projections of hidden states. shared [V_S]: the teacher's id of the
+    same piece, or -1. spelling [V_T, K]: student pieces that spell a teacher piece, then -1. given: loss name ->
+    function giving it, of losses that read more than views.
     """
 
     batch: Batch
@@ -154,19 +150,10 @@ class Forward:
     down: nn.Module
     student: View | None = None
     teacher: View | None = None
-    masked_lm: dict[str, Callable[[], Tensor]] = field(default_factory=dict)
-    parameters: dict[str, Callable[[], Tensor]] = field(default_factory=dict)
     shared: Tensor | None = None
     spelling: Tensor | None = None
+    given: dict[str, Callable[[], Tensor]] = field(default_factory=dict)
     _cache: Cache = field(default_factory=Cache, init=False, repr=False)
-
-    @property
-    def targets(self) -> Tensor:
-        """Of a task: classes [B] int64, scores [B] float, or classes [n] at the student's labelled pieces."""
-        if self.batch.targets is not None:
-            return self.batch.targets
-        found = self.student.side.labels
-        return found[found >= 0]
 
     def aligned(self, m: int, block: Layers, direction: Direction, units: Units = "all") -> tuple[Tensor, Tensor]:
         """States of a pair of layers in one width, the student's brought up or the teacher's down: [n, D] twice; of all
@@ -187,3 +174,7 @@ def products(left: Tensor, right: Tensor, heads: int) -> Tensor:
     """[B, U, D] twice, each split into heads of width d -> their products over sqrt(d), [B, heads, U, U]."""
     left, right = (part.unflatten(-1, (heads, -1)).transpose(1, 2) for part in (left, right))
     return left @ right.mT / math.sqrt(left.shape[-1])
+
+
+def mean_of(layers: list[Tensor]) -> Tensor:
+    return layers[0] if len(layers) == 1 else torch.stack(layers).mean(0)
