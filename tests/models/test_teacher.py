@@ -18,7 +18,7 @@ from vocabshrink.models import forward
 from vocabshrink.models.forward import pool_attention, pool_sentence, pool_units, run_backbone
 from vocabshrink.models.loading import check_folder, resolve_model
 from vocabshrink.models.teacher import load_teacher
-from vocabshrink.training.dual_training import MixedEmbedding
+from vocabshrink.training.task import MixedEmbedding
 
 # Where each family keeps layer m's query projection, and its name in the key's and the value's.
 LAYERS = {

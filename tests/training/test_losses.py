@@ -508,7 +508,7 @@ class TestAttentionByHand:
 class TestLayers:
     def test_a_block_is_the_mean_of_its_layers(self):
         view = make_view(pieces(OTHERS))
-        for make in (view.states, view.scores, view.attention, lambda layers: view.relations("values", layers, 2)):
+        for make in (view.states, view.scores, view.attention, lambda layers: view.relations(layers, "values", 2)):
             torch.testing.assert_close(make((1, 2)), (make((1,)) + make((2,))) / 2)
         torch.testing.assert_close(view.states((0, 2)), (view.states((0,)) + view.states((2,))) / 2)
 

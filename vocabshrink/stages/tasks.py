@@ -95,9 +95,9 @@ def task_teacher(context: Context) -> dict:
 def augment(context: Context) -> dict:
     """Writes the augmented training rows of every task."""
     section, teacher = context.recipe.finetune.augment, read_teacher(context)
-    options = section.model_dump() | {"seed": 0, "progress": saying_millions("augment", "rows", every=1)}
+    progress = saying_millions("augment", "rows", every=1)
     return {
-        name: augment_task(task, teacher, context.folder / f"{name}.jsonl", **options)
+        name: augment_task(task, teacher, context.folder / f"{name}.jsonl", section, progress)
         for name, task in read_tasks(context.recipe).items()
     }
 

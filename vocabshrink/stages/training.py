@@ -29,10 +29,9 @@ from vocabshrink.stages.inputs import (
     teacher_folder,
     vocabulary_folder,
 )
-from vocabshrink.training.dual_training import DualTraining, HeadTraining
 from vocabshrink.training.loop import Job, make_accelerator, share_of_batch, train
 from vocabshrink.training.losses import readers
-from vocabshrink.training.task import Distillation
+from vocabshrink.training.task import Distillation, DualTraining, HeadTraining
 
 
 def masked_lm_head(context: Context) -> dict:

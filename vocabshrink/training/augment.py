@@ -15,7 +15,7 @@ many copies are drawn. Not done: weighting of candidates by their probability (t
 sentence of a pair as context (the masked word would be copied from it).
 
 The file grows by blocks of rows. A progress file beside it holds how many rows and bytes are good, so a run killed
-anywhere goes on after the last whole block, and a row's copies depend only on the row, its number and the seed.
+anywhere goes on after the last whole block, and a row's copies depend only on the row and its number.
 """
 
 import hashlib
@@ -37,7 +37,7 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
 from tokenizer_build.errors import InputError
-from tokenizer_build.files import naming_full_disk, read_json, write_json
+from tokenizer_build.files import naming_full_disk, read_json, read_jsonl, write_json
 from tokenizer_build.tokenizer import load_tokenizer
 from vocabshrink.data.pieces import Pieces
 from vocabshrink.data.tasks import Rows, Task
@@ -45,6 +45,7 @@ from vocabshrink.models.forward import run_backbone
 from vocabshrink.models.spelling import as_wordpiece, first_known
 from vocabshrink.models.student import first_position
 from vocabshrink.models.teacher import Teacher
+from vocabshrink.run.recipe import AugmentSection
 
 WORD = re.compile(r"(?<![\w'’])[^\W\d_]+(?![\w'’])")
 ROWS_IN_BLOCK = 64  # what is written, and lost by a crash, at once
@@ -57,29 +58,24 @@ def augment_task(
     task: Task,
     teacher: Teacher,
     out: Path,
-    *,
-    p: float,
-    copies: int,
-    candidates: int,
-    seed: int,
+    section: AugmentSection,
     progress: Callable[[int], None] = lambda rows: None,
 ) -> dict:
-    """Writes up to `copies` changed copies of every training row to `out`, going on where a former call ended.
+    """Writes up to `section.copies` changed copies of every training row to `out`, going on where a former call ended.
 
-    p: probability that a word is replaced. candidates: the paper's K. progress: given the rows of each finished block.
-    A row of `out` is {"sentence1", "sentence2" for pairs, "label", "source"} or, for token tasks, {"tokens", "slots"
-    (the labels), "source"}, where source is the number of the training row, from 0.
+    progress: given the rows of each finished block. A row of `out` is {"sentence1", "sentence2" for pairs, "label",
+    "source"} or, for token tasks, {"tokens", "slots" (the labels), "source"}, where source is the number of the
+    training row, from 0.
 
     Returns {"rows", "written", "words", "masked" (words whose candidates are the head's), "candidates" (in words)}.
     Raises InputError for a full disk, or a progress file that is not JSON.
     """
     rows, head, progress_file = task.splits["train"], teacher.head is not None, out.with_suffix(".progress.json")
-    settings = {"p": p, "copies": copies, "candidates": candidates, "seed": seed, "head": head}
-    settings["rows"] = rows_sha256(rows)
+    settings = section.model_dump() | {"head": head, "rows": rows_sha256(rows)}
     done = read_json(progress_file) if progress_file.is_file() and out.is_file() else {}
     if done.get("settings") != settings or out.stat().st_size < done["bytes"]:
         done = {"settings": settings, "rows": 0, "bytes": 0, "written": 0, "words": 0, "masked": 0}
-    finder = CandidateFinder(teacher, candidates)
+    finder = CandidateFinder(teacher, section.candidates)
     out.parent.mkdir(parents=True, exist_ok=True)
     with naming_full_disk(out), out.open("ab") as file:
         file.truncate(done["bytes"])
@@ -87,7 +83,7 @@ def augment_task(
             block = range(done["rows"], min(done["rows"] + ROWS_IN_BLOCK, len(rows)))
             sentences = list(dict.fromkeys(s for row in block for s in sentences_of(rows, row)))
             found = dict(zip(sentences, finder(sentences), strict=True))
-            lines = [line for row in block for line in copies_of(task, row, found, p, copies, seed)]
+            lines = [line for row in block for line in copies_of(task, row, found, section)]
             file.write("".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines).encode())
             file.flush()
             os.fsync(file.fileno())
@@ -106,12 +102,10 @@ def augmented_rows(task: Task, path: Path) -> Rows:
 
     Raises InputError for a missing file, or one of other training rows.
     """
-    rows = task.splits["train"]
-    progress = read_json(path.with_suffix(".progress.json"))
-    if progress["settings"]["rows"] != rows_sha256(rows) or progress["rows"] != len(rows) or not path.is_file():
+    rows, progress = task.splits["train"], read_json(path.with_suffix(".progress.json"))
+    if progress["settings"]["rows"] != rows_sha256(rows) or progress["rows"] != len(rows):
         raise InputError(f"{path} does not hold copies of all rows of task {task.name}: run the augment stage again")
-    with path.open(encoding="utf-8") as file:
-        copies = [json.loads(line) for line in file]
+    copies = [copy for _, copy in read_jsonl(path)]
     sources = np.concatenate((np.arange(len(rows)), [copy["source"] for copy in copies])).astype(np.int64)
     first = "tokens" if task.kind == "tokens" else "sentence1"
     return Rows(
@@ -147,15 +141,15 @@ class Word:
     masked: bool = False  # whether they are the masked-LM head's
 
 
-def copies_of(task: Task, row: int, found: dict[Sentence, list[Word]], p: float, copies: int, seed: int) -> list[dict]:
-    """The distinct changed copies of one training row, as rows of the file."""
-    rows, random = task.splits["train"], np.random.default_rng((seed, row))
+def copies_of(task: Task, row: int, found: dict[Sentence, list[Word]], section: AugmentSection) -> list[dict]:
+    """The distinct changed copies of one training row, as rows of the file; chance depends on the row's number alone."""
+    rows, random = task.splits["train"], np.random.default_rng((0, row))
     sentences, target = sentences_of(rows, row), rows.targets[row]
     words = [(number, w) for number, sentence in enumerate(sentences) for w in found[sentence] if w.candidates]
-    chosen = random.random((copies, len(words))) < p
+    chosen = random.random((section.copies, len(words))) < section.p
     draws = random.integers(np.array([len(word.candidates) for _, word in words], np.int64), size=chosen.shape)
     distinct = {}
-    for copy in range(copies):
+    for copy in range(section.copies):
         changes = [[] for _ in sentences]
         for place in np.flatnonzero(chosen[copy]):
             number, word = words[place]

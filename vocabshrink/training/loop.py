@@ -20,7 +20,7 @@ from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 from accelerate.utils import DistributedDataParallelKwargs
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
+from rich.progress import Progress, TaskID, TextColumn
 from torch import nn
 
 from tokenizer_build.errors import InputError
@@ -32,8 +32,8 @@ from vocabshrink.training.task import TrainingTask
 
 
 class Lamb(torch.optim.Optimizer):
-    """LAMB (You et al. 2020, algorithm 2): Adam's direction, each tensor's step scaled by its norm. The paper's
-    optimizer for batches of thousands; torch has none."""
+    """LAMB (You et al. 2020, algorithm 2), for batches of thousands: Adam's direction, each tensor's step scaled by its
+    norm. torch has none."""
 
     def __init__(self, params, lr=1e-3, betas=(0.9, 0.999), eps=1e-6, weight_decay=0.0):
         super().__init__(params, {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay})
@@ -171,8 +171,8 @@ def train(
     Rank r of W processes takes micro-batch (step * accumulation + a) * W + r, so one batch of the recipe is one step
     whatever the number of processes; `batcher` must be made for `share_of_batch`. clock: in seconds.
 
-    Returns {"steps", "tokens", "seconds", "losses"}, and the last "evaluation" where there is any. Raises InputError: a
-    checkpoint of another recipe; a loss or parameters that are not finite (the last good checkpoint stays).
+    Returns {"steps", "tokens", "seconds", "losses"}, and the last "evaluation" where there is any. Raises InputError for
+    a checkpoint of another recipe, and a loss or parameters that are not finite (the last good checkpoint stays).
     """
     optimizer = OPTIMIZERS[settings.optimizer](parameter_groups(task, settings))
     wrapped, optimizer = accelerator.prepare(task, optimizer)
@@ -180,7 +180,7 @@ def train(
     main, on_cpu = accelerator.is_main_process, accelerator.device.type == "cpu"
     evaluate_at = {round(settings.steps * k / (settings.evaluations + 1)) for k in range(1, settings.evaluations + 2)}
     log_every, measured = max(1, settings.steps // 200), None
-    log = Log(job, settings, accelerator, replace(state), replace(state))
+    log = Log(job, settings.steps, accelerator, state)
     started, saved_at = clock() - state.seconds, clock()
     world, accumulation = accelerator.num_processes, settings.gradient_accumulation
     micro = range(state.step * accumulation, settings.steps * accumulation)
@@ -204,7 +204,7 @@ def train(
                 scaled = accelerator.scaler is not None  # fp16 skips a step whose gradient overflows by itself
                 if not math.isfinite(total) or not (scaled or math.isfinite(norm)):
                     job.refuse(f"the loss is {total} at step {state.step} (gradient norm {norm:.3g})", settings)
-            if due and not is_finite(task):
+            if due and not parameters_are_finite(task):
                 job.refuse(f"the parameters are not finite after step {state.step}", settings)
             if main and logged:
                 numbers = {"loss": total, "lr": optimizer.param_groups[0]["lr"], "grad_norm": float(norm)}
@@ -260,31 +260,21 @@ def take_step(wrapped, optimizer, batches: Iterator[Batch], weights: dict, clip:
     return means, norm, tokens * accelerator.num_processes
 
 
-def is_finite(task: nn.Module) -> bool:
-    """Whether the trained parameters' norm is, which is one fused sum and also finds values too large to compute on."""
-    trained = [parameter.detach() for parameter in task.parameters() if parameter.requires_grad]
-    return bool(nn.utils.get_total_norm(trained).isfinite())
+def parameters_are_finite(task: nn.Module) -> bool:
+    """By the norm of what is trained: one fused sum, which also finds values too large to compute on."""
+    return bool(nn.utils.get_total_norm(p.detach() for p in task.parameters() if p.requires_grad).isfinite())
 
 
-@dataclass
 class Log:
-    """What a training tells of itself: metrics rows, trackers, and a bar on a terminal or lines in a file.
+    """What a training tells of itself: rows of metrics, trackers, and a bar on a terminal or lines in a file."""
 
-    began: where it started or resumed; before: at the last row.
-    """
-
-    job: Job
-    settings: TrainingSection
-    accelerator: Accelerator
-    began: State
-    before: State
-
-    def __post_init__(self):
-        shown = self.accelerator.is_main_process
-        columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-        console, disable = Console(stderr=True, quiet=not shown), not (shown and sys.stderr.isatty())
-        self.bar = Progress(*columns, TextColumn("{task.fields[note]}"), console=console, disable=disable)
-        self.bar.add_task(self.job.stage, total=self.settings.steps, completed=self.began.step, note="")
+    def __init__(self, job: Job, steps: int, accelerator: Accelerator, state: State):
+        self.job, self.steps, self.accelerator = job, steps, accelerator
+        self.began = self.before = replace(state)  # at the start, and at the last row
+        console = Console(stderr=True, quiet=not accelerator.is_main_process)
+        columns = (*Progress.get_default_columns(), TextColumn("{task.fields[note]}"))
+        self.bar = Progress(*columns, console=console, disable=console.quiet or not sys.stderr.isatty())
+        self.bar.add_task(job.stage, total=steps, completed=state.step, note="")
 
     def step(self, state: State, numbers: dict[str, float], *, aloud: bool) -> None:
         """Writes a row of metrics. aloud: without a terminal, prints a line too."""
@@ -293,16 +283,15 @@ class Log:
         self.job.run.append_metrics(row | {"seconds": round(state.seconds, 2)})
         losses = {f"losses/{name}": value for name, value in state.losses.items()}
         self.accelerator.log({"loss": numbers["loss"], "lr": numbers["lr"]} | losses, step=state.step)
-        self.before = replace(state)
-        note = f"loss {numbers['loss']:.4f}  {speed:,} tokens/s"
+        note = f"step {state.step}/{self.steps}  loss {numbers['loss']:.4f}  {speed:,} tokens/s"
         self.bar.update(TaskID(0), completed=state.step, note=note)
         if self.bar.disable and aloud:
             pace = (state.seconds - self.began.seconds) / (state.step - self.began.step)
-            left = f"{pace * (self.settings.steps - state.step) / 60:.1f} min left"
-            text = f"{self.job.stage} step {state.step}/{self.settings.steps}  {note}  {left}"
-            print(text, file=sys.stderr, flush=True)
+            left = f"{pace * (self.steps - state.step) / 60:.1f} min left"
+            print(f"{self.job.stage} {note}  {left}", file=sys.stderr, flush=True)
+        self.before = replace(state)
 
-    def evaluation(self, state: State, measured: dict) -> None:
+    def evaluation(self, state: State, measured: dict[str, float]) -> None:
         """Writes and prints the metrics of an evaluation."""
         row = {"stage": self.job.stage, "step": state.step, "tokens": state.tokens, "kind": "evaluation"}
         self.job.run.append_metrics(row | {"metrics": measured})

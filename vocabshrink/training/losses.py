@@ -1,14 +1,11 @@
 """Losses: pure functions of what one step saw, chosen and weighted by the recipe.
 
 Every loss is `f(forward, **arguments) -> scalar`, and its signature is the schema of its arguments. It is zero at
-agreement, ignores padding, and is logged unweighted. All are computed in float32 (see `TrainingTask.forward`), because
-similarities near 1 are 0.004 apart in bfloat16.
-
-Teacher and student are compared unit by unit (see batches.py), since vocabularies that differ cut a sentence into
-different numbers of pieces: a unit's hidden state is the mean over its pieces, and so are its queries, keys and values.
-A score is a product, so its mean over the pieces of two units is the product of two means. Only attention distributions
-are pooled as maps, since their softmax is over pieces. Where both vocabularies spell every word alike, units are pieces
-and each loss is the papers' own.
+agreement, ignores padding, is logged unweighted, and is computed in float32: in bfloat16, similarities near 1 are 0.004
+apart. Vocabularies that differ cut a sentence into different numbers of pieces, so teacher and student are compared unit
+by unit (see batches.py): a unit's hidden state is the mean over its pieces, and so are its queries, keys and values. A
+score is a product, so its mean over the pieces of two units is the product of two means. Only attention distributions
+are pooled as maps, since their softmax is over pieces. Where units are pieces, each loss is the papers' own.
 
 Shapes: B sequences, T pieces, U units, D width (D_S student, D_T teacher), h heads, n units or pieces of the batch that
 count, V_S and V_T pieces in the vocabularies, C classes.
@@ -40,6 +37,10 @@ STRICT = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)  # of the 
 def mean(values: Tensor) -> Tensor:
     """The mean of all elements, zero where there are none, as in a batch without a masked word."""
     return values.sum() / max(values.numel(), 1)
+
+
+def mean_squares(left: Tensor, right: Tensor) -> Tensor:
+    return (left - right).pow(2).mean()
 
 
 def one_minus_cosine(left: Tensor, right: Tensor) -> Tensor:
@@ -74,8 +75,8 @@ def transport(costs: Tensor) -> Tensor:
 
 
 def over_layers(forward: Forward, cost: Callable[[int, Layers], Tensor], *, attention: bool = False) -> Tensor:
-    """The mean of cost(m, block) over the map's pairs; under the map `emd`, the cost of the cheapest transport: BERT-EMD
-    (Li et al. 2020, section 3) with uniform layer weights and no gradient through the flow.
+    """The mean of cost(m, block) over the map's pairs; under the map `emd`, the cost of the cheapest transport
+    (BERT-EMD, Li et al. 2020, section 3), with uniform layer weights and no gradient through the flow.
 
     attention: leaves out pairs with layer 0, which has none. Raises InputError if no pair is left.
     """
@@ -168,7 +169,7 @@ def between_states(
 
 def hidden_mse(forward: Forward, direction: Direction = "up") -> Tensor:
     """Mean squared error of unit states over the matched layers, after the shared projection (TinyBERT, eq. 8)."""
-    return between_states(forward, F.mse_loss, direction)
+    return between_states(forward, mean_squares, direction)
 
 
 def hidden_mae(forward: Forward, direction: Direction = "up") -> Tensor:
@@ -214,7 +215,7 @@ def hidden_contrastive(
 
 def embedding_mse(forward: Forward) -> Tensor:
     """Mean squared error of the embedding outputs, unit by unit, after the projection up (TinyBERT, eq. 9)."""
-    return F.mse_loss(*forward.aligned(0, (0,), "up"))
+    return mean_squares(*forward.aligned(0, (0,), "up"))
 
 
 def between_maps(
@@ -234,8 +235,7 @@ def between_maps(
 
 def attention_scores(forward: Forward) -> Tensor:
     """Mean squared error of the scores Q K^T / sqrt(d) between units (TinyBERT, eq. 7). See `between_maps`."""
-    counts = forward.batch.unit_mask
-    both = counts.unsqueeze(1) & counts.unsqueeze(2)
+    both = forward.batch.unit_mask.unsqueeze(1) & forward.batch.unit_mask.unsqueeze(2)
 
     def distance(student: Tensor, teacher: Tensor) -> Tensor:
         return (student - teacher).pow(2).mean(1)[both].mean()
@@ -257,10 +257,7 @@ def attention_kl(forward: Forward) -> Tensor:
 
 def relations_kl(forward: Forward, kind: Kind, heads: int | None) -> Tensor:
     """KL of softmax(X X^T / sqrt(d_r)) between units, [B, A_r, U, U], where X is split into A_r heads of width d_r."""
-
-    def read(view: View, layers: Layers) -> Tensor:
-        return view.relations(kind, layers, heads or forward.teacher.heads)
-
+    read = partial(View.relations, kind=kind, heads=heads or forward.teacher.heads)
     return between_maps(forward, read, partial(kl_between_units, forward))
 
 
@@ -315,7 +312,7 @@ def labels(forward: Forward) -> Tensor:
     if targets is None:  # a task of tokens has its classes at pieces
         targets = forward.student.side.labels[forward.student.side.labels >= 0]
     if targets.is_floating_point():
-        return F.mse_loss(logits.squeeze(-1), targets)
+        return mean_squares(logits.squeeze(-1), targets)
     return mean(F.cross_entropy(logits, targets, reduction="none"))
 
 
@@ -349,23 +346,20 @@ def parameters_up(forward: Forward) -> Tensor:
 
 @dataclass(frozen=True)
 class Loss:
-    """A loss, what must be there for it, and the places whose steps have that.
-
-    reads: "hidden" (hidden states of all layers; the last are always there), "queries", "keys", "values", "teacher"
-    (its states), "teacher logits", "task logits"; "masked words", "student head", "teacher head" (of masked LM), "both
-    vocabularies" (which pieces they share); "up" (the projection, whatever the arguments); "groups" (of near
-    sentences).
-    stands_in: the modes of dual training ("joint", "two_stage", "match"), "distill" (recovery too), "finetune" and
-    "task teacher" (of its fine-tuning).
-    """
+    """A loss, what it reads, and the places whose steps have that."""
 
     function: Callable[..., Tensor]
+    # "hidden" (states of all layers; the last are always there), "queries", "keys", "values", "teacher" (its states),
+    # "teacher logits", "task logits"; "masked words", "student head", "teacher head" (of masked LM), "both vocabularies"
+    # (which pieces they share); "up" (the projection, whatever the arguments); "groups" (of near sentences)
     reads: Set[str]
+    # the modes of dual training, "distill" (recovery too), "finetune", "task teacher" (of its fine-tuning)
     stands_in: Set[str]
 
 
 COMPARED = frozenset({"joint", "match", "distill", "finetune"})  # where a student and a teacher see the same words
-ACROSS = ("masked words", "student head", "teacher head", "both vocabularies", "teacher")
+OF_HIDDEN = [hidden_mse, hidden_mae, hidden_huber, hidden_cosine, hidden_normalized, hidden_contrastive]
+ACROSS = ["masked words", "student head", "teacher head", "both vocabularies", "teacher"]
 LOSSES: dict[str, Loss] = {
     function.__name__: Loss(function, frozenset(reads), stands_in)
     for functions, reads, stands_in in (
@@ -373,8 +367,7 @@ LOSSES: dict[str, Loss] = {
         ([teacher_masked_lm], ["masked words", "teacher head"], {"joint", "two_stage"}),
         ([masked_lm_match, masked_lm_reduce], ACROSS, {"distill"}),
         ([parameters_down, parameters_up], [], {"joint"}),
-        ([hidden_mse, hidden_mae, hidden_huber, hidden_cosine], ["hidden", "teacher"], COMPARED),
-        ([hidden_normalized, hidden_contrastive], ["hidden", "teacher"], COMPARED),
+        (OF_HIDDEN, ["hidden", "teacher"], COMPARED),
         ([embedding_mse], ["hidden", "teacher", "up"], COMPARED),
         ([attention_scores, attention_kl], ["queries", "keys", "teacher"], COMPARED),
         ([query_relations], ["queries", "teacher"], COMPARED),

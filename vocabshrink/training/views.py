@@ -92,7 +92,7 @@ class View:
         """Attention scores between units before the softmax, Q K^T / sqrt(d), [B, h, U, U]."""
         return self._products("queries", "keys", layers, self.heads)
 
-    def relations(self, kind: Kind, layers: Layers, heads: int) -> Tensor:
+    def relations(self, layers: Layers, kind: Kind, heads: int) -> Tensor:
         """X X^T / sqrt(D / heads) between units before the softmax, [B, heads, U, U]; X is `kind`, split anew.
 
         Raises InputError if the heads do not divide the width.
