@@ -291,8 +291,7 @@ def test_augmented_rows_are_trained_on_with_the_teacher_s_logits(name, taught, d
         read_tasks(run.recipe)[name],
         read_teacher(context_of(run, "augment")),
         run.dir.stage("augment") / f"{name}.jsonl",
-        seed=0,
-        **more,
+        run.recipe.finetune.augment,
     )
     assert made["written"] > 64
     finetune(context_of(run, "finetune"))

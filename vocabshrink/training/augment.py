@@ -142,7 +142,7 @@ class Word:
 
 
 def copies_of(task: Task, row: int, found: dict[Sentence, list[Word]], section: AugmentSection) -> list[dict]:
-    """The distinct changed copies of one training row, as rows of the file; chance depends on the row's number alone."""
+    """The distinct changed copies of one training row, as rows of the file."""
     rows, random = task.splits["train"], np.random.default_rng((0, row))
     sentences, target = sentences_of(rows, row), rows.targets[row]
     words = [(number, w) for number, sentence in enumerate(sentences) for w in found[sentence] if w.candidates]

@@ -1,9 +1,8 @@
 """Checkpoints: everything a run needs to go on as if nothing had happened, in safetensors and JSON.
 
-What is trained, the optimizer's state, the loss scaler and the random states; the schedule and the position in the data
-are functions of the step. A checkpoint is written beside the one before, which steps aside as `.before` until the new
-one has its name: whenever the process is killed, `read_meta` finds a whole one. The names are fixed (`replacing_folder`
-draws random ones), so that what a kill left is found again.
+The schedule and the position in the data are functions of the step, so they are not kept. A checkpoint is written beside
+the one before, which steps aside as `.before` until the new one has its name: whenever the process is killed, `read_meta`
+finds a whole one. The names are fixed (`replacing_folder` draws random ones), so that what a kill left is found again.
 """
 
 import errno
@@ -49,8 +48,7 @@ def save_checkpoint(folder: Path, task: nn.Module, optimizer, meta: dict, scaler
         shutil.rmtree(temporary, ignore_errors=True)
         if getattr(error, "errno", None) != errno.ENOSPC and "os error 28" not in str(error):
             raise
-        what = "the disk is full: free some space and run again, the checkpoint before is whole"
-        raise InputError(f"{folder}: {what}") from None
+        raise InputError(f"{folder}: the disk is full: free some space and run again to resume") from None
     if folder.exists():
         shutil.rmtree(before, ignore_errors=True)
         folder.rename(before)
@@ -59,8 +57,7 @@ def save_checkpoint(folder: Path, task: nn.Module, optimizer, meta: dict, scaler
 
 
 def read_meta(folder: Path) -> dict | None:
-    """The newest whole checkpoint's meta, or None. Finishes a rename that a crash cut off. Raises InputError if it is
-    damaged."""
+    """The newest whole checkpoint's meta, or None. Finishes a rename that a crash cut off. Raises InputError if damaged."""
     before = folder.with_name(folder.name + ".before")
     if not folder.exists() and before.exists():
         before.rename(folder)
@@ -77,12 +74,10 @@ def load_checkpoint(folder: Path, task: nn.Module, optimizer, meta: dict, scaler
     try:
         saved, state, random = (load_file(folder / f"{name}.safetensors") for name in ("model", "optimizer", "random"))
     except (OSError, SafetensorError) as error:
-        why = f"damaged checkpoint ({error}): delete the folder to train this stage anew"
-        raise InputError(f"{folder}: {why}") from None
+        raise InputError(f"{folder}: damaged checkpoint ({error}): delete the folder to train anew") from None
     current = trained_state(task)
     if {n: t.shape for n, t in saved.items()} != {n: t.shape for n, t in current.items()}:
-        why = "checkpoint of another recipe (shapes differ): delete it, or give the run another name"
-        raise InputError(f"{folder}: {why}")
+        raise InputError(f"{folder}: of another recipe (shapes differ): delete it, or give the run another name")
     for name, tensor in current.items():
         tensor.copy_(saved[name])
     full = optimizer.state_dict() | {"state": {}}

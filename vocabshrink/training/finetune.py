@@ -17,7 +17,6 @@ from vocabshrink.data.tasks import score
 from vocabshrink.models.rounding import bake, is_rounded, quantization_aware
 from vocabshrink.models.student import first_position
 from vocabshrink.models.task_model import predict
-from vocabshrink.run.formats import Formats
 from vocabshrink.run.layer_map import layer_pairs
 from vocabshrink.run.recipe import Phase, TaskSection
 from vocabshrink.training.loop import Job, make_accelerator, share_of_batch, train
@@ -45,13 +44,13 @@ def fit(
     job: Job,
     seed: int,
     *,
-    shared: np.ndarray | None = None,
-    rounding: Formats | None = None,
+    shared=None,
+    rounding=None,
 ) -> dict:
     """Trains phase after phase, each from where the one before ended; a phase that was cut off resumes.
 
-    job: of all phases; in its section, {} stands for a phase's number. shared: see `PieceTable`. rounding: of phases
-    that train through it. Returns {"steps", "tokens", "seconds", "seconds_per_step", "phases": [`train`'s results]}.
+    job: of all phases; in its section, {} stands for a phase's number. shared: see `PieceTable`. rounding: the formats
+    of phases that train through it. Returns {"steps", "tokens", "seconds", "seconds_per_step", "phases": [`train`'s results]}.
     """
     results = []
     for number, phase in enumerate(phases):

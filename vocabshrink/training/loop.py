@@ -171,8 +171,8 @@ def train(
     Rank r of W processes takes micro-batch (step * accumulation + a) * W + r, so one batch of the recipe is one step
     whatever the number of processes; `batcher` must be made for `share_of_batch`. clock: in seconds.
 
-    Returns {"steps", "tokens", "seconds", "losses"}, and the last "evaluation" where there is any. Raises InputError for
-    a checkpoint of another recipe, and a loss or parameters that are not finite (the last good checkpoint stays).
+    Returns {"steps", "tokens", "seconds", "losses"} and, where there is any, the last "evaluation". Raises InputError
+    for a checkpoint of another recipe, and a loss or parameters that are not finite (the last good checkpoint stays).
     """
     optimizer = OPTIMIZERS[settings.optimizer](parameter_groups(task, settings))
     wrapped, optimizer = accelerator.prepare(task, optimizer)
@@ -230,8 +230,7 @@ def resume(task: nn.Module, optimizer, job: Job, accelerator: Accelerator) -> St
     """Puts the job's checkpoint back where there is one, and drops the metrics of steps after it."""
     meta, state = read_meta(job.checkpoint), State()
     if meta and meta["fingerprint"] != job.fingerprint:
-        what = "checkpoint of another recipe: delete the folder, or give the run another name"
-        raise InputError(f"{job.checkpoint}: {what}")
+        raise InputError(f"{job.checkpoint}: checkpoint of another recipe: delete it, or give the run another name")
     if meta:
         load_checkpoint(job.checkpoint, task, optimizer.optimizer, meta, accelerator.scaler)
         state = State(**{key: meta[key] for key in vars(state)})

@@ -2,8 +2,8 @@
 
 Every loss is `f(forward, **arguments) -> scalar`, and its signature is the schema of its arguments. It is zero at
 agreement, ignores padding, is logged unweighted, and is computed in float32: in bfloat16, similarities near 1 are 0.004
-apart. Vocabularies that differ cut a sentence into different numbers of pieces, so teacher and student are compared unit
-by unit (see batches.py): a unit's hidden state is the mean over its pieces, and so are its queries, keys and values. A
+apart. Vocabularies that differ cut a sentence into different numbers of pieces, so teacher and student are compared by
+units (see batches.py): a unit's hidden state is the mean over its pieces, and so are its queries, keys and values. A
 score is a product, so its mean over the pieces of two units is the product of two means. Only attention distributions
 are pooled as maps, since their softmax is over pieces. Where units are pieces, each loss is the papers' own.
 
@@ -30,6 +30,7 @@ from vocabshrink.run.layer_map import SoftPairs
 from vocabshrink.run.recipe import TrainingSection, explain
 from vocabshrink.training.views import Direction, Forward, Kind, Layers, Units, View
 
+Distance = Callable[[Tensor, Tensor], Tensor]  # student, teacher -> scalar
 Positive, Count = Annotated[float, Field(gt=0)], Annotated[int, Field(gt=0)]
 STRICT = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)  # of the arguments that a recipe gives
 
@@ -160,9 +161,7 @@ def masked_lm_reduce(forward: Forward, temperature: Positive = 1.0) -> Tensor:
     return mean(kl(reduced, target[:, spelt], temperature))
 
 
-def between_states(
-    forward: Forward, distance: Callable[[Tensor, Tensor], Tensor], direction: Direction, units: Units = "all"
-) -> Tensor:
+def between_states(forward: Forward, distance: Distance, direction: Direction, units: Units = "all") -> Tensor:
     """The distance of unit states [n, D] over the matched layers, after the shared projection."""
     return over_layers(forward, lambda m, block: distance(*forward.aligned(m, block, direction, units)))
 
@@ -218,9 +217,7 @@ def embedding_mse(forward: Forward) -> Tensor:
     return mean_squares(*forward.aligned(0, (0,), "up"))
 
 
-def between_maps(
-    forward: Forward, read: Callable[[View, Layers], Tensor], distance: Callable[[Tensor, Tensor], Tensor]
-) -> Tensor:
+def between_maps(forward: Forward, read: Callable[[View, Layers], Tensor], distance: Distance) -> Tensor:
     """The distance of maps [B, h, U, U] over the matched layers, head by head or, where the models have different
     numbers of heads, of their means over heads."""
 
@@ -244,10 +241,8 @@ def attention_scores(forward: Forward) -> Tensor:
 
 
 def attention_kl(forward: Forward) -> Tensor:
-    """KL(A_T || A_S) of the attention distributions between units. See `between_maps`.
-
-    MiniLM (Wang et al. 2020, section 3.1), there of the last layer; arXiv 2308.13958 replaces TinyBERT's MSE by it.
-    """
+    """KL(A_T || A_S) of the attention distributions between units (MiniLM, Wang et al. 2020, section 3.1, there of the
+    last layer; arXiv 2308.13958 replaces TinyBERT's MSE by it). See `between_maps`."""
 
     def distance(*maps: Tensor) -> Tensor:
         return kl_between_units(forward, *(probabilities.clamp_min(1e-30).log() for probabilities in maps))
@@ -262,10 +257,8 @@ def relations_kl(forward: Forward, kind: Kind, heads: int | None) -> Tensor:
 
 
 def query_relations(forward: Forward, heads: Count | None = None) -> Tensor:
-    """KL of the relations between queries, softmax(Q Q^T / sqrt(d_r)) (MiniLMv2, Wang et al. 2021).
-
-    heads: A_r, which must divide both widths, whatever the models' own numbers of heads. None: the teacher's.
-    """
+    """KL of the relations between queries, softmax(Q Q^T / sqrt(d_r)) (MiniLMv2, Wang et al. 2021). heads: A_r, which
+    must divide both widths, whatever the models' own numbers of heads; None: the teacher's."""
     return relations_kl(forward, "queries", heads)
 
 
@@ -304,10 +297,7 @@ def batch_similarity(forward: Forward) -> Tensor:
 
 
 def labels(forward: Forward) -> Tensor:
-    """Cross-entropy with a task's classes, [B, C] or [n, C] at labelled pieces; of scores, the mean squared error.
-
-    The only loss of a task that needs no teacher: it is zero at the truth.
-    """
+    """Cross-entropy with a task's classes, [B, C] or [n, C] at labelled pieces; of scores, the mean squared error."""
     logits, targets = forward.student.task_logits, forward.batch.targets
     if targets is None:  # a task of tokens has its classes at pieces
         targets = forward.student.side.labels[forward.student.side.labels >= 0]
@@ -350,8 +340,8 @@ class Loss:
 
     function: Callable[..., Tensor]
     # "hidden" (states of all layers; the last are always there), "queries", "keys", "values", "teacher" (its states),
-    # "teacher logits", "task logits"; "masked words", "student head", "teacher head" (of masked LM), "both vocabularies"
-    # (which pieces they share); "up" (the projection, whatever the arguments); "groups" (of near sentences)
+    # "teacher logits", "task logits", "masked words", "student head" and "teacher head" (of masked LM), "both
+    # vocabularies" (which pieces they share), "up" (the projection, whatever the arguments), "groups" (near sentences)
     reads: Set[str]
     # the modes of dual training, "distill" (recovery too), "finetune", "task teacher" (of its fine-tuning)
     stands_in: Set[str]
@@ -390,10 +380,8 @@ def readers(losses: Iterable[str], *parts: str) -> list[str]:
 
 
 def check_losses(section: str, stage: TrainingSection, place: str) -> None:
-    """Refuses losses that a stage cannot compute: unknown, out of place, with wrong arguments, without what they read.
-
-    section: the stage's key in the recipe. place: see `Loss`. Raises InputError, naming the key.
-    """
+    """Raises InputError, naming the key, for losses that a stage cannot compute: unknown, out of place, with wrong
+    arguments, without what they read. section: the stage's key in the recipe. place: see `Loss`."""
     for name, chosen in stage.losses.items():
         key = f"{section}.losses.{name}"
         if name not in LOSSES:
@@ -408,9 +396,7 @@ def check_losses(section: str, stage: TrainingSection, place: str) -> None:
         except ValidationError as error:
             first = error.errors()[0]
             raise InputError(explain(first | {"loc": (*key.split("."), *first["loc"])}, schema)) from None
-    for name in readers(stage.losses, "masked words"):
-        if not stage.mask:
-            raise InputError(f"{section}.losses.{name}: nothing is masked: set {section}.mask, 0.15 as in BERT")
-    for name in readers(stage.losses, "groups"):
-        if stage.group_size == 1:
-            raise InputError(f"{section}.losses.{name} compares near sentences: set {section}.group_size to 4")
+        if "masked words" in LOSSES[name].reads and not stage.mask:
+            raise InputError(f"{key}: nothing is masked: set {section}.mask, 0.15 as in BERT")
+        if "groups" in LOSSES[name].reads and stage.group_size == 1:
+            raise InputError(f"{key} compares near sentences: set {section}.group_size to 4")

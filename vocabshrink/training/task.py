@@ -1,18 +1,18 @@
 """What the training loop trains: tasks, each of which gives named losses of a batch.
 
 A task is a module of models and of helpers (projections, heads) that are learned with them and never ship. Each model
-reads its own segmentation of the same words, and only what the chosen losses read is computed: masked words alone do not
-run the teacher. In `Distillation` (from text) and `TaskTraining` (from a labelled task's rows) a student learns from a
-frozen teacher.
+reads its own segmentation of the same words, and only what the chosen losses read is computed: masked words alone do
+not run the teacher. In `Distillation` (from text) and `TaskTraining` (from a labelled task's rows) a student learns
+from a frozen teacher.
 
-In `DualTraining` the teacher itself learns the student's pieces (Zhao et al., arXiv 1909.11687, both versions). Each word
-of its input is segmented with the student's vocabulary with probability p, else with the teacher's. Student pieces are
-embedded by the student's table and, where widths differ, an affine map up; they enter the unchanged teacher beside its
-own pieces, as `inputs_embeds`, so its own objective pulls them into its space. Modes: `joint` (version 1: the student
-trains alongside, with parameter projections), `two_stage` (version 2: the teacher alone; distillation follows), and
-`match` for teachers without a masked-LM head: mixed input must give, unit by unit, what the teacher gives on its own
-segmentation, and only the new embeddings move. There the teacher on mixed input takes the student's seat, so every loss
-between student and teacher can be used.
+In `DualTraining` the teacher itself learns the student's pieces (Zhao et al., arXiv 1909.11687, both versions). Each
+word of its input is segmented with the student's vocabulary with probability p, else with the teacher's. Student pieces
+are embedded by the student's table and, where widths differ, an affine map up; they enter the unchanged teacher beside
+its own pieces, as `inputs_embeds`, so its own objective pulls them into its space. Modes: `joint` (version 1: the
+student trains alongside, with parameter projections), `two_stage` (version 2: the teacher alone; distillation follows),
+and `match` for teachers without a masked-LM head: mixed input must give, unit by unit, what the teacher gives on its
+own segmentation, and only the new embeddings move. There the teacher on mixed input takes the student's seat, so every
+loss between student and teacher can be used.
 """
 
 import inspect

@@ -7,10 +7,10 @@ bfloat16. Distributions of attention alone cost maps between pieces, [B, h, T, T
 """
 
 import math
-from collections.abc import Callable, Hashable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field, replace
-from functools import cached_property, partial
-from typing import Any, Literal, NamedTuple
+from functools import cached_property
+from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -27,11 +27,27 @@ Layers = tuple[int, ...]  # 1-based, 0 is the embedding output; of several layer
 Kind = Literal["queries", "keys", "values"]
 
 
-class Cache(dict):
-    """Values that are made at most once."""
+def once(method: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    """Keeps a method's results with the instance, by their arguments; functools.cache would keep the instance too."""
 
-    def once(self, key: Hashable, make: Callable[[], Any]) -> Any:
-        return self[key] if key in self else self.setdefault(key, make())
+    def kept(self, *arguments) -> Tensor:
+        key = method.__name__, *arguments
+        if key not in self.made:
+            self.made[key] = method(self, *arguments)
+        return self.made[key]
+
+    return kept
+
+
+def mean_of(layers: Iterable[Tensor]) -> Tensor:
+    layers = list(layers)
+    return layers[0] if len(layers) == 1 else torch.stack(layers).mean(0)
+
+
+def products(left: Tensor, right: Tensor, heads: int) -> Tensor:
+    """[B, U, D] twice, each split into heads of width d -> their products over sqrt(d), [B, heads, U, U]."""
+    left, right = (part.unflatten(-1, (heads, -1)).transpose(1, 2) for part in (left, right))
+    return left @ right.mT / math.sqrt(left.shape[-1])
 
 
 class Masked(NamedTuple):
@@ -60,7 +76,7 @@ class View:
     heads: int = 1
     logits: Tensor | None = None
     predict: Callable[[Tensor], Tensor] | None = None
-    _cache: Cache = field(default_factory=Cache, init=False, repr=False)
+    made: dict = field(default_factory=dict, init=False, repr=False)
 
     @property
     def hidden(self) -> tuple[Tensor, ...]:
@@ -72,46 +88,42 @@ class View:
         parts = (part and tuple(tensor.detach() for tensor in part) for part in vars(self.passed).values())
         return replace(self, passed=Pass(*parts))
 
+    @once
     def _units(self, kind: str, layer: int) -> Tensor:
         """Hidden states, queries, keys or values (fields of `Pass`) of a layer, as means over units [B, U, D]."""
-        index = layer if kind == "hidden" else layer - 1
-        states = getattr(self.passed, kind)[index]
-        return self._cache.once((kind, layer), lambda: pool_units(states, self.side.units, self.unit_count))
+        states = getattr(self.passed, kind)[layer if kind == "hidden" else layer - 1]
+        return pool_units(states, self.side.units, self.unit_count)
+
+    @once
+    def _products(self, left: Kind, right: Kind, heads: int, layer: int) -> Tensor:
+        return products(self._units(left, layer), self._units(right, layer), heads)
+
+    @once
+    def _maps(self, layer: int) -> Tensor:
+        queries, keys = (part[layer - 1].float() for part in (self.passed.queries, self.passed.keys))
+        padding = self.side.attention_mask[:, None, None] == 0
+        maps = products(queries, keys, self.heads).masked_fill(padding, -math.inf).softmax(-1)
+        return pool_attention(maps, self.side.units, self.unit_count)
 
     def states(self, layers: Layers) -> Tensor:
         """Hidden states of units, [B, U, D]."""
-        return mean_of([self._units("hidden", layer) for layer in layers])
-
-    def _products(self, left: Kind, right: Kind, layers: Layers, heads: int) -> Tensor:
-        def make(layer: int) -> Tensor:
-            return products(self._units(left, layer), self._units(right, layer), heads)
-
-        return mean_of([self._cache.once((left, right, heads, layer), partial(make, layer)) for layer in layers])
+        return mean_of(self._units("hidden", layer) for layer in layers)
 
     def scores(self, layers: Layers) -> Tensor:
         """Attention scores between units before the softmax, Q K^T / sqrt(d), [B, h, U, U]."""
-        return self._products("queries", "keys", layers, self.heads)
+        return mean_of(self._products("queries", "keys", self.heads, layer) for layer in layers)
 
     def relations(self, layers: Layers, kind: Kind, heads: int) -> Tensor:
-        """X X^T / sqrt(D / heads) between units before the softmax, [B, heads, U, U]; X is `kind`, split anew.
-
-        Raises InputError if the heads do not divide the width.
-        """
+        """X X^T / sqrt(D / heads) between units before the softmax, [B, heads, U, U]; X is `kind`, split anew. Raises
+        InputError if the heads do not divide the width."""
         width = getattr(self.passed, kind)[0].shape[-1]
         if width % heads:
             raise InputError(f"losses: {heads} relation heads do not divide a width of {width}: set heads of the loss")
-        return self._products(kind, kind, layers, heads)
+        return mean_of(self._products(kind, kind, heads, layer) for layer in layers)
 
     def attention(self, layers: Layers) -> Tensor:
         """Attention distributions between units, [B, h, U, U]: a unit is attended to as much as all its pieces."""
-
-        def make(layer: int) -> Tensor:
-            queries, keys = (part[layer - 1].float() for part in (self.passed.queries, self.passed.keys))
-            padding = self.side.attention_mask[:, None, None] == 0
-            maps = products(queries, keys, self.heads).masked_fill(padding, -math.inf).softmax(-1)
-            return pool_attention(maps, self.side.units, self.unit_count)
-
-        return mean_of([self._cache.once(("attention", layer), partial(make, layer)) for layer in layers])
+        return mean_of(map(self._maps, layers))
 
     @cached_property
     def sentence(self) -> Tensor:
@@ -153,28 +165,19 @@ class Forward:
     shared: Tensor | None = None
     spelling: Tensor | None = None
     given: dict[str, Callable[[], Tensor]] = field(default_factory=dict)
-    _cache: Cache = field(default_factory=Cache, init=False, repr=False)
+    made: dict = field(default_factory=dict, init=False, repr=False)
+
+    @once
+    def _states(
+        self, side: Literal["student", "teacher"], layers: Layers, direction: Direction, units: Units
+    ) -> Tensor:
+        found = getattr(self, side).states(layers)
+        found = found[:, 0] if units == "cls" else found[self.batch.unit_mask]
+        if (side, direction) == ("student", "up"):
+            return self.up(found)
+        return self.down(found) if (side, direction) == ("teacher", "down") else found
 
     def aligned(self, m: int, block: Layers, direction: Direction, units: Units = "all") -> tuple[Tensor, Tensor]:
         """States of a pair of layers in one width, the student's brought up or the teacher's down: [n, D] twice; of all
         units that count or, for `units` "cls", of [CLS] alone, [B, D]."""
-
-        def of(side: str, layers: Layers, project: nn.Module) -> Tensor:
-            def make() -> Tensor:
-                found = getattr(self, side).states(layers)
-                return project(found[:, 0] if units == "cls" else found[self.batch.unit_mask])
-
-            return self._cache.once((side, layers, direction, units), make)
-
-        left, right = (self.up, nn.Identity()) if direction == "up" else (nn.Identity(), self.down)
-        return of("student", (m,), left), of("teacher", block, right)
-
-
-def products(left: Tensor, right: Tensor, heads: int) -> Tensor:
-    """[B, U, D] twice, each split into heads of width d -> their products over sqrt(d), [B, heads, U, U]."""
-    left, right = (part.unflatten(-1, (heads, -1)).transpose(1, 2) for part in (left, right))
-    return left @ right.mT / math.sqrt(left.shape[-1])
-
-
-def mean_of(layers: list[Tensor]) -> Tensor:
-    return layers[0] if len(layers) == 1 else torch.stack(layers).mean(0)
+        return self._states("student", (m,), direction, units), self._states("teacher", block, direction, units)
