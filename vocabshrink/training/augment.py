@@ -4,18 +4,15 @@ Every word of a row is replaced, with probability p, by one of K candidates. A w
 vocabulary is masked, and the teacher's masked-LM head names the K most probable words in its place. A word of several
 pieces takes the K words nearest to their mean in the teacher's own table (the paper downloads GloVe), each piece
 weighted by its letters. Such a mean knows what `movie ##go ##ers` is near to, but nothing of `un ##fu ##nn ##y`, so a
-word whose first piece has less than half of its letters is masked as a whole instead. A teacher without a head gives
-nearest words only and leaves such words as they are; the summary says so.
-
-A word is a run of letters. Numbers, signs and what touches an apostrophe (`n't`, `'s`) stay, because they decide
-labels; so does what the teacher does not read as one word: runs of Chinese, letters with combining marks.
+word whose first piece has less than half of its letters is masked as a whole instead, or left as it is by a teacher
+without a head, which gives nearest words only. A word is a run of letters. Numbers, signs and what touches an
+apostrophe (`n't`, `'s`) stay, because they decide labels; so does what the teacher does not read as one word: runs of
+Chinese, letters with combining marks.
 
 Cost: each word of one piece is masked alone, so a sentence of L words costs the teacher L passes over it, once, however
 many copies are drawn. Not done: weighting of candidates by their probability (the paper draws evenly), and the other
-sentence of a pair as context (the masked word would be copied from it).
-
-The file grows by blocks of rows. A progress file beside it holds how many rows and bytes are good, so a run killed
-anywhere goes on after the last whole block, and a row's copies depend only on the row and its number.
+sentence of a pair as context (the masked word would be copied from it). The file grows by blocks of rows, and a
+progress file beside it holds how many rows and bytes are good, so a killed run goes on after the last whole block.
 """
 
 import hashlib

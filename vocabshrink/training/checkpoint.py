@@ -1,8 +1,8 @@
 """Checkpoints: everything a run needs to go on as if nothing had happened, in safetensors and JSON.
 
-The schedule and the position in the data are functions of the step, so they are not kept. A checkpoint is written beside
-the one before, which steps aside as `.before` until the new one has its name: whenever the process is killed, `read_meta`
-finds a whole one. The names are fixed (`replacing_folder` draws random ones), so that what a kill left is found again.
+The schedule and the position in the data are functions of the step, so they are not kept. A checkpoint is written
+beside the one before, which steps aside as `.before` until the new one has its name: whenever the process is killed,
+`read_meta` finds a whole one. The names are fixed, not random as in `replacing_folder`, so that it can.
 """
 
 import errno
@@ -57,7 +57,7 @@ def save_checkpoint(folder: Path, task: nn.Module, optimizer, meta: dict, scaler
 
 
 def read_meta(folder: Path) -> dict | None:
-    """The newest whole checkpoint's meta, or None. Finishes a rename that a crash cut off. Raises InputError if damaged."""
+    """The newest whole checkpoint's meta, or None. Finishes a rename that a crash cut off."""
     before = folder.with_name(folder.name + ".before")
     if not folder.exists() and before.exists():
         before.rename(folder)

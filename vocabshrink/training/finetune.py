@@ -50,7 +50,7 @@ def fit(
     """Trains phase after phase, each from where the one before ended; a phase that was cut off resumes.
 
     job: of all phases; in its section, {} stands for a phase's number. shared: see `PieceTable`. rounding: the formats
-    of phases that train through it. Returns {"steps", "tokens", "seconds", "seconds_per_step", "phases": [`train`'s results]}.
+    of phases that train through it. Returns {"steps", "tokens", "seconds", "seconds_per_step", "phases": [train's]}.
     """
     results = []
     for number, phase in enumerate(phases):
@@ -91,8 +91,7 @@ def longest(phase: Phase, *models: nn.Module | None) -> int:
 def logits_of(model: nn.Module, encoded: EncodedTask, split: str, phase: Phase, *, side: str = "student"):
     """The model's logits of a split, cut as in training (see `predict`)."""
     options = {"batch_size": EVALUATION_BATCH, "seed": 0, "sides": (side,), "max_pieces": longest(phase, model)}
-    batcher = TaskBatcher(encoded, split, **options)
-    return predict(model, batcher, side=side, precision=phase.precision)
+    return predict(model, TaskBatcher(encoded, split, **options), side=side, precision=phase.precision)
 
 
 def write_logits(path: Path, logits: dict[str, np.ndarray]) -> None:

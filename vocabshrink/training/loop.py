@@ -22,6 +22,7 @@ from accelerate.utils import DistributedDataParallelKwargs
 from rich.console import Console
 from rich.progress import Progress, TaskID, TextColumn
 from torch import nn
+from torch.nn.utils import get_total_norm
 
 from tokenizer_build.errors import InputError
 from vocabshrink.data.batches import Batch, Batcher, prefetch
@@ -112,10 +113,8 @@ def make_accelerator(settings: TrainingSection, run: RunDir) -> Accelerator:
 
 
 def share_of_batch(settings: TrainingSection, accelerator: Accelerator, section: str, group: int = 1) -> int:
-    """Sequences of one process in one accumulation step. section: the settings' key in the recipe.
-
-    Raises InputError where the batch cannot be shared in whole groups: rounding would change what a step is.
-    """
+    """Sequences of one process in one accumulation step. section: the settings' key in the recipe. Raises InputError
+    where the batch cannot be shared in whole groups: rounding would change what a step is."""
     processes, accumulation = accelerator.num_processes, settings.gradient_accumulation
     if settings.batch_size % (processes * accumulation * group):
         raise InputError(
@@ -204,7 +203,8 @@ def train(
                 scaled = accelerator.scaler is not None  # fp16 skips a step whose gradient overflows by itself
                 if not math.isfinite(total) or not (scaled or math.isfinite(norm)):
                     job.refuse(f"the loss is {total} at step {state.step} (gradient norm {norm:.3g})", settings)
-            if due and not parameters_are_finite(task):
+            # a norm is one fused sum, and also finds values too large to compute on
+            if due and not get_total_norm(p.detach() for p in task.parameters() if p.requires_grad).isfinite():
                 job.refuse(f"the parameters are not finite after step {state.step}", settings)
             if main and logged:
                 numbers = {"loss": total, "lr": optimizer.param_groups[0]["lr"], "grad_norm": float(norm)}
@@ -257,11 +257,6 @@ def take_step(wrapped, optimizer, batches: Iterator[Batch], weights: dict, clip:
         for name, value in losses.items():
             means[name] = means.get(name, 0) + value.detach().float() / accumulation
     return means, norm, tokens * accelerator.num_processes
-
-
-def parameters_are_finite(task: nn.Module) -> bool:
-    """By the norm of what is trained: one fused sum, which also finds values too large to compute on."""
-    return bool(nn.utils.get_total_norm(p.detach() for p in task.parameters() if p.requires_grad).isfinite())
 
 
 class Log:

@@ -188,11 +188,8 @@ def hidden_cosine(forward: Forward, direction: Direction = "up") -> Tensor:
 
 def hidden_normalized(forward: Forward, direction: Direction = "up", states: Units = "all") -> Tensor:
     """Mean squared distance of L2-normalised states (patient KD, Sun et al. 2019, eq. 7: of [CLS], `states` cls)."""
-
-    def distance(student: Tensor, teacher: Tensor) -> Tensor:
-        return (F.normalize(student, dim=-1) - F.normalize(teacher, dim=-1)).pow(2).sum(-1).mean()
-
-    return between_states(forward, distance, direction, states)
+    unit = partial(F.normalize, dim=-1)
+    return between_states(forward, lambda s, t: (unit(s) - unit(t)).pow(2).sum(-1).mean(), direction, states)
 
 
 def hidden_contrastive(
@@ -233,21 +230,15 @@ def between_maps(forward: Forward, read: Callable[[View, Layers], Tensor], dista
 def attention_scores(forward: Forward) -> Tensor:
     """Mean squared error of the scores Q K^T / sqrt(d) between units (TinyBERT, eq. 7). See `between_maps`."""
     both = forward.batch.unit_mask.unsqueeze(1) & forward.batch.unit_mask.unsqueeze(2)
-
-    def distance(student: Tensor, teacher: Tensor) -> Tensor:
-        return (student - teacher).pow(2).mean(1)[both].mean()
-
-    return between_maps(forward, View.scores, distance)
+    return between_maps(forward, View.scores, lambda s, t: (s - t).pow(2).mean(1)[both].mean())
 
 
 def attention_kl(forward: Forward) -> Tensor:
     """KL(A_T || A_S) of the attention distributions between units (MiniLM, Wang et al. 2020, section 3.1, there of the
     last layer; arXiv 2308.13958 replaces TinyBERT's MSE by it). See `between_maps`."""
-
-    def distance(*maps: Tensor) -> Tensor:
-        return kl_between_units(forward, *(probabilities.clamp_min(1e-30).log() for probabilities in maps))
-
-    return between_maps(forward, View.attention, distance)
+    return between_maps(
+        forward, View.attention, lambda *maps: kl_between_units(forward, *(m.clamp_min(1e-30).log() for m in maps))
+    )
 
 
 def relations_kl(forward: Forward, kind: Kind, heads: int | None) -> Tensor:

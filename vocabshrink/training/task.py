@@ -60,6 +60,14 @@ class TrainingTask(nn.Module):
         heads, units = backbone.config.num_attention_heads, batch.unit_mask.shape[1]
         return View(side, passed, self.pooling, self.normalize, units, heads)
 
+    def both(self, batch: Batch, student: nn.Module, teacher: nn.Module | None) -> Forward:
+        """The student's pass over its side and, if given, the frozen teacher's over its own."""
+        forward = Forward(batch, self.pairs, self.up, self.down, self.run(student, batch.student, batch))
+        if teacher is not None:
+            with torch.no_grad():
+                forward.teacher = self.run(teacher, batch.teacher, batch)
+        return forward
+
     def weights(self, progress: float) -> dict[str, float]:
         """Weight of each loss at this share of the run: linear from `start`, if given, to `weight`."""
         return {
@@ -134,17 +142,12 @@ class Distillation(TrainingTask):
                 raise InputError(f"losses.{name}: the vocabularies have no piece in common: leave this loss out")
 
     def view(self, batch: Batch) -> Forward:
-        teacher = None
-        if readers(self.losses, "teacher"):
-            with torch.no_grad():
-                teacher = self.run(self.teacher, batch.teacher, batch)
-        student = self.run(self.student, batch.student, batch)
-        forward = Forward(batch, self.pairs, self.up, self.down, student, teacher)
+        forward = self.both(batch, self.student, self.teacher if readers(self.losses, "teacher") else None)
         forward.shared, forward.spelling = self.shared, self.spelling
         if self.head is not None:
-            student.predict = lambda states: self.head(states, self.student.get_input_embeddings().weight)
+            forward.student.predict = partial(self.head, table=self.student.get_input_embeddings().weight)
         if self.teacher_head is not None:
-            teacher.predict = lambda states: self.teacher_head(states, self.teacher.get_input_embeddings().weight)
+            forward.teacher.predict = partial(self.teacher_head, table=self.teacher.get_input_embeddings().weight)
         return forward
 
 
@@ -155,17 +158,10 @@ class TaskTraining(TrainingTask):
     """
 
     def __init__(
-        self,
-        model: nn.Module,
-        kind: str,
-        *,
-        teacher: nn.Module | None = None,
-        logits: Tensor | None = None,
-        directions: Tensor | None = None,
-        pooling: str = "mean",
-        normalize: bool = True,
+        self, model: nn.Module, kind: str, *, teacher=None, logits=None, directions=None, pooling="mean", normalize=True
     ):
-        """logits [rows, C]: the teacher's on the training rows, by row number. directions: see `build_student`."""
+        """teacher: the fine-tuned model. logits [rows, C]: the teacher's on the training rows, by row number. directions: see
+        `build_student`."""
         super().__init__()
         self.student, self.kind, self.pooling, self.normalize = model, kind, pooling, normalize
         self.teacher, self.up, self.down = None, nn.Identity(), nn.Identity()
@@ -185,20 +181,15 @@ class TaskTraining(TrainingTask):
             parameter.requires_grad_(head or id(parameter) in body)
 
     def view(self, batch: Batch) -> Forward:
-        student = self.view_of(self.student, batch.student, batch)
-        forward = Forward(batch, self.pairs, self.up, self.down, student)
+        teacher = self.teacher.base_model if self.live else None
+        forward = self.both(batch, self.student.base_model, teacher)
+        forward.student.predict = partial(task_logits, self.student, kind=self.kind)
         if self.live:
-            with torch.no_grad():
-                forward.teacher = self.view_of(self.teacher, batch.teacher, batch)
+            forward.teacher.predict = partial(task_logits, self.teacher, kind=self.kind)
         if self.logits is not None and readers(self.losses, "teacher logits"):
             forward.teacher = forward.teacher or View(None, None)
             forward.teacher.logits = self.logits[batch.rows]
         return forward
-
-    def view_of(self, model: nn.Module, side: Pieces, batch: Batch) -> View:
-        view = self.run(model.base_model, side, batch)
-        view.predict = lambda states: task_logits(model, states, self.kind)
-        return view
 
 
 def live_teacher(losses: Losses, *, stored: bool) -> bool:
@@ -236,9 +227,10 @@ class DualTraining(TrainingTask):
         student: nn.Module,
         pairs: Pairs,
         *,
-        student_head: MaskedLMHead | None = None,
-        directions: Tensor | None = None,
+        student_head=None,
+        directions=None,
     ):
+        """student_head: for masked-LM losses in joint mode. directions: see `build_student`."""
         super().__init__()
         self.losses, self.pairs, self.mode = stage.losses, pairs, stage.mode
         self.teacher, self.student = teacher.backbone, student
@@ -270,23 +262,19 @@ class DualTraining(TrainingTask):
             self.student.get_input_embeddings().requires_grad_(True)
 
     def view(self, batch: Batch) -> Forward:
-        forward = Forward(batch, self.pairs, self.up, self.down)
         mixed = self.run(self.teacher, batch.mixed, batch, self.embedding(batch.mixed.ids))
         if self.mode == "match":
-            forward.up = forward.down = nn.Identity()
-            forward.student = mixed
             with torch.no_grad():
-                forward.teacher = self.run(self.teacher, batch.teacher, batch)
-            return forward
+                own = self.run(self.teacher, batch.teacher, batch)
+            return Forward(batch, self.pairs, nn.Identity(), nn.Identity(), mixed, own)
         # the student learns from the teacher, not the teacher from the student: only masked LM moves the teacher
-        forward.teacher = mixed.detached()
+        forward = Forward(batch, self.pairs, self.up, self.down, teacher=mixed.detached())
         if self.teacher_head is not None:
             tables, biases = self.embedding.tables, [self.teacher_head.bias, self.student_bias]
             forward.given["teacher_masked_lm"] = lambda: masked_lm_loss(mixed, self.teacher_head, tables(), biases)
         if self.mode == "joint":
-            table = self.student.get_input_embeddings().weight
             forward.student = self.run(self.student, batch.student, batch)
-            forward.student.predict = lambda states: self.head(states, table)
+            forward.student.predict = partial(self.head, table=self.student.get_input_embeddings().weight)
         for direction, projection in self.projections.items():
             forward.given[f"parameters_{direction}"] = partial(projection, self.student, self.teacher)
         return forward
