@@ -96,9 +96,7 @@ def augment_task(
 
 def augmented_rows(task: Task, path: Path) -> Rows:
     """The training rows of a task, then their copies in the order of the file that `augment_task` wrote.
-
-    Raises InputError for a missing file, or one of other training rows.
-    """
+    Raises InputError for a missing file, or one of other training rows."""
     rows, progress = task.splits["train"], read_json(path.with_suffix(".progress.json"))
     if progress["settings"]["rows"] != rows_sha256(rows) or progress["rows"] != len(rows):
         raise InputError(f"{path} does not hold copies of all rows of task {task.name}: run the augment stage again")
@@ -174,10 +172,8 @@ def replace(sentence: Sentence, replacements: list[tuple[Word, str]]) -> Sentenc
 
 class CandidateFinder:
     """Finds what may stand for each word of a sentence: the masked-LM head's words, or the nearest in the piece table.
-
     The teacher is moved to the accelerator's device, where it runs; nearest words are found on the CPU. Candidates are
-    whole words of at least two letters.
-    """
+    whole words of at least two letters."""
 
     def __init__(self, teacher: Teacher, count: int):
         self.teacher, self.count, self.device = teacher, count, PartialState().device
@@ -250,10 +246,8 @@ class CandidateFinder:
 
 def words_of(sentence: Sentence, encoding: Encoding) -> list[Word]:
     """The words of a sentence in order. encoding: of its parts with spaces between.
-
     A word has no pieces where one reaches over its edges or the tokenizer's own words begin inside it: no mask and no
-    mean stands for it then.
-    """
+    mean stands for it then."""
     text, ids, numbers, words, begin = " ".join(sentence), encoding.ids, encoding.word_ids, [], 0
     # of each piece, without the space that some families count to it; special tokens span nothing
     spans = [(end - len(text[start:end].lstrip()), end) for start, end in encoding.offsets]

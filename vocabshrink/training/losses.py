@@ -78,9 +78,7 @@ def transport(costs: Tensor) -> Tensor:
 def over_layers(forward: Forward, cost: Callable[[int, Layers], Tensor], *, attention: bool = False) -> Tensor:
     """The mean of cost(m, block) over the map's pairs; under the map `emd`, the cost of the cheapest transport
     (BERT-EMD, Li et al. 2020, section 3), with uniform layer weights and no gradient through the flow.
-
-    attention: leaves out pairs with layer 0, which has none. Raises InputError if no pair is left.
-    """
+    attention: leaves out pairs with layer 0, which has none. Raises InputError if no pair is left."""
     pairs = [(m, block) for m, block in forward.pairs if not attention or (m and all(block))]
     if not pairs:
         raise InputError("layer_map: every pair in it has layer 0, where there is no attention: add a pair of layers")
@@ -93,10 +91,8 @@ def over_layers(forward: Forward, cost: Callable[[int, Layers], Tensor], *, atte
 
 def masked_lm_loss(view: View, head: MaskedLMHead, tables: list[Tensor], biases: list[Tensor]) -> Tensor:
     """Cross-entropy at masked pieces, one softmax per vocabulary (Zhao et al. 2019, section 3.2).
-
     The view's labels [B, T] are in the combined numbering (vocabulary k follows k - 1), -100 where not masked; tables
-    [V_k, D_E]; biases [V_k]. The table of the vocabulary that segmented the word predicts it.
-    """
+    [V_k, D_E]; biases [V_k]. The table of the vocabulary that segmented the word predicts it."""
     where = view.side.labels >= 0
     states, labels = head.transform(view.hidden[-1][where].float()), view.side.labels[where]
     total, first = states.sum() * 0.0, 0
@@ -122,10 +118,8 @@ def teacher_masked_lm(forward: Forward) -> Tensor:
 
 def masked_lm_match(forward: Forward, temperature: Positive = 1.0) -> Tensor:
     """T² KL(p_T || p_S) at masked pieces that both vocabularies write alike, over the pieces that both have.
-
     Logits [n, V_S] and [n, V_T] at units that are the same one masked piece on each side (Kolesnikova et al. 2022,
-    arXiv 2205.02340, "match"; with one vocabulary it is DistilBERT's L_ce).
-    """
+    arXiv 2205.02340, "match"; with one vocabulary it is DistilBERT's L_ce)."""
     student, teacher = forward.student.masked, forward.teacher.masked
     alone = (student.counts == 1) & (teacher.counts == 1)
     # units rise along both sides, so the n-th chosen piece of one meets the n-th of the other
@@ -139,11 +133,9 @@ def masked_lm_match(forward: Forward, temperature: Positive = 1.0) -> Tensor:
 
 def masked_lm_reduce(forward: Forward, temperature: Positive = 1.0) -> Tensor:
     """T² KL(p_T || p_S) over the teacher's pieces, at words that the teacher has masked as one piece.
-
     The student's score of a teacher piece is the mean of its log-probabilities of the pieces that spell it, averaged
     over the word's masked pieces; teacher pieces without a spelling are left out of both softmaxes (after Kolesnikova
-    et al. 2022, arXiv 2205.02340, "reduce-map").
-    """
+    et al. 2022, arXiv 2205.02340, "reduce-map")."""
     student, teacher = forward.student.masked, forward.teacher.masked
     chosen = (teacher.counts == 1) & (student.counts > 0)
     mine, theirs = chosen[student.units], chosen[teacher.units]
@@ -196,10 +188,8 @@ def hidden_contrastive(
     forward: Forward, direction: Direction = "up", temperature: Positive = 0.1, limit: Count = 1024
 ) -> Tensor:
     """KL of softmax(t · t_j / τ) and softmax(s · t_j / τ): a unit's state is told from those of the batch's others.
-
     InfoNCE (van den Oord et al. 2018, eq. 4) with the teacher's own similarities as targets, so that near units are no
-    errors. s, t: L2-normalised states [n, D]; j over at most `limit` units, evenly spaced, because the cost is n².
-    """
+    errors. s, t: L2-normalised states [n, D]; j over at most `limit` units, evenly spaced, because the cost is n²."""
 
     def distance(student: Tensor, teacher: Tensor) -> Tensor:
         every = -(-len(teacher) // limit)
@@ -234,8 +224,8 @@ def attention_scores(forward: Forward) -> Tensor:
 
 
 def attention_kl(forward: Forward) -> Tensor:
-    """KL(A_T || A_S) of the attention distributions between units (MiniLM, Wang et al. 2020, section 3.1, there of the
-    last layer; arXiv 2308.13958 replaces TinyBERT's MSE by it). See `between_maps`."""
+    """KL(A_T || A_S) of the attention distributions between units (MiniLM, Wang et al. 2020, section 3.1).
+    There it is of the last layer; arXiv 2308.13958 replaces TinyBERT's MSE by it. See `between_maps`."""
     return between_maps(
         forward, View.attention, lambda *maps: kl_between_units(forward, *(m.clamp_min(1e-30).log() for m in maps))
     )
@@ -248,8 +238,8 @@ def relations_kl(forward: Forward, kind: Kind, heads: int | None) -> Tensor:
 
 
 def query_relations(forward: Forward, heads: Count | None = None) -> Tensor:
-    """KL of the relations between queries, softmax(Q Q^T / sqrt(d_r)) (MiniLMv2, Wang et al. 2021). heads: A_r, which
-    must divide both widths, whatever the models' own numbers of heads; None: the teacher's."""
+    """KL of the relations between queries, softmax(Q Q^T / sqrt(d_r)) (MiniLMv2, Wang et al. 2021).
+    heads: A_r, which must divide both widths, whatever the models' own numbers of heads; None: the teacher's."""
     return relations_kl(forward, "queries", heads)
 
 
@@ -299,10 +289,8 @@ def labels(forward: Forward) -> Tensor:
 
 def soft_labels(forward: Forward, temperature: Positive = 1.0, divergence: Literal["kl", "ce"] = "kl") -> Tensor:
     """T² KL(p_T || p_S) of softmax(z / T), z [B, C] or [n, C] at labelled pieces (Hinton et al. 2015, eq. 1).
-
     divergence ce: T² times the cross-entropy (TinyBERT, eq. 10, with T = 1), larger by the teacher's entropy: the same
-    gradients, and not zero at agreement. Regression has no distribution: `phases_of` gives it `logits_mse`.
-    """
+    gradients, and not zero at agreement. Regression has no distribution: `phases_of` gives it `logits_mse`."""
     student, teacher = forward.student.task_logits, forward.teacher.task_logits
     found = kl(student, teacher, temperature)
     if divergence == "ce":

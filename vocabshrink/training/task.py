@@ -123,9 +123,7 @@ class Distillation(TrainingTask):
         spelling: Tensor | None = None,
     ):
         """head: the student's, for masked-LM losses. directions: see `build_student`. shared, spelling: see `Forward`.
-
-        Raises InputError: a loss between vocabularies that have nothing in common.
-        """
+        Raises InputError: a loss between vocabularies that have nothing in common."""
         super().__init__()
         self.losses, self.pairs = stage.losses, pairs
         self.student, self.head = student, head
@@ -153,15 +151,12 @@ class Distillation(TrainingTask):
 
 class TaskTraining(TrainingTask):
     """A task model on its own pieces and, where a loss reads it, a frozen fine-tuned teacher on the teacher's.
-
-    `begin` opens each phase: models and projections stay, so that a later phase starts where the one before ended.
-    """
+    `begin` opens each phase: models and projections stay, so that a later phase starts where the one before ended."""
 
     def __init__(
         self, model: nn.Module, kind: str, *, teacher=None, logits=None, directions=None, pooling="mean", normalize=True
     ):
-        """teacher: the fine-tuned model. logits [rows, C]: the teacher's on the training rows, by row number. directions: see
-        `build_student`."""
+        """logits [rows, C]: the teacher's on the training rows, by row number. directions: see `build_student`."""
         super().__init__()
         self.student, self.kind, self.pooling, self.normalize = model, kind, pooling, normalize
         self.teacher, self.up, self.down = None, nn.Identity(), nn.Identity()
