@@ -8,7 +8,6 @@ word whose first piece has less than half of its letters is masked as a whole in
 without a head, which gives nearest words only. A word is a run of letters. Numbers, signs and what touches an
 apostrophe (`n't`, `'s`) stay, because they decide labels; so does what the teacher does not read as one word: runs of
 Chinese, letters with combining marks.
-
 Cost: each word of one piece is masked alone, so a sentence of L words costs the teacher L passes over it, once, however
 many copies are drawn. Not done: weighting of candidates by their probability (the paper draws evenly), and the other
 sentence of a pair as context (the masked word would be copied from it). The file grows by blocks of rows, and a
@@ -59,14 +58,11 @@ def augment_task(
     progress: Callable[[int], None] = lambda rows: None,
 ) -> dict:
     """Writes up to `section.copies` changed copies of every training row to `out`, going on where a former call ended.
-
     progress: given the rows of each finished block. A row of `out` is {"sentence1", "sentence2" for pairs, "label",
     "source"} or, for token tasks, {"tokens", "slots" (the labels), "source"}, where source is the number of the
     training row, from 0.
-
     Returns {"rows", "written", "words", "masked" (words whose candidates are the head's), "candidates" (in words)}.
-    Raises InputError for a full disk, or a progress file that is not JSON.
-    """
+    Raises InputError for a full disk, or a progress file that is not JSON."""
     rows, head, progress_file = task.splits["train"], teacher.head is not None, out.with_suffix(".progress.json")
     settings = section.model_dump() | {"head": head, "rows": rows_sha256(rows)}
     done = read_json(progress_file) if progress_file.is_file() and out.is_file() else {}

@@ -48,10 +48,8 @@ def fit(
     rounding=None,
 ) -> dict:
     """Trains phase after phase, each from where the one before ended; a phase that was cut off resumes.
-
     job: of all phases; in its section, {} stands for a phase's number. shared: see `PieceTable`. rounding: the formats
-    of phases that train through it. Returns {"steps", "tokens", "seconds", "seconds_per_step", "phases": [train's]}.
-    """
+    of phases that train through it. Returns {"steps", "tokens", "seconds", "seconds_per_step", "phases": [train's]}."""
     results = []
     for number, phase in enumerate(phases):
         pairs, section = (), job.section.format(number)

@@ -6,7 +6,6 @@ apart. Vocabularies that differ cut a sentence into different numbers of pieces,
 units (see batches.py): a unit's hidden state is the mean over its pieces, and so are its queries, keys and values. A
 score is a product, so its mean over the pieces of two units is the product of two means. Only attention distributions
 are pooled as maps, since their softmax is over pieces. Where units are pieces, each loss is the papers' own.
-
 Shapes: B sequences, T pieces, U units, D width (D_S student, D_T teacher), h heads, n units or pieces of the batch that
 count, V_S and V_T pieces in the vocabularies, C classes.
 """

@@ -4,7 +4,6 @@ A task is a module of models and of helpers (projections, heads) that are learne
 reads its own segmentation of the same words, and only what the chosen losses read is computed: masked words alone do
 not run the teacher. In `Distillation` (from text) and `TaskTraining` (from a labelled task's rows) a student learns
 from a frozen teacher.
-
 In `DualTraining` the teacher itself learns the student's pieces (Zhao et al., arXiv 1909.11687, both versions). Each
 word of its input is segmented with the student's vocabulary with probability p, else with the teacher's. Student pieces
 are embedded by the student's table and, where widths differ, an affine map up; they enter the unchanged teacher beside
@@ -201,10 +200,6 @@ class MixedEmbedding(nn.Module):
         self.teacher_table, self.student_table = teacher_table, student_table
         self.up = widen(student_table.embedding_dim, teacher_table.embedding_dim, directions)
 
-    def tables(self) -> list[Tensor]:
-        """Both in the teacher's width, [V_T, D_T] and [V_S, D_T]."""
-        return [self.teacher_table.weight, self.up(self.student_table.weight)]
-
     def forward(self, ids: Tensor) -> Tensor:
         first = self.teacher_table.num_embeddings
         from_student = (ids >= first).unsqueeze(-1)
@@ -265,14 +260,18 @@ class DualTraining(TrainingTask):
         # the student learns from the teacher, not the teacher from the student: only masked LM moves the teacher
         forward = Forward(batch, self.pairs, self.up, self.down, teacher=mixed.detached())
         if self.teacher_head is not None:
-            tables, biases = self.embedding.tables, [self.teacher_head.bias, self.student_bias]
-            forward.given["teacher_masked_lm"] = lambda: masked_lm_loss(mixed, self.teacher_head, tables(), biases)
+            forward.given["teacher_masked_lm"] = partial(self.masked_lm, mixed)
         if self.mode == "joint":
             forward.student = self.run(self.student, batch.student, batch)
             forward.student.predict = partial(self.head, table=self.student.get_input_embeddings().weight)
         for direction, projection in self.projections.items():
             forward.given[f"parameters_{direction}"] = partial(projection, self.student, self.teacher)
         return forward
+
+    def masked_lm(self, mixed: View) -> Tensor:
+        """Over both tables in the teacher's width, [V_T, D_T] and [V_S, D_T]."""
+        tables = [self.embedding.teacher_table.weight, self.embedding.up(self.embedding.student_table.weight)]
+        return masked_lm_loss(mixed, self.teacher_head, tables, [self.teacher_head.bias, self.student_bias])
 
 
 class HeadTraining(TrainingTask):

@@ -63,10 +63,8 @@ class Masked(NamedTuple):
 @dataclass
 class View:
     """One model's pass over one side of the batch.
-
     unit_count: U. heads: of the model's attention. logits: a task's where they were stored, [B, C], or [B, T, C] of a
-    token task. predict: last hidden states -> the model's own logits: of pieces [n, D] -> [n, V], or a task's.
-    """
+    token task. predict: last hidden states -> the model's own logits: of pieces [n, D] -> [n, V], or a task's."""
 
     side: Pieces | None
     passed: Pass | None
@@ -80,8 +78,7 @@ class View:
 
     @property
     def hidden(self) -> tuple[Tensor, ...]:
-        """[B, T, D] each, in the dtype of the pass."""
-        return self.passed.hidden
+        return self.passed.hidden  # [B, T, D] each, in the dtype of the pass
 
     def detached(self) -> "View":
         """The same view as a target: no gradient goes back through it."""
@@ -148,13 +145,11 @@ class View:
 @dataclass
 class Forward:
     """What one step saw. A view that a stage does not run is None.
-
     student: the student on its pieces; in match mode, the teacher on mixed input takes its seat. teacher: the target:
     the teacher on its own pieces or, in joint training, on mixed ones; its view carries no gradient.
     up [D_S -> D_T] and down [D_T -> D_S]: shared projections of hidden states. shared [V_S]: the teacher's id of the
     same piece, or -1. spelling [V_T, K]: student pieces that spell a teacher piece, then -1. given: loss name ->
-    function giving it, of losses that read more than views.
-    """
+    function giving it, of losses that read more than views."""
 
     batch: Batch
     pairs: Pairs
