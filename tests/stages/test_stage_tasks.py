@@ -314,9 +314,9 @@ def killing(monkeypatch, at: int) -> list[str]:
     """The loop's trainings by name, of which the `at`-th is killed at its end, before its figures are written."""
     begun, train = [], vocabshrink.training.finetune.train
 
-    def counted(task, batcher, settings, run, stage, **options):
-        begun.append(stage)
-        result = train(task, batcher, settings, run, stage, **options)
+    def counted(task, batcher, settings, job, *others):
+        begun.append(job.stage)
+        result = train(task, batcher, settings, job, *others)
         if len(begun) == at:
             raise Killed
         return result
