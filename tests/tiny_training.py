@@ -20,9 +20,8 @@ from vocabshrink.models.teacher import load_teacher
 from vocabshrink.run.folder import RunDir
 from vocabshrink.run.layer_map import layer_pairs
 from vocabshrink.run.recipe import DistillStage, StudentSection, TrainingSection, Weighted
-from vocabshrink.training.distillation import Distillation
 from vocabshrink.training.loop import Job, make_accelerator, train
-from vocabshrink.training.task import TrainingTask
+from vocabshrink.training.task import Distillation, TrainingTask
 
 NARROW = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 24}
 PLAIN = {"precision": "no", "evaluations": 0, "warmup": 0.0}

@@ -18,7 +18,7 @@ from vocabshrink.models import forward
 from vocabshrink.models.forward import pool_attention, pool_sentence, pool_units, run_backbone
 from vocabshrink.models.loading import check_folder, resolve_model
 from vocabshrink.models.teacher import load_teacher
-from vocabshrink.training.dual_training import MixedEmbedding
+from vocabshrink.training.task import MixedEmbedding
 
 # Where each family keeps layer m's query projection, and its name in the key's and the value's.
 LAYERS = {
@@ -92,7 +92,7 @@ def test_mixed_embedding_takes_each_piece_from_its_table():
     up = student.weight @ embedding.up.weight.T + embedding.up.bias
     expected = torch.stack([teacher.weight[0], teacher.weight[9], up[0], up[3]])
     torch.testing.assert_close(out[0], expected)
-    torch.testing.assert_close(embedding.tables()[1], up)
+    torch.testing.assert_close(embedding.up(embedding.student_table.weight), up)
 
 
 @pytest.mark.parametrize("family", ["bert", "roberta"])

@@ -290,8 +290,7 @@ def test_augmented_rows_are_trained_on_with_the_teacher_s_logits(name, taught, d
         read_tasks(run.recipe)[name],
         read_teacher(context_of(run, "augment")),
         run.dir.stage("augment") / f"{name}.jsonl",
-        seed=0,
-        **more,
+        run.recipe.finetune.augment,
     )
     assert made["written"] > 64
     finetune(context_of(run, "finetune"))
@@ -314,9 +313,9 @@ def killing(monkeypatch, at: int) -> list[str]:
     """The loop's trainings by name, of which the `at`-th is killed at its end, before its figures are written."""
     begun, train = [], vocabshrink.training.finetune.train
 
-    def counted(task, batcher, settings, job, *arguments, **options):
+    def counted(task, batcher, settings, job, *others):
         begun.append(job.stage)
-        result = train(task, batcher, settings, job, *arguments, **options)
+        result = train(task, batcher, settings, job, *others)
         if len(begun) == at:
             raise Killed
         return result

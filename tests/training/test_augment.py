@@ -15,10 +15,11 @@ from transformers import AutoModelForMaskedLM, RobertaConfig, RobertaForMaskedLM
 from tokenizer_build.errors import InputError
 from vocabshrink.data.tasks import Rows, Task
 from vocabshrink.models.teacher import load_teacher
+from vocabshrink.run.recipe import AugmentSection
 from vocabshrink.training import augment
 from vocabshrink.training.augment import CandidateFinder, augment_task, augmented_rows
 
-SETTINGS = {"p": 0.4, "copies": 5, "candidates": 6, "seed": 0}
+SETTINGS = AugmentSection(p=0.4, copies=5, candidates=6)
 
 
 @pytest.fixture(scope="module")
@@ -175,7 +176,7 @@ def test_a_byte_level_teacher_gives_words_without_its_mark(lines, tmp_path):
 
 def test_the_rows_of_a_task(teacher, task, tmp_path):
     seen = []
-    summary = augment_task(task, teacher, tmp_path / "toy.jsonl", **SETTINGS, progress=seen.append)
+    summary = augment_task(task, teacher, tmp_path / "toy.jsonl", SETTINGS, progress=seen.append)
     rows, train = read(tmp_path / "toy.jsonl"), task.splits["train"]
     assert seen == [64, 64, 22] and summary["rows"] == 150 and summary["written"] == len(rows) > 700
     assert summary["candidates"] == "masked words, else nearest words"
@@ -193,23 +194,23 @@ def test_the_rows_of_a_task(teacher, task, tmp_path):
 
 
 def test_p_is_the_probability_of_each_word(teacher, task, tmp_path):
-    augment_task(task, teacher, tmp_path / "none.jsonl", **SETTINGS | {"p": 0.0})
+    augment_task(task, teacher, tmp_path / "none.jsonl", SETTINGS.model_copy(update={"p": 0.0}))
     assert read(tmp_path / "none.jsonl") == []
-    augment_task(task, teacher, tmp_path / "all.jsonl", **SETTINGS | {"p": 1.0})
+    augment_task(task, teacher, tmp_path / "all.jsonl", SETTINGS.model_copy(update={"p": 1.0}))
     for row in read(tmp_path / "all.jsonl"):
         old, new = task.splits["train"].first[row["source"]].split(), row["sentence1"].split()
         assert all(o != n for o, n in zip(old, new, strict=True) if o.isalpha())
 
 
 def test_a_teacher_without_a_head_gives_nearest_words_and_says_so(headless, task, tmp_path):
-    summary = augment_task(task, headless, tmp_path / "toy.jsonl", **SETTINGS)
+    summary = augment_task(task, headless, tmp_path / "toy.jsonl", SETTINGS)
     assert summary["masked"] == 0 and summary["written"] > 700
     assert summary["candidates"] == "nearest words only: the teacher has no masked-LM head"
 
 
 def test_pairs_change_both_sentences_and_scores_stay(teacher, lines, tmp_path):
     task = task_of(lines[:20], np.arange(20) / 4, second=lines[20:40], kind="regression", labels=())
-    augment_task(task, teacher, tmp_path / "toy.jsonl", **SETTINGS)
+    augment_task(task, teacher, tmp_path / "toy.jsonl", SETTINGS)
     rows = read(tmp_path / "toy.jsonl")
     assert all(row["label"] == row["source"] / 4 for row in rows)
     assert sum(row["sentence1"] != lines[row["source"]] for row in rows) > 90
@@ -220,7 +221,7 @@ def test_tokens_keep_their_number_and_labels(teacher, whole, tmp_path):
     tokens = [[whole[0], f"{whole[1]} {whole[2]}", "42", whole[3].capitalize()], [whole[4], "."]]
     targets = [np.array([0, 1, 0, 1]), np.array([1, 0])]
     task = task_of(tokens, targets, kind="tokens", labels=("O", "B-x"))
-    augment_task(task, teacher, tmp_path / "toy.jsonl", **SETTINGS | {"p": 0.8})
+    augment_task(task, teacher, tmp_path / "toy.jsonl", SETTINGS.model_copy(update={"p": 0.8}))
     rows = read(tmp_path / "toy.jsonl")
     assert {row["source"] for row in rows} == {0, 1}
     for row in rows:
@@ -240,43 +241,43 @@ def test_tokens_keep_their_number_and_labels(teacher, whole, tmp_path):
 def test_a_killed_run_goes_on_and_a_finished_one_rests(teacher, task, tmp_path, monkeypatch):
     monkeypatch.setattr(augment, "ROWS_IN_BLOCK", 40)
     whole, out = tmp_path / "whole.jsonl", tmp_path / "toy.jsonl"
-    expected = augment_task(task, teacher, whole, **SETTINGS)
+    expected = augment_task(task, teacher, whole, SETTINGS)
     for written in (1, 2):  # killed behind each of two blocks, then while it writes the next
 
         def stop(rows):
             raise KeyboardInterrupt
 
         with pytest.raises(KeyboardInterrupt):
-            augment_task(task, teacher, out, **SETTINGS, progress=stop)
+            augment_task(task, teacher, out, SETTINGS, progress=stop)
         assert {row["source"] for row in read(out)} == set(range(40 * written))
         with out.open("a") as file:
             file.write('{"sentence1": "half a li')
     seen = []
-    assert augment_task(task, teacher, out, **SETTINGS, progress=seen.append) == expected
+    assert augment_task(task, teacher, out, SETTINGS, progress=seen.append) == expected
     assert seen == [40, 30] and out.read_bytes() == whole.read_bytes()
-    assert augment_task(task, teacher, out, **SETTINGS, progress=seen.append) == expected
+    assert augment_task(task, teacher, out, SETTINGS, progress=seen.append) == expected
     assert seen == [40, 30] and out.read_bytes() == whole.read_bytes()
 
 
 def test_other_settings_or_a_lost_file_begin_anew(teacher, headless, task, tmp_path):
     out, seen = tmp_path / "toy.jsonl", []
-    augment_task(task, teacher, out, **SETTINGS)
+    augment_task(task, teacher, out, SETTINGS)
     first = out.read_bytes()
-    augment_task(task, teacher, out, **SETTINGS | {"seed": 1}, progress=seen.append)
+    augment_task(task, teacher, out, SETTINGS.model_copy(update={"p": 0.5}), progress=seen.append)
     assert sum(seen) == 150 and out.read_bytes() != first
-    augment_task(task, headless, out, **SETTINGS, progress=seen.append)
+    augment_task(task, headless, out, SETTINGS, progress=seen.append)
     assert sum(seen) == 300 and out.read_bytes() != first
     out.unlink()
-    augment_task(task, teacher, out, **SETTINGS, progress=seen.append)
+    augment_task(task, teacher, out, SETTINGS, progress=seen.append)
     assert sum(seen) == 450 and out.read_bytes() == first
     out.write_bytes(first[:100])
-    augment_task(task, teacher, out, **SETTINGS, progress=seen.append)
+    augment_task(task, teacher, out, SETTINGS, progress=seen.append)
     assert sum(seen) == 600 and out.read_bytes() == first
 
 
 def test_training_rows_with_their_copies(teacher, task, tmp_path):
     out = tmp_path / "toy.jsonl"
-    augment_task(task, teacher, out, **SETTINGS)
+    augment_task(task, teacher, out, SETTINGS)
     copies, both = read(out), augmented_rows(task, out)
     train = task.splits["train"]
     assert both.first == [*train.first, *(row["sentence1"] for row in copies)] and both.second is None

@@ -10,9 +10,15 @@ from tiny_training import Regression
 
 from tokenizer_build.errors import InputError
 from vocabshrink.run.recipe import TrainingSection
-from vocabshrink.training import checkpoint as module
-from vocabshrink.training.checkpoint import load_checkpoint, read_meta, save_checkpoint, trained_state
-from vocabshrink.training.loop import OPTIMIZERS, parameter_groups
+from vocabshrink.training import loop as module
+from vocabshrink.training.loop import (
+    OPTIMIZERS,
+    load_checkpoint,
+    parameter_groups,
+    read_meta,
+    save_checkpoint,
+    trained_state,
+)
 
 
 def trained(optimizer: str = "adamw", steps: int = 3, seed: int = 0):

@@ -14,9 +14,9 @@ from vocabshrink.models.teacher import MaskedLMHead, load_teacher
 from vocabshrink.run.folder import RunDir
 from vocabshrink.run.layer_map import layer_pairs
 from vocabshrink.run.recipe import DualStage, StudentSection, TrainingSection, Weighted
-from vocabshrink.training.dual_training import DualTraining, HeadTraining
 from vocabshrink.training.loop import Job, make_accelerator, train
 from vocabshrink.training.losses import LOSSES, readers
+from vocabshrink.training.task import DualTraining, HeadTraining
 
 COMPARING = {name for name in readers(LOSSES, "teacher") if LOSSES[name].stands_in >= {"joint", "match"}}
 SIDES = {"joint": ("mixed", "student"), "two_stage": ("mixed",), "match": ("mixed", "teacher")}

@@ -12,8 +12,16 @@ from tokenizer_build.errors import InputError
 from vocabshrink.run.folder import RunDir
 from vocabshrink.run.recipe import TrainingSection, Weighted
 from vocabshrink.training import loop
-from vocabshrink.training.checkpoint import read_meta
-from vocabshrink.training.loop import Job, Lamb, make_accelerator, parameter_groups, rate_at, share_of_batch, train
+from vocabshrink.training.loop import (
+    Job,
+    Lamb,
+    make_accelerator,
+    parameter_groups,
+    rate_at,
+    read_meta,
+    share_of_batch,
+    train,
+)
 
 TIMES = ("seconds", "tokens_per_second")
 

@@ -508,7 +508,7 @@ class TestAttentionByHand:
 class TestLayers:
     def test_a_block_is_the_mean_of_its_layers(self):
         view = make_view(pieces(OTHERS))
-        for make in (view.states, view.scores, view.attention, lambda layers: view.relations("values", layers, 2)):
+        for make in (view.states, view.scores, view.attention, lambda layers: view.relations(layers, "values", 2)):
             torch.testing.assert_close(make((1, 2)), (make((1,)) + make((2,))) / 2)
         torch.testing.assert_close(view.states((0, 2)), (view.states((0,)) + view.states((2,))) / 2)
 
@@ -686,25 +686,11 @@ class TestTasks:
     def test_logits_mse(self):
         assert LOSSES["logits_mse"](self.make([[1.0], [2]], [[1.0], [5]])).item() == pytest.approx(9 / 2)
 
-    def test_a_single_output_has_no_soft_labels(self):
-        with pytest.raises(InputError, match="soft_labels: one output has no distribution: choose logits_mse"):
-            LOSSES["soft_labels"](self.make([[1.0]], [[2.0]]))
 
-
-@pytest.mark.parametrize(
-    ("name", "place", "key"),
-    [
-        ("student_masked_lm", "masked_lm", "student"),
-        ("teacher_masked_lm", "masked_lm", "teacher"),
-        ("parameters_down", "parameters", "down"),
-        ("parameters_up", "parameters", "up"),
-    ],
-)
-def test_given_losses_are_those_of_their_name(name, place, key):
-    forward = make_forward(None, None)
-    for where in ("masked_lm", "parameters"):
-        setattr(forward, where, {k: lambda w=where, k=k: (w, k) for k in ("student", "teacher", "down", "up")})
-    assert LOSSES[name](forward) == (place, key)
+@pytest.mark.parametrize("name", sorted(GIVEN - {"student_masked_lm"}))
+def test_given_losses_are_those_of_their_name(name):
+    given = {other: lambda other=other: other for other in GIVEN}
+    assert LOSSES[name](make_forward(None, None, given=given)) == name
 
 
 def view_of(hidden: torch.Tensor, labels: torch.Tensor) -> View:
@@ -727,6 +713,21 @@ class TestMaskedLM:
         labels[0, 0] = 0  # the first piece counts too
         expected = F.cross_entropy(head(hidden, table).flatten(0, 1), labels.flatten(), ignore_index=-100)
         torch.testing.assert_close(masked_lm_loss(view_of(hidden, labels), head, [table], [head.bias]), expected)
+
+    def test_the_student_s_own_is_that_of_one_vocabulary(self, head):
+        hidden, table, labels = torch.randn(3, 5, 6), torch.randn(10, 4), torch.randint(0, 10, (3, 5))
+        labels[torch.rand(3, 5) < 0.5] = -100
+        view = view_of(hidden, labels)
+        view.predict = lambda states: head(states, table)
+        expected = masked_lm_loss(view, head, [table], [head.bias])
+        torch.testing.assert_close(LOSSES["student_masked_lm"](make_forward(view, None)), expected)
+        hidden.requires_grad_()
+        labels.fill_(-100)
+        view = view_of(hidden, labels)
+        view.predict = lambda states: head(states, table)
+        loss = LOSSES["student_masked_lm"](make_forward(view, None))
+        loss.backward()
+        assert loss.item() == 0 and hidden.grad.abs().sum() == 0
 
     def test_two_vocabularies_have_a_softmax_each(self, head):
         """Labels at both edges of both tables, by hand, one position at a time."""

@@ -34,7 +34,7 @@ from vocabshrink.run.recipe import Phase, StudentSection
 from vocabshrink.training import finetune
 from vocabshrink.training.finetune import fit
 from vocabshrink.training.loop import Job
-from vocabshrink.training.task_training import TaskTraining
+from vocabshrink.training.task import TaskTraining
 
 SHAPE = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 24, "vocab_size": 40}
 FAMILIES = {
@@ -278,11 +278,6 @@ def test_stored_logits_go_before_those_of_a_teacher_that_runs(lines, tiny_teache
     forward = training.view(batch)
     assert torch.equal(forward.teacher.logits, logits[batch.rows])
     assert len(forward.teacher.hidden) == 5
-
-
-def test_a_loss_without_its_teacher_is_refused(lines, tiny_teacher, vocabulary):
-    with pytest.raises(InputError, match=r"losses.soft_labels reads a fine-tuned teacher and there is none"):
-        training_of(a_task(lines), tiny_teacher, vocabulary, {"labels": 1.0, "soft_labels": 1.0})
 
 
 def test_a_later_phase_starts_where_the_one_before_ended(lines, tiny_teacher, vocabulary):

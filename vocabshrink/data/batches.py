@@ -15,7 +15,6 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import KW_ONLY, dataclass, replace
 from itertools import chain, pairwise
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -41,7 +40,6 @@ class Batch:
     mixed: Pieces | None = None  # pieces of both vocabularies, combined ids
     targets: torch.Tensor | None = None  # [B] int64 classes or [B] float scores of a task of sentences
     rows: torch.Tensor | None = None  # [B] int64: where a task's split has them
-    recorded: Any = None  # the teacher's view of the batch if it was kept (recorded.py)
 
     def to(self, device) -> "Batch":
         moved = ((name, value) for name, value in vars(self).items() if isinstance(value, torch.Tensor | Pieces))

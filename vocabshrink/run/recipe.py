@@ -224,9 +224,6 @@ class DualStage(ComparingStage):
 class DistillStage(ComparingStage):
     """Trains the student on its own vocabulary against the teacher on the teacher's."""
 
-    # keeps the teacher's outputs for each batch on disk, for the other runs of an ablation or a search (recorded.py)
-    record_teacher: bool = False
-
 
 class Phase(TrainingSection):
     """One phase of a task's fine-tuning. Without a loss that reads the teacher, it is plain fine-tuning."""

@@ -39,7 +39,7 @@ from vocabshrink.training.augment import augment_task, augmented_rows
 from vocabshrink.training.finetune import fit, logits_of, phases_of, write_logits
 from vocabshrink.training.loop import Job
 from vocabshrink.training.losses import readers
-from vocabshrink.training.task_training import TaskTraining, live_teacher
+from vocabshrink.training.task import TaskTraining, live_teacher
 
 TEACHER_SEED = 0  # one fine-tuned teacher serves every seed of the students, as in the papers
 
@@ -86,9 +86,9 @@ def task_teacher(context: Context) -> dict:
 def augment(context: Context) -> dict:
     """Writes the augmented training rows of every task."""
     section, teacher = context.recipe.finetune.augment, inputs.read_teacher(context)
-    options = section.model_dump() | {"seed": 0, "progress": saying_millions("augment", "rows", every=1)}
+    progress = saying_millions("augment", "rows", every=1)
     return {
-        name: augment_task(task, teacher, context.folder / f"{name}.jsonl", **options)
+        name: augment_task(task, teacher, context.folder / f"{name}.jsonl", section, progress)
         for name, task in inputs.read_tasks(context.recipe).items()
     }
 

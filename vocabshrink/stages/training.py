@@ -1,9 +1,6 @@
 """The training stages on text: a masked-LM head for the teacher, dual training, distillation, recovery."""
 
-import hashlib
-import json
 from collections.abc import Callable
-from pathlib import Path
 
 import torch
 from accelerate import Accelerator
@@ -19,7 +16,7 @@ from vocabshrink.models.rounding import bake, quantization_aware
 from vocabshrink.models.spelling import spellings
 from vocabshrink.models.student import load_student, new_student_head, save_student
 from vocabshrink.models.teacher import MaskedLMHead, Teacher, load_head, new_head, save_head
-from vocabshrink.run.engine import Context, material, say, settings_of
+from vocabshrink.run.engine import Context, say
 from vocabshrink.run.layer_map import layer_pairs
 from vocabshrink.run.recipe import DistillStage, TrainingSection, Weighted
 from vocabshrink.stages.inputs import (
@@ -31,11 +28,9 @@ from vocabshrink.stages.inputs import (
     start_student,
     teacher_folder,
 )
-from vocabshrink.training.distillation import Distillation
-from vocabshrink.training.dual_training import DualTraining, HeadTraining
 from vocabshrink.training.loop import Job, make_accelerator, share_of_batch, train
 from vocabshrink.training.losses import readers
-from vocabshrink.training.recorded import RecordingBatcher, kinds_kept
+from vocabshrink.training.task import Distillation, DualTraining, HeadTraining
 
 
 def masked_lm_head(context: Context) -> dict:
@@ -117,8 +112,6 @@ def distil_into_student(context: Context, stage: DistillStage, formats=None) -> 
     task = make_distillation(context, stage, teacher, student, head, directions)
     sides = ("student", "teacher") if readers(stage.losses, "teacher") else ("student",)
     batcher = make_batcher(context, stage, teacher, sides, accelerator)
-    if stage.record_teacher and "teacher" in sides:
-        batcher = RecordingBatcher(batcher, task, records_of(context, stage, accelerator), stage.precision)
     result = train_stage(context, task, batcher, stage, accelerator, evaluate)
     if accelerator.is_main_process:
         if formats:
@@ -215,26 +208,6 @@ def evaluator(context: Context, teacher: Teacher, accelerator: Accelerator) -> C
         } | figures
 
     return evaluate
-
-
-# Settings that change neither the batches of a distillation nor the teacher's outputs.
-OF_STUDENT = {"layer_map", "losses", "record_teacher", "steps", "learning_rate", "embedding_learning_rate"}
-OF_STUDENT |= {"optimizer", "weight_decay", "warmup", "decay", "clip"}
-
-
-def records_of(context: Context, stage: DistillStage, accelerator: Accelerator) -> Path:
-    """The folder shared by runs that see these batches of this text with this teacher."""
-    recipe, section = context.recipe, material(stage)
-    deciding = settings_of(recipe, "encode") | {"corpus": material(recipe.corpus), "seed": recipe.seed}
-    deciding |= {
-        "stage": {key: value for key, value in section.items() if key not in OF_STUDENT},
-        "kinds": kinds_kept(section["losses"]),
-        "processes": accelerator.num_processes,
-    }
-    trained = context.has("dual") and (context.folder_of("dual") / "teacher").is_dir()
-    deciding |= {"trained teacher": settings_of(recipe, "dual") if trained else None}
-    text = json.dumps(deciding, sort_keys=True)
-    return context.folder.parent / f"teacher-{hashlib.sha256(text.encode()).hexdigest()[:16]}"
 
 
 def make_distillation(

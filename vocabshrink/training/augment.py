@@ -4,19 +4,14 @@ Every word of a row is replaced, with probability p, by one of K candidates. A w
 vocabulary is masked, and the teacher's masked-LM head names the K most probable words in its place. A word of several
 pieces takes the K words nearest to their mean in the teacher's own table (the paper downloads GloVe), each piece
 weighted by its letters. Such a mean knows what `movie ##go ##ers` is near to, but nothing of `un ##fu ##nn ##y`, so a
-word whose first piece has less than half of its letters is masked as a whole instead. A teacher without a head gives
-nearest words only and leaves such words as they are; the summary says so.
-
-A word is a run of letters. Numbers, signs and what touches an apostrophe (`n't`, `'s`) stay, because they decide
-labels; so does what the teacher does not read as one word: runs of Chinese, letters with combining marks. Candidates
-are whole words of at least two letters, never the word itself. A copy that equals its row or another copy is left out.
-
+word whose first piece has less than half of its letters is masked as a whole instead, or left as it is by a teacher
+without a head, which gives nearest words only. A word is a run of letters. Numbers, signs and what touches an
+apostrophe (`n't`, `'s`) stay, because they decide labels; so does what the teacher does not read as one word: runs of
+Chinese, letters with combining marks.
 Cost: each word of one piece is masked alone, so a sentence of L words costs the teacher L passes over it, once, however
 many copies are drawn. Not done: weighting of candidates by their probability (the paper draws evenly), and the other
-sentence of a pair as context (the masked word would be copied from it).
-
-The file grows by blocks of rows. A progress file beside it holds how many rows and bytes are good, so a run killed
-anywhere goes on after the last whole block, and a row's copies depend only on the row, its number and the seed.
+sentence of a pair as context (the masked word would be copied from it). The file grows by blocks of rows, and a
+progress file beside it holds how many rows and bytes are good, so a killed run goes on after the last whole block.
 """
 
 import hashlib
@@ -27,7 +22,6 @@ import re
 import unicodedata
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from functools import cached_property
 from pathlib import Path
 
 import numpy as np
@@ -39,7 +33,7 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
 from tokenizer_build.errors import InputError
-from tokenizer_build.files import naming_full_disk, read_json, write_json
+from tokenizer_build.files import naming_full_disk, read_json, read_jsonl, write_json
 from tokenizer_build.tokenizer import load_tokenizer
 from vocabshrink.data.pieces import Pieces
 from vocabshrink.data.tasks import Rows, Task
@@ -47,72 +41,62 @@ from vocabshrink.models.forward import run_backbone
 from vocabshrink.models.spelling import as_wordpiece, first_known
 from vocabshrink.models.student import first_position
 from vocabshrink.models.teacher import Teacher
+from vocabshrink.run.recipe import AugmentSection
 
 WORD = re.compile(r"(?<![\w'’])[^\W\d_]+(?![\w'’])")
 ROWS_IN_BLOCK = 64  # what is written, and lost by a crash, at once
 PIECES_IN_PASS = 8192  # padding included
+
+Sentence = tuple[str, ...]  # one text, or the tokens of a token task
 
 
 def augment_task(
     task: Task,
     teacher: Teacher,
     out: Path,
-    *,
-    p: float,
-    copies: int,
-    candidates: int,
-    seed: int,
+    section: AugmentSection,
     progress: Callable[[int], None] = lambda rows: None,
 ) -> dict:
-    """Writes up to `copies` changed copies of every training row to `out`, going on where a former call ended.
-
-    p: probability that a word is replaced. candidates: the paper's K. progress: given the rows of each finished block.
-    A row of `out` is {"sentence1", "sentence2" for pairs, "label", "source"} or, for token tasks, {"tokens", "slots"
-    (the labels), "source"}, where source is the number of the training row, from 0.
-
-    Returns: {"rows", "written", "words", "masked" (words whose candidates are the head's), "candidates" (in words)}.
-    Raises InputError: a full disk, or a progress file that is not JSON.
-    """
+    """Writes up to `section.copies` changed copies of every training row to `out`, going on where a former call ended.
+    progress: given the rows of each finished block. A row of `out` is {"sentence1", "sentence2" for pairs, "label",
+    "source"} or, for token tasks, {"tokens", "slots" (the labels), "source"}, where source is the number of the
+    training row, from 0.
+    Returns {"rows", "written", "words", "masked" (words whose candidates are the head's), "candidates" (in words)}.
+    Raises InputError for a full disk, or a progress file that is not JSON."""
     rows, head, progress_file = task.splits["train"], teacher.head is not None, out.with_suffix(".progress.json")
-    settings = {"p": p, "copies": copies, "candidates": candidates, "seed": seed, "head": head}
-    settings["rows"] = rows_sha256(rows)
+    settings = section.model_dump() | {"head": head, "rows": rows_sha256(rows)}
     done = read_json(progress_file) if progress_file.is_file() and out.is_file() else {}
     if done.get("settings") != settings or out.stat().st_size < done["bytes"]:
         done = {"settings": settings, "rows": 0, "bytes": 0, "written": 0, "words": 0, "masked": 0}
-    finder = CandidateFinder(teacher, candidates)
-    with naming_full_disk(out):
-        out.parent.mkdir(parents=True, exist_ok=True)
-        with out.open("ab") as file:
-            file.truncate(done["bytes"])
-            while done["rows"] < len(rows):
-                block = range(done["rows"], min(done["rows"] + ROWS_IN_BLOCK, len(rows)))
-                sentences = list(dict.fromkeys(s for row in block for s in sentences_of(rows, row)))
-                found = dict(zip(sentences, finder(sentences), strict=True))
-                lines = [line for row in block for line in copies_of(task, row, found, p, copies, seed)]
-                file.write("".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines).encode())
-                file.flush()
-                os.fsync(file.fileno())
-                words = list(itertools.chain(*found.values()))
-                done |= {"rows": block.stop, "bytes": file.tell(), "written": done["written"] + len(lines)}
-                done["words"] += len(words)
-                done["masked"] += sum(word.masked for word in words)
-                write_json(progress_file, done)
-                progress(len(block))
+    finder = CandidateFinder(teacher, section.candidates)
+    out.parent.mkdir(parents=True, exist_ok=True)
+    with naming_full_disk(out), out.open("ab") as file:
+        file.truncate(done["bytes"])
+        while done["rows"] < len(rows):
+            block = range(done["rows"], min(done["rows"] + ROWS_IN_BLOCK, len(rows)))
+            sentences = list(dict.fromkeys(s for row in block for s in sentences_of(rows, row)))
+            found = dict(zip(sentences, finder(sentences), strict=True))
+            lines = [line for row in block for line in copies_of(task, row, found, section)]
+            file.write("".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines).encode())
+            file.flush()
+            os.fsync(file.fileno())
+            words = list(itertools.chain(*found.values()))
+            done |= {"rows": block.stop, "bytes": file.tell(), "written": done["written"] + len(lines)}
+            done["words"] += len(words)
+            done["masked"] += sum(word.masked for word in words)
+            write_json(progress_file, done)
+            progress(len(block))
     kinds = "masked words, else nearest words" if head else "nearest words only: the teacher has no masked-LM head"
     return {name: done[name] for name in ("rows", "written", "words", "masked")} | {"candidates": kinds}
 
 
 def augmented_rows(task: Task, path: Path) -> Rows:
     """The training rows of a task, then their copies in the order of the file that `augment_task` wrote.
-
-    Raises InputError: a missing file, or one of other training rows.
-    """
-    rows = task.splits["train"]
-    progress = read_json(path.with_suffix(".progress.json"))
-    if progress["settings"]["rows"] != rows_sha256(rows) or progress["rows"] != len(rows) or not path.is_file():
+    Raises InputError for a missing file, or one of other training rows."""
+    rows, progress = task.splits["train"], read_json(path.with_suffix(".progress.json"))
+    if progress["settings"]["rows"] != rows_sha256(rows) or progress["rows"] != len(rows):
         raise InputError(f"{path} does not hold copies of all rows of task {task.name}: run the augment stage again")
-    with path.open(encoding="utf-8") as file:
-        copies = [json.loads(line) for line in file]
+    copies = [copy for _, copy in read_jsonl(path)]
     sources = np.concatenate((np.arange(len(rows)), [copy["source"] for copy in copies])).astype(np.int64)
     first = "tokens" if task.kind == "tokens" else "sentence1"
     return Rows(
@@ -128,7 +112,9 @@ def rows_sha256(rows: Rows) -> str:
     return hashlib.sha256(json.dumps([list(rows.first), rows.second, targets]).encode()).hexdigest()
 
 
-Sentence = tuple[str, ...]  # one text, or the tokens of a token task
+def sentences_of(rows: Rows, row: int) -> list[Sentence]:
+    texts = [rows.first[row]] if rows.second is None else [rows.first[row], rows.second[row]]
+    return [(text,) if isinstance(text, str) else tuple(text) for text in texts]
 
 
 @dataclass
@@ -146,20 +132,15 @@ class Word:
     masked: bool = False  # whether they are the masked-LM head's
 
 
-def sentences_of(rows: Rows, row: int) -> list[Sentence]:
-    texts = [rows.first[row]] if rows.second is None else [rows.first[row], rows.second[row]]
-    return [(text,) if isinstance(text, str) else tuple(text) for text in texts]
-
-
-def copies_of(task: Task, row: int, found: dict[Sentence, list[Word]], p: float, copies: int, seed: int) -> list[dict]:
+def copies_of(task: Task, row: int, found: dict[Sentence, list[Word]], section: AugmentSection) -> list[dict]:
     """The distinct changed copies of one training row, as rows of the file."""
-    rows, random = task.splits["train"], np.random.default_rng((seed, row))
+    rows, random = task.splits["train"], np.random.default_rng((0, row))
     sentences, target = sentences_of(rows, row), rows.targets[row]
     words = [(number, w) for number, sentence in enumerate(sentences) for w in found[sentence] if w.candidates]
-    chosen = random.random((copies, len(words))) < p
+    chosen = random.random((section.copies, len(words))) < section.p
     draws = random.integers(np.array([len(word.candidates) for _, word in words], np.int64), size=chosen.shape)
     distinct = {}
-    for copy in range(copies):
+    for copy in range(section.copies):
         changes = [[] for _ in sentences]
         for place in np.flatnonzero(chosen[copy]):
             number, word = words[place]
@@ -169,10 +150,8 @@ def copies_of(task: Task, row: int, found: dict[Sentence, list[Word]], p: float,
     if task.kind == "tokens":
         return [{"tokens": list(c), "slots": [task.labels[i] for i in target], "source": row} for (c,) in distinct]
     label = float(target) if task.kind == "regression" else task.labels[int(target)]
-    return [
-        {f"sentence{number}": text for number, (text,) in enumerate(copy, start=1)} | {"label": label, "source": row}
-        for copy in distinct
-    ]
+    names = ("sentence1", "sentence2")
+    return [dict(zip(names, map("".join, copy), strict=False)) | {"label": label, "source": row} for copy in distinct]
 
 
 def replace(sentence: Sentence, replacements: list[tuple[Word, str]]) -> Sentence:
@@ -189,9 +168,8 @@ def replace(sentence: Sentence, replacements: list[tuple[Word, str]]) -> Sentenc
 
 class CandidateFinder:
     """Finds what may stand for each word of a sentence: the masked-LM head's words, or the nearest in the piece table.
-
-    The teacher is moved to the accelerator's device, where it runs; nearest words are found on the CPU.
-    """
+    The teacher is moved to the accelerator's device, where it runs; nearest words are found on the CPU. Candidates are
+    whole words of at least two letters."""
 
     def __init__(self, teacher: Teacher, count: int):
         self.teacher, self.count, self.device = teacher, count, PartialState().device
@@ -206,13 +184,9 @@ class CandidateFinder:
         words = {i: text for i, text in sorted(texts.items()) if text and text.isalpha() and len(text) > 1}
         self.ids, self.words = list(words), list(words.values())  # of the W pieces that are whole words
         self.near: dict[tuple[int, ...], list[str]] = {}
-
-    @cached_property
-    def tables(self) -> tuple[Tensor, Tensor]:
-        """The piece table [V, D_E], and its rows of whole words [W, D_E] at length one; in float64, where no rounding
-        decides."""
-        table = self.teacher.table.weight.detach().cpu().double()
-        return table, F.normalize(table[self.ids], dim=-1)
+        # [V, D_E], and its rows of whole words [W, D_E] at length one; in float64, where no rounding decides
+        self.table = teacher.table.weight.detach().cpu().double()
+        self.whole = F.normalize(self.table[self.ids], dim=-1)
 
     @torch.no_grad()
     def __call__(self, sentences: list[Sentence]) -> list[list[Word]]:
@@ -240,14 +214,10 @@ class CandidateFinder:
         """Gives each word the most probable words in its place. masked: (the sentence's pieces, the word)."""
         waiting = sorted(masked, key=lambda item: len(item[0]))
         while waiting:  # long ones first: what does not fit in memory fails at once
-            longest = len(waiting[-1][0])
-            size = max(PIECES_IN_PASS // longest, 1)
+            size = max(PIECES_IN_PASS // len(waiting[-1][0]), 1)
             part, waiting = waiting[-size:], waiting[:-size]
-            ids = pad_sequence(
-                [torch.tensor([*ids[: w.first], self.mask, *ids[w.first + len(w.pieces) :]]) for ids, w in part],
-                batch_first=True,
-                padding_value=-1,
-            )
+            rows = [torch.tensor([*ids[: w.first], self.mask, *ids[w.first + len(w.pieces) :]]) for ids, w in part]
+            ids = pad_sequence(rows, batch_first=True, padding_value=-1)
             side = Pieces(ids.clamp_min(0), (ids >= 0).long(), ids).to(self.device)
             hidden = run_backbone(self.teacher.backbone, side).hidden[-1]
             states = hidden[torch.arange(len(part)), [word.first for _, word in part]]
@@ -258,9 +228,8 @@ class CandidateFinder:
     def find_near(self, words: list[Word]) -> None:
         """Gives each word those nearest by cosine to the mean of its pieces, each weighted by its letters."""
         if new := {word.pieces: word.letters for word in words if word.pieces not in self.near}:
-            table, whole = self.tables
-            means = [torch.tensor(letters).double() @ table[list(pieces)] for pieces, letters in new.items()]
-            scores = F.normalize(torch.stack(means), dim=-1) @ whole.T
+            means = [torch.tensor(letters).double() @ self.table[list(pieces)] for pieces, letters in new.items()]
+            scores = F.normalize(torch.stack(means), dim=-1) @ self.whole.T
             self.near |= zip(new, self.best(scores), strict=True)
         for word in words:
             word.candidates = self.near[word.pieces]
@@ -273,29 +242,20 @@ class CandidateFinder:
 
 def words_of(sentence: Sentence, encoding: Encoding) -> list[Word]:
     """The words of a sentence in order. encoding: of its parts with spaces between.
-
     A word has no pieces where one reaches over its edges or the tokenizer's own words begin inside it: no mask and no
-    mean stands for it then.
-    """
-    text = " ".join(sentence)
-    spans = []  # of each piece, without the space that some families count to it; special tokens span nothing
-    for start, end in encoding.offsets:
-        inner = text[start:end].lstrip()
-        spans.append((end - len(inner), end))
-    words, first, begin = [], 0, 0
+    mean stands for it then."""
+    text, ids, numbers, words, begin = " ".join(sentence), encoding.ids, encoding.word_ids, [], 0
+    # of each piece, without the space that some families count to it; special tokens span nothing
+    spans = [(end - len(text[start:end].lstrip()), end) for start, end in encoding.offsets]
     for part, of_part in enumerate(sentence):
         for match in WORD.finditer(of_part):
             start, end = begin + match.start(), begin + match.end()
-            while first < len(spans) and spans[first][1] <= start:
-                first += 1
-            last = first
-            while last < len(spans) and spans[last][1] and spans[last][0] < end:
-                last += 1
-            whole = last > first and spans[first][0] == start and spans[last - 1][1] == end
+            inside = [i for i, span in enumerate(spans) if span[0] < end and span[1] > start]
+            whole = inside and (spans[inside[0]][0], spans[inside[-1]][1]) == (start, end)
             marks = any(unicodedata.category(c)[0] == "M" for c in text[max(start - 1, 0) : end + 1])
-            one = whole and not marks and len(set(encoding.word_ids[first:last])) == 1
-            pieces = tuple(encoding.ids[first:last]) if one else ()
-            letters = tuple(to - start for start, to in spans[first:last])
-            words.append(Word(part, match.start(), match.end(), pieces, letters, first))
+            if not whole or marks or len({numbers[i] for i in inside}) > 1:
+                inside = []
+            pieces, letters = tuple(ids[i] for i in inside), tuple(spans[i][1] - spans[i][0] for i in inside)
+            words.append(Word(part, *match.span(), pieces, letters, min(inside, default=0)))
         begin += len(of_part) + 1
     return words

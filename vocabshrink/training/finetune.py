@@ -1,7 +1,7 @@
 """Fine-tuning on one task: phases one after the other, and the model's logits of a split.
 
-A phase is an ordinary training (loop.py) of the task's own task (task_training.py), so it resumes like any other. Rows
-are batched by length; the same cut of long rows serves training and evaluation.
+A phase is an ordinary training (loop.py) of a `TaskTraining`, so it resumes like any other. Rows are batched by length;
+the same cut of long rows serves training and evaluation.
 """
 
 import math
@@ -17,11 +17,10 @@ from vocabshrink.data.tasks import score
 from vocabshrink.models.rounding import bake, is_rounded, quantization_aware
 from vocabshrink.models.student import first_position
 from vocabshrink.models.task_model import predict
-from vocabshrink.run.formats import Formats
 from vocabshrink.run.layer_map import layer_pairs
 from vocabshrink.run.recipe import Phase, TaskSection
 from vocabshrink.training.loop import Job, make_accelerator, share_of_batch, train
-from vocabshrink.training.task_training import TaskTraining
+from vocabshrink.training.task import TaskTraining
 
 EVALUATION_BATCH = 128  # sequences of like length in a forward pass
 
@@ -45,16 +44,12 @@ def fit(
     job: Job,
     seed: int,
     *,
-    shared: np.ndarray | None = None,
-    rounding: Formats | None = None,
+    shared=None,
+    rounding=None,
 ) -> dict:
     """Trains phase after phase, each from where the one before ended; a phase that was cut off resumes.
-
-    job: of all phases; in its section, {} stands for a phase's number. shared: see `PieceTable`. rounding: of phases
-    that train through it.
-
-    Returns: {"steps", "tokens", "seconds", "seconds_per_step", "phases": [what the loop returned]}.
-    """
+    job: of all phases; in its section, {} stands for a phase's number. shared: see `PieceTable`. rounding: the formats
+    of phases that train through it. Returns {"steps", "tokens", "seconds", "seconds_per_step", "phases": [train's]}."""
     results = []
     for number, phase in enumerate(phases):
         pairs, section = (), job.section.format(number)
@@ -65,24 +60,19 @@ def fit(
             quantization_aware(training.student, rounding)
         training.begin(phase.losses, pairs)
         accelerator = make_accelerator(phase, job.run)
-        batcher = TaskBatcher(
-            encoded,
-            "train",
-            batch_size=share_of_batch(phase, accelerator, section),
-            seed=seed,
-            sides=("student", "teacher") if training.live else ("student",),
-            max_pieces=longest(phase, training.student, training.teacher),
-            shared=shared,
-        )
+        options = {"batch_size": share_of_batch(phase, accelerator, section), "seed": seed, "shared": shared}
+        options["sides"] = ("student", "teacher") if training.live else ("student",)
+        options["max_pieces"] = longest(phase, training.student, training.teacher)
+        batcher = TaskBatcher(encoded, "train", **options)
 
         def evaluate(task: TaskTraining, phase: Phase = phase) -> dict:
             return score(encoded.task, logits_of(task.student, encoded, "validation", phase), "validation")
 
-        evaluate = evaluate if phase.evaluations else None
         steps = min(phase.steps or math.inf, math.ceil(phase.epochs * batcher.rows / phase.batch_size))
         settings, name = phase.model_copy(update={"steps": steps}), f"phase-{number + 1}"
         phase_job = Job(job.run, f"{job.stage}-seed-{seed}-{name}", f"{job.fingerprint} {name}", section)
-        results.append(train(training, batcher, settings, phase_job, accelerator, evaluate))
+        measure = evaluate if phase.evaluations else None
+        results.append(train(training, batcher, settings, phase_job, accelerator, measure))
         accelerator.unwrap_model(training, keep_fp32_wrapper=False)  # else the next phase wraps the wrapper
     if is_rounded(training.student):
         bake(training.student)
@@ -99,8 +89,7 @@ def longest(phase: Phase, *models: nn.Module | None) -> int:
 def logits_of(model: nn.Module, encoded: EncodedTask, split: str, phase: Phase, *, side: str = "student"):
     """The model's logits of a split, cut as in training (see `predict`)."""
     options = {"batch_size": EVALUATION_BATCH, "seed": 0, "sides": (side,), "max_pieces": longest(phase, model)}
-    batcher = TaskBatcher(encoded, split, **options)
-    return predict(model, batcher, side=side, precision=phase.precision)
+    return predict(model, TaskBatcher(encoded, split, **options), side=side, precision=phase.precision)
 
 
 def write_logits(path: Path, logits: dict[str, np.ndarray]) -> None:

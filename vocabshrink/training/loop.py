@@ -3,10 +3,16 @@
 A task (task.py) gives named, unweighted losses; a batcher gives the batch of a step. The loop does the rest: precision,
 accumulation, clipping, schedule, evaluation, logging, checkpoints and resuming. The learning rate is a function of the
 step, and so is the batch, so a resumed run is the run that was not stopped.
+A checkpoint, in safetensors and JSON, is written beside the one before, which steps aside as `.before` until the new
+one has its name: whenever the process is killed, `read_meta` finds a whole one. The names are fixed, not random as in
+`replacing_folder`, so that it can.
 """
 
+import errno
+import json
 import math
 import os
+import shutil
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -20,21 +26,22 @@ from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 from accelerate.utils import DistributedDataParallelKwargs
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, TaskID, TextColumn, TimeRemainingColumn
-from rich.progress import Progress as Bar
+from rich.progress import Progress, TaskID, TextColumn
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
 from torch import nn
+from torch.nn.utils import get_total_norm
 
 from tokenizer_build.errors import InputError
 from vocabshrink.data.batches import Batch, Batcher, prefetch
 from vocabshrink.run.folder import RunDir
 from vocabshrink.run.recipe import TrainingSection
-from vocabshrink.training.checkpoint import load_checkpoint, read_meta, save_checkpoint
 from vocabshrink.training.task import TrainingTask
 
 
 class Lamb(torch.optim.Optimizer):
-    """LAMB (You et al. 2020, algorithm 2): Adam's direction, each tensor's step scaled by its norm. The paper's
-    optimizer for batches of thousands; torch has none."""
+    """LAMB (You et al. 2020, algorithm 2), for batches of thousands: Adam's direction, each tensor's step scaled by its
+    norm. torch has none."""
 
     def __init__(self, params, lr=1e-3, betas=(0.9, 0.999), eps=1e-6, weight_decay=0.0):
         super().__init__(params, {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay})
@@ -46,16 +53,16 @@ class Lamb(torch.optim.Optimizer):
             for parameter in (parameter for parameter in group["params"] if parameter.grad is not None):
                 state, gradient = self.state[parameter], parameter.grad.float()
                 if not state:
-                    state |= {"step": torch.zeros(()), "exp_avg": torch.zeros_like(gradient)}
-                    state["exp_avg_sq"] = torch.zeros_like(gradient)
+                    state |= {name: torch.zeros_like(gradient) for name in ("exp_avg", "exp_avg_sq")}
+                    state["step"] = torch.zeros(())
                 state["step"] += 1
                 step, mean, squares = state["step"].item(), state["exp_avg"], state["exp_avg_sq"]
                 mean.lerp_(gradient, 1 - beta1)
                 squares.mul_(beta2).addcmul_(gradient, gradient, value=1 - beta2)
                 direction = mean / (1 - beta1**step) / ((squares / (1 - beta2**step)).sqrt() + group["eps"])
-                direction = direction + group["weight_decay"] * parameter
+                direction += group["weight_decay"] * parameter
                 weight, size = parameter.norm(), direction.norm()
-                trust = torch.where((weight > 0) & (size > 0), weight / size, torch.ones_like(weight))
+                trust = torch.where((weight > 0) & (size > 0), weight / size, 1.0)
                 parameter.add_(direction * trust, alpha=-group["lr"])
 
 
@@ -89,7 +96,7 @@ def parameter_groups(task: TrainingTask, settings: TrainingSection) -> list[dict
 
 
 def make_accelerator(settings: TrainingSection, run: RunDir) -> Accelerator:
-    """The accelerator of a stage. Raises InputError: fp16 without a GPU; processes that do not see each other."""
+    """A stage's accelerator. Raises InputError for fp16 without a GPU, and for processes that do not see each other."""
     if settings.precision == "fp16" and not torch.cuda.is_available():
         raise InputError("precision: fp16 needs a GPU: use bf16 or no")
     if settings.threads and not torch.cuda.is_available():
@@ -113,10 +120,8 @@ def make_accelerator(settings: TrainingSection, run: RunDir) -> Accelerator:
 
 
 def share_of_batch(settings: TrainingSection, accelerator: Accelerator, section: str, group: int = 1) -> int:
-    """Sequences of one process in one accumulation step. section: the settings' key in the recipe.
-
-    Raises InputError: the batch cannot be shared evenly, in whole groups; rounding would change what a step is.
-    """
+    """Sequences of one process in one accumulation step. section: the settings' key in the recipe. Raises InputError
+    where the batch cannot be shared in whole groups: rounding would change what a step is."""
     processes, accumulation = accelerator.num_processes, settings.gradient_accumulation
     if settings.batch_size % (processes * accumulation * group):
         raise InputError(
@@ -144,14 +149,12 @@ class Job:
         """Ends a training that went wrong, saying what is kept of it and which key to change."""
         meta = read_meta(self.checkpoint)
         kept = f"the checkpoint of step {meta['step']} is kept" if meta else "no checkpoint yet"
-        raise InputError(
-            f"{self.stage}: {what}; {kept}: lower {self.section or self.stage}.learning_rate (now "
-            f"{settings.learning_rate:g}) or use precision: no"
-        )
+        key = f"{self.section or self.stage}.learning_rate (now {settings.learning_rate:g})"
+        raise InputError(f"{self.stage}: {what}; {kept}: lower {key} or use precision: no")
 
 
 @dataclass
-class Progress:
+class State:
     """How far a training is. losses: unweighted, of the last step whose numbers were looked at."""
 
     step: int = 0
@@ -170,97 +173,79 @@ def train(
     clock: Callable[[], float] = time.monotonic,
 ) -> dict:
     """Trains the task in place for `settings.steps` optimizer steps, resuming from the job's checkpoint.
-
     Rank r of W processes takes micro-batch (step * accumulation + a) * W + r, so one batch of the recipe is one step
     whatever the number of processes; `batcher` must be made for `share_of_batch`. clock: in seconds.
-
-    Returns: {"steps", "tokens", "seconds", "losses"}, and the last "evaluation" where there is any. Raises InputError:
-    a checkpoint of another recipe; a loss or parameters that are not finite (the last good checkpoint stays).
-    """
+    Returns {"steps", "tokens", "seconds", "losses"} and, where there is any, the last "evaluation". Raises InputError
+    for a checkpoint of another recipe, a loss or parameters that are not finite (the last good checkpoint stays)."""
     optimizer = OPTIMIZERS[settings.optimizer](parameter_groups(task, settings))
     wrapped, optimizer = accelerator.prepare(task, optimizer)
-    progress = resume(task, optimizer, job, accelerator)
+    state = resume(task, optimizer, job, accelerator)
     main, on_cpu = accelerator.is_main_process, accelerator.device.type == "cpu"
     evaluate_at = {round(settings.steps * k / (settings.evaluations + 1)) for k in range(1, settings.evaluations + 2)}
     log_every, measured = max(1, settings.steps // 200), None
-    began, logged_before = replace(progress), replace(progress)
-    started, saved_at = clock() - progress.seconds, clock()
+    log = Log(job, settings.steps, accelerator, state)
+    started, saved_at = clock() - state.seconds, clock()
     world, accumulation = accelerator.num_processes, settings.gradient_accumulation
-    micro = range(progress.step * accumulation, settings.steps * accumulation)
+    micro = range(state.step * accumulation, settings.steps * accumulation)
     batches = prefetch(batcher, (m * world + accelerator.process_index for m in micro))
-    with progress_bar(job.stage, progress.step, settings.steps, shown=main) as bar:
-        while progress.step < settings.steps:
-            task.before_step(progress.step)
-            weights, rate = task.weights(progress.step / settings.steps), rate_at(progress.step, settings)
+    with log.bar:
+        while state.step < settings.steps:
+            task.before_step(state.step)
+            weights, rate = task.weights(state.step / settings.steps), rate_at(state.step, settings)
             for group in optimizer.param_groups:
                 group["lr"] = group["peak"] * rate
             losses, norm, tokens = take_step(wrapped, optimizer, batches, weights, settings.clip, accelerator)
-            progress.step, progress.tokens = progress.step + 1, progress.tokens + tokens
-            progress.seconds = clock() - started
-            last = progress.step == settings.steps
-            logged = last or progress.step == 1 or progress.step % log_every == 0
+            state.step, state.tokens, state.seconds = state.step + 1, state.tokens + tokens, clock() - started
+            last = state.step == settings.steps
+            logged = last or state.step == 1 or state.step % log_every == 0
             due = last or (main and clock() - saved_at > 60 * settings.checkpoint_minutes)
             if logged or due or on_cpu:  # not at each step of a GPU, which would have to wait for the numbers
                 if logged or on_cpu:  # all processes together; a checkpoint is due by the main process's clock alone
                     losses = {name: accelerator.reduce(value, "mean") for name, value in losses.items()}
-                progress.losses = {name: float(value) for name, value in losses.items()}
-                total = sum(weights[name] * value for name, value in progress.losses.items())
+                state.losses = {name: float(value) for name, value in losses.items()}
+                total = sum(weights[name] * value for name, value in state.losses.items())
                 scaled = accelerator.scaler is not None  # fp16 skips a step whose gradient overflows by itself
                 if not math.isfinite(total) or not (scaled or math.isfinite(norm)):
-                    job.refuse(f"the loss is {total} at step {progress.step} (gradient norm {norm:.3g})", settings)
-            if due and not is_finite(task):
-                job.refuse(f"the parameters are not finite after step {progress.step}", settings)
+                    job.refuse(f"the loss is {total} at step {state.step} (gradient norm {norm:.3g})", settings)
+            # a norm is one fused sum, and also finds values too large to compute on
+            if due and not get_total_norm(p.detach() for p in task.parameters() if p.requires_grad).isfinite():
+                job.refuse(f"the parameters are not finite after step {state.step}", settings)
             if main and logged:
                 numbers = {"loss": total, "lr": optimizer.param_groups[0]["lr"], "grad_norm": float(norm)}
-                note = log_step(job, progress, logged_before, numbers, accelerator)
-                logged_before = replace(progress)
-                bar.update(TaskID(0), completed=progress.step, note=note)
-                if bar.disable and (last or progress.step == 1 or progress.step % (10 * log_every) == 0):
-                    pace = (progress.seconds - began.seconds) / (progress.step - began.step)
-                    left = f"{pace * (settings.steps - progress.step) / 60:.1f} min left"
-                    text = f"{job.stage} step {progress.step}/{settings.steps}  {note}  {left}"
-                    print(text, file=sys.stderr, flush=True)
-            if evaluate and main and progress.step in evaluate_at:
+                log.step(state, numbers, aloud=last or state.step == 1 or state.step % (10 * log_every) == 0)
+            if evaluate and main and state.step in evaluate_at:
                 measured = evaluate(task)
-                bar.console.print(log_evaluation(job, progress, measured, accelerator), soft_wrap=True)
+                log.evaluation(state, measured)
             if due:
                 if main:
-                    meta = {"stage": job.stage, "fingerprint": job.fingerprint} | vars(progress)
+                    meta = {"stage": job.stage, "fingerprint": job.fingerprint} | vars(state)
                     save_checkpoint(job.checkpoint, task, optimizer.optimizer, meta, accelerator.scaler)
                 saved_at = clock()
     accelerator.wait_for_everyone()
     for tracker in accelerator.trackers:
         tracker.finish()
-    seconds = round(progress.seconds, 3)
-    result = {"steps": progress.step, "tokens": progress.tokens, "seconds": seconds, "losses": progress.losses}
+    result = {"steps": state.step, "tokens": state.tokens, "seconds": round(state.seconds, 3), "losses": state.losses}
     if evaluate and main:
         result["evaluation"] = evaluate(task) if measured is None else measured  # None: resumed after the last step
     return result
 
 
-def resume(task: nn.Module, optimizer, job: Job, accelerator: Accelerator) -> Progress:
+def resume(task: nn.Module, optimizer, job: Job, accelerator: Accelerator) -> State:
     """Puts the job's checkpoint back where there is one, and drops the metrics of steps after it."""
-    meta, progress = read_meta(job.checkpoint), Progress()
+    meta, state = read_meta(job.checkpoint), State()
     if meta and meta["fingerprint"] != job.fingerprint:
-        what = "checkpoint of another recipe: delete the folder, or give the run another name"
-        raise InputError(f"{job.checkpoint}: {what}")
+        raise InputError(f"{job.checkpoint}: checkpoint of another recipe: delete it, or give the run another name")
     if meta:
         load_checkpoint(job.checkpoint, task, optimizer.optimizer, meta, accelerator.scaler)
-        progress = Progress(**{key: meta[key] for key in vars(progress)})
+        state = State(**{key: meta[key] for key in vars(state)})
     if accelerator.is_main_process:
-        job.run.truncate_metrics(job.stage, progress.step)
-    if accelerator.log_with:
-        accelerator.init_trackers(job.stage, config={"fingerprint": job.fingerprint})
-    return progress
+        job.run.truncate_metrics(job.stage, state.step)
+    accelerator.init_trackers(job.stage, config={"fingerprint": job.fingerprint})
+    return state
 
 
-def take_step(
-    wrapped: nn.Module, optimizer, batches: Iterator[Batch], weights: dict, clip: float, accelerator
-) -> tuple:
-    """One optimizer step.
-
-    Returns: (means of its unweighted losses on this process, the gradient's norm, tokens of all processes).
-    """
+def take_step(wrapped, optimizer, batches: Iterator[Batch], weights: dict, clip: float, accelerator) -> tuple:
+    """One optimizer step: (this process's means of the unweighted losses, gradient norm, tokens of all processes)."""
     means, tokens, accumulation = {}, 0, accelerator.gradient_accumulation_steps
     for _ in range(accumulation):
         batch = next(batches)
@@ -277,35 +262,110 @@ def take_step(
     return means, norm, tokens * accelerator.num_processes
 
 
-def is_finite(task: nn.Module) -> bool:
-    """Whether the trained parameters' norm is, which is one fused sum and also finds values too large to compute on."""
-    trained = [parameter.detach() for parameter in task.parameters() if parameter.requires_grad]
-    return bool(nn.utils.get_total_norm(trained).isfinite())
+class Log:
+    """What a training tells of itself: rows of metrics, trackers, and a bar on a terminal or lines in a file."""
+
+    def __init__(self, job: Job, steps: int, accelerator: Accelerator, state: State):
+        self.job, self.steps, self.accelerator = job, steps, accelerator
+        self.began = self.before = replace(state)  # at the start, and at the last row
+        console = Console(stderr=True, quiet=not accelerator.is_main_process)
+        columns = (*Progress.get_default_columns(), TextColumn("{task.fields[note]}"))
+        self.bar = Progress(*columns, console=console, disable=console.quiet or not sys.stderr.isatty())
+        self.bar.add_task(job.stage, total=steps, completed=state.step, note="")
+
+    def step(self, state: State, numbers: dict[str, float], *, aloud: bool) -> None:
+        """Writes a row of metrics. aloud: without a terminal, prints a line too."""
+        speed = round((state.tokens - self.before.tokens) / max(state.seconds - self.before.seconds, 1e-9))
+        row = {"stage": self.job.stage, "kind": "train", "tokens_per_second": speed} | vars(state) | numbers
+        self.job.run.append_metrics(row | {"seconds": round(state.seconds, 2)})
+        losses = {f"losses/{name}": value for name, value in state.losses.items()}
+        self.accelerator.log({"loss": numbers["loss"], "lr": numbers["lr"]} | losses, step=state.step)
+        note = f"step {state.step}/{self.steps}  loss {numbers['loss']:.4f}  {speed:,} tokens/s"
+        self.bar.update(TaskID(0), completed=state.step, note=note)
+        if self.bar.disable and aloud:
+            pace = (state.seconds - self.began.seconds) / (state.step - self.began.step)
+            left = f"{pace * (self.steps - state.step) / 60:.1f} min left"
+            print(f"{self.job.stage} {note}  {left}", file=sys.stderr, flush=True)
+        self.before = replace(state)
+
+    def evaluation(self, state: State, measured: dict[str, float]) -> None:
+        """Writes and prints the metrics of an evaluation."""
+        row = {"stage": self.job.stage, "step": state.step, "tokens": state.tokens, "kind": "evaluation"}
+        self.job.run.append_metrics(row | {"metrics": measured})
+        self.accelerator.log({f"evaluation/{name}": value for name, value in measured.items()}, step=state.step)
+        figures = "  ".join(f"{name} {value:.4f}" for name, value in measured.items())
+        self.bar.console.print(f"{self.job.stage} step {state.step}: {figures}", soft_wrap=True)
 
 
-def log_step(job: Job, progress: Progress, before: Progress, numbers: dict, accelerator: Accelerator) -> str:
-    """Writes a row of metrics, and returns what is shown of it. before: the progress at the row before."""
-    speed = round((progress.tokens - before.tokens) / max(progress.seconds - before.seconds, 1e-9))
-    row = {"stage": job.stage, "kind": "train", "tokens_per_second": speed} | vars(progress) | numbers
-    job.run.append_metrics(row | {"seconds": round(progress.seconds, 2)})
-    losses = {f"losses/{name}": value for name, value in progress.losses.items()}
-    accelerator.log({"loss": numbers["loss"], "lr": numbers["lr"]} | losses, step=progress.step)
-    return f"loss {numbers['loss']:.4f}  {speed:,} tokens/s"
+def trained_state(task: nn.Module) -> dict[str, torch.Tensor]:
+    """What training changes: the parameters with a gradient, shared ones once, and the scales of roundings."""
+    parameters = dict(task.named_parameters())
+    trained = {name: parameter.detach() for name, parameter in parameters.items() if parameter.requires_grad}
+    return trained | {name: tensor for name, tensor in task.state_dict().items() if name.endswith(".scales")}
 
 
-def log_evaluation(job: Job, progress: Progress, measured: dict, accelerator: Accelerator) -> str:
-    """Writes the metrics of an evaluation, and returns what is shown of them."""
-    row = {"stage": job.stage, "step": progress.step, "tokens": progress.tokens, "kind": "evaluation"}
-    job.run.append_metrics(row | {"metrics": measured})
-    accelerator.log({f"evaluation/{name}": value for name, value in measured.items()}, step=progress.step)
-    return f"{job.stage} step {progress.step}: " + "  ".join(f"{name} {value:.4f}" for name, value in measured.items())
+def save_checkpoint(folder: Path, task: nn.Module, optimizer, meta: dict, scaler=None) -> None:
+    """Writes folder anew. meta: JSON. Raises InputError if the disk is full; the checkpoint before is untouched."""
+    temporary, before = folder.with_name(folder.name + ".partial"), folder.with_name(folder.name + ".before")
+    states = optimizer.state_dict()["state"]
+    files = {
+        "model": trained_state(task),
+        "optimizer": {f"{index}.{name}": value for index, state in states.items() for name, value in state.items()},
+        "random": {"cpu": torch.get_rng_state()},
+    }
+    if torch.cuda.is_available():
+        files["random"]["cuda"] = torch.cuda.get_rng_state()
+    shutil.rmtree(temporary, ignore_errors=True)
+    try:
+        temporary.mkdir(parents=True)
+        for name, tensors in files.items():
+            cpu = {key: tensor.cpu().contiguous() for key, tensor in tensors.items()}
+            save_file(cpu, temporary / f"{name}.safetensors")
+        text = json.dumps(meta | {"scaler": scaler.state_dict() if scaler else None}, indent=2)
+        (temporary / "meta.json").write_text(text, encoding="utf-8")
+    except (OSError, SafetensorError) as error:
+        shutil.rmtree(temporary, ignore_errors=True)
+        if getattr(error, "errno", None) != errno.ENOSPC and "os error 28" not in str(error):
+            raise
+        raise InputError(f"{folder}: the disk is full: free some space and run again to resume") from None
+    if folder.exists():
+        shutil.rmtree(before, ignore_errors=True)
+        folder.rename(before)
+    temporary.rename(folder)
+    shutil.rmtree(before, ignore_errors=True)
 
 
-def progress_bar(stage: str, step: int, steps: int, *, shown: bool) -> Bar:
-    """A bar on a terminal; none in a log, which gets plain lines."""
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    console = Console(stderr=True, quiet=not shown)
-    disable = not (shown and sys.stderr.isatty())
-    bar = Bar(*columns, TextColumn("{task.fields[note]}"), console=console, disable=disable)
-    bar.add_task(stage, total=steps, completed=step, note="")
-    return bar
+def read_meta(folder: Path) -> dict | None:
+    """The newest whole checkpoint's meta, or None. Finishes a rename that a crash cut off."""
+    before = folder.with_name(folder.name + ".before")
+    if not folder.exists() and before.exists():
+        before.rename(folder)
+    if not folder.exists():
+        return None
+    try:
+        return json.loads((folder / "meta.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):  # JSONDecodeError and UnicodeDecodeError
+        raise InputError(f"{folder}: not a whole checkpoint: delete the folder to train this stage anew") from None
+
+
+def load_checkpoint(folder: Path, task: nn.Module, optimizer, meta: dict, scaler=None) -> None:
+    """Puts a checkpoint back, in place. Raises InputError if files are damaged or belong to other shapes."""
+    try:
+        saved, state, random = (load_file(folder / f"{name}.safetensors") for name in ("model", "optimizer", "random"))
+    except (OSError, SafetensorError) as error:
+        raise InputError(f"{folder}: damaged checkpoint ({error}): delete the folder to train anew") from None
+    current = trained_state(task)
+    if {n: t.shape for n, t in saved.items()} != {n: t.shape for n, t in current.items()}:
+        raise InputError(f"{folder}: of another recipe (shapes differ): delete it, or give the run another name")
+    for name, tensor in current.items():
+        tensor.copy_(saved[name])
+    full = optimizer.state_dict() | {"state": {}}
+    for key, value in state.items():
+        index, name = key.split(".", 1)
+        full["state"].setdefault(int(index), {})[name] = value
+    optimizer.load_state_dict(full)
+    if scaler and meta["scaler"]:
+        scaler.load_state_dict(meta["scaler"])
+    torch.set_rng_state(random["cpu"])
+    if torch.cuda.is_available() and "cuda" in random:
+        torch.cuda.set_rng_state(random["cuda"])

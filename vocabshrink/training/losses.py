@@ -1,15 +1,11 @@
 """Losses: pure functions of what one step saw, chosen and weighted by the recipe.
 
 Every loss is `f(forward, **arguments) -> scalar`, and its signature is the schema of its arguments. It is zero at
-agreement, ignores padding, and is logged unweighted. `LOSSES` says of each what it reads and where it can be used. All
-are computed in float32 (see `TrainingTask.forward`), because similarities near 1 are 0.004 apart in bfloat16.
-
-Teacher and student are compared unit by unit (see batches.py), because their sequences differ in length when their
-vocabularies do: a unit's hidden state is the mean over its pieces, and so are its queries, keys and values. Attention
-scores are products, so their mean over the pieces of two units is the product of two means, and no map between pieces
-is needed. Only attention distributions are pooled as maps, since their softmax is over pieces. Where both vocabularies
-spell every word alike, units are pieces and each loss is the papers' own.
-
+agreement, ignores padding, is logged unweighted, and is computed in float32: in bfloat16, similarities near 1 are 0.004
+apart. Vocabularies that differ cut a sentence into different numbers of pieces, so teacher and student are compared by
+units (see batches.py): a unit's hidden state is the mean over its pieces, and so are its queries, keys and values. A
+score is a product, so its mean over the pieces of two units is the product of two means. Only attention distributions
+are pooled as maps, since their softmax is over pieces. Where units are pieces, each loss is the papers' own.
 Shapes: B sequences, T pieces, U units, D width (D_S student, D_T teacher), h heads, n units or pieces of the batch that
 count, V_S and V_T pieces in the vocabularies, C classes.
 """
@@ -33,12 +29,13 @@ from vocabshrink.run.layer_map import SoftPairs
 from vocabshrink.run.recipe import TrainingSection, explain
 from vocabshrink.training.views import Direction, Forward, Kind, Layers, Units, View
 
+Distance = Callable[[Tensor, Tensor], Tensor]  # student, teacher -> scalar
 Positive, Count = Annotated[float, Field(gt=0)], Annotated[int, Field(gt=0)]
 STRICT = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)  # of the arguments that a recipe gives
 
 
 def mean(values: Tensor) -> Tensor:
-    """The mean of all elements, zero where there are none: a batch without a masked word has no loss."""
+    """The mean of all elements, zero where there are none, as in a batch without a masked word."""
     return values.sum() / max(values.numel(), 1)
 
 
@@ -51,10 +48,8 @@ def one_minus_cosine(left: Tensor, right: Tensor) -> Tensor:
 
 
 def kl(student: Tensor, teacher: Tensor, temperature: float = 1.0) -> Tensor:
-    """KL(teacher || student) of the softmaxes of logits / T over the last axis, [..., C] twice -> [...].
-
-    It is times T², which keeps the gradients' size whatever T (Hinton et al. 2015, section 2).
-    """
+    """T² KL(teacher || student) of the softmaxes of logits / T over the last axis, [..., C] twice -> [...]. The factor
+    keeps the gradients' size whatever T (Hinton et al. 2015, section 2)."""
     student, teacher = (F.log_softmax(logits / temperature, dim=-1) for logits in (student, teacher))
     return (teacher.exp() * (teacher - student)).sum(-1) * temperature**2
 
@@ -69,15 +64,8 @@ def kl_between_units(forward: Forward, student: Tensor, teacher: Tensor) -> Tens
     return kl(student, teacher).mean(1)[counts].mean()
 
 
-def like_heads(student: Tensor, teacher: Tensor) -> tuple[Tensor, Tensor]:
-    """Maps [B, h, U, U] head by head or, where one model has more heads than the other, their means over heads."""
-    if student.shape[1] == teacher.shape[1]:
-        return student, teacher
-    return student.mean(1, keepdim=True), teacher.mean(1, keepdim=True)
-
-
 def transport(costs: Tensor) -> Tensor:
-    """The cheapest flow [M, N] between M and N layers of equal weight, exactly, by linear programming."""
+    """The cheapest flow [M, N] between M and N layers of equal weight, by linear programming."""
     rows, columns = costs.shape
     constraints = np.vstack([np.kron(np.eye(rows), np.ones(columns)), np.kron(np.ones(rows), np.eye(columns))])
     weights = np.concatenate([np.full(rows, 1 / rows), np.full(columns, 1 / columns)])
@@ -87,11 +75,9 @@ def transport(costs: Tensor) -> Tensor:
 
 
 def over_layers(forward: Forward, cost: Callable[[int, Layers], Tensor], *, attention: bool = False) -> Tensor:
-    """The mean of cost(m, block) over the map's pairs; under the map `emd`, the cost of the cheapest transport.
-
-    That is BERT-EMD (Li et al. 2020, section 3) with uniform layer weights; no gradient goes through the flow.
-    attention: leaves out pairs with layer 0, which has none. Raises InputError: no pair is left.
-    """
+    """The mean of cost(m, block) over the map's pairs; under the map `emd`, the cost of the cheapest transport
+    (BERT-EMD, Li et al. 2020, section 3), with uniform layer weights and no gradient through the flow.
+    attention: leaves out pairs with layer 0, which has none. Raises InputError if no pair is left."""
     pairs = [(m, block) for m, block in forward.pairs if not attention or (m and all(block))]
     if not pairs:
         raise InputError("layer_map: every pair in it has layer 0, where there is no attention: add a pair of layers")
@@ -104,10 +90,8 @@ def over_layers(forward: Forward, cost: Callable[[int, Layers], Tensor], *, atte
 
 def masked_lm_loss(view: View, head: MaskedLMHead, tables: list[Tensor], biases: list[Tensor]) -> Tensor:
     """Cross-entropy at masked pieces, one softmax per vocabulary (Zhao et al. 2019, section 3.2).
-
     The view's labels [B, T] are in the combined numbering (vocabulary k follows k - 1), -100 where not masked; tables
-    [V_k, D_E]; biases [V_k]. The table of the vocabulary that segmented the word predicts it.
-    """
+    [V_k, D_E]; biases [V_k]. The table of the vocabulary that segmented the word predicts it."""
     where = view.side.labels >= 0
     states, labels = head.transform(view.hidden[-1][where].float()), view.side.labels[where]
     total, first = states.sum() * 0.0, 0
@@ -121,21 +105,20 @@ def masked_lm_loss(view: View, head: MaskedLMHead, tables: list[Tensor], biases:
 
 def student_masked_lm(forward: Forward) -> Tensor:
     """The student's masked-LM cross-entropy on its own vocabulary."""
-    return forward.masked_lm["student"]()
+    masked = forward.student.masked
+    logits = forward.student.predict(masked.states)
+    return F.cross_entropy(logits, masked.labels, reduction="sum") / max(len(masked.labels), 1)
 
 
 def teacher_masked_lm(forward: Forward) -> Tensor:
     """The teacher's masked-LM cross-entropy on mixed input, one softmax per vocabulary (Zhao et al. 2019)."""
-    return forward.masked_lm["teacher"]()
+    return forward.given["teacher_masked_lm"]()
 
 
 def masked_lm_match(forward: Forward, temperature: Positive = 1.0) -> Tensor:
     """T² KL(p_T || p_S) at masked pieces that both vocabularies write alike, over the pieces that both have.
-
-    Student logits [n, V_S] and teacher logits [n, V_T] at units of one masked piece on each side and the same one; both
-    softmaxes see only the shared pieces (Kolesnikova et al. 2022, arXiv 2205.02340, "match"; with one vocabulary it is
-    DistilBERT's L_ce).
-    """
+    Logits [n, V_S] and [n, V_T] at units that are the same one masked piece on each side (Kolesnikova et al. 2022,
+    arXiv 2205.02340, "match"; with one vocabulary it is DistilBERT's L_ce)."""
     student, teacher = forward.student.masked, forward.teacher.masked
     alone = (student.counts == 1) & (teacher.counts == 1)
     # units rise along both sides, so the n-th chosen piece of one meets the n-th of the other
@@ -149,11 +132,9 @@ def masked_lm_match(forward: Forward, temperature: Positive = 1.0) -> Tensor:
 
 def masked_lm_reduce(forward: Forward, temperature: Positive = 1.0) -> Tensor:
     """T² KL(p_T || p_S) over the teacher's pieces, at words that the teacher has masked as one piece.
-
     The student's score of a teacher piece is the mean of its log-probabilities of the pieces that spell it, averaged
-    over the word's masked student pieces: [n, V_T] from [pieces, V_S]. Teacher pieces without a spelling are left out
-    of both softmaxes (after Kolesnikova et al. 2022, arXiv 2205.02340, "reduce-map").
-    """
+    over the word's masked pieces; teacher pieces without a spelling are left out of both softmaxes (after Kolesnikova
+    et al. 2022, arXiv 2205.02340, "reduce-map")."""
     student, teacher = forward.student.masked, forward.teacher.masked
     chosen = (teacher.counts == 1) & (student.counts > 0)
     mine, theirs = chosen[student.units], chosen[teacher.units]
@@ -171,9 +152,7 @@ def masked_lm_reduce(forward: Forward, temperature: Positive = 1.0) -> Tensor:
     return mean(kl(reduced, target[:, spelt], temperature))
 
 
-def between_states(
-    forward: Forward, distance: Callable[[Tensor, Tensor], Tensor], direction: Direction, units: Units = "all"
-) -> Tensor:
+def between_states(forward: Forward, distance: Distance, direction: Direction, units: Units = "all") -> Tensor:
     """The distance of unit states [n, D] over the matched layers, after the shared projection."""
     return over_layers(forward, lambda m, block: distance(*forward.aligned(m, block, direction, units)))
 
@@ -200,22 +179,16 @@ def hidden_cosine(forward: Forward, direction: Direction = "up") -> Tensor:
 
 def hidden_normalized(forward: Forward, direction: Direction = "up", states: Units = "all") -> Tensor:
     """Mean squared distance of L2-normalised states (patient KD, Sun et al. 2019, eq. 7: of [CLS], `states` cls)."""
-
-    def distance(student: Tensor, teacher: Tensor) -> Tensor:
-        return (F.normalize(student, dim=-1) - F.normalize(teacher, dim=-1)).pow(2).sum(-1).mean()
-
-    return between_states(forward, distance, direction, states)
+    unit = partial(F.normalize, dim=-1)
+    return between_states(forward, lambda s, t: (unit(s) - unit(t)).pow(2).sum(-1).mean(), direction, states)
 
 
 def hidden_contrastive(
     forward: Forward, direction: Direction = "up", temperature: Positive = 0.1, limit: Count = 1024
 ) -> Tensor:
     """KL of softmax(t · t_j / τ) and softmax(s · t_j / τ): a unit's state is told from those of the batch's others.
-
-    InfoNCE (van den Oord et al. 2018, eq. 4) whose targets are the teacher's own similarities, so that near units are
-    no errors and agreement is zero. s, t: L2-normalised states [n, D]; j over at most `limit` units, evenly spaced over
-    the batch, because the cost is n².
-    """
+    InfoNCE (van den Oord et al. 2018, eq. 4) with the teacher's own similarities as targets, so that near units are no
+    errors. s, t: L2-normalised states [n, D]; j over at most `limit` units, evenly spaced, because the cost is n²."""
 
     def distance(student: Tensor, teacher: Tensor) -> Tensor:
         every = -(-len(teacher) // limit)
@@ -230,51 +203,42 @@ def embedding_mse(forward: Forward) -> Tensor:
     return mean_squares(*forward.aligned(0, (0,), "up"))
 
 
-def attention_scores(forward: Forward) -> Tensor:
-    """Mean squared error of the scores Q K^T / sqrt(d) between units, [B, h, U, U] (TinyBERT, eq. 7).
-
-    Head by head; where the models have different numbers of heads, the means over heads are compared.
-    """
-    counts = forward.batch.unit_mask
-    both = counts.unsqueeze(1) & counts.unsqueeze(2)
+def between_maps(forward: Forward, read: Callable[[View, Layers], Tensor], distance: Distance) -> Tensor:
+    """The distance of maps [B, h, U, U] over the matched layers, head by head or, where the models have different
+    numbers of heads, of their means over heads."""
 
     def cost(m: int, block: Layers) -> Tensor:
-        student, teacher = like_heads(forward.student.scores((m,)), forward.teacher.scores(block))
-        return (student - teacher).pow(2).mean(1)[both].mean()
+        student, teacher = read(forward.student, (m,)), read(forward.teacher, block)
+        if student.shape[1] != teacher.shape[1]:
+            student, teacher = student.mean(1, keepdim=True), teacher.mean(1, keepdim=True)
+        return distance(student, teacher)
 
     return over_layers(forward, cost, attention=True)
+
+
+def attention_scores(forward: Forward) -> Tensor:
+    """Mean squared error of the scores Q K^T / sqrt(d) between units (TinyBERT, eq. 7). See `between_maps`."""
+    both = forward.batch.unit_mask.unsqueeze(1) & forward.batch.unit_mask.unsqueeze(2)
+    return between_maps(forward, View.scores, lambda s, t: (s - t).pow(2).mean(1)[both].mean())
 
 
 def attention_kl(forward: Forward) -> Tensor:
-    """KL(A_T || A_S) of the attention distributions between units, [B, h, U, U], mean over heads and units.
-
-    MiniLM (Wang et al. 2020, section 3.1), there of the last layer; arXiv 2308.13958 replaces TinyBERT's MSE by it.
-    Head by head; where the models have different numbers of heads, the means over heads are compared.
-    """
-
-    def cost(m: int, block: Layers) -> Tensor:
-        maps = like_heads(forward.student.attention((m,)), forward.teacher.attention(block))
-        return kl_between_units(forward, *(probabilities.clamp_min(1e-30).log() for probabilities in maps))
-
-    return over_layers(forward, cost, attention=True)
+    """KL(A_T || A_S) of the attention distributions between units (MiniLM, Wang et al. 2020, section 3.1).
+    There it is of the last layer; arXiv 2308.13958 replaces TinyBERT's MSE by it. See `between_maps`."""
+    return between_maps(
+        forward, View.attention, lambda *maps: kl_between_units(forward, *(m.clamp_min(1e-30).log() for m in maps))
+    )
 
 
 def relations_kl(forward: Forward, kind: Kind, heads: int | None) -> Tensor:
     """KL of softmax(X X^T / sqrt(d_r)) between units, [B, A_r, U, U], where X is split into A_r heads of width d_r."""
-    heads = heads or forward.teacher.heads
-
-    def cost(m: int, block: Layers) -> Tensor:
-        student, teacher = forward.student.relations(kind, (m,), heads), forward.teacher.relations(kind, block, heads)
-        return kl_between_units(forward, student, teacher)
-
-    return over_layers(forward, cost, attention=True)
+    read = partial(View.relations, kind=kind, heads=heads or forward.teacher.heads)
+    return between_maps(forward, read, partial(kl_between_units, forward))
 
 
 def query_relations(forward: Forward, heads: Count | None = None) -> Tensor:
     """KL of the relations between queries, softmax(Q Q^T / sqrt(d_r)) (MiniLMv2, Wang et al. 2021).
-
-    heads: A_r, which must divide both widths; the models' own numbers of heads do not matter. None: the teacher's.
-    """
+    heads: A_r, which must divide both widths, whatever the models' own numbers of heads; None: the teacher's."""
     return relations_kl(forward, "queries", heads)
 
 
@@ -313,11 +277,10 @@ def batch_similarity(forward: Forward) -> Tensor:
 
 
 def labels(forward: Forward) -> Tensor:
-    """Cross-entropy with a task's classes, [B, C] or [n, C] at labelled pieces; of scores, the mean squared error.
-
-    The only loss of a task that needs no teacher: it is zero at the truth.
-    """
-    logits, targets = forward.student.task_logits, forward.targets
+    """Cross-entropy with a task's classes, [B, C] or [n, C] at labelled pieces; of scores, the mean squared error."""
+    logits, targets = forward.student.task_logits, forward.batch.targets
+    if targets is None:  # a task of tokens has its classes at pieces
+        targets = forward.student.side.labels[forward.student.side.labels >= 0]
     if targets.is_floating_point():
         return mean_squares(logits.squeeze(-1), targets)
     return mean(F.cross_entropy(logits, targets, reduction="none"))
@@ -325,15 +288,9 @@ def labels(forward: Forward) -> Tensor:
 
 def soft_labels(forward: Forward, temperature: Positive = 1.0, divergence: Literal["kl", "ce"] = "kl") -> Tensor:
     """T² KL(p_T || p_S) of softmax(z / T), z [B, C] or [n, C] at labelled pieces (Hinton et al. 2015, eq. 1).
-
-    divergence ce: T² times the cross-entropy (TinyBERT, eq. 10, with T = 1), which is larger by the teacher's entropy:
-    the same gradients, and not zero at agreement.
-
-    Raises InputError: a regression task, which has one output and no distribution.
-    """
+    divergence ce: T² times the cross-entropy (TinyBERT, eq. 10, with T = 1), larger by the teacher's entropy: the same
+    gradients, and not zero at agreement. Regression has no distribution: `phases_of` gives it `logits_mse`."""
     student, teacher = forward.student.task_logits, forward.teacher.task_logits
-    if student.shape[-1] == 1:
-        raise InputError("losses.soft_labels: one output has no distribution: choose logits_mse for regression")
     found = kl(student, teacher, temperature)
     if divergence == "ce":
         found = found + temperature**2 * torch.distributions.Categorical(logits=teacher / temperature).entropy()
@@ -341,67 +298,56 @@ def soft_labels(forward: Forward, temperature: Positive = 1.0, divergence: Liter
 
 
 def logits_mse(forward: Forward) -> Tensor:
-    """Mean squared error of a task's logits, [B, C] or [n, C] at labelled pieces (Ba and Caruana 2014).
-
-    For regression, where the one logit is the score.
-    """
+    """Mean squared error of a task's logits, [B, C] or [n, C] at labelled pieces (Ba and Caruana 2014), or scores."""
     return mean((forward.student.task_logits - forward.teacher.task_logits).pow(2))
 
 
 def parameters_down(forward: Forward) -> Tensor:
     """`MSE(U θ_t V, θ_s)` over matched parameters (Zhao et al. 2019, eq. 1)."""
-    return forward.parameters["down"]()
+    return forward.given["parameters_down"]()
 
 
 def parameters_up(forward: Forward) -> Tensor:
     """`MSE(θ_t, U' θ_s V')` over matched parameters (Zhao et al. 2019, eq. 2)."""
-    return forward.parameters["up"]()
+    return forward.given["parameters_up"]()
 
 
 @dataclass(frozen=True)
 class Loss:
-    """A loss, what must be there for it, and the places whose steps have that.
-
-    reads: "hidden" (hidden states of all layers; the last are always there), "queries", "keys", "values"; "pieces" (the
-    teacher's pieces, not only its units); "teacher" (its states), "teacher logits", "task logits"; "masked words",
-    "student head", "teacher head" (of masked LM), "both vocabularies" (which pieces they share); "up" (the projection,
-    whatever the arguments); "groups" (of near sentences).
-    stands_in: the modes of dual training ("joint", "two_stage", "match"), "distill" (recovery too), "finetune" and
-    "task teacher" (of its fine-tuning).
-    """
+    """A loss, what it reads, and the places whose steps have that."""
 
     function: Callable[..., Tensor]
+    # "hidden" (states of all layers; the last are always there), "queries", "keys", "values", "teacher" (its states),
+    # "teacher logits", "task logits", "masked words", "student head" and "teacher head" (of masked LM), "both
+    # vocabularies" (which pieces they share), "up" (the projection, whatever the arguments), "groups" (near sentences)
     reads: Set[str]
+    # the modes of dual training, "distill" (recovery too), "finetune", "task teacher" (of its fine-tuning)
     stands_in: Set[str]
 
 
 COMPARED = frozenset({"joint", "match", "distill", "finetune"})  # where a student and a teacher see the same words
-MASKED = frozenset({"masked words", "student head", "teacher head", "both vocabularies", "teacher", "pieces"})
+OF_HIDDEN = [hidden_mse, hidden_mae, hidden_huber, hidden_cosine, hidden_normalized, hidden_contrastive]
+ACROSS = ["masked words", "student head", "teacher head", "both vocabularies", "teacher"]
 LOSSES: dict[str, Loss] = {
-    "student_masked_lm": Loss(student_masked_lm, {"masked words", "student head"}, {"joint", "distill"}),
-    "teacher_masked_lm": Loss(teacher_masked_lm, {"masked words", "teacher head"}, {"joint", "two_stage"}),
-    "masked_lm_match": Loss(masked_lm_match, MASKED, {"distill"}),
-    "masked_lm_reduce": Loss(masked_lm_reduce, MASKED, {"distill"}),
-    "parameters_down": Loss(parameters_down, set(), {"joint"}),
-    "parameters_up": Loss(parameters_up, set(), {"joint"}),
-    "hidden_mse": Loss(hidden_mse, {"hidden", "teacher"}, COMPARED),
-    "hidden_mae": Loss(hidden_mae, {"hidden", "teacher"}, COMPARED),
-    "hidden_huber": Loss(hidden_huber, {"hidden", "teacher"}, COMPARED),
-    "hidden_cosine": Loss(hidden_cosine, {"hidden", "teacher"}, COMPARED),
-    "hidden_normalized": Loss(hidden_normalized, {"hidden", "teacher"}, COMPARED),
-    "hidden_contrastive": Loss(hidden_contrastive, {"hidden", "teacher"}, COMPARED),
-    "embedding_mse": Loss(embedding_mse, {"hidden", "teacher", "up"}, COMPARED),
-    "attention_scores": Loss(attention_scores, {"queries", "keys", "teacher"}, COMPARED),
-    "attention_kl": Loss(attention_kl, {"queries", "keys", "pieces", "teacher"}, COMPARED),
-    "query_relations": Loss(query_relations, {"queries", "teacher"}, COMPARED),
-    "key_relations": Loss(key_relations, {"keys", "teacher"}, COMPARED),
-    "value_relations": Loss(value_relations, {"values", "teacher"}, COMPARED),
-    "sentence_cosine": Loss(sentence_cosine, {"teacher", "up"}, COMPARED),
-    "group_similarity": Loss(group_similarity, {"teacher", "groups"}, {"match", "distill"}),
-    "batch_similarity": Loss(batch_similarity, {"teacher"}, COMPARED),
-    "labels": Loss(labels, {"task logits"}, {"finetune", "task teacher"}),
-    "soft_labels": Loss(soft_labels, {"task logits", "teacher logits"}, {"finetune"}),
-    "logits_mse": Loss(logits_mse, {"task logits", "teacher logits"}, {"finetune"}),
+    function.__name__: Loss(function, frozenset(reads), stands_in)
+    for functions, reads, stands_in in (
+        ([student_masked_lm], ["masked words", "student head"], {"joint", "distill"}),
+        ([teacher_masked_lm], ["masked words", "teacher head"], {"joint", "two_stage"}),
+        ([masked_lm_match, masked_lm_reduce], ACROSS, {"distill"}),
+        ([parameters_down, parameters_up], [], {"joint"}),
+        (OF_HIDDEN, ["hidden", "teacher"], COMPARED),
+        ([embedding_mse], ["hidden", "teacher", "up"], COMPARED),
+        ([attention_scores, attention_kl], ["queries", "keys", "teacher"], COMPARED),
+        ([query_relations], ["queries", "teacher"], COMPARED),
+        ([key_relations], ["keys", "teacher"], COMPARED),
+        ([value_relations], ["values", "teacher"], COMPARED),
+        ([sentence_cosine], ["teacher", "up"], COMPARED),
+        ([group_similarity], ["teacher", "groups"], {"match", "distill"}),
+        ([batch_similarity], ["teacher"], COMPARED),
+        ([labels], ["task logits"], {"finetune", "task teacher"}),
+        ([soft_labels, logits_mse], ["task logits", "teacher logits"], {"finetune"}),
+    )
+    for function in functions
 }
 ATTENTION = ("queries", "keys", "values")
 
@@ -412,10 +358,8 @@ def readers(losses: Iterable[str], *parts: str) -> list[str]:
 
 
 def check_losses(section: str, stage: TrainingSection, place: str) -> None:
-    """Refuses losses that a stage cannot compute: unknown, out of place, with wrong arguments, without what they read.
-
-    section: the stage's key in the recipe. place: see `Loss`. Raises InputError: naming the key.
-    """
+    """Raises InputError, naming the key, for losses that a stage cannot compute: unknown, out of place, with wrong
+    arguments, without what they read. section: the stage's key in the recipe. place: see `Loss`."""
     for name, chosen in stage.losses.items():
         key = f"{section}.losses.{name}"
         if name not in LOSSES:
@@ -424,17 +368,13 @@ def check_losses(section: str, stage: TrainingSection, place: str) -> None:
             choices = ", ".join(other for other, loss in LOSSES.items() if place in loss.stands_in)
             raise InputError(f"{key}: this stage cannot compute it: choose from {choices}")
         _, *known = inspect.signature(LOSSES[name].function).parameters.values()
-        schema = create_model(
-            name, __config__=STRICT, **{known.name: (known.annotation, known.default) for known in known}
-        )
+        schema = create_model(name, __config__=STRICT, **{p.name: (p.annotation, p.default) for p in known})
         try:
             schema.model_validate(chosen.arguments)
         except ValidationError as error:
             first = error.errors()[0]
             raise InputError(explain(first | {"loc": (*key.split("."), *first["loc"])}, schema)) from None
-    for name in readers(stage.losses, "masked words"):
-        if not stage.mask:
-            raise InputError(f"{section}.losses.{name}: nothing is masked: set {section}.mask, 0.15 as in BERT")
-    for name in readers(stage.losses, "groups"):
-        if stage.group_size == 1:
-            raise InputError(f"{section}.losses.{name} compares near sentences: set {section}.group_size to 4")
+        if "masked words" in LOSSES[name].reads and not stage.mask:
+            raise InputError(f"{key}: nothing is masked: set {section}.mask, 0.15 as in BERT")
+        if "groups" in LOSSES[name].reads and stage.group_size == 1:
+            raise InputError(f"{key} compares near sentences: set {section}.group_size to 4")

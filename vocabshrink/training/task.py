@@ -1,22 +1,36 @@
-"""What the training loop asks of a task: named losses of a batch, their weights, and which parameters are embeddings.
+"""What the training loop trains: tasks, each of which gives named losses of a batch.
 
-A task is a module of models and of helpers (projections, heads) that are learned with them and never ship. Each kind
-of training is one: distillation.py, dual_training.py, task_training.py.
+A task is a module of models and of helpers (projections, heads) that are learned with them and never ship. Each model
+reads its own segmentation of the same words, and only what the chosen losses read is computed: masked words alone do
+not run the teacher. In `Distillation` (from text) and `TaskTraining` (from a labelled task's rows) a student learns
+from a frozen teacher.
+In `DualTraining` the teacher itself learns the student's pieces (Zhao et al., arXiv 1909.11687, both versions). Each
+word of its input is segmented with the student's vocabulary with probability p, else with the teacher's. Student pieces
+are embedded by the student's table and, where widths differ, an affine map up; they enter the unchanged teacher beside
+its own pieces, as `inputs_embeds`, so its own objective pulls them into its space. Modes: `joint` (version 1: the
+student trains alongside, with parameter projections), `two_stage` (version 2: the teacher alone; distillation follows),
+and `match` for teachers without a masked-LM head: mixed input must give, unit by unit, what the teacher gives on its
+own segmentation, and only the new embeddings move. There the teacher on mixed input takes the student's seat, so every
+loss between student and teacher can be used.
 """
 
 import inspect
+from functools import partial
 
 import torch
 from torch import Tensor, nn
 
+from tokenizer_build.errors import InputError
 from vocabshrink.data.batches import Batch
 from vocabshrink.data.pieces import Pieces
 from vocabshrink.models.forward import run_backbone
-from vocabshrink.models.projection import widen
+from vocabshrink.models.projection import ParameterProjection, widen
 from vocabshrink.models.rounding import refit
-from vocabshrink.models.teacher import Teacher
-from vocabshrink.run.recipe import Losses
-from vocabshrink.training.losses import ATTENTION, LOSSES, readers
+from vocabshrink.models.task_model import task_logits
+from vocabshrink.models.teacher import MaskedLMHead, Teacher
+from vocabshrink.run.layer_map import Pairs
+from vocabshrink.run.recipe import DistillStage, DualStage, Losses
+from vocabshrink.training.losses import ATTENTION, LOSSES, masked_lm_loss, readers
 from vocabshrink.training.views import Forward, View
 
 STEPS_OF_SCALES = 50  # after which the scales of a rounded student are fitted to its weights again
@@ -24,11 +38,10 @@ STEPS_OF_SCALES = 50  # after which the scales of a rounded student are fitted t
 
 class TrainingTask(nn.Module):
     """A module of models and helpers with the losses that a recipe chose. Subclasses give `view(batch) -> Forward`.
-
-    Dropout is off on purpose (see student.py): a task stays in eval mode.
-    """
+    Dropout is off on purpose (see student.py): a task stays in eval mode."""
 
     losses: Losses
+    pairs: Pairs = ()
     pooling, normalize = "mean", False  # of sentence embeddings
 
     def forward(self, batch: Batch) -> dict[str, Tensor]:
@@ -38,18 +51,21 @@ class TrainingTask(nn.Module):
         with torch.autocast(batch.unit_mask.device.type, enabled=False):
             return {name: LOSSES[name].function(forward, **chosen.arguments) for name, chosen in self.losses.items()}
 
-    def view(self, batch: Batch) -> Forward:
-        raise NotImplementedError
-
     def run(self, backbone: nn.Module, side: Pieces, batch: Batch, embeddings: Tensor | None = None) -> View:
         """One model's pass, keeping what the losses read: all layers, queries, keys and values, or the last states.
-
-        embeddings [B, T, D_E]: instead of ids.
-        """
+        embeddings [B, T, D_E]: instead of ids."""
         layers, qkv = bool(readers(self.losses, "hidden")), bool(readers(self.losses, *ATTENTION))
         passed = run_backbone(backbone, side, embeddings=embeddings, layers=layers, qkv=qkv)
         heads, units = backbone.config.num_attention_heads, batch.unit_mask.shape[1]
         return View(side, passed, self.pooling, self.normalize, units, heads)
+
+    def both(self, batch: Batch, student: nn.Module, teacher: nn.Module | None) -> Forward:
+        """The student's pass over its side and, if given, the frozen teacher's over its own."""
+        forward = Forward(batch, self.pairs, self.up, self.down, self.run(student, batch.student, batch))
+        if teacher is not None:
+            with torch.no_grad():
+                forward.teacher = self.run(teacher, batch.teacher, batch)
+        return forward
 
     def weights(self, progress: float) -> dict[str, float]:
         """Weight of each loss at this share of the run: linear from `start`, if given, to `weight`."""
@@ -63,29 +79,214 @@ class TrainingTask(nn.Module):
         return list(self.student.get_input_embeddings().parameters())  # also where the weight is a rounded view of it
 
     def before_step(self, step: int) -> None:
-        """What the task does to itself before an optimizer step, decided by the step's number alone, so that a resumed
-        run does the same: the scales of a rounded student follow its weights."""
+        """Fits the scales of a rounded student to its weights, at steps that their number alone decides, so that a
+        resumed run does the same."""
         if step % STEPS_OF_SCALES == 0:
             refit(self)
 
     def train(self, mode: bool = True):
         return super().train(False)
 
+    def project_hidden(self, student: nn.Module, teacher: nn.Module, directions: Tensor | None) -> None:
+        """Gives the task its shared maps of hidden states, up to the teacher's width and down. directions: of
+        `build_student`. ALBERT's are of a table narrower than its hidden states, and say nothing about them."""
+        small, large = student.config.hidden_size, teacher.config.hidden_size
+        if directions is not None and len(directions) != large:
+            directions = None
+        self.up = widen(small, large, directions)
+        self.down = widen(large, small, None if directions is None else directions.T)
 
-def hidden_projections(student: nn.Module, teacher: Teacher, directions: Tensor | None) -> tuple[nn.Module, nn.Module]:
-    """Shared maps of hidden states, up to the teacher's width and down. The principal directions are the piece table's;
-    ALBERT's table is narrower than its hidden states, and says nothing about them."""
-    small, large = student.config.hidden_size, teacher.config.hidden_size
-    if directions is not None and len(directions) != large:
-        directions = None
-    return widen(small, large, directions), widen(large, small, None if directions is None else directions.T)
+    def freeze_unread(self) -> None:
+        """Freezes projections that no loss reads, so that no process waits for a gradient that never comes."""
+        read = {"up"} if readers(self.losses, "up") else set()
+        for name, chosen in self.losses.items():
+            if known := inspect.signature(LOSSES[name].function).parameters.get("direction"):
+                read.add(chosen.arguments.get("direction", known.default))
+        self.up.requires_grad_("up" in read)
+        self.down.requires_grad_("down" in read)
 
 
-def freeze_unread(task: TrainingTask) -> None:
-    """Freezes projections that no chosen loss reads, so that no process waits for a gradient that never comes."""
-    directions = {"up"} if readers(task.losses, "up") else set()
-    for name, chosen in task.losses.items():
-        if known := inspect.signature(LOSSES[name].function).parameters.get("direction"):
-            directions.add(chosen.arguments.get("direction", known.default))
-    task.up.requires_grad_("up" in directions)
-    task.down.requires_grad_("down" in directions)
+class Distillation(TrainingTask):
+    """Student and frozen teacher, each on its own segmentation of the same words."""
+
+    def __init__(
+        self,
+        stage: DistillStage,
+        teacher: Teacher,
+        student: nn.Module,
+        pairs: Pairs,
+        *,
+        head: MaskedLMHead | None = None,
+        directions: Tensor | None = None,
+        shared: Tensor | None = None,
+        spelling: Tensor | None = None,
+    ):
+        """head: the student's, for masked-LM losses. directions: see `build_student`. shared, spelling: see `Forward`.
+        Raises InputError: a loss between vocabularies that have nothing in common."""
+        super().__init__()
+        self.losses, self.pairs = stage.losses, pairs
+        self.student, self.head = student, head
+        self.teacher = teacher.backbone.requires_grad_(False)
+        across = readers(self.losses, "both vocabularies")
+        self.teacher_head = teacher.head.requires_grad_(False) if across else None
+        self.register_buffer("shared", shared, persistent=False)
+        self.register_buffer("spelling", spelling, persistent=False)
+        self.pooling, self.normalize = teacher.pooling, teacher.normalize
+        self.project_hidden(student, teacher, directions)
+        self.freeze_unread()
+        for name in across:
+            if not bool(((shared if name == "masked_lm_match" else spelling) >= 0).any()):
+                raise InputError(f"losses.{name}: the vocabularies have no piece in common: leave this loss out")
+
+    def view(self, batch: Batch) -> Forward:
+        forward = self.both(batch, self.student, self.teacher if readers(self.losses, "teacher") else None)
+        forward.shared, forward.spelling = self.shared, self.spelling
+        if self.head is not None:
+            forward.student.predict = partial(self.head, table=self.student.get_input_embeddings().weight)
+        if self.teacher_head is not None:
+            forward.teacher.predict = partial(self.teacher_head, table=self.teacher.get_input_embeddings().weight)
+        return forward
+
+
+class TaskTraining(TrainingTask):
+    """A task model on its own pieces and, where a loss reads it, a frozen fine-tuned teacher on the teacher's.
+    `begin` opens each phase: models and projections stay, so that a later phase starts where the one before ended."""
+
+    def __init__(
+        self, model: nn.Module, kind: str, *, teacher=None, logits=None, directions=None, pooling="mean", normalize=True
+    ):
+        """logits [rows, C]: the teacher's on the training rows, by row number. directions: see `build_student`."""
+        super().__init__()
+        self.student, self.kind, self.pooling, self.normalize = model, kind, pooling, normalize
+        self.teacher, self.up, self.down = None, nn.Identity(), nn.Identity()
+        if teacher is not None:
+            self.teacher = teacher.requires_grad_(False)
+            self.project_hidden(model, teacher, directions)
+        self.register_buffer("logits", logits, persistent=False)
+
+    def begin(self, losses: Losses, pairs: Pairs) -> None:
+        """Opens a phase: its losses, its layer map, and what of the model they train."""
+        self.losses, self.pairs = losses, pairs
+        self.live = live_teacher(losses, stored=self.logits is not None)
+        self.freeze_unread()
+        body = {id(p) for name, p in self.student.base_model.named_parameters() if "pooler" not in name}
+        head = bool(readers(losses, "task logits"))
+        for parameter in self.student.parameters():
+            parameter.requires_grad_(head or id(parameter) in body)
+
+    def view(self, batch: Batch) -> Forward:
+        teacher = self.teacher.base_model if self.live else None
+        forward = self.both(batch, self.student.base_model, teacher)
+        forward.student.predict = partial(task_logits, self.student, kind=self.kind)
+        if self.live:
+            forward.teacher.predict = partial(task_logits, self.teacher, kind=self.kind)
+        if self.logits is not None and readers(self.losses, "teacher logits"):
+            forward.teacher = forward.teacher or View(None, None)
+            forward.teacher.logits = self.logits[batch.rows]
+        return forward
+
+
+def live_teacher(losses: Losses, *, stored: bool) -> bool:
+    """Whether a phase with these losses runs the teacher; stored: its logits of the training rows are at hand."""
+    return bool(readers(losses, "teacher") or (readers(losses, "teacher logits") and not stored))
+
+
+class MixedEmbedding(nn.Module):
+    """Embeds combined ids [B, T] as [B, T, D_T]: below V_T by the teacher's table, from V_T on by the student's and the
+    affine map up."""
+
+    def __init__(self, teacher_table: nn.Embedding, student_table: nn.Embedding, directions: Tensor | None):
+        super().__init__()
+        self.teacher_table, self.student_table = teacher_table, student_table
+        self.up = widen(student_table.embedding_dim, teacher_table.embedding_dim, directions)
+
+    def forward(self, ids: Tensor) -> Tensor:
+        first = self.teacher_table.num_embeddings
+        from_student = (ids >= first).unsqueeze(-1)
+        student = self.up(self.student_table((ids - first).clamp_min(0)))
+        return torch.where(from_student, student, self.teacher_table(ids.clamp_max(first - 1)))
+
+
+class DualTraining(TrainingTask):
+    """The teacher on mixed input and, in joint mode, the student beside it."""
+
+    def __init__(
+        self,
+        stage: DualStage,
+        teacher: Teacher,
+        student: nn.Module,
+        pairs: Pairs,
+        *,
+        student_head=None,
+        directions=None,
+    ):
+        """student_head: for masked-LM losses in joint mode. directions: see `build_student`."""
+        super().__init__()
+        self.losses, self.pairs, self.mode = stage.losses, pairs, stage.mode
+        self.teacher, self.student = teacher.backbone, student
+        self.pooling, self.normalize = teacher.pooling, teacher.normalize
+        self.embedding = MixedEmbedding(teacher.table, student.get_input_embeddings(), directions)
+        self.project_hidden(student, teacher, directions)
+        if teacher.table.embedding_dim == teacher.config.hidden_size:
+            self.up = self.embedding.up  # one map up of this width
+        self.teacher_head, self.head = teacher.head, student_head
+        self.student_bias = nn.Parameter(torch.zeros(student.config.vocab_size))  # of the teacher's second softmax
+        self.projections = nn.ModuleDict()
+        for direction in ("down", "up"):
+            if f"parameters_{direction}" in self.losses:
+                self.projections[direction] = ParameterProjection(student, teacher.backbone, pairs, direction)
+        self.freeze_unread()
+        if self.mode == "match":  # both sides are the teacher, in its own width
+            self.up.requires_grad_(False)
+            self.down.requires_grad_(False)
+        self.embedding.up.requires_grad_(True)
+        # only masked LM moves the teacher; in match mode its own reading is the target and must stay
+        reads_head = bool(readers(self.losses, "teacher head"))
+        self.student_bias.requires_grad_(reads_head)
+        for part in filter(None, (self.teacher, self.teacher_head)):
+            part.requires_grad_(stage.train_teacher and reads_head)
+        if self.head is not None:
+            self.head.requires_grad_(bool(readers(self.losses, "student head")))
+        if self.mode != "joint":
+            self.student.requires_grad_(False)
+            self.student.get_input_embeddings().requires_grad_(True)
+
+    def view(self, batch: Batch) -> Forward:
+        mixed = self.run(self.teacher, batch.mixed, batch, self.embedding(batch.mixed.ids))
+        if self.mode == "match":
+            with torch.no_grad():
+                own = self.run(self.teacher, batch.teacher, batch)
+            return Forward(batch, self.pairs, nn.Identity(), nn.Identity(), mixed, own)
+        # the student learns from the teacher, not the teacher from the student: only masked LM moves the teacher
+        forward = Forward(batch, self.pairs, self.up, self.down, teacher=mixed.detached())
+        if self.teacher_head is not None:
+            forward.given["teacher_masked_lm"] = partial(self.masked_lm, mixed)
+        if self.mode == "joint":
+            forward.student = self.run(self.student, batch.student, batch)
+            forward.student.predict = partial(self.head, table=self.student.get_input_embeddings().weight)
+        for direction, projection in self.projections.items():
+            forward.given[f"parameters_{direction}"] = partial(projection, self.student, self.teacher)
+        return forward
+
+    def masked_lm(self, mixed: View) -> Tensor:
+        """Over both tables in the teacher's width, [V_T, D_T] and [V_S, D_T]."""
+        tables = [self.embedding.teacher_table.weight, self.embedding.up(self.embedding.student_table.weight)]
+        return masked_lm_loss(mixed, self.teacher_head, tables, [self.teacher_head.bias, self.student_bias])
+
+
+class HeadTraining(TrainingTask):
+    """Trains a masked-LM head on a teacher that has none. The body stays as it is: its embeddings are the target."""
+
+    def __init__(self, teacher: Teacher, losses: Losses):
+        super().__init__()
+        self.losses, self.teacher, self.head = losses, teacher.backbone.requires_grad_(False), teacher.head
+
+    def embedding_parameters(self) -> list[nn.Parameter]:
+        return []
+
+    def view(self, batch: Batch) -> Forward:
+        with torch.no_grad():
+            view = self.run(self.teacher, batch.teacher, batch)
+        table, forward = self.teacher.get_input_embeddings().weight, Forward(batch, (), nn.Identity(), nn.Identity())
+        forward.given["teacher_masked_lm"] = partial(masked_lm_loss, view, self.head, [table], [self.head.bias])
+        return forward

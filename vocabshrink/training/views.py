@@ -1,16 +1,16 @@
 """What the losses of one step see: each model's pass over its side of the batch, and what is pooled from it.
 
 A `View` is one model on its own pieces, and makes of its hidden states, queries, keys and values what can be compared
-across vocabularies: means over units (batches.py), products of such means, sentence embeddings. Each is made when a
-loss first asks for it, and once however many losses read it. Everything comes out in float32; only the passes
-themselves may be in bfloat16. Distributions of attention alone cost maps between pieces, [B, h, T, T] a layer.
+across vocabularies: means over units (batches.py), products of such means, sentence embeddings; each when a loss first
+asks for it, and once however many losses read it. Everything comes out in float32; only the passes themselves may be in
+bfloat16. Distributions of attention alone cost maps between pieces, [B, h, T, T] a layer.
 """
 
 import math
-from collections.abc import Callable, Hashable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field, replace
 from functools import cached_property
-from typing import Any, Literal, NamedTuple
+from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -27,11 +27,27 @@ Layers = tuple[int, ...]  # 1-based, 0 is the embedding output; of several layer
 Kind = Literal["queries", "keys", "values"]
 
 
-class Cache(dict):
-    """Values that are made at most once."""
+def once(method: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    """Keeps a method's results with the instance, by their arguments; functools.cache would keep the instance too."""
 
-    def once(self, key: Hashable, make: Callable[[], Any]) -> Any:
-        return self[key] if key in self else self.setdefault(key, make())
+    def kept(self, *arguments) -> Tensor:
+        key = method.__name__, *arguments
+        if key not in self.made:
+            self.made[key] = method(self, *arguments)
+        return self.made[key]
+
+    return kept
+
+
+def mean_of(layers: Iterable[Tensor]) -> Tensor:
+    layers = list(layers)
+    return layers[0] if len(layers) == 1 else torch.stack(layers).mean(0)
+
+
+def products(left: Tensor, right: Tensor, heads: int) -> Tensor:
+    """[B, U, D] twice, each split into heads of width d -> their products over sqrt(d), [B, heads, U, U]."""
+    left, right = (part.unflatten(-1, (heads, -1)).transpose(1, 2) for part in (left, right))
+    return left @ right.mT / math.sqrt(left.shape[-1])
 
 
 class Masked(NamedTuple):
@@ -47,10 +63,8 @@ class Masked(NamedTuple):
 @dataclass
 class View:
     """One model's pass over one side of the batch.
-
     unit_count: U. heads: of the model's attention. logits: a task's where they were stored, [B, C], or [B, T, C] of a
-    token task. predict: last hidden states -> the model's own logits: of pieces [n, D] -> [n, V], or a task's.
-    """
+    token task. predict: last hidden states -> the model's own logits: of pieces [n, D] -> [n, V], or a task's."""
 
     side: Pieces | None
     passed: Pass | None
@@ -60,62 +74,53 @@ class View:
     heads: int = 1
     logits: Tensor | None = None
     predict: Callable[[Tensor], Tensor] | None = None
-    _cache: Cache = field(default_factory=Cache, init=False, repr=False)
+    made: dict = field(default_factory=dict, init=False, repr=False)
 
     @property
     def hidden(self) -> tuple[Tensor, ...]:
-        """[B, T, D] each, in the dtype of the pass."""
-        return self.passed.hidden
+        return self.passed.hidden  # [B, T, D] each, in the dtype of the pass
 
     def detached(self) -> "View":
         """The same view as a target: no gradient goes back through it."""
         parts = (part and tuple(tensor.detach() for tensor in part) for part in vars(self.passed).values())
         return replace(self, passed=Pass(*parts))
 
-    def _mean(self, what: Hashable, layers: Layers, make: Callable[[int], Tensor]) -> Tensor:
-        """The mean over layers of what `make` gives for each, made once."""
-        made = [self._cache.once((what, layer), lambda layer=layer: make(layer)) for layer in layers]
-        return made[0] if len(made) == 1 else torch.stack(made).mean(0)
+    @once
+    def _units(self, kind: str, layer: int) -> Tensor:
+        """Hidden states, queries, keys or values (fields of `Pass`) of a layer, as means over units [B, U, D]."""
+        states = getattr(self.passed, kind)[layer if kind == "hidden" else layer - 1]
+        return pool_units(states, self.side.units, self.unit_count)
 
-    def pooled(self, tensor: Tensor) -> Tensor:
-        """Of pieces [B, T, D], the means of units [B, U, D] in float32."""
-        return pool_units(tensor, self.side.units, self.unit_count)
+    @once
+    def _products(self, left: Kind, right: Kind, heads: int, layer: int) -> Tensor:
+        return products(self._units(left, layer), self._units(right, layer), heads)
+
+    @once
+    def _maps(self, layer: int) -> Tensor:
+        queries, keys = (part[layer - 1].float() for part in (self.passed.queries, self.passed.keys))
+        padding = self.side.attention_mask[:, None, None] == 0
+        maps = products(queries, keys, self.heads).masked_fill(padding, -math.inf).softmax(-1)
+        return pool_attention(maps, self.side.units, self.unit_count)
 
     def states(self, layers: Layers) -> Tensor:
         """Hidden states of units, [B, U, D]."""
-        return self._mean("states", layers, lambda layer: self.pooled(self.hidden[layer]))
-
-    def _products(self, left: Kind, right: Kind, layers: Layers, heads: int) -> Tensor:
-        def of_units(kind: Kind, layer: int) -> Tensor:
-            return self._cache.once((kind, layer), lambda: self.pooled(getattr(self.passed, kind)[layer - 1]))
-
-        def make(layer: int) -> Tensor:
-            return products(of_units(left, layer), of_units(right, layer), heads)
-
-        return self._mean((left, right, heads), layers, make)
+        return mean_of(self._units("hidden", layer) for layer in layers)
 
     def scores(self, layers: Layers) -> Tensor:
         """Attention scores between units before the softmax, Q K^T / sqrt(d), [B, h, U, U]."""
-        return self._products("queries", "keys", layers, self.heads)
+        return mean_of(self._products("queries", "keys", self.heads, layer) for layer in layers)
 
-    def relations(self, kind: Kind, layers: Layers, heads: int) -> Tensor:
+    def relations(self, layers: Layers, kind: Kind, heads: int) -> Tensor:
         """X X^T / sqrt(D / heads) between units before the softmax, [B, heads, U, U]; X is `kind`, split anew. Raises
-        InputError: the heads do not divide the width."""
+        InputError if the heads do not divide the width."""
         width = getattr(self.passed, kind)[0].shape[-1]
         if width % heads:
             raise InputError(f"losses: {heads} relation heads do not divide a width of {width}: set heads of the loss")
-        return self._products(kind, kind, layers, heads)
+        return mean_of(self._products(kind, kind, heads, layer) for layer in layers)
 
     def attention(self, layers: Layers) -> Tensor:
         """Attention distributions between units, [B, h, U, U]: a unit is attended to as much as all its pieces."""
-
-        def make(layer: int) -> Tensor:
-            queries, keys = (part[layer - 1].float() for part in (self.passed.queries, self.passed.keys))
-            padding = self.side.attention_mask[:, None, None] == 0
-            maps = products(queries, keys, self.heads).masked_fill(padding, -math.inf).softmax(-1)
-            return pool_attention(maps, self.side.units, self.unit_count)
-
-        return self._mean("attention", layers, make)
+        return mean_of(map(self._maps, layers))
 
     @cached_property
     def sentence(self) -> Tensor:
@@ -140,13 +145,11 @@ class View:
 @dataclass
 class Forward:
     """What one step saw. A view that a stage does not run is None.
-
     student: the student on its pieces; in match mode, the teacher on mixed input takes its seat. teacher: the target:
     the teacher on its own pieces or, in joint training, on mixed ones; its view carries no gradient.
-    up [D_S -> D_T] and down [D_T -> D_S]: shared projections of hidden states. masked_lm: name -> function giving that
-    model's masked-LM loss. parameters: direction -> function giving the parameter projection loss. shared [V_S]: the
-    teacher's id of the same piece, or -1. spelling [V_T, K]: student pieces that spell a teacher piece, then -1.
-    """
+    up [D_S -> D_T] and down [D_T -> D_S]: shared projections of hidden states. shared [V_S]: the teacher's id of the
+    same piece, or -1. spelling [V_T, K]: student pieces that spell a teacher piece, then -1. given: loss name ->
+    function giving it, of losses that read more than views."""
 
     batch: Batch
     pairs: Pairs
@@ -154,36 +157,22 @@ class Forward:
     down: nn.Module
     student: View | None = None
     teacher: View | None = None
-    masked_lm: dict[str, Callable[[], Tensor]] = field(default_factory=dict)
-    parameters: dict[str, Callable[[], Tensor]] = field(default_factory=dict)
     shared: Tensor | None = None
     spelling: Tensor | None = None
-    _cache: Cache = field(default_factory=Cache, init=False, repr=False)
+    given: dict[str, Callable[[], Tensor]] = field(default_factory=dict)
+    made: dict = field(default_factory=dict, init=False, repr=False)
 
-    @property
-    def targets(self) -> Tensor:
-        """Of a task: classes [B] int64, scores [B] float, or classes [n] at the student's labelled pieces."""
-        if self.batch.targets is not None:
-            return self.batch.targets
-        found = self.student.side.labels
-        return found[found >= 0]
+    @once
+    def _states(
+        self, side: Literal["student", "teacher"], layers: Layers, direction: Direction, units: Units
+    ) -> Tensor:
+        found = getattr(self, side).states(layers)
+        found = found[:, 0] if units == "cls" else found[self.batch.unit_mask]
+        if (side, direction) == ("student", "up"):
+            return self.up(found)
+        return self.down(found) if (side, direction) == ("teacher", "down") else found
 
     def aligned(self, m: int, block: Layers, direction: Direction, units: Units = "all") -> tuple[Tensor, Tensor]:
         """States of a pair of layers in one width, the student's brought up or the teacher's down: [n, D] twice; of all
         units that count or, for `units` "cls", of [CLS] alone, [B, D]."""
-
-        def of(side: str, layers: Layers, project: nn.Module) -> Tensor:
-            def make() -> Tensor:
-                found = getattr(self, side).states(layers)
-                return project(found[:, 0] if units == "cls" else found[self.batch.unit_mask])
-
-            return self._cache.once((side, layers, direction, units), make)
-
-        left, right = (self.up, nn.Identity()) if direction == "up" else (nn.Identity(), self.down)
-        return of("student", (m,), left), of("teacher", block, right)
-
-
-def products(left: Tensor, right: Tensor, heads: int) -> Tensor:
-    """[B, U, D] twice, each split into heads of width d -> their products over sqrt(d), [B, heads, U, U]."""
-    left, right = (part.unflatten(-1, (heads, -1)).transpose(1, 2) for part in (left, right))
-    return left @ right.mT / math.sqrt(left.shape[-1])
+        return self._states("student", (m,), direction, units), self._states("teacher", block, direction, units)
