@@ -54,7 +54,7 @@ def make_step(run: Run, losses: dict, layer_map: str, batch_size: int, length: i
     student, directions, _ = start_student(context, teacher)
     head = new_student_head(student, teacher) if readers(losses, "student head") else None
     accelerator = make_accelerator(stage, run.dir)
-    task = make_distillation(context, stage, teacher, student, head, directions)
+    task = make_distillation(context, stage, teacher, student, head=head, directions=directions)
     optimizer = torch.optim.AdamW(parameter_groups(task, stage))
     task, optimizer = accelerator.prepare(task, optimizer)
     batcher = make_batcher(context, stage, teacher, ("student", "teacher"), accelerator)

@@ -18,12 +18,9 @@ from vocabshrink.stages.inputs import teacher_folder
 def count(context: Context) -> dict:
     """Counts the words of the corpus."""
     corpus = context.recipe.corpus
+    options = {"column": corpus.column, "lowercase": context.recipe.vocabulary.lowercase}
     counts = count_words(
-        corpus.sources,
-        column=corpus.column,
-        lowercase=context.recipe.vocabulary.lowercase,
-        processes=corpus.processes,
-        progress=saying_millions("count", "words", every=10),
+        corpus.sources, **options, processes=corpus.processes, progress=saying_millions("count", "words", every=10)
     )
     write_counts(counts, context.folder / "counts.parquet")
     return {"words": sum(counts.values()), "distinct_words": len(counts)}
@@ -37,19 +34,12 @@ def vocab(context: Context) -> dict:
         given = teacher if section.tokenizer == "teacher" else load_tokenizer(section.tokenizer)
         if not isinstance(given.model, WordPiece):
             kind = type(given.model).__name__
-            raise InputError(
-                f"vocabulary.tokenizer {section.tokenizer}: {kind}, not WordPiece: name a WordPiece tokenizer"
-            )
+            raise InputError(f"vocabulary.tokenizer {section.tokenizer}: {kind}: name a WordPiece tokenizer")
         pieces = sorted(given.get_vocab(), key=given.token_to_id)
     else:
-        pieces = train_vocabulary(
-            counts,
-            section.size,
-            section.trainer,
-            required=section.required,
-            teacher_vocabulary=teacher.get_vocab(),
-            lowercase=section.lowercase,
-        )
+        options = {"required": section.required, "lowercase": section.lowercase}
+        options |= {"teacher_vocabulary": teacher.get_vocab()}
+        pieces = train_vocabulary(counts, section.size, section.trainer, **options)
     save_tokenizer(pieces, context.folder, lowercase=section.lowercase)
     comparison = compare(counts, {"teacher": of_teacher, "student": context.folder})
     examples = segmentation_examples(counts, teacher, load_tokenizer(context.folder))

@@ -4,8 +4,7 @@ from collections.abc import Callable
 
 import torch
 from accelerate import Accelerator
-from torch import Tensor
-from transformers import BertModel
+from torch import nn
 
 from vocabshrink.data.batches import Batcher, cut_segments
 from vocabshrink.data.held_out import read_rated_pairs
@@ -15,19 +14,11 @@ from vocabshrink.models.loading import read_backbone
 from vocabshrink.models.rounding import bake, quantization_aware
 from vocabshrink.models.spelling import spellings
 from vocabshrink.models.student import load_student, new_student_head, save_student
-from vocabshrink.models.teacher import MaskedLMHead, Teacher, load_head, new_head, save_head
+from vocabshrink.models.teacher import Teacher, load_head, new_head, save_head
 from vocabshrink.run.engine import Context, say
 from vocabshrink.run.layer_map import layer_pairs
 from vocabshrink.run.recipe import DistillStage, TrainingSection, Weighted
-from vocabshrink.stages.inputs import (
-    read_held_out,
-    read_shared_pieces,
-    read_teacher,
-    read_tokenizers,
-    read_words,
-    start_student,
-    teacher_folder,
-)
+from vocabshrink.stages import inputs
 from vocabshrink.training.loop import Job, make_accelerator, share_of_batch, train
 from vocabshrink.training.losses import readers
 from vocabshrink.training.task import Distillation, DualTraining, HeadTraining
@@ -35,7 +26,7 @@ from vocabshrink.training.task import Distillation, DualTraining, HeadTraining
 
 def masked_lm_head(context: Context) -> dict:
     """Trains a masked-LM head on a teacher that has none."""
-    stage, teacher = context.recipe.masked_lm_head, read_teacher(context)
+    stage, teacher = context.recipe.masked_lm_head, inputs.read_teacher(context)
     torch.manual_seed(context.recipe.seed)
     accelerator = make_accelerator(stage, context.dir)
     teacher.head = new_head(teacher.backbone)
@@ -49,11 +40,11 @@ def masked_lm_head(context: Context) -> dict:
 
 def dual(context: Context) -> dict:
     """Dual training in the recipe's mode: the teacher reads both vocabularies."""
-    recipe, stage, teacher = context.recipe, context.recipe.dual, read_teacher(context)
+    recipe, stage, teacher = context.recipe, context.recipe.dual, inputs.read_teacher(context)
     torch.manual_seed(recipe.seed)
     accelerator = make_accelerator(stage, context.dir)
     evaluate = evaluator(context, teacher, accelerator)
-    student, directions, report = start_student(context, teacher)
+    student, directions, report = inputs.start_student(context, teacher)
     say(f"dual: student embeddings {report['embeddings']}; layers {report['layers']}")
     head = new_student_head(student, teacher) if stage.mode == "joint" else None
     # in match mode the teacher stands on both sides, so the map is of its layers to its own
@@ -96,11 +87,11 @@ def recovery(context: Context) -> dict:
 
 def distil_into_student(context: Context, stage: DistillStage, formats=None) -> dict:
     """One distillation, from the student of the stage before, through the rounding to `formats` where given."""
-    teacher = read_teacher(context)
+    teacher = inputs.read_teacher(context)
     torch.manual_seed(context.recipe.seed)
     accelerator = make_accelerator(stage, context.dir)
     evaluate = evaluator(context, teacher, accelerator)
-    student, directions, report = start_student(context, teacher)
+    student, directions, report = inputs.start_student(context, teacher)
     head = new_student_head(student, teacher) if readers(stage.losses, "student head") else None
     if context.students:
         before, folder = list(context.students.items())[-1]
@@ -109,7 +100,7 @@ def distil_into_student(context: Context, stage: DistillStage, formats=None) -> 
     say(f"{context.stage.name}: student from {report}")
     if formats:
         quantization_aware(student, formats)
-    task = make_distillation(context, stage, teacher, student, head, directions)
+    task = make_distillation(context, stage, teacher, student, head=head, directions=directions)
     sides = ("student", "teacher") if readers(stage.losses, "teacher") else ("student",)
     batcher = make_batcher(context, stage, teacher, sides, accelerator)
     result = train_stage(context, task, batcher, stage, accelerator, evaluate)
@@ -119,6 +110,18 @@ def distil_into_student(context: Context, stage: DistillStage, formats=None) -> 
         pooled = teacher.pooling, teacher.normalize
         save_student(context.folder / "student", student, head, context.vocabulary, *pooled)
     return result | {"start": report}
+
+
+def make_distillation(
+    context: Context, stage: DistillStage, teacher: Teacher, student: nn.Module, **options
+) -> Distillation:
+    """The task of a stage, with what its losses must know of the two vocabularies. options: of `Distillation`."""
+    layers = student.config.num_hidden_layers, teacher.config.num_hidden_layers
+    pairs = layer_pairs(stage.layer_map, *layers, seed=context.recipe.seed)
+    if readers(stage.losses, "both vocabularies"):
+        options["shared"] = torch.from_numpy(inputs.read_shared_pieces(context))
+        options["spelling"] = torch.from_numpy(spellings(*inputs.read_tokenizers(context)))
+    return Distillation(stage, teacher, student, pairs, **options)
 
 
 def read_trained_teacher(context: Context, teacher: Teacher) -> None:
@@ -148,36 +151,19 @@ def make_batcher(
     accelerator: Accelerator,
     **options,
 ) -> Batcher:
-    """The batches of a stage, of one process and accumulation step.
+    """The batches of a stage, of one process and accumulation step. options: more of `Batcher`'s.
 
-    Raises:
-        InputError: a batch_size that processes, accumulation steps and groups do not divide.
+    Raises InputError: a batch_size that processes, accumulation steps and groups do not divide.
     """
-    lexicon, stream = read_words(context)
-    table = PieceTable(lexicon, teacher.table.num_embeddings, read_shared_pieces(context))
-    training, _ = cut_segments(
-        stream,
-        lexicon,
-        sides=sides,
-        unit=getattr(stage, "unit", "line"),
-        max_pieces=stage.max_length - 2,
-        min_words=4,
-        held_out_every=context.recipe.corpus.held_out_every,
-    )
+    lexicon, stream = inputs.read_words(context)
+    table = PieceTable(lexicon, teacher.table.num_embeddings, inputs.read_shared_pieces(context))
+    limits = inputs.HELD_OUT | {"max_pieces": stage.max_length - 2, "unit": getattr(stage, "unit", "line")}
+    limits |= {"held_out_every": context.recipe.corpus.held_out_every, "sides": sides}
+    training, _ = cut_segments(stream, lexicon, **limits)
     group = getattr(stage, "group_size", 1)
-    return Batcher(
-        table,
-        stream,
-        lexicon,
-        training,
-        batch_size=share_of_batch(stage, accelerator, context.stage.name, group),
-        seed=context.recipe.seed,
-        sides=sides,
-        group_size=group,
-        mask=stage.mask,
-        max_pieces=stage.max_length - 2,
-        **options,
-    )
+    options |= {"batch_size": share_of_batch(stage, accelerator, context.stage.name, group), "group_size": group}
+    options |= {"seed": context.recipe.seed, "mask": stage.mask, "max_pieces": stage.max_length - 2, "sides": sides}
+    return Batcher(table, stream, lexicon, training, **options)
 
 
 def evaluator(context: Context, teacher: Teacher, accelerator: Accelerator) -> Callable | None:
@@ -189,11 +175,11 @@ def evaluator(context: Context, teacher: Teacher, accelerator: Accelerator) -> C
     recipe = context.recipe
     if not accelerator.is_main_process or not (recipe.evaluation.sentences or recipe.evaluation.stsb):
         return None
-    held_out = read_held_out(context) if recipe.evaluation.sentences else None
+    held_out = inputs.read_held_out(context) if recipe.evaluation.sentences else None
     rated = {name: read_rated_pairs(path) for name, path in recipe.evaluation.stsb.items()}
     pooled = {"pooling": teacher.pooling, "normalize": teacher.normalize, "max_length": 128}
     backbone, vocabulary = teacher.backbone.to(accelerator.device), context.vocabulary
-    embed = torch_embedder(backbone, teacher_folder(recipe), **pooled)
+    embed = torch_embedder(backbone, inputs.teacher_folder(recipe), **pooled)
     of_teacher = embed(held_out.texts) if held_out else None
 
     def evaluate(task) -> dict:
@@ -208,26 +194,3 @@ def evaluator(context: Context, teacher: Teacher, accelerator: Accelerator) -> C
         } | figures
 
     return evaluate
-
-
-def make_distillation(
-    context: Context,
-    stage: DistillStage,
-    teacher: Teacher,
-    student: BertModel,
-    head: MaskedLMHead | None,
-    directions: Tensor | None,
-) -> Distillation:
-    """The task of a stage, with what the chosen losses must know of the two vocabularies."""
-    layers = student.config.num_hidden_layers, teacher.config.num_hidden_layers
-    across = bool(readers(stage.losses, "both vocabularies"))
-    return Distillation(
-        stage,
-        teacher,
-        student,
-        layer_pairs(stage.layer_map, *layers, seed=context.recipe.seed),
-        head=head,
-        directions=directions,
-        shared=torch.from_numpy(read_shared_pieces(context)) if across else None,
-        spelling=torch.from_numpy(spellings(*read_tokenizers(context))) if across else None,
-    )
