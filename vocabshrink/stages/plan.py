@@ -1,8 +1,8 @@
 """What a recipe will cost, before anything is trained: parameters, bytes of every format, tokens, FLOPs, hours.
 
-Parameters and bytes are those of the very shape (delivery/size.py). Tokens are counted where training has begun, else
-guessed from the sequence length and marked so. Hours come from a matrix product timed here and now, times the share of
-that speed that training reached on the machines it was measured on: good to a factor of two, not more.
+Parameters and bytes are those of the very shape (delivery/size.py); tokens are guessed from the sequence length. Hours
+come from a matrix product timed here and now, times the share of that speed that training reached on the machines it
+was measured on: good to a factor of two, not more.
 """
 
 import copy
@@ -22,7 +22,7 @@ from vocabshrink.run.formats import describe
 from vocabshrink.run.recipe import DeliverySection, Recipe, StudentSection
 
 EFFICIENCY = 0.4  # of a plain matrix product's speed: 0.39 and 0.42 on two cores of an AMD EPYC in bf16
-GUESSED_FILL = 0.5  # of max_length, where nothing is encoded yet
+GUESSED_FILL = 0.5  # of max_length, by text
 
 
 def shapes(recipe: Recipe) -> tuple[BertConfig, BertConfig]:
@@ -85,10 +85,9 @@ def matrix_speed() -> float:
     return best
 
 
-def stage_costs(recipe: Recipe, run: RunDir) -> list[dict]:
-    """{"stage", "tokens", "counted", "flops"} of each training stage."""
+def stage_costs(recipe: Recipe) -> list[tuple[str, int, int]]:
+    """(stage, tokens, FLOPs) of each training stage on text."""
     student, teacher = shapes(recipe)
-    rows = [row for row in run.metrics() if row["kind"] == "train"]
     mode = recipe.dual.mode if recipe.dual else None
     passes = {  # forward passes for a token, (teacher's, student's): with gradients they count three times
         "masked_lm_head": (1, 0),
@@ -96,15 +95,12 @@ def stage_costs(recipe: Recipe, run: RunDir) -> list[dict]:
         "distill": (1, 3),
     }
     costs = []
-    for name, (of_teacher, of_student) in passes.items():
-        if (section := getattr(recipe, name)) is None:
-            continue
-        done = [row["tokens"] / row["step"] / section.batch_size for row in rows if row["stage"] == name][-1:]
-        (length,) = done or [section.max_length * GUESSED_FILL]
-        tokens = int(section.steps * section.batch_size * length)
-        each = [flops_per_piece(config, int(length)) for config in (teacher, student)]
-        flops = tokens * (of_teacher * each[0] + of_student * each[1])
-        costs.append({"stage": name, "tokens": tokens, "counted": bool(done), "flops": flops})
+    for name, each in passes.items():
+        if section := getattr(recipe, name):
+            length = int(section.max_length * GUESSED_FILL)
+            tokens = section.steps * section.batch_size * length
+            flops = (n * flops_per_piece(config, length) for n, config in zip(each, (teacher, student), strict=True))
+            costs.append((name, tokens, tokens * sum(flops)))
     return costs
 
 
@@ -129,7 +125,6 @@ def plan_tables(recipe: Recipe, run: RunDir) -> list[Table]:
         sizes.add_row(describe(name) + mark, *figures, f"{size['total'] / delivery.budget:.0%}")
     costs = Table("stage", "tokens", "FLOPs", "hours here", title="training")
     speed = matrix_speed() * EFFICIENCY
-    for cost in stage_costs(recipe, run):
-        tokens = f"{cost['tokens']:,}" + ("" if cost["counted"] else " (guess)")
-        costs.add_row(cost["stage"], tokens, f"{cost['flops']:.2e}", f"{cost['flops'] / speed / 3600:.2f}")
+    for name, tokens, flops in stage_costs(recipe):
+        costs.add_row(name, f"{tokens:,} (guess)", f"{flops:.2e}", f"{flops / speed / 3600:.2f}")
     return [blocks, sizes, costs]

@@ -96,15 +96,10 @@ def augment(context: Context) -> dict:
 def finetune(context: Context) -> dict:
     """Fine-tunes the student on every task, for every seed, at the grid's best setting.
 
-    Writes TASK/seed-N/metrics.json and metrics.jsonl, TASK/grid.json (headline on validation by setting, where there
-    is a grid) and, where the recipe saves models, TASK/model: the median seed's, on validation.
-
-    Returns: {task: {metric: {"median", "min", "max", "seeds" (how many)}}} on validation, "average" (over tasks, of the
-    median headline), "seconds_per_step", "tokens" (read in one seed's trainings), "test" and "rounded" (as on
-    validation; the latter of rounded weights, with an "average" of its own).
-
-    Raises:
-        InputError: see `load_task_model` and `read_logits`.
+    Writes TASK/seed-N/metrics.json and metrics.jsonl, TASK/grid.json (headline on validation by setting) where there is
+    a grid, and TASK/model, the median seed's, where the recipe saves models. Returns {task: {metric: {"median", "min",
+    "max", "seeds"}}} on validation; "test" and "rounded" of the same form; "average" (of the tasks' median headlines),
+    "seconds_per_step", "tokens" (of one seed's trainings). Raises InputError: see `load_task_model`, `read_logits`.
     """
     stage, folder, found = context.recipe.finetune, context.folder, {}
     for name, task in inputs.read_tasks(context.recipe).items():
