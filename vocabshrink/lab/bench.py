@@ -31,7 +31,7 @@ from tokenizer_build.errors import InputError
 from tokenizer_build.files import read_json, read_jsonl, replacing_folder, write_json
 from tokenizer_build.tokenizer import load_tokenizer
 from vocabshrink.run.folder import processor
-from vocabshrink.runtime.delivery import load
+from vocabshrink.runtime.delivery import load, name_of
 from vocabshrink.runtime.kinds import KINDS
 
 LENGTHS, BATCHES = (16, 64, 128), (1, 32)
@@ -116,7 +116,7 @@ def bench(
     Raises InputError for a folder that is no delivery and where a package is missing.
     """
     calls = calls or Calls()
-    systems = [System(Path(folder).resolve().name, Path(folder), "delivery") for folder in artifacts]
+    systems = [System(name_of(folder), Path(folder), "delivery") for folder in artifacts]
     if not systems:
         raise InputError("there is nothing to measure: give one delivered folder or more")
     for system in systems:
