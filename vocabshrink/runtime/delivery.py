@@ -214,7 +214,7 @@ def _read(folder: Path) -> tuple[dict, dict[str, bytes]]:
         raise InputError(f"{path} is not a JSON object: export the model again") from error
     if manifest["task"] not in [*KINDS]:
         raise InputError(
-            f"{path}: the task {manifest['task']!r} is not one of {[*KINDS]}: update vocabshrink, or export the model again"
+            f"{path}: the task {manifest['task']!r} is unknown: update vocabshrink, or export the model again"
         )
     needed = {"graph": str, "files": dict, "max_positions": int}
     needed |= {"dimension": int} if manifest["task"] == "embedding" else {}
