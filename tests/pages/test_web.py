@@ -109,15 +109,7 @@ def page(tmp_path_factory) -> Path:
     place = tmp_path_factory.mktemp("page")
     (place / "passages.jsonl").write_text("".join(json.dumps(passage) + "\n" for passage in PASSAGES))
     out = place / "web"
-    examples = {"embedding": ["delete a directory tree", "pick some at random"]}
-    build_web(
-        [RELEASED],
-        out,
-        place / "passages.jsonl",
-        "Search <by> meaning",
-        examples=examples,
-        node_modules=JS / "node_modules",
-    )
+    build_web([RELEASED], out, place / "passages.jsonl", "Search <by> meaning", node_modules=JS / "node_modules")
     return out
 
 

@@ -1,8 +1,5 @@
-"""Writes the HTML pages: one jinja environment for the report, ablations, tune and browser pages.
-
-Everything that goes into a template is escaped unless it is `Markup` (the SVGs of drawing.py), and a name that a
-template uses and nobody gave is an error instead of an empty place on the page.
-"""
+"""The HTML pages by one jinja environment, in which whatever is not `Markup` (the SVGs of drawing.py) is escaped, and a
+name that a template uses and nobody gave is an error instead of an empty place on the page."""
 
 from pathlib import Path
 
@@ -10,11 +7,8 @@ import jinja2
 
 from tokenizer_build.files import write_text
 
-ENVIRONMENT = jinja2.Environment(
-    loader=jinja2.FileSystemLoader(Path(__file__).parent / "templates"),
-    autoescape=True,
-    undefined=jinja2.StrictUndefined,
-)
+LOADER = jinja2.FileSystemLoader(Path(__file__).parent / "templates")
+ENVIRONMENT = jinja2.Environment(loader=LOADER, autoescape=True, undefined=jinja2.StrictUndefined)
 
 
 def write_page(path: Path, template: str, **facts) -> None:

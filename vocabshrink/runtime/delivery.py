@@ -213,9 +213,7 @@ def _read(folder: Path) -> tuple[dict, dict[str, bytes]]:
     except (ValueError, TypeError) as error:  # the latter for JSON that is no object
         raise InputError(f"{path} is not a JSON object: export the model again") from error
     if manifest["task"] not in [*KINDS]:
-        raise InputError(
-            f"{path}: the task {manifest['task']!r} is unknown: update vocabshrink, or export the model again"
-        )
+        raise InputError(f"{path}: the task {manifest['task']!r} is unknown: update vocabshrink or export again")
     needed = {"graph": str, "files": dict, "max_positions": int}
     needed |= {"dimension": int} if manifest["task"] == "embedding" else {}
     for key, kind in needed.items():
