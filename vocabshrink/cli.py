@@ -275,7 +275,7 @@ def web(
     """Write a page that runs the artifacts in the browser."""
     from vocabshrink.pages.web import build_web
 
-    done = build_web([delivered(path) for path in artifacts], out, passages, title, node_modules=node_modules)
+    done = build_web([delivered(path) for path in artifacts], out, passages, title=title, node_modules=node_modules)
     print(f"{out}/index.html (any static server), {out}/standalone.html (from a disk); {done['passages']} passages")
 
 

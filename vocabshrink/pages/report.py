@@ -16,8 +16,7 @@ from matplotlib.axes import Axes
 from matplotlib.ticker import EngFormatter, NullFormatter
 
 from tokenizer_build.files import read_json
-from vocabshrink.pages.drawing import SERIES, svg_of
-from vocabshrink.pages.page import write_page
+from vocabshrink.pages.page import SERIES, svg_of, write_page
 from vocabshrink.run.folder import RunDir, task_rows
 from vocabshrink.run.stage import STAGES
 
@@ -27,35 +26,26 @@ POINTS = 300  # per curve, averaged: more cannot be seen at the width of a page
 
 
 def write_report(run: RunDir) -> Path:
-    """Write report.html into the run folder and return its path.
+    """Write report.html into the run folder, of those files of a run that are there; its path.
 
-    Reads recipe.yaml, environment.json, summary.json, metrics.jsonl, vocab/comparison.json and each stage's
-    summary.json, as far as they exist. Raises InputError for a file that is not what its name says.
+    Raises InputError for a file that is not what its name says.
     """
+    out, recipe = run.path / "report.html", run.path / "recipe.yaml"
     files = (run.path / "summary.json", run.path / "environment.json", run.stage("vocab") / "comparison.json")
     summary, environment, comparison = (read_json(file) if file.is_file() else {} for file in files)
     stages = {path.parent.name: read_json(path) for path in run.path.glob("*/summary.json")}
     rows = [row for row in run.metrics() if {"stage", "step", "kind"} <= row.keys()]
-    recipe = run.path / "recipe.yaml"
-    write_page(
-        run.path / "report.html",
-        "report",
-        name=run.path.resolve().name,
-        tiles=headline_tiles(summary),
-        headline=per_system(summary),
-        systems=SYSTEMS,
-        tasks=task_rows(summary["tasks"]) if "tasks" in summary else [],
-        blocks={key: value for key, value in summary.items() if key.endswith("_by_block")},
-        training=[training_panel(stage, rows) for stage in in_order(row["stage"] for row in rows)],
-        examples=comparison.pop("examples", []),
-        vocabulary=comparison,
-        timings=stage_timings(run, rows, stages),
-        details={name: list(flatten(stages[name])) for name in in_order(stages)},
-        recipe=recipe.read_text(encoding="utf-8", errors="replace") if recipe.is_file() else None,
-        environment=list(flatten(environment)),
-        **{function.__name__: function for function in (label, figure, columns)},
-    )
-    return run.path / "report.html"
+    facts = {"name": run.path.resolve().name, "tiles": headline_tiles(summary), "headline": per_system(summary)}
+    facts |= {"systems": SYSTEMS, "tasks": task_rows(summary["tasks"]) if "tasks" in summary else []}
+    facts["blocks"] = {key: value for key, value in summary.items() if key.endswith("_by_block")}
+    facts["training"] = [training_panel(stage, rows) for stage in in_order(row["stage"] for row in rows)]
+    facts |= {"examples": comparison.pop("examples", []), "vocabulary": comparison}
+    facts["timings"] = stage_timings(run, rows, stages)
+    facts["details"] = {name: list(flatten(stages[name])) for name in in_order(stages)}
+    facts["recipe"] = recipe.read_text(encoding="utf-8", errors="replace") if recipe.is_file() else None
+    facts["environment"] = list(flatten(environment))
+    write_page(out, "report", **facts, label=label, figure=figure, columns=columns)
+    return out
 
 
 def per_system(summary: dict) -> dict[str, dict]:

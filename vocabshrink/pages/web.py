@@ -1,13 +1,12 @@
 """A page that runs delivered models in the browser: a folder for any static server, and one file to open from a disk.
 
-The folder holds index.html, the models in the layout that transformers.js reads, transformers.js itself with
-onnxruntime-web's WebAssembly build, and passages with int8 vectors (a quarter of float32; a cosine moves by 0.003 at
-most). The page asks no other host for anything. Browsers forbid a page opened from a disk to read the files beside
-it, so standalone.html holds all of them, compressed, in its own text: 14 MB where the folder has 22.
+The page asks no other host for anything: models, transformers.js and onnxruntime-web lie beside it, and passages with
+int8 vectors (a cosine moves by 0.003 at most). Browsers forbid a page opened from a disk to read the files beside it,
+so standalone.html holds all of them, compressed, in its own text: 14 MB where the folder has 22.
 
-transformers.js imports onnxruntime-web's WebGPU build: 27 MB of WebAssembly whose CPU kernels lack
-GatherBlockQuantized. An import map gives it the plain WebAssembly build instead, 14 MB (3.7 MB as servers compress
-it), which runs every graph that `export` writes. One thread: more need headers that static servers do not send.
+transformers.js imports onnxruntime-web's WebGPU build, whose CPU kernels lack GatherBlockQuantized. An import map gives
+it the plain WebAssembly build instead (14 MB, 3.7 MB as servers compress it), which runs every graph that `export`
+writes. One thread: more need headers that static servers do not send.
 """
 
 import base64
@@ -37,23 +36,15 @@ MOST_PASSAGES = 50_000  # 20 MB of vectors at 384 columns, and 20 ms a query
 
 
 def build_web(
-    artifacts: Sequence[str | Path],
-    out: str | Path,
-    passages: str | Path | None = None,
-    title: str = "Search by meaning, in your browser",
-    *,
-    node_modules: str | Path = "tests/js/node_modules",
+    artifacts: Sequence[Path], out: Path, passages: Path | None = None, *, title: str, node_modules: Path
 ) -> dict:
     """Write the page of one or several delivered folders to `out`, replacing a page that is there.
 
     passages: JSONL of {"text", "source"?} for the first embedder to search; without it, the embedder's own index,
     and without an index, only what is pasted into the page. Beyond MOST_PASSAGES, the first are taken; the page and
-    stderr say so.
-
-    Returns {"files": {name: bytes}, "model": bytes, "runtime": bytes, "passages": number searched}. Raises InputError
-    for folders, passages or npm packages that cannot be used, and for something other than a page at `out`.
+    stderr say so. Returns {"files": {name: bytes}, "model": bytes, "runtime": bytes, "passages": number searched}.
+    Raises InputError for folders, passages or npm packages that cannot be used, and where `out` is no page.
     """
-    out, node_modules = Path(out), Path(node_modules)
     if out.exists() and not (out / "standalone.html").is_file() and (out.is_file() or any(out.iterdir())):
         raise InputError(f"{out} exists and is not a page of ours: give another place or remove it")
     for name in RUNTIME.values():
@@ -61,27 +52,25 @@ def build_web(
             raise InputError(
                 f"{node_modules / name} is missing: npm ci --ignore-scripts --prefix {node_modules.parent}"
             )
+    data = {"models": [], "passages": 0, "of": 0, "runtime": {k: f"runtime/{Path(v).name}" for k, v in RUNTIME.items()}}
+    copies = {data["runtime"][kind]: node_modules / name for kind, name in RUNTIME.items()}
     with replacing_folder(out) as place:
-        data = {"models": [], "runtime": {}, "passages": 0, "of": 0}
-        for folder in map(Path, artifacts):
+        for folder in artifacts:
             model = load(folder)
-            entry = _copy_model(place, folder, model)
+            entry = _entry(folder, model)
             if any(entry["name"] == other["name"] for other in data["models"]):
                 raise InputError(f"two of the folders are named {entry['name']}: rename one")
             if model.task == "embedding" and not data["passages"]:
                 data["passages"], data["of"] = _write_passages(place, folder, model, passages)
                 entry["passages"] = data["passages"] > 0
             data["models"].append(entry)
+            copies |= {f"models/{entry['name']}/{file}": folder / file for file in entry["files"]}
         if passages is not None and not data["passages"]:
             raise InputError(f"{passages} can only be searched by an embedder, and none of the folders is one: add one")
-        for kind, name in RUNTIME.items():
-            data["runtime"][kind] = f"runtime/{Path(name).name}"
-            _copy(node_modules / name, place / data["runtime"][kind])
-        sizes = {
-            path.relative_to(place).as_posix(): path.stat().st_size
-            for path in sorted(place.rglob("*"))
-            if path.is_file()
-        }
+        for name, source in copies.items():
+            (place / name).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(source, place / name)
+        sizes = {path.relative_to(place).as_posix(): path.stat().st_size for path in place.rglob("*") if path.is_file()}
         data["bytes"] = sum(sizes.values())
         sums = {kind: sum(sizes[name] for name in sizes if name.startswith(kind)) for kind in ("model", "runtime")}
         files = {name: base64.b64encode(gzip.compress((place / name).read_bytes(), mtime=0)).decode() for name in sizes}
@@ -94,31 +83,21 @@ def build_web(
     return {"files": sizes, **sums, "passages": data["passages"]}
 
 
-def _copy_model(place: Path, folder: Path, model: Delivery) -> dict:
-    """Copy a model's files to place/models; what the page must know of it."""
-    graph, name, shown = model.manifest["graph"], name_of(folder), [task for task in KINDS if KINDS[task].any_text]
+def _entry(folder: Path, model: Delivery) -> dict:
+    """What the page must know of a model."""
+    graph, shown = model.manifest["graph"], [task for task, kind in KINDS.items() if kind.any_text]
     if model.task not in shown:
         raise InputError(f"{folder} is for the task {model.task!r}: the page shows {', '.join(shown)}")
     if graph not in DTYPES:
         raise InputError(f"{folder}/{graph} is not a name that transformers.js knows: use one of {', '.join(DTYPES)}")
-    files = [file for file in (*LOADED, graph) if (folder / file).is_file()]
-    for file in files:
-        _copy(folder / file, place / "models" / name / file)
-    entry = {"name": name, "task": model.task, "dtype": DTYPES[graph], "files": files, "labels": model.labels}
-    return entry | {"dimension": model.dimension, "longest": model.longest, "passages": False}
+    entry = {"name": name_of(folder), "task": model.task, "dtype": DTYPES[graph], "labels": model.labels}
+    entry |= {"dimension": model.dimension, "longest": model.longest, "passages": False}
+    return entry | {"files": [file for file in (*LOADED, graph) if (folder / file).is_file()]}
 
 
-def _copy(source: Path, target: Path) -> None:
-    target.parent.mkdir(parents=True, exist_ok=True)
-    shutil.copyfile(source, target)
-
-
-def _write_passages(place: Path, folder: Path, model: Delivery, passages: str | Path | None) -> tuple[int, int]:
-    """Write passages.json and vectors.bin (int8 [passages, dimension], each row by its own scale).
-
-    Returns how many were taken, and of how many.
-    """
-    source, matrix = Path(passages or folder / "index" / "passages.jsonl"), folder / "index" / "vectors.npy"
+def _write_passages(place: Path, folder: Path, model: Delivery, passages: Path | None) -> tuple[int, int]:
+    """Write passages.json and vectors.bin (int8 [n, dimension], each row by its own scale); n, and of how many."""
+    source, matrix = passages or folder / "index" / "passages.jsonl", folder / "index" / "vectors.npy"
     if passages is None and not source.is_file():
         return 0, 0
     records = []

@@ -1,5 +1,6 @@
-"""The tables and plots of ablations, views of the rows in their summary.json: Markdown, SVG and one offline page."""
+"""The tables, plots and offline pages of ablations and of searches (`tune`), views of their summary.json."""
 
+from functools import partial
 from pathlib import Path
 
 import pandas as pd
@@ -7,8 +8,7 @@ from markupsafe import Markup
 from matplotlib.axes import Axes
 
 from tokenizer_build.files import read_json
-from vocabshrink.pages.drawing import GRID, SERIES, svg_of
-from vocabshrink.pages.page import write_page
+from vocabshrink.pages.page import GRID, SERIES, svg_of, write_page
 
 TEACHER = "(teacher)"  # its label among the variants
 # A row's key -> head, scale and format of its column
@@ -16,6 +16,10 @@ COSTS = {"tokens": ("tokens", 1e-6, "{:.2f} M"), "seconds_per_step": ("s/step", 
 COSTS["general_seconds_per_step"] = ("general s/step", 1, "{:.3f}")
 AVERAGE = ("validation", "average", "average")  # named like a task's figures: split, task, metric
 ROUNDED = ("rounded", "average", "average")  # of the models with weights rounded as finetune.rounded says
+
+SEARCHES = {"genetic": "genetic search", "random": "random search"}  # a trial's kind -> its line in the plot
+UNITS = {"bytes": (1e-6, "MB"), "latency": (1, "ms, 32 pieces, one thread")}
+QUALITY = "quality × 100"
 
 
 def place_of(row: dict) -> tuple[str, str, str]:
@@ -27,11 +31,9 @@ def table_of(rows: list[dict]) -> pd.DataFrame:
     columns: dict[str, dict[str, str]] = {}
     for row in rows:
         if row["split"] == "validation" or place_of(row) == ROUNDED:
-            split = "" if row["split"] == "validation" else f"{row['split']} "
-            metric = "" if row["task"] == row["metric"] else f" {row['metric']}"
+            head = " ".join(dict.fromkeys(part for part in place_of(row) if part != "validation"))
             spread = f" ({100 * row['spread']:.1f})" if len(row["values"]) > 1 else ""
-            cells = columns.setdefault(f"{split}{row['task']}{metric}", {})
-            cells[row["recipe"]] = f"{100 * row['median']:.1f}{spread}"
+            columns.setdefault(head, {})[row["recipe"]] = f"{100 * row['median']:.1f}{spread}"
     averages = {row["recipe"]: row for row in rows if place_of(row) == AVERAGE}
     for label, row in averages.items():
         if "difference" in row:
@@ -97,3 +99,41 @@ def write_index(every: dict[str, dict], minutes: float, root: Path) -> None:
         parts[-1]["table"] = table_of(one["rows"])
     environment = read_json(root / "environment.json")
     write_page(root / "index.html", "ablations", ablations=parts, minutes=minutes, environment=environment)
+
+
+def write_tune_page(rows: list[dict], summary: dict, root: Path) -> None:
+    """rows: `tune.row_of` of all trials. summary: the search's, with what was confirmed and checked so far."""
+    figures = {"history": svg_of("history", partial(draw_history, rows), (7, 2.9))}
+    for objective in summary["objectives"][1:] if "front" in summary else ():
+        scale, unit = UNITS[objective]
+        complete = [row for row in rows if row["state"] == "complete"]
+        points = [[(scale * row[objective], row["quality"]) for row in some] for some in (complete, summary["front"])]
+        figures[f"front-{objective}"] = svg_of(f"front-{objective}", partial(draw_points, points, unit, QUALITY))
+    if "proxy_check" in summary:
+        points = [[], [(100 * row["quality"], row["longer"]) for row in summary["proxy_check"]["maps"]]]
+        figures["check"] = svg_of("check", partial(draw_points, points, "proxy's " + QUALITY, "after the longer run"))
+    if "confirm" in summary:
+        figures["confirm"] = Markup((root / "runs/confirm/plot.svg").read_text(encoding="utf-8"))
+    facts = {"results": [summary["best"]] if "best" in summary else summary["front"], "rows": rows, "figures": figures}
+    environment = read_json(root / "environment.json")
+    write_page(root / "tune.html", "tune", **facts, summary=summary, environment=environment)
+
+
+def draw_points(points: list[list[tuple]], across: str, up: str, axes: Axes) -> None:
+    """Points (x, share): those of the first list pale, those of the second in colour."""
+    for some, colour in zip(points, (GRID, SERIES[0]), strict=True):
+        axes.plot([x for x, _ in some], [100 * y for _, y in some], "o", color=colour, markersize=5)
+    axes.set(xlabel=across, ylabel=up)
+
+
+def draw_history(rows: list[dict], axes: Axes) -> None:
+    """Quality of complete trials in the order of training, and the best so far of each kind of search."""
+    for colour, (kind, label) in zip(SERIES, SEARCHES.items(), strict=False):
+        found = [100 * row["quality"] for row in rows if row["kind"] == kind and row["state"] == "complete"]
+        if found:
+            places, best = range(1, len(found) + 1), [max(found[: n + 1]) for n in range(len(found))]
+            axes.plot(places, found, "o", color=colour, markersize=3.5, alpha=0.6, markeredgewidth=0)
+            axes.step(places, best, where="post", color=colour, linewidth=1.6, label=label)
+    axes.xaxis.get_major_locator().set_params(integer=True)
+    axes.set(xlabel="candidates trained to their end", ylabel=QUALITY)
+    axes.legend(loc="lower right", fontsize=8)
