@@ -26,9 +26,8 @@ Artifact = Annotated[Path, typer.Argument(help="a delivered folder, or its run's
 Artifacts = Annotated[list[Path], typer.Argument(help="delivered folders, or their runs'")]
 Threads = Annotated[int, typer.Option(min=1, help="processor threads")]
 BatchSize = Annotated[int, typer.Option(min=1, help="texts in a batch")]
-# The packages of each extra, of which one may be missing
 TRAIN = "torch transformers accelerate pydantic yaml pyarrow scipy onnx sklearn safetensors sentencepiece"
-EXTRAS = {"train": TRAIN, "tune": "optuna sqlalchemy", "report": "matplotlib jinja2 pandas"}
+EXTRAS = {"train": TRAIN, "tune": "optuna sqlalchemy", "report": "matplotlib jinja2 pandas"}  # packages of each
 CONSOLE = Console(width=None if sys.stdout.isatty() else 120)
 
 
@@ -183,8 +182,7 @@ def tune(
 
 def delivered(path: Path) -> Path:
     """The delivered folder of a path: itself, or the embedder of a run's `export`."""
-    inside = (place for place in (path / "model", path / "export/model") if (place / "MANIFEST.json").is_file())
-    return next(inside, path)
+    return next((f for f in (path / "model", path / "export/model") if (f / "MANIFEST.json").is_file()), path)
 
 
 @app.command()
