@@ -5,41 +5,56 @@ import json
 import os
 import sys
 import time
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Annotated
 
 import typer
 from rich.console import Console
 from rich.table import Column, Table
-from rich.text import Text
 
 from tokenizer_build.errors import InputError
-from vocabshrink.run.folder import task_rows
+from vocabshrink.run.folder import RunDir, task_rows
 from vocabshrink.run.stage import RENAMED, STAGES, stages_of
 
-app = typer.Typer(
-    help="Compress a BERT-type encoder to under 7 MB by giving it a much smaller vocabulary.",
-    no_args_is_help=True,
-    add_completion=False,
-    pretty_exceptions_enable=False,
-)
+HELP = "Compress a BERT-type encoder to under 7 MB by giving it a much smaller vocabulary."
+app = typer.Typer(help=HELP, no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
 RecipePath = Annotated[Path, typer.Argument(help="a recipe (YAML)")]
 Force = Annotated[bool, typer.Option("--force", help="write a delivery that fails its gates, and say so in it")]
 Overrides = Annotated[list[str] | None, typer.Argument(help="settings over the recipe's: section.key=value ...")]
-SYSTEMS = ("teacher", "untrained", "trained", "delivered")
+Artifact = Annotated[Path, typer.Argument(help="a delivered folder, or its run's")]
+Artifacts = Annotated[list[Path], typer.Argument(help="delivered folders, or their runs'")]
+Threads = Annotated[int, typer.Option(min=1, help="processor threads")]
+BatchSize = Annotated[int, typer.Option(min=1, help="texts in a batch")]
+TRAIN = "torch transformers accelerate pydantic yaml pyarrow scipy onnx sklearn safetensors sentencepiece"
+EXTRAS = {"train": TRAIN, "tune": "optuna sqlalchemy", "report": "matplotlib jinja2 pandas"}  # packages of each
+CONSOLE = Console(width=None if sys.stdout.isatty() else 120)
 
 
-def open_run(recipe: Path, overrides: list[str] | None, force: bool = False, *, check: bool = True):
-    """The run of a recipe; what cannot work is refused here."""
-    from vocabshrink.run.engine import Run
-    from vocabshrink.run.folder import RunDir
+def table_of(title: str, heads: Sequence[str], rows: Iterable[Sequence[str]]) -> Table:
+    """A table of a name and figures in each row."""
+    table = Table(heads[0], *(Column(head, justify="right") for head in heads[1:]), title=title)
+    for row in rows:
+        table.add_row(*row)
+    return table
+
+
+def run_stages(recipe: Path, overrides: list[str] | None, force: bool, only: str = "", since: float | None = None):
+    """Run the stages that a recipe asks for, or `only` one; what cannot work is refused before anything runs."""
+    from vocabshrink.run.engine import Run, main_process, run_stage, summarise
     from vocabshrink.run.recipe import load_recipe
     from vocabshrink.stages.checks import check_recipe
 
     loaded = load_recipe(recipe, overrides or [])
-    if check:
-        check_recipe(loaded, force=force)
-    return Run(loaded, RunDir(Path("artifacts") / loaded.name), force)
+    check_recipe(loaded, force=force)
+    opened = Run(loaded, RunDir(Path("artifacts") / loaded.name), force)
+    for name in [only] if only else stages_of(loaded):
+        if name == "report" and main_process():
+            summarise(opened, since)  # which it shows
+        run_stage(opened, name)
+    if not only and main_process():
+        show_summary(summarise(opened, since))
+        print(f"report: {opened.dir.path / 'report.html'}")
 
 
 @app.command()
@@ -50,77 +65,40 @@ def run(
     force: Force = False,
 ):
     """Do every stage that the recipe asks for; finished ones are skipped."""
-    from vocabshrink.run.engine import main_process, run_stage, summarise
-
-    opened = open_run(recipe, overrides, force)
-    for name in stages_of(opened.recipe):
-        if name == "report" and main_process():
-            summarise(opened, since)
-        run_stage(opened, name)
-    if main_process():
-        show_summary(summarise(opened, since))
-        print(f"report: {opened.dir.path / 'report.html'}")
+    run_stages(recipe, overrides, force, since=since)
 
 
-def add_stage(name: str) -> None:
-    @app.command(name, help=STAGES[name].about, rich_help_panel="Stages of a recipe")
-    def stage(recipe: RecipePath, overrides: Overrides = None, force: Force = False):
-        from vocabshrink.run.engine import run_stage, summarise
-
-        opened = open_run(recipe, overrides, force)
-        if name == "report":
-            summarise(opened)
-        run_stage(opened, name)
-
-
-def add_renamed(old: str, new: str) -> None:
-    @app.command(old, hidden=True, context_settings={"allow_extra_args": True, "ignore_unknown_options": True})
-    def renamed():
-        raise InputError(f"the stage {old} is called {new} now: vocabshrink {new} RECIPE")
+def stage(context: typer.Context, recipe: RecipePath, overrides: Overrides = None, force: Force = False):
+    run_stages(recipe, overrides, force, context.info_name)
 
 
 for stage_name in STAGES:
-    add_stage(stage_name)
-for names in RENAMED.items():
-    add_renamed(*names)
+    app.command(stage_name, help=STAGES[stage_name].about, rich_help_panel="Stages of a recipe")(stage)
 
 
 def show_summary(summary: dict) -> None:
     """The headline tables of a run."""
-    console = Console(width=None if sys.stdout.isatty() else 100)
-    systems = {
-        key: row
-        for key, row in summary.items()
-        if isinstance(row, dict) and not key.endswith("_by_block") and set(SYSTEMS) & set(row)
-    }
-    if systems:
-        table = Table(
-            "", *(Column(name, justify="right") for name in SYSTEMS), title=f"{summary['minutes']:.1f} minutes"
-        )
-        for key, row in systems.items():
-            shown = [
-                f"{row[s]:,.0f}" if key == "bytes" and s in row else f"{row[s]:.4g}" if s in row else ""
-                for s in SYSTEMS
-            ]
-            table.add_row(key.replace("_", " "), *shown)
-        console.print(table)
+    from vocabshrink.pages.report import SYSTEMS, per_system
+
+    rows = []
+    for key, figures in per_system(summary).items():
+        form = "{:,.0f}" if key == "bytes" else "{:.4g}"
+        rows.append((key.replace("_", " "), *("" if x is None else form.format(x) for x in map(figures.get, SYSTEMS))))
+    if rows:
+        CONSOLE.print(table_of(f"{summary['minutes']:.1f} minutes", ("", *SYSTEMS), rows))
     if "tasks" in summary:
-        table = Table("task", "metric", "median", "min", "max", title="validation")
-        for row in task_rows(summary["tasks"]):
-            table.add_row(*row)
-        console.print(table)
+        CONSOLE.print(table_of("validation", ("task", "metric", "median", "min", "max"), task_rows(summary["tasks"])))
 
 
 @app.command()
 def plan(recipe: RecipePath, overrides: Overrides = None):
     """Print parameters, bytes of every format, tokens, FLOPs and hours; refuse what cannot meet its budget."""
+    from vocabshrink.run.recipe import load_recipe
     from vocabshrink.stages.plan import check_budget, plan_tables
 
-    opened = open_run(recipe, overrides, check=False)
-    console = Console(width=None if sys.stdout.isatty() else 110)
-    for table in plan_tables(opened.recipe, opened.dir):
-        console.print(table)
-    check_budget(opened.recipe)
+    loaded = load_recipe(recipe, overrides or [])
+    CONSOLE.print(*plan_tables(loaded, RunDir(Path("artifacts") / loaded.name)))
+    check_budget(loaded)
 
 
 @app.command()
@@ -132,27 +110,21 @@ def show(recipe: RecipePath, overrides: Overrides = None):
 
 
 @app.command("list")
-def list_parts(
-    kind: Annotated[str, typer.Argument(help="stages, trainers, losses or maps; all of them if not given")] = "",
-):
+def list_parts(kind: Annotated[str, typer.Argument(help="stages, trainers, losses or maps; else all")] = ""):
     """List stages, vocabulary trainers, losses and layer maps, or one of these kinds."""
     from tokenizer_build.trainers import TRAINERS
     from vocabshrink.run.layer_map import LAYER_MAPS
     from vocabshrink.training.losses import LOSSES
 
-    kinds = {
-        "stages": {name: stage.about for name, stage in STAGES.items()},
-        "trainers": TRAINERS,
-        "losses": {name: loss.function.__doc__ for name, loss in LOSSES.items()},
-        "maps": {name: layer_map.__doc__ for name, layer_map in LAYER_MAPS.items()},
-    }
+    kinds = {"stages": {name: stage.about for name, stage in STAGES.items()}, "trainers": TRAINERS}
+    kinds["losses"] = {name: loss.function.__doc__ for name, loss in LOSSES.items()}
+    kinds["maps"] = {name: layer_map.__doc__ for name, layer_map in LAYER_MAPS.items()}
     if kind and kind not in kinds:
         raise InputError(f"{kind}: there is no such list: choose from {', '.join(kinds)}")
     for title in [kind] if kind else kinds:
-        table = Table(title, "", box=None, title_justify="left")
-        for name, about in kinds[title].items():
-            table.add_row(name, Text(about.strip().split("\n")[0]))  # [n, C] is no markup
-        Console().print(table, "")
+        print(
+            title, *(f"  {name:<24} {about.strip().splitlines()[0]}" for name, about in kinds[title].items()), sep="\n"
+        )
 
 
 @app.command()
@@ -163,8 +135,8 @@ def ablations(
     """Run every variant and seed of the ablation files, each stage once; write summary.json, tables and a page."""
     from vocabshrink.lab.ablations import run_ablations
 
-    overrides = [word for word in files if "=" in word]
-    run_ablations([Path(word) for word in files if "=" not in word], overrides, root=root)
+    paths = [Path(word) for word in files if "=" not in word]
+    run_ablations(paths, [word for word in files if "=" in word], root=root)
 
 
 @app.command()
@@ -175,37 +147,38 @@ def harvest(out: Annotated[Path, typer.Argument(help="a .jsonl or .jsonl.gz to w
     if out.is_file():
         print(f"{out}: harvested before", file=sys.stderr)
         return
-    started = time.monotonic()
-    counts = harvest_to(out, processes=os.cpu_count() or 1)
-    print(
-        f"{out}: {counts['words']:,} words in {counts['paragraphs']:,} paragraphs, {time.monotonic() - started:.0f} s"
-    )
+    started, counts = time.monotonic(), harvest_to(out, processes=os.cpu_count() or 1)
+    seconds = f"{time.monotonic() - started:.0f} s"
+    print(f"{out}: {counts['words']:,} words in {counts['paragraphs']:,} paragraphs, {seconds}")
 
 
 @app.command()
 def tune(
     file: Annotated[Path, typer.Argument(help="a search (recipes/tune/*.yaml)")],
-    overrides: Annotated[
-        list[str] | None, typer.Argument(help="section.key=value, tune.key=value of the search")
-    ] = None,
+    overrides: Annotated[list[str] | None, typer.Argument(help="section.key=value, tune.key=value ...")] = None,
     root: Annotated[Path, typer.Option(help="where searches go")] = Path("artifacts/tune"),
 ):
     """Search for the layer map, and for whatever else the file makes a gene, under a cheap proxy."""
     from vocabshrink.lab.tune import run_tuning
 
     summary = run_tuning(file, overrides or [], root)
-    table = Table("", "quality", *summary["tasks"], "bytes", title=summary["title"])
     results = {f"front {number}": row for number, row in enumerate(summary.get("front", []), 1)}
-    results |= {"found": summary["best"]} if "best" in summary else {}
-    for name, row in (results | summary["named"]).items():
-        if row["quality"] is not None:
+    results |= {"found": summary.get("best")} | summary["named"]
+    rows = []
+    for name, row in results.items():
+        if row and row["quality"] is not None:
             figures = [row["quality"], *(row["scores"][task] for task in summary["tasks"])]
-            table.add_row(f"{name}: {row['words']}", *(f"{100 * x:.2f}" for x in figures), f"{row['bytes']:,.0f}")
-    Console(width=None if sys.stdout.isatty() else 120).print(table)
+            rows.append((f"{name}: {row['words']}", *(f"{100 * x:.2f}" for x in figures), f"{row['bytes']:,.0f}"))
+    CONSOLE.print(table_of(summary["title"], ("", "quality", *summary["tasks"], "bytes"), rows))
     for row in summary["confirm"]["rows"] if "confirm" in summary else ():
         if "difference" in row:
             spread = f"{'beyond' if row['clear'] else 'within'} the seeds' spread"
             print(f"unseen tasks: found against {row['recipe']} {0 - 100 * row['difference']:+.2f}, {spread}")
+
+
+def delivered(path: Path) -> Path:
+    """The delivered folder of a path: itself, or the embedder of a run's `export`."""
+    return next((f for f in (path / "model", path / "export/model") if (f / "MANIFEST.json").is_file()), path)
 
 
 @app.command()
@@ -216,46 +189,25 @@ def search(
     as_json: Annotated[bool, typer.Option("--json", help="one JSON object a line")] = False,
 ):
     """Answer a query from an artifact's own passages, without torch."""
-    from vocabshrink.runtime.index import search as search_index
+    from vocabshrink.runtime.index import Index
 
     if artifact.suffix in (".yaml", ".yml"):
         raise InputError(f"{artifact}: search answers queries from an artifact: write vocabshrink tune {artifact}")
     if not query:
         raise InputError(f"{artifact}: there is no query: write one behind it")
-    for hit in search_index(delivered(artifact), " ".join(query), top):
-        print(
-            json.dumps(hit, ensure_ascii=False)
-            if as_json
-            else f"{hit['score']:.3f}  {hit.get('source', '')}\n       {hit['text']}"
-        )
+    for hit in Index(delivered(artifact)).search(" ".join(query), top):
+        words = f"{hit['score']:.3f}  {hit.get('source', '')}\n       {hit['text']}"
+        print(json.dumps(hit, ensure_ascii=False) if as_json else words)
 
 
-def delivered(path: Path) -> Path:
-    """The delivered folder of a path: itself, or the embedder of a run's `export`."""
-    inside = (path / "model", path / "export" / "model")
-    return next((folder for folder in inside if (folder / "MANIFEST.json").is_file()), path)
+@app.command("embed", help="Embed the lines of standard input: one JSON object a line. Needs no torch.")
+@app.command(
+    "classify", help="Classify the lines of standard input (a pair: first TAB second), or label words. Needs no torch."
+)
+def answer(context: typer.Context, artifact: Artifact, batch_size: BatchSize = 32, threads: Threads = 1):
+    from vocabshrink.runtime.lines import answer_lines
 
-
-Artifact = Annotated[Path, typer.Argument(help="a delivered folder, or its run's")]
-Artifacts = Annotated[list[Path], typer.Argument(help="delivered folders, or their runs'")]
-Threads = Annotated[int, typer.Option(min=1, help="processor threads")]
-BatchSize = Annotated[int, typer.Option(min=1, help="texts in a batch")]
-
-
-@app.command()
-def embed(artifact: Artifact, batch_size: BatchSize = 32, threads: Threads = 1):
-    """Embed the lines of standard input: one JSON object a line. Needs no torch."""
-    from vocabshrink.runtime.lines import embed_lines
-
-    embed_lines(delivered(artifact), sys.stdin.buffer, sys.stdout, batch_size=batch_size, threads=threads)
-
-
-@app.command()
-def classify(artifact: Artifact, batch_size: BatchSize = 32, threads: Threads = 1):
-    """Classify the lines of standard input (first TAB second, of a model of pairs), or label words. Needs no torch."""
-    from vocabshrink.runtime.lines import classify_lines
-
-    classify_lines(delivered(artifact), sys.stdin.buffer, sys.stdout, batch_size=batch_size, threads=threads)
+    answer_lines(context.info_name, delivered(artifact), sys.stdin.buffer, sys.stdout, batch_size, threads)
 
 
 @app.command()
@@ -269,7 +221,7 @@ def web(
     """Write a page that runs the artifacts in the browser."""
     from vocabshrink.pages.web import build_web
 
-    done = build_web([delivered(path) for path in artifacts], out, passages, title, node_modules=node_modules)
+    done = build_web([delivered(path) for path in artifacts], out, passages, title=title, node_modules=node_modules)
     print(f"{out}/index.html (any static server), {out}/standalone.html (from a disk); {done['passages']} passages")
 
 
@@ -283,50 +235,36 @@ def bench(
     seconds: Annotated[float, typer.Option(help="of calls for each length, batch and number of threads")] = 2.0,
 ):
     """Measure artifacts beside their teacher and a static peer."""
-    from vocabshrink.lab.bench import bench as measure
-    from vocabshrink.lab.bench import bench_tables
+    from vocabshrink.lab import bench as lab
 
     if teacher:
         from vocabshrink.models.loading import resolve_model
-
-    tasks = dict(entry.split("=", 1) for entry in task or [])
-    report = measure(
-        [delivered(path) for path in artifacts],
-        teacher=resolve_model(teacher) if teacher else None,
-        static=static,
-        tasks=tasks,
-        out=out,
-        seconds=seconds,
-    )
-    for table in bench_tables(report):
-        Console().print(table)
+    settings = {
+        "teacher": resolve_model(teacher) if teacher else None,
+        "static": static,
+        "out": out,
+        "seconds": seconds,
+    }
+    settings["tasks"] = dict(entry.split("=", 1) for entry in task or [])
+    CONSOLE.print(*lab.bench_tables(lab.bench([delivered(path) for path in artifacts], **settings)))
 
 
 def main() -> None:
-    """The console script: InputError becomes one sentence and exit code 2."""
+    """The console script: what the user can mend becomes one sentence and exit code 2."""
     try:
+        if (word := "".join(sys.argv[1:2])) in RENAMED:
+            raise InputError(f"the stage {word} is called {RENAMED[word]} now: vocabshrink {RENAMED[word]} RECIPE")
         app()
-    except InputError as error:
-        print(f"vocabshrink: {error}", file=sys.stderr)
-        sys.exit(2)
     except BrokenPipeError:  # of `| head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-    except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+    except (InputError, OSError, ImportError) as error:
+        sentence, package = str(error), (getattr(error, "name", None) or "").partition(".")[0]
+        extra = next((extra for extra, packages in EXTRAS.items() if package in packages.split()), None)
+        if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+            sentence = f"the disk is full (writing {error.filename or 'a file'}): free some space and run again"
+        elif extra:
+            sentence = f"this command needs {package}: pip install 'vocabshrink[{extra}]'"
+        elif not isinstance(error, InputError):
             raise
-        where = error.filename or "a file"
-        print(f"vocabshrink: the disk is full (writing {where}): free some space and run again", file=sys.stderr)
+        print(f"vocabshrink: {sentence}", file=sys.stderr)
         sys.exit(2)
-    except ImportError as error:
-        train = "torch transformers accelerate pydantic yaml pyarrow scipy onnx sklearn safetensors sentencepiece"
-        extras = {"train": train, "tune": "optuna sqlalchemy", "report": "matplotlib jinja2 pandas"}
-        known = {package: extra for extra, packages in extras.items() for package in packages.split()}
-        extra = known.get((error.name or "").partition(".")[0])
-        if extra is None:
-            raise
-        print(f"vocabshrink: this command needs {error.name}: pip install 'vocabshrink[{extra}]'", file=sys.stderr)
-        sys.exit(2)
-
-
-if __name__ == "__main__":
-    main()

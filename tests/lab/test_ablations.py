@@ -14,7 +14,7 @@ from tokenizer_build.files import read_json
 from vocabshrink.lab import ablations
 from vocabshrink.lab.ablations import figures_of, read_ablation, rows_of, run_ablations, units_of
 from vocabshrink.lab.variants import claimed
-from vocabshrink.pages.ablations import plot
+from vocabshrink.pages.experiments import plot
 from vocabshrink.run.folder import RunDir
 from vocabshrink.run.stage import STAGES
 

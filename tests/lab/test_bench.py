@@ -19,7 +19,10 @@ from vocabshrink.lab.bench import bench, bench_tables, statistics_of, task_quali
 @pytest.fixture(scope="module")
 def deliveries(tiny_teacher, tmp_path_factory) -> list[Path]:
     place = tmp_path_factory.mktemp("deliveries")
-    return [write_delivery(place / task, task, tiny_teacher) for task in ("embedding", "classification", "fill-mask")]
+    tasks = ("embedding", "classification", "fill-mask")
+    for task in tasks:
+        (place / task / "export").mkdir(parents=True)
+    return [write_delivery(place / task / "export" / "model", task, tiny_teacher) for task in tasks]
 
 
 def write_rows(path: Path, rows: list[dict]) -> None:
@@ -40,8 +43,7 @@ def test_everything_is_measured_once_and_written(deliveries, tmp_path, lines, mo
     assert json.loads(out.read_text()) == report
     assert "embedding: 1 thread, round 3 of 3" in capsys.readouterr().err
     assert list(report["systems"]) == ["embedding", "classification"] and report["machine"]["versions"]["onnxruntime"]
-    for folder in deliveries[:2]:
-        system = report["systems"][folder.name]
+    for folder, system in zip(deliveries, report["systems"].values(), strict=False):  # each named by its run
         names = {"onnx/model.onnx", "tokenizer.json", "config.json", "MANIFEST.json"}
         assert system["files"] == {name: (folder / name).stat().st_size for name in sorted(names)} | system["files"]
         assert set(system["files"]) == names and system["bytes"] == sum(system["files"].values())

@@ -109,15 +109,7 @@ def page(tmp_path_factory) -> Path:
     place = tmp_path_factory.mktemp("page")
     (place / "passages.jsonl").write_text("".join(json.dumps(passage) + "\n" for passage in PASSAGES))
     out = place / "web"
-    examples = {"embedding": ["delete a directory tree", "pick some at random"]}
-    build_web(
-        [RELEASED],
-        out,
-        place / "passages.jsonl",
-        "Search <by> meaning",
-        examples=examples,
-        node_modules=JS / "node_modules",
-    )
+    build_web([RELEASED], out, place / "passages.jsonl", title="Search <by> meaning", node_modules=JS / "node_modules")
     return out
 
 
@@ -217,7 +209,7 @@ def delivery(tiny_teacher, tmp_path) -> Path:
 def test_the_folder_holds_all_that_the_page_needs(delivery, packages, tmp_path):
     passages = tmp_path / "passages.jsonl"
     passages.write_text('{"text": "ka </script> lo", "other": 1}\n\n{"text": "mi", "source": "s"}\n')
-    done = build_web([delivery], tmp_path / "web", passages, "A <b>title</b>", node_modules=packages)
+    done = build_web([delivery], tmp_path / "web", passages, title="A <b>title</b>", node_modules=packages)
     out = tmp_path / "web"
     on_disk = {path.relative_to(out).as_posix(): path.stat().st_size for path in out.rglob("*") if path.is_file()}
     assert done["files"] == on_disk and done["passages"] == 2
@@ -253,9 +245,9 @@ def test_the_folder_holds_all_that_the_page_needs(delivery, packages, tmp_path):
 
 
 def test_an_index_is_used_and_a_page_is_replaced(delivery, packages, tmp_path):
-    assert build_web([delivery], tmp_path / "web", node_modules=packages)["passages"] == 0
+    assert build_web([delivery], tmp_path / "web", title="Page", node_modules=packages)["passages"] == 0
     build_index(delivery, ["ka", "lo", "mi"])
-    assert build_web([delivery], tmp_path / "web", node_modules=packages)["passages"] == 3
+    assert build_web([delivery], tmp_path / "web", title="Page", node_modules=packages)["passages"] == 3
     vectors = np.frombuffer((tmp_path / "web" / "vectors.bin").read_bytes(), dtype=np.int8).reshape(3, 8)
     ours = load(delivery).embed(["ka", "lo", "mi"])
     cosines = (vectors * ours).sum(1) / np.linalg.norm(vectors.astype(float), axis=1) / np.linalg.norm(ours, axis=1)
@@ -267,7 +259,7 @@ def test_more_passages_than_the_page_can_search_are_cut_and_said(delivery, packa
     """`make web` on the demo's artifact, whose index has 60,000 passages."""
     monkeypatch.setattr(web, "MOST_PASSAGES", 2)
     build_index(delivery, ["ka", "lo", "mi"])
-    assert build_web([delivery], tmp_path / "web", node_modules=packages)["passages"] == 2
+    assert build_web([delivery], tmp_path / "web", title="Page", node_modules=packages)["passages"] == 2
     assert "passages.jsonl has 3 passages: the page takes the first 2" in capsys.readouterr().err
     assert [row["text"] for row in json.loads((tmp_path / "web" / "passages.json").read_text())] == ["ka", "lo"]
     assert (tmp_path / "web" / "vectors.bin").stat().st_size == 2 * 8
@@ -293,7 +285,7 @@ def test_an_index_of_another_model_is_refused(delivery, packages, tmp_path):
     build_index(delivery, ["ka", "lo", "mi"])
     np.save(delivery / "index" / "vectors.npy", np.zeros((2, 8), np.float16))
     with pytest.raises(InputError, match="vectors.npy does not belong to .*passages.jsonl: build the index again"):
-        build_web([delivery], tmp_path / "web", node_modules=packages)
+        build_web([delivery], tmp_path / "web", title="Page", node_modules=packages)
 
 
 @pytest.mark.parametrize(
@@ -309,7 +301,7 @@ def test_bad_passages_are_refused(delivery, packages, tmp_path, content, words):
     passages = tmp_path / "passages.jsonl"
     passages.write_text(content)
     with pytest.raises(InputError, match=words):
-        build_web([delivery], tmp_path / "web", passages, node_modules=packages)
+        build_web([delivery], tmp_path / "web", passages, title="Page", node_modules=packages)
     assert not (tmp_path / "web").exists()
 
 
@@ -317,17 +309,17 @@ def test_what_cannot_be_shown_is_refused(delivery, packages, tiny_teacher, tmp_p
     masked = write_delivery(tmp_path / "masked", "fill-mask", tiny_teacher)
     tagger = write_delivery(tmp_path / "tagger", "tokens", tiny_teacher)
     with pytest.raises(InputError, match="is for the task 'fill-mask'"):
-        build_web([masked], tmp_path / "web", node_modules=packages)
+        build_web([masked], tmp_path / "web", title="Page", node_modules=packages)
     with pytest.raises(InputError, match="two of the folders are named tiny"):
-        build_web([delivery, delivery], tmp_path / "web", node_modules=packages)
+        build_web([delivery, delivery], tmp_path / "web", title="Page", node_modules=packages)
     with pytest.raises(InputError, match="only be searched by an embedder"):
-        build_web([tagger], tmp_path / "web", tmp_path / "none.jsonl", node_modules=packages)
+        build_web([tagger], tmp_path / "web", tmp_path / "none.jsonl", title="Page", node_modules=packages)
     with pytest.raises(InputError, match="none.jsonl: no such file"):
-        build_web([delivery], tmp_path / "web", tmp_path / "none.jsonl", node_modules=packages)
+        build_web([delivery], tmp_path / "web", tmp_path / "none.jsonl", title="Page", node_modules=packages)
     with pytest.raises(InputError, match="npm ci"):
-        build_web([delivery], tmp_path / "web", node_modules=tmp_path / "nowhere")
+        build_web([delivery], tmp_path / "web", title="Page", node_modules=tmp_path / "nowhere")
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "letter.txt").write_text("dear")
     with pytest.raises(InputError, match="is not a page of ours"):
-        build_web([delivery], tmp_path / "mine", node_modules=packages)
+        build_web([delivery], tmp_path / "mine", title="Page", node_modules=packages)
     assert (tmp_path / "mine" / "letter.txt").is_file()

@@ -14,10 +14,10 @@ from onnx import TensorProto, helper, numpy_helper
 from tokenizers import Tokenizer
 
 from tokenizer_build.errors import InputError
-from vocabshrink.runtime.delivery import load
-from vocabshrink.runtime.index import Index, build_index, search
+from vocabshrink.runtime.delivery import load, name_of
+from vocabshrink.runtime.index import Index, build_index
 from vocabshrink.runtime.kinds import KINDS
-from vocabshrink.runtime.lines import classify_lines, embed_lines
+from vocabshrink.runtime.lines import answer_lines
 
 LABELS = {"classification": ["bad", "good", "so so"], "tokens": ["O", "B-word"]}
 RELEASED = Path(__file__).resolve().parents[2] / "artifacts" / "minilm-l6-7mb"
@@ -155,6 +155,9 @@ def test_labels_words_by_their_first_pieces(deliveries, expected):
     text = "Kalo, zzqx mi"  # the comma is a piece of the first word, and zzqx is several pieces
     (ours,) = model.label_tokens([text])
     assert model.label_tokens([text.split(), "mi"])[0] == ours
+    for words in (["ka", "lo mi"], ["ka", " lo"], ["ka", ""], ["ka", 3], []):
+        with pytest.raises(InputError, match="text 0 (has the word '.*': give words|is empty|is int)"):
+            model.label_tokens([words])
     assert [word["word"] for word in ours] == text.split()
     tokenizer = model.tokenizer
     first = [0]
@@ -177,7 +180,7 @@ def test_fills_a_mask(deliveries, expected):
         inner = hit["piece"].startswith("##")
         assert hit["text"] == (f"Ka{hit['piece'][2:]} lo." if inner else f"Ka {hit['piece']} lo.")
     for text in ("ka lo", "[MASK] [MASK]", "ka " * 50 + "[MASK]"):
-        with pytest.raises(InputError, match=r"text 0 has \d \[MASK\]"):
+        with pytest.raises(InputError, match=r"text 0 must have one \[MASK\] within its first 24 pieces"):
             model.fill_mask([text])
 
 
@@ -227,17 +230,17 @@ def test_missing_altered_and_truncated_files_are_refused(copy, tmp_path):
     tokenizer, graph = copy / "tokenizer.json", copy / "onnx" / "model.onnx"
     text, weights = tokenizer.read_text(), graph.read_bytes()
     tokenizer.write_text(text + " ")
-    with pytest.raises(InputError, match="tokenizer.json was altered"):
+    with pytest.raises(InputError, match="tokenizer.json .* is not the file of MANIFEST.json: it was altered"):
         load(copy)
     tokenizer.unlink()
     with pytest.raises(InputError, match="tokenizer.json is missing"):
         load(copy)
     tokenizer.write_text(text)
     graph.write_bytes(weights[: len(weights) // 2])
-    with pytest.raises(InputError, match=r"model.onnx is truncated \([\d,]+ of [\d,]+ bytes\)"):
+    with pytest.raises(InputError, match=r"model.onnx \([\d,]+ bytes\) is not .*: it was altered, cut short"):
         load(copy)
     graph.write_bytes(weights[:-1] + bytes([weights[-1] ^ 1]))
-    with pytest.raises(InputError, match="model.onnx was altered"):
+    with pytest.raises(InputError, match="model.onnx .* it was altered"):
         load(copy)
     graph.write_bytes(weights)
     load(copy)
@@ -251,7 +254,7 @@ def test_the_manifest_of_another_model_is_refused(copy, deliveries):
     with pytest.raises(InputError, match="another model's"):
         load(copy)
     shutil.copy(deliveries["classification"] / "MANIFEST.json", copy)
-    with pytest.raises(InputError, match="altered|truncated"):
+    with pytest.raises(InputError, match="altered, cut short or is another model's"):
         load(copy)
     write_manifest(copy, "classification")
     (copy / "config.json").write_text("{}")
@@ -274,8 +277,11 @@ def test_the_manifest_of_another_model_is_refused(copy, deliveries):
 @pytest.mark.parametrize(
     "kinds,words",
     [
-        ({"ids": TensorProto.INT32}, r"input_ids is tensor\(int32\), not tensor\(int64\)"),
-        ({"out": TensorProto.FLOAT16}, r"sentence_embedding is tensor\(float16\), not tensor\(float\)"),
+        (
+            {"ids": TensorProto.INT32},
+            r"inputs are {'input_ids': 'tensor\(int32\)', .* not {'input_ids': 'tensor\(int64\)'",
+        ),
+        ({"out": TensorProto.FLOAT16}, r"no output sentence_embedding of tensor\(float\)"),
     ],
 )
 def test_a_graph_of_another_dtype_is_refused(copy, kinds, words):
@@ -290,12 +296,12 @@ def test_files_that_are_no_graph_or_tokenizer_are_refused(copy):
     weights = graph.read_bytes()
     graph.write_bytes(b"not a graph")
     write_manifest(copy, "embedding")
-    with pytest.raises(InputError, match="model.onnx is no graph that onnxruntime"):
+    with pytest.raises(InputError, match="model.onnx cannot be read"):
         load(copy)
     graph.write_bytes(weights)
     tokenizer.write_text("{}")
     write_manifest(copy, "embedding")
-    with pytest.raises(InputError, match="tokenizer.json is no tokenizer"):
+    with pytest.raises(InputError, match="tokenizer.json cannot be read"):
         load(copy)
 
 
@@ -326,28 +332,41 @@ def test_weights_outside_the_folder_are_not_read(copy):
         table.external_data.add(key=key, value=value)
     path.write_bytes(model.SerializeToString())
     write_manifest(copy, "embedding")
-    with pytest.raises(InputError, match="no graph that onnxruntime"):
+    with pytest.raises(InputError, match="model.onnx cannot be read"):
         load(copy)
+
+
+WHOLE = {"task": "embedding", "graph": "onnx/model.onnx", "dimension": 8, "max_positions": LONGEST, "files": {}}
 
 
 @pytest.mark.parametrize(
     "content,words",
     [
-        ("{", "not JSON"),
-        ("\udcff".encode("utf-8", "surrogateescape").decode("latin-1"), "not JSON"),
-        ("[]", "lacks"),
-        ('{"graph": "g"}', "lacks"),
-        ('{"graph": "g", "dimension": 4, "files": {}}', "no sha256 of g"),
-        ('{"graph": 3, "dimension": 4, "files": {}}', "no sha256 of 3"),
-        ('{"graph": "g", "dimension": 4, "files": []}', "files is not"),
-        ('{"graph": "g", "dimension": 4, "files": {"g": "x"}}', "files is not"),
-        ('{"graph": "g", "task": "poetry", "files": {}}', "the task 'poetry'"),
+        ("{", "not a JSON object"),
+        ("\udcff".encode("utf-8", "surrogateescape").decode("latin-1"), "not a JSON object"),
+        ("[]", "not a JSON object"),
+        ('{"graph": "g"}', "the task None is unknown"),
+        (WHOLE | {"task": "poetry"}, "the task 'poetry' is unknown"),
+        (WHOLE | {"task": ["embedding"]}, "the task .* is unknown"),
+        (WHOLE | {"graph": 3}, "graph is 3: export the model again"),
+        (WHOLE | {"files": []}, r"files is \[\]: export"),
+        (WHOLE | {"dimension": None}, "dimension is None: export"),
+        (WHOLE | {"max_positions": "24"}, "max_positions is '24': export"),
+        (WHOLE | {"graph": "g"}, "g is missing: copy"),
+        (WHOLE, "model.onnx .* is not the file of MANIFEST.json"),
+        (WHOLE | {"files": {"onnx/model.onnx": "x"}}, "model.onnx .* is not the file of MANIFEST.json"),
     ],
 )
 def test_a_broken_manifest_is_refused(copy, content, words):
-    (copy / "MANIFEST.json").write_text(content)
+    (copy / "MANIFEST.json").write_text(content if isinstance(content, str) else json.dumps(content))
     with pytest.raises(InputError, match=words):
         load(copy)
+
+
+def test_a_delivery_is_named_by_its_run(tmp_path):
+    for folder in ("tiny", "tiny/export", "tiny/export/model", "tiny/model"):
+        assert name_of(tmp_path / folder) == "tiny"
+    assert name_of(tmp_path / "tiny" / "export" / "sst2") == "sst2"
 
 
 def test_threads_and_batches_are_checked(copy):
@@ -360,14 +379,14 @@ def test_threads_and_batches_are_checked(copy):
 def test_lines_become_rows_of_json(deliveries, lines):
     out = io.StringIO()
     stream = [(line + "\r\n").encode() for line in lines[:7]]
-    assert embed_lines(deliveries["embedding"], iter(stream), out, batch_size=3) == 7
+    assert answer_lines("embed", deliveries["embedding"], iter(stream), out, batch_size=3) == 7
     rows = [json.loads(row) for row in out.getvalue().splitlines()]
     assert [row["text"] for row in rows] == lines[:7]
     ours = load(deliveries["embedding"]).embed(lines[:7])
     np.testing.assert_allclose([row["embedding"] for row in rows], ours, rtol=1e-6)
 
     out = io.StringIO()
-    assert classify_lines(deliveries["classification"], [lines[0], lines[1]], out) == 2
+    assert answer_lines("classify", deliveries["classification"], [lines[0], lines[1]], out) == 2
     model = load(deliveries["classification"])
     best, scores = model.classify(lines[:2])
     rows = [json.loads(row) for row in out.getvalue().splitlines()]
@@ -375,7 +394,7 @@ def test_lines_become_rows_of_json(deliveries, lines):
     np.testing.assert_allclose([[row["scores"][label] for label in model.labels] for row in rows], scores, rtol=1e-6)
 
     out = io.StringIO()
-    assert classify_lines(deliveries["tokens"], ["ka lo"], out) == 1
+    assert answer_lines("classify", deliveries["tokens"], ["ka lo"], out) == 1
     assert json.loads(out.getvalue())["words"] == load(deliveries["tokens"]).label_tokens(["ka lo"])[0]
 
 
@@ -384,33 +403,33 @@ def test_a_tab_makes_a_pair_only_where_the_model_takes_pairs(deliveries, tmp_pat
     folder = Path(shutil.copytree(deliveries["classification"], tmp_path / "copy"))
     line, out = f"{lines[1]}\t{lines[2]}", io.StringIO()
     write_manifest(folder, "classification", **({"pairs": True} if pairs else {}))  # released manifests do not say it
-    classify_lines(folder, [line, "a\tb\tc"], out)
+    answer_lines("classify", folder, [line, "a\tb\tc"], out)
     expected = load(folder).classify([(lines[1], lines[2]) if pairs else line, "a\tb\tc"])[1]
     rows = [list(json.loads(row)["scores"].values()) for row in out.getvalue().splitlines()]
     np.testing.assert_allclose(rows, expected, rtol=1e-6)
     if pairs:
         with pytest.raises(InputError, match="line 2 is empty"):
-            classify_lines(folder, ["ka", "lo\t"], io.StringIO())
+            answer_lines("classify", folder, ["ka", "lo\t"], io.StringIO())
 
 
 @pytest.mark.parametrize(
     "task,none", [("embedding", ["embedding"]), ("classification", ["label", "scores"]), ("tokens", ["words"])]
 )
 def test_an_empty_line_has_an_answer_that_says_so(deliveries, task, none):
-    out, answer_lines = io.StringIO(), embed_lines if task == "embedding" else classify_lines
-    assert answer_lines(deliveries[task], [b"ka\n", b"\n", b" \r\n", b"lo"], out) == 4
+    out, command = io.StringIO(), "embed" if task == "embedding" else "classify"
+    assert answer_lines(command, deliveries[task], [b"ka\n", b"\n", b" \r\n", b"lo"], out) == 4
     rows = [json.loads(row) for row in out.getvalue().splitlines()]
     assert [row["text"] for row in rows] == ["ka", "", " ", "lo"]
     assert rows[1] == {"text": ""} | dict.fromkeys(none) and all(rows[0][name] for name in none)
     alone = io.StringIO()
-    answer_lines(deliveries[task], ["lo"], alone)
+    answer_lines(command, deliveries[task], ["lo"], alone)
     assert json.loads(alone.getvalue()) == rows[3]
 
 
 @pytest.mark.parametrize("stream,words", [([b"ka\n", b"ka\xff\n"], "line 2 is not UTF-8"), (["\ud83d"], "line 1 has")])
 def test_bad_lines_are_refused_by_number(deliveries, stream, words):
     with pytest.raises(InputError, match=words):
-        embed_lines(deliveries["embedding"], stream, io.StringIO())
+        answer_lines("embed", deliveries["embedding"], stream, io.StringIO())
 
 
 def test_search_finds_the_passages_of_greatest_cosine(copy, lines):
@@ -420,7 +439,7 @@ def test_search_finds_the_passages_of_greatest_cosine(copy, lines):
     assert np.load(copy / "index" / "vectors.npy").dtype == np.float16
     assert sorted(path.name for path in (copy / "index").iterdir()) == ["index.json", "passages.jsonl", "vectors.npy"]
     assert not [path for path in copy.iterdir() if path.name.startswith(".")]
-    found = search(copy, lines[7], top=3)
+    found = Index(copy).search(lines[7], top=3)
     assert found[0]["source"] == "line 7" and found[0]["score"] == pytest.approx(1, abs=1e-3)
     model = load(copy)
     vectors = model.embed(lines[:40])
@@ -434,12 +453,12 @@ def test_search_finds_the_passages_of_greatest_cosine(copy, lines):
 def test_texts_may_hold_any_line_separator(copy):
     texts = ["ka\u2028lo\x85mi\nne", "ru sa"]
     build_index(copy, texts)
-    assert {hit["text"] for hit in search(copy, "ka", top=2)} == set(texts)
+    assert {hit["text"] for hit in Index(copy).search("ka", top=2)} == set(texts)
 
 
 def test_bad_passages_and_indexes_are_refused(copy, deliveries):
     with pytest.raises(InputError, match="has no index"):
-        search(copy, "ka")
+        Index(copy).search("ka")
     with pytest.raises(InputError, match="no passage"):
         build_index(copy, [])
     with pytest.raises(InputError, match="passage 1 is neither"):
@@ -448,20 +467,20 @@ def test_bad_passages_and_indexes_are_refused(copy, deliveries):
         build_index(deliveries["classification"], ["ka"])
     build_index(copy, ["ka", "lo"])
     with pytest.raises(InputError, match="top is 0"):
-        search(copy, "ka", top=0)
+        Index(copy).search("ka", top=0)
     index = {path: path.read_bytes() for path in (copy / "index").iterdir()}
     (copy / "index" / "passages.jsonl").write_text('{"text": "ka"}\n{"text": "mi"}\n')  # as many, of another build
     with pytest.raises(InputError, match="build the index again"):
-        search(copy, "ka")
+        Index(copy).search("ka")
     for path in index:
         path.unlink()
         with pytest.raises(InputError, match="build the index again"):
-            search(copy, "ka")
+            Index(copy).search("ka")
         path.write_bytes(index[path])
     write_graph(copy / "onnx" / "model.onnx", "embedding", 301)  # another model beside the same index
     write_manifest(copy, "embedding")
     with pytest.raises(InputError, match="another model's: build the index again"):
-        search(copy, "ka")
+        Index(copy).search("ka")
 
 
 def test_an_index_that_cannot_be_finished_leaves_the_earlier_one(copy, monkeypatch):
@@ -474,7 +493,7 @@ def test_an_index_that_cannot_be_finished_leaves_the_earlier_one(copy, monkeypat
         patched.setattr(np, "save", fail)
         with pytest.raises(OSError, match="no more"):
             build_index(copy, ["mi"])
-    assert {hit["text"] for hit in search(copy, "ka")} == {"ka", "lo"}
+    assert {hit["text"] for hit in Index(copy).search("ka")} == {"ka", "lo"}
 
 
 def test_the_runtime_needs_no_torch(deliveries):

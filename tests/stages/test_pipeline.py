@@ -158,13 +158,13 @@ def test_the_delivery_answers_like_the_student(match_run):
 
     from vocabshrink.models.embedder import torch_embedder
     from vocabshrink.runtime.delivery import load
-    from vocabshrink.runtime.index import search
+    from vocabshrink.runtime.index import Index
 
     student = run.dir.path / "distill" / "student"
     embed = torch_embedder(AutoModel.from_pretrained(student).eval(), student, "mean", True, max_length=48)
     texts = ["Ka lo mi.", "vi we zu bra cli", "ne"]
     assert (load(run.dir.path / "export/model").embed(texts) * embed(texts)).sum(1).min() > 0.98
-    assert search(run.dir.path / "export/model", "vi we zu", 1)[0]["source"] == "s2"
+    assert Index(run.dir.path / "export/model").search("vi we zu", 1)[0]["source"] == "s2"
 
 
 def test_the_resolved_recipe_is_the_recipe(match_run):

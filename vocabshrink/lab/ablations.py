@@ -19,7 +19,7 @@ from pydantic import Field, model_validator
 from tokenizer_build.errors import InputError
 from tokenizer_build.files import read_json, write_json, write_text
 from vocabshrink.lab.variants import Variant, advance, base_values, make_variant, refuse_launcher
-from vocabshrink.pages.ablations import AVERAGE, COSTS, ROUNDED, TEACHER, markdown, place_of, plot, write_index
+from vocabshrink.pages.experiments import AVERAGE, COSTS, ROUNDED, TEACHER, markdown, place_of, plot, write_index
 from vocabshrink.run.engine import say
 from vocabshrink.run.folder import RunDir
 from vocabshrink.run.recipe import Name, Section, parse_recipe

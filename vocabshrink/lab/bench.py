@@ -25,7 +25,7 @@ import numpy as np
 from tokenizer_build.errors import InputError
 from tokenizer_build.files import read_json, read_jsonl, replacing_folder, write_json
 from vocabshrink.run.folder import RunDir
-from vocabshrink.runtime.delivery import load
+from vocabshrink.runtime.delivery import load, name_of
 from vocabshrink.runtime.kinds import KINDS
 
 LENGTHS, BATCHES, ROUNDS = (16, 64, 128), (1, 32), 3
@@ -120,7 +120,7 @@ def bench(
     """
     from vocabshrink.run.engine import say
 
-    systems = [System(Path(folder).resolve().name, Path(folder)) for folder in artifacts]
+    systems = [System(name_of(folder), Path(folder)) for folder in artifacts]
     if not systems:
         raise InputError("there is nothing to measure: give one delivered folder or more")
     if teacher is not None:

@@ -35,8 +35,7 @@ from vocabshrink.delivery.size import delivery_bytes
 from vocabshrink.lab.ablations import Seeds, rated_of, run_ablations
 from vocabshrink.lab.bench import time_calls
 from vocabshrink.lab.variants import Variant, advance, base_values, claimed, make_variant, refuse_launcher, value_at
-from vocabshrink.pages.ablations import AVERAGE, TEACHER, place_of
-from vocabshrink.pages.tune import write_tune_page
+from vocabshrink.pages.experiments import AVERAGE, TEACHER, place_of, write_tune_page
 from vocabshrink.run.engine import say
 from vocabshrink.run.folder import RunDir
 from vocabshrink.run.formats import formats_of

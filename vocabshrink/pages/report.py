@@ -1,9 +1,8 @@
 """One HTML file that shows what a run did, built from whatever files the run folder holds.
 
-The page opens offline and from a mail attachment: curves are inline SVG, styles are in the page, nothing is fetched and
-no script runs. Missing pieces are left out, so the same function serves a run that has only counted words and one that
-was delivered. The page is a view: every figure on it is in a JSON file beside it. Long curves are averaged to a few
-hundred points, which keeps the page small and readable; learning rates are not drawn, because the recipe sets them.
+It opens offline and from a mail attachment: curves are inline SVG, nothing is fetched and no script runs. It is a view:
+every figure on it is in a JSON file beside it, and what is missing is left out, so that a run that has only counted
+words has a page too. Learning rates are not drawn, because the recipe sets them.
 """
 
 import math
@@ -13,50 +12,40 @@ from pathlib import Path
 
 import numpy as np
 import pandas as pd
-from matplotlib.figure import Figure
+from matplotlib.axes import Axes
 from matplotlib.ticker import EngFormatter, NullFormatter
 
 from tokenizer_build.files import read_json
-from vocabshrink.pages.drawing import GRID, SERIES, svg_of
-from vocabshrink.pages.page import write_page
+from vocabshrink.pages.page import SERIES, svg_of, write_page
 from vocabshrink.run.folder import RunDir, task_rows
 from vocabshrink.run.stage import STAGES
 
 SYSTEMS = ("teacher", "untrained", "trained", "delivered")
 PLOTS = {"Losses, each part unweighted": ("train", "loss"), "Evaluation": ("evaluation", "metrics")}
-POINTS = 300  # per curve; more cannot be seen at the width of a page
+POINTS = 300  # per curve, averaged: more cannot be seen at the width of a page
 
 
 def write_report(run: RunDir) -> Path:
-    """Write report.html into the run folder and return its path.
+    """Write report.html into the run folder, of those files of a run that are there; its path.
 
-    Reads recipe.yaml, environment.json, summary.json, metrics.jsonl, vocab/comparison.json and each stage's
-    summary.json, as far as they exist. Raises InputError for a file that is not what its name says.
+    Raises InputError for a file that is not what its name says.
     """
+    out, recipe = run.path / "report.html", run.path / "recipe.yaml"
     files = (run.path / "summary.json", run.path / "environment.json", run.stage("vocab") / "comparison.json")
     summary, environment, comparison = (read_json(file) if file.is_file() else {} for file in files)
     stages = {path.parent.name: read_json(path) for path in run.path.glob("*/summary.json")}
     rows = [row for row in run.metrics() if {"stage", "step", "kind"} <= row.keys()]
-    recipe = run.path / "recipe.yaml"
-    write_page(
-        run.path / "report.html",
-        "report",
-        name=run.path.resolve().name,
-        tiles=headline_tiles(summary),
-        headline=per_system(summary),
-        systems=SYSTEMS,
-        tasks=task_rows(summary["tasks"]) if "tasks" in summary else [],
-        blocks={key: value for key, value in summary.items() if key.endswith("_by_block")},
-        training=[training_panel(stage, rows) for stage in in_order(row["stage"] for row in rows)],
-        vocabulary={name: value for name, value in comparison.items() if name != "examples"},
-        examples=comparison.get("examples", []),
-        timings=stage_timings(run, rows, stages),
-        details={name: list(flatten(stages[name])) for name in in_order(stages)},
-        recipe=recipe.read_text(encoding="utf-8", errors="replace") if recipe.is_file() else None,
-        environment=list(flatten(environment)),
-        **{function.__name__: function for function in (label, figure, columns)},
-    )
-    return run.path / "report.html"
+    facts = {"name": run.path.resolve().name, "tiles": headline_tiles(summary), "headline": per_system(summary)}
+    facts |= {"systems": SYSTEMS, "tasks": task_rows(summary["tasks"]) if "tasks" in summary else []}
+    facts["blocks"] = {key: value for key, value in summary.items() if key.endswith("_by_block")}
+    facts["training"] = [training_panel(stage, rows) for stage in in_order(row["stage"] for row in rows)]
+    facts |= {"examples": comparison.pop("examples", []), "vocabulary": comparison}
+    facts["timings"] = stage_timings(run, rows, stages)
+    facts["details"] = {name: list(flatten(stages[name])) for name in in_order(stages)}
+    facts["recipe"] = recipe.read_text(encoding="utf-8", errors="replace") if recipe.is_file() else None
+    facts["environment"] = list(flatten(environment))
+    write_page(out, "report", **facts, label=label, figure=figure, columns=columns)
+    return out
 
 
 def per_system(summary: dict) -> dict[str, dict]:
@@ -68,9 +57,10 @@ def per_system(summary: dict) -> dict[str, dict]:
 def headline_tiles(summary: dict) -> list[tuple[str, str, str]]:
     """(figure, what it is, what it compares with) of the few figures that matter most."""
     tiles = []
-    entries = {key: row for key, row in per_system(summary).items() if row.get("delivered") is not None}
-    for key, systems in entries.items():
-        delivered, teacher, untrained = (systems.get(name) for name in ("delivered", "teacher", "untrained"))
+    for key, systems in per_system(summary).items():
+        teacher, untrained, _, delivered = map(systems.get, SYSTEMS)
+        if delivered is None:
+            continue
         if key == "bytes" and teacher:
             note = f"{teacher / delivered:.1f} times smaller than the teacher's {figure(key, teacher)}"
         elif untrained is not None:
@@ -88,13 +78,18 @@ def training_panel(stage: str, rows: list[dict]) -> dict:
     axis = "tokens" if "tokens" in frame and frame["tokens"].notna().all() else "step"  # where tokens were not logged
     plots = []
     for title, (kind, prefix) in PLOTS.items():
-        part = frame[frame["kind"] == kind]
-        curves = {c.partition(".")[2] or "total": curve(part, axis, c) for c in part if c.startswith(prefix)}
-        curves = {name: points for name, points in curves.items() if len(points)}
+        curves = {}
+        for name in (name for name in frame if name.startswith(prefix)):
+            points = frame.loc[frame["kind"] == kind, [axis, name]].dropna()
+            group = np.arange(len(points)) // max(1, math.ceil(len(points) / POINTS))
+            if len(points):
+                means = points.groupby(group).agg({axis: "last", name: "mean"})
+                curves[name.partition(".")[2] or "total"] = means.to_numpy(float)
         if curves:
-            svg = svg_of(f"{stage}-{kind}", partial(draw, curves, axis, log=kind == "train"))
+            drawn = max(map(len, curves.values())) > 1
+            svg = svg_of(f"{stage}-{kind}", partial(draw, curves, axis, kind == "train")) if drawn else ""
             legend = {name: figure("", points[-1, 1]) for name, points in curves.items()}
-            plots.append({"title": title, "svg": svg if max(map(len, curves.values())) > 1 else "", "legend": legend})
+            plots.append({"title": title, "svg": svg, "legend": legend})
     note = f"{frame['step'].max():,} steps"
     if "tokens_per_second" in frame:
         speed = frame["tokens_per_second"].median()
@@ -102,15 +97,8 @@ def training_panel(stage: str, rows: list[dict]) -> dict:
     return {"stage": stage, "note": note, "plots": plots}
 
 
-def curve(frame: pd.DataFrame, axis: str, column: str) -> np.ndarray:
-    """[at most POINTS, 2]: the values of a column against the axis, averaged over neighbouring rows."""
-    points = frame[[axis, column]].dropna()
-    group = np.arange(len(points)) // max(1, math.ceil(len(points) / POINTS))
-    return points.groupby(group).agg({axis: "last", column: "mean"}).to_numpy(float)
-
-
-def draw(curves: dict[str, np.ndarray], axis: str, canvas: Figure, *, log: bool) -> None:
-    axes = canvas.subplots()
+def draw(curves: dict[str, np.ndarray], axis: str, log: bool, axes: Axes) -> None:
+    """curves: name -> [n, 2], what was read and the value."""
     for index, points in enumerate(curves.values()):
         mark = "o" if not log or len(points) == 1 else None
         axes.plot(*points.T, color=SERIES[index % len(SERIES)], linewidth=1.6, marker=mark, markersize=3)
@@ -119,8 +107,6 @@ def draw(curves: dict[str, np.ndarray], axis: str, canvas: Figure, *, log: bool)
     axes.yaxis.set_major_formatter(lambda value, _: f"{value:.6g}")
     axes.yaxis.set_minor_formatter(NullFormatter())
     axes.xaxis.set_major_formatter(EngFormatter())
-    axes.grid(axis="y", color=GRID, linewidth=0.6)
-    axes.tick_params(which="both", length=0)
     axes.set_xlabel(axis)
 
 
@@ -134,8 +120,8 @@ def stage_timings(run: RunDir, rows: list[dict], stages: dict[str, dict]) -> lis
 
 def in_order(names: Iterable[str]) -> list[str]:
     """Names of stages in the order in which they run; without the report, which does not list its own making."""
-    order = [*STAGES]
-    return sorted({*names} - {"report"}, key=lambda name: (order.index(name) if name in order else len(order), name))
+    found = {*names} - {"report"}
+    return sorted(found, key=[*STAGES, *sorted(found)].index)
 
 
 def columns(rows: Iterable[dict], first: Iterable[str] = ()) -> list[str]:

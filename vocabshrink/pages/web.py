@@ -1,13 +1,12 @@
 """A page that runs delivered models in the browser: a folder for any static server, and one file to open from a disk.
 
-The folder holds index.html, the models in the layout that transformers.js reads, transformers.js itself with
-onnxruntime-web's WebAssembly build, and passages with int8 vectors (a quarter of float32; a cosine moves by 0.003 at
-most). The page asks no other host for anything. Browsers forbid a page opened from a disk to read the files beside
-it, so standalone.html holds all of them, compressed, in its own text: 14 MB where the folder has 22.
+The page asks no other host for anything: models, transformers.js and onnxruntime-web lie beside it, and passages with
+int8 vectors (a cosine moves by 0.003 at most). Browsers forbid a page opened from a disk to read the files beside it,
+so standalone.html holds all of them, compressed, in its own text: 14 MB where the folder has 22.
 
-transformers.js imports onnxruntime-web's WebGPU build: 27 MB of WebAssembly whose CPU kernels lack
-GatherBlockQuantized. An import map gives it the plain WebAssembly build instead, 14 MB (3.7 MB as servers compress
-it), which runs every graph that `export` writes. One thread: more need headers that static servers do not send.
+transformers.js imports onnxruntime-web's WebGPU build, whose CPU kernels lack GatherBlockQuantized. An import map gives
+it the plain WebAssembly build instead (14 MB, 3.7 MB as servers compress it), which runs every graph that `export`
+writes. One thread: more need headers that static servers do not send.
 """
 
 import base64
@@ -23,7 +22,7 @@ import numpy as np
 from tokenizer_build.errors import InputError
 from tokenizer_build.files import read_json, read_jsonl, replacing_folder
 from vocabshrink.pages.page import write_page
-from vocabshrink.runtime.delivery import load
+from vocabshrink.runtime.delivery import Delivery, load, name_of
 from vocabshrink.runtime.kinds import KINDS
 
 RUNTIME = {
@@ -33,81 +32,72 @@ RUNTIME = {
 }
 LOADED = ("config.json", "tokenizer.json", "tokenizer_config.json")  # by transformers.js, beside the graph
 DTYPES = {"onnx/model_q4.onnx": "q4", "onnx/model_quantized.onnx": "q8", "onnx/model.onnx": "fp32"}
-SHOWN = tuple(task for task, kind in KINDS.items() if kind.any_text)
 MOST_PASSAGES = 50_000  # 20 MB of vectors at 384 columns, and 20 ms a query
 
 
 def build_web(
-    artifacts: Sequence[str | Path],
-    out: str | Path,
-    passages: str | Path | None = None,
-    title: str = "Search by meaning, in your browser",
-    *,
-    examples: dict[str, list[str]] | None = None,
-    node_modules: str | Path = "tests/js/node_modules",
+    artifacts: Sequence[Path], out: Path, passages: Path | None = None, *, title: str, node_modules: Path
 ) -> dict:
     """Write the page of one or several delivered folders to `out`, replacing a page that is there.
 
     passages: JSONL of {"text", "source"?} for the first embedder to search; without it, the embedder's own index,
     and without an index, only what is pasted into the page. Beyond MOST_PASSAGES, the first are taken; the page and
-    stderr say so. examples: texts to try, by task.
-
-    Returns {"files": {name: bytes}, "model": bytes, "runtime": bytes, "passages": number searched}.
-
-    Raises:
-        InputError: folders, passages or npm packages that cannot be used, or something other than a page at `out`.
+    stderr say so. Returns {"files": {name: bytes}, "model": bytes, "runtime": bytes, "passages": number searched}.
+    Raises InputError for folders, passages or npm packages that cannot be used, and where `out` is no page.
     """
-    out, node_modules = Path(out), Path(node_modules)
     if out.exists() and not (out / "standalone.html").is_file() and (out.is_file() or any(out.iterdir())):
         raise InputError(f"{out} exists and is not a page of ours: give another place or remove it")
-    missing = [name for name in RUNTIME.values() if not (node_modules / name).is_file()]
-    if missing:
-        raise InputError(
-            f"{node_modules / missing[0]} is missing: npm ci --ignore-scripts --prefix {node_modules.parent}"
-        )
+    for name in RUNTIME.values():
+        if not (node_modules / name).is_file():
+            raise InputError(
+                f"{node_modules / name} is missing: npm ci --ignore-scripts --prefix {node_modules.parent}"
+            )
+    data = {"models": [], "passages": 0, "of": 0, "runtime": {k: f"runtime/{Path(v).name}" for k, v in RUNTIME.items()}}
+    copies = {data["runtime"][kind]: node_modules / name for kind, name in RUNTIME.items()}
     with replacing_folder(out) as place:
-        models, count, total = [], 0, 0
-        for folder in map(Path, artifacts):
-            entry, model = _copy_model(place, folder, examples or {})
-            if any(entry["name"] == other["name"] for other in models):
+        for folder in artifacts:
+            model = load(folder)
+            entry = _entry(folder, model)
+            if any(entry["name"] == other["name"] for other in data["models"]):
                 raise InputError(f"two of the folders are named {entry['name']}: rename one")
-            if model.task == "embedding" and not count:
-                count, total = _write_passages(place, folder, model, passages)
-                entry["passages"] = count > 0
-            models.append(entry)
-        if passages is not None and not count:
+            if model.task == "embedding" and not data["passages"]:
+                data["passages"], data["of"] = _write_passages(place, folder, model, passages)
+                entry["passages"] = data["passages"] > 0
+            data["models"].append(entry)
+            copies |= {f"models/{entry['name']}/{file}": folder / file for file in entry["files"]}
+        if passages is not None and not data["passages"]:
             raise InputError(f"{passages} can only be searched by an embedder, and none of the folders is one: add one")
-        (place / "runtime").mkdir()
-        for name in RUNTIME.values():
-            shutil.copyfile(node_modules / name, place / "runtime" / Path(name).name)
-        return _write_html(place, models, {"passages": count, "of": total}, title, node_modules)
+        for name, source in copies.items():
+            (place / name).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(source, place / name)
+        sizes = {path.relative_to(place).as_posix(): path.stat().st_size for path in place.rglob("*") if path.is_file()}
+        data["bytes"] = sum(sizes.values())
+        sums = {kind: sum(sizes[name] for name in sizes if name.startswith(kind)) for kind in ("model", "runtime")}
+        files = {name: base64.b64encode(gzip.compress((place / name).read_bytes(), mtime=0)).decode() for name in sizes}
+        packages = [node_modules / name / "package.json" for name in ("@huggingface/transformers", "onnxruntime-web")]
+        versions = [read_json(package)["version"].split("-")[0] for package in packages]
+        facts = {"title": title, "data": data, "sums": sums, "versions": versions}
+        for name, packed in (("index.html", None), ("standalone.html", files)):
+            write_page(place / name, "web", files=packed, **facts)
+            sizes[name] = (place / name).stat().st_size
+    return {"files": sizes, **sums, "passages": data["passages"]}
 
 
-def _copy_model(place: Path, folder: Path, examples: dict) -> tuple[dict, object]:
-    """What the page must know of a model whose files are copied to place/models, and the model."""
-    model = load(folder)
-    graph = model.manifest["graph"]
-    name = next(part for part in reversed(folder.resolve().parts) if part not in ("model", "export"))  # of a run's
-    if model.task not in SHOWN:
-        raise InputError(f"{folder} is for the task {model.task!r}: the page shows {', '.join(SHOWN)}")
+def _entry(folder: Path, model: Delivery) -> dict:
+    """What the page must know of a model."""
+    graph, shown = model.manifest["graph"], [task for task, kind in KINDS.items() if kind.any_text]
+    if model.task not in shown:
+        raise InputError(f"{folder} is for the task {model.task!r}: the page shows {', '.join(shown)}")
     if graph not in DTYPES:
         raise InputError(f"{folder}/{graph} is not a name that transformers.js knows: use one of {', '.join(DTYPES)}")
-    files = [file for file in (*LOADED, graph) if (folder / file).is_file()]
-    for file in files:
-        target = place / "models" / name / file
-        target.parent.mkdir(parents=True, exist_ok=True)
-        shutil.copyfile(folder / file, target)
-    entry = {"name": name, "task": model.task, "dtype": DTYPES[graph], "files": files, "labels": model.labels}
+    entry = {"name": name_of(folder), "task": model.task, "dtype": DTYPES[graph], "labels": model.labels}
     entry |= {"dimension": model.dimension, "longest": model.longest, "passages": False}
-    return entry | {"examples": examples.get(model.task, [])}, model
+    return entry | {"files": [file for file in (*LOADED, graph) if (folder / file).is_file()]}
 
 
-def _write_passages(place: Path, folder: Path, model, passages: str | Path | None) -> tuple[int, int]:
-    """Write passages.json and vectors.bin (int8 [passages, dimension], each row by its own scale).
-
-    Returns how many were taken, and of how many.
-    """
-    source = folder / "index" / "passages.jsonl" if passages is None else Path(passages)
+def _write_passages(place: Path, folder: Path, model: Delivery, passages: Path | None) -> tuple[int, int]:
+    """Write passages.json and vectors.bin (int8 [n, dimension], each row by its own scale); n, and of how many."""
+    source, matrix = passages or folder / "index" / "passages.jsonl", folder / "index" / "vectors.npy"
     if passages is None and not source.is_file():
         return 0, 0
     records = []
@@ -120,7 +110,7 @@ def _write_passages(place: Path, folder: Path, model, passages: str | Path | Non
     total, records = len(records), records[:MOST_PASSAGES]
     if total > len(records):
         print(f"{source} has {total:,} passages: the page takes the first {len(records):,}", file=sys.stderr)
-    if passages is None and (matrix := folder / "index" / "vectors.npy").is_file():
+    if passages is None and matrix.is_file():
         vectors = np.load(matrix, mmap_mode="r", allow_pickle=False)[: len(records)].astype(np.float32)
         if vectors.shape != (len(records), model.dimension):
             raise InputError(f"{matrix} does not belong to {source}: build the index again")
@@ -130,20 +120,3 @@ def _write_passages(place: Path, folder: Path, model, passages: str | Path | Non
     (place / "vectors.bin").write_bytes(np.rint(vectors).astype(np.int8).tobytes())
     (place / "passages.json").write_text(json.dumps(records, ensure_ascii=False), encoding="utf-8")
     return len(records), total
-
-
-def _write_html(place: Path, models: list[dict], counts: dict, title: str, node_modules: Path) -> dict:
-    """Write index.html and standalone.html over the files in `place`; what `build_web` returns."""
-    sizes = {str(path.relative_to(place)): path.stat().st_size for path in sorted(place.rglob("*")) if path.is_file()}
-    sums = {kind: sum(size for name, size in sizes.items() if name.startswith(kind)) for kind in ("model", "runtime")}
-    runtime = {kind: f"runtime/{Path(name).name}" for kind, name in RUNTIME.items()}
-    data = {"models": models, "runtime": runtime, "bytes": sum(sizes.values()), **counts}
-    versions = [
-        read_json(node_modules / package / "package.json")["version"].split("-")[0]
-        for package in ("@huggingface/transformers", "onnxruntime-web")
-    ]
-    packed = {name: base64.b64encode(gzip.compress((place / name).read_bytes(), mtime=0)).decode() for name in sizes}
-    for name, files in (("index.html", None), ("standalone.html", packed)):
-        write_page(place / name, "web", title=title, data=data, sums=sums, versions=versions, files=files)
-        sizes[name] = (place / name).stat().st_size
-    return {"files": sizes, **sums, "passages": counts["passages"]}

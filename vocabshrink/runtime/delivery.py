@@ -26,18 +26,18 @@ Text = str | tuple[str, str]
 
 
 class Delivery:
-    """A loaded delivery: its `manifest`, `task` (a key of KINDS) and, where it has them, `dimension` and `labels`.
+    """A loaded delivery: its `manifest`, `task` (a key of KINDS), `labels` ([] where it has none) and `dimension`.
 
-    Texts are cut at the manifest's max_positions pieces. Texts of similar length share a batch of `batch_size`, so
-    that there is little padding; answers come in the order of the texts. Each method raises InputError for a model of
-    another task and for what is not a text: not a string, empty, or with a lone surrogate.
+    A text is cut at `longest` pieces. Texts of similar length share a batch of `batch_size`, so that there is little
+    padding; answers come in the order of the texts. Each method raises InputError for a model of another task and for
+    what is not a text: not a string, empty, or with a lone surrogate.
     """
 
     def __init__(self, session, tokenizer, manifest: dict, labels: list[str]):
         self.session, self.tokenizer, self.manifest, self.labels = session, tokenizer, manifest, labels
         self.task: str = manifest["task"]
         self.dimension: int | None = manifest.get("dimension")
-        self.inputs = [put.name for put in session.get_inputs()]
+        self.longest: int = manifest["max_positions"]
 
     def embed(self, texts: Sequence[str], batch_size: int = 32) -> np.ndarray:
         """Embeddings [len(texts), dimension] float32."""
@@ -63,9 +63,7 @@ class Delivery:
 
         A text is split at white space. A word's label is that of its first piece.
         """
-        if not isinstance(texts, str):
-            texts = [_words_of(i, text) if isinstance(text, (list, tuple)) else text for i, text in enumerate(texts)]
-        words = [text.split() for text in self._texts("label_tokens", texts)]
+        words = [text.split() if isinstance(text, str) else list(text) for text in self._texts("label_tokens", texts)]
         # A word is a piece or more, so words beyond max_positions are never seen: they need not be tokenised.
         encodings = self.tokenizer.encode_batch([row[: self.longest] for row in words], is_pretokenized=True)
         out: list[list[dict]] = [[] for _ in words]
@@ -79,38 +77,24 @@ class Delivery:
 
     def fill_mask(self, texts: Sequence[str], top: int = 5, batch_size: int = 32) -> list[list[dict]]:
         """For each text, which has one [MASK], the likeliest pieces, best first: [{"piece", "score", "text"}]."""
-        mask = self.mask_token
-        texts = self._texts("fill_mask", texts)
+        mask = "<mask>" if self.tokenizer.token_to_id("[MASK]") is None else "[MASK]"  # the former in RoBERTa's family
+        number, texts = self.tokenizer.token_to_id(mask), self._texts("fill_mask", texts)
         encodings = self._encode(texts)
-        number = self.tokenizer.token_to_id(mask)
         for i, (text, encoding) in enumerate(zip(texts, encodings, strict=True)):
-            if text.count(mask) != 1 or encoding.ids.count(number) != 1:
-                raise InputError(
-                    f"text {i} has {text.count(mask)} {mask} within the first {self.longest} pieces: give one"
-                )
+            if not text.count(mask) == encoding.ids.count(number) == 1:
+                raise InputError(f"text {i} must have one {mask} within its first {self.longest} pieces")
         out: list[list[dict]] = [[] for _ in texts]
         for i, row in self._run(encodings, batch_size):
             scores = softmax(row[encodings[i].ids.index(number)])
             for piece in np.argsort(-scores, kind="stable")[:top]:
                 name = self.tokenizer.id_to_token(int(piece))
                 before, after = texts[i].split(mask)
-                inner = name.startswith("##")  # it joins the word before it
-                filled = before.rstrip() + name[2:] + after if inner else before + name + after
-                out[i].append({"piece": name, "score": float(scores[piece]), "text": filled})
+                filled = before.rstrip() + name[2:] if name.startswith("##") else before + name  # ## joins two pieces
+                out[i].append({"piece": name, "score": float(scores[piece]), "text": filled + after})
         return out
 
-    @property
-    def longest(self) -> int:
-        """The most pieces that are read of a text."""
-        return self.tokenizer.truncation["max_length"]
-
-    @property
-    def mask_token(self) -> str:
-        """What stands for the word to guess: [MASK], or <mask> in RoBERTa's family."""
-        return "<mask>" if self.tokenizer.token_to_id("[MASK]") is None else "[MASK]"
-
     def _texts(self, method: str, texts: Sequence[Text]) -> list[Text]:
-        """The texts as a list, each checked."""
+        """The texts as a list, each checked; for `label_tokens` also lists of words, for `classify` also pairs."""
         if KINDS[self.task].method != method:
             needed = next(task for task, kind in KINDS.items() if kind.method == method)
             raise InputError(f"{method} needs a model of the task {needed!r}: this one's is {self.task!r}")
@@ -118,9 +102,12 @@ class Delivery:
             raise InputError(f"{method} takes a list of texts: put the text between brackets")
         texts = list(texts)
         for i, text in enumerate(texts):
-            pair = isinstance(text, tuple) and len(text) == 2 and method == "classify"
-            for part in text if pair else (text,):
+            words = method == "label_tokens" and isinstance(text, (list, tuple))
+            pair = method == "classify" and isinstance(text, tuple) and len(text) == 2
+            for part in (text or [""]) if pair or words else [text]:
                 check_text(f"text {i}", part)
+                if words and part.split() != [part]:
+                    raise InputError(f"text {i} has the word {part!r}: give words without white space")
         return texts
 
     def _encode(self, texts: list[Text]) -> list:
@@ -139,17 +126,14 @@ class Delivery:
         if batch_size < 1:
             raise InputError(f"batch_size is {batch_size}: give 1 or more")
         order = sorted(range(len(encodings)), key=lambda i: len(encodings[i].ids))
+        names = [put.name for put in self.session.get_inputs()]
         for start in range(0, len(order), batch_size):
             rows = order[start : start + batch_size]
             batch = [encodings[i] for i in rows]
             for encoding in batch:
                 encoding.pad(len(batch[-1].ids))
-            feed = {
-                name: np.array([getattr(encoding, INPUTS[name]) for encoding in batch], dtype=np.int64)
-                for name in self.inputs
-            }
-            output = self.session.run([KINDS[self.task].output], feed)[0]
-            yield from zip(rows, output, strict=True)
+            feed = {name: np.array([getattr(one, INPUTS[name]) for one in batch], dtype=np.int64) for name in names}
+            yield from zip(rows, self.session.run([KINDS[self.task].output], feed)[0], strict=True)
 
 
 def load(folder: str | Path, threads: int = 1) -> Delivery:
@@ -161,9 +145,7 @@ def load(folder: str | Path, threads: int = 1) -> Delivery:
     if threads < 1:
         raise InputError(f"threads is {threads}: give 1 or more")
     folder = Path(folder)
-    manifest = _read_manifest(folder)
-    files = _checked(folder, manifest)
-    config, graph = json.loads(files.get("config.json", b"{}")), folder / manifest["graph"]
+    manifest, contents = _read(folder)
     import onnxruntime
     from tokenizers import Tokenizer
 
@@ -172,21 +154,28 @@ def load(folder: str | Path, threads: int = 1) -> Delivery:
     options.inter_op_num_threads = 1
     options.log_severity_level = 4  # what fails is raised
     options.add_session_config_entry("session.intra_op.allow_spinning", "0")  # waiting would burn a core
+    reading = folder / manifest["graph"]
     try:  # by its path, so that onnxruntime looks for external weights inside the folder alone
-        session = onnxruntime.InferenceSession(graph, options, providers=["CPUExecutionProvider"])
-    except Exception as error:  # onnxruntime's own have no common class but this
-        raise InputError(f"{graph} is no graph that onnxruntime {onnxruntime.__version__} runs ({error})") from error
-    try:
-        tokenizer = Tokenizer.from_buffer(files["tokenizer.json"])
-    except Exception as error:  # tokenizers raises plain Exceptions
-        raise InputError(f"{folder}/tokenizer.json is no tokenizer ({error}): export the model again") from error
+        session = onnxruntime.InferenceSession(reading, options, providers=["CPUExecutionProvider"])
+        reading = folder / "tokenizer.json"
+        tokenizer = Tokenizer.from_buffer(contents["tokenizer.json"])
+        reading = folder / "config.json"
+        config = {} | json.loads(contents["config.json"])
+    except Exception as error:  # the errors of onnxruntime and tokenizers have no common class but this
+        what = f"{reading} cannot be read ({error})"
+        raise InputError(f"{what}: update onnxruntime and tokenizers, or export the model again") from error
     tokenizer.no_padding()
-    if "max_positions" in manifest or tokenizer.truncation is None:
-        tokenizer.enable_truncation(manifest.get("max_positions", 512))
-    labels = _labels(folder, config) if KINDS[manifest["task"]].labelled else []
-    delivery = Delivery(session, tokenizer, manifest, labels)
-    _check_graph(graph, delivery, config)
+    tokenizer.enable_truncation(manifest["max_positions"])
+    names = (config.get("id2label") or {}) if KINDS[manifest["task"]].labelled else {}
+    delivery = Delivery(session, tokenizer, manifest, [names.get(str(i)) for i in range(len(names))])
+    if wrong := _misfit(delivery, config):
+        raise InputError(f"{folder}: {wrong}: MANIFEST.json or config.json is another model's: export the model again")
     return delivery
+
+
+def name_of(folder: str | Path) -> str:
+    """A delivered folder's name for people: its own, or its run's where a run wrote it as RUN/export/model."""
+    return next(part for part in reversed(Path(folder).resolve().parts) if part not in ("model", "export"))
 
 
 def check_text(name: str, text: str) -> None:
@@ -195,13 +184,9 @@ def check_text(name: str, text: str) -> None:
         raise InputError(f"{name} is {type(text).__name__}, not a string")
     if not text.strip():
         raise InputError(f"{name} is empty: leave it out")
-    try:
-        text.encode("utf-8")
-    except UnicodeEncodeError as error:
-        half = text[error.start]
-        raise InputError(
-            f"{name} has a lone surrogate ({half!r}, character {error.start}): decode it again with errors='replace'"
-        ) from error
+    if half := re.search(r"[\ud800-\udfff]", text):
+        what = f"{name} has a lone surrogate ({half[0]!r}, character {half.start()})"
+        raise InputError(f"{what}: decode it again with errors='replace'")
 
 
 def softmax(logits: np.ndarray) -> np.ndarray:
@@ -214,96 +199,55 @@ def _start(text: Text, size: int) -> Text:
     """About the first `size` characters of a text (of both, of a pair), cut where a word ends."""
     if isinstance(text, tuple):
         return tuple(_start(part, size) for part in text)
-    if len(text) <= size:
-        return text
     cut = re.compile(r"\s").search(text, size)
     return text[: cut.start()] if cut and cut.start() <= 2 * size else text
 
 
-def _words_of(place: int, words: Sequence[str]) -> str:
-    for word in words:
-        if not isinstance(word, str) or len(word.split()) != 1:
-            raise InputError(f"text {place} has the word {word!r}: give words without white space")
-    return " ".join(words)
-
-
-def _read_manifest(folder: Path) -> dict:
+def _read(folder: Path) -> tuple[dict, dict[str, bytes]]:
+    """The manifest, and the contents of graph, tokenizer.json and config.json, whose sha256 it says."""
     path = folder / "MANIFEST.json"
     if not path.is_file():
         raise InputError(f"{folder} is no delivered model: it has no MANIFEST.json")
     try:
-        manifest = json.loads(path.read_bytes())
-    except ValueError as error:
-        raise InputError(f"{path} is not JSON ({error}): export the model again") from error
-    task = manifest.setdefault("task", "embedding") if isinstance(manifest, dict) else None
-    needed = {"graph", "files"} | ({"dimension"} if task == "embedding" else set())
-    if task is None or not needed <= manifest.keys():
-        raise InputError(f"{path} lacks one of {sorted(needed)}: export the model again")
-    if task not in KINDS:
-        raise InputError(f"{path} has the task {task!r}, not one of {list(KINDS)}: use a newer vocabshrink")
-    files = manifest["files"]
-    if not isinstance(files, dict) or not all(isinstance(facts, dict) for facts in files.values()):
-        raise InputError(f"{path}: files is not names with facts: export the model again")
-    for name in (manifest["graph"], "tokenizer.json"):
-        if not isinstance(name, str) or not isinstance(files.get(name, {}).get("sha256"), str):
-            raise InputError(f"{path} has no sha256 of {name}: export the model again")
-    return manifest
-
-
-def _checked(folder: Path, manifest: dict) -> dict[str, bytes]:
-    """What the runtime reads (graph, tokenizer and, where the manifest has its sha256, config.json), once its bytes are
-    those of the manifest."""
-    inside, files = folder.resolve(), manifest["files"]
-    for name in files:
-        if "\0" in name or not (folder / name).resolve().is_relative_to(inside):
-            raise InputError(f"MANIFEST.json names {name!r}, which lies outside {folder}: it is not to be trusted")
-    contents, altered = {}, []
+        manifest = {"task": None} | json.loads(path.read_bytes())
+    except (ValueError, TypeError) as error:  # the latter for JSON that is no object
+        raise InputError(f"{path} is not a JSON object: export the model again") from error
+    if manifest["task"] not in [*KINDS]:
+        raise InputError(f"{path}: the task {manifest['task']!r} is unknown: update vocabshrink or export again")
+    needed = {"graph": str, "files": dict, "max_positions": int}
+    needed |= {"dimension": int} if manifest["task"] == "embedding" else {}
+    for key, kind in needed.items():
+        if not isinstance(found := manifest.get(key), kind):
+            raise InputError(f"{path} is not one of a delivery: {key} is {found!r}: export the model again")
+    for name in (manifest["graph"], *manifest["files"]):
+        if "\0" in name or not (folder / name).resolve().is_relative_to(folder.resolve()):
+            raise InputError(f"{path} names {name!r}, which lies outside the folder: it is not to be trusted")
+    contents = {}
     for name in (manifest["graph"], "tokenizer.json", "config.json"):
-        if "sha256" not in (facts := files.get(name, {})):
-            continue
-        path = folder / name
-        if not path.is_file():
-            raise InputError(f"{path} is missing: copy the whole folder again")
-        contents[name] = path.read_bytes()
-        if (found := len(contents[name])) < facts.get("bytes", 0):
-            raise InputError(f"{path} is truncated ({found:,} of {facts['bytes']:,} bytes): copy the folder again")
-        if hashlib.sha256(contents[name]).hexdigest() != facts["sha256"]:
-            altered.append(path)
-    if len(altered) == len(contents):
-        raise InputError(f"{folder}/MANIFEST.json is another model's (no file has its sha256): copy the folder again")
-    if altered:
-        raise InputError(f"{altered[0]} was altered (its sha256 is not MANIFEST.json's): copy the folder again")
-    return contents
+        if not (folder / name).is_file():
+            raise InputError(f"{folder / name} is missing: copy the whole folder again")
+        contents[name], facts = (folder / name).read_bytes(), manifest["files"].get(name)
+        if not isinstance(facts, dict) or facts.get("sha256") != hashlib.sha256(contents[name]).hexdigest():
+            what = f"{folder / name} ({len(contents[name]):,} bytes) is not the file of MANIFEST.json"
+            raise InputError(f"{what}: it was altered, cut short or is another model's: copy the whole folder again")
+    return manifest, contents
 
 
-def _labels(folder: Path, config: dict) -> list[str]:
-    """The labels in the order of the logits: config.json's id2label."""
-    names = config.get("id2label")
-    if not names or set(names) != {str(i) for i in range(len(names))}:
-        raise InputError(
-            f"{folder}/config.json, or its sha256 in MANIFEST.json, lacks id2label: export the model again"
-        )
-    return [names[str(i)] for i in range(len(names))]
-
-
-def _check_graph(path: Path, delivery: Delivery, config: dict) -> None:
-    """Raise InputError where the graph's inputs and outputs are not those that the manifest promises."""
-    task, session, pieces = delivery.task, delivery.session, delivery.tokenizer.get_vocab_size()
-    if not {"input_ids", "attention_mask"} <= set(delivery.inputs) <= set(INPUTS):
-        found = sorted(delivery.inputs)
-        raise InputError(f"{path} has the inputs {found}, not input_ids and attention_mask: export the model again")
-    output = next((put for put in session.get_outputs() if put.name == KINDS[task].output), None)
-    if output is None:
-        raise InputError(f"{path} has no output {KINDS[task].output}, which the task {task!r} needs: another model's")
-    kinds = [(put, "tensor(int64)") for put in session.get_inputs()] + [(output, "tensor(float)")]
-    for put, kind in kinds:
-        if put.type != kind:
-            raise InputError(f"{path}: {put.name} is {put.type}, not {kind}: export the model again")
-    wide = {"embedding": delivery.dimension, "fill-mask": pieces}.get(task, len(delivery.labels))
-    if isinstance(output.shape[-1], int) and output.shape[-1] != wide:
-        raise InputError(
-            f"{path}: {output.name} has {output.shape[-1]} columns where {wide} are promised: it is another model's"
-        )
-    if pieces > config.get("vocab_size", pieces):
-        rows = config["vocab_size"]
-        raise InputError(f"tokenizer.json has {pieces:,} pieces and the model {rows:,}: it is another model's")
+def _misfit(delivery: Delivery, config: dict) -> str | None:
+    """What the manifest and config.json promise and the graph does not hold, in a few words."""
+    task, labels, pieces = delivery.task, delivery.labels, delivery.tokenizer.get_vocab_size()
+    inputs = {put.name: put.type for put in delivery.session.get_inputs()}
+    expected = {name: "tensor(int64)" for name in INPUTS if name != "token_type_ids" or name in inputs}
+    output = {put.name: put for put in delivery.session.get_outputs()}.get(KINDS[task].output)
+    if None in labels or KINDS[task].labelled and not labels:
+        return "config.json lacks id2label"
+    if inputs != expected:
+        return f"the graph's inputs are {inputs}, not {expected}"
+    if output is None or output.type != "tensor(float)":
+        return f"the graph has no output {KINDS[task].output} of tensor(float)"
+    columns = {"embedding": delivery.dimension, "fill-mask": pieces}.get(task, len(labels))
+    if isinstance(output.shape[-1], int) and output.shape[-1] != columns:
+        return f"{output.name} has {output.shape[-1]} columns where {columns} are promised"
+    if pieces > (rows := config.get("vocab_size", pieces)):
+        return f"tokenizer.json has {pieces:,} pieces and the model {rows:,}"
+    return None

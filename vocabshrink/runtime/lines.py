@@ -7,70 +7,50 @@ from pathlib import Path
 from typing import TextIO
 
 from tokenizer_build.errors import InputError
-from vocabshrink.runtime.delivery import Delivery, Text, check_text, load
+from vocabshrink.runtime.delivery import Text, check_text, load
 
 LINES_AT_ONCE = 1_024  # of standard input: enough to sort by length, few enough that answers keep coming
-NO_ANSWER = {"embed": ["embedding"], "classify": ["label", "scores"], "label_tokens": ["words"]}  # to an empty line
+ANSWERS = {"embed": ["embedding"], "classify": ["label", "scores"], "label_tokens": ["words"]}
 
 
-def embed_lines(
-    folder: str | Path, lines: Iterable[str | bytes], out: TextIO, *, batch_size: int = 32, threads: int = 1
+def answer_lines(
+    command: str, folder: str | Path, lines: Iterable[str | bytes], out: TextIO, batch_size: int = 32, threads: int = 1
 ) -> int:
-    """Write {"text", "embedding"} to `out` as JSONL, one for each line, in order; the number of lines.
+    """Write an answer to `out` as JSONL for each line, in order; the number of lines.
 
-    `lines` may be an endless stream: it is read LINES_AT_ONCE at a time. An empty line's embedding is null.
-    Raises InputError with the line's number.
+    "embed" writes {"text", "embedding"}; "classify" a classifier's {"text", "label", "scores": {label: score}} or a
+    tagger's {"text", "words"}; all of them are null for an empty line. A line with exactly one tab is read as a pair
+    where the manifest says that the model was trained on pairs. `lines` may be an endless stream: it is read
+    LINES_AT_ONCE at a time. Raises InputError with the line's number.
     """
-    return _answer_lines(load(folder, threads), "embed", lines, out, batch_size)
-
-
-def classify_lines(
-    folder: str | Path, lines: Iterable[str | bytes], out: TextIO, *, batch_size: int = 32, threads: int = 1
-) -> int:
-    """As embed_lines: a classifier's {"text", "label", "scores": {label: score}}, a tagger's {"text", "words"}.
-
-    Where the manifest says that the model was trained on pairs, a line with exactly one tab is read as a pair.
-    """
-    model = load(folder, threads)
-    return _answer_lines(model, "label_tokens" if model.task == "tokens" else "classify", lines, out, batch_size)
-
-
-def _answer_lines(model: Delivery, method: str, lines: Iterable[str | bytes], out: TextIO, batch_size: int) -> int:
-    lines, done = iter(lines), 0
+    model, lines, done = load(folder, threads), iter(lines), 0
+    method = "label_tokens" if command == "classify" and model.task == "tokens" else command
     pairs = method == "classify" and model.manifest.get("pairs", False)
     while block := list(islice(lines, LINES_AT_ONCE)):
-        texts = [_line(number, line) for number, line in enumerate(block, done + 1)]
-        asked = [_asked(number, text, pairs) for number, text in enumerate(texts, done + 1) if text.strip()]
-        answers = iter(_answers(model, method, asked, batch_size))
-        for text in texts:
-            answer = next(answers) if text.strip() else dict.fromkeys(NO_ANSWER[method])
-            out.write(json.dumps({"text": text, **answer}, ensure_ascii=False) + "\n")
+        rows = [_read(number, line, pairs) for number, line in enumerate(block, done + 1)]
+        found = getattr(model, method)([asked for _, asked in rows if asked], batch_size=batch_size)
+        if method == "embed":
+            answers = ([[float(f"{x:.7g}") for x in row]] for row in found)
+        elif method == "label_tokens":
+            answers = ([words] for words in found)
+        else:
+            scores = (dict(zip(model.labels, map(float, row), strict=True)) for row in found[1])
+            answers = zip(found[0], scores, strict=True)
+        for text, asked in rows:
+            answer = zip(ANSWERS[method], next(answers), strict=True) if asked else dict.fromkeys(ANSWERS[method])
+            out.write(json.dumps({"text": text, **dict(answer)}, ensure_ascii=False) + "\n")
         out.flush()
         done += len(block)
     return done
 
 
-def _answers(model: Delivery, method: str, texts: list[Text], batch_size: int) -> list[dict]:
-    if method == "embed":
-        return [{"embedding": [float(f"{x:.7g}") for x in row]} for row in model.embed(texts, batch_size)]
-    if method == "label_tokens":
-        return [{"words": words} for words in model.label_tokens(texts, batch_size)]
-    return [
-        {"label": label, "scores": dict(zip(model.labels, map(float, row), strict=True))}
-        for label, row in zip(*model.classify(texts, batch_size), strict=True)
-    ]
-
-
-def _line(number: int, line: str | bytes) -> str:
+def _read(number: int, line: str | bytes, pairs: bool) -> tuple[str, Text | None]:
+    """The line as text, and what the model is asked: the text, a pair, or None where the line is empty."""
     try:
-        text = line if isinstance(line, str) else line.decode("utf-8")
+        text = (line if isinstance(line, str) else line.decode("utf-8")).rstrip("\r\n")
     except UnicodeDecodeError as error:
         raise InputError(f"line {number} is not UTF-8 (byte {error.start}): convert it first") from error
-    return text.rstrip("\r\n")
-
-
-def _asked(number: int, text: str, pairs: bool) -> Text:
     parts = tuple(text.split("\t")) if pairs and text.count("\t") == 1 else (text,)
-    for part in parts:
+    for part in parts if text.strip() else ():
         check_text(f"line {number}", part)
-    return parts if len(parts) == 2 else text
+    return text, (parts if len(parts) == 2 else text) if text.strip() else None

@@ -1,23 +1,25 @@
-"""The tables and plots of ablations, views of the rows in their summary.json: Markdown, SVG and one offline page."""
+"""The tables, plots and offline pages of ablations and of searches (`tune`), views of their summary.json."""
 
+import itertools
+from functools import partial
 from pathlib import Path
 
 import pandas as pd
 from markupsafe import Markup
-from matplotlib.figure import Figure
+from matplotlib.axes import Axes
 
 from tokenizer_build.files import read_json
-from vocabshrink.pages.drawing import GRID, SERIES, svg_of
-from vocabshrink.pages.page import write_page
+from vocabshrink.pages.page import GRID, SERIES, svg_of, write_page
 
 TEACHER = "(teacher)"  # its label among the variants
-COSTS = {  # a row's key -> head, scale and format of its column
-    "tokens": ("tokens", 1e-6, "{:.2f} M"),
-    "seconds_per_step": ("s/step", 1, "{:.3f}"),
-    "general_seconds_per_step": ("general s/step", 1, "{:.3f}"),
-}
+# A row's key -> head, scale and format of its column
+COSTS = {"tokens": ("tokens", 1e-6, "{:.2f} M"), "seconds_per_step": ("s/step", 1, "{:.3f}")}
+COSTS["general_seconds_per_step"] = ("general s/step", 1, "{:.3f}")
 AVERAGE = ("validation", "average", "average")  # named like a task's figures: split, task, metric
 ROUNDED = ("rounded", "average", "average")  # of the models with weights rounded as finetune.rounded says
+
+UNITS = {"bytes": (1e-6, "MB"), "latency": (1, "ms, 32 pieces, one thread")}
+QUALITY = "quality × 100"
 
 
 def place_of(row: dict) -> tuple[str, str, str]:
@@ -27,18 +29,16 @@ def place_of(row: dict) -> tuple[str, str, str]:
 def table_of(rows: list[dict]) -> pd.DataFrame:
     """The table's cells as text, variants by columns: every metric, the average, the difference, tokens and cost."""
     columns: dict[str, dict[str, str]] = {}
-    for row in (row for row in rows if row["split"] == "validation" or place_of(row) == ROUNDED):
-        head = row["task"] if row["task"] == row["metric"] else f"{row['task']} {row['metric']}"
-        head = head if row["split"] == "validation" else f"{row['split']} {head}"
-        spread = f" ({100 * row['spread']:.1f})" if len(row["values"]) > 1 else ""
-        columns.setdefault(head, {})[row["recipe"]] = f"{100 * row['median']:.1f}{spread}"
+    for row in rows:
+        if row["split"] == "validation" or place_of(row) == ROUNDED:
+            head = " ".join(dict.fromkeys(part for part in place_of(row) if part != "validation"))
+            spread = f" ({100 * row['spread']:.1f})" if len(row["values"]) > 1 else ""
+            columns.setdefault(head, {})[row["recipe"]] = f"{100 * row['median']:.1f}{spread}"
     averages = {row["recipe"]: row for row in rows if place_of(row) == AVERAGE}
-    if any("difference" in row for row in averages.values()):
-        columns["against baseline"] = {
-            label: f"{100 * row['difference']:+.1f}{'*' if row['clear'] else ''}"
-            for label, row in averages.items()
-            if "difference" in row
-        }
+    for label, row in averages.items():
+        if "difference" in row:
+            difference = f"{100 * row['difference']:+.1f}{'*' if row['clear'] else ''}"
+            columns.setdefault("against baseline", {})[label] = difference
     for name, (head, scale, form) in COSTS.items():
         columns[head] = {label: form.format(scale * r[name]) for label, r in averages.items() if r[name] is not None}
     return pd.DataFrame(columns, index=list(averages), dtype=object).fillna("")
@@ -74,8 +74,7 @@ def plot(rows: list[dict], name: str) -> str:
     baseline = compared_with(rows)
     rows = [row for row in rows if place_of(row) == AVERAGE][::-1]
 
-    def draw(figure: Figure) -> None:
-        axes = figure.subplots()
+    def draw(axes: Axes) -> None:
         for height, row in enumerate(rows):
             values = [100 * value for value in row["values"]]
             if row["recipe"] == baseline:
@@ -83,11 +82,10 @@ def plot(rows: list[dict], name: str) -> str:
             axes.plot(values, [height] * len(values), "o", color=SERIES[0], markersize=4, alpha=0.7, markeredgewidth=0)
             axes.plot([100 * row["median"]] * 2, [height - 0.32, height + 0.32], color=SERIES[0], linewidth=2)
         axes.set_yticks(range(len(rows)), [row["recipe"] for row in rows])
-        axes.set_ylim(-0.6, len(rows) - 0.4)
+        axes.set(ylim=(-0.6, len(rows) - 0.4), xlabel="mean of the tasks' headline metrics × 100")
         axes.spines["left"].set_visible(False)
-        axes.grid(axis="x", color=GRID, linewidth=0.6)
-        axes.tick_params(length=0)
-        axes.set_xlabel("mean of the tasks' headline metrics × 100")
+        axes.grid(False, axis="y")
+        axes.grid(True, axis="x")
 
     return svg_of(name, draw, (7, 0.6 + 0.3 * len(rows)), alone=True)
 
@@ -97,7 +95,39 @@ def write_index(every: dict[str, dict], minutes: float, root: Path) -> None:
     parts = []
     for name, one in every.items():
         picture = Markup((root / name / "plot.svg").read_text(encoding="utf-8")) if one["rows"] else ""
-        about = {"name": name, "baseline": compared_with(one["rows"]), "table": table_of(one["rows"]), "plot": picture}
-        parts.append(one | about)
+        parts.append(one | {"name": name, "baseline": compared_with(one["rows"]), "plot": picture})
+        parts[-1]["table"] = table_of(one["rows"])
     environment = read_json(root / "environment.json")
     write_page(root / "index.html", "ablations", ablations=parts, minutes=minutes, environment=environment)
+
+
+def write_tune_page(rows: list[dict], summary: dict, root: Path) -> None:
+    """rows: `tune.rows_of` all trials. summary: the search's, with what was confirmed so far."""
+    figures = {"history": svg_of("history", partial(draw_history, rows), (7, 2.9))}
+    for objective in summary["objectives"][1:] if "front" in summary else ():
+        scale, unit = UNITS[objective]
+        complete = [row for row in rows if row["state"] == "complete"]
+        points = [[(scale * row[objective], row["quality"]) for row in some] for some in (complete, summary["front"])]
+        figures[f"front-{objective}"] = svg_of(f"front-{objective}", partial(draw_points, points, unit))
+    if "confirm" in summary:
+        figures["confirm"] = Markup((root / "runs/confirm/plot.svg").read_text(encoding="utf-8"))
+    facts = {"results": [summary["best"]] if "best" in summary else summary["front"], "rows": rows, "figures": figures}
+    environment = read_json(root / "environment.json")
+    write_page(root / "tune.html", "tune", **facts, summary=summary, environment=environment)
+
+
+def draw_points(points: list[list[tuple]], across: str, axes: Axes) -> None:
+    """Points (x, share): those of the first list pale, those of the second in colour."""
+    for some, colour in zip(points, (GRID, SERIES[0]), strict=True):
+        axes.plot([x for x, _ in some], [100 * y for _, y in some], "o", color=colour, markersize=5)
+    axes.set(xlabel=across, ylabel=QUALITY)
+
+
+def draw_history(rows: list[dict], axes: Axes) -> None:
+    """Quality of complete trials in the order of training, and the best so far."""
+    found = [100 * row["quality"] for row in rows if row["state"] == "complete"]
+    places, best = range(1, len(found) + 1), list(itertools.accumulate(found, max))
+    axes.plot(places, found, "o", color=SERIES[0], markersize=3.5, alpha=0.6, markeredgewidth=0)
+    axes.step(places, best, where="post", color=SERIES[0], linewidth=1.6)
+    axes.xaxis.get_major_locator().set_params(integer=True)
+    axes.set(xlabel="candidates trained to their end", ylabel=QUALITY)
