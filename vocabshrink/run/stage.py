@@ -3,7 +3,10 @@ ablations) reads `STAGES`; `engine.py` runs them. Nothing is imported here: a co
 
 from __future__ import annotations
 
+import ast
 from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -14,15 +17,14 @@ if TYPE_CHECKING:
 class Stage:
     """One step from text to artifact: the function of its name in `vocabshrink.stages.MODULE`, Context -> summary.
 
-    section: the part of the recipe without which the stage is not asked for; None: it always is. needs: the stages
-    whose files it reads, those of them that the recipe asks for. reads: the settings that decide what it makes, beside
-    those that decide the stages it needs (`alone`: nothing beside its own). trains: every process of a launcher runs
-    it, not the main one alone. student: it leaves one, in the folder `student`, from which later stages go on.
+    needs: the stages whose files it reads, those of them that the recipe asks for. reads: the settings that decide what
+    it makes, beside those that decide the stages it needs (`alone`: nothing beside its own). section: the part of the
+    recipe without which it is not asked for; None: it always is. trains: every process of a launcher runs it, not the
+    main one alone. student: it leaves one, in the folder `student`, from which later stages go on.
     """
 
     name: str
     module: str
-    about: str
     needs: str = ""
     reads: str = ""
     section: str | None = None
@@ -36,98 +38,37 @@ class Stage:
             return False
         return self.section is None or bool(setting(recipe, self.section))
 
+    @property
+    def about(self) -> str:
+        """The first line of its function's docstring, read without importing what it does."""
+        return ast.get_docstring(functions_of(self.module)[self.name]).split("\n")[0]
 
-TRAINED = {"trains": True, "student": True}
+
+@cache
+def functions_of(module: str) -> dict[str, ast.FunctionDef]:
+    """{name: syntax tree} of the functions of a module of `vocabshrink.stages`."""
+    source = Path(__file__).parents[1].joinpath("stages", f"{module}.py").read_text(encoding="utf-8")
+    return {node.name: node for node in ast.parse(source).body if isinstance(node, ast.FunctionDef)}
+
+
+HEAD = {"section": "masked_lm_head", "trains": True, "alone": True}  # in the teacher's pieces, whatever the student's
+STUDENT = {"trains": True, "student": True}
+LAST = "encode masked_lm_head dual distill"
 STAGES = {
     stage.name: stage
     for stage in (
-        Stage(
-            "count",
-            "text",
-            "Count the words of the corpus, streamed and in parallel",
-            reads="corpus.sources corpus.column vocabulary.lowercase",
-        ),
-        Stage(
-            "vocab",
-            "text",
-            "Choose the pieces that cut the corpus into the fewest pieces",
-            needs="count",
-            reads="vocabulary teacher",
-        ),
-        Stage(
-            "encode", "text", "Read the corpus once into word ids, and a lexicon of both vocabularies", needs="vocab"
-        ),
-        Stage(
-            "masked_lm_head",
-            "training",
-            "Train a masked-LM head on a teacher that has none",
-            needs="encode",
-            reads="corpus teacher masked_lm_head seed",
-            section="masked_lm_head",
-            alone=True,  # in the teacher's pieces, whatever the student's vocabulary
-            trains=True,
-        ),
-        Stage(
-            "dual",
-            "training",
-            "Dual training: the teacher reads words in the student's pieces with probability p",
-            needs="encode masked_lm_head",
-            reads="student dual seed corpus",
-            section="dual",
-            **TRAINED,
-        ),
-        Stage(
-            "distill",
-            "training",
-            "The student, on its own vocabulary, learns from the teacher on the teacher's",
-            needs="encode masked_lm_head dual",
-            reads="student distill seed corpus",
-            section="distill",
-            **TRAINED,
-        ),
-        Stage(
-            "recovery",
-            "training",
-            "Train on through the rounding of the delivery",
-            needs="encode masked_lm_head dual distill",
-            reads="recovery delivery.weights delivery.compact",
-            section="recovery",
-            **TRAINED,
-        ),
-        Stage(
-            "task_teacher",
-            "tasks",
-            "Fine-tune the teacher on each task's labels",
-            reads="teacher tasks finetune.teacher",
-            section="finetune.teacher",
-            trains=True,
-        ),
-        Stage(
-            "augment",
-            "tasks",
-            "Add training rows in which words are replaced by likely ones (TinyBERT)",
-            needs="masked_lm_head",
-            reads="teacher tasks finetune.augment",
-            section="finetune.augment",
-        ),
-        Stage(
-            "finetune",
-            "tasks",
-            "Fine-tune the student on each task, over phases, seeds and a grid",
-            needs="encode masked_lm_head dual distill task_teacher augment",
-            reads="student tasks finetune",
-            section="finetune",
-            trains=True,
-        ),
-        Stage(
-            "export",
-            "deliver",
-            "Write the deliveries, load them back and measure them beside the teacher",
-            needs="encode masked_lm_head dual distill recovery finetune",
-            reads="student delivery evaluation index",
-            section="delivery",
-        ),
-        Stage("report", "deliver", "Write a page with tables and curves that opens offline"),
+        Stage("count", "text", reads="corpus.sources corpus.column vocabulary.lowercase"),
+        Stage("vocab", "text", "count", "vocabulary teacher"),
+        Stage("encode", "text", "vocab"),
+        Stage("masked_lm_head", "training", "encode", "corpus teacher masked_lm_head seed", **HEAD),
+        Stage("dual", "training", "encode masked_lm_head", "student dual seed corpus", "dual", **STUDENT),
+        Stage("distill", "training", "encode masked_lm_head dual", "student distill seed corpus", "distill", **STUDENT),
+        Stage("recovery", "training", LAST, "recovery delivery.weights delivery.compact", "recovery", **STUDENT),
+        Stage("task_teacher", "tasks", "", "teacher tasks finetune.teacher", "finetune.teacher", trains=True),
+        Stage("augment", "tasks", "masked_lm_head", "teacher tasks finetune.augment", "finetune.augment"),
+        Stage("finetune", "tasks", f"{LAST} task_teacher augment", "student tasks finetune", "finetune", trains=True),
+        Stage("export", "deliver", f"{LAST} recovery finetune", "student delivery evaluation index", "delivery"),
+        Stage("report", "deliver"),
     )
 }
 RENAMED = {"teacher": "masked_lm_head", "quantize": "recovery"}  # until version 0.1

@@ -24,7 +24,10 @@ from vocabshrink.stages import inputs
 
 
 def export(context: Context) -> dict:
-    """Writes the embedder's delivery and one of each task's model. Returns their figures, tasks' under their names."""
+    """Writes the deliveries of the embedder and of each task's model, loaded back and measured.
+
+    Returns their figures, tasks' under their names.
+    """
     recipe, teacher = context.recipe, inputs.read_teacher(context)
     student, _, _ = inputs.start_student(context, teacher)
     section = recipe.delivery

@@ -45,7 +45,7 @@ TEACHER_SEED = 0  # one fine-tuned teacher serves every seed of the students, as
 
 
 def task_teacher(context: Context) -> dict:
-    """Fine-tunes the teacher on the labels of each task that names neither a fine-tuned teacher nor stored logits.
+    """Fine-tunes the teacher on each task that names neither a fine-tuned teacher nor stored logits.
 
     Writes TASK/model (a transformers folder), TASK/logits.safetensors (of every split; not for token tasks) and
     TASK/metrics.json. Returns {task: its metrics on validation}, "average".

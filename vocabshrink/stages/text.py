@@ -16,7 +16,7 @@ from vocabshrink.stages.inputs import teacher_folder
 
 
 def count(context: Context) -> dict:
-    """Counts the words of the corpus."""
+    """Counts the words of the corpus, streamed and in parallel."""
     corpus = context.recipe.corpus
     options = {"column": corpus.column, "lowercase": context.recipe.vocabulary.lowercase}
     counts = count_words(
@@ -64,7 +64,7 @@ def segmentation_examples(
 
 
 def encode(context: Context) -> dict:
-    """Reads the corpus once into word ids and a lexicon."""
+    """Reads the corpus once into word ids and a lexicon of each word's pieces in both vocabularies."""
     corpus = context.recipe.corpus
     return encode_corpus(
         read_blocks(corpus.sources, corpus.column),

@@ -79,8 +79,7 @@ def distill(context: Context) -> dict:
 
 
 def recovery(context: Context) -> dict:
-    """Trains on through the rounding of the delivery, of its packed weights where it has some, which the student's
-    weights then hold exactly."""
+    """Trains on through the rounding of the delivery, whose values the student's weights then hold exactly."""
     delivery = context.recipe.delivery
     return distil_into_student(context, context.recipe.recovery, delivery.compact or delivery.weights)
 
