@@ -25,7 +25,7 @@ from tokenizer_build.errors import InputError
 from tokenizer_build.tokenizer import make_tokenizer, save_tokenizer
 from vocabshrink.data.pieces import Pieces
 from vocabshrink.models.embedder import torch_embedder
-from vocabshrink.models.extraction import measured_scores
+from vocabshrink.models.extraction import scores_of
 from vocabshrink.models.forward import run_backbone
 from vocabshrink.models.spelling import as_wordpiece, piece_means, shared_pieces, spell, spellings
 from vocabshrink.models.student import build_student, save_student, student_config
@@ -519,7 +519,7 @@ def test_importance_is_what_a_part_adds_to_the_output(teacher_folder):
         layer.attention.self.query.bias[8 * number] = 0
         layer.output.dense.weight[:, number::4] = 0
     side = random_side(300)
-    for number, layer in enumerate(measured_scores(teacher, side, 0)["layers"]):
+    for number, layer in enumerate(scores_of(teacher, "extract_importance", side, 0)["layers"]):
         assert (layer["heads"] == 0).nonzero().tolist() == [[number]]
         assert (layer["values"] == 0).nonzero().tolist() == [[number, k] for k in range(8)]
         assert (layer["queries"] == 0).nonzero().tolist() == [[number, 0]]
@@ -535,12 +535,12 @@ def test_importance_is_what_a_part_adds_to_the_output(teacher_folder):
 def test_importance_is_of_real_positions(teacher):
     side = random_side(300)
     hooks = [len(module._forward_hooks) for module in teacher.backbone.modules()]
-    scores = measured_scores(teacher, side, 0)
+    scores = scores_of(teacher, "extract_importance", side, 0)
     assert [len(module._forward_hooks) for module in teacher.backbone.modules()] == hooks
     hidden = run_backbone(teacher.backbone, side, layers=True).hidden
     same(scores["dims"], torch.stack([state[side.attention_mask.bool()].abs().mean(0) for state in hidden]).mean(0))
     side.ids[side.attention_mask == 0] = 7
-    other = measured_scores(teacher, side, 0)
+    other = scores_of(teacher, "extract_importance", side, 0)
     assert torch.equal(other["dims"], scores["dims"])
     assert all(torch.equal(other["layers"][2][name], value) for name, value in scores["layers"][2].items())
 

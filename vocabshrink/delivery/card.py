@@ -10,28 +10,17 @@ import jinja2
 from tokenizer_build.files import write_text
 from vocabshrink.runtime.kinds import KINDS
 
-LOADED_BY = {
-    "onnxruntime": "onnxruntime and tokenizers (`vocabshrink.load`), transformers.js",
-    "transformers": "transformers (`AutoModel`)",
-    "sentence-transformers": "sentence-transformers",
-    "load_compact": "`vocabshrink.load_compact`, a transformers model",
-}
-
 
 def write_card(folder: Path, manifest: dict, *, teacher: str, sources: list[str], vocabulary: dict) -> None:
     """Writes README.md beside a delivery's MANIFEST.json. vocabulary: comparison.json of the run's `vocab` stage."""
     quality = {name: row for name, row in manifest.get("quality", {}).items() if isinstance(row, dict)}
+    facts = {"manifest": manifest, "teacher": teacher, "sources": sources, "vocabulary": vocabulary, "quality": quality}
     template = Path(__file__).with_name("card.md.jinja").read_text(encoding="utf-8")
     environment = jinja2.Environment(trim_blocks=True, lstrip_blocks=True, keep_trailing_newline=True)
     text = environment.from_string(template).render(
-        manifest=manifest,
         name=folder.name if folder.name != "model" else manifest["recipe"],
         kind=KINDS[manifest["task"]],
-        quality=quality,
         systems=list(dict.fromkeys(system for row in quality.values() for system in row)),
-        loaded_by=LOADED_BY,
-        teacher=teacher,
-        sources=sources,
-        vocabulary=vocabulary,
+        **facts,
     )
     write_text(folder / "README.md", text)

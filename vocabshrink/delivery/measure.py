@@ -29,23 +29,20 @@ def measure_systems(
 
     folders: of "teacher", "untrained", "trained" and "delivered".
     """
-    delivery = load(folders["delivered"])
+    delivery, teacher = load(folders["delivered"]), folders["teacher"]
     embedders: dict[str, Embed] = {
-        name: delivery.embed
-        if name == "delivered"
-        else torch_embedder(read_backbone(folder), folder, pooling, normalize, max_length=LONGEST)
+        name: torch_embedder(read_backbone(folder), folder, pooling, normalize, max_length=LONGEST)
         for name, folder in folders.items()
-    }
+        if name != "delivered"
+    } | {"delivered": delivery.embed}
     vectors = {name: embed(held_out.texts) for name, embed in embedders.items()}
-    teacher, students = vectors.pop("teacher"), vectors
+    target = vectors.pop("teacher")
+    weights = sum(path.stat().st_size for path in teacher.glob("*.safetensors"))
     figures = {
-        "bytes": {
-            "teacher": sum(path.stat().st_size for path in folders["teacher"].glob("*.safetensors")),
-            "delivered": delivery.manifest["delivery_bytes"],
-        },
-        "rank_agreement": {name: held_out.rank_agreement(found, teacher) for name, found in students.items()},
-        "neighbour_overlap": {name: held_out.neighbour_overlap(found, teacher) for name, found in students.items()},
-        "latency_ms": teacher_latency(folders["teacher"], held_out.texts, pooling, normalize)
+        "bytes": {"teacher": weights, "delivered": delivery.manifest["delivery_bytes"]},
+        "rank_agreement": {name: held_out.rank_agreement(found, target) for name, found in vectors.items()},
+        "neighbour_overlap": {name: held_out.neighbour_overlap(found, target) for name, found in vectors.items()},
+        "latency_ms": teacher_latency(teacher, held_out.texts, pooling, normalize)
         | {"delivered": latency(delivery.embed, held_out.texts)},
     }
     for name, pairs in rated.items():
@@ -55,12 +52,11 @@ def measure_systems(
 
 def teacher_latency(folder: Path, texts: list[str], pooling: str, normalize: bool) -> dict[str, float]:
     """{"teacher": milliseconds} of the teacher as a float32 graph; {} and a word on stderr where it cannot be one."""
-    positions = min(LONGEST, load_config(folder).max_position_embeddings)
     with tempfile.TemporaryDirectory() as place:
         try:
-            settings = ExportSettings("embedding", "fp32", positions, pooling, normalize)
-            export_model(folder, Path(place) / "teacher", settings)
-            return {"teacher": latency(load(Path(place) / "teacher").embed, texts)}
+            positions = min(LONGEST, load_config(folder).max_position_embeddings)
+            export_model(folder, place, ExportSettings("embedding", "fp32", positions, pooling, normalize))
+            return {"teacher": latency(load(Path(place)).embed, texts)}
         except InputError as error:
             print(f"the teacher's latency is left out: {error}", file=sys.stderr)
             return {}

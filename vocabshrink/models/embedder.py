@@ -1,7 +1,8 @@
-"""Sentence vectors from a transformers model: what training and the report measure a teacher or student by.
+"""Sentence vectors from a transformers model, and the files that tell sentence-transformers how to make them.
 
-Texts are sorted by length, so that little is computed on padding, and the pass is in bfloat16, whose error is far below
-the differences between models. A delivery is never measured this way but as users run it (`runtime.delivery`).
+Training and the report measure teacher and student by these vectors: texts are sorted by length, so that little is
+computed on padding, and the pass is in bfloat16, whose error is far below the differences between models. A delivery is
+measured as users run it (`runtime.delivery`).
 """
 
 from pathlib import Path
@@ -12,8 +13,25 @@ import torch
 from tokenizer_build.tokenizer import load_tokenizer
 from vocabshrink.data.held_out import Embed
 from vocabshrink.data.pieces import Pieces
-from vocabshrink.models.forward import pool_sentence, run_backbone
-from vocabshrink.models.student import first_position
+from vocabshrink.models.forward import first_position, pool_sentence, run_backbone
+
+POOLINGS = ("mean", "cls")
+
+
+def module_files(width: int, positions: int, pooling: str, normalize: bool) -> dict[str, list | dict]:
+    """{file: JSON content} beside a model of `width` dimensions that reads `positions` pieces."""
+    modules = [("", "Transformer"), ("1_Pooling", "Pooling")] + [("2_Normalize", "Normalize")] * normalize
+    modes = {"cls_token": pooling == "cls", "mean_tokens": pooling == "mean"}
+    modes |= {"max_tokens": False, "mean_sqrt_len_tokens": False}
+    return {
+        "modules.json": [
+            {"idx": i, "name": str(i), "path": path, "type": f"sentence_transformers.models.{kind}"}
+            for i, (path, kind) in enumerate(modules)
+        ],
+        "sentence_bert_config.json": {"max_seq_length": positions, "do_lower_case": False},
+        "1_Pooling/config.json": {"word_embedding_dimension": width}
+        | {f"pooling_mode_{mode}": chosen for mode, chosen in modes.items()},
+    }
 
 
 def torch_embedder(

@@ -36,48 +36,46 @@ def head_size(config) -> int:
 
 
 def check_extraction(how: str, config: BertConfig, theirs) -> None:
-    """Refuses, from the configs alone, a teacher with other layers than BERT's and a shape that is not inside its own.
+    """Judges from the configs alone whether a student can be cut out of a teacher, whose config is `theirs`.
 
-    theirs: the teacher's config. Raises InputError.
+    Raises InputError for a teacher with other layers than BERT's and for a shape that is not inside its own.
     """
-    names = {name for name, _ in meta_model(theirs).named_parameters()}
+    names = dict(meta_model(theirs).named_parameters())
     # ELECTRA's table may be narrower than its layers, so that no choice of dimensions fits both
     if "encoder.layer.0.attention.self.query.weight" not in names or "embeddings_project.weight" in names:
         other = f"a {theirs.model_type} teacher does not have BERT's layers"
         raise InputError(f"student.initialize {how}: {other}: choose teacher or random")
-    names = "hidden_size", "num_attention_heads", "intermediate_size"
-    sizes = {name: (getattr(config, name), getattr(theirs, name)) for name in names}
-    sizes["hidden_size / num_attention_heads"] = (head_size(config), head_size(theirs))
-    for name, (small, large) in sizes.items():
+    shapes = [
+        {name: getattr(shape, name) for name in ("hidden_size", "num_attention_heads", "intermediate_size")}
+        | {"hidden_size / num_attention_heads": head_size(shape)}
+        for shape in (config, theirs)
+    ]
+    for (name, small), large in zip(shapes[0].items(), shapes[1].values(), strict=True):
         if small > large:
             excess = f"student.{name} {small} is over the teacher's {large}"
             raise InputError(f"student.initialize {how}: {excess}: extraction only leaves out: choose at most that")
 
 
-def random_scores(teacher: Teacher, batch: Pieces | None, seed: int) -> dict:
-    """A random number for everything that can be kept.
+@torch.no_grad()
+def scores_of(teacher: Teacher, how: str, batch: Pieces | None, seed: int) -> dict:
+    """A number for everything that can be kept: random by `seed`, or its importance in one pass over `batch`.
+
+    Importance is what a part adds to the output, averaged over real positions, as activations tell it without gradients
+    (Muralidharan et al. 2024, Minitron, arXiv 2407.14679): a head by the norm of its share of the attention output; a
+    value dimension and a feed-forward neuron by mean |activation| times the norm of its outgoing weights; a dimension
+    of queries and keys by the product of their mean |activation|; a hidden dimension by its mean |value| over all
+    hidden states.
 
     Returns: {"dims": [D], "layers": [{"heads": [h], "queries": [h, D / h], "values": [h, D / h], "neurons": [F]}]}.
     """
-    generator, config = torch.Generator().manual_seed(seed), teacher.config
-    heads = config.num_attention_heads, head_size(config)
-    shapes = {"heads": heads[:1], "queries": heads, "values": heads, "neurons": (config.intermediate_size,)}
-    dims = torch.rand(config.hidden_size, generator=generator)
-    layers = range(config.num_hidden_layers)
-    draws = [{name: torch.rand(shape, generator=generator) for name, shape in shapes.items()} for _ in layers]
-    return {"dims": dims, "layers": draws}
-
-
-@torch.no_grad()
-def measured_scores(teacher: Teacher, batch: Pieces, seed: int) -> dict:
-    """The importance of everything that can be kept, in the form of `random_scores`, from one pass over `batch`.
-
-    What a part adds to the output, averaged over real positions, as activations tell it without gradients (Muralidharan
-    et al. 2024, Minitron, arXiv 2407.14679): a head by the norm of its share of the attention output; a value dimension
-    and a feed-forward neuron by mean |activation| times the norm of its outgoing weights; a dimension of queries and
-    keys by the product of their mean |activation|; a hidden dimension by its mean |value| over all hidden states.
-    """
-    heads, layers = teacher.config.num_attention_heads, teacher.backbone.encoder.layer
+    config, layers = teacher.config, teacher.backbone.encoder.layer
+    heads = config.num_attention_heads
+    if how == "extract_random":
+        generator, inside = torch.Generator().manual_seed(seed), (heads, head_size(config))
+        shapes = {"heads": (heads,), "queries": inside, "values": inside, "neurons": (config.intermediate_size,)}
+        dims = torch.rand(config.hidden_size, generator=generator)
+        draws = [{name: torch.rand(shape, generator=generator) for name, shape in shapes.items()} for _ in layers]
+        return {"dims": dims, "layers": draws}
     ids, mask = batch.ids, batch.attention_mask
 
     def mean_size(state: Tensor) -> Tensor:  # [B, T, n] -> [n]
@@ -104,9 +102,6 @@ def measured_scores(teacher: Teacher, batch: Pieces, seed: int) -> dict:
             }
         )
     return {"dims": torch.stack([mean_size(state) for state in states]).mean(0), "layers": scores}
-
-
-SCORES = {"extract_random": random_scores, "extract_importance": measured_scores}
 
 
 def keep(scores: dict, config: BertConfig) -> dict:

@@ -34,9 +34,9 @@ class Pass:
     values: tuple[Tensor, ...] | None = None
 
 
-BERT_PROJECTIONS = ("attention.self.query", "attention.self.key", "attention.self.value")
 # Where each family keeps the layers that give queries, keys and values. Only families whose scores are Q K^T / sqrt(d)
 # and nothing else: MPNet and DeBERTa add relative positions, ModernBERT rotates.
+BERT_PROJECTIONS = ("attention.self.query", "attention.self.key", "attention.self.value")
 PROJECTIONS = dict.fromkeys(("bert", "roberta", "xlm-roberta", "camembert"), BERT_PROJECTIONS) | {
     "distilbert": ("attention.q_lin", "attention.k_lin", "attention.v_lin"),
     "albert": ("attention.query", "attention.key", "attention.value"),
@@ -46,21 +46,25 @@ PROJECTIONS = dict.fromkeys(("bert", "roberta", "xlm-roberta", "camembert"), BER
 def check_attention(config) -> tuple[str, ...]:
     """Where the family's layers compute queries, keys and values. Raises InputError where that is not known."""
     if config.model_type not in PROJECTIONS or getattr(config, "inner_group_num", 1) != 1:  # ALBERT's layers in a layer
-        raise InputError(
-            f"{config.model_type}: where its attention is computed is not known, so no loss can read it: choose "
-            f"losses of hidden states, or a model among {', '.join(PROJECTIONS)}"
-        )
+        remedy = f"choose losses of hidden states, or a model among {', '.join(PROJECTIONS)}"
+        raise InputError(f"{config.model_type}: no loss can read this family's attention: {remedy}")
     return PROJECTIONS[config.model_type]
+
+
+def first_position(config) -> int:
+    """Row of the first position: RoBERTa-like models begin to count behind the padding id."""
+    return config.pad_token_id + 1 if config.model_type in ("roberta", "xlm-roberta", "camembert", "mpnet") else 0
 
 
 @contextmanager
 def hooked(modules: Iterable[nn.Module], *, inputs: bool = False) -> Iterator[list[Tensor]]:
     """A list that fills with each module's output, or its first input, in the order in which they run."""
     found: list[Tensor] = []
-    handles = [
-        module.register_forward_hook(lambda _, taken, given: found.append(taken[0] if inputs else given))
-        for module in modules
-    ]
+
+    def keep(_, taken, given) -> None:
+        found.append(taken[0] if inputs else given)
+
+    handles = [module.register_forward_hook(keep) for module in modules]
     try:
         yield found
     finally:
@@ -84,9 +88,8 @@ def run_backbone(
     """
     size, width = side.ids.shape
     places = check_attention(backbone.config) if qkv else ()
-    projections = [
-        [module for name, module in backbone.named_modules() if name.endswith(f".{place}")] for place in places
-    ]
+    named = list(backbone.named_modules())
+    projections = [[module for name, module in named if name.endswith(f".{place}")] for place in places]
     tensors = {"input_ids": side.ids} if embeddings is None else {"inputs_embeds": embeddings}
     if side.token_types is not None and getattr(backbone.config, "type_vocab_size", 0) > 1:
         tensors["token_type_ids"] = side.token_types

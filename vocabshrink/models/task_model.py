@@ -22,19 +22,16 @@ from transformers import (
 )
 
 from tokenizer_build.errors import InputError
-from tokenizer_build.files import replacing_folder
 from vocabshrink.data.batches import Batch
 from vocabshrink.data.task_batches import TaskBatcher
 from vocabshrink.data.tasks import Task, check_label_order
 from vocabshrink.models.forward import run_backbone
 from vocabshrink.models.loading import check_folder, load_model, read_tensors, resolve_model, tensors_in
-from vocabshrink.models.modules import copy_tokenizer
 
 # model_type -> (model, last hidden states [B, T, D]) -> logits [B, C]; transformers' heads without their dropout
 HEADS: dict[str, Callable[[nn.Module, Tensor], Tensor]] = {
     "bert": lambda model, hidden: model.classifier(model.bert.pooler(hidden)),
-    "roberta": lambda model, hidden: model.classifier(hidden),
-    "xlm-roberta": lambda model, hidden: model.classifier(hidden),
+    **dict.fromkeys(("roberta", "xlm-roberta"), lambda model, hidden: model.classifier(hidden)),
     "albert": lambda model, hidden: model.classifier(model.albert.pooler_activation(model.albert.pooler(hidden[:, 0]))),
     "distilbert": lambda model, hidden: model.classifier(model.pre_classifier(hidden[:, 0]).relu()),
 }
@@ -74,10 +71,8 @@ def load_task_model(model: str, task: Task, *, trained: bool) -> nn.Module:
     options = {} if trained else label_names(task) | {"ignore_mismatched_sizes": True}
     loaded, report = load_model(loader, folder, output_loading_info=True, **options)
     if trained and any("classifier" in name for name in report["missing_keys"]):
-        raise InputError(
-            f"{folder}: no head for task {task.name} in its weights: name a model fine-tuned on the task, or leave "
-            f"tasks.{task.name}.teacher out and add finetune.teacher"
-        )
+        remedy = f"name a model fine-tuned on it, or leave tasks.{task.name}.teacher out and add finetune.teacher"
+        raise InputError(f"{folder}: no head for task {task.name} in its weights: {remedy}")
     return loaded
 
 
@@ -86,30 +81,15 @@ def student_model(student: BertModel, task: Task, teacher_folder: Path) -> nn.Mo
     one of this shape."""
     config = BertConfig.from_dict(student.config.to_dict() | label_names(task))
     config._attn_implementation = student.config._attn_implementation
-    if task.kind == "tokens":
-        model = BertForTokenClassification(config)
-    else:
-        model = BertForSequenceClassification(config)
-        for name, value in pooler_of(teacher_folder).items():
-            target = model.bert.pooler.dense.get_parameter(name)
-            if target.shape == value.shape:
-                target.data.copy_(value)
+    model = (BertForTokenClassification if task.kind == "tokens" else BertForSequenceClassification)(config)
     model.bert.load_state_dict(student.state_dict(), strict=False)
+    if model.bert.pooler is not None:
+        tensors = tensors_in(teacher_folder)
+        for kind, target in model.bert.pooler.dense.named_parameters():
+            for name in (f"pooler.dense.{kind}", f"bert.pooler.dense.{kind}"):
+                if name in tensors and tensors[name][1] == target.shape:
+                    target.data.copy_(read_tensors(teacher_folder, {kind: name})[kind])
     return model.eval()
-
-
-def pooler_of(folder: Path) -> dict[str, Tensor]:
-    """{"weight" [D, D], "bias" [D]} of a BERT's pooler from its files; empty where it has none."""
-    found = tensors_in(folder)
-    places = {kind: [f"{prefix}pooler.dense.{kind}" for prefix in ("", "bert.")] for kind in ("weight", "bias")}
-    return read_tensors(folder, {kind: name for kind, names in places.items() for name in names if name in found})
-
-
-def save_task_model(folder: Path, model: nn.Module, tokenizer_folder: Path) -> None:
-    """Writes a folder that AutoModelForSequenceClassification (or ...TokenClassification) and AutoTokenizer load."""
-    with replacing_folder(folder) as new:
-        model.save_pretrained(new)
-        copy_tokenizer(tokenizer_folder, new)
 
 
 @torch.inference_mode()

@@ -73,24 +73,17 @@ def load_teacher(model: str, *, pooling: str = "mean", normalize: bool = True) -
     return Teacher(backbone, load_head(folder, backbone), folder, pooling, normalize)
 
 
-# ------------------------------------------------------------------------------------- the masked-LM head
-
-
-def head_names(dense: str, norm: str, bias: str, scale: str, shift: str) -> dict[str, str]:
-    """{`MaskedLMHead`'s name: a checkpoint's}. scale, shift: what it calls the layer norm's parameters."""
-    linear = {f"dense.{kind}": f"{dense}.{kind}" for kind in ("weight", "bias")}
-    return linear | {"norm.weight": f"{norm}.{scale}", "norm.bias": f"{norm}.{shift}", "bias": bias}
-
-
+# {`MaskedLMHead`'s name: the checkpoint's} in each family, BERT's first
 HEADS = [
-    head_names(*places, *norm)
-    for places in (  # of dense, norm and decoder bias in each family's checkpoints
+    {"dense.weight": f"{dense}.weight", "dense.bias": f"{dense}.bias", "bias": bias}
+    | {"norm.weight": f"{norm}.{scale}", "norm.bias": f"{norm}.{shift}"}
+    for dense, norm, bias in (
         ("cls.predictions.transform.dense", "cls.predictions.transform.LayerNorm", "cls.predictions.bias"),  # BERT
         ("lm_head.dense", "lm_head.layer_norm", "lm_head.bias"),  # RoBERTa, XLM-R, MPNet
         ("predictions.dense", "predictions.LayerNorm", "predictions.bias"),  # ALBERT
         ("vocab_transform", "vocab_layer_norm", "vocab_projector.bias"),  # DistilBERT
     )
-    for norm in (("weight", "bias"), ("gamma", "beta"))  # old checkpoints have the latter
+    for scale, shift in (("weight", "bias"), ("gamma", "beta"))  # old checkpoints have the latter
 ]
 
 
@@ -102,8 +95,7 @@ def find_head(folder: Path) -> dict[str, str] | None:
 
 def eps_and_activation(config) -> tuple[float, str]:
     """A family's layer norm epsilon and activation. DistilBERT fixes the one and has its own name for the other."""
-    activation = getattr(config, "hidden_act", None) or getattr(config, "activation", "gelu")
-    return getattr(config, "layer_norm_eps", 1e-12), activation
+    return getattr(config, "layer_norm_eps", 1e-12), getattr(config, "hidden_act", None) or config.activation
 
 
 def new_head(backbone: nn.Module) -> MaskedLMHead:

@@ -90,7 +90,7 @@ STAGES = {
             "training",
             "Train on through the rounding of the delivery",
             needs="encode masked_lm_head dual distill",
-            reads="recovery delivery.weights delivery.compact",
+            reads="recovery delivery.weights",
             section="recovery",
             **TRAINED,
         ),

@@ -43,7 +43,6 @@ def export(context: Context) -> dict:
         normalize=teacher.normalize,
         kernel=section.kernel,
         safetensors=section.safetensors,
-        compact=section.compact,
         budget_bytes=section.budget,
         tolerance=section.tolerance,
         force=context.force,

@@ -94,10 +94,8 @@ def distill(context: Context) -> dict:
 
 
 def recovery(context: Context) -> dict:
-    """Trains on through the rounding of the delivery, of its packed weights where it has some, which the student's
-    weights then hold exactly."""
-    delivery = context.recipe.delivery
-    return distil_into_student(context, context.recipe.recovery, delivery.compact or delivery.weights)
+    """Trains on through the rounding of the delivery, whose values the student's weights then hold exactly."""
+    return distil_into_student(context, context.recipe.recovery, context.recipe.delivery.weights)
 
 
 def distil_into_student(context: Context, stage: DistillStage, formats=None) -> dict:
