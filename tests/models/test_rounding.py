@@ -4,13 +4,14 @@ import numpy as np
 import pytest
 import torch
 import transformers
+from conftest import dequantize
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 from onnxruntime.quantization.matmul_nbits_quantizer import DefaultWeightOnlyQuantizer
 from torch import nn
 
-from vocabshrink.models.rounding import bake, dequantize, fake_quantize_, quantization_aware, quantize, refit
+from vocabshrink.models.rounding import bake, fake_quantize_, quantization_aware, quantize, refit
 from vocabshrink.run.formats import CLASSES, tensor_class
 from vocabshrink.runtime.kinds import KINDS
 

@@ -215,7 +215,7 @@ class TestQueriesKeysValues:
     def test_of_other_architectures_are_refused(self, folders):
         teacher = load_teacher(str(folders["mpnet"]))  # its scores have relative positions added
         side = random_side(teacher.table.num_embeddings, EVEN, pad=1)
-        with pytest.raises(InputError, match="^mpnet: no loss can read .*, or a model among bert, "):
+        with pytest.raises(InputError, match="^mpnet: where its attention is .*, or a model among bert, "):
             run_backbone(teacher.backbone, side, qkv=True)
         albert = load_teacher(str(folders["albert"])).backbone
         albert.config.inner_group_num = 2

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import torch
 import yaml
+from conftest import dequantize
 from safetensors.torch import load_file
 from tiny_training import launch
 from transformers import AutoModel, AutoModelForMaskedLM
@@ -14,7 +15,7 @@ from transformers import AutoModel, AutoModelForMaskedLM
 from tokenizer_build.errors import InputError
 from tokenizer_build.files import read_json
 from vocabshrink.cli import show_summary
-from vocabshrink.models.rounding import dequantize, quantize
+from vocabshrink.models.rounding import quantize
 from vocabshrink.run.engine import Run, context_of, run_stage, summarise
 from vocabshrink.run.folder import RunDir
 from vocabshrink.run.recipe import parse_recipe
@@ -155,7 +156,7 @@ def test_the_delivery_answers_like_the_student(match_run):
     _, run = match_run
     from transformers import AutoModel
 
-    from vocabshrink.models.embedder import torch_embedder
+    from vocabshrink.models.forward import torch_embedder
     from vocabshrink.runtime.delivery import load
     from vocabshrink.runtime.index import search
 

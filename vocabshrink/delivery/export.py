@@ -21,8 +21,7 @@ from torch import nn
 from tokenizer_build.errors import InputError
 from tokenizer_build.files import read_json, replacing_folder
 from vocabshrink.delivery.graph import ACTIVATIONS, FLOATS, KERNELS, build_graph
-from vocabshrink.models.embedder import POOLINGS, module_files
-from vocabshrink.models.forward import pool_sentence
+from vocabshrink.models.forward import POOLINGS, module_files, pool_sentence
 from vocabshrink.models.loading import check_folder, load_model
 from vocabshrink.models.rounding import fake_quantize_
 from vocabshrink.run.formats import Formats, formats_of, kind_of

@@ -14,7 +14,7 @@ from pathlib import Path
 from tokenizer_build.errors import InputError
 from vocabshrink.data.held_out import Embed, HeldOut, RatedPairs
 from vocabshrink.delivery.export import ExportSettings, export_model
-from vocabshrink.models.embedder import torch_embedder
+from vocabshrink.models.forward import torch_embedder
 from vocabshrink.models.loading import load_config, read_backbone
 from vocabshrink.runtime.delivery import load
 

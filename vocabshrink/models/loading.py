@@ -2,9 +2,8 @@
 
 Teachers are strangers' files. So every model is read from safetensors alone (unpickling can run code), none of a
 folder's own code is run, nobody is asked anything on stdin, the network is used by `resolve_model` alone, and whatever
-transformers stumbles over becomes one sentence. Weights are float32 whatever their files hold: training and export
-compute in float32, and half precision comes from autocast. `check_folder` judges what can be seen without reading the
-weights, which takes milliseconds; `load_model` reads them.
+transformers stumbles over becomes one sentence. Weights are float32 whatever their files hold: half precision comes
+from autocast. `check_folder` judges what can be seen without reading the weights, which takes milliseconds.
 """
 
 import hashlib
@@ -29,10 +28,8 @@ transformers_logging.disable_progress_bar()
 
 
 def resolve_model(model: str, revision: str | None = None) -> Path:
-    """The folder of a model: a local folder, `package:NAME/SUBFOLDER`, or a hub name (the only use of the network).
-
-    revision: a branch, tag or commit of a hub model. Raises InputError where there is no such model.
-    """
+    """The folder of a model: a local folder, `package:NAME/SUBFOLDER`, or a hub name (the only use of the network), for
+    which `revision` may name a branch, tag or commit. Raises InputError where there is no such model."""
     folder = Path(model).expanduser()
     if model.startswith("package:"):
         name, _, inner = model.removeprefix("package:").partition("/")
@@ -50,9 +47,9 @@ def resolve_model(model: str, revision: str | None = None) -> Path:
         raise InputError(f"teacher.model {model}: no such folder")
     from huggingface_hub import snapshot_download
 
-    patterns = ["*.json", "*.safetensors", "*.txt", "*.model"]
     try:
-        return Path(snapshot_download(model, revision=revision, allow_patterns=patterns))
+        kept = ["*.json", "*.safetensors", "*.txt", "*.model"]
+        return Path(snapshot_download(model, revision=revision, allow_patterns=kept))
     except (OSError, ValueError) as error:  # all that huggingface_hub raises: no such name, no network, no access
         failure = f"neither a local folder nor to be had from the hub: {str(error).splitlines()[0]}"
         raise InputError(f"teacher.model {model}{f' at {revision}' * bool(revision)}: {failure}") from None
@@ -80,10 +77,7 @@ def load_config(folder: Path):
 
 
 def load_model(loader, folder: Path, **options):
-    """`loader.from_pretrained` of a folder, in eval mode; options are the loader's own.
-
-    Raises InputError: see `weight_files`; files that transformers cannot load.
-    """
+    """`loader.from_pretrained` of a folder, in eval mode. Raises InputError for weights missing, strange or damaged."""
     weight_files(folder)
     with refusing(folder):
         return loader.from_pretrained(
@@ -103,34 +97,27 @@ def read_backbone(folder: Path) -> nn.Module:
     return load_model(AutoModel, folder)
 
 
-def meta_model(config) -> nn.Module:
-    """A headless model of a config, to ask for its parameters' names and shapes: nothing is allocated."""
-    with torch.device("meta"):
-        return AutoModel.from_config(config)
-
-
 def check_folder(folder: Path, sha256: str | None = None):
-    """The config of a teacher's folder whose parts are all there and fit together.
-
-    Raises InputError for missing config, weights or tokenizer, for another hash, and for sizes that disagree.
-    """
+    """The config of a model's folder. Raises InputError for missing parts, another hash, and sizes that disagree."""
     for name in ("config.json", "tokenizer.json"):
         if not (folder / name).is_file():
             raise InputError(f"{folder}: not a model folder: {name} is missing: save model and tokenizer there")
     config, tensors = load_config(folder), tensors_in(folder)
     if sha256 and (found := weights_sha256(folder)) != sha256:
         raise InputError(f"{folder}: the weights' sha256 is {found}, teacher.sha256 is {sha256}: not the same weights")
-    with refusing(folder):
-        model = meta_model(config)
+    with refusing(folder), torch.device("meta"):  # nothing is allocated
+        model = AutoModel.from_config(config)
     stored = {name.removeprefix(f"{model.base_model_prefix}."): shape for name, (_, shape) in tensors.items()}
-    for name, value in model.named_parameters():
-        if (found := stored.get(name, value.shape)) != value.shape:
-            disagree = f"config.json gives {name} the shape {tuple(value.shape)}, the weights have {found}"
-            raise InputError(f"{folder}: {disagree}: config.json belongs to another model")
-    pieces, rows = load_tokenizer(folder).get_vocab_size(), getattr(config, "vocab_size", None)
-    if rows is not None and pieces > rows:
-        disagree = f"the tokenizer has {pieces} pieces, the model's table only {rows} rows"
-        raise InputError(f"{folder}: {disagree}: tokenizer.json belongs to another model")
+    wrong = [
+        f"config.json gives {name} the shape {tuple(value.shape)}, the weights have {stored[name]}"
+        for name, value in model.named_parameters()
+        if stored.get(name, value.shape) != value.shape
+    ]
+    pieces = load_tokenizer(folder).get_vocab_size()
+    if pieces > (rows := getattr(config, "vocab_size", pieces)):
+        wrong.append(f"the tokenizer has {pieces} pieces, the model's table only {rows} rows")
+    if wrong:
+        raise InputError(f"{folder}: {wrong[0]}: give files of one model")
     return config
 
 
@@ -143,8 +130,7 @@ def weight_files(folder: Path) -> list[Path]:
         return [folder / "model.safetensors"]
     index = folder / "model.safetensors.index.json"
     if not index.is_file():
-        remedy = "convert the weights with save_pretrained (pickles are not read)"
-        raise InputError(f"{folder}: no model.safetensors: {remedy}")
+        raise InputError(f"{folder}: no model.safetensors: convert the weights with save_pretrained")
     try:
         names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
         wrong = [name for name in names if Path(name).name != name or not (folder / name).is_file()]
@@ -160,8 +146,7 @@ def weights_sha256(folder: Path) -> str:
     digest = hashlib.sha256()
     for path in weight_files(folder):
         with path.open("rb") as file:
-            while chunk := file.read(1 << 20):
-                digest.update(chunk)
+            hashlib.file_digest(file, lambda: digest)
     return digest.hexdigest()
 
 

@@ -1,25 +1,17 @@
 """Task models: classifiers, regressors and taggers around a student's or a teacher's body.
 
-The models are transformers' own, so that what is trained loads unchanged: the student is a
-`BertForSequenceClassification` or `BertForTokenClassification`, the teacher whatever the Auto classes make of its
-folder. Here a model is a body and a head, because the losses compare bodies word by word; `HEADS` says how each family
-gets from the last hidden states to logits. The head runs in float32 whatever the precision: scores that are equal in
-bfloat16 would be ties to a rank correlation, and the head costs nothing.
+The models are transformers' own, so that what is trained loads unchanged. Here a model is a body and a head, because
+the losses compare bodies word by word; `HEADS` says how each family gets from the last hidden states to logits. The
+head runs in float32 whatever the precision: scores that are equal in bfloat16 would be ties to a rank correlation.
 """
 
 from collections.abc import Callable
 from pathlib import Path
 
 import torch
+import transformers
 from torch import Tensor, nn
-from transformers import (
-    AutoModelForSequenceClassification,
-    AutoModelForTokenClassification,
-    BertConfig,
-    BertForSequenceClassification,
-    BertForTokenClassification,
-    BertModel,
-)
+from transformers import BertConfig, BertModel
 
 from tokenizer_build.errors import InputError
 from vocabshrink.data.batches import Batch
@@ -47,28 +39,25 @@ def task_logits(model: nn.Module, hidden: Tensor, kind: str) -> Tensor:
 
 def label_names(task: Task) -> dict:
     """What a model's config says of the task's labels; transformers takes one label for regression."""
-    names = task.labels if task.kind != "regression" else ["score"]
-    ids = {name: index for index, name in enumerate(names)}
-    return {"num_labels": len(names), "id2label": dict(enumerate(names)), "label2id": ids}
+    names = dict(enumerate(task.labels if task.kind != "regression" else ["score"]))
+    return {"num_labels": len(names), "id2label": names, "label2id": {name: index for index, name in names.items()}}
 
 
 def load_task_model(model: str, task: Task, *, trained: bool) -> nn.Module:
     """A teacher's folder (or package:, or hub name) as a model of the task, in float32 and eval mode.
 
-    trained: the folder holds a fine-tuned model, whose labels must be the task's; else the head is new and random
-    (torch's seed), over whatever the folder holds.
-
+    trained: the folder holds a fine-tuned model, whose labels must be the task's; else the head is new and random.
     Raises InputError: see `check_folder`; a fine-tuned model with other labels, in another order or without a head; a
     family that has no entry in `HEADS`.
     """
-    folder = resolve_model(model)
-    config = check_folder(folder)
-    loader = AutoModelForTokenClassification if task.kind == "tokens" else AutoModelForSequenceClassification
+    config = check_folder(folder := resolve_model(model))
+    unit = "Token" if task.kind == "tokens" else "Sequence"
     if config.model_type not in HEADS:
         raise InputError(f"{folder}: {config.model_type} cannot be a task teacher: use one of {', '.join(HEADS)}")
     if trained:
         check_label_order(task, config.id2label, str(folder))
     options = {} if trained else label_names(task) | {"ignore_mismatched_sizes": True}
+    loader = getattr(transformers, f"AutoModelFor{unit}Classification")
     loaded, report = load_model(loader, folder, output_loading_info=True, **options)
     if trained and any("classifier" in name for name in report["missing_keys"]):
         remedy = f"name a model fine-tuned on it, or leave tasks.{task.name}.teacher out and add finetune.teacher"
@@ -77,11 +66,11 @@ def load_task_model(model: str, task: Task, *, trained: bool) -> nn.Module:
 
 
 def student_model(student: BertModel, task: Task, teacher_folder: Path) -> nn.Module:
-    """A task model with a student's body. The head is random, by torch's seed; the pooler is the teacher's where it has
-    one of this shape."""
+    """A task model with a student's body, a random head and, where it has one of this shape, the teacher's pooler."""
     config = BertConfig.from_dict(student.config.to_dict() | label_names(task))
     config._attn_implementation = student.config._attn_implementation
-    model = (BertForTokenClassification if task.kind == "tokens" else BertForSequenceClassification)(config)
+    unit = "Token" if task.kind == "tokens" else "Sequence"
+    model = getattr(transformers, f"BertFor{unit}Classification")(config)
     model.bert.load_state_dict(student.state_dict(), strict=False)
     if model.bert.pooler is not None:
         tensors = tensors_in(teacher_folder)

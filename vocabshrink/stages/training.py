@@ -13,7 +13,7 @@ from transformers import BertModel
 from vocabshrink.data.batches import Batcher, cut_segments
 from vocabshrink.data.held_out import read_rated_pairs
 from vocabshrink.data.pieces import PieceTable
-from vocabshrink.models.embedder import torch_embedder
+from vocabshrink.models.forward import torch_embedder
 from vocabshrink.models.loading import read_backbone
 from vocabshrink.models.rounding import bake, quantization_aware
 from vocabshrink.models.spelling import spellings
