@@ -102,7 +102,10 @@ def test_what_is_no_config_is_refused(text, folder):
         ({"dtype": "float99"}, "float99"),
         ({"hidden_size": 64}, r"word_embeddings.weight the shape \(300, 64\), the weights have \(300, 32\)"),
         ({"intermediate_size": 65}, r"intermediate.dense.weight the shape \(65, 32\), the weights have \(64, 32\)"),
-        ({"vocab_size": 301}, r"the shape \(301, 32\), the weights have \(300, 32\): give files of one model"),
+        (
+            {"vocab_size": 301},
+            r"the shape \(301, 32\), the weights have \(300, 32\): one of the two belongs to another model",
+        ),
         ({"is_decoder": True}, "with a decoder: only encoders can be teachers"),
         ({"transformers_weights": "other.safetensors"}, "names other weights"),
     ],

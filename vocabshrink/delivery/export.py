@@ -2,7 +2,7 @@
 
 A folder appears whole or not at all: it is written beside its place, loaded back in onnxruntime, compared with torch on
 awkward inputs, weighed, measured, and only then moved. It replaces an earlier delivery of the same name together with
-that delivery's index, which no other model can read.
+that delivery's index, which no other model can read. The model card says only what the manifest and the run say.
 """
 
 import json
@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from hashlib import sha256
 from pathlib import Path
 
+import jinja2
 import numpy as np
 import onnxruntime
 import torch
@@ -19,7 +20,7 @@ from safetensors.torch import save_file
 from torch import nn
 
 from tokenizer_build.errors import InputError
-from tokenizer_build.files import read_json, replacing_folder
+from tokenizer_build.files import read_json, replacing_folder, write_text
 from vocabshrink.delivery.graph import ACTIVATIONS, FLOATS, KERNELS, build_graph
 from vocabshrink.models.forward import POOLINGS, module_files, pool_sentence
 from vocabshrink.models.loading import check_folder, load_model
@@ -28,11 +29,10 @@ from vocabshrink.run.formats import Formats, formats_of, kind_of
 from vocabshrink.runtime.kinds import KINDS
 
 Feed = dict[str, np.ndarray]  # a graph's inputs, int64 [batch, sequence]
-# By the kind of the coarsest weights: the name by which transformers.js finds such a graph (its dtypes q4, q8, fp16,
-# fp32); the least agreement of the graph with torch's model of the same rounded weights, where what is left is int8's
-# rounding of activations, and below which the graph is wrong or int8 collapsed; and the least agreement with torch's
-# unrounded model. The inputs are random pieces, far from any training text: there 4 bits of all-MiniLM give 0.90 to
-# 0.93, on sentences 0.96. The last is a guard against collapse; tasks judge quality.
+# By the kind of the coarsest weights: the name by which transformers.js finds such a graph; the least agreement with
+# torch's model of the same rounded weights, below which the graph is wrong or int8's rounding of activations collapsed;
+# and, as a guard against collapse, the least with the unrounded model. The inputs are random pieces, far from any
+# training text: there 4 bits of all-MiniLM give 0.90 to 0.93, on sentences 0.96.
 LIMITS = {
     "int4": ("onnx/model_q4.onnx", 0.99, 0.70),
     "int8": ("onnx/model_quantized.onnx", 0.97, 0.90),
@@ -55,10 +55,9 @@ CONFIG_KEYS += " hidden_act type_vocab_size layer_norm_eps pad_token_id"  # what
 class ExportSettings:
     """What to write.
 
-    formats: of the graph's weights, a name or {class: name}. kernel: one of KERNELS, for int8 weights. safetensors:
-    "fp16" or "fp32" adds model.safetensors for AutoModel and, for embedders, SentenceTransformer. budget_bytes: of what
-    onnxruntime needs. tolerance: how far a delivered figure may fall below the trained one. force: failures are written
-    down instead of raised.
+    formats: of the graph's weights. kernel: one of KERNELS, for int8 weights. safetensors: "fp16" or "fp32" adds files
+    for AutoModel and, for embedders, SentenceTransformer. budget_bytes: of what onnxruntime needs. tolerance: how far a
+    delivered figure may fall below the trained one. force: failures are written down instead of raised.
     """
 
     task: str
@@ -99,11 +98,9 @@ def export_model(
     measure: called with the complete folder, gives {figure: {system: value}}, kept as "quality"; a figure in `gates`
     (None: each one) whose "delivered" is more than the tolerance under its "trained" is a failure. manifest: more keys.
     Added: the settings, "files" {name: {"bytes", "sha256"}}, "loaders" {name: {"files", "bytes"}}, "delivery_bytes"
-    (what onnxruntime needs, the manifest too: the budget binds it), "check": least agreement with torch, with the
-    unrounded model ("fp32") and with the same rounded weights ("same_weights").
-
-    Raises InputError for a model that it cannot write, and for a failure: over budget, disagreement with torch, lost
-    quality. With `force` failures are sentences in the manifest's "failures" instead.
+    (what onnxruntime needs, the manifest too), "check": least agreement with torch, see LIMITS. Raises InputError for a
+    model that it cannot write, and for a failure, which `force` only notes in "failures": over budget, disagreement
+    with torch, lost quality.
     """
     out_folder, failures = Path(out_folder), []
     model = _load_model(Path(model_folder), settings)
@@ -163,7 +160,7 @@ def _load_model(folder: Path, settings: ExportSettings) -> nn.Module:
     if task == "fill-mask" and not config.tie_word_embeddings:
         raise InputError(f"{folder}: the masked-LM decoder is not tied to the embeddings, which alone can be exported")
     pooler = {"add_pooling_layer": False} if task == "embedding" else {}
-    model = load_model(getattr(transformers, name), folder, **pooler).eval()
+    model = load_model(getattr(transformers, name), folder, **pooler)
     embeddings = model.base_model.embeddings
     kept = embeddings.position_embeddings.weight.detach()[: settings.max_positions].clone()
     embeddings.position_embeddings = nn.Embedding.from_pretrained(kept, freeze=False)
@@ -175,8 +172,8 @@ def _write_files(model: nn.Module, model_folder: Path, place: Path, settings: Ex
     """Every file but the manifest; the manifest's keys that say what they are."""
     config, task = model.config, settings.task
     _write_tokenizer(model_folder, place, config.vocab_size, settings.max_positions)
-    keys = {"graph": LIMITS[settings.coarsest][0], "task": task}
-    keys |= {"formats": settings.formats, "max_positions": settings.max_positions}
+    keys = {"graph": LIMITS[settings.coarsest][0], "task": task, "formats": settings.formats}
+    keys |= {"max_positions": settings.max_positions}
     pooled = {"pooling": settings.pooling, "normalize": settings.normalize}
     if task == "embedding":
         keys |= pooled | {"dimension": config.hidden_size}
@@ -187,9 +184,9 @@ def _write_files(model: nn.Module, model_folder: Path, place: Path, settings: Ex
     (place / "onnx").mkdir()
     (place / keys["graph"]).write_bytes(graph.SerializeToString(deterministic=True))
     kept = CONFIG_KEYS.split() + ["id2label", "label2id", "problem_type"] * KINDS[task].labelled
-    values = {name: getattr(config, name) for name in kept if getattr(config, name, None) is not None}
-    named = {"architectures": [type(model).__name__], "model_type": config.model_type}
-    _write_json(place / "config.json", named | values)
+    values = {"architectures": [type(model).__name__], "model_type": config.model_type}
+    values |= {name: getattr(config, name) for name in kept if getattr(config, name, None) is not None}
+    _write_json(place / "config.json", values)
     if settings.safetensors:
         dtype = torch.float16 if settings.safetensors == "fp16" else torch.float32
         tensors = {name: value.to(dtype).contiguous() for name, value in model.named_parameters()}  # tied ones once
@@ -206,12 +203,12 @@ def _write_tokenizer(model_folder: Path, place: Path, vocab_size: int, max_posit
     """tokenizer.json without white space, cut to max_positions, unpadded; and its config."""
     tokenizer = read_json(model_folder / "tokenizer.json")
     if (pieces := len(tokenizer["model"]["vocab"])) != vocab_size:
-        disagree = f"{pieces:,} pieces in tokenizer.json and {vocab_size:,} in its model"
-        raise InputError(f"{model_folder} has {disagree}: save the two together again")
+        sizes = f"{pieces:,} pieces in tokenizer.json and {vocab_size:,} in its model"
+        raise InputError(f"{model_folder} has {sizes}: save the two together again")
     cut = {"direction": "Right", "max_length": max_positions, "strategy": "LongestFirst", "stride": 0}
     _write_json(place / "tokenizer.json", tokenizer | {"truncation": cut, "padding": None})
-    path = model_folder / "tokenizer_config.json"
-    settings = {"tokenizer_class": "BertTokenizer"} | (read_json(path) if path.is_file() else {})
+    path, settings = model_folder / "tokenizer_config.json", {"tokenizer_class": "BertTokenizer"}
+    settings |= read_json(path) if path.is_file() else {}
     settings.pop("name_or_path", None)  # a path on the machine that trained it
     _write_json(place / "tokenizer_config.json", settings | {"model_max_length": max_positions})
 
@@ -227,19 +224,17 @@ def _compare(model: nn.Module, graph: Path, settings: ExportSettings) -> tuple[d
         "same_weights": (least_same, "choose kernel: float, which rounds no activations, or other weights"),
         "fp32": (least_whole, "use a smaller group size or weights of more bits"),
     }
-    failures = [
+    return check, [
         f"the {settings.coarsest} graph's cosine with torch ({name}) is {check[name]}, under {least}: {remedy}"
         for name, (least, remedy) in limits.items()
         if check[name] < least
     ]
-    return check, failures
 
 
 def agreement(graph: bytes | Path, feeds: list[Feed], model: nn.Module, settings: ExportSettings) -> float:
     """Least cosine of what the graph gives for the feeds with what torch gives; -1 where anything is not finite.
 
-    Logits are centred, for a softmax does not see their mean, and compared all at once: two classes that nearly tie
-    have no direction.
+    Logits are centred (a softmax does not see their mean) and compared all at once: near ties have no direction.
     """
     options, task = onnxruntime.SessionOptions(), settings.task
     options.intra_op_num_threads, options.log_severity_level = 1, 3
@@ -258,8 +253,7 @@ def agreement(graph: bytes | Path, feeds: list[Feed], model: nn.Module, settings
 
 def awkward_inputs(vocab_size: int, longest: int, types: int = 2) -> list[Feed]:
     """Batches where exporters fail: padding, two segments, a single piece, the longest sequence."""
-    draw = np.random.default_rng(0)
-    feeds = []
+    draw, feeds = np.random.default_rng(0), []
     for lengths in ([longest // 2, 3, max(longest // 3, 2)], [1], [longest]):
         ids = draw.integers(min(5, vocab_size - 1), vocab_size, (len(lengths), max(lengths)))
         places, counts = np.arange(max(lengths))[None], np.array(lengths)[:, None]
@@ -272,8 +266,8 @@ def awkward_inputs(vocab_size: int, longest: int, types: int = 2) -> list[Feed]:
 
 @torch.no_grad()
 def torch_outputs(model: nn.Module, feed: Feed, settings: ExportSettings) -> np.ndarray:
-    """The reference for the graph's inputs, float32: embeddings [batch, hidden], or logits [batch, labels], or those of
-    the pieces that are not padding, [pieces, labels]."""
+    """What the graph should give, float32: embeddings [batch, hidden], logits [batch, labels], or those of real pieces,
+    [pieces, labels]."""
     tensors = {name: torch.from_numpy(values) for name, values in feed.items()}
     result, mask = model(**tensors), tensors["attention_mask"]
     if settings.task != "embedding":
@@ -304,3 +298,18 @@ def _weigh(manifest: dict, path: Path, settings: ExportSettings) -> list[str]:
 def _write_json(path: Path, content: dict | list) -> None:
     """Without white space: these bytes count."""
     path.write_text(json.dumps(content, ensure_ascii=False, separators=(",", ":")) + "\n", encoding="utf-8")
+
+
+def write_card(folder: Path, manifest: dict, *, teacher: str, sources: list[str], vocabulary: dict) -> None:
+    """Writes README.md beside a delivery's MANIFEST.json. vocabulary: comparison.json of the run's `vocab` stage."""
+    quality = {name: row for name, row in manifest.get("quality", {}).items() if isinstance(row, dict)}
+    facts = {"manifest": manifest, "teacher": teacher, "sources": sources, "vocabulary": vocabulary, "quality": quality}
+    template = Path(__file__).with_name("card.md.jinja").read_text(encoding="utf-8")
+    environment = jinja2.Environment(trim_blocks=True, lstrip_blocks=True, keep_trailing_newline=True)
+    text = environment.from_string(template).render(
+        name=folder.name if folder.name != "model" else manifest["recipe"],
+        kind=KINDS[manifest["task"]],
+        systems=list(dict.fromkeys(system for row in quality.values() for system in row)),
+        **facts,
+    )
+    write_text(folder / "README.md", text)

@@ -3,8 +3,7 @@
 A layer is some forty nodes, so the file holds weights and almost nothing else (21 KB of nodes for six layers, where
 torch's exporter leaves 340 KB of metadata), and the codes are exactly those of `quantize`. The price is generality:
 only BERT encoders with absolute positions can be written. Nothing is rounded across texts, so a text's answer does not
-depend on its batch or on padding. A tied masked-LM decoder multiplies by the same codes that the lookup reads. Vectors
-and scales are float16 behind a Cast, which onnxruntime folds while loading.
+depend on its batch or on padding. Vectors and scales are float16 behind a Cast, which onnxruntime folds while loading.
 
 Inputs input_ids, attention_mask, token_type_ids: int64 [batch, sequence], sequence <= max_positions. Outputs, float32:
 sentence_embedding [batch, hidden] (pooled, normalised) and last_hidden_state [batch, sequence, hidden] for embedders;
@@ -39,10 +38,9 @@ class Graph:
     """Nodes and initialisers in the order they are made; weights are stored in the format of their class."""
 
     def __init__(self, formats: dict[str, str], kernel: str = "unsigned"):
-        self.formats, self.kernel = formats, kernel
+        self.formats, self.kernel, self.known = formats, kernel, set()
         self.nodes: list[onnx.NodeProto] = []
         self.initializers: list[onnx.TensorProto] = []
-        self.known: set[str] = set()
 
     def node(self, kind: str, inputs: list[str], outputs: list[str] | None = None, domain="", **attributes) -> str:
         """Add a node; its (first) output's name."""
@@ -120,10 +118,7 @@ class Graph:
         return nibbles[:, ::2] | nibbles[:, 1::2] << 4
 
     def linear(self, name: str, weight: np.ndarray, bias: np.ndarray, hidden: str) -> str:
-        """hidden [..., columns] times weight [rows, columns] transposed, plus bias [rows].
-
-        Where `name` is a table that `gather` has stored, as in a tied decoder, that array is read.
-        """
+        """hidden [..., columns] @ weight [rows, columns].T + bias [rows]; by the array that `gather` stored, if any."""
         format = format_of(name, 2, self.formats)
         if format in FLOATS:
             values = self.stored(name, weight.astype(FLOATS[format]))
@@ -131,16 +126,14 @@ class Graph:
         elif format == "int8":
             product = self.product_of_8_bits(name, quantize(weight, format), hidden)
         else:
-            product = self.product_of_4_bits(name, quantize(weight, format), hidden)
+            # Accuracy level 0, the default, does not round activations. At level 4 native kernels do and WebAssembly's
+            # do not: browser and server would differ by 0.009 a component, and a vector by what shares its batch.
+            quantized, (rows, columns) = quantize(weight, format), weight.shape
+            size, scales = quantized.group_size, self.scales(name, quantized)
+            inputs = [hidden, self.stored(name, self.codes(quantized), (rows, -(-columns // size), size // 2)), scales]
+            sizes = {"K": columns, "N": rows, "bits": 4, "block_size": size}
+            product = self.node("MatMulNBits", inputs, domain="com.microsoft", **sizes)
         return self.node("Add", [product, self.vector(name + ".b", bias)])
-
-    def product_of_4_bits(self, name: str, quantized: Quantized, hidden: str) -> str:
-        # Accuracy level 0, the default, does not round activations. At level 4 native kernels do and WebAssembly's do
-        # not: browser and server would differ by 0.009 a component, and a text's vector by what shares its batch.
-        (rows, columns), size = quantized.codes.shape, quantized.group_size
-        codes, scales = self.codes(quantized), self.scales(name, quantized)
-        inputs = [hidden, self.stored(name, codes, (rows, -(-columns // size), size // 2)), scales]
-        return self.node("MatMulNBits", inputs, domain="com.microsoft", K=columns, N=rows, bits=4, block_size=size)
 
     def product_of_8_bits(self, name: str, quantized: Quantized, hidden: str) -> str:
         codes = self.codes(quantized)
@@ -211,8 +204,7 @@ class Encoder:
         attention = graph.node("Softmax", [graph.node("Add", [scores, bias])], axis=-1)
         context = graph.node("MatMul", [attention, heads_of(value, [0, 2, 1, 3])])
         context = graph.node("Transpose", [context], perm=[0, 2, 1, 3])
-        context = graph.node("Reshape", [context, graph.integers(0, 0, width)])
-        return self.linear(f"{name}.output.dense", context)
+        return self.linear(f"{name}.output.dense", graph.node("Reshape", [context, graph.integers(0, 0, width)]))
 
     def layer(self, name: str, hidden: str, bias: str, scale: str, outputs: list[str] | None) -> str:
         context = self.attention(f"{name}.attention", hidden, bias, scale)
@@ -246,11 +238,9 @@ def build_graph(
     normalize: bool = True,
     kernel: str = KERNELS[0],
 ) -> onnx.ModelProto:
-    """The ONNX model of a BERT whose parameters are `state` (transformers' names less "bert.", float32 arrays)."""
-    graph = Graph(formats, kernel)
-    encoder = Encoder(graph, state, config)
-    hidden = encoder.embeddings()
-    mask = graph.cast("attention_mask")
+    """The ONNX model of a BERT with the parameters `state`, see `Encoder`."""
+    encoder = Encoder(graph := Graph(formats, kernel), state, config)
+    hidden, mask = encoder.embeddings(), graph.cast("attention_mask")
     bias = graph.node("Mul", [graph.node("Sub", [mask, graph.number(1.0)]), graph.number(1e9)])
     bias = graph.node("Unsqueeze", [bias, graph.integers(1, 2)])
     scale = graph.number((config.hidden_size // config.num_attention_heads) ** -0.5)
@@ -277,8 +267,7 @@ def build_graph(
 def pool(graph: Graph, hidden: str, mask: str, pooling: str, normalize: bool) -> None:
     """Add the nodes from the last hidden states to sentence_embedding."""
     if pooling == "cls":
-        first = graph.node("Gather", [hidden, graph.integers(0)], axis=1)
-        pooled = graph.node("Squeeze", [first, graph.integers(1)])
+        pooled = graph.node("Squeeze", [graph.node("Gather", [hidden, graph.integers(0)], axis=1), graph.integers(1)])
     else:
         present = graph.node("Unsqueeze", [mask, graph.integers(-1)])
         summed = graph.node("ReduceSum", [graph.node("Mul", [hidden, present]), graph.integers(1)], keepdims=0)

@@ -58,8 +58,7 @@ def delivery_bytes(
 ) -> dict[str, int]:
     """Bytes by file, with "total": weights, tokenizer.json (measured where the file is given), small files.
 
-    formats: of a graph, a name or {class: name}; or a key of SAFETENSORS: a training folder, vocab.txt included.
-    config: its max_position_embeddings are the delivery's (`stages.plan.delivered_config`).
+    formats: of a graph; or a key of SAFETENSORS: a training folder, vocab.txt included. config: of the delivery.
     """
     if isinstance(formats, str) and formats in SAFETENSORS:
         headers = HEADER_BYTES * (7 + 16 * config.num_hidden_layers)

@@ -140,8 +140,7 @@ def torch_embedder(
 ) -> Embed:
     """Texts -> [n, D] float32 by a model and a folder's tokenizer, which cuts at `max_length` or the model's positions.
 
-    For training and the report. Sorted by length, texts need little padding; bfloat16's error is far below differences
-    between models.
+    Sorted by length, texts need little padding; bfloat16's error is far below the differences between models.
     """
     config, tokenizer = backbone.config, load_tokenizer(tokenizer_folder)
     positions = getattr(config, "max_position_embeddings", None)

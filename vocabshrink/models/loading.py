@@ -117,7 +117,7 @@ def check_folder(folder: Path, sha256: str | None = None):
     if pieces > (rows := getattr(config, "vocab_size", pieces)):
         wrong.append(f"the tokenizer has {pieces} pieces, the model's table only {rows} rows")
     if wrong:
-        raise InputError(f"{folder}: {wrong[0]}: give files of one model")
+        raise InputError(f"{folder}: {wrong[0]}: one of the two belongs to another model")
     return config
 
 

@@ -22,8 +22,7 @@ from vocabshrink.run.layer_map import Pairs, SoftPairs
 
 
 def principal_directions(table: Tensor, width: int) -> Tensor:
-    """The `width` orthonormal directions [D, width] that keep most of the rows' energy, about zero: a linear map's
-    transpose leads back."""
+    """The `width` orthonormal directions [D, width] that keep most of the rows' energy about zero (not centred)."""
     _, vectors = torch.linalg.eigh(table.float().T @ table.float())  # eigenvalues rise
     return vectors[:, -width:].flip(1).contiguous()
 
@@ -89,10 +88,8 @@ def layer_and_tail(name: str) -> tuple[int | None, str]:
 
 
 def match_parameters(student: nn.Module, teacher: nn.Module, pairs: Pairs) -> list[tuple[str, str]]:
-    """(student name, teacher name) of the variables of one role: layers by the map (1-based), the rest by name.
-
-    Of a block the last layer counts, whose output the block's is. Raises InputError for the map `emd`.
-    """
+    """(student name, teacher name) of the variables of one role: layers by the map (1-based; of a block the last), the
+    rest by name. Raises InputError for the map `emd`."""
     if isinstance(pairs, SoftPairs):
         raise InputError("layer_map: emd has no one teacher layer for parameter projections: choose another map")
     theirs = dict(teacher.named_parameters())
@@ -149,8 +146,7 @@ def scores_of(teacher: Teacher, how: str, batch: Pieces | None, seed: int) -> di
     and keys the product of their mean |activation|; of a hidden dimension its mean |value| over all hidden states.
     Returns: {"dims": [D], "layers": [{"heads": [h], "queries": [h, D / h], "values": [h, D / h], "neurons": [F]}]}.
     """
-    layers, config = teacher.backbone.encoder.layer, teacher.config
-    heads = config.num_attention_heads
+    layers, config, heads = teacher.backbone.encoder.layer, teacher.config, teacher.config.num_attention_heads
     if how == "extract_random":
         generator, inside = torch.Generator().manual_seed(seed), (heads, head_size(config))
         shapes = {"heads": (heads,), "queries": inside, "values": inside, "neurons": (config.intermediate_size,)}

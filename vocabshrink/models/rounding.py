@@ -45,8 +45,7 @@ def fit_scales(weight: Tensor, format: str) -> Tensor:
     extreme = blocks.gather(2, blocks.abs().argmax(2, keepdim=True))[..., 0]
     if bits == 8:
         return _float16(extreme.abs() / 127)
-    best = _float16(extreme / -8)
-    least = torch.full_like(best, torch.inf)
+    best, least = _float16(extreme / -8), torch.full_like(extreme, torch.inf)
     for divisor in (sign * divisor for divisor in DIVISORS for sign in (1, -1)):
         scales = _float16(extreme / divisor)
         error = (_codes(blocks, scales, bits) * scales[..., None] - blocks).square().sum(2)

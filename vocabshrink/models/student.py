@@ -49,8 +49,8 @@ def student_config(section: StudentSection, teacher_config, vocab_size: int) -> 
     if hidden % heads:
         raise InputError(f"student: num_attention_heads {heads} does not divide hidden_size {hidden}: choose a divisor")
     eps, activation = eps_and_activation(teacher_config)
-    shape |= {"type_vocab_size": getattr(teacher_config, "type_vocab_size", 0) or 1}
-    return BertConfig(vocab_size=vocab_size, hidden_act=activation, layer_norm_eps=eps, **shape)
+    shape |= {"vocab_size": vocab_size, "type_vocab_size": getattr(teacher_config, "type_vocab_size", 0) or 1}
+    return BertConfig(hidden_act=activation, layer_norm_eps=eps, **shape)
 
 
 def build_student(
@@ -96,8 +96,8 @@ def build_student(
 def source_layers(layer_map: str | list, student: BertModel, teacher: Teacher, seed: int) -> dict[int, int]:
     """Student layer -> the teacher layer that it starts from, both 0-based: the last of those that it learns from.
 
-    A layer that the map passes over (`skip`, `last_only`) or gives all of the teacher's (`emd`) starts as in the uniform
-    map. In a student deeper than its teacher, each of the first is the teacher's own.
+    A layer that the map passes over (`skip`, `last_only`) or gives all of the teacher's (`emd`) starts as in the map
+    `uniform`. In a student deeper than its teacher, each of the first is the teacher's own.
     """
     small, large = student.config.num_hidden_layers, teacher.config.num_hidden_layers
     start = layer_pairs("uniform" if small <= large else [(m, m) for m in range(1, large + 1)], small, large)
@@ -122,9 +122,8 @@ def copy_body(student: BertModel, teacher: Teacher, source_layer: dict[int, int]
     in_layers, copied = 0, Counter()  # copied: how many inside (True) and outside (False) of layers
     for name, target in student.named_parameters():
         number, tail = layer_and_tail(name)
-        inside = number is not None
+        inside, layer = number is not None, source_layer.get(number)
         in_layers += inside
-        layer = source_layer.get(number)
         value = source.get(f"encoder.layer.{layer}.{tail}" if inside else name)  # none for a layer outside the map
         if value is None or "word_embeddings" in name or (other_heads and tail.startswith("attention.self.")):
             continue
