@@ -8,6 +8,7 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 import random
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
@@ -103,3 +104,9 @@ def folders(lines, tmp_path_factory) -> dict[str, Path]:
     from families import make_families
 
     return make_families(lines, tmp_path_factory)
+
+
+def dequantize(quantized):
+    """The matrix [rows, columns] float32 of what `models.rounding.quantize` gives."""
+    scales = np.repeat(quantized.scales.astype(np.float32), quantized.group_size, axis=1)
+    return quantized.codes.astype(np.float32) * scales[:, : quantized.codes.shape[1]]

@@ -1,16 +1,12 @@
 """Compress a BERT-type encoder by giving it a much smaller vocabulary, and deliver it under a byte budget.
 
 `vocabshrink.load(folder)` opens a delivered model and `vocabshrink.Index(folder)` its passages; neither needs torch.
-`vocabshrink.load_compact(folder)` gives the transformers model of packed weights. Training lives in the other modules.
+Training lives in the other modules.
 """
 
 import importlib
 
-HOMES = {
-    "load": "vocabshrink.runtime.delivery",
-    "Index": "vocabshrink.runtime.index",
-    "load_compact": "vocabshrink.delivery.compact",
-}
+HOMES = {"load": "vocabshrink.runtime.delivery", "Index": "vocabshrink.runtime.index"}
 __all__ = list(HOMES)
 
 

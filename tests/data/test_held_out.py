@@ -15,7 +15,7 @@ from tokenizer_build.errors import InputError
 from vocabshrink.data.batches import Segments, cut_segments
 from vocabshrink.data.held_out import HeldOut, RatedPairs, held_out_texts, read_rated_pairs
 from vocabshrink.data.lexicon import Lexicon, WordStream, encode_corpus
-from vocabshrink.models.embedder import torch_embedder
+from vocabshrink.models.forward import torch_embedder
 
 
 def cosine(a, b) -> float:

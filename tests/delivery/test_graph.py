@@ -1,10 +1,11 @@
 import numpy as np
 import onnxruntime
 import pytest
+from conftest import dequantize
 from onnx import TensorProto, helper
 
 from vocabshrink.delivery.graph import KERNELS, Graph
-from vocabshrink.models.rounding import dequantize, quantize
+from vocabshrink.models.rounding import quantize
 from vocabshrink.run.formats import formats_of
 
 FORMATS = ["fp32", "fp16", "int8", "int4-32", "int4-64", "int4-128"]

@@ -24,9 +24,8 @@ from transformers import (
 from tokenizer_build.errors import InputError
 from tokenizer_build.tokenizer import make_tokenizer, save_tokenizer
 from vocabshrink.data.pieces import Pieces
-from vocabshrink.models.embedder import torch_embedder
-from vocabshrink.models.extraction import measured_scores
-from vocabshrink.models.forward import run_backbone
+from vocabshrink.models.forward import run_backbone, torch_embedder
+from vocabshrink.models.projection import scores_of
 from vocabshrink.models.spelling import as_wordpiece, piece_means, shared_pieces, spell, spellings
 from vocabshrink.models.student import build_student, save_student, student_config
 from vocabshrink.models.teacher import MaskedLMHead, load_teacher
@@ -318,7 +317,7 @@ def test_a_narrow_student_starts_on_principal_directions(teacher, small_vocabula
     torch.testing.assert_close(lost, singular[16:].pow(2).sum(), rtol=1e-4, atol=1e-4)
     assert report["embeddings"] == "piece means on 16 principal directions"
     # nothing of this width can be the teacher's, and no cut-off vector may pass for a copy
-    assert report["layers"] == "random: no layer of the teacher has this shape"
+    assert report["layers"] == "random: no layer of the teacher has this shape (0 other variables copied)"
     bias = teacher.backbone.encoder.layer[0].output.dense.bias
     assert not torch.equal(student.encoder.layer[0].output.dense.bias, bias[:16])
     assert torch.equal(student.embeddings.LayerNorm.weight, torch.ones(16))
@@ -519,7 +518,7 @@ def test_importance_is_what_a_part_adds_to_the_output(teacher_folder):
         layer.attention.self.query.bias[8 * number] = 0
         layer.output.dense.weight[:, number::4] = 0
     side = random_side(300)
-    for number, layer in enumerate(measured_scores(teacher, side, 0)["layers"]):
+    for number, layer in enumerate(scores_of(teacher, "extract_importance", side, 0)["layers"]):
         assert (layer["heads"] == 0).nonzero().tolist() == [[number]]
         assert (layer["values"] == 0).nonzero().tolist() == [[number, k] for k in range(8)]
         assert (layer["queries"] == 0).nonzero().tolist() == [[number, 0]]
@@ -535,12 +534,12 @@ def test_importance_is_what_a_part_adds_to_the_output(teacher_folder):
 def test_importance_is_of_real_positions(teacher):
     side = random_side(300)
     hooks = [len(module._forward_hooks) for module in teacher.backbone.modules()]
-    scores = measured_scores(teacher, side, 0)
+    scores = scores_of(teacher, "extract_importance", side, 0)
     assert [len(module._forward_hooks) for module in teacher.backbone.modules()] == hooks
     hidden = run_backbone(teacher.backbone, side, layers=True).hidden
     same(scores["dims"], torch.stack([state[side.attention_mask.bool()].abs().mean(0) for state in hidden]).mean(0))
     side.ids[side.attention_mask == 0] = 7
-    other = measured_scores(teacher, side, 0)
+    other = scores_of(teacher, "extract_importance", side, 0)
     assert torch.equal(other["dims"], scores["dims"])
     assert all(torch.equal(other["layers"][2][name], value) for name, value in scores["layers"][2].items())
 
@@ -567,8 +566,6 @@ def test_what_cannot_be_cut_out_is_refused(teacher, small_vocabulary, lines, tmp
     ):
         with pytest.raises(InputError, match=message):
             extract(teacher, "extract_random", **shape)
-    with pytest.raises(InputError, match="there is no text to measure it on: give a batch"):
-        build_student(StudentSection(initialize="extract_importance"), teacher, teacher.folder)
     save_tokenizer(wordpiece_pieces(lines, 200), tmp_path)
     DistilBertForMaskedLM(DistilBertConfig(vocab_size=200, dim=32, n_layers=2, n_heads=4)).save_pretrained(tmp_path)
     with pytest.raises(InputError, match="a distilbert teacher does not have BERT's layers: choose teacher or random"):

@@ -6,33 +6,20 @@ import pytest
 
 from tokenizer_build.errors import InputError
 from vocabshrink.run import recipe
-from vocabshrink.run.formats import (
-    CLASSES,
-    FORMATS,
-    bits_and_group,
-    bits_of,
-    describe,
-    format_of,
-    formats_of,
-    is_float,
-    kind_of,
-)
+from vocabshrink.run.formats import CLASSES, FORMATS, bits_and_group, describe, format_of, formats_of, is_float, kind_of
 
-MIXED = {"embeddings": "int3-64", "positions": "int4-32", "attention": "int8", "feed_forward": "int4-128"}
+MIXED = {"embeddings": "int4-64", "positions": "int4-32", "attention": "int8", "feed_forward": "int4-128"}
 
 
 def test_every_name_is_read():
-    found = {name: (kind_of(name), bits_of(name), is_float(name), describe(name)) for name in FORMATS}
+    found = {name: (kind_of(name), is_float(name), describe(name)) for name in FORMATS}
     assert found == {
-        "fp32": ("fp32", 32, True, "fp32"),
-        "fp16": ("fp16", 16, True, "fp16"),
-        "int8": ("int8", 8, False, "int8"),
-        "int4-32": ("int4", 4, False, "int4 groups of 32"),
-        "int4-64": ("int4", 4, False, "int4 groups of 64"),
-        "int4-128": ("int4", 4, False, "int4 groups of 128"),
-        "int3-32": ("int3", 3, False, "int3 groups of 32"),
-        "int3-64": ("int3", 3, False, "int3 groups of 64"),
-        "int3-128": ("int3", 3, False, "int3 groups of 128"),
+        "fp32": ("fp32", True, "fp32"),
+        "fp16": ("fp16", True, "fp16"),
+        "int8": ("int8", False, "int8"),
+        "int4-32": ("int4", False, "int4 groups of 32"),
+        "int4-64": ("int4", False, "int4 groups of 64"),
+        "int4-128": ("int4", False, "int4 groups of 128"),
     }
 
 
@@ -40,6 +27,11 @@ def test_a_scale_covers_a_group_or_a_row():
     assert bits_and_group("int4-64", 40) == (4, 64)
     assert bits_and_group("int8", 40) == (8, 40)
     assert bits_and_group("int8", 0) == (8, 1)
+
+
+def test_three_bits_are_no_format():
+    with pytest.raises(InputError, match="'int3-64' is no format"):
+        formats_of("int3-64")
 
 
 def test_mixed_formats_and_files_in_words():

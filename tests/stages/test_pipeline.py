@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import torch
 import yaml
+from conftest import dequantize
 from safetensors.torch import load_file
 from tiny_training import launch
 from transformers import AutoModel, AutoModelForMaskedLM
@@ -14,8 +15,7 @@ from transformers import AutoModel, AutoModelForMaskedLM
 from tokenizer_build.errors import InputError
 from tokenizer_build.files import read_json
 from vocabshrink.cli import show_summary
-from vocabshrink.delivery.compact import load_compact
-from vocabshrink.models.rounding import dequantize, quantize
+from vocabshrink.models.rounding import quantize
 from vocabshrink.run.engine import Run, context_of, run_stage, summarise
 from vocabshrink.run.folder import RunDir
 from vocabshrink.run.recipe import parse_recipe
@@ -156,7 +156,7 @@ def test_the_delivery_answers_like_the_student(match_run):
     _, run = match_run
     from transformers import AutoModel
 
-    from vocabshrink.models.embedder import torch_embedder
+    from vocabshrink.models.forward import torch_embedder
     from vocabshrink.runtime.delivery import load
     from vocabshrink.runtime.index import Index
 
@@ -343,13 +343,7 @@ def recipe_of_tasks(teacher, corpus_file, lines, folder) -> dict:
             "seeds": [1, 2],
         },
         recovery=DISTILL | {"learning_rate": 1e-4},
-        delivery={
-            "weights": "int4-32",
-            "max_positions": 48,
-            "tolerance": 0.5,
-            "safetensors": "fp16",
-            "compact": "int3-32",
-        },
+        delivery={"weights": "int4-32", "max_positions": 48, "tolerance": 0.5, "safetensors": "fp16"},
     )
 
 
@@ -370,13 +364,13 @@ def test_tasks_run_from_augmentation_to_report(tiny_teacher, corpus_file, lines,
     assert summary["made_up"]["accuracy"]["delivered"] == pytest.approx(right)
     # recovery left in the student what the files hold: rounding it again changes nothing
     trained = AutoModel.from_pretrained(tmp_path / "run/recovery/student")
-    packed = load_compact(export / "model")
+    delivered = AutoModel.from_pretrained(export / "model", dtype=torch.float32)
     for name, one in trained.named_parameters():
         if name.startswith("pooler"):  # of which an embedder has none
             continue
-        two = packed.get_parameter(name)
+        two = delivered.get_parameter(name)
         assert torch.allclose(one[: len(two)], two, atol=2e-3), name  # the delivery has fewer positions
-    assert quantize_of(trained, "encoder.layer.0.attention.self.query.weight", "int3-32") < 1e-6
+    assert quantize_of(trained, "encoder.layer.0.attention.self.query.weight", "int4-32") < 1e-6
     assert AutoModel.from_pretrained(export / "model").config.hidden_size == 16
     card = (export / "made_up/README.md").read_text()
     assert "A text classifier" in card and str(summary["made_up"]["bytes"])[:2] in card

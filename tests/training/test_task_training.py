@@ -25,8 +25,8 @@ from vocabshrink.data.batches import TaskBatcher, encode_task
 from vocabshrink.data.pieces import Pieces
 from vocabshrink.data.tasks import Rows, Task
 from vocabshrink.models.forward import run_backbone
-from vocabshrink.models.student import build_student
-from vocabshrink.models.task_model import HEADS, load_task_model, predict, save_task_model, student_model, task_logits
+from vocabshrink.models.student import build_student, save_model
+from vocabshrink.models.task_model import HEADS, load_task_model, predict, student_model, task_logits
 from vocabshrink.models.teacher import load_teacher
 from vocabshrink.run.folder import RunDir
 from vocabshrink.run.layer_map import layer_pairs
@@ -119,7 +119,7 @@ def test_a_student_s_model_is_its_body_with_the_task_s_labels(kind, lines, tiny_
 
 def test_the_pooler_is_the_teacher_s_where_it_has_one_of_this_shape(lines, tiny_teacher, vocabulary, tmp_path):
     task, teacher = a_task(lines), a_teacher(a_task(lines), tiny_teacher)
-    save_task_model(tmp_path / "with", teacher, tiny_teacher)
+    save_model(tmp_path / "with", teacher, tiny_teacher)
     pooler = teacher.bert.pooler.dense.weight
     of = {
         (folder, width): student_model(
@@ -140,7 +140,7 @@ def test_what_is_saved_loads_unchanged_and_agrees_on_text(kind, pairs, lines, ti
     perturb(model)
     batcher = batcher_of(task, tiny_teacher, vocabulary, tmp_path / "encoded")
     found = predict(model, batcher, precision="no")
-    save_task_model(tmp_path / "model", model, vocabulary)
+    save_model(tmp_path / "model", model, vocabulary)
     loaded = AutoModelForSequenceClassification.from_pretrained(tmp_path / "model", dtype=torch.float32).eval()
     tokenizer = AutoTokenizer.from_pretrained(tmp_path / "model")
     assert loaded.config.id2label == model.config.id2label
@@ -155,7 +155,7 @@ def test_taggers_are_saved_too_and_answer_for_every_token(lines, tiny_teacher, v
     task = a_task(lines, "tokens")
     model, _, _ = a_student(task, tiny_teacher, vocabulary)
     perturb(model)
-    save_task_model(tmp_path / "model", model, vocabulary)
+    save_model(tmp_path / "model", model, vocabulary)
     loaded = AutoModelForTokenClassification.from_pretrained(tmp_path / "model", dtype=torch.float32).eval()
     tokenizer = AutoTokenizer.from_pretrained(tmp_path / "model")
     found = predict(model, batcher_of(task, tiny_teacher, vocabulary, tmp_path / "encoded"), precision="no")
@@ -168,7 +168,7 @@ def test_taggers_are_saved_too_and_answer_for_every_token(lines, tiny_teacher, v
 
 def test_a_fine_tuned_teacher_is_checked(lines, tiny_teacher, tmp_path):
     task = a_task(lines)
-    save_task_model(tmp_path / "right", a_teacher(task, tiny_teacher), tiny_teacher)
+    save_model(tmp_path / "right", a_teacher(task, tiny_teacher), tiny_teacher)
     loaded = load_task_model(str(tmp_path / "right"), task, trained=True)
     assert loaded.config.id2label == dict(enumerate(task.labels)) and not loaded.training
     turned = Task("toy", "classification", task.labels[::-1], task.splits, task.metrics)
@@ -194,7 +194,7 @@ def test_a_family_without_a_known_head_is_refused(lines, tiny_teacher, tmp_path)
 
 def test_a_teacher_of_another_task_gets_a_new_head(lines, tiny_teacher, tmp_path):
     """Intermediate tasks: a model fine-tuned on three labels is a teacher to train on a score."""
-    save_task_model(tmp_path / "three", a_teacher(a_task(lines), tiny_teacher), tiny_teacher)
+    save_model(tmp_path / "three", a_teacher(a_task(lines), tiny_teacher), tiny_teacher)
     model = load_task_model(str(tmp_path / "three"), a_task(lines, "regression"), trained=False)
     assert model.classifier.weight.shape == (1, 32)
 

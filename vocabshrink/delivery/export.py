@@ -2,15 +2,16 @@
 
 A folder appears whole or not at all: it is written beside its place, loaded back in onnxruntime, compared with torch on
 awkward inputs, weighed, measured, and only then moved. It replaces an earlier delivery of the same name together with
-that delivery's index, which no other model can read.
+that delivery's index, which no other model can read. The model card says only what the manifest and the run say.
 """
 
-import hashlib
 import json
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from hashlib import sha256
 from pathlib import Path
 
+import jinja2
 import numpy as np
 import onnxruntime
 import torch
@@ -19,22 +20,19 @@ from safetensors.torch import save_file
 from torch import nn
 
 from tokenizer_build.errors import InputError
-from tokenizer_build.files import read_json, replacing_folder
-from vocabshrink.delivery.compact import save_compact, small_config
+from tokenizer_build.files import read_json, replacing_folder, write_text
 from vocabshrink.delivery.graph import ACTIVATIONS, FLOATS, KERNELS, build_graph
-from vocabshrink.models.forward import pool_sentence
-from vocabshrink.models.loading import load_config, load_model
-from vocabshrink.models.modules import POOLINGS, module_files
+from vocabshrink.models.forward import POOLINGS, module_files, pool_sentence
+from vocabshrink.models.loading import check_folder, load_model
 from vocabshrink.models.rounding import fake_quantize_
 from vocabshrink.run.formats import Formats, formats_of, kind_of
 from vocabshrink.runtime.kinds import KINDS
 
 Feed = dict[str, np.ndarray]  # a graph's inputs, int64 [batch, sequence]
-# By the kind of the coarsest weights: the name by which transformers.js finds such a graph (its dtypes q4, q8, fp16,
-# fp32); the least agreement of the graph with torch's model of the same rounded weights, where what is left is int8's
-# rounding of activations, and below which the graph is wrong or int8 collapsed; and the least agreement with torch's
-# unrounded model. The inputs are random pieces, far from any training text: there 4 bits of all-MiniLM give 0.90 to
-# 0.93, on sentences 0.96. The last is a guard against collapse; tasks judge quality.
+# By the kind of the coarsest weights: the name by which transformers.js finds such a graph; the least agreement with
+# torch's model of the same rounded weights, below which the graph is wrong or int8's rounding of activations collapsed;
+# and, as a guard against collapse, the least with the unrounded model. The inputs are random pieces, far from any
+# training text: there 4 bits of all-MiniLM give 0.90 to 0.93, on sentences 0.96.
 LIMITS = {
     "int4": ("onnx/model_q4.onnx", 0.99, 0.70),
     "int8": ("onnx/model_quantized.onnx", 0.97, 0.90),
@@ -42,23 +40,24 @@ LIMITS = {
     "fp32": ("onnx/model.onnx", 0.99999, 0.99999),
 }
 COMMON = ["config.json", "tokenizer.json", "tokenizer_config.json"]
-LOADERS = {  # what each loader needs beside COMMON; "graph" stands for the graph
-    "onnxruntime": ["graph", "MANIFEST.json"],
-    "transformers.js": ["graph"],
+# Each loader's files beside COMMON and, for the first two, the graph
+LOADERS = {
+    "onnxruntime": ["MANIFEST.json"],
+    "transformers.js": [],
     "transformers": ["model.safetensors"],
     "sentence-transformers": ["model.safetensors", *module_files(1, 1, "mean", False)],
-    "load_compact": ["compact.safetensors"],
 }
+CONFIG_KEYS = "vocab_size hidden_size num_hidden_layers num_attention_heads intermediate_size max_position_embeddings"
+CONFIG_KEYS += " hidden_act type_vocab_size layer_norm_eps pad_token_id"  # what any loader needs of config.json
 
 
 @dataclass(frozen=True)
 class ExportSettings:
     """What to write.
 
-    formats: of the graph's weights, a name or {class: name}. kernel: one of KERNELS, for int8 weights. safetensors:
-    "fp16" or "fp32" adds model.safetensors for AutoModel and, for embedders, SentenceTransformer. compact: formats of
-    an added compact.safetensors (`vocabshrink.load_compact`). budget_bytes: of what onnxruntime needs. tolerance: how
-    far a delivered figure may fall below the trained one. force: failures are written down instead of raised.
+    formats: of the graph's weights. kernel: one of KERNELS, for int8 weights. safetensors: "fp16" or "fp32" adds files
+    for AutoModel and, for embedders, SentenceTransformer. budget_bytes: of what onnxruntime needs. tolerance: how far a
+    delivered figure may fall below the trained one. force: failures are written down instead of raised.
     """
 
     task: str
@@ -68,19 +67,12 @@ class ExportSettings:
     normalize: bool = True
     kernel: str = KERNELS[0]
     safetensors: str | None = None
-    compact: Formats | None = None
     budget_bytes: int | None = None
     tolerance: float = 0.0
     force: bool = False
 
     def __post_init__(self):
         object.__setattr__(self, "formats", formats_of(self.formats))
-        for name, format in self.formats.items():
-            if kind_of(format) == "int3":
-                raise InputError(
-                    f"weights of {name}: onnxruntime multiplies by 2, 4 and 8 bits and not by 3: use int4-128 in the "
-                    "graph, and 3 bits for compact.safetensors"
-                )
         allowed = {"task": KINDS, "pooling": POOLINGS, "kernel": KERNELS, "safetensors": (None, *FLOATS)}
         for key, known in allowed.items():
             if (value := getattr(self, key)) not in known:
@@ -103,38 +95,44 @@ def export_model(
 ) -> dict:
     """Write the delivery of a model folder and return its manifest (also in MANIFEST.json).
 
-    measure: called with the folder once it is complete, gives {figure: {system: value}}, kept as "quality"; a figure in
-    `gates` (None: each one) whose "delivered" is more than the tolerance under its "trained" is a failure. manifest:
-    more keys (recipe, teacher's hash). Added: the settings, "files" {name: {"bytes", "sha256"}}, "loaders" {name:
-    {"files", "bytes"}}, "delivery_bytes" (what onnxruntime needs, the manifest too: the budget binds it), "check":
-    least agreement with torch over padded, two-segment, one-piece and longest inputs, with the unrounded model ("fp32")
-    and with the same rounded weights ("same_weights").
-
-    Raises InputError for a model that it cannot write, and for a failure: over budget, disagreement with torch, lost
-    quality. With `force` failures are sentences in the manifest's "failures" instead.
+    measure: called with the complete folder, gives {figure: {system: value}}, kept as "quality"; a figure in `gates`
+    (None: each one) whose "delivered" is more than the tolerance under its "trained" is a failure. manifest: more keys.
+    Added: the settings, "files" {name: {"bytes", "sha256"}}, "loaders" {name: {"files", "bytes"}}, "delivery_bytes"
+    (what onnxruntime needs, the manifest too), "check": least agreement with torch, see LIMITS. Raises InputError for a
+    model that it cannot write, and for a failure, which `force` only notes in "failures": over budget, disagreement
+    with torch, lost quality.
     """
-    model_folder, out_folder = Path(model_folder), Path(out_folder)
-    model = _load_model(model_folder, settings)
+    out_folder, failures = Path(out_folder), []
+    model = _load_model(Path(model_folder), settings)
     taken = out_folder.is_file() or out_folder.is_dir() and any(out_folder.iterdir())
     if taken and not (out_folder / "MANIFEST.json").is_file():
         raise InputError(f"{out_folder} exists and is no earlier delivery: give another place or remove it")
-    with replacing_folder(out_folder) as place:
-        written = _write_files(model, model_folder, place, settings)
-        contents = {path: path.read_bytes() for path in sorted(place.rglob("*")) if path.is_file()}
-        files = {
-            path.relative_to(place).as_posix(): {"bytes": len(found), "sha256": hashlib.sha256(found).hexdigest()}
-            for path, found in contents.items()
-        }
-        check, failures = _compare(model, place / written["graph"], settings)
-        full = {**(manifest or {}), **written, "files": files, "check": check}
-        failures += _weigh(full, place / "MANIFEST.json", settings)
+
+    def note(found: list[str]) -> None:
+        failures.extend(found)
         if failures and not settings.force:
-            raise InputError("; ".join(failures))
+            raise InputError(f"{out_folder}: {'; '.join(failures)}")
+
+    with replacing_folder(out_folder) as place:
+        full = (manifest or {}) | _write_files(model, Path(model_folder), place, settings)
+        contents = {path: path.read_bytes() for path in sorted(place.rglob("*")) if path.is_file()}
+        full["files"] = {
+            path.relative_to(place).as_posix(): {"bytes": len(data), "sha256": sha256(data).hexdigest()}
+            for path, data in contents.items()
+        }
+        full["check"], disagreements = _compare(model, place / full["graph"], settings)
+        note(disagreements + _weigh(full, place / "MANIFEST.json", settings))
         if measure:
-            full["quality"] = measure(place)
-            failures += _losses(full["quality"], gates, settings.tolerance)
-            if failures and not settings.force:
-                raise InputError(f"{out_folder}: " + "; ".join(failures))
+            full["quality"], allowed = measure(place), settings.tolerance
+            note(
+                [
+                    f"{name} is {row['delivered']}, more than the tolerance of {allowed} below {row['trained']}: use "
+                    "smaller groups, more bits, or train through the rounding"
+                    for name, row in full["quality"].items()
+                    if gates is None or name in gates
+                    if row.get("trained", 0) - row.get("delivered", np.inf) > allowed
+                ]
+            )
         if failures:
             full["failures"] = failures
         _weigh(full, place / "MANIFEST.json", settings)
@@ -150,15 +148,11 @@ def check_activation(config, where: str = "the model") -> None:
 
 def _load_model(folder: Path, settings: ExportSettings) -> nn.Module:
     """The task's model in float32, its position table cut."""
-    for name in ("config.json", "model.safetensors", "tokenizer.json"):
-        if not (folder / name).is_file():
-            raise InputError(f"{folder} has no {name}: give a folder written by save_pretrained")
-    config, task = load_config(folder), settings.task
+    config, task = check_folder(folder), settings.task
     if config.model_type != "bert":
         raise InputError(f"{folder} is a {config.model_type} model: only bert encoders can be exported")
     check_activation(config, f"{folder}/config.json")
-    if not 2 < settings.max_positions <= config.max_position_embeddings:
-        most = config.max_position_embeddings
+    if not 2 < settings.max_positions <= (most := config.max_position_embeddings):
         raise InputError(f"max_positions {settings.max_positions} is not possible: give 3 to {most:,} (the model's)")
     name, found = KINDS[task].architecture, (config.architectures or ["BertModel"])[0]
     if task != "embedding" and name != found:
@@ -166,7 +160,7 @@ def _load_model(folder: Path, settings: ExportSettings) -> nn.Module:
     if task == "fill-mask" and not config.tie_word_embeddings:
         raise InputError(f"{folder}: the masked-LM decoder is not tied to the embeddings, which alone can be exported")
     pooler = {"add_pooling_layer": False} if task == "embedding" else {}
-    model = load_model(getattr(transformers, name), folder, **pooler).eval()
+    model = load_model(getattr(transformers, name), folder, **pooler)
     embeddings = model.base_model.embeddings
     kept = embeddings.position_embeddings.weight.detach()[: settings.max_positions].clone()
     embeddings.position_embeddings = nn.Embedding.from_pretrained(kept, freeze=False)
@@ -176,50 +170,45 @@ def _load_model(folder: Path, settings: ExportSettings) -> nn.Module:
 
 def _write_files(model: nn.Module, model_folder: Path, place: Path, settings: ExportSettings) -> dict:
     """Every file but the manifest; the manifest's keys that say what they are."""
-    _write_tokenizer(model_folder, place, model.config.vocab_size, settings.max_positions)
-    keys = {"graph": LIMITS[settings.coarsest][0], "task": settings.task, "formats": settings.formats}
-    keys["max_positions"] = settings.max_positions
+    config, task = model.config, settings.task
+    _write_tokenizer(model_folder, place, config.vocab_size, settings.max_positions)
+    keys = {"graph": LIMITS[settings.coarsest][0], "task": task, "formats": settings.formats}
+    keys |= {"max_positions": settings.max_positions}
     pooled = {"pooling": settings.pooling, "normalize": settings.normalize}
-    if settings.task == "embedding":
-        keys |= pooled | {"dimension": model.config.hidden_size}
+    if task == "embedding":
+        keys |= pooled | {"dimension": config.hidden_size}
     if "int8" in settings.formats.values():
         keys["kernel"] = settings.kernel
     state = {name.removeprefix("bert."): value.numpy() for name, value in model.state_dict().items()}
-    built = {"task": settings.task, "formats": settings.formats, "kernel": settings.kernel} | pooled
-    graph = build_graph(state, model.config, **built).SerializeToString(deterministic=True)
+    graph = build_graph(state, config, task=task, formats=settings.formats, kernel=settings.kernel, **pooled)
     (place / "onnx").mkdir()
-    (place / keys["graph"]).write_bytes(graph)
-    _write_json(place / "config.json", small_config(model))
+    (place / keys["graph"]).write_bytes(graph.SerializeToString(deterministic=True))
+    kept = CONFIG_KEYS.split() + ["id2label", "label2id", "problem_type"] * KINDS[task].labelled
+    values = {"architectures": [type(model).__name__], "model_type": config.model_type}
+    values |= {name: getattr(config, name) for name in kept if getattr(config, name, None) is not None}
+    _write_json(place / "config.json", values)
     if settings.safetensors:
         dtype = torch.float16 if settings.safetensors == "fp16" else torch.float32
         tensors = {name: value.to(dtype).contiguous() for name, value in model.named_parameters()}  # tied ones once
         save_file(tensors, place / "model.safetensors", {"format": "pt"})
-        if settings.task == "embedding":
-            modules = module_files(model.config.hidden_size, settings.max_positions, **pooled)
-            for name, content in modules.items():
+        (place / "model.safetensors").chmod(0o644)  # safetensors' are for their owner alone
+        if task == "embedding":
+            for name, content in module_files(config.hidden_size, settings.max_positions, **pooled).items():
                 (place / name).parent.mkdir(exist_ok=True)
                 _write_json(place / name, content)
-    if settings.compact:
-        save_compact(model, place, settings.compact)
-        keys["compact"] = formats_of(settings.compact)
-    for path in place.rglob("*.safetensors"):
-        path.chmod(0o644)  # safetensors' are for their owner alone
     return keys
 
 
 def _write_tokenizer(model_folder: Path, place: Path, vocab_size: int, max_positions: int) -> None:
     """tokenizer.json without white space, cut to max_positions, unpadded; and its config."""
     tokenizer = read_json(model_folder / "tokenizer.json")
-    pieces = len(tokenizer["model"]["vocab"])
-    if pieces != vocab_size:
-        raise InputError(
-            f"{model_folder} has {pieces:,} pieces in tokenizer.json and {vocab_size:,} in its model: save the two "
-            "together again"
-        )
+    if (pieces := len(tokenizer["model"]["vocab"])) != vocab_size:
+        sizes = f"{pieces:,} pieces in tokenizer.json and {vocab_size:,} in its model"
+        raise InputError(f"{model_folder} has {sizes}: save the two together again")
     cut = {"direction": "Right", "max_length": max_positions, "strategy": "LongestFirst", "stride": 0}
     _write_json(place / "tokenizer.json", tokenizer | {"truncation": cut, "padding": None})
-    path = model_folder / "tokenizer_config.json"
-    settings = {"tokenizer_class": "BertTokenizer"} | (read_json(path) if path.is_file() else {})
+    path, settings = model_folder / "tokenizer_config.json", {"tokenizer_class": "BertTokenizer"}
+    settings |= read_json(path) if path.is_file() else {}
     settings.pop("name_or_path", None)  # a path on the machine that trained it
     _write_json(place / "tokenizer_config.json", settings | {"model_max_length": max_positions})
 
@@ -230,27 +219,22 @@ def _compare(model: nn.Module, graph: Path, settings: ExportSettings) -> tuple[d
     check = {"fp32": agreement(graph, feeds, model, settings)}
     fake_quantize_(model, settings.formats)
     check["same_weights"] = agreement(graph, feeds, model, settings)
-    kind = settings.coarsest
-    _, least_same, least_whole = LIMITS[kind]
-    failures = []
-    if check["same_weights"] < least_same:
-        failures.append(
-            f"the {kind} graph's cosine with torch on the same weights is {check['same_weights']}, under "
-            f"{least_same}: choose kernel: float, which does not round activations, or other weights"
-        )
-    if check["fp32"] < least_whole:
-        failures.append(
-            f"{kind} gives a cosine of {check['fp32']} with the unrounded model, under {least_whole}: use a smaller "
-            "group size or weights of more bits"
-        )
-    return check, failures
+    _, least_same, least_whole = LIMITS[settings.coarsest]
+    limits = {
+        "same_weights": (least_same, "choose kernel: float, which rounds no activations, or other weights"),
+        "fp32": (least_whole, "use a smaller group size or weights of more bits"),
+    }
+    return check, [
+        f"the {settings.coarsest} graph's cosine with torch ({name}) is {check[name]}, under {least}: {remedy}"
+        for name, (least, remedy) in limits.items()
+        if check[name] < least
+    ]
 
 
 def agreement(graph: bytes | Path, feeds: list[Feed], model: nn.Module, settings: ExportSettings) -> float:
     """Least cosine of what the graph gives for the feeds with what torch gives; -1 where anything is not finite.
 
-    Logits are centred, for a softmax does not see their mean, and compared all at once: two classes that nearly tie
-    have no direction.
+    Logits are centred (a softmax does not see their mean) and compared all at once: near ties have no direction.
     """
     options, task = onnxruntime.SessionOptions(), settings.task
     options.intra_op_num_threads, options.log_severity_level = 1, 3
@@ -262,15 +246,14 @@ def agreement(graph: bytes | Path, feeds: list[Feed], model: nn.Module, settings
     pairs = [np.concatenate(rows).astype(np.float64) for rows in (ours, theirs)]
     if task != "embedding":
         pairs = [(rows - rows.mean(1, keepdims=True) * (rows.shape[1] > 1)).reshape(1, -1) for rows in pairs]
-    a, b = pairs
-    cosines = (a * b).sum(1) / np.maximum(np.linalg.norm(a, axis=1) * np.linalg.norm(b, axis=1), 1e-30)
+    norms = np.maximum(np.prod([np.linalg.norm(rows, axis=1) for rows in pairs], axis=0), 1e-30)
+    cosines = np.prod(pairs, axis=0).sum(1) / norms
     return round(float(cosines.min()), 6) if np.isfinite(cosines).all() else -1.0
 
 
 def awkward_inputs(vocab_size: int, longest: int, types: int = 2) -> list[Feed]:
     """Batches where exporters fail: padding, two segments, a single piece, the longest sequence."""
-    draw = np.random.default_rng(0)
-    feeds = []
+    draw, feeds = np.random.default_rng(0), []
     for lengths in ([longest // 2, 3, max(longest // 3, 2)], [1], [longest]):
         ids = draw.integers(min(5, vocab_size - 1), vocab_size, (len(lengths), max(lengths)))
         places, counts = np.arange(max(lengths))[None], np.array(lengths)[:, None]
@@ -283,8 +266,8 @@ def awkward_inputs(vocab_size: int, longest: int, types: int = 2) -> list[Feed]:
 
 @torch.no_grad()
 def torch_outputs(model: nn.Module, feed: Feed, settings: ExportSettings) -> np.ndarray:
-    """The reference for the graph's inputs, float32: embeddings [batch, hidden], or logits [batch, labels], or those of
-    the pieces that are not padding, [pieces, labels]."""
+    """What the graph should give, float32: embeddings [batch, hidden], logits [batch, labels], or those of real pieces,
+    [pieces, labels]."""
     tensors = {name: torch.from_numpy(values) for name, values in feed.items()}
     result, mask = model(**tensors), tensors["attention_mask"]
     if settings.task != "embedding":
@@ -292,39 +275,41 @@ def torch_outputs(model: nn.Module, feed: Feed, settings: ExportSettings) -> np.
     return pool_sentence(result.last_hidden_state, mask, settings.pooling, settings.normalize).numpy()
 
 
-def _losses(quality: dict[str, dict[str, float]], gates: Iterable[str] | None, tolerance: float) -> list[str]:
-    """A sentence for each gated figure that the delivery lost."""
-    return [
-        f"{name} is {row['delivered']}, more than the tolerance of {tolerance} below {row['trained']}: use smaller "
-        "groups, more bits, or train through the rounding"
-        for name, row in quality.items()
-        if row.get("trained", 0) - row.get("delivered", np.inf) > tolerance and (gates is None or name in gates)
-    ]
-
-
 def _weigh(manifest: dict, path: Path, settings: ExportSettings) -> list[str]:
     """Write the manifest, whose bytes count too; a sentence where the delivery is over budget."""
     sizes = {name: facts["bytes"] for name, facts in manifest["files"].items()} | {"MANIFEST.json": 0}
+    first = dict.fromkeys(("onnxruntime", "transformers.js"), [*COMMON, manifest["graph"]])
+    needed = {name: first.get(name, COMMON) + others for name, others in LOADERS.items()}
+    needed = {name: files for name, files in needed.items() if set(files) <= set(sizes)}
     for _ in range(4):  # the manifest holds the sums that it belongs to: their digits settle at once
-        manifest["loaders"] = {}
-        for loader, others in LOADERS.items():
-            needed = COMMON + [manifest["graph"] if name == "graph" else name for name in others]
-            if set(needed) <= set(sizes):
-                manifest["loaders"][loader] = {"files": needed, "bytes": sum(sizes[file] for file in needed)}
-        total = manifest["delivery_bytes"] = manifest["loaders"]["onnxruntime"]["bytes"]
+        weighed = {name: {"files": files, "bytes": sum(map(sizes.get, files))} for name, files in needed.items()}
+        manifest["loaders"] = weighed
+        total = manifest["delivery_bytes"] = weighed["onnxruntime"]["bytes"]
         path.write_text(json.dumps(manifest, ensure_ascii=False, indent=1) + "\n", encoding="utf-8")
         sizes["MANIFEST.json"] = path.stat().st_size
-    budget = settings.budget_bytes
-    if budget is None or total <= budget:
+    if (budget := settings.budget_bytes) is None or total <= budget:
         return []
-    parts = ", ".join(f"{name} {sizes[name]:,}" for name in manifest["loaders"]["onnxruntime"]["files"])
+    parts = ", ".join(f"{name} {sizes[name]:,}" for name in needed["onnxruntime"])
     coarser = "larger groups" if settings.coarsest == "int4" else "weights of fewer bits"
-    return [
-        f"the delivery is {total:,} bytes, over the budget of {budget:,} by {total - budget:,} ({parts}): "
-        f"use a smaller vocabulary.size, {coarser}, or fewer positions"
-    ]
+    over = f"the delivery is {total:,} bytes, over the budget of {budget:,} by {total - budget:,} ({parts})"
+    return [f"{over}: use a smaller vocabulary.size, {coarser}, or fewer positions"]
 
 
 def _write_json(path: Path, content: dict | list) -> None:
     """Without white space: these bytes count."""
     path.write_text(json.dumps(content, ensure_ascii=False, separators=(",", ":")) + "\n", encoding="utf-8")
+
+
+def write_card(folder: Path, manifest: dict, *, teacher: str, sources: list[str], vocabulary: dict) -> None:
+    """Writes README.md beside a delivery's MANIFEST.json. vocabulary: comparison.json of the run's `vocab` stage."""
+    quality = {name: row for name, row in manifest.get("quality", {}).items() if isinstance(row, dict)}
+    facts = {"manifest": manifest, "teacher": teacher, "sources": sources, "vocabulary": vocabulary, "quality": quality}
+    template = Path(__file__).with_name("card.md.jinja").read_text(encoding="utf-8")
+    environment = jinja2.Environment(trim_blocks=True, lstrip_blocks=True, keep_trailing_newline=True)
+    text = environment.from_string(template).render(
+        name=folder.name if folder.name != "model" else manifest["recipe"],
+        kind=KINDS[manifest["task"]],
+        systems=list(dict.fromkeys(system for row in quality.values() for system in row)),
+        **facts,
+    )
+    write_text(folder / "README.md", text)

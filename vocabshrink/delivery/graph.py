@@ -2,16 +2,12 @@
 
 A layer is some forty nodes, so the file holds weights and almost nothing else (21 KB of nodes for six layers, where
 torch's exporter leaves 340 KB of metadata), and the codes are exactly those of `quantize`. The price is generality:
-only BERT encoders with absolute positions can be written; other families are refused by name.
+only BERT encoders with absolute positions can be written. Nothing is rounded across texts, so a text's answer does not
+depend on its batch or on padding. Vectors and scales are float16 behind a Cast, which onnxruntime folds while loading.
 
-- 4 bits: MatMulNBits, and a lookup in plain operators. int8: MatMulInteger (or a float product, see KERNELS) and a
-  Gather of int8 rows. Floats: plain MatMul and Gather. Vectors and scales are float16 behind a Cast, which onnxruntime
-  folds while loading. A tied masked-LM decoder multiplies by the same codes that the lookup reads.
-- 3 bits are for compact.safetensors only: onnxruntime's kernels take 2, 4 and 8.
-- Nothing is rounded across texts, so a text's answer does not depend on its batch or on padding.
-- Inputs input_ids, attention_mask, token_type_ids: int64 [batch, sequence], sequence <= max_positions. Outputs,
-  float32: sentence_embedding [batch, hidden] (pooled, normalised) and last_hidden_state [batch, sequence, hidden]
-  for embedders; logits [batch, labels], [batch, sequence, labels] or [batch, sequence, pieces] for the others.
+Inputs input_ids, attention_mask, token_type_ids: int64 [batch, sequence], sequence <= max_positions. Outputs, float32:
+sentence_embedding [batch, hidden] (pooled, normalised) and last_hidden_state [batch, sequence, hidden] for embedders;
+logits [batch, labels], [batch, sequence, labels] or [batch, sequence, pieces] for the others.
 """
 
 from dataclasses import dataclass
@@ -21,7 +17,7 @@ import onnx
 from onnx import TensorProto, helper, numpy_helper
 from transformers import BertConfig
 
-from vocabshrink.models.rounding import Quantized, pack, quantize
+from vocabshrink.models.rounding import Quantized, quantize
 from vocabshrink.run.formats import format_of
 
 # hidden_act of the config -> Gelu's attribute "approximate"; None is Relu
@@ -42,19 +38,15 @@ class Graph:
     """Nodes and initialisers in the order they are made; weights are stored in the format of their class."""
 
     def __init__(self, formats: dict[str, str], kernel: str = "unsigned"):
-        self.formats, self.kernel = formats, kernel
+        self.formats, self.kernel, self.known = formats, kernel, set()
         self.nodes: list[onnx.NodeProto] = []
         self.initializers: list[onnx.TensorProto] = []
-        self.known: set[str] = set()
 
-    def node(
-        self, kind: str, inputs: list[str], outputs: int | list[str] = 1, domain: str = "", **attributes
-    ) -> str | list[str]:
-        """Add a node; its output's name, or the list of them when there are several."""
-        if isinstance(outputs, int):
-            outputs = [f"{len(self.nodes)}" if i == 0 else f"{len(self.nodes)}_{i}" for i in range(outputs)]
+    def node(self, kind: str, inputs: list[str], outputs: list[str] | None = None, domain="", **attributes) -> str:
+        """Add a node; its (first) output's name."""
+        outputs = outputs or [str(len(self.nodes))]
         self.nodes.append(helper.make_node(kind, inputs, outputs, domain=domain, **attributes))
-        return outputs[0] if len(outputs) == 1 else outputs
+        return outputs[0]
 
     def array(self, name: str, values: np.ndarray) -> str:
         if name not in self.known:
@@ -65,30 +57,29 @@ class Graph:
     def integers(self, *values: int) -> str:
         return self.array("i" + ",".join(map(str, values)), np.array(values, dtype=np.int64))
 
-    def scalar(self, value: int) -> str:
-        return self.array(f"s{value}", np.array(value, dtype=np.int64))
+    def number(self, value: float, kind: str = "f") -> str:
+        """A scalar: float32, or another kind: "s" int64, "u" uint8, "z" int8."""
+        dtype = {"f": np.float32, "s": np.int64, "u": np.uint8, "z": np.int8}[kind]
+        return self.array(f"{kind}{value}", np.array(value, dtype=dtype))
 
-    def number(self, value: float) -> str:
-        return self.array(f"f{value}", np.array(value, dtype=np.float32))
-
-    def cast(self, name: str, kind: int = TensorProto.FLOAT) -> str:
-        return self.node("Cast", [name], to=kind)
+    def cast(self, name: str) -> str:
+        return self.node("Cast", [name], to=TensorProto.FLOAT)
 
     def vector(self, name: str, values: np.ndarray) -> str:
         if format_of(name, 1, self.formats) == "fp32":
             return self.array(name, values)
         return self.cast(self.array(name, values.astype(np.float16)))
 
-    def stored(self, name: str, values: np.ndarray, *shape: int) -> str:
-        """The array `name`, made of `values` unless `gather` has stored it already, in this shape."""
-        if name in self.known:
+    def stored(self, name: str, values: np.ndarray, shape: tuple[int, ...] | None = None) -> str:
+        """The array `name`, made of `values` unless `gather` has stored it already; in `shape`, or else transposed."""
+        if name not in self.known:
+            return self.array(name, values.reshape(shape) if shape else values.T)
+        if shape:
             return self.node("Reshape", [name, self.integers(*shape)])
-        return self.array(name, values.reshape(shape))
+        return self.node("Transpose", [name], perm=[1, 0])
 
-    def transposed(self, name: str, values: np.ndarray) -> str:
-        if name in self.known:
-            return self.node("Transpose", [name], perm=[1, 0])
-        return self.array(name, values.T)
+    def scales(self, name: str, quantized: Quantized) -> str:
+        return self.cast(self.stored(name + ".s", quantized.scales, (-1,)))
 
     def gather(self, name: str, table: np.ndarray, ids: str, rank: int = 2) -> str:
         """Rows of table [rows, columns] -> float32 [..., columns]; rank: how many dimensions ids has."""
@@ -97,77 +88,66 @@ class Graph:
             rows = self.node("Gather", [self.array(name, table.astype(FLOATS[format])), ids])
             return rows if format == "fp32" else self.cast(rows)
         quantized = quantize(table, format)
-        codes = self.array(name, self.codes(quantized))
-        scales = self.array(name + ".s", quantized.scales)
+        codes, scales = self.array(name, self.codes(quantized)), self.array(name + ".s", quantized.scales)
+        picked = self.node("Gather", [codes, ids])
         if quantized.bits == 8:
-            rows = self.cast(self.node("Gather", [codes, ids]))
+            rows = self.cast(picked)
             if self.kernel == "unsigned":
                 rows = self.node("Sub", [rows, self.number(128.0)])
-            rows = self.node("Mul", [rows, self.cast(self.node("Gather", [scales, ids]))])
-        else:
-            # not GatherBlockQuantized: the WebAssembly build that transformers.js takes by itself has no kernel for it
-            size, groups, last = quantized.group_size, quantized.scales.shape[1], self.integers(-1)
-            kept = [0] * rank  # Reshape leaves these dimensions as they are
-            picked = self.node("Gather", [codes, ids])
-            halves = [
-                self.node("BitwiseAnd", [picked, self.array("u15", np.array(15, dtype=np.uint8))]),
-                self.node("BitShift", [picked, self.array("u4", np.array(4, dtype=np.uint8))], direction="RIGHT"),
-            ]
-            pairs = self.node("Concat", [self.node("Unsqueeze", [half, last]) for half in halves], axis=-1)
-            rows = self.node("Reshape", [self.cast(pairs), self.integers(*kept, groups, size)])
-            factors = self.node("Unsqueeze", [self.cast(self.node("Gather", [scales, ids])), last])
-            rows = self.node("Mul", [self.node("Sub", [rows, self.number(8.0)]), factors])
-            rows = self.node("Reshape", [rows, self.integers(*kept, groups * size)])
-        if quantized.bits == 4 and columns % quantized.group_size:
+            return self.node("Mul", [rows, self.cast(self.node("Gather", [scales, ids]))])
+        # not GatherBlockQuantized: the WebAssembly build that transformers.js takes by itself has no kernel for it
+        size, groups, last = quantized.group_size, quantized.scales.shape[1], self.integers(-1)
+        kept = [0] * rank  # Reshape leaves these dimensions as they are
+        low = self.node("BitwiseAnd", [picked, self.number(15, "u")])
+        high = self.node("BitShift", [picked, self.number(4, "u")], direction="RIGHT")
+        pairs = self.node("Concat", [self.node("Unsqueeze", [half, last]) for half in (low, high)], axis=-1)
+        rows = self.node("Reshape", [self.cast(pairs), self.integers(*kept, groups, size)])
+        factors = self.node("Unsqueeze", [self.cast(self.node("Gather", [scales, ids])), last])
+        rows = self.node("Mul", [self.node("Sub", [rows, self.number(8.0)]), factors])
+        rows = self.node("Reshape", [rows, self.integers(*kept, groups * size)])
+        if columns % size:
             rows = self.node("Slice", [rows, self.integers(0), self.integers(columns), self.integers(-1)])
         return rows
 
     def codes(self, quantized: Quantized) -> np.ndarray:
-        """8 bits: codes [rows, columns]. 4 bits: packed, [rows, bytes], 8 standing for zero; whole groups."""
-        codes, zero = quantized.codes, 2 ** (quantized.bits - 1)
+        """8 bits: [rows, columns]. 4 bits, where 8 stands for zero: two in a byte, the first one low; whole groups."""
+        codes = quantized.codes
         if quantized.bits == 8:
-            return codes if self.kernel != "unsigned" else (codes.astype(np.int16) + zero).astype(np.uint8)
-        filled = np.pad(codes, ((0, 0), (0, -codes.shape[1] % quantized.group_size)))
-        return pack(filled.astype(np.int16) + zero, quantized.bits)
+            return codes if self.kernel != "unsigned" else (codes.astype(np.int16) + 128).astype(np.uint8)
+        nibbles = 8 + np.pad(codes, ((0, 0), (0, -codes.shape[1] % quantized.group_size))).astype(np.uint8)
+        return nibbles[:, ::2] | nibbles[:, 1::2] << 4
 
     def linear(self, name: str, weight: np.ndarray, bias: np.ndarray, hidden: str) -> str:
-        """hidden [..., columns] times weight [rows, columns] transposed, plus bias [rows].
-
-        Where `name` is a table that `gather` has stored, as in a tied decoder, that array is read.
-        """
+        """hidden [..., columns] @ weight [rows, columns].T + bias [rows]; by the array that `gather` stored, if any."""
         format = format_of(name, 2, self.formats)
         if format in FLOATS:
-            values = self.transposed(name, weight.astype(FLOATS[format]))
+            values = self.stored(name, weight.astype(FLOATS[format]))
             product = self.node("MatMul", [hidden, values if format == "fp32" else self.cast(values)])
+        elif format == "int8":
+            product = self.product_of_8_bits(name, quantize(weight, format), hidden)
         else:
-            quantized = quantize(weight, format)
-            multiply = self.product_of_4_bits if quantized.bits == 4 else self.product_of_8_bits
-            product = multiply(name, quantized, hidden)
+            # Accuracy level 0, the default, does not round activations. At level 4 native kernels do and WebAssembly's
+            # do not: browser and server would differ by 0.009 a component, and a vector by what shares its batch.
+            quantized, (rows, columns) = quantize(weight, format), weight.shape
+            size, scales = quantized.group_size, self.scales(name, quantized)
+            inputs = [hidden, self.stored(name, self.codes(quantized), (rows, -(-columns // size), size // 2)), scales]
+            sizes = {"K": columns, "N": rows, "bits": 4, "block_size": size}
+            product = self.node("MatMulNBits", inputs, domain="com.microsoft", **sizes)
         return self.node("Add", [product, self.vector(name + ".b", bias)])
-
-    def product_of_4_bits(self, name: str, quantized: Quantized, hidden: str) -> str:
-        # Accuracy level 0, the default, does not round activations. At level 4 native kernels do and WebAssembly's do
-        # not: browser and server would differ by 0.009 a component, and a text's vector by what shares its batch.
-        (rows, columns), size = quantized.codes.shape, quantized.group_size
-        codes, scales = self.codes(quantized), self.cast(self.stored(name + ".s", quantized.scales, -1))
-        inputs = [hidden, self.stored(name, codes, rows, -(-columns // size), size // 2), scales]
-        return self.node("MatMulNBits", inputs, domain="com.microsoft", K=columns, N=rows, bits=4, block_size=size)
 
     def product_of_8_bits(self, name: str, quantized: Quantized, hidden: str) -> str:
         codes = self.codes(quantized)
         if self.kernel == "float":
-            weight = self.cast(self.transposed(name, codes))
-            scales = self.cast(self.stored(name + ".s", quantized.scales, -1))
-            return self.node("MatMul", [hidden, self.node("Mul", [weight, scales])])
-        middle = self.array("u128", np.array(128, dtype=np.uint8))
+            weight = self.node("Mul", [self.cast(self.stored(name, codes)), self.scales(name, quantized)])
+            return self.node("MatMul", [hidden, weight])
+        middle = self.number(128, "u")
         extreme = self.node("ReduceMax", [self.node("Abs", [hidden]), self.integers(-1)], keepdims=1)
-        extreme = self.node("Max", [extreme, self.number(1e-12)])
-        step = self.number(1 / 127)
+        extreme, step = self.node("Max", [extreme, self.number(1e-12)]), self.number(1 / 127)
         rounded = self.node("QuantizeLinear", [self.node("Div", [hidden, extreme]), step, middle])
         row_scale = self.node("Mul", [extreme, step])
-        zero = middle if self.kernel == "unsigned" else self.array("i0", np.array(0, dtype=np.int8))
-        product = self.cast(self.node("MatMulInteger", [rounded, self.transposed(name, codes), middle, zero]))
-        scales = self.cast(self.stored(name + ".s", quantized.scales, -1))
+        zero = middle if self.kernel == "unsigned" else self.number(0, "z")
+        product = self.cast(self.node("MatMulInteger", [rounded, self.stored(name, codes), middle, zero]))
+        scales = self.scales(name, quantized)
         return self.node("Mul", [self.node("Mul", [product, row_scale]), scales])
 
 
@@ -179,7 +159,7 @@ class Encoder:
     state: dict[str, np.ndarray]
     config: BertConfig
 
-    def layer_norm(self, name: str, hidden: str, outputs: int | list[str] = 1) -> str:
+    def layer_norm(self, name: str, hidden: str, outputs: list[str] | None = None) -> str:
         vectors = [self.graph.vector(f"{name}.{part}", self.state[f"{name}.{part}"]) for part in ("weight", "bias")]
         epsilon = self.config.layer_norm_eps
         return self.graph.node("LayerNormalization", [hidden, *vectors], outputs, axis=-1, epsilon=epsilon)
@@ -188,21 +168,20 @@ class Encoder:
         return self.graph.linear(name, self.state[name + ".weight"], self.state[name + ".bias"], hidden)
 
     def activated(self, hidden: str) -> str:
-        approximate = ACTIVATIONS[self.config.hidden_act]
-        if approximate is None:
-            return self.graph.node("Relu", [hidden])
-        return self.graph.node("Gelu", [hidden], approximate=approximate)
-
-    def looked_up(self, name: str, ids: str, rank: int = 2) -> str:
-        return self.graph.gather(f"{name}_embeddings", self.state[f"embeddings.{name}_embeddings.weight"], ids, rank)
+        if approximate := ACTIVATIONS[self.config.hidden_act]:
+            return self.graph.node("Gelu", [hidden], approximate=approximate)
+        return self.graph.node("Relu", [hidden])
 
     def embeddings(self) -> str:
         graph = self.graph
         length = graph.node("Shape", ["input_ids"], start=1, end=2)
-        places = graph.node("Range", [graph.scalar(0), graph.node("Squeeze", [length]), graph.scalar(1)])
-        words, types = self.looked_up("word", "input_ids"), self.looked_up("token_type", "token_type_ids")
-        total = graph.node("Add", [graph.node("Add", [words, types]), self.looked_up("position", places, 1)])
-        return self.layer_norm("embeddings.LayerNorm", total)
+        places = graph.node("Range", [graph.number(0, "s"), graph.node("Squeeze", [length]), graph.number(1, "s")])
+
+        def rows(name: str, ids: str, rank: int = 2) -> str:
+            return graph.gather(f"{name}_embeddings", self.state[f"embeddings.{name}_embeddings.weight"], ids, rank)
+
+        total = graph.node("Add", [rows("word", "input_ids"), rows("token_type", "token_type_ids")])
+        return self.layer_norm("embeddings.LayerNorm", graph.node("Add", [total, rows("position", places, 1)]))
 
     def attention(self, name: str, hidden: str, bias: str, scale: str) -> str:
         """bias: 0 for pieces and -1e9 for padding, [batch, 1, 1, sequence]; scale: of the queries."""
@@ -212,43 +191,41 @@ class Encoder:
             shape = graph.integers(0, 0, heads, width // heads)
             return graph.node("Transpose", [graph.node("Reshape", [states, shape])], perm=order)
 
-        parts = [f"{name}.self.{part}" for part in ("query", "key", "value")]
         # Rows are rounded one by one, so the three matrices become one product without a change of value.
         weight, offset = (
-            np.concatenate([self.state[f"{part}.{kind}"] for part in parts]) for kind in ("weight", "bias")
+            np.concatenate([self.state[f"{name}.self.{part}.{kind}"] for part in ("query", "key", "value")])
+            for kind in ("weight", "bias")
         )
         joint = graph.linear(f"{name}.self", weight, offset, hidden)
-        query, key, value = graph.node("Split", [joint], 3, axis=-1, num_outputs=3)
+        query, key, value = (f"{len(graph.nodes)}{suffix}" for suffix in ("", "_1", "_2"))
+        graph.node("Split", [joint], [query, key, value], axis=-1, num_outputs=3)
         query = heads_of(graph.node("Mul", [query, scale]), [0, 2, 1, 3])
         scores = graph.node("MatMul", [query, heads_of(key, [0, 2, 3, 1])])
         attention = graph.node("Softmax", [graph.node("Add", [scores, bias])], axis=-1)
         context = graph.node("MatMul", [attention, heads_of(value, [0, 2, 1, 3])])
         context = graph.node("Transpose", [context], perm=[0, 2, 1, 3])
-        context = graph.node("Reshape", [context, graph.integers(0, 0, width)])
-        return self.linear(f"{name}.output.dense", context)
+        return self.linear(f"{name}.output.dense", graph.node("Reshape", [context, graph.integers(0, 0, width)]))
 
-    def layer(self, name: str, hidden: str, bias: str, scale: str, outputs: int | list[str]) -> str:
+    def layer(self, name: str, hidden: str, bias: str, scale: str, outputs: list[str] | None) -> str:
         context = self.attention(f"{name}.attention", hidden, bias, scale)
         hidden = self.layer_norm(f"{name}.attention.output.LayerNorm", self.graph.node("Add", [context, hidden]))
         inner = self.activated(self.linear(f"{name}.intermediate.dense", hidden))
         outer = self.graph.node("Add", [self.linear(f"{name}.output.dense", inner), hidden])
         return self.layer_norm(f"{name}.output.LayerNorm", outer, outputs)
 
-    def logits(self, task: str, hidden: str) -> int:
-        """Adds the head of a task that is no embedding; the number of columns of its output "logits"."""
+    def logits(self, task: str, hidden: str) -> None:
+        """Adds the head of a task that is no embedding, and its output "logits"."""
         if task == "fill-mask":
-            transform = "cls.predictions.transform"
-            hidden = self.activated(self.linear(f"{transform}.dense", hidden))
-            hidden = self.layer_norm(f"{transform}.LayerNorm", hidden)
+            hidden = self.activated(self.linear("cls.predictions.transform.dense", hidden))
+            hidden = self.layer_norm("cls.predictions.transform.LayerNorm", hidden)
             table, bias = self.state["embeddings.word_embeddings.weight"], self.state["cls.predictions.bias"]
-            logits = self.graph.linear("word_embeddings", table, bias, hidden)
+            hidden = self.graph.linear("word_embeddings", table, bias, hidden)
         else:
             if task == "classification":
-                first = self.graph.node("Gather", [hidden, self.graph.scalar(0)], axis=1)
+                first = self.graph.node("Gather", [hidden, self.graph.number(0, "s")], axis=1)
                 hidden = self.graph.node("Tanh", [self.linear("pooler.dense", first)])
-            table, logits = self.state["classifier.weight"], self.linear("classifier", hidden)
-        self.graph.node("Identity", [logits], ["logits"])
-        return len(table)
+            hidden = self.linear("classifier", hidden)
+        self.graph.node("Identity", [hidden], ["logits"])
 
 
 def build_graph(
@@ -261,24 +238,23 @@ def build_graph(
     normalize: bool = True,
     kernel: str = KERNELS[0],
 ) -> onnx.ModelProto:
-    """The ONNX model of a BERT whose parameters are `state` (transformers' names less "bert.", float32 arrays)."""
-    graph = Graph(formats, kernel)
-    encoder = Encoder(graph, state, config)
-    hidden = encoder.embeddings()
-    mask = graph.cast("attention_mask")
+    """The ONNX model of a BERT with the parameters `state`, see `Encoder`."""
+    encoder = Encoder(graph := Graph(formats, kernel), state, config)
+    hidden, mask = encoder.embeddings(), graph.cast("attention_mask")
     bias = graph.node("Mul", [graph.node("Sub", [mask, graph.number(1.0)]), graph.number(1e9)])
     bias = graph.node("Unsqueeze", [bias, graph.integers(1, 2)])
     scale = graph.number((config.hidden_size // config.num_attention_heads) ** -0.5)
+    final = {config.num_hidden_layers - 1: ["last_hidden_state"]} if task == "embedding" else {}
     for number in range(config.num_hidden_layers):
-        last = task == "embedding" and number == config.num_hidden_layers - 1
-        hidden = encoder.layer(f"encoder.layer.{number}", hidden, bias, scale, ["last_hidden_state"] if last else 1)
+        hidden = encoder.layer(f"encoder.layer.{number}", hidden, bias, scale, final.get(number))
     axes: list[str | int] = ["batch", "sequence"]
     if task == "embedding":
         pool(graph, hidden, mask, pooling, normalize)
         width = config.hidden_size
         outputs = {"sentence_embedding": ["batch", width], "last_hidden_state": [*axes, width]}
     else:
-        columns = encoder.logits(task, hidden)
+        encoder.logits(task, hidden)
+        columns = config.vocab_size if task == "fill-mask" else config.num_labels
         outputs = {"logits": [*axes[: 1 if task == "classification" else 2], columns]}
     names = ("input_ids", "attention_mask", "token_type_ids")
     inputs = [helper.make_tensor_value_info(name, TensorProto.INT64, axes) for name in names]
@@ -291,12 +267,10 @@ def build_graph(
 def pool(graph: Graph, hidden: str, mask: str, pooling: str, normalize: bool) -> None:
     """Add the nodes from the last hidden states to sentence_embedding."""
     if pooling == "cls":
-        first = graph.node("Gather", [hidden, graph.integers(0)], axis=1)
-        pooled = graph.node("Squeeze", [first, graph.integers(1)])
+        pooled = graph.node("Squeeze", [graph.node("Gather", [hidden, graph.integers(0)], axis=1), graph.integers(1)])
     else:
         present = graph.node("Unsqueeze", [mask, graph.integers(-1)])
-        kept = graph.node("Mul", [hidden, present])
-        summed = graph.node("ReduceSum", [kept, graph.integers(1)], keepdims=0)
+        summed = graph.node("ReduceSum", [graph.node("Mul", [hidden, present]), graph.integers(1)], keepdims=0)
         count = graph.node("ReduceSum", [present, graph.integers(1)], keepdims=0)
         pooled = graph.node("Div", [summed, graph.node("Max", [count, graph.number(1e-9)])])
     if normalize:

@@ -1,8 +1,7 @@
 """The headline table: teacher, untrained student, trained student and delivery, side by side, on held-out text.
 
-The delivery is measured as its users run it: from text, through its own tokenizer and graph, without torch. Latency
-compares like with like: teacher and delivery both in onnxruntime, one sentence at a time, on one thread. A teacher that
-cannot be exported has no latency.
+The delivery is measured as its users run it: from text, through its own tokenizer and graph, without torch. Latency is
+of teacher (where it can be exported) and delivery in onnxruntime, one sentence at a time, on one thread.
 """
 
 import statistics
@@ -14,7 +13,7 @@ from pathlib import Path
 from tokenizer_build.errors import InputError
 from vocabshrink.data.held_out import Embed, HeldOut, RatedPairs
 from vocabshrink.delivery.export import ExportSettings, export_model
-from vocabshrink.models.embedder import torch_embedder
+from vocabshrink.models.forward import torch_embedder
 from vocabshrink.models.loading import load_config, read_backbone
 from vocabshrink.runtime.delivery import load
 
@@ -29,24 +28,20 @@ def measure_systems(
 
     folders: of "teacher", "untrained", "trained" and "delivered".
     """
-    delivery = load(folders["delivered"])
-    embedders: dict[str, Embed] = {
-        name: delivery.embed
-        if name == "delivered"
-        else torch_embedder(read_backbone(folder), folder, pooling, normalize, max_length=LONGEST)
-        for name, folder in folders.items()
-    }
+    delivery, teacher, embedders = load(folders["delivered"]), folders["teacher"], {}
+    for name in ("teacher", "untrained", "trained"):
+        backbone, folder = read_backbone(folders[name]), folders[name]
+        embedders[name] = torch_embedder(backbone, folder, pooling, normalize, max_length=LONGEST)
+    embedders["delivered"] = delivery.embed
     vectors = {name: embed(held_out.texts) for name, embed in embedders.items()}
-    teacher, students = vectors.pop("teacher"), vectors
+    target = vectors.pop("teacher")
+    weights = sum(path.stat().st_size for path in teacher.glob("*.safetensors"))
+    times = teacher_latency(teacher, held_out.texts, pooling, normalize)
     figures = {
-        "bytes": {
-            "teacher": sum(path.stat().st_size for path in folders["teacher"].glob("*.safetensors")),
-            "delivered": delivery.manifest["delivery_bytes"],
-        },
-        "rank_agreement": {name: held_out.rank_agreement(found, teacher) for name, found in students.items()},
-        "neighbour_overlap": {name: held_out.neighbour_overlap(found, teacher) for name, found in students.items()},
-        "latency_ms": teacher_latency(folders["teacher"], held_out.texts, pooling, normalize)
-        | {"delivered": latency(delivery.embed, held_out.texts)},
+        "bytes": {"teacher": weights, "delivered": delivery.manifest["delivery_bytes"]},
+        "rank_agreement": {name: held_out.rank_agreement(found, target) for name, found in vectors.items()},
+        "neighbour_overlap": {name: held_out.neighbour_overlap(found, target) for name, found in vectors.items()},
+        "latency_ms": times | {"delivered": latency(delivery.embed, held_out.texts)},
     }
     for name, pairs in rated.items():
         figures[name] = {system: pairs.spearman(embed) for system, embed in embedders.items()}
@@ -55,12 +50,11 @@ def measure_systems(
 
 def teacher_latency(folder: Path, texts: list[str], pooling: str, normalize: bool) -> dict[str, float]:
     """{"teacher": milliseconds} of the teacher as a float32 graph; {} and a word on stderr where it cannot be one."""
-    positions = min(LONGEST, load_config(folder).max_position_embeddings)
     with tempfile.TemporaryDirectory() as place:
         try:
-            settings = ExportSettings("embedding", "fp32", positions, pooling, normalize)
-            export_model(folder, Path(place) / "teacher", settings)
-            return {"teacher": latency(load(Path(place) / "teacher").embed, texts)}
+            positions = min(LONGEST, load_config(folder).max_position_embeddings)
+            export_model(folder, place, ExportSettings("embedding", "fp32", positions, pooling, normalize))
+            return {"teacher": latency(load(Path(place)).embed, texts)}
         except InputError as error:
             print(f"the teacher's latency is left out: {error}", file=sys.stderr)
             return {}

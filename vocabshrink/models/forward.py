@@ -1,22 +1,24 @@
-"""A pass through a backbone, and the pooling of what it gives: pieces into units, pieces into a sentence.
+"""A pass through a backbone, and the pooling of what it gives: pieces into units (words), pieces into a sentence.
 
 Losses of attention need each layer's queries, keys and values. They are read by hooks on the layers that compute them,
 so that transformers' fast attention stays in use, which never shows its scores. This costs a table of where each family
-has these layers, and leaves out families whose scores are more than Q K^T / sqrt(d).
-
-Student and teacher cut words into different pieces. Whatever is compared between them is pooled into units (words)
-first; the sums are float32 under autocast too.
+has these layers, and leaves out families whose scores are more than Q K^T / sqrt(d). Student and teacher cut words into
+different pieces, so whatever is compared is pooled into units first, in float32 under autocast too.
 """
 
 from collections.abc import Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from tokenizer_build.errors import InputError
+from tokenizer_build.tokenizer import load_tokenizer
+from vocabshrink.data.held_out import Embed
 from vocabshrink.data.pieces import Pieces
 
 
@@ -24,8 +26,7 @@ from vocabshrink.data.pieces import Pieces
 class Pass:
     """What a backbone's pass gave. hidden: all hidden states [B, T, D], embedding output first, or the last one only.
 
-    queries, keys, values: for each layer [B, T, D], all heads side by side, in the dtype of the pass (bfloat16 under
-    autocast); index 0 is layer 1. None where not asked for.
+    queries, keys, values: of each layer [B, T, D], heads side by side, in the dtype of the pass; None if not asked for.
     """
 
     hidden: tuple[Tensor, ...]
@@ -34,9 +35,9 @@ class Pass:
     values: tuple[Tensor, ...] | None = None
 
 
-BERT_PROJECTIONS = ("attention.self.query", "attention.self.key", "attention.self.value")
 # Where each family keeps the layers that give queries, keys and values. Only families whose scores are Q K^T / sqrt(d)
 # and nothing else: MPNet and DeBERTa add relative positions, ModernBERT rotates.
+BERT_PROJECTIONS = ("attention.self.query", "attention.self.key", "attention.self.value")
 PROJECTIONS = dict.fromkeys(("bert", "roberta", "xlm-roberta", "camembert"), BERT_PROJECTIONS) | {
     "distilbert": ("attention.q_lin", "attention.k_lin", "attention.v_lin"),
     "albert": ("attention.query", "attention.key", "attention.value"),
@@ -46,31 +47,29 @@ PROJECTIONS = dict.fromkeys(("bert", "roberta", "xlm-roberta", "camembert"), BER
 def check_attention(config) -> tuple[str, ...]:
     """Where the family's layers compute queries, keys and values. Raises InputError where that is not known."""
     if config.model_type not in PROJECTIONS or getattr(config, "inner_group_num", 1) != 1:  # ALBERT's layers in a layer
-        raise InputError(
-            f"{config.model_type}: where its attention is computed is not known, so no loss can read it: choose "
-            f"losses of hidden states, or a model among {', '.join(PROJECTIONS)}"
-        )
+        remedy = f"choose losses of hidden states, or a model among {', '.join(PROJECTIONS)}"
+        raise InputError(f"{config.model_type}: where its attention is computed is not known: {remedy}")
     return PROJECTIONS[config.model_type]
+
+
+def first_position(config) -> int:
+    """Row of the first position: RoBERTa-like models begin to count behind the padding id."""
+    return config.pad_token_id + 1 if config.model_type in ("roberta", "xlm-roberta", "camembert", "mpnet") else 0
 
 
 @contextmanager
 def hooked(modules: Iterable[nn.Module], *, inputs: bool = False) -> Iterator[list[Tensor]]:
     """A list that fills with each module's output, or its first input, in the order in which they run."""
     found: list[Tensor] = []
-    handles = [
-        module.register_forward_hook(lambda _, taken, given: found.append(taken[0] if inputs else given))
-        for module in modules
-    ]
-    try:
+    with ExitStack() as handles:
+        for module in modules:
+            hook = module.register_forward_hook(lambda _, taken, given: found.append(taken[0] if inputs else given))
+            handles.callback(hook.remove)
         yield found
-    finally:
-        for handle in handles:
-            handle.remove()
 
 
 CHUNKS = 4  # of a batch whose sequences differ much in length
-# and that has so many positions: 32 short sentences take a quarter longer in four small passes than padded in one
-LEAST_POSITIONS = 4096
+LEAST_POSITIONS = 4096  # of such a batch: 32 short sentences take a quarter longer in four passes than padded in one
 
 
 def run_backbone(
@@ -78,15 +77,12 @@ def run_backbone(
 ) -> Pass:
     """A pass over ids, or over embeddings [B, T, D_E] made outside: all hidden states (`layers`) or the last only.
 
-    Token types are read by models that tell two types apart. A batch of near sentences has halves beside wholes: where
-    a fifth or more of a large one would be padding, it is run in chunks of similar length, which a test holds equal to
-    the plain pass. Raises InputError: see `check_attention`.
+    A large batch of which a fifth or more is padding is run in chunks of similar length. Raises: see `check_attention`.
     """
     size, width = side.ids.shape
     places = check_attention(backbone.config) if qkv else ()
-    projections = [
-        [module for name, module in backbone.named_modules() if name.endswith(f".{place}")] for place in places
-    ]
+    named = list(backbone.named_modules())
+    projections = [[module for name, module in named if name.endswith(f".{place}")] for place in places]
     tensors = {"input_ids": side.ids} if embeddings is None else {"inputs_embeds": embeddings}
     if side.token_types is not None and getattr(backbone.config, "type_vocab_size", 0) > 1:
         tensors["token_type_ids"] = side.token_types
@@ -113,15 +109,59 @@ def run_backbone(
     return Pass(*(None if field[0] is None else tuple(map(join, zip(*field, strict=True))) for field in fields))
 
 
+POOLINGS = ("mean", "cls")
+
+
 def pool_sentence(hidden: Tensor, attention_mask: Tensor, pooling: str, normalize: bool) -> Tensor:
     """[B, T, D], [B, T] -> sentence embedding [B, D] in float32."""
     hidden = hidden.float()
-    if pooling == "cls":
-        vector = hidden[:, 0]
-    else:
-        mask = attention_mask.unsqueeze(-1).to(hidden.dtype)
-        vector = (hidden * mask).sum(1) / mask.sum(1).clamp_min(1)
+    mask = attention_mask.unsqueeze(-1).to(hidden.dtype)
+    vector = hidden[:, 0] if pooling == "cls" else (hidden * mask).sum(1) / mask.sum(1).clamp_min(1)
     return F.normalize(vector, dim=-1) if normalize else vector
+
+
+def module_files(width: int, positions: int, pooling: str, normalize: bool) -> dict[str, list | dict]:
+    """{file: JSON content} beside a model of `width` dimensions that reads `positions` pieces."""
+    modules = [("", "Transformer"), ("1_Pooling", "Pooling")] + [("2_Normalize", "Normalize")] * normalize
+    modes = {"cls_token": "cls", "mean_tokens": "mean", "max_tokens": None, "mean_sqrt_len_tokens": None}
+    return {
+        "modules.json": [
+            {"idx": i, "name": str(i), "path": path, "type": f"sentence_transformers.models.{kind}"}
+            for i, (path, kind) in enumerate(modules)
+        ],
+        "sentence_bert_config.json": {"max_seq_length": positions, "do_lower_case": False},
+        "1_Pooling/config.json": {"word_embedding_dimension": width}
+        | {f"pooling_mode_{mode}": pooling == name for mode, name in modes.items()},
+    }
+
+
+def torch_embedder(
+    backbone, tokenizer_folder: Path, pooling: str, normalize: bool, *, max_length: int, batch_size: int = 64
+) -> Embed:
+    """Texts -> [n, D] float32 by a model and a folder's tokenizer, which cuts at `max_length` or the model's positions.
+
+    Sorted by length, texts need little padding; bfloat16's error is far below the differences between models.
+    """
+    config, tokenizer = backbone.config, load_tokenizer(tokenizer_folder)
+    positions = getattr(config, "max_position_embeddings", None)
+    tokenizer.enable_truncation(min(max_length, positions - first_position(config)) if positions else max_length)
+    tokenizer.enable_padding(pad_id=config.pad_token_id or 0)
+
+    @torch.no_grad()
+    def embed(texts: list[str]) -> np.ndarray:
+        device = next(backbone.parameters()).device
+        order = np.argsort([len(text) for text in texts], kind="stable")
+        vectors = []
+        for start in range(0, len(texts), batch_size):
+            encodings = tokenizer.encode_batch([texts[i] for i in order[start : start + batch_size]])
+            ids = torch.tensor([e.ids for e in encodings], device=device)
+            mask = torch.tensor([e.attention_mask for e in encodings], device=device)
+            with torch.autocast(device.type, torch.bfloat16):
+                hidden = run_backbone(backbone, Pieces(ids, mask, units=ids)).hidden[-1]
+            vectors.append(pool_sentence(hidden, mask, pooling, normalize).cpu().numpy())
+        return np.concatenate(vectors)[np.argsort(order)]
+
+    return embed
 
 
 def pool_units(hidden: Tensor, units: Tensor, count: int, *, total: bool = False) -> Tensor:
@@ -141,13 +181,12 @@ def pool_units(hidden: Tensor, units: Tensor, count: int, *, total: bool = False
 def pool_attention(maps: Tensor, units: Tensor, count: int, *, scores: bool = False) -> Tensor:
     """Attention between pieces as attention between units. maps [B, h, T, T], units [B, T] -> [B, h, U, U] float32.
 
-    What a unit attends with is the mean over its pieces. What it attends to is, for distributions, the sum over the
-    target's pieces, so that rows still sum to one; for `scores` (before the softmax) their mean.
+    A unit attends with the mean over its pieces and to the sum over the target's, so that rows still sum to one; for
+    `scores` (before the softmax) to their mean.
     """
-    heads = maps.shape[1]
 
     def pool(maps, total):  # [B, h, T, X] -> [B, h, X, U]
         pooled = pool_units(maps.transpose(1, 2).flatten(2), units, count, total=total)
-        return pooled.unflatten(2, (heads, -1)).permute(0, 2, 3, 1)
+        return pooled.unflatten(2, (maps.shape[1], -1)).permute(0, 2, 3, 1)
 
     return pool(pool(maps, False), not scores)

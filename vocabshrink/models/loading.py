@@ -2,9 +2,8 @@
 
 Teachers are strangers' files. So every model is read from safetensors alone (unpickling can run code), none of a
 folder's own code is run, nobody is asked anything on stdin, the network is used by `resolve_model` alone, and whatever
-transformers stumbles over becomes one sentence. Weights are float32 whatever their files hold: training and export
-compute in float32, and half precision comes from autocast. `check_folder` judges what can be seen without reading the
-weights, which takes milliseconds; `load_model` reads them.
+transformers stumbles over becomes one sentence. Weights are float32 whatever their files hold: half precision comes
+from autocast. `check_folder` judges what can be seen without reading the weights, which takes milliseconds.
 """
 
 import hashlib
@@ -29,22 +28,17 @@ transformers_logging.disable_progress_bar()
 
 
 def resolve_model(model: str, revision: str | None = None) -> Path:
-    """The folder of a model: a local folder, `package:NAME/SUBFOLDER`, or a hub name (the only use of the network).
-
-    revision: a branch, tag or commit of a hub model. Raises InputError where there is no such model.
-    """
+    """The folder of a model: a local folder, `package:NAME/SUBFOLDER`, or a hub name (the only use of the network), for
+    which `revision` may name a branch, tag or commit. Raises InputError where there is no such model."""
+    folder = Path(model).expanduser()
     if model.startswith("package:"):
         name, _, inner = model.removeprefix("package:").partition("/")
         try:
-            spec = importlib.util.find_spec(name)
-        except (ModuleNotFoundError, ValueError):  # a dotted name without its parent, or no name
-            spec = None
-        if spec is None or not spec.submodule_search_locations:
+            (place,) = importlib.util.find_spec(name).submodule_search_locations
+        except (ModuleNotFoundError, ValueError, AttributeError, TypeError):  # not there, or no name, or no package
             missing = f"package {name} is not installed: pip install {name.replace('_', '-')}"
-            raise InputError(f"teacher.model {model}: {missing}")
-        folder = Path(next(iter(spec.submodule_search_locations))) / inner
-    else:
-        folder = Path(model).expanduser()
+            raise InputError(f"teacher.model {model}: {missing}") from None
+        folder = Path(place, inner)
     if folder.is_dir():
         if revision:
             raise InputError(f"teacher.revision: {model} is a local folder, which has no revisions: leave the key out")
@@ -53,9 +47,9 @@ def resolve_model(model: str, revision: str | None = None) -> Path:
         raise InputError(f"teacher.model {model}: no such folder")
     from huggingface_hub import snapshot_download
 
-    patterns = ["*.json", "*.safetensors", "*.txt", "*.model"]
     try:
-        return Path(snapshot_download(model, revision=revision, allow_patterns=patterns))
+        kept = ["*.json", "*.safetensors", "*.txt", "*.model"]
+        return Path(snapshot_download(model, revision=revision, allow_patterns=kept))
     except (OSError, ValueError) as error:  # all that huggingface_hub raises: no such name, no network, no access
         failure = f"neither a local folder nor to be had from the hub: {str(error).splitlines()[0]}"
         raise InputError(f"teacher.model {model}{f' at {revision}' * bool(revision)}: {failure}") from None
@@ -76,18 +70,14 @@ def load_config(folder: Path):
     with refusing(folder):
         config = AutoConfig.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
     if config.is_encoder_decoder or getattr(config, "is_decoder", False):
-        kind = "an encoder-decoder" if config.is_encoder_decoder else "a decoder"
-        raise InputError(f"{folder}: {config.model_type} is {kind}: only encoders can be teachers")
+        raise InputError(f"{folder}: {config.model_type} with a decoder: only encoders can be teachers")
     if getattr(config, "transformers_weights", None):
         raise InputError(f"{folder}/config.json: transformers_weights names other weights: call them model.safetensors")
     return config
 
 
 def load_model(loader, folder: Path, **options):
-    """`loader.from_pretrained` of a folder, in eval mode; options are the loader's own.
-
-    Raises InputError: see `weight_files`; files that transformers cannot load.
-    """
+    """`loader.from_pretrained` of a folder, in eval mode. Raises InputError for weights missing, strange or damaged."""
     weight_files(folder)
     with refusing(folder):
         return loader.from_pretrained(
@@ -107,39 +97,28 @@ def read_backbone(folder: Path) -> nn.Module:
     return load_model(AutoModel, folder)
 
 
-def meta_model(config) -> nn.Module:
-    """A headless model of a config, to ask for its parameters' names and shapes: nothing is allocated."""
-    with torch.device("meta"):
-        return AutoModel.from_config(config)
-
-
 def check_folder(folder: Path, sha256: str | None = None):
-    """The config of a teacher's folder whose parts are all there and fit together.
-
-    Raises InputError for missing config, weights or tokenizer, for another hash, and for sizes that disagree.
-    """
-    if not (folder / "config.json").is_file():
-        raise InputError(f"{folder}: not a model folder: config.json is missing")
+    """The config of a model's folder. Raises InputError for missing parts, another hash, and sizes that disagree."""
+    for name in ("config.json", "tokenizer.json"):
+        if not (folder / name).is_file():
+            raise InputError(f"{folder}: not a model folder: {name} is missing: save model and tokenizer there")
     config, tensors = load_config(folder), tensors_in(folder)
-    if not (folder / "tokenizer.json").is_file():
-        raise InputError(f"{folder}: no tokenizer.json: save the fast tokenizer there with save_pretrained")
     if sha256 and (found := weights_sha256(folder)) != sha256:
         raise InputError(f"{folder}: the weights' sha256 is {found}, teacher.sha256 is {sha256}: not the same weights")
-    with refusing(folder):
-        model = meta_model(config)
+    with refusing(folder), torch.device("meta"):  # nothing is allocated
+        model = AutoModel.from_config(config)
     stored = {name.removeprefix(f"{model.base_model_prefix}."): shape for name, (_, shape) in tensors.items()}
-    for name, value in model.named_parameters():
-        if (found := stored.get(name, value.shape)) != value.shape:
-            disagree = f"config.json gives {name} the shape {tuple(value.shape)}, the weights have {found}"
-            raise InputError(f"{folder}: {disagree}: config.json belongs to another model")
-    pieces, rows = load_tokenizer(folder).get_vocab_size(), getattr(config, "vocab_size", None)
-    if rows is not None and pieces > rows:
-        disagree = f"the tokenizer has {pieces} pieces, the model's table only {rows} rows"
-        raise InputError(f"{folder}: {disagree}: tokenizer.json belongs to another model")
+    wrong = [
+        f"config.json gives {name} the shape {tuple(value.shape)}, the weights have {stored[name]}"
+        for name, value in model.named_parameters()
+        if stored.get(name, value.shape) != value.shape
+    ]
+    pieces = load_tokenizer(folder).get_vocab_size()
+    if pieces > (rows := getattr(config, "vocab_size", pieces)):
+        wrong.append(f"the tokenizer has {pieces} pieces, the model's table only {rows} rows")
+    if wrong:
+        raise InputError(f"{folder}: {wrong[0]}: one of the two belongs to another model")
     return config
-
-
-# ------------------------------------------------------------------------------------------------ weights
 
 
 def weight_files(folder: Path) -> list[Path]:
@@ -151,18 +130,15 @@ def weight_files(folder: Path) -> list[Path]:
         return [folder / "model.safetensors"]
     index = folder / "model.safetensors.index.json"
     if not index.is_file():
-        remedy = "convert the weights with save_pretrained (pickles are not read)"
-        raise InputError(f"{folder}: no model.safetensors: {remedy}")
+        raise InputError(f"{folder}: no model.safetensors: convert the weights with save_pretrained")
     try:
         names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
-        files = [folder / name for name in names]
+        wrong = [name for name in names if Path(name).name != name or not (folder / name).is_file()]
     except (ValueError, LookupError, TypeError, AttributeError):
         raise InputError(f"{index}: not an index of shards: save the model again with save_pretrained") from None
-    for name, file in zip(names, files, strict=True):  # a snapshot's files may be links, so names decide
-        wrong = "outside the folder" if file.name != name else None if file.is_file() else "missing"
-        if wrong:
-            raise InputError(f"{index}: shard {name} is {wrong}: put all shards beside their index")
-    return files
+    if wrong:  # a snapshot's files may be links, so names decide what is outside
+        raise InputError(f"{index}: shard {wrong[0]} is missing or outside the folder: put it beside its index")
+    return [folder / name for name in names]
 
 
 def weights_sha256(folder: Path) -> str:
@@ -170,8 +146,7 @@ def weights_sha256(folder: Path) -> str:
     digest = hashlib.sha256()
     for path in weight_files(folder):
         with path.open("rb") as file:
-            while chunk := file.read(1 << 20):
-                digest.update(chunk)
+            hashlib.file_digest(file, lambda: digest)
     return digest.hexdigest()
 
 

@@ -1,9 +1,8 @@
 """Pieces of one vocabulary in the other's: the pieces that both have, and how one spells what the other has.
 
-WordPiece marks a piece inside a word with `##`, byte-level BPE and SentencePiece mark one at its start with `Ġ` or `▁`,
-and [CLS] may be <s>. Here every piece is written as WordPiece writes it, the student's form. Normalizer, pre-tokenizer
-and model of the other tokenizer are asked wherever they can be; only a WordPiece model cannot be asked about text
-inside a word.
+Here every piece is written as WordPiece writes it, the student's form: `##` marks a piece inside a word, where
+byte-level BPE and SentencePiece mark one at its start with `Ġ` or `▁`. The other tokenizer is asked wherever it can be;
+only a WordPiece model cannot be asked about text inside a word.
 """
 
 import re
@@ -12,6 +11,8 @@ import numpy as np
 import torch
 from tokenizers import Tokenizer, decoders, models
 from torch import Tensor
+
+from vocabshrink.data.lexicon import ROLES
 
 
 def piece_means(student_tokenizer: Tokenizer, teacher_tokenizer: Tokenizer, table: Tensor) -> Tensor:
@@ -22,13 +23,15 @@ def piece_means(student_tokenizer: Tokenizer, teacher_tokenizer: Tokenizer, tabl
     return rows
 
 
-ROLES = {"[PAD]": "<pad>", "[UNK]": "<unk>", "[CLS]": "<s>", "[SEP]": "</s>", "[MASK]": "<mask>"}
-NAMES = {theirs: ours for ours, theirs in ROLES.items()}
+SPECIAL = {f"[{role.upper()}]": name for role, name in ROLES.items()}  # "[CLS]" -> RoBERTa's "<s>"
+NAMES = {theirs: ours for ours, theirs in SPECIAL.items()}
+LONGEST_SPELLING = 8  # student pieces; longer ones are names and strings of signs that a teacher hardly predicts
+MARKED = re.compile(r"\[\w+\]|<[\w/|]+>")  # [CLS], <s>, [unused1]: no text spells them
 
 
 def spell(piece: str, tokenizer: Tokenizer) -> list[int]:
     """The teacher's ids for a student piece, `##` meaning "inside a word" in whatever way the teacher marks that."""
-    role = first_known(tokenizer, piece, ROLES[piece]) if piece in ROLES else None
+    role = first_known(tokenizer, piece, SPECIAL[piece]) if piece in SPECIAL else None
     if role is not None:
         return [role]
     unknown = first_known(tokenizer, "[UNK]", "<unk>") or 0
@@ -72,16 +75,10 @@ def wordpieces(word: str, tokenizer: Tokenizer, inside: bool) -> list[int]:
     return ids
 
 
-MARKED = re.compile(r"\[\w+\]|<[\w/|]+>")  # [CLS], <s>, [unused1]: no text spells them
-LONGEST_SPELLING = 8  # student pieces; longer ones are names and strings of signs that a teacher hardly predicts
-
-
 def shared_pieces(student_tokenizer: Tokenizer, teacher_tokenizer: Tokenizer) -> np.ndarray:
-    """[V_S] int64: the teacher's id of the same piece, -1 where it has none.
+    """[V_S] int64: the teacher's id of the same piece, -1 where it has none; one to one.
 
-    The same is the same text in the same place of a word: equal strings for two WordPiece vocabularies, else `the` is
-    `Ġthe` or `▁the`, `##ing` is `ing`, and a full stop the one that follows its word. One to one; special tokens agree
-    by their role.
+    The same is the same text in the same place of a word, whatever marks that place. Special tokens agree by role.
     """
     shared = np.full(max(student_tokenizer.get_vocab().values()) + 1, -1, np.int64)
     for piece, index in student_tokenizer.get_vocab().items():
@@ -94,8 +91,7 @@ def shared_pieces(student_tokenizer: Tokenizer, teacher_tokenizer: Tokenizer) ->
 def spellings(student_tokenizer: Tokenizer, teacher_tokenizer: Tokenizer) -> np.ndarray:
     """[V_T, K] int64: the student's ids that spell each teacher piece, -1 behind them; K is at most 8.
 
-    A row is all -1 for special tokens, for pieces with characters that the student does not know, for parts of a
-    character (byte-level families have them) and for spellings of more than eight pieces.
+    All -1: special tokens, parts of characters, characters that the student does not know, and longer spellings.
     """
     unknown = student_tokenizer.token_to_id("[UNK]")
     rows: list[list[int]] = [[] for _ in range(max(teacher_tokenizer.get_vocab().values()) + 1)]
@@ -109,10 +105,8 @@ def spellings(student_tokenizer: Tokenizer, teacher_tokenizer: Tokenizer) -> np.
 
 
 def as_wordpiece(piece: str, tokenizer: Tokenizer) -> str | None:
-    """The piece as WordPiece writes it: `Ġthe` and `▁the` are `the`, `ing` is `##ing`, `<s>` is `[CLS]`.
-
-    None for a piece without text of its own: a lone mark, or bytes that are no character.
-    """
+    """The piece as WordPiece writes it: `Ġthe` and `▁the` are `the`, `ing` is `##ing`, `<s>` is `[CLS]`. None for a
+    lone mark, or bytes that are no character."""
     if piece in NAMES:
         return NAMES[piece]
     if isinstance(tokenizer.model, models.WordPiece):

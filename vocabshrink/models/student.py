@@ -3,13 +3,13 @@
 Pieces start as the mean of the teacher's pieces that spell them (Gee et al. 2022, Fast Vocabulary Transfer); for a
 narrower student these means are turned onto the teacher table's principal directions, whose transpose is the way back
 up. Layers are copied by the layer map, variable by variable where shapes agree (BERT, RoBERTa, XLM-R bodies), else they
-are random, or cut out of the teacher's (`extract_*`); the returned report says which, and it goes into the log.
+are random, or cut out of the teacher's (`extract_*`); the returned report says which.
 
-Dropout is never active in training: every task keeps its models in eval mode. Distillation has a target for every
-position, and on a CPU the random numbers alone cost a third of a step. The saved config keeps BERT's usual 0.1 for
-whoever fine-tunes the student.
+Dropout is never active in training: distillation has a target for every position, and on a CPU the random numbers alone
+cost a third of a step. The saved config keeps BERT's usual 0.1 for whoever fine-tunes the student.
 """
 
+import shutil
 from collections import Counter
 from pathlib import Path
 
@@ -21,10 +21,9 @@ from tokenizer_build.errors import InputError
 from tokenizer_build.files import replacing_folder, write_json
 from tokenizer_build.tokenizer import load_tokenizer
 from vocabshrink.data.pieces import Pieces
-from vocabshrink.models.extraction import SCORES, check_extraction, cut, keep
+from vocabshrink.models.forward import first_position, module_files
 from vocabshrink.models.loading import load_model
-from vocabshrink.models.modules import copy_tokenizer, module_files
-from vocabshrink.models.projection import layer_and_tail, principal_directions
+from vocabshrink.models.projection import check_extraction, cut, keep, layer_and_tail, principal_directions, scores_of
 from vocabshrink.models.spelling import piece_means
 from vocabshrink.models.teacher import HEADS, MaskedLMHead, Teacher, eps_and_activation, load_head, new_head
 from vocabshrink.run.layer_map import layer_pairs
@@ -32,11 +31,11 @@ from vocabshrink.run.recipe import StudentSection
 
 
 def student_config(section: StudentSection, teacher_config, vocab_size: int) -> BertConfig:
-    """The student's shape: the recipe's numbers, the teacher's where the recipe is silent.
+    """The student's shape: the recipe's numbers, else the teacher's.
 
     Raises InputError for a width that the heads do not divide, and for a number that neither of them gives.
     """
-    names = "hidden_size", "num_attention_heads", "num_hidden_layers", "intermediate_size", "max_position_embeddings"
+    names = ["hidden_size", "num_attention_heads", "num_hidden_layers", "intermediate_size", "max_position_embeddings"]
     theirs = {name: getattr(teacher_config, name, None) for name in names}
     if teacher_config.model_type == "distilbert":
         theirs["intermediate_size"] = teacher_config.hidden_dim
@@ -44,19 +43,14 @@ def student_config(section: StudentSection, teacher_config, vocab_size: int) -> 
         theirs["max_position_embeddings"] -= first_position(teacher_config)
     shape = {name: getattr(section, name) or value for name, value in theirs.items()}
     if missing := [name for name, value in shape.items() if not value]:
-        theirs = f"the {teacher_config.model_type} teacher has no such number to take over"
-        raise InputError(f"student.{missing[0]}: {theirs}: write it in the recipe")
+        nothing = f"the {teacher_config.model_type} teacher has no such number"
+        raise InputError(f"student.{missing[0]}: {nothing}: write it in the recipe")
     hidden, heads = shape["hidden_size"], shape["num_attention_heads"]
     if hidden % heads:
         raise InputError(f"student: num_attention_heads {heads} does not divide hidden_size {hidden}: choose a divisor")
     eps, activation = eps_and_activation(teacher_config)
-    shape |= {"type_vocab_size": getattr(teacher_config, "type_vocab_size", 0) or 1}
-    return BertConfig(vocab_size=vocab_size, hidden_act=activation, layer_norm_eps=eps, **shape)
-
-
-def first_position(config) -> int:
-    """Row of the first position: RoBERTa-like models begin to count behind the padding id."""
-    return config.pad_token_id + 1 if config.model_type in ("roberta", "xlm-roberta", "camembert", "mpnet") else 0
+    shape |= {"vocab_size": vocab_size, "type_vocab_size": getattr(teacher_config, "type_vocab_size", 0) or 1}
+    return BertConfig(hidden_act=activation, layer_norm_eps=eps, **shape)
 
 
 def build_student(
@@ -68,9 +62,8 @@ def build_student(
     layer map `random`; what stays random altogether comes from torch's own generator.
 
     Returns: the model; the directions [D_T, D_S] that `widen` starts from (principal, or the columns of the kept
-    dimensions), or None for equal widths; a report {"embeddings": ..., "layers": ...} for the log.
-
-    Raises InputError for a shape that the teacher cannot fill, and extraction from a teacher without BERT's layers.
+    dimensions), or None for equal widths; a report {"embeddings": ..., "layers": ...} for the log. Raises InputError
+    for a shape that the teacher cannot fill, and for extraction from a teacher without BERT's layers.
     """
     tokenizer, how = load_tokenizer(tokenizer_folder), section.initialize
     config = student_config(section, teacher.config, tokenizer.get_vocab_size())
@@ -80,11 +73,9 @@ def build_student(
     table, ours = teacher.table.weight.detach(), config.hidden_size
     width = table.shape[1]
     kept, directions, turned = None, None, ""
-    if how in SCORES:
+    if how.startswith("extract_"):
         check_extraction(how, config, teacher.config)
-        if how == "extract_importance" and batch is None:
-            raise InputError("student.initialize extract_importance: there is no text to measure it on: give a batch")
-        kept = keep(SCORES[how](teacher, batch, seed), config)
+        kept = keep(scores_of(teacher, how, batch, seed), config)
         if ours < width:
             directions, turned = torch.eye(width)[:, kept["dims"]], f" in {ours} of {width} dimensions"
     elif ours < width:
@@ -93,9 +84,9 @@ def build_student(
         directions, turned = torch.eye(width, ours), f" in the first {width} columns"
     if how == "random":
         return student, directions, {"embeddings": "random", "layers": "random"}
-    if ours > teacher.config.hidden_size:
-        excess = f"student.hidden_size {ours} is over the teacher's width {teacher.config.hidden_size}"
-        raise InputError(f"{excess}: choose at most that, or student.initialize: random")
+    if ours > (most := teacher.config.hidden_size):
+        remedy = "choose at most that, or student.initialize: random"
+        raise InputError(f"student.hidden_size {ours} is over the teacher's width {most}: {remedy}")
     means = piece_means(tokenizer, load_tokenizer(teacher.folder), table)
     student.embeddings.word_embeddings.weight.data.copy_(means if directions is None else means @ directions)
     layers = copy_body(student, teacher, source_layers(section.layer_map, student, teacher, seed), kept)
@@ -105,8 +96,8 @@ def build_student(
 def source_layers(layer_map: str | list, student: BertModel, teacher: Teacher, seed: int) -> dict[int, int]:
     """Student layer -> the teacher layer that it starts from, both 0-based: the last of those that it learns from.
 
-    A map made for losses may pass a layer over (`skip`, `last_only`) or give it all of the teacher's (`emd`); such a
-    layer starts as in the uniform map. In a student deeper than its teacher, each of the first is the teacher's own.
+    A layer that the map passes over (`skip`, `last_only`) or gives all of the teacher's (`emd`) starts as in the map
+    `uniform`. In a student deeper than its teacher, each of the first is the teacher's own.
     """
     small, large = student.config.num_hidden_layers, teacher.config.num_hidden_layers
     start = layer_pairs("uniform" if small <= large else [(m, m) for m in range(1, large + 1)], small, large)
@@ -126,17 +117,15 @@ def copy_body(student: BertModel, teacher: Teacher, source_layer: dict[int, int]
     0.904, halves 0.911). Returns what was done.
     """
     source, shape = dict(teacher.backbone.named_parameters()), student.config
-    same_heads = shape.num_attention_heads == teacher.config.num_attention_heads
+    other_heads = kept is None and shape.num_attention_heads != teacher.config.num_attention_heads
     copies = Counter(source_layer.values())
     in_layers, copied = 0, Counter()  # copied: how many inside (True) and outside (False) of layers
     for name, target in student.named_parameters():
         number, tail = layer_and_tail(name)
-        inside = number is not None
+        inside, layer = number is not None, source_layer.get(number)
         in_layers += inside
-        layer = source_layer.get(number)
         value = source.get(f"encoder.layer.{layer}.{tail}" if inside else name)  # none for a layer outside the map
-        other_heads = kept is None and tail.startswith("attention.self.") and not same_heads
-        if value is None or other_heads or "word_embeddings" in name:
+        if value is None or "word_embeddings" in name or (other_heads and tail.startswith("attention.self.")):
             continue
         if "position_embeddings" in name:  # a shorter student takes the first ones
             value = value[first_position(teacher.config) :][: len(target)]
@@ -148,15 +137,11 @@ def copy_body(student: BertModel, teacher: Teacher, source_layer: dict[int, int]
             target.data.copy_(value)
             copied[inside] += 1
     if not copied[True]:
-        others = f" ({copied[False]} other variables copied)" if copied[False] else ""
-        return f"random: no layer of the teacher has this shape{others}"
-    how = "teacher's"
-    if kept is not None:
-        heads, neurons = shape.num_attention_heads, shape.intermediate_size
-        how = f"cut out of the teacher's to {shape.hidden_size} wide, {heads} heads, {neurons} neurons"
+        return f"random: no layer of the teacher has this shape ({copied[False]} other variables copied)"
+    size = f"{shape.hidden_size} wide, {shape.num_attention_heads} heads, {shape.intermediate_size} neurons"
+    how = "teacher's" if kept is None else f"cut out of the teacher's to {size}"
     pairs = [(m + 1, n + 1) for m, n in sorted(source_layer.items())]
-    counts = f"{copied[True]} of {in_layers} variables of layers copied, {copied[False]} others"
-    return f"{how}, pairs {pairs} ({counts})"
+    return f"{how}, pairs {pairs} ({copied[True]} of {in_layers} variables of layers copied, {copied[False]} others)"
 
 
 def new_student_head(student: BertModel, teacher: Teacher) -> MaskedLMHead:
@@ -189,8 +174,15 @@ def save_student(
         model.load_state_dict(values, strict=False)  # the decoder is the piece table
         model.tie_weights()
     shape = student.config.hidden_size, student.config.max_position_embeddings
+    save_model(folder, model, tokenizer_folder, module_files(*shape, pooling, normalize))
+
+
+def save_model(folder: Path, model: nn.Module, tokenizer_folder: Path, files: dict | None = None) -> None:
+    """Writes a folder that transformers' Auto classes load. files: {name: JSON content} of more files."""
     with replacing_folder(folder) as new:
         model.save_pretrained(new)
-        copy_tokenizer(tokenizer_folder, new)
-        for name, content in module_files(*shape, pooling, normalize).items():
+        for name in ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "vocab.txt"):
+            if (tokenizer_folder / name).is_file():
+                shutil.copy(tokenizer_folder / name, new / name)
+        for name, content in (files or {}).items():
             write_json(new / name, content)

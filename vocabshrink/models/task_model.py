@@ -1,39 +1,28 @@
 """Task models: classifiers, regressors and taggers around a student's or a teacher's body.
 
-The models are transformers' own, so that what is trained loads unchanged: the student is a
-`BertForSequenceClassification` or `BertForTokenClassification`, the teacher whatever the Auto classes make of its
-folder. Here a model is a body and a head, because the losses compare bodies word by word; `HEADS` says how each family
-gets from the last hidden states to logits. The head runs in float32 whatever the precision: scores that are equal in
-bfloat16 would be ties to a rank correlation, and the head costs nothing.
+The models are transformers' own, so that what is trained loads unchanged. Here a model is a body and a head, because
+the losses compare bodies word by word; `HEADS` says how each family gets from the last hidden states to logits. The
+head runs in float32 whatever the precision: scores that are equal in bfloat16 would be ties to a rank correlation.
 """
 
 from collections.abc import Callable
 from pathlib import Path
 
 import torch
+import transformers
 from torch import Tensor, nn
-from transformers import (
-    AutoModelForSequenceClassification,
-    AutoModelForTokenClassification,
-    BertConfig,
-    BertForSequenceClassification,
-    BertForTokenClassification,
-    BertModel,
-)
+from transformers import BertConfig, BertModel
 
 from tokenizer_build.errors import InputError
-from tokenizer_build.files import replacing_folder
 from vocabshrink.data.batches import Batch, TaskBatcher
 from vocabshrink.data.tasks import Task, check_label_order
 from vocabshrink.models.forward import run_backbone
 from vocabshrink.models.loading import check_folder, load_model, read_tensors, resolve_model, tensors_in
-from vocabshrink.models.modules import copy_tokenizer
 
 # model_type -> (model, last hidden states [B, T, D]) -> logits [B, C]; transformers' heads without their dropout
 HEADS: dict[str, Callable[[nn.Module, Tensor], Tensor]] = {
     "bert": lambda model, hidden: model.classifier(model.bert.pooler(hidden)),
-    "roberta": lambda model, hidden: model.classifier(hidden),
-    "xlm-roberta": lambda model, hidden: model.classifier(hidden),
+    **dict.fromkeys(("roberta", "xlm-roberta"), lambda model, hidden: model.classifier(hidden)),
     "albert": lambda model, hidden: model.classifier(model.albert.pooler_activation(model.albert.pooler(hidden[:, 0]))),
     "distilbert": lambda model, hidden: model.classifier(model.pre_classifier(hidden[:, 0]).relu()),
 }
@@ -49,66 +38,46 @@ def task_logits(model: nn.Module, hidden: Tensor, kind: str) -> Tensor:
 
 def label_names(task: Task) -> dict:
     """What a model's config says of the task's labels; transformers takes one label for regression."""
-    names = task.labels if task.kind != "regression" else ["score"]
-    ids = {name: index for index, name in enumerate(names)}
-    return {"num_labels": len(names), "id2label": dict(enumerate(names)), "label2id": ids}
+    names = dict(enumerate(task.labels if task.kind != "regression" else ["score"]))
+    return {"num_labels": len(names), "id2label": names, "label2id": {name: index for index, name in names.items()}}
 
 
 def load_task_model(model: str, task: Task, *, trained: bool) -> nn.Module:
     """A teacher's folder (or package:, or hub name) as a model of the task, in float32 and eval mode.
 
-    trained: the folder holds a fine-tuned model, whose labels must be the task's; else the head is new and random
-    (torch's seed), over whatever the folder holds.
-
+    trained: the folder holds a fine-tuned model, whose labels must be the task's; else the head is new and random.
     Raises InputError: see `check_folder`; a fine-tuned model with other labels, in another order or without a head; a
     family that has no entry in `HEADS`.
     """
-    folder = resolve_model(model)
-    config = check_folder(folder)
-    loader = AutoModelForTokenClassification if task.kind == "tokens" else AutoModelForSequenceClassification
+    config = check_folder(folder := resolve_model(model))
+    unit = "Token" if task.kind == "tokens" else "Sequence"
     if config.model_type not in HEADS:
         raise InputError(f"{folder}: {config.model_type} cannot be a task teacher: use one of {', '.join(HEADS)}")
     if trained:
         check_label_order(task, config.id2label, str(folder))
     options = {} if trained else label_names(task) | {"ignore_mismatched_sizes": True}
+    loader = getattr(transformers, f"AutoModelFor{unit}Classification")
     loaded, report = load_model(loader, folder, output_loading_info=True, **options)
     if trained and any("classifier" in name for name in report["missing_keys"]):
-        raise InputError(
-            f"{folder}: no head for task {task.name} in its weights: name a model fine-tuned on the task, or leave "
-            f"tasks.{task.name}.teacher out and add finetune.teacher"
-        )
+        remedy = f"name a model fine-tuned on it, or leave tasks.{task.name}.teacher out and add finetune.teacher"
+        raise InputError(f"{folder}: no head for task {task.name} in its weights: {remedy}")
     return loaded
 
 
 def student_model(student: BertModel, task: Task, teacher_folder: Path) -> nn.Module:
-    """A task model with a student's body. The head is random, by torch's seed; the pooler is the teacher's where it has
-    one of this shape."""
+    """A task model with a student's body, a random head and, where it has one of this shape, the teacher's pooler."""
     config = BertConfig.from_dict(student.config.to_dict() | label_names(task))
     config._attn_implementation = student.config._attn_implementation
-    if task.kind == "tokens":
-        model = BertForTokenClassification(config)
-    else:
-        model = BertForSequenceClassification(config)
-        for name, value in pooler_of(teacher_folder).items():
-            target = model.bert.pooler.dense.get_parameter(name)
-            if target.shape == value.shape:
-                target.data.copy_(value)
+    unit = "Token" if task.kind == "tokens" else "Sequence"
+    model = getattr(transformers, f"BertFor{unit}Classification")(config)
     model.bert.load_state_dict(student.state_dict(), strict=False)
+    if model.bert.pooler is not None:
+        tensors = tensors_in(teacher_folder)
+        for kind, target in model.bert.pooler.dense.named_parameters():
+            for name in (f"pooler.dense.{kind}", f"bert.pooler.dense.{kind}"):
+                if name in tensors and tensors[name][1] == target.shape:
+                    target.data.copy_(read_tensors(teacher_folder, {kind: name})[kind])
     return model.eval()
-
-
-def pooler_of(folder: Path) -> dict[str, Tensor]:
-    """{"weight" [D, D], "bias" [D]} of a BERT's pooler from its files; empty where it has none."""
-    found = tensors_in(folder)
-    places = {kind: [f"{prefix}pooler.dense.{kind}" for prefix in ("", "bert.")] for kind in ("weight", "bias")}
-    return read_tensors(folder, {kind: name for kind, names in places.items() for name in names if name in found})
-
-
-def save_task_model(folder: Path, model: nn.Module, tokenizer_folder: Path) -> None:
-    """Writes a folder that AutoModelForSequenceClassification (or ...TokenClassification) and AutoTokenizer load."""
-    with replacing_folder(folder) as new:
-        model.save_pretrained(new)
-        copy_tokenizer(tokenizer_folder, new)
 
 
 @torch.inference_mode()

@@ -1,11 +1,8 @@
 """The teacher: any encoder with an embedding table that AutoModel loads, and a masked-LM head of one form.
 
 The head of every family of the BERT line is dense, activation, layer norm, then the embedding table as decoder. So
-one module, `MaskedLMHead`, serves them all: taken from the checkpoint where it has one, trained by the `masked_lm_head`
-stage where it has none, and asked for the logits of either vocabulary, because the table is an argument.
-
-Nothing in the teacher's code changes for mixed input: pieces of both vocabularies are embedded outside and enter as
-`inputs_embeds`.
+one module, `MaskedLMHead`, serves them all: taken from the checkpoint, or trained by the `masked_lm_head` stage, and
+asked for the logits of either vocabulary, because the table is an argument.
 """
 
 from dataclasses import dataclass
@@ -23,9 +20,7 @@ from vocabshrink.models.loading import check_folder, read_backbone, read_tensors
 class MaskedLMHead(nn.Module):
     """Dense, activation, layer norm, then logits against an embedding table (Devlin et al. 2019, appendix)."""
 
-    def __init__(
-        self, hidden_size: int, embedding_size: int, vocab_size: int, eps: float = 1e-12, activation: str = "gelu"
-    ):
+    def __init__(self, hidden_size: int, embedding_size: int, vocab_size: int, eps=1e-12, activation: str = "gelu"):
         super().__init__()
         self.activation = ACT2FN[activation]
         self.dense = nn.Linear(hidden_size, embedding_size)
@@ -61,36 +56,25 @@ class Teacher:
 
 
 def load_teacher(model: str, *, pooling: str = "mean", normalize: bool = True) -> Teacher:
-    """Loads backbone and, where the checkpoint has one, masked-LM head; dropout is off from here on.
-
-    model: as in `resolve_model`. Raises InputError: see `check_folder` and `load_model`.
-    """
-    folder = resolve_model(model)
-    check_folder(folder)
+    """Backbone and masked-LM head in eval mode. Raises InputError: see `resolve_model` and `check_folder`."""
+    check_folder(folder := resolve_model(model))
     backbone = read_backbone(folder)
     if getattr(backbone, "pooler", None) is not None:
         backbone.pooler = None  # next-sentence head: no one reads it, and it would be trained as dead weight
     return Teacher(backbone, load_head(folder, backbone), folder, pooling, normalize)
 
 
-# ------------------------------------------------------------------------------------- the masked-LM head
-
-
-def head_names(dense: str, norm: str, bias: str, scale: str, shift: str) -> dict[str, str]:
-    """{`MaskedLMHead`'s name: a checkpoint's}. scale, shift: what it calls the layer norm's parameters."""
-    linear = {f"dense.{kind}": f"{dense}.{kind}" for kind in ("weight", "bias")}
-    return linear | {"norm.weight": f"{norm}.{scale}", "norm.bias": f"{norm}.{shift}", "bias": bias}
-
-
+# {`MaskedLMHead`'s name: the checkpoint's} in each family, BERT's first
 HEADS = [
-    head_names(*places, *norm)
-    for places in (  # of dense, norm and decoder bias in each family's checkpoints
+    {"dense.weight": f"{dense}.weight", "dense.bias": f"{dense}.bias", "bias": bias}
+    | {"norm.weight": f"{norm}.{scale}", "norm.bias": f"{norm}.{shift}"}
+    for dense, norm, bias in (
         ("cls.predictions.transform.dense", "cls.predictions.transform.LayerNorm", "cls.predictions.bias"),  # BERT
         ("lm_head.dense", "lm_head.layer_norm", "lm_head.bias"),  # RoBERTa, XLM-R, MPNet
         ("predictions.dense", "predictions.LayerNorm", "predictions.bias"),  # ALBERT
         ("vocab_transform", "vocab_layer_norm", "vocab_projector.bias"),  # DistilBERT
     )
-    for norm in (("weight", "bias"), ("gamma", "beta"))  # old checkpoints have the latter
+    for scale, shift in (("weight", "bias"), ("gamma", "beta"))  # old checkpoints have the latter
 ]
 
 
@@ -102,8 +86,7 @@ def find_head(folder: Path) -> dict[str, str] | None:
 
 def eps_and_activation(config) -> tuple[float, str]:
     """A family's layer norm epsilon and activation. DistilBERT fixes the one and has its own name for the other."""
-    activation = getattr(config, "hidden_act", None) or getattr(config, "activation", "gelu")
-    return getattr(config, "layer_norm_eps", 1e-12), activation
+    return getattr(config, "layer_norm_eps", 1e-12), getattr(config, "hidden_act", None) or config.activation
 
 
 def new_head(backbone: nn.Module) -> MaskedLMHead:

@@ -1,11 +1,9 @@
 """Weight formats: how a delivery stores its weights. The only place that knows how a format's name is built.
 
-A format is a name: `fp32`, `fp16`, `int8` (one scale a row), `int4-G` or `int3-G` (one scale for every G values of a
-row). Formats can be mixed by class of tensor: {"embeddings": "int4-64", "attention": "int3-128", ...}. Positions (with
-token types) and heads are int8 unless told otherwise, which costs all-MiniLM's 128 positions 25 KB. Biases, layer norms
-and scales are float16.
-
-No ONNX kernel reads 3 bits: int3 exists in packed weights alone.
+A format is a name: `fp32`, `fp16`, `int8` (one scale a row) or `int4-G` (one scale for every G values of a row).
+Formats can be mixed by class of tensor: {"embeddings": "int4-64", "attention": "int8", ...}. Positions (with token
+types) and heads are int8 unless told otherwise, which costs all-MiniLM's 128 positions 25 KB. Biases, layer norms and
+scales are float16.
 """
 
 from collections.abc import Mapping
@@ -14,19 +12,13 @@ from tokenizer_build.errors import InputError
 
 LARGE_CLASSES = ("embeddings", "attention", "feed_forward")  # nearly all weights: each must be given a format
 CLASSES = ("embeddings", "positions", "attention", "feed_forward", "head")
-GROUP_SIZES = (32, 64, 128)
-FORMATS = ("fp32", "fp16", "int8", *(f"int{bits}-{size}" for bits in (4, 3) for size in GROUP_SIZES))
+FORMATS = ("fp32", "fp16", "int8", "int4-32", "int4-64", "int4-128")
 Formats = str | Mapping[str, str]  # one for all matrices, or one for each class
 
 
 def kind_of(format: str) -> str:
     """A format's name without its group size: "int4-64" -> "int4"."""
     return format.partition("-")[0]
-
-
-def bits_of(format: str) -> int:
-    """Bits of one stored value, scales not counted: "int4-64" -> 4, "fp16" -> 16."""
-    return int(kind_of(format).lstrip("fpint"))
 
 
 def is_float(format: str) -> bool:
@@ -38,13 +30,13 @@ def describe(format: Formats) -> str:
     """A format, or one for each class, in words: "int4-64" -> "int4 groups of 64"."""
     if not isinstance(format, str):
         return ", ".join(f"{name.replace('_', ' ')} in {describe(chosen)}" for name, chosen in format.items())
-    kind, _, size = format.partition("-")
-    return f"{kind} groups of {size}" if size.isdigit() else format.replace("-", " ")
+    return format.replace("int4-", "int4 groups of ").replace("-", " ")
 
 
 def bits_and_group(format: str, columns: int) -> tuple[int, int]:
     """Bits and values per scale in a row of `columns`: "int4-64" -> (4, 64); "int8" -> (8, columns)."""
-    return bits_of(format), int(format.partition("-")[2] or max(columns, 1))
+    kind, _, size = format.partition("-")
+    return int(kind.removeprefix("int")), int(size or max(columns, 1))
 
 
 def tensor_class(name: str) -> str:
@@ -63,15 +55,14 @@ def formats_of(formats: Formats) -> dict[str, str]:
 
     Raises InputError for an unknown class or format and for a class without one.
     """
-    given = dict.fromkeys(LARGE_CLASSES, formats) if isinstance(formats, str) else dict(formats)
     spare = formats if isinstance(formats, str) and is_float(formats) else "int8"
-    full = {"positions": spare, "head": spare} | given
-    for name in CLASSES:
-        if full.get(name) not in FORMATS:
-            raise InputError(f"weights of {name}: {full.get(name)!r} is no format: use one of {FORMATS}")
-    if unknown := full.keys() - set(CLASSES):
-        raise InputError(f"weights: {sorted(unknown)} are no classes of tensors: use {CLASSES}")
-    return {name: full[name] for name in CLASSES}
+    given = dict.fromkeys(LARGE_CLASSES, formats) if isinstance(formats, str) else formats
+    full = dict.fromkeys(CLASSES) | {"positions": spare, "head": spare} | given
+    for name, format in full.items():
+        if name not in CLASSES or format not in FORMATS:
+            known = f"give {', '.join(LARGE_CLASSES)} (and positions, head) one of {', '.join(FORMATS)}"
+            raise InputError(f"weights of {name}: {format!r} is no format of a class of tensors: {known}")
+    return full
 
 
 def format_of(name: str, dimensions: int, formats: Mapping[str, str]) -> str:

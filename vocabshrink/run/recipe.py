@@ -17,7 +17,7 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationEr
 
 from tokenizer_build.errors import InputError
 from vocabshrink.run.folder import OF_SUMMARY
-from vocabshrink.run.formats import CLASSES, FORMATS, LARGE_CLASSES, kind_of
+from vocabshrink.run.formats import CLASSES, FORMATS, LARGE_CLASSES
 from vocabshrink.run.layer_map import LAYER_MAPS
 from vocabshrink.run.recipe_yaml import RecipeDumper, override_value, parse_override, read_yaml
 from vocabshrink.run.stage import RENAMED
@@ -313,20 +313,14 @@ class DeliverySection(Section):
     weights: WeightFormats = "int4-128"
     kernel: Literal["unsigned", "signed", "float"] = "unsigned"  # of int8 products; see graph.py
     safetensors: Literal["fp16", "fp32"] | None = None  # adds weights for AutoModel and SentenceTransformer
-    compact: WeightFormats | None = None  # adds packed weights for load_compact
     max_positions: Positive = 128  # of the delivery
     budget: Bytes = 7_000_000  # of the files that onnxruntime needs
     tolerance: Rate = 0.02  # how far below the trained student's figures the delivery's may fall
 
     @model_validator(mode="after")
-    def kernels_read_it(self):
-        for key in ("weights", "compact"):
-            chosen = getattr(self, key)
-            if isinstance(chosen, dict) and (missing := set(LARGE_CLASSES) - set(chosen)):
-                raise ValueError(f"{key}: {min(missing)} has no format: give each of these classes one")
-        formats = self.weights.values() if isinstance(self.weights, dict) else [self.weights]
-        if "int3" in map(kind_of, formats):
-            raise ValueError("weights: no ONNX kernel reads 3 bits: they are for delivery.compact")
+    def every_class_has_a_format(self):
+        if isinstance(self.weights, dict) and (missing := set(LARGE_CLASSES) - set(self.weights)):
+            raise ValueError(f"weights: {min(missing)} has no format: give each of these classes one")
         return self
 
 
@@ -353,7 +347,7 @@ class Recipe(Section):
     masked_lm_head: TeacherStage | None = None
     dual: DualStage | None = None
     distill: DistillStage | None = None
-    # trains on through the rounding of delivery.compact or, without it, of delivery.weights (straight-through)
+    # trains on through the rounding of delivery.weights (straight-through)
     recovery: DistillStage | None = None
     # the folder that relative paths of tasks and of rated pairs start from; once read, they have it in them
     data: str = "."

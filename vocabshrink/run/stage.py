@@ -63,7 +63,7 @@ STAGES = {
         Stage("masked_lm_head", "training", "encode", "corpus teacher masked_lm_head seed", **HEAD),
         Stage("dual", "training", "encode masked_lm_head", "student dual seed corpus", "dual", **STUDENT),
         Stage("distill", "training", "encode masked_lm_head dual", "student distill seed corpus", "distill", **STUDENT),
-        Stage("recovery", "training", LAST, "recovery delivery.weights delivery.compact", "recovery", **STUDENT),
+        Stage("recovery", "training", LAST, "recovery delivery.weights", "recovery", **STUDENT),
         Stage("task_teacher", "tasks", "", "teacher tasks finetune.teacher", "finetune.teacher", trains=True),
         Stage("augment", "tasks", "masked_lm_head", "teacher tasks finetune.augment", "finetune.augment"),
         Stage("finetune", "tasks", f"{LAST} task_teacher augment", "student tasks finetune", "finetune", trains=True),

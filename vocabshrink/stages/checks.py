@@ -5,9 +5,9 @@ from pathlib import Path
 from tokenizer_build.errors import InputError
 from vocabshrink.data.held_out import LEAST_SENTENCES
 from vocabshrink.delivery.export import check_activation
-from vocabshrink.models.extraction import check_extraction
 from vocabshrink.models.forward import check_attention
 from vocabshrink.models.loading import load_config
+from vocabshrink.models.projection import check_extraction
 from vocabshrink.models.student import student_config
 from vocabshrink.models.teacher import find_head
 from vocabshrink.run.layer_map import layer_pairs

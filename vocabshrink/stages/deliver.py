@@ -11,8 +11,7 @@ from transformers import BertModel
 from tokenizer_build.files import read_json, read_jsonl
 from vocabshrink.data.held_out import read_rated_pairs
 from vocabshrink.data.tasks import Rows, Task, score
-from vocabshrink.delivery.card import write_card
-from vocabshrink.delivery.export import ExportSettings, export_model
+from vocabshrink.delivery.export import ExportSettings, export_model, write_card
 from vocabshrink.delivery.measure import measure_systems
 from vocabshrink.models.loading import weights_sha256
 from vocabshrink.models.student import save_student
@@ -39,7 +38,6 @@ def export(context: Context) -> dict:
         normalize=teacher.normalize,
         kernel=section.kernel,
         safetensors=section.safetensors,
-        compact=section.compact,
         budget_bytes=section.budget,
         tolerance=section.tolerance,
         force=context.force,

@@ -30,7 +30,8 @@ from vocabshrink.data.batches import EncodedTask, encode_task
 from vocabshrink.data.tasks import Task, headline, read_logits, score
 from vocabshrink.models.loading import load_model
 from vocabshrink.models.rounding import fake_quantize_
-from vocabshrink.models.task_model import load_task_model, save_task_model, student_model
+from vocabshrink.models.student import save_model
+from vocabshrink.models.task_model import load_task_model, student_model
 from vocabshrink.run.engine import Context, saying_millions, settings_of
 from vocabshrink.run.folder import RunDir
 from vocabshrink.run.recipe import Phase
@@ -68,7 +69,7 @@ def task_teacher(context: Context) -> dict:
             if PartialState().is_main_process:
                 logits = {split: logits_of(model, encoded, split, phases[-1]) for split in task.splits}
                 result |= {split: score(task, logits[split], split) for split in task.splits if split != "train"}
-                save_task_model(unit / "model", model, folder)
+                save_model(unit / "model", model, folder)
                 if task.kind != "tokens":
                     write_logits(unit / "logits.safetensors", logits)
             return result
@@ -218,7 +219,7 @@ class TaskTrainings:
 
             result |= {split: measure(split) for split in self.task.splits if split != "train"}
             if self.stage.save_models:
-                save_task_model(unit / "model", training.student, self.context.vocabulary)
+                save_model(unit / "model", training.student, self.context.vocabulary)
             if self.stage.rounded:  # last: the weights are replaced
                 fake_quantize_(training.student, self.stage.rounded)
                 result["rounded"] = measure("validation")

@@ -9,7 +9,7 @@ from torch import nn
 from vocabshrink.data.batches import Batcher, cut_segments
 from vocabshrink.data.held_out import read_rated_pairs
 from vocabshrink.data.pieces import PieceTable
-from vocabshrink.models.embedder import torch_embedder
+from vocabshrink.models.forward import torch_embedder
 from vocabshrink.models.loading import read_backbone
 from vocabshrink.models.rounding import bake, quantization_aware
 from vocabshrink.models.spelling import spellings
@@ -80,8 +80,7 @@ def distill(context: Context) -> dict:
 
 def recovery(context: Context) -> dict:
     """Trains on through the rounding of the delivery, whose values the student's weights then hold exactly."""
-    delivery = context.recipe.delivery
-    return distil_into_student(context, context.recipe.recovery, delivery.compact or delivery.weights)
+    return distil_into_student(context, context.recipe.recovery, context.recipe.delivery.weights)
 
 
 def distil_into_student(context: Context, stage: DistillStage, formats=None) -> dict:

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from transformers import AutoConfig
 
-from vocabshrink.models.embedder import torch_embedder
+from vocabshrink.models.forward import torch_embedder
 from vocabshrink.models.teacher import load_teacher
 
 
