@@ -76,9 +76,6 @@ class Context:
         return json.dumps(settings_of(self.recipe, self.stage.name), sort_keys=True)
 
 
-# ------------------------------------------------------------------------------------------------ settings
-
-
 def settings_of(recipe: Recipe, name: str) -> dict:
     """{section.key: value} of what decides a stage's output: what it reads itself and what the stages it needs read."""
     stage, chosen = STAGES[name], {}
@@ -106,9 +103,6 @@ def first_difference(before: Any, now: Any, path: str = "") -> str | None:
                 return found
         return None
     return None if before == now else f"{path} ({json.dumps(before)} -> {json.dumps(now)})"
-
-
-# ------------------------------------------------------------------------------------------------ running
 
 
 def context_of(run: Run, name: str) -> Context:

@@ -49,7 +49,7 @@ def block_mean(student_layers: int, teacher_layers: int) -> Pairs:
     return tuple((m, tuple(range(ends[m - 1] + 1, ends[m] + 1))) for m in range(1, student_layers + 1))
 
 
-def sample(student_layers: int, teacher_layers: int, seed: int) -> Pairs:
+def random(student_layers: int, teacher_layers: int, seed: int) -> Pairs:
     """As many teacher layers as the student has, drawn without replacement, in order (arXiv 2308.13958's random)."""
     drawn = Random(seed).sample(range(1, teacher_layers + 1), student_layers)
     return tuple((m, (n,)) for m, n in enumerate(sorted(drawn), 1))
@@ -60,16 +60,7 @@ def emd(student_layers: int, teacher_layers: int) -> Pairs:
     return SoftPairs((m, (n,)) for m in range(1, student_layers + 1) for n in range(1, teacher_layers + 1))
 
 
-LAYER_MAPS = {
-    "uniform": uniform,
-    "last": last,
-    "first": first,
-    "last_only": last_only,
-    "skip": skip,
-    "random": sample,
-    "block_mean": block_mean,
-    "emd": emd,
-}
+LAYER_MAPS = {f.__name__: f for f in (uniform, last, first, last_only, skip, random, block_mean, emd)}
 
 
 def layer_pairs(layer_map: str | list, student_layers: int, teacher_layers: int, *, seed: int = 0) -> Pairs:

@@ -64,8 +64,6 @@ Count = Annotated[int, Number, Field(ge=0)]
 Weight = Annotated[float, Number, Field(ge=0)]
 Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9_][A-Za-z0-9._-]*$")]
 LayerMap = Annotated[str | list[tuple[int, int | list[int]]], BeforeValidator(check_layer_map)]
-
-
 Format = Literal[*FORMATS]
 WeightFormats = Format | dict[Literal[*CLASSES], Format]
 
@@ -379,26 +377,18 @@ class Recipe(Section):
             raise ValueError(f"tasks.{min(taken)}: the summary has a figure of this name: give the task another")
         if self.finetune and not self.tasks:
             raise ValueError("finetune: there is no task: add a tasks section")
-        if self.finetune:
-            for number, phase in enumerate(self.finetune.phases):
-                check_phase(self, number, phase)
         phases = self.finetune.phases if self.finetune else []
+        named = [(number, name) for number, phase in enumerate(phases) for name in phase.losses]
+        taught = [f"finetune.phases.{number}.losses.{name}" for number, name in named if name != "labels"]
+        for name, task in self.tasks.items() if taught else ():
+            if not (self.finetune.teacher or task.teacher or task.logits):
+                mends = f"finetune.teacher, tasks.{name}.teacher or tasks.{name}.logits"
+                raise ValueError(f"{taught[0]} needs a fine-tuned teacher for task {name}: add {mends}")
         longest = max((s.max_length for s in (self.dual, self.distill, self.recovery, *phases) if s), default=0)
         positions = self.student.max_position_embeddings
         if positions and longest > positions:
             raise ValueError(f"max_length {longest} is over student.max_position_embeddings {positions}")
         return self
-
-
-def check_phase(recipe: Recipe, number: int, phase: Phase) -> None:
-    """Refuses a phase that learns from a teacher that no one gives."""
-    reading = [name for name in phase.losses if name != "labels"]
-    for name, task in recipe.tasks.items():
-        if reading and not (recipe.finetune.teacher or task.teacher or task.logits):
-            raise ValueError(
-                f"finetune.phases.{number}.losses.{reading[0]} needs a fine-tuned teacher for task {name}: add "
-                f"finetune.teacher, tasks.{name}.teacher or tasks.{name}.logits"
-            )
 
 
 def load_recipe(path: str | Path, overrides: list[str] | tuple[str, ...] = ()) -> Recipe:

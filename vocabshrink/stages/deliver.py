@@ -30,18 +30,11 @@ def export(context: Context) -> dict:
     recipe, teacher = context.recipe, inputs.read_teacher(context)
     student, _, _ = inputs.start_student(context, teacher)
     section = recipe.delivery
-    settings = ExportSettings(
-        task="embedding",
-        formats=section.weights,
-        max_positions=min(section.max_positions, student.config.max_position_embeddings),
-        pooling=teacher.pooling,
-        normalize=teacher.normalize,
-        kernel=section.kernel,
-        safetensors=section.safetensors,
-        budget_bytes=section.budget,
-        tolerance=section.tolerance,
-        force=context.force,
-    )
+    options = {"kernel": section.kernel, "safetensors": section.safetensors, "tolerance": section.tolerance}
+    options |= {"pooling": teacher.pooling, "normalize": teacher.normalize}
+    options |= {"budget_bytes": section.budget, "force": context.force}
+    positions = min(section.max_positions, student.config.max_position_embeddings)
+    settings = ExportSettings("embedding", section.weights, positions, **options)
     origin = {"recipe": recipe.name, "teacher_sha256": weights_sha256(inputs.teacher_folder(recipe))}
     figures = export_embedder(context, teacher, student, settings, origin)
     if recipe.finetune and recipe.finetune.save_models:

@@ -199,15 +199,10 @@ class TaskTrainings:
         torch.manual_seed(seed)
         body, directions = self._student()
         phases, section = self.settings[setting], self.context.recipe.teacher
-        training = TaskTraining(
-            student_model(body, self.task, self.teacher_folder),
-            self.task.kind,
-            teacher=self.teacher,
-            logits=self.logits,
-            directions=directions,
-            pooling=section.pooling,
-            normalize=section.normalize,
-        )
+        model = student_model(body, self.task, self.teacher_folder)
+        options = {"teacher": self.teacher, "logits": self.logits, "directions": directions}
+        options |= {"pooling": section.pooling, "normalize": section.normalize}
+        training = TaskTraining(model, self.task.kind, **options)
         shared = inputs.read_shared_pieces(self.context) if self.teacher is not None else None
         options = {"shared": shared, "rounding": self.stage.rounded}
         job = Job(RunDir(unit), self.name, mark, "finetune.phases.{}")

@@ -47,20 +47,15 @@ def vocab(context: Context) -> dict:
     return {"pieces": len(pieces), "comparison": comparison}
 
 
-def segmentation_examples(
-    counts: dict[str, int], teacher: Tokenizer, student: Tokenizer, number: int = 12
-) -> list[dict]:
-    """Words that the two cut into different numbers of pieces, spread over frequencies, for the report."""
+def segmentation_examples(counts: dict[str, int], teacher: Tokenizer, student: Tokenizer) -> list[dict]:
+    """A dozen words that the two cut into different numbers of pieces, spread over frequencies, for the report."""
     words = sorted((w for w in counts if w.isalpha() and len(w) > 5), key=lambda w: (-counts[w], w))[:20_000]
     found = []
     for word in words[200 :: max(1, len(words) // 400)]:
-        pieces = {
-            name: tokenizer.encode(word, add_special_tokens=False).tokens
-            for name, tokenizer in (("teacher", teacher), ("student", student))
-        }
-        if len(pieces["student"]) != len(pieces["teacher"]):
-            found.append({"word": word} | pieces)
-    return found[:: max(1, len(found) // number)][:number]
+        of_teacher, of_student = (t.encode(word, add_special_tokens=False).tokens for t in (teacher, student))
+        if len(of_student) != len(of_teacher):
+            found.append({"word": word, "teacher": of_teacher, "student": of_student})
+    return found[:: max(1, len(found) // 12)][:12]
 
 
 def encode(context: Context) -> dict:

@@ -54,14 +54,9 @@ def dual(context: Context) -> dict:
     sides = {"joint": ("mixed", "student"), "two_stage": ("mixed",), "match": ("mixed", "teacher")}[stage.mode]
     end = stage.p if stage.p_end is None else stage.p_end
     micro_steps = stage.steps * stage.gradient_accumulation * accelerator.num_processes
-    batcher = make_batcher(
-        context,
-        stage if readers(stage.losses, "masked words") else stage.model_copy(update={"mask": 0.0}),
-        teacher,
-        sides,
-        accelerator,
-        p=lambda index: stage.p + (end - stage.p) * min(1.0, index / micro_steps),
-    )
+    masking = stage if readers(stage.losses, "masked words") else stage.model_copy(update={"mask": 0.0})
+    options = {"p": lambda index: stage.p + (end - stage.p) * min(1.0, index / micro_steps)}
+    batcher = make_batcher(context, masking, teacher, sides, accelerator, **options)
     result = train_stage(context, task, batcher, stage, accelerator, evaluate)
     if accelerator.is_main_process:
         pooled = teacher.pooling, teacher.normalize

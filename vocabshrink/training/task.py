@@ -27,9 +27,9 @@ from vocabshrink.models.forward import run_backbone
 from vocabshrink.models.projection import ParameterProjection, widen
 from vocabshrink.models.rounding import refit
 from vocabshrink.models.task_model import task_logits
-from vocabshrink.models.teacher import MaskedLMHead, Teacher
+from vocabshrink.models.teacher import Teacher
 from vocabshrink.run.layer_map import Pairs
-from vocabshrink.run.recipe import DistillStage, DualStage, Losses
+from vocabshrink.run.recipe import DualStage, Losses
 from vocabshrink.training.losses import ATTENTION, LOSSES, masked_lm_loss, readers
 from vocabshrink.training.views import Forward, View
 
@@ -111,15 +111,14 @@ class Distillation(TrainingTask):
 
     def __init__(
         self,
-        stage: DistillStage,
+        stage,
         teacher: Teacher,
         student: nn.Module,
         pairs: Pairs,
-        *,
-        head: MaskedLMHead | None = None,
-        directions: Tensor | None = None,
-        shared: Tensor | None = None,
-        spelling: Tensor | None = None,
+        head=None,
+        directions=None,
+        shared=None,
+        spelling=None,
     ):
         """head: the student's, for masked-LM losses. directions: see `build_student`. shared, spelling: see `Forward`.
         Raises InputError: a loss between vocabularies that have nothing in common."""
