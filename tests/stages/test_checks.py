@@ -79,5 +79,5 @@ def test_a_decoder_is_no_teacher(tiny_teacher, corpus_file, tmp_path):
         (tmp_path / file.name).write_bytes(file.read_bytes())
     config = json.loads((tmp_path / "config.json").read_text())
     (tmp_path / "config.json").write_text(json.dumps(config | {"is_decoder": True}))
-    with pytest.raises(InputError, match="bert is a decoder: only encoders can be teachers"):
+    with pytest.raises(InputError, match="bert has a decoder: only encoders can be teachers"):
         check_recipe(parse_recipe(tiny_recipe(tmp_path, corpus_file, "untrained"), "test"))
