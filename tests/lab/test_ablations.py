@@ -130,7 +130,7 @@ def finetuned(run) -> dict:
             {"common": {"finetune.teacher": None}},
             "variant all: finetune.phases.0.losses.hidden_mse needs a fine-tuned teacher",
         ),
-        ({"base": "nowhere.yaml"}, "nowhere.yaml: no such file: correct the path to a recipe"),
+        ({"base": "nowhere.yaml"}, "nowhere.yaml: no such recipe: correct its path"),
     ],
 )
 def test_bad_files_are_refused_by_name(tmp_path, keys, message):
@@ -139,7 +139,7 @@ def test_bad_files_are_refused_by_name(tmp_path, keys, message):
 
 
 def test_what_is_no_ablation_file_is_refused(tmp_path):
-    with pytest.raises(InputError, match="absent.yaml: no such file: correct the path to an ablation"):
+    with pytest.raises(InputError, match="absent.yaml: no such ablation: correct its path"):
         read_ablation(tmp_path / "absent.yaml")
     (tmp_path / "bytes.yaml").write_bytes(b"\xff\xfe")
     with pytest.raises(InputError, match="not UTF-8 text at byte 0"):

@@ -109,7 +109,7 @@ def explored(path, root):
             "confirm: it compares the best map",
         ),
         ({"objectives": ["quality", "bytes"], "confirm": {"tasks": ["x"]}}, "confirm: it compares the best map"),
-        ({"base": "nowhere.yaml"}, "nowhere.yaml: no such file: correct the path to a recipe"),
+        ({"base": "nowhere.yaml"}, "nowhere.yaml: no such recipe: correct its path"),
     ],
 )
 def test_bad_files_are_refused_by_name(written, tmp_path, keys, message):
@@ -125,7 +125,7 @@ def test_a_launcher_is_refused(written, tmp_path, monkeypatch):
 
 
 def test_what_is_no_search_is_refused(written, tmp_path):
-    with pytest.raises(InputError, match="absent.yaml: no such file: correct the path to a search"):
+    with pytest.raises(InputError, match="absent.yaml: no such search: correct its path"):
         Tuner(tmp_path / "absent.yaml", [], tmp_path)
     (tmp_path / "bytes.yaml").write_bytes(b"\xff\xfe")
     with pytest.raises(InputError, match="not UTF-8 text at byte 0"):

@@ -26,7 +26,7 @@ from vocabshrink.data.pieces import Pieces
 from vocabshrink.data.tasks import Rows, Task
 from vocabshrink.models.forward import run_backbone
 from vocabshrink.models.student import build_student, save_model
-from vocabshrink.models.task_model import HEADS, load_task_model, predict, student_model, task_logits
+from vocabshrink.models.task_model import CLASSIFIERS, load_task_model, predict, student_model, task_logits
 from vocabshrink.models.teacher import load_teacher
 from vocabshrink.run.folder import RunDir
 from vocabshrink.run.layer_map import layer_pairs
@@ -94,7 +94,7 @@ def a_teacher(task, teacher_folder):
 @pytest.mark.parametrize("kind", LOADERS)
 @pytest.mark.parametrize("family", FAMILIES)
 def test_every_family_s_logits_are_those_of_transformers(family, kind):
-    assert set(FAMILIES) == set(HEADS)
+    assert set(FAMILIES) == set(CLASSIFIERS)
     torch.manual_seed(0)
     config = FAMILIES[family].__class__.from_dict(FAMILIES[family].to_dict() | {"num_labels": 3})
     model = LOADERS[kind].from_config(config).eval()

@@ -11,7 +11,6 @@ from dataclasses import dataclass
 from hashlib import sha256
 from pathlib import Path
 
-import jinja2
 import numpy as np
 import onnxruntime
 import torch
@@ -20,12 +19,14 @@ from safetensors.torch import save_file
 from torch import nn
 
 from tokenizer_build.errors import InputError
-from tokenizer_build.files import read_json, replacing_folder, write_text
+from tokenizer_build.files import read_json, replacing_folder
 from vocabshrink.delivery.graph import ACTIVATIONS, FLOATS, KERNELS, build_graph
-from vocabshrink.models.forward import POOLINGS, module_files, pool_sentence
+from vocabshrink.models.forward import module_files, pool_sentence
 from vocabshrink.models.loading import check_folder, load_model
 from vocabshrink.models.rounding import fake_quantize_
+from vocabshrink.pages.page import write_page
 from vocabshrink.run.formats import Formats, formats_of, kind_of
+from vocabshrink.run.recipe import POOLINGS
 from vocabshrink.runtime.kinds import KINDS
 
 Feed = dict[str, np.ndarray]  # a graph's inputs, int64 [batch, sequence]
@@ -304,12 +305,11 @@ def write_card(folder: Path, manifest: dict, *, teacher: str, sources: list[str]
     """Writes README.md beside a delivery's MANIFEST.json. vocabulary: comparison.json of the run's `vocab` stage."""
     quality = {name: row for name, row in manifest.get("quality", {}).items() if isinstance(row, dict)}
     facts = {"manifest": manifest, "teacher": teacher, "sources": sources, "vocabulary": vocabulary, "quality": quality}
-    template = Path(__file__).with_name("card.md.jinja").read_text(encoding="utf-8")
-    environment = jinja2.Environment(trim_blocks=True, lstrip_blocks=True, keep_trailing_newline=True)
-    text = environment.from_string(template).render(
+    write_page(
+        folder / "README.md",
+        "card.md",
         name=folder.name if folder.name != "model" else manifest["recipe"],
         kind=KINDS[manifest["task"]],
         systems=list(dict.fromkeys(system for row in quality.values() for system in row)),
         **facts,
     )
-    write_text(folder / "README.md", text)

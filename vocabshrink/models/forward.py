@@ -109,9 +109,6 @@ def run_backbone(
     return Pass(*(None if field[0] is None else tuple(map(join, zip(*field, strict=True))) for field in fields))
 
 
-POOLINGS = ("mean", "cls")
-
-
 def pool_sentence(hidden: Tensor, attention_mask: Tensor, pooling: str, normalize: bool) -> Tensor:
     """[B, T, D], [B, T] -> sentence embedding [B, D] in float32."""
     hidden = hidden.float()

@@ -25,7 +25,7 @@ from vocabshrink.models.forward import first_position, module_files
 from vocabshrink.models.loading import load_model
 from vocabshrink.models.projection import check_extraction, cut, keep, layer_and_tail, principal_directions, scores_of
 from vocabshrink.models.spelling import piece_means
-from vocabshrink.models.teacher import HEADS, MaskedLMHead, Teacher, eps_and_activation, load_head, new_head
+from vocabshrink.models.teacher import HEAD_NAMES, MaskedLMHead, Teacher, eps_and_activation, load_head, new_head
 from vocabshrink.run.layer_map import layer_pairs
 from vocabshrink.run.recipe import StudentSection
 
@@ -169,7 +169,7 @@ def save_student(
     model: nn.Module = student
     if head is not None:
         values = {f"bert.{name}": value for name, value in student.state_dict().items()}
-        values |= {HEADS[0][name]: value for name, value in head.state_dict().items()}
+        values |= {HEAD_NAMES[0][name]: value for name, value in head.state_dict().items()}
         model = BertForMaskedLM(student.config)
         model.load_state_dict(values, strict=False)  # the decoder is the piece table
         model.tie_weights()

@@ -1,8 +1,8 @@
 """Task models: classifiers, regressors and taggers around a student's or a teacher's body.
 
 The models are transformers' own, so that what is trained loads unchanged. Here a model is a body and a head, because
-the losses compare bodies word by word; `HEADS` says how each family gets from the last hidden states to logits. The
-head runs in float32 whatever the precision: scores that are equal in bfloat16 would be ties to a rank correlation.
+the losses compare bodies word by word; `CLASSIFIERS` says how each family gets from the last hidden states to logits.
+The head runs in float32 whatever the precision: scores that are equal in bfloat16 would be ties to a rank correlation.
 """
 
 from collections.abc import Callable
@@ -20,7 +20,7 @@ from vocabshrink.models.forward import run_backbone
 from vocabshrink.models.loading import check_folder, load_model, read_tensors, resolve_model, tensors_in
 
 # model_type -> (model, last hidden states [B, T, D]) -> logits [B, C]; transformers' heads without their dropout
-HEADS: dict[str, Callable[[nn.Module, Tensor], Tensor]] = {
+CLASSIFIERS: dict[str, Callable[[nn.Module, Tensor], Tensor]] = {
     "bert": lambda model, hidden: model.classifier(model.bert.pooler(hidden)),
     **dict.fromkeys(("roberta", "xlm-roberta"), lambda model, hidden: model.classifier(hidden)),
     "albert": lambda model, hidden: model.classifier(model.albert.pooler_activation(model.albert.pooler(hidden[:, 0]))),
@@ -33,7 +33,7 @@ def task_logits(model: nn.Module, hidden: Tensor, kind: str) -> Tensor:
     with torch.autocast(hidden.device.type, enabled=False):
         if kind == "tokens":
             return model.classifier(hidden.float())
-        return HEADS[model.config.model_type](model, hidden.float())
+        return CLASSIFIERS[model.config.model_type](model, hidden.float())
 
 
 def label_names(task: Task) -> dict:
@@ -47,12 +47,12 @@ def load_task_model(model: str, task: Task, *, trained: bool) -> nn.Module:
 
     trained: the folder holds a fine-tuned model, whose labels must be the task's; else the head is new and random.
     Raises InputError: see `check_folder`; a fine-tuned model with other labels, in another order or without a head; a
-    family that has no entry in `HEADS`.
+    family that has no entry in `CLASSIFIERS`.
     """
     config = check_folder(folder := resolve_model(model))
     unit = "Token" if task.kind == "tokens" else "Sequence"
-    if config.model_type not in HEADS:
-        raise InputError(f"{folder}: {config.model_type} cannot be a task teacher: use one of {', '.join(HEADS)}")
+    if config.model_type not in CLASSIFIERS:
+        raise InputError(f"{folder}: {config.model_type} cannot be a task teacher: use one of {', '.join(CLASSIFIERS)}")
     if trained:
         check_label_order(task, config.id2label, str(folder))
     options = {} if trained else label_names(task) | {"ignore_mismatched_sizes": True}

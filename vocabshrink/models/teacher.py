@@ -65,7 +65,7 @@ def load_teacher(model: str, *, pooling: str = "mean", normalize: bool = True) -
 
 
 # {`MaskedLMHead`'s name: the checkpoint's} in each family, BERT's first
-HEADS = [
+HEAD_NAMES = [
     {"dense.weight": f"{dense}.weight", "dense.bias": f"{dense}.bias", "bias": bias}
     | {"norm.weight": f"{norm}.{scale}", "norm.bias": f"{norm}.{shift}"}
     for dense, norm, bias in (
@@ -81,7 +81,7 @@ HEADS = [
 def find_head(folder: Path) -> dict[str, str] | None:
     """{`MaskedLMHead`'s name: the checkpoint's} of the head in a folder's weights, or None."""
     tensors = tensors_in(folder).keys()
-    return next((names for names in HEADS if set(names.values()) <= tensors), None)
+    return next((names for names in HEAD_NAMES if set(names.values()) <= tensors), None)
 
 
 def eps_and_activation(config) -> tuple[float, str]:
@@ -109,5 +109,5 @@ def load_head(folder: Path, backbone: nn.Module) -> MaskedLMHead | None:
 def save_head(folder: Path, head: MaskedLMHead) -> None:
     """Writes a head under BERT's names, as `load_head` reads it."""
     folder.mkdir(parents=True, exist_ok=True)
-    tensors = {HEADS[0][name]: value.cpu().contiguous() for name, value in head.state_dict().items()}
+    tensors = {HEAD_NAMES[0][name]: value.cpu().contiguous() for name, value in head.state_dict().items()}
     save_file(tensors, folder / "model.safetensors")

@@ -9,7 +9,8 @@ from markupsafe import Markup
 from matplotlib.axes import Axes
 
 from tokenizer_build.files import read_json
-from vocabshrink.pages.page import GRID, SERIES, svg_of, write_page
+from vocabshrink.pages.figure import GRID, SERIES, svg_of
+from vocabshrink.pages.page import write_page
 
 TEACHER = "(teacher)"  # its label among the variants
 # A row's key -> head, scale and format of its column
@@ -98,7 +99,7 @@ def write_index(every: dict[str, dict], minutes: float, root: Path) -> None:
         parts.append(one | {"name": name, "baseline": compared_with(one["rows"]), "plot": picture})
         parts[-1]["table"] = table_of(one["rows"])
     environment = read_json(root / "environment.json")
-    write_page(root / "index.html", "ablations", ablations=parts, minutes=minutes, environment=environment)
+    write_page(root / "index.html", "ablations.html", ablations=parts, minutes=minutes, environment=environment)
 
 
 def write_tune_page(rows: list[dict], summary: dict, root: Path) -> None:
@@ -113,7 +114,7 @@ def write_tune_page(rows: list[dict], summary: dict, root: Path) -> None:
         figures["confirm"] = Markup((root / "runs/confirm/plot.svg").read_text(encoding="utf-8"))
     facts = {"results": [summary["best"]] if "best" in summary else summary["front"], "rows": rows, "figures": figures}
     environment = read_json(root / "environment.json")
-    write_page(root / "tune.html", "tune", **facts, summary=summary, environment=environment)
+    write_page(root / "tune.html", "tune.html", **facts, summary=summary, environment=environment)
 
 
 def draw_points(points: list[list[tuple]], across: str, axes: Axes) -> None:

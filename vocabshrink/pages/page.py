@@ -1,56 +1,23 @@
-"""What the HTML pages share: one jinja environment, and matplotlib figures as SVGs.
+"""The one jinja environment: whatever is written from a template goes through it.
 
-Whatever goes into a template is escaped unless it is `Markup` (the SVGs), and a name that a template uses and nobody
-gave is an error instead of an empty place on the page. Figures are coloured by the page's CSS variables, so that they
-follow its theme: a page that shows one defines --ink, --grid and --series-0 to -7. One saved alone brings defaults.
+In HTML whatever goes into a template is escaped unless it is `Markup` (the SVGs). A name that a template uses and
+nobody gave is an error instead of an empty place.
 """
 
-import io
-import re
-import zlib
-from collections.abc import Callable
 from pathlib import Path
 
 import jinja2
-from markupsafe import Markup
-from matplotlib import rc_context
-from matplotlib.axes import Axes
-from matplotlib.figure import Figure
 
 from tokenizer_build.files import write_text
 
-LOADER = jinja2.FileSystemLoader(Path(__file__).parent / "templates")
-ENVIRONMENT = jinja2.Environment(loader=LOADER, autoescape=True, undefined=jinja2.StrictUndefined)
-# Matplotlib draws with these colours, each of which is replaced by its CSS variable in the text of the SVG.
-INK, GRID, SERIES = "#010101", "#020202", tuple(f"#0303{index:02x}" for index in range(8))
-VARIABLES = {INK: "--ink, #24272b", GRID: "--grid, #d5d8dc"}
-COLOURS = ["#1f5fa8", "#c8553d", "#3a7d44", "#8a6bb1", "#b8860b", "#17868b", "#a23e6d", "#5b6470"]
-VARIABLES |= {colour: f"--series-{index}, {COLOURS[index]}" for index, colour in enumerate(SERIES)}
-STYLE = {"svg.fonttype": "none", "font.size": 9, "text.parse_math": False, "axes.unicode_minus": False}
-STYLE |= {"axes.spines.top": False, "axes.spines.right": False, "axes.axisbelow": True, "legend.frameon": False}
-STYLE |= {"axes.edgecolor": GRID, **dict.fromkeys(("axes.labelcolor", "xtick.color", "ytick.color", "text.color"), INK)}
-STYLE |= {"axes.grid": True, "axes.grid.axis": "y", "grid.color": GRID, "grid.linewidth": 0.6}
-STYLE |= {f"{axis}tick.{which}.size": 0 for axis in "xy" for which in ("major", "minor")}
+ENVIRONMENT = jinja2.Environment(
+    loader=jinja2.FileSystemLoader(Path(__file__).parent / "templates"),
+    autoescape=jinja2.select_autoescape(enabled_extensions=["html.jinja"]),
+    undefined=jinja2.StrictUndefined,
+    **{"trim_blocks": True, "lstrip_blocks": True, "keep_trailing_newline": True},
+)
 
 
 def write_page(path: Path, template: str, **facts) -> None:
-    """Render templates/`template`.html.jinja with `facts` and write the page to `path` atomically."""
-    write_text(path, ENVIRONMENT.get_template(f"{template}.html.jinja").render(facts))
-
-
-def svg_of(name: str, draw: Callable[[Axes], None], size: tuple = (4.6, 2.5), alone: bool = False) -> Markup:
-    """An inline SVG of what `draw` puts on the axes of a figure of `size` inches.
-
-    name: unique among the figures of a page: it keeps their identifiers apart. alone: with default colours.
-    """
-    with rc_context(STYLE | {"svg.hashsalt": name}):
-        figure, file = Figure(figsize=size, layout="constrained"), io.StringIO()
-        draw(figure.subplots())
-        without = dict.fromkeys(("Date", "Creator", "Format", "Type"))  # the same figures give the same page
-        figure.savefig(file, format="svg", transparent=True, metadata=without)
-    prefix = f"f{zlib.crc32(name.encode()):08x}-"  # identifiers are unique within a file, not on a page of many figures
-    svg = re.sub(r'(\bid="|xlink:href="#|url\(#)', rf"\1{prefix}", file.getvalue().partition("<svg ")[2])
-    svg = re.sub(r' (width|height)="[\d.]+pt"', "", svg)  # the page decides how large it is
-    for colour, variable in VARIABLES.items():
-        svg = svg.replace(colour, f"var({variable if alone else variable.partition(',')[0]})")
-    return Markup(f'<svg role="img" {svg}')
+    """Render templates/`template`.jinja with `facts` and write it to `path` atomically."""
+    write_text(path, ENVIRONMENT.get_template(f"{template}.jinja").render(facts))

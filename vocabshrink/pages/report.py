@@ -16,7 +16,8 @@ from matplotlib.axes import Axes
 from matplotlib.ticker import EngFormatter, NullFormatter
 
 from tokenizer_build.files import read_json
-from vocabshrink.pages.page import SERIES, svg_of, write_page
+from vocabshrink.pages.figure import SERIES, svg_of
+from vocabshrink.pages.page import write_page
 from vocabshrink.run.folder import RunDir, task_rows
 from vocabshrink.run.stage import STAGES
 
@@ -44,7 +45,7 @@ def write_report(run: RunDir) -> Path:
     facts["details"] = {name: list(flatten(stages[name])) for name in in_order(stages)}
     facts["recipe"] = recipe.read_text(encoding="utf-8", errors="replace") if recipe.is_file() else None
     facts["environment"] = list(flatten(environment))
-    write_page(out, "report", **facts, label=label, figure=figure, columns=columns)
+    write_page(out, "report.html", **facts, label=label, figure=figure, columns=columns)
     return out
 
 

@@ -78,7 +78,7 @@ def build_web(
         versions = [read_json(package)["version"].split("-")[0] for package in packages]
         facts = {"title": title, "data": data, "sums": sums, "versions": versions}
         for name, packed in (("index.html", None), ("standalone.html", files)):
-            write_page(place / name, "web", files=packed, **facts)
+            write_page(place / name, "web.html", files=packed, **facts)
             sizes[name] = (place / name).stat().st_size
     return {"files": sizes, **sums, "passages": data["passages"]}
 

@@ -1,8 +1,8 @@
 """The folder of one run: where each stage writes, and how a finished stage differs from a crashed one.
 
 A stage owns one folder and writes `DONE` into it last. An unfinished attempt is thrown away when the stage starts
-again, except its `checkpoints/`, from which training resumes. Every file appears whole or not at all. There is no lock: two
-runs in one folder at once are the user's mistake, and of several processes only the main one may write here.
+again, except its `checkpoints/`, from which training resumes. Every file appears whole or not at all. There is no lock:
+two runs in one folder at once are the user's mistake, and of several processes only the main one may write here.
 """
 
 import hashlib

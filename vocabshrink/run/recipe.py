@@ -55,6 +55,7 @@ def parse_size(value: Any) -> Any:
     return round(float(match[1].replace("_", "")) * unit.get(match[2], 1))
 
 
+POOLINGS = ("mean", "cls")
 Number = BeforeValidator(refuse_boolean)
 Bytes = Annotated[int, BeforeValidator(parse_size), Number, Field(gt=0)]
 Share = Annotated[float, Number, Field(ge=0, le=1)]
@@ -78,7 +79,7 @@ class TeacherSection(Section):
     # such a setting stays finished
     revision: str | None = Field(default=None, exclude_if=lambda value: value is None)
     sha256: str | None = None  # of the weights, all shards in order of name; checked before anything is built on them
-    pooling: Literal["mean", "cls"] = "mean"  # of the sentence embedding, where one is matched or delivered
+    pooling: Literal[*POOLINGS] = "mean"  # of the sentence embedding, where one is matched or delivered
     normalize: bool = True
 
 
