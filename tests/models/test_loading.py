@@ -106,7 +106,7 @@ def test_what_is_no_config_is_refused(text, folder):
             {"vocab_size": 301},
             r"the shape \(301, 32\), the weights have \(300, 32\): one of the two belongs to another model",
         ),
-        ({"is_decoder": True}, "with a decoder: only encoders can be teachers"),
+        ({"is_decoder": True}, "a decoder: only encoders can be teachers"),
         ({"transformers_weights": "other.safetensors"}, "names other weights"),
     ],
 )

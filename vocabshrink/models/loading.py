@@ -70,7 +70,8 @@ def load_config(folder: Path):
     with refusing(folder):
         config = AutoConfig.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
     if config.is_encoder_decoder or getattr(config, "is_decoder", False):
-        raise InputError(f"{folder}: {config.model_type} with a decoder: only encoders can be teachers")
+        kind = "an encoder-decoder" if config.is_encoder_decoder else "a decoder"
+        raise InputError(f"{folder}: {config.model_type} is {kind}: only encoders can be teachers")
     if getattr(config, "transformers_weights", None):
         raise InputError(f"{folder}/config.json: transformers_weights names other weights: call them model.safetensors")
     return config
