@@ -29,9 +29,14 @@ def test_a_scale_covers_a_group_or_a_row():
     assert bits_and_group("int8", 0) == (8, 1)
 
 
-def test_three_bits_are_no_format():
+def test_three_bits_and_packed_weights_are_refused():
     with pytest.raises(InputError, match="'int3-64' is no format"):
         formats_of("int3-64")
+    data = {"name": "old", "teacher": {"model": "t"}, "corpus": {"sources": ["c.txt"]}}
+    recipe.parse_recipe(data, "old.yaml")
+    for key, value in (("compact", "int4-64"), ("weights", "int3-64")):
+        with pytest.raises(InputError, match=f"delivery.{key}"):
+            recipe.parse_recipe(data | {"delivery": {key: value}}, "old.yaml")
 
 
 def test_mixed_formats_and_files_in_words():

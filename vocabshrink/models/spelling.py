@@ -31,8 +31,7 @@ MARKED = re.compile(r"\[\w+\]|<[\w/|]+>")  # [CLS], <s>, [unused1]: no text spel
 
 def spell(piece: str, tokenizer: Tokenizer) -> list[int]:
     """The teacher's ids for a student piece, `##` meaning "inside a word" in whatever way the teacher marks that."""
-    role = first_known(tokenizer, piece, SPECIAL[piece]) if piece in SPECIAL else None
-    if role is not None:
+    if piece in SPECIAL and (role := first_known(tokenizer, piece, SPECIAL[piece])) is not None:
         return [role]
     unknown = first_known(tokenizer, "[UNK]", "<unk>") or 0
     text, inside = (piece[2:], True) if piece.startswith("##") and len(piece) > 2 else (piece, False)
