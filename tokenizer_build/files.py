@@ -146,5 +146,5 @@ def decode(raw: bytes, path: str | Path, offset: int = 0) -> str:
         bad = error.start
     if bad >= 0:
         what = f"{path}: not UTF-8 text at byte {offset + bad} (0x{raw[bad]:02x})"
-        raise InputError(f"{what}: convert it, for example with `iconv -f latin1 -t utf-8`, or leave it out")
+        raise InputError(f"{what}: convert it, as by `iconv -f latin1 -t utf-8`, or leave it out if it is binary (NUL)")
     return text if offset else text.removeprefix("\ufeff")  # a byte order mark, which some editors write
