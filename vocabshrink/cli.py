@@ -4,7 +4,6 @@ import errno
 import json
 import os
 import sys
-import time
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Annotated
@@ -122,9 +121,8 @@ def list_parts(kind: Annotated[str, typer.Argument(help="stages, trainers, losse
     if kind and kind not in kinds:
         raise InputError(f"{kind}: there is no such list: choose from {', '.join(kinds)}")
     for title in [kind] if kind else kinds:
-        print(
-            title, *(f"  {name:<24} {about.strip().splitlines()[0]}" for name, about in kinds[title].items()), sep="\n"
-        )
+        lines = [f"  {name:<24} {about.strip().splitlines()[0]}" for name, about in kinds[title].items()]
+        print(title, *lines, sep="\n")
 
 
 @app.command()
@@ -147,9 +145,8 @@ def harvest(out: Annotated[Path, typer.Argument(help="a .jsonl or .jsonl.gz to w
     if out.is_file():
         print(f"{out}: harvested before", file=sys.stderr)
         return
-    started, counts = time.monotonic(), harvest_to(out, processes=os.cpu_count() or 1)
-    seconds = f"{time.monotonic() - started:.0f} s"
-    print(f"{out}: {counts['words']:,} words in {counts['paragraphs']:,} paragraphs, {seconds}")
+    counts = harvest_to(out, processes=os.cpu_count() or 1)
+    print(f"{out}: {counts['words']:,} words in {counts['paragraphs']:,} paragraphs")
 
 
 @app.command()
@@ -237,16 +234,11 @@ def bench(
     """Measure artifacts beside their teacher and a static peer."""
     from vocabshrink.lab import bench as lab
 
-    if teacher:
-        from vocabshrink.models.loading import resolve_model
-    settings = {
-        "teacher": resolve_model(teacher) if teacher else None,
-        "static": static,
-        "out": out,
-        "seconds": seconds,
-    }
-    settings["tasks"] = dict(entry.split("=", 1) for entry in task or [])
-    CONSOLE.print(*lab.bench_tables(lab.bench([delivered(path) for path in artifacts], **settings)))
+    if malformed := [entry for entry in task or [] if "=" not in entry]:
+        raise InputError(f"--task {malformed[0]}: write a name and its folder, as in sst2=data/sst2")
+    tasks, folders = dict(entry.split("=", 1) for entry in task or []), [delivered(path) for path in artifacts]
+    report = lab.bench(folders, teacher=teacher, static=static, tasks=tasks, out=out, seconds=seconds)
+    CONSOLE.print(*lab.bench_tables(report))
 
 
 def main() -> None:

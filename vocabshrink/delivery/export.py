@@ -161,7 +161,7 @@ def _load_model(folder: Path, settings: ExportSettings) -> nn.Module:
     if task == "fill-mask" and not config.tie_word_embeddings:
         raise InputError(f"{folder}: the masked-LM decoder is not tied to the embeddings, which alone can be exported")
     pooler = {"add_pooling_layer": False} if task == "embedding" else {}
-    model = load_model(getattr(transformers, name), folder, **pooler)
+    model = load_model(folder, getattr(transformers, name), **pooler)
     embeddings = model.base_model.embeddings
     kept = embeddings.position_embeddings.weight.detach()[: settings.max_positions].clone()
     embeddings.position_embeddings = nn.Embedding.from_pretrained(kept, freeze=False)

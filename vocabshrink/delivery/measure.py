@@ -14,7 +14,7 @@ from tokenizer_build.errors import InputError
 from vocabshrink.data.held_out import Embed, HeldOut, RatedPairs
 from vocabshrink.delivery.export import ExportSettings, export_model
 from vocabshrink.models.forward import torch_embedder
-from vocabshrink.models.loading import load_config, read_backbone
+from vocabshrink.models.loading import load_config, load_model
 from vocabshrink.runtime.delivery import load
 
 TIMED_SENTENCES = 100
@@ -30,7 +30,7 @@ def measure_systems(
     """
     delivery, teacher, embedders = load(folders["delivered"]), folders["teacher"], {}
     for name in ("teacher", "untrained", "trained"):
-        backbone, folder = read_backbone(folders[name]), folders[name]
+        backbone, folder = load_model(folders[name]), folders[name]
         embedders[name] = torch_embedder(backbone, folder, pooling, normalize, max_length=LONGEST)
     embedders["delivered"] = delivery.embed
     vectors = {name: embed(held_out.texts) for name, embed in embedders.items()}

@@ -109,7 +109,7 @@ def bench(
     lengths: Sequence[int] = LENGTHS,
     batches: Sequence[int] = BATCHES,
 ) -> dict:
-    """Measure delivered folders, and with a `teacher` folder its ONNX fp32 and int8 and (`static`) its static vectors.
+    """Measure deliveries, and with a `teacher` its ONNX fp32 and int8 and (`static`) its static vectors.
 
     Peers are made once and kept beside `out`. `tasks`: {name: folder with train/test.jsonl} for the quality. Writes
     `out` and returns what it says: {"machine", "lengths", "systems": {name: {"kind", "bytes" (and "gzip_bytes", one by
@@ -124,7 +124,10 @@ def bench(
     if not systems:
         raise InputError("there is nothing to measure: give one delivered folder or more")
     if teacher is not None:
-        systems += peers(Path(teacher), Path(out).parent / "peers", static)
+        from vocabshrink.models.loading import resolve_model
+
+        teacher = resolve_model(str(teacher))
+        systems += peers(teacher, Path(out).parent / "peers", static)
     names = [system.name for system in systems]
     if len(set(names)) < len(names):
         raise InputError(f"two of the folders have one name ({', '.join(names)}): rename one")
@@ -137,7 +140,7 @@ def bench(
             "gzip_bytes": sum(len(gzip.compress(content, 6, mtime=0)) for content in contents.values()),
             "files": {name: len(content) for name, content in contents.items()},
         }
-    texts = {length: text_of(length, Path(teacher or systems[0].folder) / "tokenizer.json") for length in lengths}
+    texts = {length: text_of(length, (teacher or systems[0].folder) / "tokenizer.json") for length in lengths}
     asked = {"texts": texts, "batches": list(batches), "seconds": seconds / ROUNDS}
     said: dict[str, dict[str, list[dict]]] = {name: defaultdict(list) for name in names}  # by number of threads
     counts = sorted({1, os.cpu_count() or 1})

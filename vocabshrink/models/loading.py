@@ -16,7 +16,7 @@ from textwrap import shorten
 
 import torch
 from safetensors import safe_open
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import AutoConfig, AutoModel
 from transformers.utils import logging as transformers_logging
 
@@ -76,7 +76,7 @@ def load_config(folder: Path):
     return config
 
 
-def load_model(loader, folder: Path, **options):
+def load_model(folder: Path, loader=AutoModel, **options):
     """`loader.from_pretrained` of a folder, in eval mode. Raises InputError for weights missing, strange or damaged."""
     weight_files(folder)
     with refusing(folder):
@@ -90,11 +90,6 @@ def load_model(loader, folder: Path, **options):
             local_files_only=True,
             **options,
         )
-
-
-def read_backbone(folder: Path) -> nn.Module:
-    """A saved encoder without any head, in float32 and eval mode."""
-    return load_model(AutoModel, folder)
 
 
 def check_folder(folder: Path, sha256: str | None = None):

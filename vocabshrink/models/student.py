@@ -155,7 +155,7 @@ def new_student_head(student: BertModel, teacher: Teacher) -> MaskedLMHead:
 
 def load_student(folder: Path, student: BertModel, head: MaskedLMHead | None = None) -> dict:
     """Puts a saved student (and head) into a built one, in place. Returns where from, for the log."""
-    student.load_state_dict(load_model(BertModel, folder, add_pooling_layer=False).state_dict())
+    student.load_state_dict(load_model(folder, BertModel, add_pooling_layer=False).state_dict())
     saved = load_head(folder, student)
     if head is not None and saved is not None:
         head.load_state_dict(saved.state_dict())

@@ -14,7 +14,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers.activations import ACT2FN
 
-from vocabshrink.models.loading import check_folder, read_backbone, read_tensors, resolve_model, tensors_in
+from vocabshrink.models.loading import check_folder, load_model, read_tensors, resolve_model, tensors_in
 
 
 class MaskedLMHead(nn.Module):
@@ -58,7 +58,7 @@ class Teacher:
 def load_teacher(model: str, *, pooling: str = "mean", normalize: bool = True) -> Teacher:
     """Backbone and masked-LM head in eval mode. Raises InputError: see `resolve_model` and `check_folder`."""
     check_folder(folder := resolve_model(model))
-    backbone = read_backbone(folder)
+    backbone = load_model(folder)
     if getattr(backbone, "pooler", None) is not None:
         backbone.pooler = None  # next-sentence head: no one reads it, and it would be trained as dead weight
     return Teacher(backbone, load_head(folder, backbone), folder, pooling, normalize)

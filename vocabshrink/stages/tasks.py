@@ -225,7 +225,7 @@ class TaskTrainings:
         if not self.context.students:
             student, directions, _ = inputs.start_student(self.context, inputs.read_teacher(self.context))
             return student, directions
-        student = load_model(BertModel, [*self.context.students.values()][-1], add_pooling_layer=False).eval()
+        student = load_model([*self.context.students.values()][-1], BertModel, add_pooling_layer=False).eval()
         return student, None if self.teacher is None else inputs.start_directions(self.context)
 
 

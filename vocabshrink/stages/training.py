@@ -10,7 +10,7 @@ from vocabshrink.data.batches import Batcher, cut_segments
 from vocabshrink.data.held_out import read_rated_pairs
 from vocabshrink.data.pieces import PieceTable
 from vocabshrink.models.forward import torch_embedder
-from vocabshrink.models.loading import read_backbone
+from vocabshrink.models.loading import load_model
 from vocabshrink.models.rounding import bake, quantization_aware
 from vocabshrink.models.spelling import spellings
 from vocabshrink.models.student import load_student, new_student_head, save_student
@@ -123,7 +123,7 @@ def read_trained_teacher(context: Context, teacher: Teacher) -> None:
         return
     folder = context.folder_of("dual")
     if (folder / "teacher").is_dir():
-        teacher.backbone.load_state_dict(read_backbone(folder / "teacher").state_dict(), strict=False)
+        teacher.backbone.load_state_dict(load_model(folder / "teacher").state_dict(), strict=False)
     if (folder / "teacher_head").is_dir():
         teacher.head = load_head(folder / "teacher_head", teacher.backbone)
 
