@@ -152,3 +152,7 @@ def test_lines_are_embedded_without_torch():
         [*command[:-2], "classify", str(RELEASED)], input="a text\n", capture_output=True, text=True
     )
     assert refused.returncode == 2 and "Traceback" not in refused.stderr and "embedding" in refused.stderr
+
+
+def test_a_task_without_a_folder_is_refused(tmp_path):
+    assert "--task sst2: write a name and its folder" in refused("bench", tmp_path, "--task", "sst2", folder=tmp_path)
