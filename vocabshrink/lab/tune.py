@@ -30,7 +30,7 @@ from transformers import BertConfig, BertModel
 
 from tokenizer_build.errors import InputError
 from tokenizer_build.files import read_json, write_json, write_text
-from vocabshrink.delivery.graph import KERNELS, build_graph
+from vocabshrink.delivery.graph import build_graph
 from vocabshrink.delivery.size import delivery_bytes
 from vocabshrink.lab.ablations import Seeds, rated_of, run_ablations
 from vocabshrink.lab.bench import time_calls
@@ -215,8 +215,8 @@ def measure_latency(config: BertConfig, delivery: DeliverySection) -> float:
     """Milliseconds of a sentence of 32 pieces on one thread with random weights: the least of many calls, which other
     work disturbs least."""
     state = {name: value.numpy() for name, value in BertModel(config, add_pooling_layer=False).state_dict().items()}
-    kernel = KERNELS[0] if delivery.kernel == "auto" else delivery.kernel
-    graph = build_graph(state, config, task="embedding", formats=formats_of(delivery.weights), kernel=kernel)
+    formats = formats_of(delivery.weights)
+    graph = build_graph(state, config, task="embedding", formats=formats, kernel=delivery.kernel)
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads, options.log_severity_level = 1, 3
     session = onnxruntime.InferenceSession(graph.SerializeToString(), options, providers=["CPUExecutionProvider"])
@@ -257,7 +257,9 @@ def explore(tuner: Tuner) -> optuna.Study:
     while len(study.trials) < ASKED * tuning.trials:
         if sum(bool(row["scores"]) for row in rows_of(study).values()) >= tuning.trials:
             break
-        study.optimize(lambda trial: attempt(tuner, study, trial), n_trials=1)
+        with contextlib.ExitStack() as asking:  # SQLite would give one queued trial to two processes
+            asking.enter_context(claimed(tuner.root / "study", wait=True))
+            study.optimize(lambda trial: asking.close() or attempt(tuner, study, trial), n_trials=1)
     return study
 
 
