@@ -111,23 +111,18 @@ def context_of(run: Run, name: str) -> Context:
 
 
 def run_stage(run: Run, name: str) -> bool:
-    """Runs one stage unless it is done. Returns whether it ran.
-
-    Raises:
-        InputError: a stage that it needs is not done, or it is done under other settings.
-    """
+    """Runs one stage unless it is done. Returns whether it ran. Raises InputError where a stage that it needs is not
+    done, and where it is done under other settings."""
     stage, folder = STAGES[name], run.dir.stage(name)
     missing = [n for n in stage.needs.split() if STAGES[n].asked(run.recipe) and not run.dir.is_done(n)]
     if missing:
-        raise InputError(
-            f"{run.dir.path}: stage {name} needs {missing[0]} first: vocabshrink {missing[0]} RECIPE, or run"
-        )
+        remedy = f"vocabshrink {missing[0]} RECIPE, or run"
+        raise InputError(f"{run.dir.path}: stage {name} needs {missing[0]} first: {remedy}")
     settings = settings_of(run.recipe, name)
     if run.dir.is_done(name) and name != "report":  # a report is cheap, and stale as soon as any stage ran again
         if different := first_difference(read_json(folder / "settings.json"), settings):
-            raise InputError(
-                f"{folder}: made by another recipe: {different}: give the run another name, or delete the folder"
-            )
+            remedy = "give the run another name, or delete the folder"
+            raise InputError(f"{folder}: made by another recipe: {different}: {remedy}")
         say(f"{name}: done before")
         return False
     if main_process():

@@ -395,8 +395,7 @@ class Recipe(Section):
 def load_recipe(path: str | Path, overrides: list[str] | tuple[str, ...] = ()) -> Recipe:
     """Reads a recipe and applies `a.b=value` overrides.
 
-    Raises:
-        InputError: a missing or malformed file, an unknown key (with the nearest known one), a wrong value.
+    Raises InputError for a missing or malformed file, an unknown key (with the nearest known one), a wrong value.
     """
     data = read_yaml(Path(path), "a recipe")
     for override in overrides:

@@ -54,8 +54,7 @@ def parse_yaml(text: str, origin: str) -> Any:
 def read_yaml(path: Path, kind: str, *needed: str) -> dict:
     """The mapping in a YAML file. kind: what it should be, as "a recipe"; needed: the keys that tell it from others.
 
-    Raises:
-        InputError: a file that is missing, not UTF-8, not YAML, or not of its kind.
+    Raises InputError for a file that is missing, not UTF-8, not YAML, or not of its kind.
     """
     try:
         data = parse_yaml(path.read_text(encoding="utf-8"), str(path))

@@ -7,7 +7,7 @@ passages, vectors and model are always of one build.
 
 import hashlib
 import json
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
 import numpy as np
@@ -17,14 +17,22 @@ from tokenizer_build.files import read_json, replacing_folder, write_json
 from vocabshrink.runtime.delivery import Delivery, load
 
 ROWS_AT_ONCE = 65_536  # of the index while it is searched: 100 MB as float32 at 384 columns
+EMBEDDED_AT_ONCE = 8_192  # passages, between two calls of `progress`
 FILES = ("passages.jsonl", "vectors.npy")
 
 
-def build_index(folder: str | Path, passages: Iterable[dict | str], *, batch_size: int = 32, threads: int = 1) -> int:
+def build_index(
+    folder: str | Path,
+    passages: Iterable[dict | str],
+    *,
+    batch_size: int = 32,
+    threads: int = 1,
+    progress: Callable[[int, int], None] = lambda done, total: None,
+) -> int:
     """Embed passages (texts, or dicts with a "text") into folder/index; the number of passages.
 
     Writes passages.jsonl, vectors.npy [passages, dimension] float16 and index.json, in place of an earlier index.
-    Raises InputError for a passage without a text, or where there is none at all.
+    progress: is told how many of how many are embedded. Raises InputError for a passage without a text, or for none.
     """
     embedder, records = load(folder, threads), []
     for place, passage in enumerate(passages):
@@ -33,11 +41,14 @@ def build_index(folder: str | Path, passages: Iterable[dict | str], *, batch_siz
             raise InputError(f'passage {place} is neither a text nor a dict with a "text" string')
     if not records:
         raise InputError("there is no passage to index: give one text or more")
-    vectors = embedder.embed([record["text"] for record in records], batch_size)
+    texts, vectors = [record["text"] for record in records], []
+    for start in range(0, len(texts), EMBEDDED_AT_ONCE):
+        vectors.append(embedder.embed(texts[start : start + EMBEDDED_AT_ONCE], batch_size).astype(np.float16))
+        progress(sum(map(len, vectors)), len(texts))
     with replacing_folder(Path(folder) / "index") as new:
         lines = "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records)
         (new / "passages.jsonl").write_bytes(lines.encode())
-        np.save(new / "vectors.npy", vectors.astype(np.float16))
+        np.save(new / "vectors.npy", np.concatenate(vectors))
         write_json(new / "index.json", _sums(new, embedder))
     return len(records)
 

@@ -18,11 +18,8 @@ from vocabshrink.training.losses import ATTENTION, check_losses, readers
 
 
 def check_recipe(recipe: Recipe, *, force: bool = False) -> None:
-    """Refuses a recipe that cannot be run to its end. force: over-budget deliveries are wanted all the same.
-
-    Raises:
-        InputError: naming the key or the file, and the mend.
-    """
+    """Refuses a recipe that cannot be run to its end, by an InputError that names the key or the file, and the mend.
+    force: over-budget deliveries are wanted all the same."""
     check_all_losses(recipe)
     check_files(recipe)
     if recipe.delivery and recipe.evaluation.sentences < LEAST_SENTENCES:

@@ -16,7 +16,7 @@ from vocabshrink.delivery.measure import measure_systems
 from vocabshrink.models.loading import weights_sha256
 from vocabshrink.models.student import save_student
 from vocabshrink.models.teacher import Teacher
-from vocabshrink.run.engine import Context
+from vocabshrink.run.engine import Context, say
 from vocabshrink.runtime.delivery import Delivery, load
 from vocabshrink.runtime.index import build_index
 from vocabshrink.stages import inputs
@@ -78,7 +78,9 @@ def export_embedder(
     write_card(folder / "model", manifest, **sources_of(context))
     if recipe.index:
         passages = islice((row for _, row in read_jsonl(recipe.index.passages)), recipe.index.limit)
-        figures["indexed_passages"] = build_index(folder / "model", passages, threads=os.cpu_count() or 1)
+        options = {"progress": lambda done, total: say(f"export: {done:,} of {total:,} passages indexed")}
+        options["threads"] = os.cpu_count() or 1
+        figures["indexed_passages"] = build_index(folder / "model", passages, **options)
     return figures
 
 

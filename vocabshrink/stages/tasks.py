@@ -239,11 +239,8 @@ def mark_of(context: Context, name: str, setting: str, seed: int) -> str:
 
 
 def once(unit: Path, mark: str, make: Callable[[], dict]) -> dict:
-    """The metrics of a training: those in `unit`, or what `make` gives, written there last.
-
-    Raises:
-        InputError: the unit holds another recipe's training.
-    """
+    """The metrics of a training: those in `unit`, or what `make` gives, written there last. Raises InputError where the
+    unit holds another recipe's training."""
     done = unit / "metrics.json"
     if not done.is_file():
         result = make()
