@@ -15,6 +15,7 @@ from tokenizer_build.errors import InputError
 from tokenizer_build.tokenizer import make_tokenizer
 from vocabshrink.data.pieces import Pieces
 from vocabshrink.models import forward
+from vocabshrink.models.families import check_attention
 from vocabshrink.models.forward import pool_attention, pool_sentence, pool_units, run_backbone
 from vocabshrink.models.loading import check_folder, resolve_model
 from vocabshrink.models.teacher import load_teacher
@@ -214,13 +215,13 @@ class TestQueriesKeysValues:
 
     def test_of_other_architectures_are_refused(self, folders):
         teacher = load_teacher(str(folders["mpnet"]))  # its scores have relative positions added
-        side = random_side(teacher.table.num_embeddings, EVEN, pad=1)
-        with pytest.raises(InputError, match="^mpnet: where its attention is .*, or a model among bert, "):
-            run_backbone(teacher.backbone, side, qkv=True)
+        with pytest.raises(InputError, match="^mpnet: how its attention is .*, or a model among bert, "):
+            check_attention(teacher.config, scores=True)
+        check_attention(teacher.config)  # relations between queries, keys or values read no scores
         albert = load_teacher(str(folders["albert"])).backbone
         albert.config.inner_group_num = 2
         with pytest.raises(InputError, match="^albert: "):
-            run_backbone(albert, side, qkv=True)
+            check_attention(albert.config)
 
     def test_leave_no_hook_behind(self, folders):
         backbone = load_teacher(str(folders["bert"])).backbone

@@ -15,9 +15,10 @@ from dataclasses import dataclass
 import numpy as np
 import onnx
 from onnx import TensorProto, helper, numpy_helper
-from transformers import BertConfig
+from transformers import PreTrainedConfig
 
 from vocabshrink.models.rounding import Quantized, quantize
+from vocabshrink.models.teacher import head_names
 from vocabshrink.run.formats import format_of
 
 # hidden_act of the config -> Gelu's attribute "approximate"; None is Relu
@@ -157,7 +158,7 @@ class Encoder:
 
     graph: Graph
     state: dict[str, np.ndarray]
-    config: BertConfig
+    config: PreTrainedConfig
 
     def layer_norm(self, name: str, hidden: str, outputs: list[str] | None = None) -> str:
         vectors = [self.graph.vector(f"{name}.{part}", self.state[f"{name}.{part}"]) for part in ("weight", "bias")]
@@ -173,6 +174,7 @@ class Encoder:
         return self.graph.node("Relu", [hidden])
 
     def embeddings(self) -> str:
+        """[batch, sequence, hidden], through ELECTRA's projection where there is one."""
         graph = self.graph
         length = graph.node("Shape", ["input_ids"], start=1, end=2)
         places = graph.node("Range", [graph.number(0, "s"), graph.node("Squeeze", [length]), graph.number(1, "s")])
@@ -181,7 +183,8 @@ class Encoder:
             return graph.gather(f"{name}_embeddings", self.state[f"embeddings.{name}_embeddings.weight"], ids, rank)
 
         total = graph.node("Add", [rows("word", "input_ids"), rows("token_type", "token_type_ids")])
-        return self.layer_norm("embeddings.LayerNorm", graph.node("Add", [total, rows("position", places, 1)]))
+        hidden = self.layer_norm("embeddings.LayerNorm", graph.node("Add", [total, rows("position", places, 1)]))
+        return self.linear("embeddings_project", hidden) if "embeddings_project.weight" in self.state else hidden
 
     def attention(self, name: str, hidden: str, bias: str, scale: str) -> str:
         """bias: 0 for pieces and -1e9 for padding, [batch, 1, 1, sequence]; scale: of the queries."""
@@ -215,22 +218,29 @@ class Encoder:
 
     def logits(self, task: str, hidden: str) -> None:
         """Adds the head of a task that is no embedding, and its output "logits"."""
+        electra = self.config.model_type == "electra"  # whose heads have GELU whatever the config says
         if task == "fill-mask":
-            hidden = self.activated(self.linear("cls.predictions.transform.dense", hidden))
-            hidden = self.layer_norm("cls.predictions.transform.LayerNorm", hidden)
-            table, bias = self.state["embeddings.word_embeddings.weight"], self.state["cls.predictions.bias"]
+            names = head_names(self.config)
+            hidden = self.linear(names["dense.weight"].removesuffix(".weight"), hidden)
+            hidden = self.graph.node("Gelu", [hidden]) if electra else self.activated(hidden)
+            hidden = self.layer_norm(names["norm.weight"].removesuffix(".weight"), hidden)
+            table, bias = self.state["embeddings.word_embeddings.weight"], self.state[names["bias"]]
             hidden = self.graph.linear("word_embeddings", table, bias, hidden)
+        elif task == "classification":
+            hidden = self.graph.node("Gather", [hidden, self.graph.number(0, "s")], axis=1)
+            if electra:
+                hidden = self.graph.node("Gelu", [self.linear("classifier.dense", hidden)])
+            else:
+                hidden = self.graph.node("Tanh", [self.linear("pooler.dense", hidden)])
+            hidden = self.linear("classifier.out_proj" if electra else "classifier", hidden)
         else:
-            if task == "classification":
-                first = self.graph.node("Gather", [hidden, self.graph.number(0, "s")], axis=1)
-                hidden = self.graph.node("Tanh", [self.linear("pooler.dense", first)])
             hidden = self.linear("classifier", hidden)
         self.graph.node("Identity", [hidden], ["logits"])
 
 
 def build_graph(
     state: dict[str, np.ndarray],
-    config: BertConfig,
+    config: PreTrainedConfig,
     *,
     task: str,
     formats: dict[str, str],

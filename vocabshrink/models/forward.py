@@ -1,8 +1,7 @@
 """A pass through a backbone, and the pooling of what it gives: pieces into units (words), pieces into a sentence.
 
 Losses of attention need each layer's queries, keys and values. They are read by hooks on the layers that compute them,
-so that transformers' fast attention stays in use, which never shows its scores. This costs a table of where each family
-has these layers, and leaves out families whose scores are more than Q K^T / sqrt(d). Student and teacher cut words into
+so that transformers' fast attention stays in use, which never shows its scores. Student and teacher cut words into
 different pieces, so whatever is compared is pooled into units first, in float32 under autocast too.
 """
 
@@ -16,10 +15,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from tokenizer_build.errors import InputError
 from tokenizer_build.tokenizer import load_tokenizer
 from vocabshrink.data.held_out import Embed
 from vocabshrink.data.pieces import Pieces
+from vocabshrink.models.families import PARTS, first_position, layer_modules
 
 
 @dataclass
@@ -33,28 +32,6 @@ class Pass:
     queries: tuple[Tensor, ...] | None = None
     keys: tuple[Tensor, ...] | None = None
     values: tuple[Tensor, ...] | None = None
-
-
-# Where each family keeps the layers that give queries, keys and values. Only families whose scores are Q K^T / sqrt(d)
-# and nothing else: MPNet and DeBERTa add relative positions, ModernBERT rotates.
-BERT_PROJECTIONS = ("attention.self.query", "attention.self.key", "attention.self.value")
-PROJECTIONS = dict.fromkeys(("bert", "roberta", "xlm-roberta", "camembert"), BERT_PROJECTIONS) | {
-    "distilbert": ("attention.q_lin", "attention.k_lin", "attention.v_lin"),
-    "albert": ("attention.query", "attention.key", "attention.value"),
-}
-
-
-def check_attention(config) -> tuple[str, ...]:
-    """Where the family's layers compute queries, keys and values. Raises InputError where that is not known."""
-    if config.model_type not in PROJECTIONS or getattr(config, "inner_group_num", 1) != 1:  # ALBERT's layers in a layer
-        remedy = f"choose losses of hidden states, or a model among {', '.join(PROJECTIONS)}"
-        raise InputError(f"{config.model_type}: where its attention is computed is not known: {remedy}")
-    return PROJECTIONS[config.model_type]
-
-
-def first_position(config) -> int:
-    """Row of the first position: RoBERTa-like models begin to count behind the padding id."""
-    return config.pad_token_id + 1 if config.model_type in ("roberta", "xlm-roberta", "camembert", "mpnet") else 0
 
 
 @contextmanager
@@ -77,12 +54,10 @@ def run_backbone(
 ) -> Pass:
     """A pass over ids, or over embeddings [B, T, D_E] made outside: all hidden states (`layers`) or the last only.
 
-    A large batch of which a fifth or more is padding is run in chunks of similar length. Raises: see `check_attention`.
+    A large batch of which a fifth or more is padding is run in chunks of similar length.
     """
     size, width = side.ids.shape
-    places = check_attention(backbone.config) if qkv else ()
-    named = list(backbone.named_modules())
-    projections = [[module for name, module in named if name.endswith(f".{place}")] for place in places]
+    projections = [[*dict.fromkeys(layer_modules(backbone, part))] for part in PARTS[:3] * qkv]
     tensors = {"input_ids": side.ids} if embeddings is None else {"inputs_embeds": embeddings}
     if side.token_types is not None and getattr(backbone.config, "type_vocab_size", 0) > 1:
         tensors["token_type_ids"] = side.token_types
@@ -133,9 +108,17 @@ def module_files(width: int, positions: int, pooling: str, normalize: bool) -> d
 
 
 def torch_embedder(
-    backbone, tokenizer_folder: Path, pooling: str, normalize: bool, *, max_length: int, batch_size: int = 64
+    backbone,
+    tokenizer_folder: Path,
+    pooling: str,
+    normalize: bool,
+    *,
+    max_length: int,
+    batch_size: int = 64,
+    prompt: str | None = None,
 ) -> Embed:
     """Texts -> [n, D] float32 by a model and a folder's tokenizer, which cuts at `max_length` or the model's positions.
+    prompt: put before each text.
 
     Sorted by length, texts need little padding; bfloat16's error is far below the differences between models.
     """
@@ -150,7 +133,7 @@ def torch_embedder(
         order = np.argsort([len(text) for text in texts], kind="stable")
         vectors = []
         for start in range(0, len(texts), batch_size):
-            encodings = tokenizer.encode_batch([texts[i] for i in order[start : start + batch_size]])
+            encodings = tokenizer.encode_batch([(prompt or "") + texts[i] for i in order[start : start + batch_size]])
             ids = torch.tensor([e.ids for e in encodings], device=device)
             mask = torch.tensor([e.attention_mask for e in encodings], device=device)
             with torch.autocast(device.type, torch.bfloat16):

@@ -5,7 +5,7 @@ from pathlib import Path
 from tokenizer_build.errors import InputError
 from vocabshrink.data.held_out import LEAST_SENTENCES
 from vocabshrink.delivery.export import check_activation
-from vocabshrink.models.forward import check_attention
+from vocabshrink.models.families import check_attention
 from vocabshrink.models.loading import load_config
 from vocabshrink.models.projection import check_extraction
 from vocabshrink.models.student import student_config
@@ -99,7 +99,7 @@ def check_models(recipe: Recipe, folder: Path, teacher) -> None:
     for name in ("dual", "distill", "recovery"):
         if not (stage := getattr(recipe, name)):
             continue
-        if readers(stage.losses, *ATTENTION):
-            check_attention(teacher)
+        if found := readers(stage.losses, *ATTENTION):
+            check_attention(teacher, scores=bool({"attention_scores", "attention_kl"} & set(found)))
         own = teacher.num_hidden_layers if name == "dual" and stage.mode == "match" else depth
         layer_pairs(stage.layer_map, own, teacher.num_hidden_layers, seed=recipe.seed)

@@ -6,7 +6,7 @@ from itertools import islice
 from pathlib import Path
 
 import numpy as np
-from transformers import BertModel
+from transformers import PreTrainedModel
 
 from tokenizer_build.files import read_json, read_jsonl
 from vocabshrink.data.held_out import read_rated_pairs
@@ -28,7 +28,7 @@ def export(context: Context) -> dict:
     Returns their figures, tasks' under their names.
     """
     recipe, teacher = context.recipe, inputs.read_teacher(context)
-    student, _, _ = inputs.start_student(context, teacher)
+    student = inputs.start_student(context, teacher).model
     section = recipe.delivery
     options = {"kernel": section.kernel, "safetensors": section.safetensors, "tolerance": section.tolerance}
     options |= {"pooling": teacher.pooling, "normalize": teacher.normalize}
@@ -51,7 +51,7 @@ def report(context: Context) -> dict:
 
 
 def export_embedder(
-    context: Context, teacher: Teacher, student: BertModel, settings: ExportSettings, origin: dict
+    context: Context, teacher: Teacher, student: PreTrainedModel, settings: ExportSettings, origin: dict
 ) -> dict:
     """Delivers the trained embedder, measured beside its teacher and itself before training.
 

@@ -22,15 +22,14 @@ from pathlib import Path
 import torch
 from accelerate import PartialState
 from torch import nn
-from transformers import BertModel
+from transformers import PreTrainedModel
 
 from tokenizer_build.errors import InputError
 from tokenizer_build.files import read_json, write_json
 from vocabshrink.data.batches import EncodedTask, encode_task
 from vocabshrink.data.tasks import Task, headline, read_logits, score
-from vocabshrink.models.loading import load_model
 from vocabshrink.models.rounding import fake_quantize_
-from vocabshrink.models.student import save_model
+from vocabshrink.models.student import read_student, save_model
 from vocabshrink.models.task_model import load_task_model, student_model
 from vocabshrink.run.engine import Context, saying_millions, settings_of
 from vocabshrink.run.folder import RunDir
@@ -220,12 +219,11 @@ class TaskTrainings:
                 result["rounded"] = measure("validation")
         return result | {"task": self.name, "seed": seed, "setting": setting}
 
-    def _student(self) -> tuple[BertModel, torch.Tensor | None]:
+    def _student(self) -> tuple[PreTrainedModel, torch.Tensor | None]:
         """The body as the stages before left it, and the directions that its projections start from."""
         if not self.context.students:
-            student, directions, _ = inputs.start_student(self.context, inputs.read_teacher(self.context))
-            return student, directions
-        student = load_model([*self.context.students.values()][-1], BertModel, add_pooling_layer=False).eval()
+            return inputs.start_student(self.context, inputs.read_teacher(self.context))[:2]
+        student = read_student([*self.context.students.values()][-1])
         return student, None if self.teacher is None else inputs.start_directions(self.context)
 
 
