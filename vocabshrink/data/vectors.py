@@ -107,11 +107,11 @@ class StoredVectors:
     weights: list[float]
 
     @classmethod
-    def load(cls, folder: Path, shares: dict[str, float], centred: set[str]) -> "StoredVectors":
-        """shares: {name of a teacher: its weight}. centred: the teachers whose mean is taken off."""
+    def load(cls, folder: Path, shares: dict[str, float], centered: set[str]) -> "StoredVectors":
+        """shares: {name of a teacher: its weight}. centered: the teachers whose mean is taken off."""
         arrays = [np.load(folder / f"{name}.npy", mmap_mode="r") for name in shares]
         means = [
-            array[:SAMPLE].astype(np.float32).mean(0) * (name in centred)
+            array[:SAMPLE].astype(np.float32).mean(0) * (name in centered)
             for name, array in zip(shares, arrays, strict=True)
         ]
         return cls(arrays, means, [share / sum(shares.values()) for share in shares.values()])
