@@ -197,14 +197,27 @@ def search(
         print(json.dumps(hit, ensure_ascii=False) if as_json else words)
 
 
-@app.command("embed", help="Embed the lines of standard input: one JSON object a line. Needs no torch.")
-@app.command(
-    "classify", help="Classify the lines of standard input (a pair: first TAB second), or label words. Needs no torch."
-)
-def answer(context: typer.Context, artifact: Artifact, batch_size: BatchSize = 32, threads: Threads = 1):
+@app.command()
+def embed(
+    artifact: Artifact,
+    batch_size: BatchSize = 32,
+    threads: Threads = 1,
+    prompt: Annotated[str | None, typer.Option(help="the name of the prompt to put before each line")] = None,
+):
+    """Embed the lines of standard input: one JSON object a line. Needs no torch."""
     from vocabshrink.runtime.lines import answer_lines
 
-    answer_lines(context.info_name, delivered(artifact), sys.stdin.buffer, sys.stdout, batch_size, threads)
+    options = {"threads": threads, "batch_size": batch_size, "prompt": prompt}
+    answer_lines("embed", delivered(artifact), sys.stdin.buffer, sys.stdout, **options)
+
+
+@app.command()
+def classify(artifact: Artifact, batch_size: BatchSize = 32, threads: Threads = 1):
+    """Classify the lines of standard input (a pair: first TAB second), or label words. Needs no torch."""
+    from vocabshrink.runtime.lines import answer_lines
+
+    options = {"threads": threads, "batch_size": batch_size}
+    answer_lines("classify", delivered(artifact), sys.stdin.buffer, sys.stdout, **options)
 
 
 @app.command()

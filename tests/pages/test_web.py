@@ -14,7 +14,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from test_delivery import RELEASED, write_delivery
+from test_delivery import RELEASED, write_delivery, write_manifest
 
 import vocabshrink.pages.web as web
 from tokenizer_build.errors import InputError
@@ -253,6 +253,17 @@ def test_an_index_is_used_and_a_page_is_replaced(delivery, packages, tmp_path):
     cosines = (vectors * ours).sum(1) / np.linalg.norm(vectors.astype(float), axis=1) / np.linalg.norm(ours, axis=1)
     assert cosines.min() > 0.999
     assert [path.name for path in tmp_path.iterdir() if path.name.startswith(".")] == []
+
+
+def test_the_page_puts_the_models_prompts_before_texts(delivery, packages, tmp_path):
+    (tmp_path / "passages.jsonl").write_text('{"text": "mi"}\n')
+    expected = load(delivery).embed(["lo mi"])[0]
+    write_manifest(delivery, "embedding", prompts={"query": "ka ka ", "passage": "lo "})
+    build_web([delivery], tmp_path / "web", tmp_path / "passages.jsonl", title="Page", node_modules=packages)
+    page = (tmp_path / "web" / "index.html").read_text()
+    assert '"before_query": "ka ka "' in page and '"before_passage": "lo "' in page
+    (row,) = np.frombuffer((tmp_path / "web" / "vectors.bin").read_bytes(), dtype=np.int8).reshape(1, 8).astype(float)
+    assert row @ expected / np.linalg.norm(row) / np.linalg.norm(expected) > 0.999
 
 
 def test_more_passages_than_the_page_can_search_are_cut_and_said(delivery, packages, tmp_path, monkeypatch, capsys):

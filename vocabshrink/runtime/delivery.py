@@ -23,10 +23,12 @@ CHARACTERS_A_PIECE = 32  # of a long text at first: a text is tokenised no furth
 # A graph's inputs and the tokenizer's names for them; the last may be missing.
 INPUTS = {"input_ids": "ids", "attention_mask": "attention_mask", "token_type_ids": "type_ids"}
 Text = str | tuple[str, str]
+QUERY, PASSAGE = ("query",), ("passage", "document")  # names of the prompts for what searches and for what is searched
 
 
 class Delivery:
-    """A loaded delivery: its `manifest`, `task` (a key of KINDS), `labels` ([] where it has none) and `dimension`.
+    """A loaded delivery: its `manifest`, `task` (a key of KINDS), `labels` ([] where it has none), `dimension` and
+    `prompts` ({name: what stands before each text}, {} where it was trained without).
 
     A text is cut at `longest` pieces. Texts of similar length share a batch of `batch_size`, so that there is little
     padding; answers come in the order of the texts. Each method raises InputError for a model of another task and for
@@ -38,10 +40,17 @@ class Delivery:
         self.task: str = manifest["task"]
         self.dimension: int | None = manifest.get("dimension")
         self.longest: int = manifest["max_positions"]
+        self.prompts: dict[str, str] = manifest.get("prompts", {})
 
-    def embed(self, texts: Sequence[str], batch_size: int = 32) -> np.ndarray:
-        """Embeddings [len(texts), dimension] float32."""
-        texts = self._texts("embed", texts)
+    def embed(
+        self, texts: Sequence[str], batch_size: int = 32, *, prompt: str | Sequence[str] | None = None
+    ) -> np.ndarray:
+        """Embeddings [len(texts), dimension] float32.
+
+        prompt: see `prefix`.
+        """
+        before = self.prefix(prompt)
+        texts = [before + text for text in self._texts("embed", texts)]
         out = np.empty((len(texts), self.dimension), dtype=np.float32)
         for i, row in self._run(self._encode(texts), batch_size):
             out[i] = row
@@ -92,6 +101,17 @@ class Delivery:
                 filled = before.rstrip() + name[2:] if name.startswith("##") else before + name  # ## joins two pieces
                 out[i].append({"piece": name, "score": float(scores[piece]), "text": filled + after})
         return out
+
+    def prefix(self, prompt: str | Sequence[str] | None = None) -> str:
+        """What stands before each text: the prompt of this name, or of the first of these names that the model has.
+
+        None, and names of which it has none: its default prompt, if it has one; "": nothing. Raises InputError for a
+        name that it does not know.
+        """
+        if isinstance(prompt, str) and prompt not in {"", *self.prompts}:
+            raise InputError(f"prompt {prompt!r} is unknown: this model's are {', '.join(self.prompts) or 'none'}")
+        names = [prompt] if isinstance(prompt, str) else [*(prompt or ()), self.manifest.get("default_prompt")]
+        return next((self.prompts[name] for name in names if name in self.prompts), "")
 
     def _texts(self, method: str, texts: Sequence[Text]) -> list[Text]:
         """The texts as a list, each checked; for `label_tokens` also lists of words, for `classify` also pairs."""
@@ -216,6 +236,7 @@ def _read(folder: Path) -> tuple[dict, dict[str, bytes]]:
         raise InputError(f"{path}: the task {manifest['task']!r} is unknown: update vocabshrink or export again")
     needed = {"graph": str, "files": dict, "max_positions": int}
     needed |= {"dimension": int} if manifest["task"] == "embedding" else {}
+    needed |= {"prompts": dict} if "prompts" in manifest else {}
     for key, kind in needed.items():
         if not isinstance(found := manifest.get(key), kind):
             raise InputError(f"{path} is not one of a delivery: {key} is {found!r}: export the model again")
@@ -239,6 +260,8 @@ def _misfit(delivery: Delivery, config: dict) -> str | None:
     inputs = {put.name: put.type for put in delivery.session.get_inputs()}
     expected = {name: "tensor(int64)" for name in INPUTS if name != "token_type_ids" or name in inputs}
     output = {put.name: put for put in delivery.session.get_outputs()}.get(KINDS[task].output)
+    if not all(isinstance(text, str) for text in delivery.prompts.values()):
+        return "MANIFEST.json has a prompt that is no text"
     if None in labels or KINDS[task].labelled and not labels:
         return "config.json lacks id2label"
     if inputs != expected:

@@ -13,6 +13,7 @@ from vocabshrink.data.held_out import HeldOut, held_out_texts
 from vocabshrink.data.lexicon import Lexicon, WordStream
 from vocabshrink.data.pieces import PieceTable
 from vocabshrink.data.tasks import Task, read_task
+from vocabshrink.models.forward import ModuleSettings, module_settings
 from vocabshrink.models.loading import check_folder, resolve_model
 from vocabshrink.models.spelling import shared_pieces
 from vocabshrink.models.student import build_student
@@ -28,6 +29,11 @@ def teacher_folder(recipe: Recipe) -> Path:
     folder = resolve_model(recipe.teacher.model, recipe.teacher.revision)
     check_folder(folder, recipe.teacher.sha256)
     return folder
+
+
+def teacher_modules(recipe: Recipe) -> ModuleSettings:
+    """How the teacher pools, and its prompts: the recipe's own words, else its folder's."""
+    return module_settings(teacher_folder(recipe), recipe.teacher.pooling, recipe.teacher.normalize)
 
 
 def read_teacher(context: Context) -> Teacher:
