@@ -203,11 +203,12 @@ def embed(
     batch_size: BatchSize = 32,
     threads: Threads = 1,
     prompt: Annotated[str | None, typer.Option(help="the name of the prompt to put before each line")] = None,
+    dimensions: Annotated[int | None, typer.Option(help="only so many, of a model trained for it")] = None,
 ):
     """Embed the lines of standard input: one JSON object a line. Needs no torch."""
     from vocabshrink.runtime.lines import answer_lines
 
-    options = {"threads": threads, "batch_size": batch_size, "prompt": prompt}
+    options = {"threads": threads, "batch_size": batch_size, "prompt": prompt, "dimensions": dimensions}
     answer_lines("embed", delivered(artifact), sys.stdin.buffer, sys.stdout, **options)
 
 

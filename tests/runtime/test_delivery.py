@@ -137,6 +137,22 @@ def test_prompts_stand_before_the_texts(copy, lines):
         load(copy).embed(["mi"], prompt="query")
 
 
+def test_the_first_dimensions_alone_have_unit_length_too(copy, lines):
+    whole = load(copy).embed(lines[:5])
+    write_manifest(copy, "embedding", dimensions=[8, 4, 2])
+    for count in (8, 4):
+        first = whole[:, :count]
+        expected = first / np.linalg.norm(first, axis=1, keepdims=True)
+        np.testing.assert_allclose(load(copy).embed(lines[:5], dimensions=count), expected, atol=1e-6)
+    with pytest.raises(InputError, match="dimensions is 3: this model was trained for 8, 4, 2"):
+        load(copy).embed(["ka"], dimensions=3)
+    write_manifest(copy, "embedding", normalize=False, dimensions=[8, 4, 2])
+    np.testing.assert_array_equal(load(copy).embed(lines[:5], dimensions=4), whole[:, :4])
+    write_manifest(copy, "embedding")
+    with pytest.raises(InputError, match="dimensions is 4: this model was trained for 8, all of them"):
+        load(copy).embed(["ka"], dimensions=4)
+
+
 def test_an_index_asks_and_answers_with_the_models_prompts(copy, lines):
     plain = load(copy).embed([f"lo {line}" for line in lines[:9]]), load(copy).embed(["ka ka mi ne"])[0]
     build_index(copy, lines[:9])

@@ -43,18 +43,28 @@ class Delivery:
         self.prompts: dict[str, str] = manifest.get("prompts", {})
 
     def embed(
-        self, texts: Sequence[str], batch_size: int = 32, *, prompt: str | Sequence[str] | None = None
+        self,
+        texts: Sequence[str],
+        batch_size: int = 32,
+        *,
+        prompt: str | Sequence[str] | None = None,
+        dimensions: int | None = None,
     ) -> np.ndarray:
         """Embeddings [len(texts), dimension] float32.
 
-        prompt: see `prefix`.
+        prompt: see `prefix`. dimensions: only so many of the first, at unit length if the whole is; of a model that was
+        trained for it.
         """
+        trained = self.manifest.get("dimensions", [])
+        if dimensions is not None and dimensions not in trained:
+            known = ", ".join(map(str, trained)) or f"{self.dimension}, all of them, so leave it out"
+            raise InputError(f"dimensions is {dimensions}: this model was trained for {known}")
         before = self.prefix(prompt)
         texts = [before + text for text in self._texts("embed", texts)]
-        out = np.empty((len(texts), self.dimension), dtype=np.float32)
+        out = np.empty((len(texts), dimensions or self.dimension), dtype=np.float32)
         for i, row in self._run(self._encode(texts), batch_size):
-            out[i] = row
-        return out
+            out[i] = row[:dimensions]
+        return unit(out) if dimensions and self.manifest.get("normalize", True) else out
 
     def classify(self, texts: Sequence[Text], batch_size: int = 32) -> tuple[list[str], np.ndarray]:
         """The likeliest label of each text or (first, second) pair, and scores [len(texts), len(labels)] float32.
@@ -209,6 +219,11 @@ def check_text(name: str, text: str) -> None:
         raise InputError(f"{what}: decode it again with errors='replace'")
 
 
+def unit(vectors: np.ndarray) -> np.ndarray:
+    """[n, D], each row divided by its length."""
+    return vectors / np.maximum(np.linalg.norm(vectors, axis=-1, keepdims=True), 1e-12)
+
+
 def softmax(logits: np.ndarray) -> np.ndarray:
     """[..., n] -> probabilities over the last axis."""
     powers = np.exp(logits - logits.max(axis=-1, keepdims=True))
@@ -236,7 +251,7 @@ def _read(folder: Path) -> tuple[dict, dict[str, bytes]]:
         raise InputError(f"{path}: the task {manifest['task']!r} is unknown: update vocabshrink or export again")
     needed = {"graph": str, "files": dict, "max_positions": int}
     needed |= {"dimension": int} if manifest["task"] == "embedding" else {}
-    needed |= {"prompts": dict} if "prompts" in manifest else {}
+    needed |= {key: kind for key, kind in {"prompts": dict, "dimensions": list}.items() if key in manifest}
     for key, kind in needed.items():
         if not isinstance(found := manifest.get(key), kind):
             raise InputError(f"{path} is not one of a delivery: {key} is {found!r}: export the model again")
