@@ -137,6 +137,24 @@ def test_prompts_stand_before_the_texts(copy, lines):
         load(copy).embed(["mi"], prompt="query")
 
 
+def test_encode_is_embed_for_what_expects_sentence_transformers(copy, lines):
+    write_manifest(copy, "embedding", **PROMPTS, dimensions=[8, 4])
+    model = load(copy)
+    texts, options = lines[:5], {"show_progress_bar": True, "device": "cpu", "hf_split": "test"}
+    np.testing.assert_array_equal(model.encode(texts, **options), model.embed(texts))
+    np.testing.assert_array_equal(model.encode(texts, "query"), model.embed(texts, prompt="query"))
+    np.testing.assert_array_equal(model.encode(texts, prompt="lo "), model.embed(texts, prompt="document"))
+    np.testing.assert_array_equal(model.encode(tuple(texts), truncate_dim=4), model.embed(texts, dimensions=4))
+    assert np.linalg.norm(model.encode(texts, normalize_embeddings=True), axis=1) == pytest.approx(1, abs=1e-6)
+    assert model.encode(texts[0]).shape == (8,) and model.encode([]).shape == (0, 8)
+    assert np.isfinite(model.encode(["", texts[0], " "])).all()
+    for wrong in ({"convert_to_tensor": True}, {"precision": "int8"}, {"output_value": "token_embeddings"}):
+        with pytest.raises(InputError, match=f"{min(wrong)}=.*: only .* is possible: leave it out"):
+            model.encode(texts, **wrong)
+    with pytest.raises(InputError, match="prompt 'ask' is unknown"):
+        model.encode(texts, prompt_name="ask")
+
+
 def test_the_first_dimensions_alone_have_unit_length_too(copy, lines):
     whole = load(copy).embed(lines[:5])
     write_manifest(copy, "embedding", dimensions=[8, 4, 2])

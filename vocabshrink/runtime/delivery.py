@@ -23,6 +23,8 @@ CHARACTERS_A_PIECE = 32  # of a long text at first: a text is tokenised no furth
 # A graph's inputs and the tokenizer's names for them; the last may be missing.
 INPUTS = {"input_ids": "ids", "attention_mask": "attention_mask", "token_type_ids": "type_ids"}
 Text = str | tuple[str, str]
+# Options of sentence-transformers' encode that change what it gives, and the only value of each that is possible here
+USUAL = {"convert_to_tensor": False, "output_value": "sentence_embedding", "precision": "float32"}
 QUERY, PASSAGE = ("query",), ("passage", "document")  # names of the prompts for what searches and for what is searched
 
 
@@ -55,12 +57,40 @@ class Delivery:
         prompt: see `prefix`. dimensions: only so many of the first, at unit length if the whole is; of a model that was
         trained for it.
         """
+        before = self.prefix(prompt)
+        return self._embed([before + text for text in self._texts("embed", texts)], batch_size, dimensions)
+
+    def encode(
+        self,
+        sentences: str | Sequence[str],
+        prompt_name: str | None = None,
+        prompt: str | None = None,
+        batch_size: int = 32,
+        show_progress_bar: bool | None = None,
+        convert_to_numpy: bool = True,
+        normalize_embeddings: bool = False,
+        **others,
+    ) -> np.ndarray:
+        """`embed` under the signature of `SentenceTransformer.encode`, for what expects one: float32 [len(sentences),
+        dimension], or [dimension] of a single text; an empty text is none but special tokens.
+
+        prompt_name: of `prompts`. prompt: the words themselves. truncate_dim: `dimensions`. Others are ignored, but
+        those that ask for anything else than float32 arrays raise InputError.
+        """
+        for name, usual in USUAL.items():
+            if others.get(name, usual) != usual:
+                raise InputError(f"encode(..., {name}={others[name]!r}): only {usual!r} is possible: leave it out")
+        texts = self._texts("embed", [sentences] if isinstance(sentences, str) else sentences, empty=True)
+        before = self.prefix(prompt_name) if prompt is None else prompt
+        vectors = self._embed([before + text for text in texts], batch_size, others.get("truncate_dim"))
+        vectors = unit(vectors) if normalize_embeddings else vectors
+        return vectors[0] if isinstance(sentences, str) else vectors
+
+    def _embed(self, texts: list[str], batch_size: int, dimensions: int | None) -> np.ndarray:
         trained = self.manifest.get("dimensions", [])
         if dimensions is not None and dimensions not in trained:
             known = ", ".join(map(str, trained)) or f"{self.dimension}, all of them, so leave it out"
             raise InputError(f"dimensions is {dimensions}: this model was trained for {known}")
-        before = self.prefix(prompt)
-        texts = [before + text for text in self._texts("embed", texts)]
         out = np.empty((len(texts), dimensions or self.dimension), dtype=np.float32)
         for i, row in self._run(self._encode(texts), batch_size):
             out[i] = row[:dimensions]
@@ -123,7 +153,7 @@ class Delivery:
         names = [prompt] if isinstance(prompt, str) else [*(prompt or ()), self.manifest.get("default_prompt")]
         return next((self.prompts[name] for name in names if name in self.prompts), "")
 
-    def _texts(self, method: str, texts: Sequence[Text]) -> list[Text]:
+    def _texts(self, method: str, texts: Sequence[Text], empty: bool = False) -> list[Text]:
         """The texts as a list, each checked; for `label_tokens` also lists of words, for `classify` also pairs."""
         if KINDS[self.task].method != method:
             needed = next(task for task, kind in KINDS.items() if kind.method == method)
@@ -135,7 +165,7 @@ class Delivery:
             words = method == "label_tokens" and isinstance(text, (list, tuple))
             pair = method == "classify" and isinstance(text, tuple) and len(text) == 2
             for part in (text or [""]) if pair or words else [text]:
-                check_text(f"text {i}", part)
+                check_text(f"text {i}", part, empty)
                 if words and part.split() != [part]:
                     raise InputError(f"text {i} has the word {part!r}: give words without white space")
         return texts
@@ -208,11 +238,11 @@ def name_of(folder: str | Path) -> str:
     return next(part for part in reversed(Path(folder).resolve().parts) if part not in ("model", "export"))
 
 
-def check_text(name: str, text: str) -> None:
-    """Raise InputError where the text is no string, is empty, or has half of a surrogate pair."""
+def check_text(name: str, text: str, empty: bool = False) -> None:
+    """Raise InputError where the text is no string, is empty (unless it may be), or has half of a surrogate pair."""
     if not isinstance(text, str):
         raise InputError(f"{name} is {type(text).__name__}, not a string")
-    if not text.strip():
+    if not (empty or text.strip()):
         raise InputError(f"{name} is empty: leave it out")
     if half := re.search(r"[\ud800-\udfff]", text):
         what = f"{name} has a lone surrogate ({half[0]!r}, character {half.start()})"
