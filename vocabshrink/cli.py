@@ -13,6 +13,7 @@ from rich.console import Console
 from rich.table import Column, Table
 
 from tokenizer_build.errors import InputError
+from tokenizer_build.files import write_json
 from vocabshrink.run.folder import RunDir, task_rows
 from vocabshrink.run.stage import RENAMED, STAGES, stages_of
 
@@ -27,6 +28,7 @@ Threads = Annotated[int, typer.Option(min=1, help="processor threads")]
 BatchSize = Annotated[int, typer.Option(min=1, help="texts in a batch")]
 TRAIN = "torch transformers accelerate pydantic yaml pyarrow scipy onnx sklearn safetensors sentencepiece"
 EXTRAS = {"train": TRAIN, "tune": "optuna sqlalchemy", "report": "matplotlib jinja2 pandas"}  # packages of each
+CPUS = os.cpu_count() or 1
 CONSOLE = Console(width=None if sys.stdout.isatty() else 120)
 
 
@@ -145,7 +147,7 @@ def harvest(out: Annotated[Path, typer.Argument(help="a .jsonl or .jsonl.gz to w
     if out.is_file():
         print(f"{out}: harvested before", file=sys.stderr)
         return
-    counts = harvest_to(out, processes=os.cpu_count() or 1)
+    counts = harvest_to(out, processes=CPUS)
     print(f"{out}: {counts['words']:,} words in {counts['paragraphs']:,} paragraphs")
 
 
@@ -234,6 +236,27 @@ def web(
 
     done = build_web([delivered(path) for path in artifacts], out, passages, title=title, node_modules=node_modules)
     print(f"{out}/index.html (any static server), {out}/standalone.html (from a disk); {done['passages']} passages")
+
+
+@app.command()
+def score(
+    models: Annotated[list[str], typer.Argument(help="deliveries, or folders, package:NAME/FOLDER or hub names")],
+    data: Annotated[Path, typer.Option(help="a folder of tasks' folders of JSONL")] = Path("tasks"),
+    out: Annotated[Path | None, typer.Option(help="where the figures go, as JSON")] = None,
+    rows: Annotated[int, typer.Option(min=10, help="of each file, at most")] = 8_000,
+    threads: Threads = CPUS,
+):
+    """Measure how good the embeddings of models are, on one's own tasks or on everybody's."""
+    from vocabshrink.lab.score import score_models
+
+    folders = [str(delivered(Path(model))) if Path(model).is_dir() else model for model in models]
+    report = score_models(folders, data, rows=rows, threads=threads)
+    if out:
+        write_json(out, report)
+    values, heads = {}, dict.fromkeys(f"{row['model']}\n{row['bytes']:,}" for row in report)
+    for row in report:
+        values.setdefault(f"{row['task']} {row['metric']}", []).append(f"{row['value']:.4f}")
+    CONSOLE.print(table_of(f"at most {rows:,} rows of a file", ("", *heads), ((k, *v) for k, v in values.items())))
 
 
 @app.command()

@@ -23,7 +23,7 @@ from time import time
 import numpy as np
 
 from tokenizer_build.errors import InputError
-from tokenizer_build.files import read_json, read_jsonl, replacing_folder, write_json
+from tokenizer_build.files import read_json, replacing_folder, write_json
 from vocabshrink.run.folder import RunDir
 from vocabshrink.runtime.delivery import load, name_of
 from vocabshrink.runtime.kinds import KINDS
@@ -33,8 +33,6 @@ STATIC_BUDGET = 7_000_000
 WORDS = """the quick study of small models shows that a short list of common words is enough for most sentences while
 rare names are written as several pieces and the reader of a long page about rivers machines music or law will not
 notice which parts of it were ever joined because meaning comes from what stands around each word"""
-PROBE_ROWS = 8_000  # of the training set, at most: enough for a linear probe, minutes less than all of SST-2
-STRENGTHS = (0.1, 1.0, 10.0, 100.0)  # of the probe, sklearn's C
 
 
 @dataclass(frozen=True)
@@ -111,13 +109,14 @@ def bench(
 ) -> dict:
     """Measure deliveries, and with a `teacher` its ONNX fp32 and int8 and (`static`) its static vectors.
 
-    Peers are made once and kept beside `out`. `tasks`: {name: folder with train/test.jsonl} for the quality. Writes
+    Peers are made once and kept beside `out`. `tasks`: {name: folder} for the quality, see `score.measure`. Writes
     `out` and returns what it says: {"machine", "lengths", "systems": {name: {"kind", "bytes" (and "gzip_bytes", one by
     one as servers do) of the "files" that its loader needs, medians over processes of "cold_start_seconds" and
     "rss_mb", "latency": {threads: {"LENGTHxBATCH": `statistics_of`}}, "quality": {task: value}}}}.
     lengths: in pieces; seconds: of calls for each length, batch and number of threads (one and all).
     Raises InputError for a folder that is no delivery and where a package is missing.
     """
+    from vocabshrink.lab.score import measure, measures_of
     from vocabshrink.run.engine import say
 
     systems = [System(name_of(folder), Path(folder)) for folder in artifacts]
@@ -159,7 +158,9 @@ def bench(
             if system.kind == "static" or load(system.folder).task == "embedding":
                 say(f"{system.name}: {task}")
                 embed = open_system(system.kind, str(system.folder), os.cpu_count() or 1)
-                found.setdefault("quality", {})[task] = round(task_quality(embed, Path(folder)), 4)
+                metrics = measures_of(Path(folder))[:1] or ["accuracy"]
+                (value,) = measure(lambda texts, _, embed=embed: embed(texts), Path(folder), metrics).values()
+                found.setdefault("quality", {})[task] = round(value, 4)
     RunDir(Path(out).parent).write_environment()
     machine = read_json(Path(out).parent / "environment.json")
     write_json(Path(out), report := {"machine": machine, "lengths": list(lengths), "systems": results})
@@ -209,34 +210,6 @@ def statistics_of(times: Sequence[float], cell: str) -> dict[str, float]:
     p50, p95 = (round(1000 * float(found), 3) for found in np.percentile(times, [50, 95]))
     rate = round(int(cell.partition("x")[2]) * len(times) / sum(times), 1)
     return {"p50_ms": p50, "p95_ms": p95, "texts_per_second": rate, "calls": len(times)}
-
-
-def task_quality(embed: Callable[[list[str]], np.ndarray], folder: Path) -> float:
-    """Spearman of cosines with the numeric labels of a pair task; else the accuracy of a logistic regression on the
-    embeddings (a linear probe), its strength chosen on held-out training rows.
-
-    On test.jsonl, or validation.jsonl where test has no file. Raises InputError with file, row and remedy.
-    """
-    from sklearn.linear_model import LogisticRegression
-    from sklearn.model_selection import GridSearchCV, ShuffleSplit
-    from sklearn.preprocessing import normalize
-
-    from vocabshrink.data.held_out import read_rated_pairs
-    from vocabshrink.data.tasks import read_task
-    from vocabshrink.run.recipe import TaskSection
-
-    path = next((p for name in ("test", "validation") if (p := folder / f"{name}.jsonl").is_file()), None)
-    if path is None:
-        raise InputError(f"{folder} has neither test.jsonl nor validation.jsonl: give a task's folder")
-    if "sentence2" in next(read_jsonl(path), (0, {}))[1]:
-        return read_rated_pairs(path).spearman(embed)
-    splits = read_task(TaskSection(train=str(folder / "train.jsonl"), validation=str(path)), folder.name).splits
-    train, test = splits["train"], splits["validation"]
-    chosen = np.random.default_rng(0).permutation(len(train))[:PROBE_ROWS]
-    split = ShuffleSplit(1, test_size=0.2, random_state=0)
-    probe = GridSearchCV(LogisticRegression(max_iter=1000), {"C": STRENGTHS}, cv=split)
-    probe.fit(normalize(embed([train.first[i] for i in chosen])), train.targets[chosen])
-    return float(probe.score(normalize(embed(test.first)), test.targets))
 
 
 def bench_tables(report: dict) -> list:

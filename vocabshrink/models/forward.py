@@ -206,14 +206,7 @@ def _pooling_of(options: dict, folder: Path) -> str:
     return known[named[0]]
 
 
-def module_files(
-    width: int,
-    positions: int,
-    pooling: str,
-    normalize: bool,
-    prompts: dict[str, str] | None = None,
-    default_prompt: str | None = None,
-) -> dict[str, list | dict]:
+def module_files(width: int, positions: int, pooling: str, normalize: bool, prompts=None, default_prompt=None) -> dict:
     """{file: JSON content} beside a model of `width` dimensions that reads `positions` pieces; see `ModuleSettings`."""
     modules = [("", "Transformer"), ("1_Pooling", "Pooling")] + [("2_Normalize", "Normalize")] * normalize
     return {
