@@ -199,6 +199,13 @@ def search(
         print(json.dumps(hit, ensure_ascii=False) if as_json else words)
 
 
+def answer(command: str, artifact: Path, **options) -> None:
+    """`answer_lines` from standard input to standard output."""
+    from vocabshrink.runtime.lines import answer_lines
+
+    answer_lines(command, delivered(artifact), sys.stdin.buffer, sys.stdout, **options)
+
+
 @app.command()
 def embed(
     artifact: Artifact,
@@ -208,19 +215,13 @@ def embed(
     dimensions: Annotated[int | None, typer.Option(help="only so many, of a model trained for it")] = None,
 ):
     """Embed the lines of standard input: one JSON object a line. Needs no torch."""
-    from vocabshrink.runtime.lines import answer_lines
-
-    options = {"threads": threads, "batch_size": batch_size, "prompt": prompt, "dimensions": dimensions}
-    answer_lines("embed", delivered(artifact), sys.stdin.buffer, sys.stdout, **options)
+    answer("embed", artifact, threads=threads, batch_size=batch_size, prompt=prompt, dimensions=dimensions)
 
 
 @app.command()
 def classify(artifact: Artifact, batch_size: BatchSize = 32, threads: Threads = 1):
     """Classify the lines of standard input (a pair: first TAB second), or label words. Needs no torch."""
-    from vocabshrink.runtime.lines import answer_lines
-
-    options = {"threads": threads, "batch_size": batch_size}
-    answer_lines("classify", delivered(artifact), sys.stdin.buffer, sys.stdout, **options)
+    answer("classify", artifact, threads=threads, batch_size=batch_size)
 
 
 @app.command()
@@ -264,17 +265,14 @@ def bench(
     artifacts: Artifacts,
     teacher: Annotated[str | None, typer.Option(help="folder or package:NAME/FOLDER, exported as a peer")] = None,
     static: Annotated[bool, typer.Option(help="a model2vec peer, distilled from the teacher")] = True,
-    task: Annotated[list[str] | None, typer.Option(help="name=folder of JSONL, for quality")] = None,
     out: Annotated[Path, typer.Option(help="where the figures go")] = Path("artifacts/bench/delivery.json"),
     seconds: Annotated[float, typer.Option(help="of calls for each length, batch and number of threads")] = 2.0,
 ):
     """Measure artifacts beside their teacher and a static peer."""
     from vocabshrink.lab import bench as lab
 
-    if malformed := [entry for entry in task or [] if "=" not in entry]:
-        raise InputError(f"--task {malformed[0]}: write a name and its folder, as in sst2=data/sst2")
-    tasks, folders = dict(entry.split("=", 1) for entry in task or []), [delivered(path) for path in artifacts]
-    report = lab.bench(folders, teacher=teacher, static=static, tasks=tasks, out=out, seconds=seconds)
+    folders = [delivered(path) for path in artifacts]
+    report = lab.bench(folders, teacher=teacher, static=static, out=out, seconds=seconds)
     CONSOLE.print(*lab.bench_tables(report))
 
 

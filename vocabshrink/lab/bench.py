@@ -1,4 +1,4 @@
-"""Sizes, start-up, memory, speed and quality of delivered models beside their peers, in one run on one machine.
+"""Sizes, start-up, memory and speed of delivered models beside their peers, in one run on one machine.
 
 Every system is measured from text to answer, in processes of its own (`answer_here`): our runtime for a delivery and
 for the teacher exported as fp32 and int8 ONNX, model2vec for static vectors distilled from the same teacher. Lengths
@@ -102,21 +102,19 @@ def bench(
     teacher: str | Path | None = None,
     static: bool = True,
     out: str | Path = "artifacts/bench/delivery.json",
-    tasks: dict[str, str | Path] | None = None,
     seconds: float = 2.0,
     lengths: Sequence[int] = LENGTHS,
     batches: Sequence[int] = BATCHES,
 ) -> dict:
     """Measure deliveries, and with a `teacher` its ONNX fp32 and int8 and (`static`) its static vectors.
 
-    Peers are made once and kept beside `out`. `tasks`: {name: folder} for the quality, see `score.measure`. Writes
+    Peers are made once and kept beside `out`. Writes
     `out` and returns what it says: {"machine", "lengths", "systems": {name: {"kind", "bytes" (and "gzip_bytes", one by
     one as servers do) of the "files" that its loader needs, medians over processes of "cold_start_seconds" and
-    "rss_mb", "latency": {threads: {"LENGTHxBATCH": `statistics_of`}}, "quality": {task: value}}}}.
+    "rss_mb", "latency": {threads: {"LENGTHxBATCH": `statistics_of`}}}}}.
     lengths: in pieces; seconds: of calls for each length, batch and number of threads (one and all).
     Raises InputError for a folder that is no delivery and where a package is missing.
     """
-    from vocabshrink.lab.score import measure, measures_of
     from vocabshrink.run.engine import say
 
     systems = [System(name_of(folder), Path(folder)) for folder in artifacts]
@@ -154,13 +152,6 @@ def bench(
         for threads, some in rounds.items():
             cells = {cell: [seconds for one in some for seconds in one["times"][cell]] for cell in some[0]["times"]}
             found["latency"][threads] = {cell: statistics_of(cells[cell], cell) for cell in cells}
-        for task, folder in (tasks or {}).items():
-            if system.kind == "static" or load(system.folder).task == "embedding":
-                say(f"{system.name}: {task}")
-                embed = open_system(system.kind, str(system.folder), os.cpu_count() or 1)
-                metrics = measures_of(Path(folder))[:1] or ["accuracy"]
-                (value,) = measure(lambda texts, _, embed=embed: embed(texts), Path(folder), metrics).values()
-                found.setdefault("quality", {})[task] = round(value, 4)
     RunDir(Path(out).parent).write_environment()
     machine = read_json(Path(out).parent / "environment.json")
     write_json(Path(out), report := {"machine": machine, "lengths": list(lengths), "systems": results})
@@ -213,17 +204,14 @@ def statistics_of(times: Sequence[float], cell: str) -> dict[str, float]:
 
 
 def bench_tables(report: dict) -> list:
-    """rich's tables: sizes, start-up and quality; then milliseconds and texts a second by cell, for each `threads`."""
+    """rich's tables: sizes and start-up; then milliseconds and texts a second by cell, for each `threads`."""
     from rich.table import Column, Table
 
-    tasks = dict.fromkeys(task for found in report["systems"].values() for task in found.get("quality", {}))
-    heads = ["bytes", "gzipped", "cold start, s", "RSS, MB", *tasks]
-    sizes = Table("", *(Column(head, justify="right") for head in heads), title="Size, start and quality")
+    heads = ["bytes", "gzipped", "cold start, s", "RSS, MB"]
+    sizes = Table("", *(Column(head, justify="right") for head in heads), title="Size and start")
     speeds: dict[str, Table] = {}
     for name, found in report["systems"].items():
-        figures = "{bytes:,} {gzip_bytes:,} {cold_start_seconds:.2f} {rss_mb:.0f}".format(**found).split()
-        quality = found.get("quality", {})
-        sizes.add_row(name, *figures, *(f"{quality[task]:.4f}" if task in quality else "" for task in tasks))
+        sizes.add_row(name, *"{bytes:,} {gzip_bytes:,} {cold_start_seconds:.2f} {rss_mb:.0f}".format(**found).split())
         for threads, cells in found["latency"].items():
             heads = [Column(cell.replace("x", " pieces\nbatch "), justify="right") for cell in cells]
             title = f"p50 / p95 ms, texts a second: {threads} thread{'s' * (threads != '1')}"

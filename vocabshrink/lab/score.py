@@ -61,7 +61,7 @@ def score_models(models: Iterable[str], data: Path, *, rows: int = ROWS, threads
 def open_model(model: str, threads: int = 1) -> tuple[str, int, Asked]:
     """A model's name, its bytes and what embeds with it."""
     if Path(model, "MANIFEST.json").is_file():
-        delivery = load(model, threads)
+        (delivery := load(model, threads)).embed([])  # which refuses models of other tasks
         return name_of(model), delivery.manifest["delivery_bytes"], lambda t, prompts: delivery.embed(t, prompt=prompts)
     folder = resolve_model(model)
     files = [*weight_files(folder), folder / "config.json", folder / "tokenizer.json"]
