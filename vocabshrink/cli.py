@@ -244,7 +244,7 @@ def score(
     models: Annotated[list[str], typer.Argument(help="deliveries, or folders, package:NAME/FOLDER or hub names")],
     data: Annotated[Path, typer.Option(help="a folder of tasks' folders of JSONL")] = Path("tasks"),
     out: Annotated[Path | None, typer.Option(help="where the figures go, as JSON")] = None,
-    rows: Annotated[int, typer.Option(min=10, help="of each file, at most")] = 8_000,
+    rows: Annotated[int, typer.Option(min=10, help="of each file, at most")] = 2_000,
     threads: Threads = CPUS,
 ):
     """Measure how good the embeddings of models are, on one's own tasks or on everybody's."""

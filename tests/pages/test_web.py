@@ -160,16 +160,33 @@ def test_the_page_classifies_and_labels_as_the_runtime_does(tiny_teacher, tmp_pa
     assert [answer for answer in shown["answers"]] == expected
 
 
-def bert_delivery(place: Path, tokenizer_from: Path, task: str) -> Path:
-    """A tiny random BERT with a head, exported in fp32."""
+@browser
+@needs_browser
+@pytest.mark.parametrize("pooling", ["max", "last"])
+def test_the_page_prompts_and_pools_as_the_runtime_does(tiny_teacher, tmp_path, lines, pooling):
+    pytest.importorskip("torch")
+    options = {"pooling": pooling, "prompts": {"query": "ka ka ", "passage": "lo "}}
+    folder, passages = bert_delivery(tmp_path, tiny_teacher, "embedding", **options), tmp_path / "passages.jsonl"
+    passages.write_text("".join(json.dumps({"text": line}) + "\n" for line in lines[:4]))
+    build_web([folder], tmp_path / "web", passages, title="Prompts", node_modules=JS / "node_modules")
+    shown = node("page_test.mjs", page=str(tmp_path / "web"), query="mi ne")
+    cosines = load(folder).embed(lines[:4], prompt="passage") @ load(folder).embed(["mi ne"], prompt="query")[0]
+    assert shown["problems"] == []
+    found = {answer.split("\n")[0]: float(answer.split("\n")[2]) for answer in shown["answers"]}
+    assert found == pytest.approx(dict(zip(lines, map(float, cosines), strict=False)), abs=0.01)
+
+
+def bert_delivery(place: Path, tokenizer_from: Path, task: str, **options) -> Path:
+    """A tiny random BERT of the task, exported in fp32."""
     import torch
-    from transformers import BertConfig, BertForSequenceClassification, BertForTokenClassification
+    from transformers import BertConfig, BertForSequenceClassification, BertForTokenClassification, BertModel
 
     from vocabshrink.delivery.export import ExportSettings, export_model
 
     kind, labels = {
         "classification": (BertForSequenceClassification, ["bad", "good", "so so"]),
         "tokens": (BertForTokenClassification, ["O", "B-word"]),
+        "embedding": (BertModel, ["0", "1"]),
     }[task]
     pieces = len(json.loads((tokenizer_from / "tokenizer.json").read_text())["model"]["vocab"])
     torch.manual_seed(0)
@@ -187,7 +204,7 @@ def bert_delivery(place: Path, tokenizer_from: Path, task: str) -> Path:
     kind(config).save_pretrained(place / f"{task}-model")
     for name in ("tokenizer.json", "tokenizer_config.json"):
         shutil.copy(tokenizer_from / name, place / f"{task}-model" / name)
-    export_model(place / f"{task}-model", place / task, ExportSettings(task, "fp32", 24))
+    export_model(place / f"{task}-model", place / task, ExportSettings(task, "fp32", 24, **options))
     return place / task
 
 
