@@ -16,7 +16,7 @@ from tokenizer_build.tokenizer import make_tokenizer
 from vocabshrink.data.pieces import Pieces
 from vocabshrink.models import forward
 from vocabshrink.models.families import check_attention
-from vocabshrink.models.forward import pool_attention, pool_sentence, pool_units, run_backbone
+from vocabshrink.models.forward import pool_attention, pool_units, run_backbone
 from vocabshrink.models.loading import check_folder, resolve_model
 from vocabshrink.models.teacher import load_teacher
 from vocabshrink.training.task import MixedEmbedding
@@ -294,19 +294,6 @@ class TestPoolAttention:
         maps = maps[:2].requires_grad_()
         pool_attention(maps if scores else maps.softmax(-1), UNITS[:2], 6, scores=scores).pow(2).sum().backward()
         assert maps.grad[:, :, :5, :5].isfinite().all() and maps.grad.abs().sum() > 0
-
-
-@pytest.mark.parametrize("pooling", ["mean", "cls"])
-@pytest.mark.parametrize("normalize", [False, True])
-def test_pool_sentence(pooling, normalize):
-    hidden = torch.randn(2, 6, 5, generator=torch.Generator().manual_seed(2)).bfloat16()
-    mask = torch.tensor([[1, 1, 1, 1, 0, 0], [1, 1, 1, 1, 1, 1]])
-    pooled = pool_sentence(hidden, mask, pooling, normalize)
-    assert pooled.dtype == torch.float32
-    for row, length in ((0, 4), (1, 6)):
-        rows = hidden[row].float()
-        expected = rows[0] if pooling == "cls" else sum(rows[i] for i in range(length)) / length
-        torch.testing.assert_close(pooled[row], expected / expected.norm() if normalize else expected)
 
 
 def test_a_checkpoint_without_head_has_none(folders, tmp_path):

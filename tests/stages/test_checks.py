@@ -1,13 +1,17 @@
 """What cannot work is refused before anything runs: from the recipe, the files it names and the models' configs."""
 
 import json
+import shutil
+from pathlib import Path
 
 import pytest
 import yaml
 from test_pipeline import DISTILL, TRAINING, tiny_recipe
 
 from tokenizer_build.errors import InputError
+from tokenizer_build.files import write_json
 from vocabshrink.cli import app
+from vocabshrink.models.forward import module_files
 from vocabshrink.run.recipe import parse_recipe
 from vocabshrink.stages.checks import check_recipe
 
@@ -48,6 +52,18 @@ def test_is_refused(family, sections, sentence, folders, corpus_file):
         data["teacher"] |= {"sha256": sha256}
     with pytest.raises(InputError, match=sentence):
         check_recipe(parse_recipe(data | sections, "test"))
+
+
+def test_a_folder_that_joins_poolings_needs_the_recipes_word(tiny_teacher, corpus_file, tmp_path):
+    folder = Path(shutil.copytree(tiny_teacher, tmp_path / "m"))
+    for name, content in module_files(32, 48, "mean", True).items():
+        (folder / name).parent.mkdir(exist_ok=True)
+        write_json(folder / name, content)
+    write_json(folder / "1_Pooling" / "config.json", {"pooling_mode": ["cls", "mean"]})
+    data = tiny_recipe(folder, corpus_file, "untrained")
+    with pytest.raises(InputError, match="pooling by cls and mean cannot be learnt: give teacher.pooling, one of mean"):
+        check_recipe(parse_recipe(data, "test"))
+    check_recipe(parse_recipe(data | {"teacher": {"model": str(folder), "pooling": "max"}}, "test"))
 
 
 @pytest.mark.parametrize("how", ["extract_random", "extract_importance"])

@@ -7,7 +7,7 @@ that delivery's index, which no other model can read. The model card says only w
 
 import json
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from hashlib import sha256
 from pathlib import Path
 
@@ -56,9 +56,10 @@ CONFIG_KEYS += " hidden_act type_vocab_size layer_norm_eps pad_token_id embeddin
 class ExportSettings:
     """What to write.
 
-    formats: of the graph's weights. kernel: one of KERNELS, for int8 weights. safetensors: "fp16" or "fp32" adds files
-    for AutoModel and, for embedders, SentenceTransformer. budget_bytes: of what onnxruntime needs. tolerance: how far a
-    delivered figure may fall below the trained one. force: failures are written down instead of raised.
+    formats: of the graph's weights. pooling to default_prompt: of an embedder, see `ModuleSettings`. kernel: one of
+    KERNELS, for int8 weights. safetensors: "fp16" or "fp32" adds files for AutoModel and, for embedders,
+    SentenceTransformer. budget_bytes: of what onnxruntime needs. tolerance: how far a delivered figure may fall below
+    the trained one. force: failures are written down instead of raised.
     """
 
     task: str
@@ -66,6 +67,8 @@ class ExportSettings:
     max_positions: int
     pooling: str = "mean"
     normalize: bool = True
+    prompts: dict[str, str] = field(default_factory=dict)
+    default_prompt: str | None = None
     kernel: str = KERNELS[0]
     safetensors: str | None = None
     budget_bytes: int | None = None
@@ -176,8 +179,9 @@ def _write_files(model: nn.Module, model_folder: Path, place: Path, settings: Ex
     keys = {"graph": LIMITS[settings.coarsest][0], "task": task, "formats": settings.formats}
     keys |= {"max_positions": settings.max_positions}
     pooled = {"pooling": settings.pooling, "normalize": settings.normalize}
+    prompts = {"prompts": settings.prompts, "default_prompt": settings.default_prompt}
     if task == "embedding":
-        keys |= pooled | {"dimension": config.hidden_size}
+        keys |= pooled | {"dimension": config.hidden_size} | (prompts if settings.prompts else {})
     if "int8" in settings.formats.values():
         keys["kernel"] = settings.kernel
     prefix = f"{model.base_model_prefix}."
@@ -195,7 +199,7 @@ def _write_files(model: nn.Module, model_folder: Path, place: Path, settings: Ex
         save_file(tensors, place / "model.safetensors", {"format": "pt"})
         (place / "model.safetensors").chmod(0o644)  # safetensors' are for their owner alone
         if task == "embedding":
-            for name, content in module_files(config.hidden_size, settings.max_positions, **pooled).items():
+            for name, content in module_files(config.hidden_size, settings.max_positions, **pooled, **prompts).items():
                 (place / name).parent.mkdir(exist_ok=True)
                 _write_json(place / name, content)
     return keys

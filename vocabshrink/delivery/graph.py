@@ -278,11 +278,19 @@ def pool(graph: Graph, hidden: str, mask: str, pooling: str, normalize: bool) ->
     """Add the nodes from the last hidden states to sentence_embedding."""
     if pooling == "cls":
         pooled = graph.node("Squeeze", [graph.node("Gather", [hidden, graph.integers(0)], axis=1), graph.integers(1)])
+    elif pooling == "last":
+        last = graph.node("ArgMax", [mask], axis=1, keepdims=1, select_last_index=1)
+        pooled = graph.node("GatherND", [hidden, last], batch_dims=1)
+    elif pooling == "max":
+        absent = graph.node("Mul", [graph.node("Sub", [mask, graph.number(1.0)]), graph.number(1e9)])
+        shown = graph.node("Add", [hidden, graph.node("Unsqueeze", [absent, graph.integers(-1)])])
+        pooled = graph.node("ReduceMax", [shown, graph.integers(1)], keepdims=0)
     else:
         present = graph.node("Unsqueeze", [mask, graph.integers(-1)])
         summed = graph.node("ReduceSum", [graph.node("Mul", [hidden, present]), graph.integers(1)], keepdims=0)
         count = graph.node("ReduceSum", [present, graph.integers(1)], keepdims=0)
-        pooled = graph.node("Div", [summed, graph.node("Max", [count, graph.number(1e-9)])])
+        count = graph.node("Max", [count, graph.number(1e-9)])
+        pooled = graph.node("Div", [summed, graph.node("Sqrt", [count]) if pooling == "mean_sqrt" else count])
     if normalize:
         norm = graph.node("ReduceL2", [pooled, graph.integers(-1)], keepdims=1)
         graph.node("Div", [pooled, graph.node("Max", [norm, graph.number(1e-12)])], ["sentence_embedding"])

@@ -8,6 +8,7 @@ import statistics
 import sys
 import tempfile
 import time
+from functools import partial
 from pathlib import Path
 
 from tokenizer_build.errors import InputError
@@ -32,7 +33,7 @@ def measure_systems(
     for name in ("teacher", "untrained", "trained"):
         backbone, folder = load_model(folders[name]), folders[name]
         embedders[name] = torch_embedder(backbone, folder, pooling, normalize, max_length=LONGEST)
-    embedders["delivered"] = delivery.embed
+    embedders["delivered"] = partial(delivery.embed, prompt="")  # none of the systems gets a prompt
     vectors = {name: embed(held_out.texts) for name, embed in embedders.items()}
     target = vectors.pop("teacher")
     weights = sum(path.stat().st_size for path in teacher.glob("*.safetensors"))

@@ -14,6 +14,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers.activations import ACT2FN
 
+from vocabshrink.models.forward import module_settings
 from vocabshrink.models.loading import check_folder, load_model, read_tensors, resolve_model, tensors_in
 
 
@@ -55,13 +56,15 @@ class Teacher:
         return self.backbone.get_input_embeddings()
 
 
-def load_teacher(model: str, *, pooling: str = "mean", normalize: bool = True) -> Teacher:
-    """Backbone and masked-LM head in eval mode. Raises InputError: see `resolve_model` and `check_folder`."""
+def load_teacher(model: str, *, pooling: str | None = None, normalize: bool | None = None) -> Teacher:
+    """Backbone and masked-LM head in eval mode. Raises InputError: see `resolve_model`, `check_folder` and
+    `module_settings`, which says how it pools where the arguments do not."""
     check_folder(folder := resolve_model(model))
+    said = module_settings(folder, pooling, normalize)
     backbone = load_model(folder)
     if getattr(backbone, "pooler", None) is not None:
         backbone.pooler = None  # next-sentence head: no one reads it, and it would be trained as dead weight
-    return Teacher(backbone, load_head(folder, backbone), folder, pooling, normalize)
+    return Teacher(backbone, load_head(folder, backbone), folder, said.pooling, said.normalize)
 
 
 # {`MaskedLMHead`'s name: the checkpoint's} in each family, BERT's first

@@ -55,7 +55,7 @@ def parse_size(value: Any) -> Any:
     return round(float(match[1].replace("_", "")) * unit.get(match[2], 1))
 
 
-POOLINGS = ("mean", "cls")
+POOLINGS = ("mean", "cls", "max", "last", "mean_sqrt")
 Number = BeforeValidator(refuse_boolean)
 Bytes = Annotated[int, BeforeValidator(parse_size), Number, Field(gt=0)]
 Share = Annotated[float, Number, Field(ge=0, le=1)]
@@ -79,9 +79,10 @@ class TeacherSection(Section):
     # such a setting stays finished
     revision: str | None = Field(default=None, exclude_if=lambda value: value is None)
     sha256: str | None = None  # of the weights, all shards in order of name; checked before anything is built on them
-    pooling: Literal[*POOLINGS] = "mean"  # of the sentence embedding, where one is matched or delivered
-    normalize: bool = True
-    # put before every text that the teacher reads, as `query: ` of the e5 family; out of dumps where it is not set
+    # of the sentence embedding, matched or delivered; None: as its folder says, else mean and normalised
+    pooling: Literal[*POOLINGS] | None = None
+    normalize: bool | None = None
+    # put before every text whose vector is stored, as `query: ` of the e5 family; out of dumps where it is not set
     prompt: str | None = Field(default=None, exclude_if=lambda value: value is None)
 
 

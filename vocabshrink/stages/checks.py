@@ -12,7 +12,7 @@ from vocabshrink.models.student import student_config
 from vocabshrink.models.teacher import find_head
 from vocabshrink.run.layer_map import layer_pairs
 from vocabshrink.run.recipe import Recipe
-from vocabshrink.stages.inputs import teacher_folder
+from vocabshrink.stages.inputs import teacher_folder, teacher_modules
 from vocabshrink.stages.plan import check_budget, vocabulary_size
 from vocabshrink.training.losses import ATTENTION, check_losses, readers
 
@@ -29,6 +29,7 @@ def check_recipe(recipe: Recipe, *, force: bool = False) -> None:
         )
     folder = teacher_folder(recipe)
     check_models(recipe, folder, load_config(folder))
+    teacher_modules(recipe)
     if not force:
         check_budget(recipe)
 

@@ -31,7 +31,9 @@ def export(context: Context) -> dict:
     student = inputs.start_student(context, teacher).model
     section = recipe.delivery
     options = {"kernel": section.kernel, "safetensors": section.safetensors, "tolerance": section.tolerance}
-    options |= {"pooling": teacher.pooling, "normalize": teacher.normalize}
+    said = inputs.teacher_modules(recipe)
+    options |= {"pooling": said.pooling, "normalize": said.normalize}
+    options |= {"prompts": said.prompts, "default_prompt": said.default_prompt}
     options |= {"budget_bytes": section.budget, "force": context.force}
     positions = min(section.max_positions, student.config.max_position_embeddings)
     settings = ExportSettings("embedding", section.weights, positions, **options)

@@ -15,6 +15,7 @@ from vocabshrink.data.lexicon import Lexicon, WordStream
 from vocabshrink.data.pieces import Pieces, PieceTable
 from vocabshrink.data.tasks import Task, read_task
 from vocabshrink.data.vectors import StoredVectors
+from vocabshrink.models.forward import ModuleSettings, module_settings
 from vocabshrink.models.loading import check_folder, resolve_model
 from vocabshrink.models.spelling import shared_pieces
 from vocabshrink.models.student import Start, build_student
@@ -30,6 +31,11 @@ def teacher_folder(recipe: Recipe) -> Path:
     folder = resolve_model(recipe.teacher.model, recipe.teacher.revision)
     check_folder(folder, recipe.teacher.sha256)
     return folder
+
+
+def teacher_modules(recipe: Recipe) -> ModuleSettings:
+    """How the teacher pools, and its prompts: the recipe's own words, else its folder's."""
+    return module_settings(teacher_folder(recipe), recipe.teacher.pooling, recipe.teacher.normalize)
 
 
 def load_section(section: TeacherSection) -> Teacher:

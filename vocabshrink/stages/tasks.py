@@ -197,10 +197,10 @@ class TaskTrainings:
     def _train(self, setting: str, seed: int, unit: Path, mark: str) -> dict:
         torch.manual_seed(seed)
         body, directions = self._student()
-        phases, section = self.settings[setting], self.context.recipe.teacher
+        phases, said = self.settings[setting], inputs.teacher_modules(self.context.recipe)
         model = student_model(body, self.task, self.teacher_folder)
         options = {"teacher": self.teacher, "logits": self.logits, "directions": directions}
-        options |= {"pooling": section.pooling, "normalize": section.normalize}
+        options |= {"pooling": said.pooling, "normalize": said.normalize}
         training = TaskTraining(model, self.task.kind, **options)
         shared = inputs.read_shared_pieces(self.context) if self.teacher is not None else None
         options = {"shared": shared, "rounding": self.stage.rounded}
