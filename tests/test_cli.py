@@ -154,5 +154,5 @@ def test_lines_are_embedded_without_torch():
     assert refused.returncode == 2 and "Traceback" not in refused.stderr and "embedding" in refused.stderr
 
 
-def test_a_task_without_a_folder_is_refused(tmp_path):
-    assert "--task sst2: write a name and its folder" in refused("bench", tmp_path, "--task", "sst2", folder=tmp_path)
+def test_a_folder_without_tasks_is_refused(tmp_path):
+    assert "has no task: name folders stsb" in refused("score", tmp_path, "--data", tmp_path, folder=tmp_path)
