@@ -93,9 +93,12 @@ def plain(value):
 def read_json(path: str | Path):
     """Read a JSON file. Raises InputError naming the file when it is missing or not JSON."""
     try:
-        return json.loads(Path(path).read_text(encoding="utf-8"))
+        raw = Path(path).read_bytes()
     except FileNotFoundError as error:
         raise InputError(f"{path} is missing: run the stage that writes it") from error
+    refuse_pointer(raw, path)
+    try:
+        return json.loads(raw)
     except ValueError as error:  # JSONDecodeError and UnicodeDecodeError
         raise InputError(f"{path} is not JSON ({error}); delete it and run its stage again") from error
 
@@ -103,20 +106,24 @@ def read_json(path: str | Path):
 def read_jsonl(path: str | Path, opened: BinaryIO | None = None) -> Iterator[tuple[int, dict]]:
     """Yield (line number, object) of a JSONL file with one object per line, skipping empty lines.
 
-    `opened` is the file's content where `path` itself is compressed; one line is held in memory at a time. Raises
-    InputError naming file and line for a missing file, bytes that are not UTF-8 and a line that is no object.
+    A file that is one array of objects gives them too, numbered from 1; it is read whole. `opened` is the file's
+    content where `path` itself is compressed; one line is held in memory at a time. Raises InputError naming file and
+    line for a missing file, bytes that are not UTF-8 and a line that is no object.
     """
     try:
-        for number, line in enumerate(text_lines(path, opened), 1):
+        lines = enumerate(text_lines(path, opened), 1)
+        for number, line in lines:
             if not line.isspace():
                 row, why = None, ""
+                array = number == 1 and line.lstrip().startswith("[")
                 try:
-                    row = json.loads(line.rstrip("\r\n"))
+                    row = json.loads(line + "".join(rest for _, rest in lines) if array else line.rstrip("\r\n"))
                 except (ValueError, RecursionError) as error:  # the latter: nested too deeply
                     why = f" ({str(error).replace('line 1 ', '')})"
-                if not isinstance(row, dict):
-                    raise InputError(f"{path}: row {number} is not a JSON object{why}: write one object per line")
-                yield number, row
+                for place, item in enumerate(row, 1) if array and isinstance(row, list) else [(number, row)]:
+                    if not isinstance(item, dict):
+                        raise InputError(f"{path}: row {place} is not a JSON object{why}: write one object per line")
+                    yield place, item
     except OSError as error:
         missing = isinstance(error, FileNotFoundError)
         what = "no such file" if missing else f"cannot be read ({error.strerror or error})"
@@ -137,8 +144,10 @@ def text_lines(path: str | Path, opened: BinaryIO | None = None) -> Iterator[str
 def decode(raw: bytes, path: str | Path, offset: int = 0) -> str:
     """Decode UTF-8 that starts at byte `offset` of the file `path` (of its content, where that is compressed).
 
-    Raises InputError naming the byte that is NUL or not UTF-8.
+    Raises InputError naming the byte that is NUL or not UTF-8, and for a Git LFS pointer in the file's place.
     """
+    if not offset:
+        refuse_pointer(raw, path)
     bad = raw.find(b"\0")  # in binary and UTF-16 files
     try:
         text = raw.decode("utf-8")
@@ -148,3 +157,9 @@ def decode(raw: bytes, path: str | Path, offset: int = 0) -> str:
         what = f"{path}: not UTF-8 text at byte {offset + bad} (0x{raw[bad]:02x})"
         raise InputError(f"{what}: convert it, as by `iconv -f latin1 -t utf-8`, or leave it out if it is binary (NUL)")
     return text if offset else text.removeprefix("\ufeff")  # a byte order mark, which some editors write
+
+
+def refuse_pointer(raw: bytes, path: str | Path) -> None:
+    """Raise InputError where a file's first bytes are those of the note that Git LFS leaves in its place."""
+    if raw.startswith(b"version https://git-lfs"):
+        raise InputError(f"{path} is a Git LFS pointer, not the file itself: fetch it, as by `git lfs pull`")
