@@ -82,8 +82,9 @@ def expand(sources: Sequence[str | Path]) -> list[str]:
         elif not path.is_file() and not str(source).startswith("datasets:"):
             found = sorted(p for p in glob.glob(str(source), recursive=True) if Path(p).is_file())
         if not found:
-            what = f"{source} does not exist or holds no corpus file ({' '.join(sorted(KNOWN))}, plain or compressed)"
-            raise InputError(f"{what}: name a file, a folder, a glob that matches, or datasets:NAME:SPLIT")
+            known = f"({' '.join(sorted(KNOWN))}, plain or compressed)"
+            what = f"{source}: no such file, and no folder or glob that holds corpus files {known}"
+            raise InputError(f"{what}: correct its path, or write datasets:NAME:SPLIT")
         out += map(str, found)
     return out
 
@@ -148,7 +149,8 @@ def _records(source: str, column: str | None) -> Iterator[tuple[str, dict]]:
             yield f"{source}: {unit} {number}", record
     except (OSError, EOFError, csv.Error, lzma.LZMAError, pyarrow.ArrowInvalid, UnicodeDecodeError) as error:
         what = f"{source} cannot be read after {unit} {number} ({error})"
-        raise InputError(f"{what}: check that it is there, whole and UTF-8") from error
+        remedy = "double the quotes inside quotes" if isinstance(error, csv.Error) else "check that it is whole"
+        raise InputError(f"{what}: {remedy}") from error
 
 
 def _open(path: str, compression: str):

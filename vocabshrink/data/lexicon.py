@@ -38,7 +38,7 @@ from tokenizers.pre_tokenizers import BertPreTokenizer
 from tokenizer_build.count import map_in_order
 from tokenizer_build.errors import InputError
 from tokenizer_build.files import naming_full_disk, read_json, write_json
-from tokenizer_build.tokenizer import load_tokenizer
+from tokenizer_build.tokenizer import load_tokenizer, lowercases
 
 CACHED_CHUNKS = 1_000_000  # about 250 MB; Zipf's law makes a refill after clearing cheap
 CACHED_CHARACTERS = 1_000  # longer chunks are not words of a language and will not come again
@@ -67,7 +67,7 @@ class Lexicon:
     counts: np.ndarray  # [W] int64, occurrences in the stream
     ends_sentence: np.ndarray  # [W] bool, the surface is a run of . ! ? or of their equivalents
     words: list[str]  # the surface at the first occurrence, white space stripped
-    meta: dict  # teacher and student as of `_describe`, and what `encode_corpus` returns
+    meta: dict  # teacher and student as of `describe_tokenizer`, and what `encode_corpus` returns
 
     @classmethod
     def load(cls, folder: Path) -> "Lexicon":
@@ -116,7 +116,7 @@ def encode_corpus(
     """
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # one thread a process; and spawn inherits it
     paths = tokenizer_file(teacher_tokenizer), tokenizer_file(student_tokenizer)
-    teacher, student = map(_describe, paths)
+    teacher, student = map(describe_tokenizer, paths)
     # a teacher alone on a task stands on both sides
     if student["family"] != "wordpiece" and student["sha256"] != teacher["sha256"]:
         raise InputError(f"{paths[1]} is a {student['family']} tokenizer; give the student a WordPiece vocabulary")
@@ -191,12 +191,14 @@ def _load(path: Path) -> Tokenizer:
     """The tokenizer as it segments plain text: special tokens are text, and nothing is cut, padded or added."""
     tokenizer = load_tokenizer(path)
     tokenizer.post_processor = None  # offsets of byte-level pieces keep their space, and nothing overlaps
-    tokenizer.encode_special_tokens = True
     return tokenizer
 
 
-def _describe(path: Path) -> dict:
-    """What meta.json says of a tokenizer; special: ids of pad, unk, cls, sep and mask, or None."""
+def describe_tokenizer(path: Path) -> dict:
+    """What meta.json says of a tokenizer; special: ids of pad, unk, cls, sep and mask, or None. Raises: `check_family`.
+
+    path: of a tokenizer.json.
+    """
     family, tokenizer, config_file = check_family(path), _load(path), path.with_name("tokenizer_config.json")
     config, special = read_json(config_file) if config_file.is_file() else {}, {}
     for role, name in ROLES.items():
@@ -208,7 +210,7 @@ def _describe(path: Path) -> dict:
         "special": special,
         "double_sep": special["cls"] is not None and tokenizer.id_to_token(special["cls"]) == "<s>",  # between a pair
         "sha256": hashlib.sha256(path.read_bytes()).hexdigest(),
-        "lowercase": tokenizer.normalizer is not None and tokenizer.normalizer.normalize_str("A") == "a",
+        "lowercase": lowercases(tokenizer),
         "family": family,
     }
 

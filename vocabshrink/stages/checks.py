@@ -1,20 +1,36 @@
 """What cannot work is refused before anything runs: all that the recipe, the files it names and the configs show."""
 
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
+import numpy as np
+
+from tokenizer_build.corpus import check_sources, expand
 from tokenizer_build.errors import InputError
-from vocabshrink.data.held_out import LEAST_SENTENCES
+from tokenizer_build.tokenizer import adopt_tokenizer, load_tokenizer
+from tokenizer_build.trainers import check_required, teacher_pieces
+from vocabshrink.data.batches import encode_task
+from vocabshrink.data.held_out import LEAST_SENTENCES, read_rated_pairs
+from vocabshrink.data.lexicon import check_family, describe_tokenizer, tokenizer_file
+from vocabshrink.data.tasks import Rows, Task, check_agreement, check_label_order, read_logits
 from vocabshrink.delivery.export import check_activation
 from vocabshrink.models.forward import check_attention
-from vocabshrink.models.loading import load_config
+from vocabshrink.models.loading import load_config, resolve_model
 from vocabshrink.models.projection import check_extraction
 from vocabshrink.models.student import student_config
+from vocabshrink.models.task_model import load_task_model
 from vocabshrink.models.teacher import find_head
 from vocabshrink.run.layer_map import layer_pairs
-from vocabshrink.run.recipe import Recipe
-from vocabshrink.stages.inputs import teacher_folder
+from vocabshrink.run.recipe import Phase, Recipe, TaskSection
+from vocabshrink.stages.inputs import read_tasks, teacher_folder
 from vocabshrink.stages.plan import check_budget, vocabulary_size
+from vocabshrink.stages.text import given_tokenizer, reads_lowercase
+from vocabshrink.training.finetune import logits_of
 from vocabshrink.training.losses import ATTENTION, check_losses, readers
+
+ROWS_TO_AGREE = 256  # training rows by which a teacher's order of labels is told
 
 
 def check_recipe(recipe: Recipe, *, force: bool = False) -> None:
@@ -28,7 +44,12 @@ def check_recipe(recipe: Recipe, *, force: bool = False) -> None:
             f"{LEAST_SENTENCES}, or no delivery"
         )
     folder = teacher_folder(recipe)
+    check_tokenizer(folder)
+    check_vocabulary(recipe, folder)
     check_models(recipe, folder, load_config(folder))
+    if recipe.finetune:
+        for name, task in read_tasks(recipe).items():
+            check_task(task, recipe.tasks[name])
     if not force:
         check_budget(recipe)
 
@@ -61,16 +82,64 @@ def check_all_losses(recipe: Recipe) -> None:
 
 
 def check_files(recipe: Recipe) -> None:
-    """Refuses a recipe that names files which are not there."""
-    named = {f"evaluation.stsb.{name}": path for name, path in recipe.evaluation.stsb.items()}
+    """Refuses a recipe that names files which are not there, or whose heads say that they are not what they should be.
+    Tasks are read where they are checked."""
+    heads = {"corpus.sources": lambda: check_sources(recipe.corpus.sources, recipe.corpus.column)}
+    heads |= {
+        f"evaluation.stsb.{name}": partial(read_rated_pairs, path) for name, path in recipe.evaluation.stsb.items()
+    }
     if recipe.index:
-        named["index.passages"] = recipe.index.passages
+        heads["index.passages"] = lambda: check_sources([recipe.index.passages])
     for name, task in recipe.tasks.items() if recipe.finetune else ():
         for field in ("train", "validation", "test", "logits"):
-            named[f"tasks.{name}.{field}"] = getattr(task, field)
-    for key, path in named.items():
-        if path is not None and not Path(path).expanduser().is_file():
-            raise InputError(f"{key}: {path}: no such file: correct the path, or leave the key out")
+            if path := getattr(task, field):
+                heads[f"tasks.{name}.{field}"] = partial(expand, [path])
+    for key, read in heads.items():
+        try:
+            read()
+        except InputError as error:
+            raise InputError(f"{key}: {error}") from None
+
+
+def check_tokenizer(folder: Path) -> None:
+    """Refuses a teacher whose words cannot be told apart, or that lacks a special token."""
+    special = describe_tokenizer(tokenizer_file(folder))["special"]
+    if lacking := [role for role, number in special.items() if number is None and role != "unk"]:
+        raise InputError(f"{folder}: the tokenizer has no {lacking[0]} token: add one to tokenizer.json")
+
+
+def check_vocabulary(recipe: Recipe, folder: Path) -> None:
+    """Refuses a vocabulary that cannot be made, or a given tokenizer that cannot be taken. folder: the teacher's."""
+    section, lowercase = recipe.vocabulary, reads_lowercase(recipe)
+    if given := given_tokenizer(recipe):
+        if not (given / "vocab.txt").is_file() or (given / "tokenizer.json").is_file():  # a bare vocabulary is BERT's
+            check_family(given)
+        known = adopt_tokenizer(given).get_vocab()
+        if lacking := [word for word in section.required if word not in known]:
+            raise InputError(f"vocabulary.required: {section.tokenizer} has no piece {lacking[0]!r}: leave one key out")
+    else:
+        teacher = load_tokenizer(folder).get_vocab()
+        check_required(section.required, section.trainer, teacher_pieces(teacher), lowercase)
+
+
+def check_task(task: Task, section: TaskSection) -> None:
+    """Refuses a task whose teacher cannot be used or, where it does not name its outputs, orders them otherwise."""
+    if section.logits:
+        read_logits(section.logits, task)
+    if not section.teacher:
+        return
+    folder = resolve_model(section.teacher)
+    check_tokenizer(folder)
+    model = load_task_model(section.teacher, task, trained=True)
+    if not check_label_order(task, model.config.id2label, folder):
+        rows = task.splits["train"]
+        few = np.unique(np.linspace(0, len(rows) - 1, ROWS_TO_AGREE).astype(int))
+        columns = ([column[i] for i in few] if column is not None else None for column in (rows.first, rows.second))
+        targets = [rows.targets[i] for i in few]
+        sample = Rows(*columns, targets if task.kind == "tokens" else np.array(targets))
+        with TemporaryDirectory() as place:
+            encoded = encode_task(replace(task, splits={"train": sample}), folder, folder, Path(place))
+            check_agreement(encoded.task, logits_of(model, encoded, "train", Phase()), folder)
 
 
 def check_models(recipe: Recipe, folder: Path, teacher) -> None:

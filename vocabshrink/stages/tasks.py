@@ -26,10 +26,12 @@ from transformers import BertModel
 
 from tokenizer_build.errors import InputError
 from tokenizer_build.files import read_json, write_json
+from tokenizer_build.tokenizer import load_tokenizer
 from vocabshrink.data.batches import EncodedTask, encode_task
 from vocabshrink.data.tasks import Task, headline, read_logits, score
-from vocabshrink.models.loading import load_model
+from vocabshrink.models.loading import load_model, resolve_model
 from vocabshrink.models.rounding import fake_quantize_
+from vocabshrink.models.spelling import shared_pieces
 from vocabshrink.models.student import save_model
 from vocabshrink.models.task_model import load_task_model, student_model
 from vocabshrink.run.engine import Context, saying_millions, settings_of
@@ -152,7 +154,12 @@ class TaskTrainings:
     @cached_property
     def encoded(self) -> EncodedTask:
         with PartialState().main_process_first():
-            return encode_task(self.task, self.teacher_folder, self.context.vocabulary, self.folder / "encoded")
+            return encode_task(self.task, self.reader, self.context.vocabulary, self.folder / "encoded")
+
+    @property
+    def reader(self) -> Path:
+        """The folder of the tokenizer that cuts words for the task's teacher: its own, or that of `teacher.model`."""
+        return resolve_model(self.section.teacher) if self.section.teacher else self.teacher_folder
 
     @property
     def tuned_folder(self) -> str | None:
@@ -203,7 +210,9 @@ class TaskTrainings:
         options = {"teacher": self.teacher, "logits": self.logits, "directions": directions}
         options |= {"pooling": section.pooling, "normalize": section.normalize}
         training = TaskTraining(model, self.task.kind, **options)
-        shared = inputs.read_shared_pieces(self.context) if self.teacher is not None else None
+        shared = None
+        if self.teacher is not None:
+            shared = shared_pieces(load_tokenizer(self.context.vocabulary), load_tokenizer(self.reader))
         options = {"shared": shared, "rounding": self.stage.rounded}
         job = Job(RunDir(unit), self.name, mark, "finetune.phases.{}")
         result = fit(training, self.encoded, phases, job, seed, **options)
@@ -224,9 +233,13 @@ class TaskTrainings:
         """The body as the stages before left it, and the directions that its projections start from."""
         if not self.context.students:
             student, directions, _ = inputs.start_student(self.context, inputs.read_teacher(self.context))
-            return student, directions
-        student = load_model([*self.context.students.values()][-1], BertModel, add_pooling_layer=False).eval()
-        return student, None if self.teacher is None else inputs.start_directions(self.context)
+        else:
+            student = load_model([*self.context.students.values()][-1], BertModel, add_pooling_layer=False).eval()
+            directions = None if self.teacher is None else inputs.start_directions(self.context)
+        vocabularies = [load_tokenizer(folder).get_vocab() for folder in {self.reader, self.teacher_folder}]
+        if vocabularies[0] != vocabularies[-1]:  # another model, and its dimensions are not those of `teacher.model`
+            directions = None
+        return student, directions
 
 
 def mark_of(context: Context, name: str, setting: str, seed: int) -> str:
