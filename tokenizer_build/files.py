@@ -100,7 +100,9 @@ def read_json(path: str | Path):
     try:
         return json.loads(raw)
     except ValueError as error:  # JSONDecodeError and UnicodeDecodeError
-        raise InputError(f"{path} is not JSON ({error}); delete it and run its stage again") from error
+        raise InputError(
+            f"{path} is not JSON ({error}): download it, or run the stage that writes it, again"
+        ) from error
 
 
 def read_jsonl(path: str | Path, opened: BinaryIO | None = None) -> Iterator[tuple[int, dict]]:

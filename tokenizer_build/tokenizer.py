@@ -4,6 +4,7 @@ The Tokenizer is built from its vocabulary and never from a trainer's leftovers:
 behind as added tokens, which would be cut out of the text before normalisation.
 """
 
+import os
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -95,7 +96,7 @@ def load_tokenizer(path: str | Path) -> Tokenizer:
     It neither pads nor truncates, and special tokens that stand in a text are text, as in training. Raises InputError
     naming the file where there is none or it cannot be read.
     """
-    path = Path(path)
+    path = Path(os.path.expanduser(path))
     file = path / "tokenizer.json" if path.is_dir() else path
     if file.is_file():
         raw = file.read_bytes()

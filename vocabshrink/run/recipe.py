@@ -63,7 +63,6 @@ Positive = Annotated[int, Number, Field(gt=0)]
 Rate = Annotated[float, Number, Field(gt=0)]
 Count = Annotated[int, Number, Field(ge=0)]
 Weight = Annotated[float, Number, Field(ge=0)]
-FilePath = Annotated[str, BeforeValidator(lambda value: os.path.expanduser(value) if isinstance(value, str) else value)]
 Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9_][A-Za-z0-9._-]*$")]
 LayerMap = Annotated[str | list[tuple[int, int | list[int]]], BeforeValidator(check_layer_map)]
 Format = Literal[*FORMATS]
@@ -85,7 +84,7 @@ class TeacherSection(Section):
 
 
 class CorpusSection(Section):
-    sources: list[FilePath]
+    sources: list[str]
     column: str = "text"
     # every n-th line is kept from training, for rank agreement and neighbours
     held_out_every: Annotated[int, Number, Field(ge=2)] = 50
@@ -98,7 +97,7 @@ class VocabularySection(Section):
     lowercase: bool | None = None  # None: as the teacher's tokenizer
     required: list[str] = []  # words that must be one piece, whatever the counts say
     # a folder whose WordPiece vocabulary is taken as it is, instead of training one; `teacher`: the teacher's own
-    tokenizer: FilePath | None = None
+    tokenizer: str | None = None
 
 
 class StudentSection(Section):
@@ -285,11 +284,11 @@ class FinetuneStage(Section):
 
 
 class TaskSection(Section):
-    """A labelled task in JSONL or CSV files. The order of labels is the order of the model's outputs."""
+    """A labelled task in JSONL, CSV, TSV or parquet files. The order of labels is the order of the model's outputs."""
 
-    train: FilePath
-    validation: FilePath
-    test: FilePath | None = None
+    train: str
+    validation: str
+    test: str | None = None
     kind: Literal["classification", "regression", "tokens"] = "classification"
     labels: list[str] | None = None  # None: of the meta.json beside the train file, else those of the rows, sorted
     text: Annotated[list[str], Field(min_length=1, max_length=2)] = ["sentence1", "sentence2"]
@@ -299,8 +298,8 @@ class TaskSection(Section):
     train_rows: Positive | None = None  # a seeded sample of this many
     evaluation_rows: Positive | None = None
     epochs: Rate | None = None  # over the phases'
-    teacher: FilePath | None = None  # a fine-tuned teacher's folder
-    logits: FilePath | None = None  # a teacher's stored logits (safetensors, one tensor a split) instead of a teacher
+    teacher: str | None = None  # a fine-tuned teacher's folder
+    logits: str | None = None  # a teacher's stored logits (safetensors, one tensor a split) instead of a teacher
 
     @property
     def trains_teacher(self) -> bool:
@@ -327,14 +326,14 @@ class DeliverySection(Section):
 class IndexSection(Section):
     """Passages that the delivered embedder indexes, for `vocabshrink search`."""
 
-    passages: FilePath  # rows with a text, and whatever else
+    passages: str  # rows with a text
     limit: Positive = 50_000
 
 
 class EvaluationSection(Section):
     # held-out sentences for rank agreement and neighbour overlap; 0 leaves these out
     sentences: Count = 1000
-    stsb: dict[str, FilePath] = {}  # name -> rows with sentence1, sentence2, label; scored by Spearman
+    stsb: dict[str, str] = {}  # name -> rows with sentence1, sentence2, label; scored by Spearman
 
 
 class Recipe(Section):
@@ -350,7 +349,7 @@ class Recipe(Section):
     # trains on through the rounding of delivery.weights (straight-through)
     recovery: DistillStage | None = None
     # the folder that relative paths of tasks and of rated pairs start from; once read, they have it in them
-    data: FilePath = "."
+    data: str = "."
     tasks: dict[Name, TaskSection] = {}
     finetune: FinetuneStage | None = None
     delivery: DeliverySection | None = DeliverySection()  # null: no artifact is wanted
@@ -359,13 +358,14 @@ class Recipe(Section):
 
     @model_validator(mode="after")
     def find_task_files(self):
+        self.data = os.path.expanduser(self.data)
         for task in self.tasks.values():
             for field in ("train", "validation", "test", "teacher", "logits"):
                 if (path := getattr(task, field)) is not None and not path.startswith("package:"):
-                    setattr(task, field, str(Path(self.data) / path))
+                    setattr(task, field, str(Path(self.data) / os.path.expanduser(path)))
         if self.data != ".":
             for name, path in self.evaluation.stsb.items():
-                self.evaluation.stsb[name] = str(Path(self.data) / path)
+                self.evaluation.stsb[name] = str(Path(self.data) / os.path.expanduser(path))
         self.data = "."
         return self
 

@@ -1,5 +1,6 @@
 """From text to word ids: count words, choose the vocabulary, encode the corpus."""
 
+import os
 from pathlib import Path
 
 from tokenizers import Tokenizer
@@ -44,7 +45,7 @@ def reads_lowercase(recipe: Recipe) -> bool:
 def given_tokenizer(recipe: Recipe) -> Path | None:
     """The folder or file of the tokenizer that is taken as it is, where the recipe names one."""
     named = recipe.vocabulary.tokenizer
-    return teacher_folder(recipe) if named == "teacher" else Path(named) if named else None
+    return teacher_folder(recipe) if named == "teacher" else Path(os.path.expanduser(named)) if named else None
 
 
 def vocab(context: Context) -> dict:
