@@ -14,7 +14,17 @@ from hypothesis import strategies as st
 from safetensors.numpy import save_file
 
 from tokenizer_build.errors import InputError
-from vocabshrink.data.tasks import Rows, Task, check_label_order, headline, predictions, read_logits, read_task, score
+from vocabshrink.data.tasks import (
+    Rows,
+    Task,
+    check_agreement,
+    check_label_order,
+    headline,
+    predictions,
+    read_logits,
+    read_task,
+    score,
+)
 from vocabshrink.run.recipe import TaskSection
 
 SINGLE = [{"sentence1": "kalo mine", "label": 0}, {"sentence1": "Ru, sato!", "label": 1}]
@@ -400,6 +410,26 @@ class TestLabelOrder:
     def test_a_classifier_is_no_regression(self):
         with pytest.raises(InputError, match="its outputs are no, yes and those of task it a score"):
             check_label_order(made("regression", labels=()), {0: "no", 1: "yes"}, "teacher")
+
+
+class TestAgreement:
+    def test_outputs_in_another_order_are_refused(self):
+        rng = np.random.default_rng(0)
+        targets = rng.integers(0, 3, 90)
+        task = made(labels=("a", "b", "c"), targets=targets)
+        right = np.eye(3)[np.where(rng.random(90) < 0.2, rng.integers(0, 3, 90), targets)]
+        check_agreement(task, right, "here")
+        with pytest.raises(InputError, match="here: its outputs agree .* in the order c, a, b, not as task it has it"):
+            check_agreement(task, right[:, [2, 0, 1]], "here")
+        check_agreement(task, rng.normal(size=(90, 3)), "here")  # no better in any order
+        tokens = made("tokens", ("B-x", "I-x", "O"), [[2, 2, 2, 0, 1]] * 9, ("slot_f1",))
+        with pytest.raises(InputError, match="in the order I-x, B-x, O"):
+            check_agreement(tokens, [np.eye(3)[[2, 2, 2, 1, 0]]] * 9, "here")
+
+    def test_chance_among_many_labels_is_not_taken_for_an_order(self):
+        rng = np.random.default_rng(0)
+        task = made(labels=[f"l{i}" for i in range(77)], targets=rng.integers(0, 77, 256))
+        check_agreement(task, rng.normal(size=(256, 77)), "here")
 
 
 class TestLogits:

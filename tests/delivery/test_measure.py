@@ -30,6 +30,11 @@ def change_nothing(folder: Path) -> None:
     pass
 
 
+def remove_positions(folder: Path) -> None:
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"model_type": "t5"}))
+
+
 def save_half(folder: Path) -> None:
     BertModel.from_pretrained(folder).half().save_pretrained(folder)
 
@@ -56,6 +61,7 @@ def change_activation(folder: Path) -> None:
         (shard, None),
         (lengthen_table, "300 pieces in tokenizer.json and 320"),
         (change_activation, "hidden_act 'silu'"),
+        (remove_positions, "t5"),
     ],
 )
 def test_a_teacher_that_cannot_be_exported_has_no_latency(headless_teacher, tmp_path, lines, capsys, change, words):
