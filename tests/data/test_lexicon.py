@@ -308,7 +308,7 @@ SCRIPTS = [
 
 @pytest.mark.parametrize("lowercase", [True, False], ids=["uncased", "cased"])
 def test_every_script_is_counted_learnt_and_encoded_as_the_tokenizers_do(families, tmp_path, lowercase):
-    """Counts are the pre-tokenizer's words, the vocabulary spells all of them, and the lexicon has each teacher's ids."""
+    """Counts are the pre-tokenizer's words, the vocabulary spells them all, and the lexicon has each teacher's ids."""
     counts = count_block(SCRIPTS, lowercase)
     split = pre_tokenizers.BertPreTokenizer()
     normalized = map(normalizers.BertNormalizer(lowercase=lowercase).normalize_str, SCRIPTS)

@@ -30,11 +30,6 @@ def change_nothing(folder: Path) -> None:
     pass
 
 
-def remove_positions(folder: Path) -> None:
-    config = json.loads((folder / "config.json").read_text())
-    (folder / "config.json").write_text(json.dumps(config | {"model_type": "t5"}))
-
-
 def save_half(folder: Path) -> None:
     BertModel.from_pretrained(folder).half().save_pretrained(folder)
 
@@ -61,7 +56,6 @@ def change_activation(folder: Path) -> None:
         (shard, None),
         (lengthen_table, "300 pieces in tokenizer.json and 320"),
         (change_activation, "hidden_act 'silu'"),
-        (remove_positions, "t5"),
     ],
 )
 def test_a_teacher_that_cannot_be_exported_has_no_latency(headless_teacher, tmp_path, lines, capsys, change, words):
@@ -73,6 +67,28 @@ def test_a_teacher_that_cannot_be_exported_has_no_latency(headless_teacher, tmp_
         assert found["teacher"] > 0 and not said
     else:
         assert found == {} and "the teacher's latency is left out: " in said and words in said
+
+
+def test_an_optional_figure_fails_no_delivery(headless_teacher, tmp_path, lines, capsys, monkeypatch):
+    """Whatever the export of a stranger stumbles over; and only what would be loaded is weighed."""
+
+    def too_large(*_):
+        raise ValueError("The Protobuf size exceeds 2 GB")
+
+    monkeypatch.setattr(measure, "export_model", too_large)
+    assert teacher_latency(headless_teacher, lines[:5], "mean", True) == {}
+    assert "latency is left out: The Protobuf size" in capsys.readouterr().err
+    folder = Path(shutil.copytree(headless_teacher, tmp_path / "teacher"))
+    (folder / "other.safetensors").write_bytes(b"x" * 1000)
+    delivered = SimpleNamespace(embed=None, manifest={"delivery_bytes": 1})
+    for name, value in {"load": delivered, "load_model": None, "torch_embedder": list, "latency": 1.0}.items():
+        monkeypatch.setattr(measure, name, lambda *_, value=value, **__: value)
+    delivered.embed = list
+    held_out = SimpleNamespace(texts=lines[:5], rank_agreement=lambda *_: 1.0, neighbour_overlap=lambda *_: 1.0)
+    folders = dict.fromkeys(("untrained", "trained", "delivered"), folder) | {"teacher": folder}
+    found = measure.measure_systems(held_out, {}, folders, pooling="mean", normalize=True)
+    assert found["bytes"] == {"teacher": (folder / "model.safetensors").stat().st_size, "delivered": 1}
+    assert found["latency_ms"] == {"delivered": 1.0}
 
 
 @pytest.mark.parametrize("family", ["distilbert", "roberta", "albert"])
