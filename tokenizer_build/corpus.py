@@ -82,8 +82,7 @@ def expand(sources: Sequence[str | Path]) -> list[str]:
         elif not path.is_file() and not str(source).startswith("datasets:"):
             found = sorted(p for p in glob.glob(str(source), recursive=True) if Path(p).is_file())
         if not found:
-            known = f"({' '.join(sorted(KNOWN))}, plain or compressed)"
-            what = f"{source}: no such file, and no folder or glob that holds corpus files {known}"
+            what = f"{source}: no such file, and no folder or glob with files of text ({' '.join(sorted(KNOWN))})"
             raise InputError(f"{what}: correct its path, or write datasets:NAME:SPLIT")
         out += map(str, found)
     return out
@@ -102,9 +101,7 @@ def read_rows(source: str | Path) -> Iterator[tuple[str, dict]]:
     """
     for file in expand([source]):
         if not file.startswith("datasets:") and _format(file)[0] not in RECORDS:
-            raise InputError(
-                f"{file}: the suffix is none of {' '.join(sorted(RECORDS))}: write the rows as one of these"
-            )
+            raise InputError(f"{file}: not one of {' '.join(sorted(RECORDS))}: write the rows in one of these formats")
         yield from _records(file, None)
 
 
@@ -167,33 +164,20 @@ def _text_chunks(path: str, opened, column: str) -> Iterator[tuple[int, dict]]:
         while raw := rest + file.read(CHUNK) + file.readline(4 * LONGEST_LINE):
             end = len(raw)
             if raw[-1:] != b"\n" and end > 4 * LONGEST_LINE:  # bytes: over LONGEST_LINE characters of one line
-                end = max(map(raw.rfind, (b" ", b"\t", b"\r", b"\n"))) + 1 or _between_characters(raw)
-                if not end:
-                    raise InputError(f"{path}: byte {offset}: {NO_WHITE_SPACE}")
+                text = raw.decode("utf-8", "ignore")
+                end = len(text[: _break(text, f"{path}: byte {offset}")].encode())
             yield offset, {column: decode(raw[:end], path, offset)}
             offset, rest = offset + end, raw[end:]
-
-
-def _between_characters(raw: bytes) -> int:
-    """The last place between two characters of a script beyond ASCII, the second no combining mark; 0 if there is none
-    near the end. Some write no spaces; base64 and programs are ASCII."""
-    for end in range(len(raw) - 4, max(0, len(raw) - 1000), -1):
-        if raw[end] >= 0xC0 and raw[end - 1] >= 0x80:  # a character's first byte, behind another's last
-            following = raw[end : end + 4].decode("utf-8", "ignore")[:1]
-            if following and unicodedata.category(following)[0] != "M":
-                return end
-    return 0
 
 
 def _table(path: str, lines: Iterable[str], suffix: str) -> Iterator[tuple[int, dict]]:
     """(row number, record) of a CSV or TSV file; row 1 is the header.
 
-    A CSV file's delimiter is the likeliest of its header. In TSV a quote is text, since most writers leave it as it is,
-    unless it and its like enclose a whole cell: so an unpaired one costs no row.
+    A CSV file's delimiter is the likeliest of its header. A TSV file's lines are its rows, whatever quotes they hold,
+    since most writers of TSV leave quotes as they are: so an unpaired one costs no row.
     """
     if suffix == ".tsv":
-        split = (list(map(_unquoted, line.rstrip("\r\n").split("\t"))) for line in lines)
-        rows = (cells if cells != [""] else [] for cells in split)
+        rows = (_tsv_cells(line.rstrip("\r\n")) if line.strip() else [] for line in lines)
     else:
         csv.field_size_limit(LARGEST_RECORD)  # the standard library's own limit is 131,072 characters
         first, lines = next(lines := iter(lines), ""), lines
@@ -211,11 +195,12 @@ def _table(path: str, lines: Iterable[str], suffix: str) -> Iterator[tuple[int, 
             yield number, dict(zip(header, cells, strict=True))
 
 
-def _unquoted(cell: str) -> str:
-    """A TSV cell without the quotes that enclose it, if all quotes inside are doubled."""
-    inner = cell[1:-1].replace('""', "")
-    enclosed = len(cell) > 1 and cell[0] == cell[-1] == '"' and '"' not in inner
-    return cell[1:-1].replace('""', '"') if enclosed else cell
+def _tsv_cells(line: str) -> list[str]:
+    """The cells of a line: as CSV has them, or split at tabs where quotes do not enclose whole cells."""
+    try:
+        return next(csv.reader([line], delimiter="\t", strict=True))
+    except csv.Error:
+        return line.split("\t")
 
 
 def _parquet_records(path: str, column: str | None) -> Iterator[dict]:
@@ -238,17 +223,21 @@ def _hub_records(source: str) -> Iterator[dict]:
 
 
 def _cut(line: str, place: str) -> Iterator[str]:
-    """Cut a long line at the last ASCII white space (a word's end in every tokenizer) within LONGEST_LINE, or between
-    two characters of a script without spaces."""
+    """Cut a long line into parts of at most LONGEST_LINE characters; see `_break`."""
     start = 0
     while len(line) - start > LONGEST_LINE:
-        end = max(line.rfind(white, start, start + LONGEST_LINE) for white in " \t\r")
-        following = end + 1
-        if end <= start:
-            tail = line[start : start + LONGEST_LINE][-300:].encode()
-            if not (kept := _between_characters(tail)):
-                raise InputError(f"{place}: {NO_WHITE_SPACE}")
-            end = following = start + LONGEST_LINE - len(tail[kept:].decode())
+        end = start + _break(line[start : start + LONGEST_LINE], place)
         yield line[start:end]
-        start = following
+        start = end
     yield line[start:]
+
+
+def _break(text: str, place: str) -> int:
+    """Where to cut a text: behind its last ASCII white space (a word's end in every tokenizer), or between two of its
+    last characters where they are of a script that may write none; not before a combining mark."""
+    if end := max(map(text.rfind, " \t\r\n")) + 1:
+        return end
+    for end in range(len(text) - 1, max(0, len(text) - 300), -1):
+        if not text[end - 1].isascii() and unicodedata.category(text[end])[0] != "M":
+            return end
+    raise InputError(f"{place}: {NO_WHITE_SPACE}")

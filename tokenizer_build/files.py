@@ -93,12 +93,9 @@ def plain(value):
 def read_json(path: str | Path):
     """Read a JSON file. Raises InputError naming the file when it is missing or not JSON."""
     try:
-        raw = Path(path).read_bytes()
+        return json.loads(Path(path).read_text(encoding="utf-8"))
     except FileNotFoundError as error:
         raise InputError(f"{path} is missing: run the stage that writes it") from error
-    refuse_pointer(raw, path)
-    try:
-        return json.loads(raw)
     except ValueError as error:  # JSONDecodeError and UnicodeDecodeError
         raise InputError(
             f"{path} is not JSON ({error}): download it, or run the stage that writes it, again"
@@ -148,8 +145,8 @@ def decode(raw: bytes, path: str | Path, offset: int = 0) -> str:
 
     Raises InputError naming the byte that is NUL or not UTF-8, and for a Git LFS pointer in the file's place.
     """
-    if not offset:
-        refuse_pointer(raw, path)
+    if not offset and raw.startswith(b"version https://git-lfs"):
+        raise InputError(f"{path} is a Git LFS pointer, not the file itself: fetch it, as by `git lfs pull`")
     bad = raw.find(b"\0")  # in binary and UTF-16 files
     try:
         text = raw.decode("utf-8")
@@ -159,9 +156,3 @@ def decode(raw: bytes, path: str | Path, offset: int = 0) -> str:
         what = f"{path}: not UTF-8 text at byte {offset + bad} (0x{raw[bad]:02x})"
         raise InputError(f"{what}: convert it, as by `iconv -f latin1 -t utf-8`, or leave it out if it is binary (NUL)")
     return text if offset else text.removeprefix("\ufeff")  # a byte order mark, which some editors write
-
-
-def refuse_pointer(raw: bytes, path: str | Path) -> None:
-    """Raise InputError where a file's first bytes are those of the note that Git LFS leaves in its place."""
-    if raw.startswith(b"version https://git-lfs"):
-        raise InputError(f"{path} is a Git LFS pointer, not the file itself: fetch it, as by `git lfs pull`")

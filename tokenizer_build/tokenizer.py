@@ -15,7 +15,7 @@ from tokenizers.pre_tokenizers import BertPreTokenizer
 from tokenizers.processors import TemplateProcessing
 
 from tokenizer_build.errors import InputError
-from tokenizer_build.files import decode, read_json, refuse_pointer, write_json, write_text
+from tokenizer_build.files import decode, read_json, write_json, write_text
 
 SPECIAL_TOKENS = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
 LONGEST_WORD = 100  # characters: WordPiece makes any longer word unknown
@@ -47,11 +47,9 @@ def adopt_tokenizer(path: str | Path) -> Tokenizer:
     given = load_tokenizer(path)
     if not isinstance(given.model, WordPiece) or given.model.continuing_subword_prefix != "##":
         raise InputError(f"{path} is a {type(given.model).__name__} tokenizer: name a WordPiece one that writes ##")
-    vocabulary = given.get_vocab()
-    try:
-        tokenizer = make_tokenizer(sorted(vocabulary, key=vocabulary.get))
-    except InputError as error:
-        raise InputError(f"{path}: {error}") from None
+    if not (vocabulary := given.get_vocab()).keys() >= set(SPECIAL_TOKENS):
+        raise InputError(f"{path} lacks one of {' '.join(SPECIAL_TOKENS)}: name a tokenizer that has them")
+    tokenizer = make_tokenizer(sorted(vocabulary, key=vocabulary.get))
     tokenizer.model.max_input_chars_per_word = given.model.max_input_chars_per_word
     tokenizer.normalizer, tokenizer.pre_tokenizer = given.normalizer, given.pre_tokenizer
     for token in given.get_added_tokens_decoder().values():
@@ -99,10 +97,8 @@ def load_tokenizer(path: str | Path) -> Tokenizer:
     path = Path(os.path.expanduser(path))
     file = path / "tokenizer.json" if path.is_dir() else path
     if file.is_file():
-        raw = file.read_bytes()
-        refuse_pointer(raw, file)
         try:
-            tokenizer = Tokenizer.from_buffer(raw)
+            tokenizer = Tokenizer.from_buffer(file.read_bytes())
         except Exception as error:  # the tokenizers library raises bare Exceptions
             raise InputError(f"{file} is not a tokenizer that can be read ({error}): name a tokenizer.json") from None
         tokenizer.no_padding()  # all-MiniLM-L6-v2's file pads every input to 128 pieces

@@ -49,11 +49,15 @@ def train_vocabulary(
     """
     if not counts:
         raise InputError("there are no words to learn a vocabulary from: count a corpus with text in it")
-    teacher = teacher_pieces(teacher_vocabulary)
-    required = check_required(required, trainer, teacher, lowercase)
+    required, teacher = [one_word(word, lowercase) for word in required], teacher_pieces(teacher_vocabulary)
     characters = {*alphabet(counts), *"".join(required)}
     if trainer == "prune":
         known = set(teacher)
+        if not known:
+            raise InputError("prune chooses among the teacher's pieces: name a teacher, or train fewest")
+        for word in required:
+            if missing := [piece for piece in (word, *alphabet_pieces(word)) if piece not in known]:
+                raise InputError(f"the teacher has no piece {missing[0]!r}: prune cannot keep {word!r}: train fewest")
         characters = {c for c in characters if known.issuperset(alphabet_pieces(c))}
     fixed = list(dict.fromkeys([*alphabet_pieces(sorted(characters)), *required]))
     room = size - len(SPECIAL_TOKENS)
@@ -69,22 +73,6 @@ def train_vocabulary(
         model = "unigram" if trainer == "unigram" else "bpe"
         chosen = fixed + learned_pieces(words, size, model, marked=trainer != "wordpiece")
     return list(dict.fromkeys(SPECIAL_TOKENS + chosen))[:size]
-
-
-def check_required(words: Iterable[str], trainer: str, teacher: list[str], lowercase: bool) -> list[str]:
-    """The required words as the tokenizer will see them. Raises InputError for one that the trainer cannot keep.
-
-    teacher: the teacher's pieces, as of `teacher_pieces`.
-    """
-    required = [one_word(word, lowercase) for word in words]
-    if trainer == "prune":
-        known = set(teacher)
-        if not known:
-            raise InputError("prune chooses among the teacher's pieces: name a teacher, or train fewest")
-        for word in required:
-            if missing := [piece for piece in (word, *alphabet_pieces(word)) if piece not in known]:
-                raise InputError(f"the teacher has no piece {missing[0]!r}: prune cannot keep {word!r}: train fewest")
-    return required
 
 
 def one_word(word: str, lowercase: bool) -> str:

@@ -364,7 +364,7 @@ class TestRefusals:
             (tmp_path / name).write_text("version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 1\n")
         for path, message in (
             ("none.jsonl", "none.jsonl: no such file, .*: correct its path"),
-            ("meta.txt", "meta.txt: the suffix is none of .csv .*: write the rows as one of these"),
+            ("meta.txt", "meta.txt: not one of .csv .*: write the rows in one of these"),
             ("lfs.csv", "lfs.csv is a Git LFS pointer, not the file itself"),
         ):
             with pytest.raises(InputError, match=message):

@@ -80,13 +80,12 @@ def test_the_head_of_every_named_file_is_read_first(tiny_teacher, corpus_file, t
         ({"index": {"passages": bodies}}, "index.passages: .*b.jsonl: row 1 has no column 'text'"),
         ({"evaluation": {"sentences": 30, "stsb": {"v": bodies}}}, "evaluation.stsb.v: .*row 1 needs sentence1"),
         ({"vocabulary": {"required": ["kalo", "new-york"]}}, "required word 'new-york' is 3 words"),
-        ({"vocabulary": {"required": ["漢"], "trainer": "prune"}}, "has no piece '漢'"),
         ({"vocabulary": {"tokenizer": str(tmp_path)}}, "has no tokenizer.json and no vocab.txt"),
         (
             {"vocabulary": {"tokenizer": "teacher", "lowercase": False}},
-            "vocabulary.lowercase false: .* reads lower case",
+            "vocabulary.lowercase: False is not what .* does",
         ),
-        ({"vocabulary": {"tokenizer": "teacher", "required": ["nowhere"]}}, "teacher has no piece 'nowhere'"),
+        ({"vocabulary": {"tokenizer": "teacher", "required": ["kalo"]}}, "vocabulary.required: a given tokenizer"),
         (task(train=blank), "blank.jsonl: row 61: label None is none of a, b, c"),
         (task(teacher=str(tmp_path / "nothing")), "no such folder"),
         (task(teacher=str(tiny_teacher)), "its outputs are LABEL_0, LABEL_1 and those of task made_up a, b, c"),
@@ -107,9 +106,7 @@ def test_broken_downloads_are_named(name, tiny_teacher, corpus_file, tmp_path):
         folder = shutil.copytree(tiny_teacher, tmp_path / how)
         whole = (folder / name).read_bytes()
         (folder / name).write_bytes(whole[: len(whole) // 2] if content is None else content)
-        with pytest.raises(
-            InputError, match=f"{how}.*" + ("is a Git LFS pointer" if how == "pointer" else "(read|JSON|load)")
-        ):
+        with pytest.raises(InputError, match=f"{how}.*(be read|not JSON|be loaded)"):
             check_recipe(parse_recipe(tiny_recipe(folder, corpus_file, "untrained"), "test"))
 
 

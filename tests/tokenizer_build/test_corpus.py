@@ -203,7 +203,7 @@ def test_bad_files_are_named_with_the_place(tmp_path):
     refused(r"false.txt.gz cannot be read", file("false.txt.gz", b"no gzip at all"))
     refused(r"absent.txt: no such file", tmp_path / "absent.txt")
     (tmp_path / "folder").mkdir()
-    refused("folder: no such file, and no folder or glob that holds corpus files", tmp_path / "folder")
+    refused("folder: no such file, and no folder or glob with files of text", tmp_path / "folder")
     refused("write datasets:NAME:SPLIT", "datasets:name")
 
 

@@ -1,20 +1,17 @@
 """What cannot work is refused before anything runs: all that the recipe, the files it names and the configs show."""
 
-from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
-import numpy as np
-
 from tokenizer_build.corpus import check_sources, expand
 from tokenizer_build.errors import InputError
-from tokenizer_build.tokenizer import adopt_tokenizer, load_tokenizer
-from tokenizer_build.trainers import check_required, teacher_pieces
+from tokenizer_build.tokenizer import adopt_tokenizer
+from tokenizer_build.trainers import one_word
 from vocabshrink.data.batches import encode_task
 from vocabshrink.data.held_out import LEAST_SENTENCES, read_rated_pairs
 from vocabshrink.data.lexicon import check_family, describe_tokenizer, tokenizer_file
-from vocabshrink.data.tasks import Rows, Task, check_agreement, check_label_order, read_logits
+from vocabshrink.data.tasks import Task, check_agreement, check_label_order, read_logits, read_task
 from vocabshrink.delivery.export import check_activation
 from vocabshrink.models.forward import check_attention
 from vocabshrink.models.loading import load_config, resolve_model
@@ -45,7 +42,7 @@ def check_recipe(recipe: Recipe, *, force: bool = False) -> None:
         )
     folder = teacher_folder(recipe)
     check_tokenizer(folder)
-    check_vocabulary(recipe, folder)
+    check_vocabulary(recipe)
     check_models(recipe, folder, load_config(folder))
     if recipe.finetune:
         for name, task in read_tasks(recipe).items():
@@ -108,18 +105,17 @@ def check_tokenizer(folder: Path) -> None:
         raise InputError(f"{folder}: the tokenizer has no {lacking[0]} token: add one to tokenizer.json")
 
 
-def check_vocabulary(recipe: Recipe, folder: Path) -> None:
-    """Refuses a vocabulary that cannot be made, or a given tokenizer that cannot be taken. folder: the teacher's."""
+def check_vocabulary(recipe: Recipe) -> None:
+    """Refuses required words that cannot be pieces, and a given tokenizer that cannot be taken."""
     section, lowercase = recipe.vocabulary, reads_lowercase(recipe)
+    for word in section.required:
+        one_word(word, lowercase)
     if given := given_tokenizer(recipe):
         if not (given / "vocab.txt").is_file() or (given / "tokenizer.json").is_file():  # a bare vocabulary is BERT's
             check_family(given)
-        known = adopt_tokenizer(given).get_vocab()
-        if lacking := [word for word in section.required if word not in known]:
-            raise InputError(f"vocabulary.required: {section.tokenizer} has no piece {lacking[0]!r}: leave one key out")
-    else:
-        teacher = load_tokenizer(folder).get_vocab()
-        check_required(section.required, section.trainer, teacher_pieces(teacher), lowercase)
+        adopt_tokenizer(given)
+        if section.required:
+            raise InputError("vocabulary.required: a given tokenizer is taken as it is: leave this key out")
 
 
 def check_task(task: Task, section: TaskSection) -> None:
@@ -132,14 +128,11 @@ def check_task(task: Task, section: TaskSection) -> None:
     check_tokenizer(folder)
     model = load_task_model(section.teacher, task, trained=True)
     if not check_label_order(task, model.config.id2label, folder):
-        rows = task.splits["train"]
-        few = np.unique(np.linspace(0, len(rows) - 1, ROWS_TO_AGREE).astype(int))
-        columns = ([column[i] for i in few] if column is not None else None for column in (rows.first, rows.second))
-        targets = [rows.targets[i] for i in few]
-        sample = Rows(*columns, targets if task.kind == "tokens" else np.array(targets))
+        few = {"train_rows": min(ROWS_TO_AGREE, section.train_rows or ROWS_TO_AGREE), "evaluation_rows": 1}
         with TemporaryDirectory() as place:
-            encoded = encode_task(replace(task, splits={"train": sample}), folder, folder, Path(place))
-            check_agreement(encoded.task, logits_of(model, encoded, "train", Phase()), folder)
+            sample = read_task(section.model_copy(update=few), task.name)
+            encoded = encode_task(sample, folder, folder, Path(place))
+            check_agreement(sample, logits_of(model, encoded, "train", Phase()), folder)
 
 
 def check_models(recipe: Recipe, folder: Path, teacher) -> None:

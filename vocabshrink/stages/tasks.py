@@ -137,6 +137,7 @@ class TaskTrainings:
         self.phases = phases_of(self.stage.phases, self.section)
         self.reads = set().union(*(phase.losses for phase in self.phases)) - {"labels"}
         self.teacher_folder = inputs.teacher_folder(context.recipe)
+        self.reader = resolve_model(self.section.teacher) if self.section.teacher else self.teacher_folder  # of words
         self.task = task
         if self.stage.augment:  # the copies follow the training rows
             made = context.folder_of("augment") / f"{self.name}.jsonl"
@@ -155,11 +156,6 @@ class TaskTrainings:
     def encoded(self) -> EncodedTask:
         with PartialState().main_process_first():
             return encode_task(self.task, self.reader, self.context.vocabulary, self.folder / "encoded")
-
-    @property
-    def reader(self) -> Path:
-        """The folder of the tokenizer that cuts words for the task's teacher: its own, or that of `teacher.model`."""
-        return resolve_model(self.section.teacher) if self.section.teacher else self.teacher_folder
 
     @property
     def tuned_folder(self) -> str | None:

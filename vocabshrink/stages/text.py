@@ -32,14 +32,11 @@ def count(context: Context) -> dict:
 def reads_lowercase(recipe: Recipe) -> bool:
     """Whether the student reads everything in lower case: as its given tokenizer does, else as the recipe says, else as
     the teacher does. Raises InputError where the recipe contradicts the given tokenizer."""
-    section, given = recipe.vocabulary, given_tokenizer(recipe)
-    if given is None:
-        return lowercases(load_tokenizer(teacher_folder(recipe))) if section.lowercase is None else section.lowercase
-    found = lowercases(adopt_tokenizer(given))
-    if section.lowercase not in (None, found):
-        what = f"the tokenizer {section.tokenizer} {'reads lower case' if found else 'keeps upper case'}"
-        raise InputError(f"vocabulary.lowercase {str(section.lowercase).lower()}: {what}: leave the key out")
-    return found
+    asked, given = recipe.vocabulary.lowercase, given_tokenizer(recipe)
+    found = lowercases(load_tokenizer(given or teacher_folder(recipe)))
+    if given and asked not in (None, found):
+        raise InputError(f"vocabulary.lowercase: {asked} is not what the tokenizer {given} does: leave the key out")
+    return found if asked is None else asked
 
 
 def given_tokenizer(recipe: Recipe) -> Path | None:
