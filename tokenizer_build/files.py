@@ -97,9 +97,7 @@ def read_json(path: str | Path):
     except FileNotFoundError as error:
         raise InputError(f"{path} is missing: run the stage that writes it") from error
     except ValueError as error:  # JSONDecodeError and UnicodeDecodeError
-        raise InputError(
-            f"{path} is not JSON ({error}): download it, or run the stage that writes it, again"
-        ) from error
+        raise InputError(f"{path} is not JSON ({error}): download it, or run its stage, again") from error
 
 
 def read_jsonl(path: str | Path, opened: BinaryIO | None = None) -> Iterator[tuple[int, dict]]:

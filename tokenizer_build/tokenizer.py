@@ -18,6 +18,11 @@ from tokenizer_build.errors import InputError
 from tokenizer_build.files import decode, read_json, write_json, write_text
 
 SPECIAL_TOKENS = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
+BERT = {  # BertNormalizer's options as tokenizer_config.json names them
+    "lowercase": "do_lower_case",
+    "strip_accents": "strip_accents",
+    "handle_chinese_chars": "tokenize_chinese_chars",
+}
 LONGEST_WORD = 100  # characters: WordPiece makes any longer word unknown
 
 
@@ -62,24 +67,19 @@ def lowercases(tokenizer: Tokenizer) -> bool:
     return tokenizer.normalizer is not None and "A" not in tokenizer.normalizer.normalize_str("A")
 
 
-def save_tokenizer(pieces: Sequence[str], folder: str | Path, *, lowercase: bool = True, max_length: int = 512) -> None:
-    """`write_tokenizer` of the BERT tokenizer of these pieces."""
-    write_tokenizer(make_tokenizer(pieces, lowercase=lowercase), folder, max_length=max_length)
-
-
-def write_tokenizer(tokenizer: Tokenizer, folder: str | Path, *, max_length: int = 512) -> None:
+def save_tokenizer(
+    pieces: Sequence[str] | Tokenizer, folder: str | Path, *, lowercase: bool = True, max_length: int = 512
+) -> None:
     """Write tokenizer.json, tokenizer_config.json and vocab.txt into `folder`, which may hold other files.
 
-    `max_length` is the longest input, in pieces, that the model accepts. Each file appears whole or not at all.
+    `pieces` are BERT's (see `make_tokenizer`), or those of a tokenizer. `max_length` is the longest input, in pieces,
+    that the model accepts. Each file appears whole or not at all.
     """
+    tokenizer = pieces if isinstance(pieces, Tokenizer) else make_tokenizer(pieces, lowercase=lowercase)
     folder, normalizer, settings = Path(folder), tokenizer.normalizer, {"tokenizer_class": "PreTrainedTokenizerFast"}
     bert = isinstance(normalizer, BertNormalizer) and isinstance(tokenizer.pre_tokenizer, BertPreTokenizer)
     if bert and tokenizer.model.max_input_chars_per_word == LONGEST_WORD:  # all of which BertTokenizer builds anew
-        settings = {"tokenizer_class": "BertTokenizer", "do_lower_case": normalizer.lowercase}
-        settings |= {
-            "strip_accents": normalizer.strip_accents,
-            "tokenize_chinese_chars": normalizer.handle_chinese_chars,
-        }
+        settings = {"tokenizer_class": "BertTokenizer"} | {key: getattr(normalizer, ours) for ours, key in BERT.items()}
     settings |= {"model_max_length": max_length}
     settings |= {f"{token[1:-1].lower()}_token": token for token in SPECIAL_TOKENS}  # pad_token: [PAD], ...
     pieces = sorted((vocabulary := tokenizer.get_vocab()), key=vocabulary.get)
@@ -111,10 +111,6 @@ def load_tokenizer(path: str | Path) -> Tokenizer:
     asked = read_json(settings) if settings.is_file() else {}
     pieces = decode(vocabulary.read_bytes(), vocabulary).replace("\r\n", "\n").removesuffix("\n").split("\n")
     tokenizer = make_tokenizer(pieces)
-    tokenizer.normalizer = BertNormalizer(
-        lowercase=asked.get("do_lower_case", True),
-        strip_accents=asked.get("strip_accents"),
-        handle_chinese_chars=asked.get("tokenize_chinese_chars", True),
-    )
+    tokenizer.normalizer = BertNormalizer(**{ours: asked[key] for ours, key in BERT.items() if key in asked})
     tokenizer.encode_special_tokens = True
     return tokenizer

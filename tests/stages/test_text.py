@@ -83,7 +83,6 @@ def test_a_given_tokenizer_reaches_all_its_pieces(tiny_teacher, tmp_path):
 
 
 def test_words_counted_for_a_teacher_of_another_case_are_refused(tiny_teacher, folders, tmp_path):
-    run = text_run(tiny_teacher, tmp_path)
-    shutil.rmtree(run.dir.stage("vocab"))
-    with pytest.raises(InputError, match="count: words were counted for a teacher of another case: delete the folder"):
+    text_run(tiny_teacher, tmp_path)
+    with pytest.raises(InputError, match=r"run/count: made by another recipe: case_of .*xlm-roberta"):
         text_run(folders["xlm-roberta"], tmp_path)

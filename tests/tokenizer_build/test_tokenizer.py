@@ -17,7 +17,6 @@ from tokenizer_build.tokenizer import (
     lowercases,
     make_tokenizer,
     save_tokenizer,
-    write_tokenizer,
 )
 
 PIECES = [*SPECIAL_TOKENS, *"abcdeéé!漢", *(f"##{c}" for c in "abcdeé"), "abc", "##bcd", "É"]
@@ -112,7 +111,7 @@ def test_a_given_tokenizer_is_taken_as_it_is(tmp_path):
         given.add_tokens(["[name]", AddedToken("c++", single_word=True)])
         (tmp_path / name).mkdir()
         given.save(str(tmp_path / name / "tokenizer.json"))
-        write_tokenizer(adopt_tokenizer(tmp_path / name), tmp_path / f"{name}-own")
+        save_tokenizer(adopt_tokenizer(tmp_path / name), tmp_path / f"{name}-own")
         own, auto = load_tokenizer(tmp_path / f"{name}-own"), AutoTokenizer.from_pretrained(tmp_path / f"{name}-own")
         text = "É e\u0301 é Ab ab 漢a ü a-b [name] c++ " + "a" * 10
         assert (

@@ -195,7 +195,7 @@ def _load(path: Path) -> Tokenizer:
 
 
 def describe_tokenizer(path: Path) -> dict:
-    """What meta.json says of a tokenizer.json; special: ids of pad, unk, cls, sep, mask, or None. See `check_family`."""
+    """What meta.json says of a tokenizer.json; special: ids of pad, unk, cls, sep, mask. Raises: `check_family`."""
     family, tokenizer, config_file = check_family(path), _load(path), path.with_name("tokenizer_config.json")
     config, special = read_json(config_file) if config_file.is_file() else {}, {}
     for role, name in ROLES.items():

@@ -356,6 +356,11 @@ class Recipe(Section):
     evaluation: EvaluationSection = EvaluationSection()
     index: IndexSection | None = None
 
+    @property
+    def case_of(self) -> str | None:
+        """The tokenizer that decides the case of the words that are counted, where no setting does."""
+        return None if self.vocabulary.lowercase is not None else self.vocabulary.tokenizer or self.teacher.model
+
     @model_validator(mode="after")
     def find_task_files(self):
         self.data = os.path.expanduser(self.data)

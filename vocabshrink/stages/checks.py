@@ -6,7 +6,7 @@ from tempfile import TemporaryDirectory
 
 from tokenizer_build.corpus import check_sources, expand
 from tokenizer_build.errors import InputError
-from tokenizer_build.tokenizer import adopt_tokenizer
+from tokenizer_build.tokenizer import adopt_tokenizer, save_tokenizer
 from tokenizer_build.trainers import one_word
 from vocabshrink.data.batches import encode_task
 from vocabshrink.data.held_out import LEAST_SENTENCES, read_rated_pairs
@@ -79,14 +79,12 @@ def check_all_losses(recipe: Recipe) -> None:
 
 
 def check_files(recipe: Recipe) -> None:
-    """Refuses a recipe that names files which are not there, or whose heads say that they are not what they should be.
-    Tasks are read where they are checked."""
-    heads = {"corpus.sources": lambda: check_sources(recipe.corpus.sources, recipe.corpus.column)}
-    heads |= {
-        f"evaluation.stsb.{name}": partial(read_rated_pairs, path) for name, path in recipe.evaluation.stsb.items()
-    }
+    """Refuses a recipe that names files which are not there, or are not what they should be."""
+    heads = {"corpus.sources": partial(check_sources, recipe.corpus.sources, recipe.corpus.column)}
+    for name, path in recipe.evaluation.stsb.items():
+        heads[f"evaluation.stsb.{name}"] = partial(read_rated_pairs, path)
     if recipe.index:
-        heads["index.passages"] = lambda: check_sources([recipe.index.passages])
+        heads["index.passages"] = partial(check_sources, [recipe.index.passages])
     for name, task in recipe.tasks.items() if recipe.finetune else ():
         for field in ("train", "validation", "test", "logits"):
             if path := getattr(task, field):
@@ -111,9 +109,9 @@ def check_vocabulary(recipe: Recipe) -> None:
     for word in section.required:
         one_word(word, lowercase)
     if given := given_tokenizer(recipe):
-        if not (given / "vocab.txt").is_file() or (given / "tokenizer.json").is_file():  # a bare vocabulary is BERT's
-            check_family(given)
-        adopt_tokenizer(given)
+        with TemporaryDirectory() as place:
+            save_tokenizer(adopt_tokenizer(given), place)
+            check_family(place)
         if section.required:
             raise InputError("vocabulary.required: a given tokenizer is taken as it is: leave this key out")
 

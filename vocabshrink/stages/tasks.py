@@ -206,9 +206,8 @@ class TaskTrainings:
         options = {"teacher": self.teacher, "logits": self.logits, "directions": directions}
         options |= {"pooling": section.pooling, "normalize": section.normalize}
         training = TaskTraining(model, self.task.kind, **options)
-        shared = None
-        if self.teacher is not None:
-            shared = shared_pieces(load_tokenizer(self.context.vocabulary), load_tokenizer(self.reader))
+        tokenizers = map(load_tokenizer, (self.context.vocabulary, self.reader))
+        shared = None if self.teacher is None else shared_pieces(*tokenizers)
         options = {"shared": shared, "rounding": self.stage.rounded}
         job = Job(RunDir(unit), self.name, mark, "finetune.phases.{}")
         result = fit(training, self.encoded, phases, job, seed, **options)
@@ -232,10 +231,8 @@ class TaskTrainings:
         else:
             student = load_model([*self.context.students.values()][-1], BertModel, add_pooling_layer=False).eval()
             directions = None if self.teacher is None else inputs.start_directions(self.context)
-        vocabularies = [load_tokenizer(folder).get_vocab() for folder in {self.reader, self.teacher_folder}]
-        if vocabularies[0] != vocabularies[-1]:  # another model, and its dimensions are not those of `teacher.model`
-            directions = None
-        return student, directions
+        another = load_tokenizer(self.reader).get_vocab() != load_tokenizer(self.teacher_folder).get_vocab()
+        return student, None if another else directions  # which say nothing of another model's dimensions
 
 
 def mark_of(context: Context, name: str, setting: str, seed: int) -> str:

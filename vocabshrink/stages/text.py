@@ -9,8 +9,8 @@ from tokenizer_build.compare import compare
 from tokenizer_build.corpus import read_blocks
 from tokenizer_build.count import count_words, read_counts, write_counts
 from tokenizer_build.errors import InputError
-from tokenizer_build.files import read_json, write_json
-from tokenizer_build.tokenizer import adopt_tokenizer, load_tokenizer, lowercases, make_tokenizer, write_tokenizer
+from tokenizer_build.files import write_json
+from tokenizer_build.tokenizer import adopt_tokenizer, load_tokenizer, lowercases, make_tokenizer, save_tokenizer
 from tokenizer_build.trainers import train_vocabulary
 from vocabshrink.data.lexicon import encode_corpus
 from vocabshrink.run.engine import Context, saying_millions
@@ -26,7 +26,7 @@ def count(context: Context) -> dict:
         corpus.sources, **options, processes=corpus.processes, progress=saying_millions("count", "words", every=10)
     )
     write_counts(counts, context.folder / "counts.parquet")
-    return {"words": sum(counts.values()), "distinct_words": len(counts), "lowercase": options["lowercase"]}
+    return {"words": sum(counts.values()), "distinct_words": len(counts)}
 
 
 def reads_lowercase(recipe: Recipe) -> bool:
@@ -47,18 +47,16 @@ def given_tokenizer(recipe: Recipe) -> Path | None:
 
 def vocab(context: Context) -> dict:
     """Chooses the student's pieces, or takes those of a tokenizer that is there."""
-    section, of_teacher, counted = context.recipe.vocabulary, teacher_folder(context.recipe), context.folder_of("count")
-    counts, teacher = read_counts(counted / "counts.parquet"), load_tokenizer(of_teacher)
-    lowercase = reads_lowercase(context.recipe)
-    if read_json(counted / "summary.json").get("lowercase", lowercase) != lowercase:
-        raise InputError(f"{counted}: words were counted for a teacher of another case: delete the folder")
+    section, of_teacher = context.recipe.vocabulary, teacher_folder(context.recipe)
+    counts, teacher = read_counts(context.folder_of("count") / "counts.parquet"), load_tokenizer(of_teacher)
     if given := given_tokenizer(context.recipe):
         tokenizer = adopt_tokenizer(given)
     else:
-        options = {"required": section.required, "teacher_vocabulary": teacher.get_vocab(), "lowercase": lowercase}
+        options = {"required": section.required, "lowercase": reads_lowercase(context.recipe)}
+        options |= {"teacher_vocabulary": teacher.get_vocab()}
         pieces = train_vocabulary(counts, section.size, section.trainer, **options)
-        tokenizer = make_tokenizer(pieces, lowercase=lowercase)
-    write_tokenizer(tokenizer, context.folder)
+        tokenizer = make_tokenizer(pieces, lowercase=options["lowercase"])
+    save_tokenizer(tokenizer, context.folder)
     comparison = compare(counts, {"teacher": of_teacher, "student": context.folder})
     examples = segmentation_examples(counts, teacher, load_tokenizer(context.folder))
     write_json(context.folder / "comparison.json", comparison | {"examples": examples})
