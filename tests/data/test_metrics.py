@@ -52,6 +52,7 @@ def test_choice_of_metrics():
         ["B-x", "M-x", "E-x"],
     ):
         assert choose_metrics(None, "tokens", labels, "") == ["slot_f1"]
+    assert choose_metrics(None, "tokens", ["B", "I", "O"], "") == ["slot_f1"]
     assert choose_metrics(None, "tokens", ["E-mail", "O", "S-bahn"], "") == ["accuracy"]
     assert choose_metrics(["f1", "accuracy"], "classification", ["a", "b"], "") == ["f1", "accuracy"]
     assert choose_metrics("f1_macro", "classification", ["a", "b"], "") == ["f1_macro"]  # one, as meta.json may have it

@@ -196,7 +196,7 @@ class _Reader:
             code = self.codes.get(_written(value), unknown)
             if code is not None:
                 return code
-            fault = "none of " + ", ".join(self.labels[:12]) + (", ..." if len(self.labels) > 12 else "")
+            fault = "none of " + (", ".join(self.labels[:12]) or "names or numbers") + ", ..." * (len(self.labels) > 12)
             remedy = f"correct it, name its field in {self.key}.label, or add it to {self.key}.labels"
         raise InputError(f"{self.field} {value!r:.80} is {fault}: {remedy} (scores need kind: regression)")
 
@@ -334,14 +334,10 @@ def spans(tags: list[str]) -> set[tuple[str, int, int]]:
 def marks_spans(labels: list[str], remedy: str) -> bool:
     """Whether the labels are tags of one of SCHEMES; not where they are plain (parts of speech). Raises InputError with
     the remedy for a mixture."""
-    prefixes = {label.partition("-")[0] if label[1:2] == "-" else "" for label in labels if label != "O"}
-    if not prefixes & {"B", "I"}:
-        return False
-    if not any(prefixes <= set(scheme) for scheme in SCHEMES):
-        raise InputError(
-            f"the labels {', '.join(labels)} are tags of no scheme (B- and I- with E- and S-, ...): {remedy}"
-        )
-    return True
+    prefixes = {label[0] if label[1:2] in ("-", "") else "" for label in labels if label != "O"}
+    if prefixes & {"B", "I"} and not any(prefixes <= set(scheme) for scheme in SCHEMES):
+        raise InputError(f"the labels {', '.join(labels)} are tags of no scheme (B- and I-, and E- and S-): {remedy}")
+    return bool(prefixes & {"B", "I"})
 
 
 def slot_f1(targets: list[list[str]], predicted: list[list[str]]) -> float:
