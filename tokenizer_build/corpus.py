@@ -17,7 +17,7 @@ import io
 import lzma
 import os
 import unicodedata
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from itertools import chain
 from pathlib import Path
 
@@ -170,7 +170,7 @@ def _text_chunks(path: str, opened, column: str) -> Iterator[tuple[int, dict]]:
             offset, rest = offset + end, raw[end:]
 
 
-def _table(path: str, lines: Iterable[str], suffix: str) -> Iterator[tuple[int, dict]]:
+def _table(path: str, lines: Iterator[str], suffix: str) -> Iterator[tuple[int, dict]]:
     """(row number, record) of a CSV or TSV file; row 1 is the header.
 
     A CSV file's delimiter is the likeliest of its header. A TSV file's lines are its rows, whatever quotes they hold,
@@ -180,19 +180,17 @@ def _table(path: str, lines: Iterable[str], suffix: str) -> Iterator[tuple[int, 
         rows = (_tsv_cells(line.rstrip("\r\n")) if line.strip() else [] for line in lines)
     else:
         csv.field_size_limit(LARGEST_RECORD)  # the standard library's own limit is 131,072 characters
-        first, lines = next(lines := iter(lines), ""), lines
+        first = next(lines, "")
         rows = csv.reader(chain([first], lines), delimiter=max(",;\t|", key=first.count), strict=True)
-    header: list[str] = []
-    for number, cells in enumerate(rows, 1):
-        if cells and not header:
-            header = cells
-            if len(set(header)) < len(header):
-                raise InputError(f"{path}: the header names a column twice: {', '.join(header)}: rename one")
-        elif cells:
-            if len(cells) != len(header):
-                fault = f"row {number} has {len(cells)} cells, the header {len(header)}"
-                raise InputError(f"{path}: {fault}: quote those that hold a delimiter, or write JSONL")
-            yield number, dict(zip(header, cells, strict=True))
+    numbered = ((number, cells) for number, cells in enumerate(rows, 1) if cells)
+    _, header = next(numbered, (0, []))
+    if len(set(header)) < len(header):
+        raise InputError(f"{path}: the header names a column twice: {', '.join(header)}: rename one")
+    for number, cells in numbered:
+        if len(cells) != len(header):
+            fault = f"row {number} has {len(cells)} cells, the header {len(header)}"
+            raise InputError(f"{path}: {fault}: quote those that hold a delimiter, or write JSONL")
+        yield number, dict(zip(header, cells, strict=True))
 
 
 def _tsv_cells(line: str) -> list[str]:

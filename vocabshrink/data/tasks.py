@@ -196,7 +196,11 @@ class _Reader:
             code = self.codes.get(_written(value), unknown)
             if code is not None:
                 return code
-            fault = "none of " + (", ".join(self.labels[:12]) or "names or numbers") + ", ..." * (len(self.labels) > 12)
+            fault = (
+                "none of "
+                + (", ".join(self.labels[:12]) or "these: one name or number")
+                + ", ..." * (len(self.labels) > 12)
+            )
             remedy = f"correct it, name its field in {self.key}.label, or add it to {self.key}.labels"
         raise InputError(f"{self.field} {value!r:.80} is {fault}: {remedy} (scores need kind: regression)")
 
