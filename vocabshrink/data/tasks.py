@@ -196,11 +196,8 @@ class _Reader:
             code = self.codes.get(_written(value), unknown)
             if code is not None:
                 return code
-            fault = (
-                "none of "
-                + (", ".join(self.labels[:12]) or "these: one name or number")
-                + ", ..." * (len(self.labels) > 12)
-            )
+            names = ", ".join(self.labels[:12]) + ", ..." * (len(self.labels) > 12)
+            fault = f"none of {names}" if names else "no single name or number"
             remedy = f"correct it, name its field in {self.key}.label, or add it to {self.key}.labels"
         raise InputError(f"{self.field} {value!r:.80} is {fault}: {remedy} (scores need kind: regression)")
 
