@@ -138,7 +138,7 @@ def distillation(teacher_folder: Path, vocabulary: Path) -> tuple[Distillation, 
     )
     torch.manual_seed(0)
     teacher = load_teacher(str(teacher_folder))
-    student, directions, _ = build_student(StudentSection(**NARROW), teacher, vocabulary)
+    student, directions, _, _ = build_student(StudentSection(**NARROW), teacher, vocabulary)
     pairs = layer_pairs("uniform", 2, teacher.config.num_hidden_layers)
     return Distillation(stage, teacher, student, pairs, directions=directions), stage
 

@@ -14,6 +14,7 @@ from rich.console import Console
 from rich.table import Column, Table
 
 from tokenizer_build.errors import InputError
+from tokenizer_build.files import write_json
 from vocabshrink.run.folder import RunDir, task_rows
 from vocabshrink.run.stage import RENAMED, STAGES, stages_of
 
@@ -28,6 +29,7 @@ Threads = Annotated[int, typer.Option(min=1, help="processor threads")]
 BatchSize = Annotated[int, typer.Option(min=1, help="texts in a batch")]
 TRAIN = "torch transformers accelerate pydantic yaml pyarrow scipy onnx sklearn safetensors sentencepiece"
 EXTRAS = {"train": TRAIN, "tune": "optuna sqlalchemy", "report": "matplotlib jinja2 pandas"}  # packages of each
+CPUS = os.cpu_count() or 1
 CONSOLE = Console(width=None if sys.stdout.isatty() else 120)
 
 
@@ -146,7 +148,7 @@ def harvest(out: Annotated[Path, typer.Argument(help="a .jsonl or .jsonl.gz to w
     if out.is_file():
         print(f"{out}: harvested before", file=sys.stderr)
         return
-    counts = harvest_to(out, processes=os.cpu_count() or 1)
+    counts = harvest_to(out, processes=CPUS)
     print(f"{out}: {counts['words']:,} words in {counts['paragraphs']:,} paragraphs")
 
 
@@ -198,14 +200,29 @@ def search(
         print(json.dumps(hit, ensure_ascii=False) if as_json else words)
 
 
-@app.command("embed", help="Embed the lines of standard input: one JSON object a line. Needs no torch.")
-@app.command(
-    "classify", help="Classify the lines of standard input (a pair: first TAB second), or label words. Needs no torch."
-)
-def answer(context: typer.Context, artifact: Artifact, batch_size: BatchSize = 32, threads: Threads = 1):
+def answer(command: str, artifact: Path, **options) -> None:
+    """`answer_lines` from standard input to standard output."""
     from vocabshrink.runtime.lines import answer_lines
 
-    answer_lines(context.info_name, delivered(artifact), sys.stdin.buffer, sys.stdout, batch_size, threads)
+    answer_lines(command, delivered(artifact), sys.stdin.buffer, sys.stdout, **options)
+
+
+@app.command()
+def embed(
+    artifact: Artifact,
+    batch_size: BatchSize = 32,
+    threads: Threads = 1,
+    prompt: Annotated[str | None, typer.Option(help="the name of the prompt to put before each line")] = None,
+    dimensions: Annotated[int | None, typer.Option(help="only so many, of a model trained for it")] = None,
+):
+    """Embed the lines of standard input: one JSON object a line. Needs no torch."""
+    answer("embed", artifact, threads=threads, batch_size=batch_size, prompt=prompt, dimensions=dimensions)
+
+
+@app.command()
+def classify(artifact: Artifact, batch_size: BatchSize = 32, threads: Threads = 1):
+    """Classify the lines of standard input (a pair: first TAB second), or label words. Needs no torch."""
+    answer("classify", artifact, threads=threads, batch_size=batch_size)
 
 
 @app.command()
@@ -224,21 +241,39 @@ def web(
 
 
 @app.command()
+def score(
+    models: Annotated[list[str], typer.Argument(help="deliveries, or folders, package:NAME/FOLDER or hub names")],
+    data: Annotated[Path, typer.Option(help="a folder of tasks' folders of JSONL")] = Path("tasks"),
+    out: Annotated[Path | None, typer.Option(help="where the figures go, as JSON")] = None,
+    rows: Annotated[int, typer.Option(min=10, help="of each file, at most")] = 2_000,
+    threads: Threads = CPUS,
+):
+    """Measure how good the embeddings of models are, on one's own tasks or on everybody's."""
+    from vocabshrink.lab.score import score_models
+
+    folders = [str(delivered(Path(model))) if Path(model).is_dir() else model for model in models]
+    report = score_models(folders, data, rows=rows, threads=threads)
+    if out:
+        write_json(out, report)
+    values, heads = {}, dict.fromkeys(f"{row['model']}\n{row['bytes']:,}" for row in report)
+    for row in report:
+        values.setdefault(f"{row['task']} {row['metric']}", []).append(f"{row['value']:.4f}")
+    CONSOLE.print(table_of(f"at most {rows:,} rows of a file", ("", *heads), ((k, *v) for k, v in values.items())))
+
+
+@app.command()
 def bench(
     artifacts: Artifacts,
     teacher: Annotated[str | None, typer.Option(help="folder or package:NAME/FOLDER, exported as a peer")] = None,
     static: Annotated[bool, typer.Option(help="a model2vec peer, distilled from the teacher")] = True,
-    task: Annotated[list[str] | None, typer.Option(help="name=folder of JSONL, for quality")] = None,
     out: Annotated[Path, typer.Option(help="where the figures go")] = Path("artifacts/bench/delivery.json"),
     seconds: Annotated[float, typer.Option(help="of calls for each length, batch and number of threads")] = 2.0,
 ):
     """Measure artifacts beside their teacher and a static peer."""
     from vocabshrink.lab import bench as lab
 
-    if malformed := [entry for entry in task or [] if "=" not in entry]:
-        raise InputError(f"--task {malformed[0]}: write a name and its folder, as in sst2=data/sst2")
-    tasks, folders = dict(entry.split("=", 1) for entry in task or []), [delivered(path) for path in artifacts]
-    report = lab.bench(folders, teacher=teacher, static=static, tasks=tasks, out=out, seconds=seconds)
+    folders = [delivered(path) for path in artifacts]
+    report = lab.bench(folders, teacher=teacher, static=static, out=out, seconds=seconds)
     CONSOLE.print(*lab.bench_tables(report))
 
 

@@ -51,7 +51,7 @@ def make_step(run: Run, losses: dict, layer_map: str, batch_size: int, length: i
     )
     context = context_of(run, "distill")
     teacher = read_teacher(context)
-    student, directions, _ = start_student(context, teacher)
+    student, directions, _, _ = start_student(context, teacher)
     head = new_student_head(student, teacher) if readers(losses, "student head") else None
     accelerator = make_accelerator(stage, run.dir)
     task = make_distillation(context, stage, teacher, student, head=head, directions=directions)

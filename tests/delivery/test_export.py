@@ -18,6 +18,7 @@ from vocabshrink.delivery.export import ExportSettings, agreement, awkward_input
 from vocabshrink.delivery.export import export_model as export_with
 from vocabshrink.delivery.graph import KERNELS
 from vocabshrink.run.formats import formats_of
+from vocabshrink.run.recipe import POOLINGS
 from vocabshrink.runtime.delivery import load
 from vocabshrink.runtime.kinds import KINDS
 
@@ -123,7 +124,7 @@ def test_an_answer_depends_on_nothing_else_in_the_batch(folders, tmp_path, task,
         np.testing.assert_allclose(beside, alone, atol=1e-5)
 
 
-@pytest.mark.parametrize("pooling,normalize", [("mean", False), ("cls", True), ("cls", False)])
+@pytest.mark.parametrize("pooling,normalize", [(pooling, pooling == "last") for pooling in POOLINGS] + [("cls", True)])
 def test_other_poolings(model_folder, tmp_path, pooling, normalize):
     settings = {"max_positions": 32, "pooling": pooling, "normalize": normalize}
     manifest = export_model(model_folder, tmp_path / "out", task="embedding", formats="fp32", **settings)
@@ -265,14 +266,19 @@ def test_one_folder_loads_in_transformers_and_onnxruntime(folders, tmp_path, tas
 def test_sentence_transformers_loads_it(model_folder, tmp_path):
     from sentence_transformers import SentenceTransformer
 
-    for place, settings in enumerate(({"pooling": "mean"}, {"pooling": "cls", "normalize": False})):
+    prompts = {"prompts": {"query": "ka ka ", "passage": ""}, "default_prompt": "query"}
+    for place, pooling in enumerate(POOLINGS):
+        settings = {"pooling": pooling, "normalize": pooling == "mean"} | (prompts if pooling == "max" else {})
         out = tmp_path / f"{place}"
         export_model(
             model_folder, out, task="embedding", formats="fp32", max_positions=16, safetensors="fp32", **settings
         )
         texts = [*made_up_text(3), "ka " * 40]
-        theirs = SentenceTransformer(str(out), device="cpu").encode(texts)
-        np.testing.assert_allclose(load(out).embed(texts), theirs, atol=2e-5)
+        model, ours = SentenceTransformer(str(out), device="cpu"), load(out)
+        np.testing.assert_allclose(ours.embed(texts), model.encode(texts), atol=2e-5)
+        for prompt in ours.prompts:
+            theirs = model.encode(texts, prompt_name=prompt)
+            np.testing.assert_allclose(ours.embed(texts, prompt=prompt), theirs, atol=2e-5)
 
 
 def test_real_weights_load_in_transformers_and_sentence_transformers(tmp_path):
@@ -340,7 +346,7 @@ def test_bad_input_is_refused_in_one_sentence(folders, tiny_teacher, tmp_path):
         ({"formats": "int4-48"}, "'int4-48'"),
         ({"task": "translation"}, "task 'translation'"),
         ({"max_positions": 49}, "max_positions 49"),
-        ({"pooling": "max"}, "pooling 'max'"),
+        ({"pooling": "least"}, "pooling 'least'"),
         ({"safetensors": "bf16"}, "safetensors 'bf16'"),
         ({"kernel": "blocks"}, "kernel 'blocks'"),
         ({"task": "tokens"}, "holds a BertModel, which has no head for tokens"),

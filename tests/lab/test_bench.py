@@ -6,14 +6,13 @@ import timeit
 import types
 from pathlib import Path
 
-import numpy as np
 import pytest
 from rich.console import Console
 from test_delivery import write_delivery
 
 import vocabshrink.lab.bench as module
 from tokenizer_build.errors import InputError
-from vocabshrink.lab.bench import bench, bench_tables, statistics_of, task_quality, text_of, time_calls
+from vocabshrink.lab.bench import bench, bench_tables, statistics_of, text_of, time_calls
 
 
 @pytest.fixture(scope="module")
@@ -25,21 +24,10 @@ def deliveries(tiny_teacher, tmp_path_factory) -> list[Path]:
     return [write_delivery(place / task / "export" / "model", task, tiny_teacher) for task in tasks]
 
 
-def write_rows(path: Path, rows: list[dict]) -> None:
-    path.parent.mkdir(exist_ok=True)
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-
-
-def test_everything_is_measured_once_and_written(deliveries, tmp_path, lines, monkeypatch, capsys):
+def test_everything_is_measured_once_and_written(deliveries, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr("os.cpu_count", lambda: 1)
-    write_rows(
-        tmp_path / "task" / "train.jsonl", [{"sentence1": line, "label": i % 2} for i, line in enumerate(lines[:30])]
-    )
-    write_rows(tmp_path / "task" / "validation.jsonl", [{"sentence1": lines[0], "label": 0}])
     out = tmp_path / "bench" / "delivery.json"
-    report = bench(
-        deliveries[:2], out=out, tasks={"made_up": tmp_path / "task"}, seconds=0.01, lengths=(8, 12), batches=(1, 3)
-    )
+    report = bench(deliveries[:2], out=out, seconds=0.01, lengths=(8, 12), batches=(1, 3))
     assert json.loads(out.read_text()) == report
     assert "embedding: 1 thread, round 3 of 3" in capsys.readouterr().err
     assert list(report["systems"]) == ["embedding", "classification"] and report["machine"]["versions"]["onnxruntime"]
@@ -52,13 +40,11 @@ def test_everything_is_measured_once_and_written(deliveries, tmp_path, lines, mo
         assert set(system["latency"]["1"]) == {"8x1", "8x3", "12x1", "12x3"}
         for cell in system["latency"]["1"].values():
             assert cell["p50_ms"] <= cell["p95_ms"] and cell["calls"] >= 15
-    assert report["systems"]["embedding"]["quality"]["made_up"] in (0.0, 1.0)
-    assert "quality" not in report["systems"]["classification"]
     console = Console(width=140, record=True, file=io.StringIO())
     for table in bench_tables(report):
         console.print(table)
     text = console.export_text()
-    assert "made_up" in text and "12 pieces" in text and f"{report['systems']['embedding']['bytes']:,}" in text
+    assert "12 pieces" in text and f"{report['systems']['embedding']['bytes']:,}" in text
 
 
 def test_what_cannot_be_measured_is_refused(deliveries, tmp_path):
@@ -129,34 +115,3 @@ def test_times_are_those_of_the_calls(monkeypatch):
         "texts_per_second": 1666.7,
         "calls": 20,
     }
-
-
-def test_quality_is_spearman_of_pairs_or_a_linear_probe(tmp_path):
-    def embed(texts):
-        return np.array([[np.cos(float(text)), np.sin(float(text))] for text in texts])
-
-    pairs = [{"sentence1": "0", "sentence2": str(angle), "label": 5 - angle} for angle in (0.1, 0.5, 1.0, 2.5)]
-    write_rows(tmp_path / "pairs" / "test.jsonl", pairs)
-    assert task_quality(embed, tmp_path / "pairs") == pytest.approx(1)
-    train = [{"sentence1": str(i / 50), "label": "near" if i < 50 else "far"} for i in range(100)]
-    write_rows(tmp_path / "single" / "train.jsonl", train)
-    test = [{"sentence1": "0.2", "label": "near"}, {"sentence1": "1.9", "label": "far"}]
-    write_rows(tmp_path / "single" / "test.jsonl", [*test, {"sentence1": "1.8", "label": "near"}])
-    assert task_quality(embed, tmp_path / "single") == pytest.approx(2 / 3)
-
-
-def test_bad_task_folders_are_refused(tmp_path):
-    with pytest.raises(InputError, match="neither test.jsonl nor"):
-        task_quality(None, tmp_path)
-    write_rows(tmp_path / "train.jsonl", [{"sentence1": "a", "label": 0}, {"sentence1": "b", "label": 1}])
-    for content, words in (("{", "row 1 is not a JSON object"), ("", "no rows"), ('{"label": 1}', "sentence1")):
-        (tmp_path / "test.jsonl").write_text(content)
-        with pytest.raises(InputError, match=f"test.jsonl: .*{words}"):
-            task_quality(None, tmp_path)
-    write_rows(tmp_path / "test.jsonl", [{"sentence1": "a", "sentence2": "b", "label": "same"}])
-    with pytest.raises(InputError, match="row 1 needs sentence1, sentence2 and a numeric label"):
-        task_quality(None, tmp_path)
-    (tmp_path / "train.jsonl").unlink()
-    write_rows(tmp_path / "test.jsonl", [{"sentence1": "a", "label": "same"}])
-    with pytest.raises(InputError, match="train.jsonl: no such file"):
-        task_quality(None, tmp_path)

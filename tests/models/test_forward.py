@@ -1,10 +1,22 @@
-"""The sentence embedder of a transformers model."""
+"""The sentence embedder of a transformers model, and what a sentence-transformers folder says of itself."""
+
+import json
 
 import numpy as np
 import pytest
+import torch
 from transformers import AutoConfig
 
-from vocabshrink.models.forward import torch_embedder
+from tokenizer_build.errors import InputError
+from tokenizer_build.files import write_json
+from vocabshrink.models.forward import (
+    MODES,
+    ModuleSettings,
+    module_files,
+    module_settings,
+    pool_sentence,
+    torch_embedder,
+)
 from vocabshrink.models.teacher import load_teacher
 
 
@@ -20,3 +32,97 @@ def test_texts_are_cut_where_the_positions_end(family, folders):
     assert found.shape == (2, 32) and np.isfinite(found).all()
     assert np.array_equal(found, torch_embedder(backbone, folder, "mean", True, max_length=64)(texts))
     assert not np.array_equal(found, torch_embedder(backbone, folder, "mean", True, max_length=63)(texts))
+
+
+@pytest.mark.parametrize("pooling", MODES)
+def test_sentences_are_pooled_as_sentence_transformers_does(pooling):
+    from sentence_transformers.sentence_transformer.modules import Pooling
+
+    hidden = torch.randn(3, 6, 5, generator=torch.Generator().manual_seed(2)).bfloat16()
+    mask = torch.tensor([[1, 1, 1, 1, 0, 0], [1, 1, 1, 1, 1, 1], [1, 0, 0, 0, 0, 0]])
+    options = {"embedding_dimension": 5, "pooling_mode": MODES[pooling].removesuffix("_token")}
+    options["pooling_mode"] = {"mean_tokens": "mean", "max_tokens": "max"}.get(MODES[pooling], options["pooling_mode"])
+    theirs = Pooling(**options)({"token_embeddings": hidden.float(), "attention_mask": mask})["sentence_embedding"]
+    for normalize in (False, True):
+        pooled = pool_sentence(hidden, mask, pooling, normalize)
+        assert pooled.dtype == torch.float32
+        torch.testing.assert_close(pooled, torch.nn.functional.normalize(theirs) if normalize else theirs)
+
+
+def write_modules(folder, **changes) -> None:
+    """A sentence-transformers folder's files, without the model's. changes: {file's stem: content}."""
+    files = module_files(32, 48, "mean", True, {"query": "ask: ", "passage": ""}, "query")
+    for name, content in files.items():
+        (folder / name).parent.mkdir(exist_ok=True)
+        write_json(folder / name, changes.get(name.partition(".")[0].replace("/config", ""), content))
+
+
+@pytest.mark.parametrize("pooling", MODES)
+def test_a_folder_says_how_it_pools(pooling, tiny_teacher, tmp_path):
+    """Ours, with the keys that all versions of sentence-transformers read, and one that it saves itself."""
+    from sentence_transformers import SentenceTransformer
+
+    prompts = {"query": "ask: ", "document": ""}
+    files = module_files(32, 48, pooling, False, prompts, "query")
+    for name in ("config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json"):
+        (tmp_path / name).write_bytes((tiny_teacher / name).read_bytes())
+    for name, content in files.items():
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        write_json(tmp_path / name, content)
+    expected = ModuleSettings(pooling, False, 48, False, prompts, "query")
+    assert module_settings(tmp_path) == expected
+    SentenceTransformer(str(tmp_path), device="cpu").save_pretrained(str(tmp_path / "again"))
+    found = module_settings(tmp_path / "again")
+    assert (found.pooling, found.normalize, found.prompts, found.default_prompt) == (pooling, False, prompts, "query")
+    assert module_settings(tmp_path, "cls", True).pooling == "cls" and module_settings(tmp_path, "cls", True).normalize
+    assert load_teacher(str(tmp_path)).pooling == pooling and not load_teacher(str(tmp_path)).normalize
+    assert module_settings(tiny_teacher) == ModuleSettings() and load_teacher(str(tiny_teacher)).normalize
+
+
+def modules(*parts: str) -> list[dict]:
+    """modules.json of PATH=KIND words."""
+    split = [part.split("=") for part in parts]
+    return [{"path": path, "type": f"sentence_transformers.models.{kind}"} for path, kind in split]
+
+
+def test_dense_layers_of_the_same_width_are_named(tmp_path):
+    write_modules(
+        tmp_path, modules=modules("=Transformer", "1_Pooling=Pooling", "2_Dense=Dense", "3_Normalize=Normalize")
+    )
+    (tmp_path / "2_Dense").mkdir()
+    write_json(tmp_path / "2_Dense" / "config.json", {"in_features": 32, "out_features": 32})
+    assert module_settings(tmp_path).dense == (tmp_path / "2_Dense",)
+    for changes, words in (({"out_features": 16}, "32 to 16"), ({"use_residual": True}, "32 to 32")):
+        write_json(tmp_path / "2_Dense" / "config.json", {"in_features": 32, "out_features": 32} | changes)
+        with pytest.raises(InputError, match=f"a Dense module of {words} dimensions cannot be learnt"):
+            module_settings(tmp_path)
+
+
+@pytest.mark.parametrize(
+    "changes,words",
+    [
+        (
+            {"modules": modules("=Transformer", "1=WeightedLayerPooling", "2=Pooling")},
+            "Transformer, WeightedLayerPooling",
+        ),
+        (
+            {"modules": modules("0_Transformer=Transformer", "1_Pooling=Pooling")},
+            "only a Transformer beside modules.json",
+        ),
+        ({"modules": modules("=StaticEmbedding")}, "its modules are StaticEmbedding"),
+        ({"modules": [3]}, "of an unknown form"),
+        ({"1_Pooling": {"pooling_mode_cls_token": True, "pooling_mode_max_tokens": True}}, "cls_token and max_tokens"),
+        ({"1_Pooling": {"pooling_mode": ["cls", "mean"]}}, "pooling by cls and mean cannot be learnt: give teacher"),
+        ({"1_Pooling": {"pooling_mode": "weightedmean"}}, "pooling by weightedmean"),
+        ({"1_Pooling": {"pooling_mode": "mean", "include_prompt": False}}, "mean without the prompt"),
+        ({"config_sentence_transformers": {"prompts": {}, "default_prompt_name": "ask"}}, "'ask' is none of its"),
+    ],
+)
+def test_what_cannot_be_learnt_of_a_folder_is_refused(tmp_path, changes, words):
+    write_modules(tmp_path, **changes)
+    with pytest.raises(InputError, match=words):
+        module_settings(tmp_path)
+    if "1_Pooling" in changes:  # the recipe's own word wins
+        assert module_settings(tmp_path, "mean") == ModuleSettings(
+            "mean", True, 48, False, json.loads('{"query": "ask: ", "passage": ""}'), "query"
+        )

@@ -1,5 +1,7 @@
 """The student starts from the teacher where shapes allow, says so where not, and saves what others load."""
 
+import contextlib
+import copy
 import logging
 import shutil
 
@@ -7,8 +9,12 @@ import numpy as np
 import pytest
 import torch
 from conftest import SPECIAL_TOKENS, wordpiece_pieces
+from families import BODY, SHAPES
 from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, trainers
 from transformers import (
+    AlbertConfig,
+    AlbertModel,
+    AutoConfig,
     AutoModel,
     AutoModelForMaskedLM,
     AutoTokenizer,
@@ -16,6 +22,7 @@ from transformers import (
     DistilBertForMaskedLM,
     ElectraConfig,
     ElectraForPreTraining,
+    ElectraModel,
     FNetConfig,
     RobertaConfig,
     RobertaForMaskedLM,
@@ -27,7 +34,7 @@ from vocabshrink.data.pieces import Pieces
 from vocabshrink.models.forward import run_backbone, torch_embedder
 from vocabshrink.models.projection import scores_of
 from vocabshrink.models.spelling import as_wordpiece, piece_means, shared_pieces, spell, spellings
-from vocabshrink.models.student import build_student, save_student, student_config
+from vocabshrink.models.student import build_student, factorise, save_student, student_config
 from vocabshrink.models.teacher import MaskedLMHead, load_teacher
 from vocabshrink.run.layer_map import layer_pairs
 from vocabshrink.run.recipe import StudentSection
@@ -65,6 +72,14 @@ def teacher_folder(tiny_teacher, tmp_path_factory):
 @pytest.fixture(scope="module")
 def teacher(teacher_folder):
     return load_teacher(str(teacher_folder))
+
+
+def make_family(family: str, lines, folder):
+    """A tiny teacher of a family with 200 pieces of WordPiece."""
+    save_tokenizer(wordpiece_pieces(lines, 200), folder)
+    shape = SHAPES.get(family, BODY | {"embedding_size": 16})  # the latter is ELECTRA's
+    perturbed(AutoModel.from_config(AutoConfig.for_model(family, vocab_size=200, **shape))).save_pretrained(folder)
+    return load_teacher(str(folder))
 
 
 def random_side(vocab_size: int, pad: int = 0) -> Pieces:
@@ -253,7 +268,7 @@ def test_byte_level_pieces_as_wordpiece_writes_them():
 
 @torch.no_grad()
 def test_same_vocabulary_and_shape_is_the_teacher(teacher):
-    student, directions, report = build_student(StudentSection(), teacher, teacher.folder)
+    student, directions, _, report = build_student(StudentSection(), teacher, teacher.folder)
     side = random_side(300)
     expected = run_backbone(teacher.backbone, side, layers=True).hidden
     for ours, theirs in zip(run_backbone(student, side, layers=True).hidden, expected, strict=True):
@@ -280,7 +295,7 @@ def test_a_roberta_body_is_taken_with_its_positions(pad, lines, tmp_path):
     )
     perturbed(RobertaForMaskedLM(config)).save_pretrained(tmp_path)
     teacher = load_teacher(str(tmp_path))
-    student, _, _ = build_student(StudentSection(), teacher, tmp_path)
+    student, _, _, _ = build_student(StudentSection(), teacher, tmp_path)
     assert student.config.max_position_embeddings == 30 and student.config.pad_token_id == pad
     side = random_side(200, pad=pad)
     real = side.attention_mask.bool()
@@ -291,7 +306,7 @@ def test_a_roberta_body_is_taken_with_its_positions(pad, lines, tmp_path):
 @torch.no_grad()
 def test_a_shorter_student_has_the_first_positions_and_the_mapped_layers(teacher):
     section = StudentSection(num_hidden_layers=2, max_position_embeddings=20)
-    student, _, report = build_student(section, teacher, teacher.folder)
+    student, _, _, report = build_student(section, teacher, teacher.folder)
     theirs = teacher.backbone
     for mine, layer in ((0, 1), (1, 3)):
         for name, value in student.encoder.layer[mine].named_parameters():
@@ -303,7 +318,7 @@ def test_a_shorter_student_has_the_first_positions_and_the_mapped_layers(teacher
 
 @torch.no_grad()
 def test_a_narrow_student_starts_on_principal_directions(teacher, small_vocabulary):
-    student, directions, report = build_student(StudentSection(**NARROW), teacher, small_vocabulary)
+    student, directions, _, report = build_student(StudentSection(**NARROW), teacher, small_vocabulary)
     assert directions.shape == (32, 16)
     torch.testing.assert_close(directions.T @ directions, torch.eye(16), atol=1e-5, rtol=0)
     ours = Tokenizer.from_file(str(small_vocabulary / "tokenizer.json"))
@@ -325,27 +340,27 @@ def test_a_narrow_student_starts_on_principal_directions(teacher, small_vocabula
 
 @torch.no_grad()
 def test_what_is_half_copied_is_reported(teacher):
-    student, _, report = build_student(StudentSection(intermediate_size=48), teacher, teacher.folder)
+    student, _, _, report = build_student(StudentSection(intermediate_size=48), teacher, teacher.folder)
     theirs = teacher.backbone.encoder.layer[0]
     mine = student.encoder.layer[0]
     assert torch.equal(mine.attention.self.query.weight, theirs.attention.self.query.weight)
     assert not torch.equal(mine.intermediate.dense.weight, theirs.intermediate.dense.weight[:48])
     assert torch.equal(mine.intermediate.dense.bias, torch.zeros(48))
     assert "(52 of 64 variables of layers" in report["layers"]  # all but three a layer
-    other_heads, _, report = build_student(StudentSection(num_attention_heads=8), teacher, teacher.folder)
+    other_heads, _, _, report = build_student(StudentSection(num_attention_heads=8), teacher, teacher.folder)
     query = other_heads.encoder.layer[0].attention.self.query.weight
     assert not torch.equal(query, theirs.attention.self.query.weight)
     assert "(40 of 64 variables of layers" in report["layers"]
 
 
 def test_random_deeper_and_wider_students(teacher, small_vocabulary):
-    _, _, report = build_student(StudentSection(initialize="random"), teacher, small_vocabulary)
+    _, _, _, report = build_student(StudentSection(initialize="random"), teacher, small_vocabulary)
     assert report == {"embeddings": "random", "layers": "random"}
     with pytest.raises(InputError, match="over the teacher's width 32"):
         build_student(StudentSection(hidden_size=64), teacher, small_vocabulary)
     with pytest.raises(InputError, match="num_attention_heads 5 does not divide hidden_size 32"):
         build_student(StudentSection(num_attention_heads=5), teacher, small_vocabulary)
-    student, _, report = build_student(StudentSection(num_hidden_layers=6), teacher, small_vocabulary)
+    student, _, _, report = build_student(StudentSection(num_hidden_layers=6), teacher, small_vocabulary)
     assert "pairs [(1, 1), (2, 2), (3, 3), (4, 4)] (64 of 96" in report["layers"]
     norm = teacher.backbone.encoder.layer[3].output.LayerNorm.weight
     assert torch.equal(student.encoder.layer[3].output.LayerNorm.weight, norm)
@@ -357,11 +372,70 @@ def test_a_distilbert_teacher_lends_its_shape(lines, tmp_path, small_vocabulary)
         vocab_size=200, dim=32, n_layers=2, n_heads=4, hidden_dim=48, max_position_embeddings=30, activation="relu"
     )
     DistilBertForMaskedLM(config).save_pretrained(tmp_path)
-    student, _, report = build_student(StudentSection(), load_teacher(str(tmp_path)), small_vocabulary)
+    student, _, _, report = build_student(StudentSection(), load_teacher(str(tmp_path)), small_vocabulary)
     shape = student.config
     assert (shape.hidden_size, shape.num_hidden_layers, shape.num_attention_heads) == (32, 2, 4)
     assert (shape.intermediate_size, shape.hidden_act, shape.max_position_embeddings) == (48, "relu", 30)
-    assert report["layers"].startswith("random")
+    assert report["layers"].startswith("teacher's, pairs [(1, 1), (2, 2)] (32 of 32 variables")
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("family", ["bert", "distilbert", "albert", "mpnet", "electra"])
+def test_a_copy_of_any_family_answers_as_the_teacher(family, lines, tmp_path):
+    """Its layers stand under other names, and one layer or a narrow table may serve for many."""
+    teacher = make_family(family, lines, tmp_path)
+    with contextlib.suppress(AttributeError):  # which no BERT has: see the next test
+        teacher.backbone.encoder.relative_attention_bias.weight.zero_()
+    student, *_ = build_student(StudentSection(), teacher, tmp_path)
+    side = random_side(200, pad=student.config.pad_token_id)
+    pad = teacher.config.pad_token_id
+    theirs = Pieces(torch.where(side.attention_mask > 0, side.ids, pad), side.attention_mask, side.units)
+    expected = run_backbone(teacher.backbone, theirs).hidden[-1]
+    found = run_backbone(student, side).hidden[-1]
+    real = side.attention_mask > 0
+    torch.testing.assert_close(found[real], expected[real], rtol=1e-4, atol=1e-5)
+
+
+@torch.no_grad()
+def test_a_copy_of_mpnet_says_that_it_lacks_its_relative_positions(lines, tmp_path):
+    report = build_student(StudentSection(), make_family("mpnet", lines, tmp_path), tmp_path).report
+    assert report["layers"].endswith("without its relative positions")
+
+
+@torch.no_grad()
+def test_a_factorised_table_of_nearly_full_rank_is_the_table(teacher):
+    """In D - 1 columns nothing is lost but what layer norm takes away and the least of the principal directions."""
+    whole, *_ = build_student(StudentSection(), teacher, teacher.folder)
+    expected, found = run_backbone(whole, random_side(300)).hidden[-1], {}
+    for columns in (31, 24, 8):
+        start = build_student(StudentSection(embedding_size=columns), teacher, teacher.folder)
+        assert isinstance(start.model, ElectraModel) and start.model.config.embedding_size == columns
+        assert start.table_directions.shape == (32, columns) and start.directions is None
+        assert start.report["embeddings"].endswith(f"factorised to {columns} columns")
+        found[columns] = float((run_backbone(start.model, random_side(300)).hidden[-1] - expected).pow(2).mean())
+    assert found[31] < 0.01 < found[8] and found[31] < found[24] < found[8]
+
+
+@torch.no_grad()
+def test_a_table_of_low_rank_is_factorised_without_loss(teacher):
+    """The norm over fewer columns, the gain, the shift and the projection are BERT's layer norm."""
+    body = copy.deepcopy(teacher.backbone)
+    directions = torch.linalg.qr(torch.randn(32, 8)).Q
+    perturbed(body)
+    for table in (body.embeddings.word_embeddings, body.embeddings.position_embeddings):
+        table.weight.copy_(table.weight @ directions @ directions.T)
+    body.embeddings.token_type_embeddings.weight.zero_()
+    config = student_config(StudentSection(embedding_size=12), body.config, body.config.vocab_size)
+    config._attn_implementation = body.config._attn_implementation
+    new, basis = factorise(body, config)
+    torch.testing.assert_close(basis.T @ basis, torch.eye(12), rtol=0, atol=1e-5)
+    expected, found = (run_backbone(model, random_side(300)).hidden[-1] for model in (body, new))
+    torch.testing.assert_close(found, expected, rtol=1e-3, atol=1e-4)
+
+
+def test_a_table_wider_than_the_layers_is_refused(teacher):
+    with pytest.raises(InputError, match="student.embedding_size 48 is over hidden_size 32"):
+        build_student(StudentSection(embedding_size=48), teacher, teacher.folder)
 
 
 @torch.no_grad()
@@ -371,10 +445,10 @@ def test_an_electra_teacher_with_a_narrow_table_lends_its_layers(lines, tmp_path
     config = ElectraConfig(vocab_size=200, embedding_size=16, max_position_embeddings=30, **shape)
     perturbed(ElectraForPreTraining(config)).save_pretrained(tmp_path)
     teacher = load_teacher(str(tmp_path))
-    student, _, report = build_student(StudentSection(), teacher, small_vocabulary)
+    student, _, _, report = build_student(StudentSection(), teacher, small_vocabulary)
     assert shape.items() <= student.config.to_dict().items() and student.config.max_position_embeddings == 30
-    assert "(32 of 32 variables of layers copied, 0 others)" in report["layers"]
-    assert report["embeddings"] == "piece means in the first 16 columns"
+    assert "(32 of 32 variables of layers copied, 6 others)" in report["layers"]
+    assert report["embeddings"] == "piece means" and student.config.embedding_size == 16
     theirs = teacher.backbone.encoder.layer[1].output.dense.weight
     assert torch.equal(student.encoder.layer[1].output.dense.weight, theirs)
     with pytest.raises(InputError, match="a electra teacher does not have BERT's layers"):
@@ -385,7 +459,7 @@ def test_a_number_that_no_one_gives_is_asked_for():
     section = StudentSection(num_attention_heads=2)
     theirs = FNetConfig(hidden_size=32)
     assert student_config(section, theirs, 100).num_attention_heads == 2
-    with pytest.raises(InputError, match="student.num_attention_heads: the fnet teacher has no such number"):
+    with pytest.raises(InputError, match="student.num_attention_heads: the fnet model has no such number"):
         student_config(StudentSection(), theirs, 100)
 
 
@@ -404,7 +478,7 @@ def test_a_number_that_no_one_gives_is_asked_for():
     ],
 )
 def test_maps_made_for_losses_start_every_layer(layer_map, sources, teacher):
-    student, _, _ = build_student(StudentSection(num_hidden_layers=2, layer_map=layer_map), teacher, teacher.folder)
+    student, _, _, _ = build_student(StudentSection(num_hidden_layers=2, layer_map=layer_map), teacher, teacher.folder)
     for mine, source in enumerate(sources):
         theirs = teacher.backbone.encoder.layer[source].output.dense.weight
         assert torch.equal(student.encoder.layer[mine].output.dense.weight, theirs)
@@ -414,7 +488,7 @@ def test_maps_made_for_losses_start_every_layer(layer_map, sources, teacher):
 def test_the_random_map_is_seeded(teacher):
     section, found = StudentSection(num_hidden_layers=2, layer_map="random"), {}
     for seed in range(8):
-        student, _, report = build_student(section, teacher, teacher.folder, seed=seed)
+        student, _, _, report = build_student(section, teacher, teacher.folder, seed=seed)
         pairs = layer_pairs("random", 2, 4, seed=seed)
         assert f"pairs {[(m, n) for m, (n,) in pairs]}" in report["layers"]
         found[pairs] = student
@@ -434,7 +508,7 @@ def extract(teacher, how: str, folder=None, seed: int = 0, **shape):
 @torch.no_grad()
 @pytest.mark.parametrize("how", EXTRACTIONS)
 def test_nothing_cut_is_the_teacher(how, teacher):
-    student, directions, report = extract(teacher, how)
+    student, directions, _, report = extract(teacher, how)
     side = random_side(300)
     assert torch.equal(run_backbone(student, side).hidden[-1], run_backbone(teacher.backbone, side).hidden[-1])
     assert directions is None and report["embeddings"] == "piece means"
@@ -448,7 +522,7 @@ def test_nothing_cut_is_the_teacher(how, teacher):
 @pytest.mark.parametrize("how", EXTRACTIONS)
 def test_a_cut_layer_is_the_teachers_on_what_is_kept(how, teacher, small_vocabulary):
     """Fed with zeros in the dimensions that are cut, the teacher's layer gives the student's numbers."""
-    student, directions, report = extract(
+    student, directions, _, report = extract(
         teacher, how, small_vocabulary, hidden_size=24, num_attention_heads=3, intermediate_size=40, num_hidden_layers=2
     )
     dims = directions.argmax(0)
@@ -495,7 +569,7 @@ def same(left: torch.Tensor, right: torch.Tensor) -> None:
 @torch.no_grad()
 @pytest.mark.parametrize("how", EXTRACTIONS)
 def test_inside_a_head_queries_meet_keys_and_values_their_way_out(how, teacher):
-    student, directions, _ = extract(teacher, how, hidden_size=16)
+    student, directions, _, _ = extract(teacher, how, hidden_size=16)
     dims = directions.argmax(0)
     for mine, layer in zip(student.encoder.layer, teacher.backbone.encoder.layer, strict=True):
         names = ("attention.self.query", "attention.self.key", "attention.self.value", "attention.output.dense")
@@ -525,7 +599,7 @@ def test_importance_is_what_a_part_adds_to_the_output(teacher_folder):
         assert (layer["neurons"] == 0).nonzero().flatten().tolist() == list(range(number, 64, 4))
     expected = run_backbone(teacher.backbone, side).hidden[-1]
     for how in EXTRACTIONS:
-        student, _, _ = extract(teacher, how, intermediate_size=48)
+        student, _, _, _ = extract(teacher, how, intermediate_size=48)
         unchanged = torch.allclose(run_backbone(student, side).hidden[-1], expected, atol=1e-5)
         assert unchanged == (how == "extract_importance")
 
@@ -551,7 +625,7 @@ def test_random_extraction_is_seeded(teacher):
 
 
 def test_a_deeper_student_is_cut_out_as_far_as_there_are_layers(teacher):
-    student, _, report = extract(teacher, "extract_random", num_hidden_layers=6, **NARROW)
+    student, _, _, report = extract(teacher, "extract_random", num_hidden_layers=6, **NARROW)
     assert (
         student.config.num_hidden_layers == 6 and "pairs [(1, 1), (2, 2), (3, 3), (4, 4)] (64 of 96" in report["layers"]
     )
@@ -567,8 +641,9 @@ def test_what_cannot_be_cut_out_is_refused(teacher, small_vocabulary, lines, tmp
         with pytest.raises(InputError, match=message):
             extract(teacher, "extract_random", **shape)
     save_tokenizer(wordpiece_pieces(lines, 200), tmp_path)
-    DistilBertForMaskedLM(DistilBertConfig(vocab_size=200, dim=32, n_layers=2, n_heads=4)).save_pretrained(tmp_path)
-    with pytest.raises(InputError, match="a distilbert teacher does not have BERT's layers: choose teacher or random"):
+    shape = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 48}
+    AlbertModel(AlbertConfig(vocab_size=200, embedding_size=16, **shape)).save_pretrained(tmp_path)
+    with pytest.raises(InputError, match="a albert teacher does not have BERT's layers: choose teacher or random"):
         extract(load_teacher(str(tmp_path)), "extract_random", small_vocabulary)
 
 
@@ -578,7 +653,7 @@ def test_what_cannot_be_cut_out_is_refused(teacher, small_vocabulary, lines, tmp
 @pytest.fixture(scope="module", params=["alone", "with_head"])
 def saved(request, teacher, small_vocabulary, tmp_path_factory):
     folder = tmp_path_factory.mktemp("saved") / "student"
-    student, _, _ = build_student(StudentSection(**NARROW), teacher, small_vocabulary)
+    student, _, _, _ = build_student(StudentSection(**NARROW), teacher, small_vocabulary)
     perturbed(student)
     with_head = request.param == "with_head"
     head = perturbed(MaskedLMHead(16, 16, student.config.vocab_size)) if with_head else None
@@ -618,7 +693,7 @@ def test_sentence_transformers_gives_our_embedding(pooling, normalize, teacher, 
     logging.getLogger("sentence_transformers").setLevel(logging.ERROR)
     from sentence_transformers import SentenceTransformer
 
-    student, _, _ = build_student(StudentSection(**NARROW), teacher, small_vocabulary)
+    student, _, _, _ = build_student(StudentSection(**NARROW), teacher, small_vocabulary)
     perturbed(student)
     save_student(tmp_path / "student", student, None, small_vocabulary, pooling, normalize)
     texts = [*lines[:10], " ".join(lines[:10])]  # the last is longer than the student's positions

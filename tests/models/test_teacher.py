@@ -15,7 +15,8 @@ from tokenizer_build.errors import InputError
 from tokenizer_build.tokenizer import make_tokenizer
 from vocabshrink.data.pieces import Pieces
 from vocabshrink.models import forward
-from vocabshrink.models.forward import pool_attention, pool_sentence, pool_units, run_backbone
+from vocabshrink.models.families import check_attention
+from vocabshrink.models.forward import pool_attention, pool_units, run_backbone
 from vocabshrink.models.loading import check_folder, resolve_model
 from vocabshrink.models.teacher import load_teacher
 from vocabshrink.training.task import MixedEmbedding
@@ -214,13 +215,13 @@ class TestQueriesKeysValues:
 
     def test_of_other_architectures_are_refused(self, folders):
         teacher = load_teacher(str(folders["mpnet"]))  # its scores have relative positions added
-        side = random_side(teacher.table.num_embeddings, EVEN, pad=1)
-        with pytest.raises(InputError, match="^mpnet: where its attention is .*, or a model among bert, "):
-            run_backbone(teacher.backbone, side, qkv=True)
+        with pytest.raises(InputError, match="^mpnet: how its attention is .*, or a model among bert, "):
+            check_attention(teacher.config, scores=True)
+        check_attention(teacher.config)  # relations between queries, keys or values read no scores
         albert = load_teacher(str(folders["albert"])).backbone
         albert.config.inner_group_num = 2
         with pytest.raises(InputError, match="^albert: "):
-            run_backbone(albert, side, qkv=True)
+            check_attention(albert.config)
 
     def test_leave_no_hook_behind(self, folders):
         backbone = load_teacher(str(folders["bert"])).backbone
@@ -293,19 +294,6 @@ class TestPoolAttention:
         maps = maps[:2].requires_grad_()
         pool_attention(maps if scores else maps.softmax(-1), UNITS[:2], 6, scores=scores).pow(2).sum().backward()
         assert maps.grad[:, :, :5, :5].isfinite().all() and maps.grad.abs().sum() > 0
-
-
-@pytest.mark.parametrize("pooling", ["mean", "cls"])
-@pytest.mark.parametrize("normalize", [False, True])
-def test_pool_sentence(pooling, normalize):
-    hidden = torch.randn(2, 6, 5, generator=torch.Generator().manual_seed(2)).bfloat16()
-    mask = torch.tensor([[1, 1, 1, 1, 0, 0], [1, 1, 1, 1, 1, 1]])
-    pooled = pool_sentence(hidden, mask, pooling, normalize)
-    assert pooled.dtype == torch.float32
-    for row, length in ((0, 4), (1, 6)):
-        rows = hidden[row].float()
-        expected = rows[0] if pooling == "cls" else sum(rows[i] for i in range(length)) / length
-        torch.testing.assert_close(pooled[row], expected / expected.norm() if normalize else expected)
 
 
 def test_a_checkpoint_without_head_has_none(folders, tmp_path):

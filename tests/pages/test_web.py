@@ -14,7 +14,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from test_delivery import RELEASED, write_delivery
+from test_delivery import RELEASED, write_delivery, write_manifest
 
 import vocabshrink.pages.web as web
 from tokenizer_build.errors import InputError
@@ -160,16 +160,33 @@ def test_the_page_classifies_and_labels_as_the_runtime_does(tiny_teacher, tmp_pa
     assert [answer for answer in shown["answers"]] == expected
 
 
-def bert_delivery(place: Path, tokenizer_from: Path, task: str) -> Path:
-    """A tiny random BERT with a head, exported in fp32."""
+@browser
+@needs_browser
+@pytest.mark.parametrize("pooling", ["max", "last"])
+def test_the_page_prompts_and_pools_as_the_runtime_does(tiny_teacher, tmp_path, lines, pooling):
+    pytest.importorskip("torch")
+    options = {"pooling": pooling, "prompts": {"query": "ka ka ", "passage": "lo "}}
+    folder, passages = bert_delivery(tmp_path, tiny_teacher, "embedding", **options), tmp_path / "passages.jsonl"
+    passages.write_text("".join(json.dumps({"text": line}) + "\n" for line in lines[:4]))
+    build_web([folder], tmp_path / "web", passages, title="Prompts", node_modules=JS / "node_modules")
+    shown = node("page_test.mjs", page=str(tmp_path / "web"), query="mi ne")
+    cosines = load(folder).embed(lines[:4], prompt="passage") @ load(folder).embed(["mi ne"], prompt="query")[0]
+    assert shown["problems"] == []
+    found = {answer.split("\n")[0]: float(answer.split("\n")[2]) for answer in shown["answers"]}
+    assert found == pytest.approx(dict(zip(lines, map(float, cosines), strict=False)), abs=0.01)
+
+
+def bert_delivery(place: Path, tokenizer_from: Path, task: str, **options) -> Path:
+    """A tiny random BERT of the task, exported in fp32."""
     import torch
-    from transformers import BertConfig, BertForSequenceClassification, BertForTokenClassification
+    from transformers import BertConfig, BertForSequenceClassification, BertForTokenClassification, BertModel
 
     from vocabshrink.delivery.export import ExportSettings, export_model
 
     kind, labels = {
         "classification": (BertForSequenceClassification, ["bad", "good", "so so"]),
         "tokens": (BertForTokenClassification, ["O", "B-word"]),
+        "embedding": (BertModel, ["0", "1"]),
     }[task]
     pieces = len(json.loads((tokenizer_from / "tokenizer.json").read_text())["model"]["vocab"])
     torch.manual_seed(0)
@@ -187,7 +204,7 @@ def bert_delivery(place: Path, tokenizer_from: Path, task: str) -> Path:
     kind(config).save_pretrained(place / f"{task}-model")
     for name in ("tokenizer.json", "tokenizer_config.json"):
         shutil.copy(tokenizer_from / name, place / f"{task}-model" / name)
-    export_model(place / f"{task}-model", place / task, ExportSettings(task, "fp32", 24))
+    export_model(place / f"{task}-model", place / task, ExportSettings(task, "fp32", 24, **options))
     return place / task
 
 
@@ -253,6 +270,17 @@ def test_an_index_is_used_and_a_page_is_replaced(delivery, packages, tmp_path):
     cosines = (vectors * ours).sum(1) / np.linalg.norm(vectors.astype(float), axis=1) / np.linalg.norm(ours, axis=1)
     assert cosines.min() > 0.999
     assert [path.name for path in tmp_path.iterdir() if path.name.startswith(".")] == []
+
+
+def test_the_page_puts_the_models_prompts_before_texts(delivery, packages, tmp_path):
+    (tmp_path / "passages.jsonl").write_text('{"text": "mi"}\n')
+    expected = load(delivery).embed(["lo mi"])[0]
+    write_manifest(delivery, "embedding", prompts={"query": "ka ka ", "passage": "lo "})
+    build_web([delivery], tmp_path / "web", tmp_path / "passages.jsonl", title="Page", node_modules=packages)
+    page = (tmp_path / "web" / "index.html").read_text()
+    assert '"before_query": "ka ka "' in page and '"before_passage": "lo "' in page
+    (row,) = np.frombuffer((tmp_path / "web" / "vectors.bin").read_bytes(), dtype=np.int8).reshape(1, 8).astype(float)
+    assert row @ expected / np.linalg.norm(row) / np.linalg.norm(expected) > 0.999
 
 
 def test_more_passages_than_the_page_can_search_are_cut_and_said(delivery, packages, tmp_path, monkeypatch, capsys):

@@ -114,6 +114,76 @@ def test_embeds_in_the_order_of_the_texts(deliveries, expected, lines):
     assert model.embed([]).shape == (0, 8)
 
 
+PROMPTS = {"prompts": {"query": "ka ka ", "document": "lo "}, "default_prompt": None}
+
+
+def test_prompts_stand_before_the_texts(copy, lines):
+    write_manifest(copy, "embedding", **PROMPTS)
+    model, plain = load(copy), load(copy).embed(["ka ka mi", "lo mi", "mi"])
+    for asked, row in (("query", 0), ("document", 1), ("", 2), (None, 2), (("passage", "document"), 1), (("ask",), 2)):
+        np.testing.assert_array_equal(model.embed(["mi"], prompt=asked)[0], plain[row])
+    with pytest.raises(InputError, match="prompt 'ask' is unknown: this model's are query, document"):
+        model.embed(["mi"], prompt="ask")
+    out = io.StringIO()
+    answer_lines("embed", copy, ["mi", ""], out, prompt="query")
+    first, empty = map(json.loads, out.getvalue().splitlines())
+    np.testing.assert_allclose(first["embedding"], plain[0], rtol=1e-6)
+    assert first["text"] == "mi" and empty["embedding"] is None
+    write_manifest(copy, "embedding", **PROMPTS | {"default_prompt": "query"})
+    np.testing.assert_array_equal(load(copy).embed(["mi"])[0], plain[0])
+    np.testing.assert_array_equal(load(copy).embed(["mi"], prompt="")[0], plain[2])
+    write_manifest(copy, "embedding")
+    with pytest.raises(InputError, match="prompt 'query' is unknown: this model's are none"):
+        load(copy).embed(["mi"], prompt="query")
+
+
+def test_encode_is_embed_for_what_expects_sentence_transformers(copy, lines):
+    write_manifest(copy, "embedding", **PROMPTS, dimensions=[8, 4])
+    model = load(copy)
+    texts, options = lines[:5], {"show_progress_bar": True, "device": "cpu", "hf_split": "test"}
+    np.testing.assert_array_equal(model.encode(texts, **options), model.embed(texts))
+    np.testing.assert_array_equal(model.encode(texts, "query"), model.embed(texts, prompt="query"))
+    np.testing.assert_array_equal(model.encode(texts, prompt="lo "), model.embed(texts, prompt="document"))
+    np.testing.assert_array_equal(model.encode(tuple(texts), truncate_dim=4), model.embed(texts, dimensions=4))
+    assert np.linalg.norm(model.encode(texts, normalize_embeddings=True), axis=1) == pytest.approx(1, abs=1e-6)
+    assert model.encode(texts[0]).shape == (8,) and model.encode([]).shape == (0, 8)
+    assert np.isfinite(model.encode(["", texts[0], " "])).all()
+    for wrong in ({"convert_to_tensor": True}, {"precision": "int8"}, {"output_value": "token_embeddings"}):
+        with pytest.raises(InputError, match=f"{min(wrong)}=.*: only .* is possible: leave it out"):
+            model.encode(texts, **wrong)
+    with pytest.raises(InputError, match="prompt 'ask' is unknown"):
+        model.encode(texts, prompt_name="ask")
+
+
+def test_the_first_dimensions_alone_have_unit_length_too(copy, lines):
+    whole = load(copy).embed(lines[:5])
+    write_manifest(copy, "embedding", dimensions=[8, 4, 2])
+    for count in (8, 4):
+        first = whole[:, :count]
+        expected = first / np.linalg.norm(first, axis=1, keepdims=True)
+        np.testing.assert_allclose(load(copy).embed(lines[:5], dimensions=count), expected, atol=1e-6)
+    with pytest.raises(InputError, match="dimensions is 3: this model was trained for 8, 4, 2"):
+        load(copy).embed(["ka"], dimensions=3)
+    write_manifest(copy, "embedding", normalize=False, dimensions=[8, 4, 2])
+    np.testing.assert_array_equal(load(copy).embed(lines[:5], dimensions=4), whole[:, :4])
+    write_manifest(copy, "embedding")
+    with pytest.raises(InputError, match="dimensions is 4: this model was trained for 8, all of them"):
+        load(copy).embed(["ka"], dimensions=4)
+
+
+def test_an_index_asks_and_answers_with_the_models_prompts(copy, lines):
+    plain = load(copy).embed([f"lo {line}" for line in lines[:9]]), load(copy).embed(["ka ka mi ne"])[0]
+    build_index(copy, lines[:9])
+    write_manifest(copy, "embedding", **PROMPTS)
+    with pytest.raises(InputError, match="another model's: build the index again"):  # passages without the prompt
+        Index(copy)
+    build_index(copy, lines[:9])
+    np.testing.assert_allclose(np.load(copy / "index" / "vectors.npy"), plain[0], atol=1e-2)
+    hit = Index(copy).search("mi ne", top=1)[0]
+    cosines = plain[0] @ plain[1] / np.linalg.norm(plain[0], axis=1) / np.linalg.norm(plain[1])
+    assert hit["score"] == pytest.approx(cosines.max(), abs=1e-3)
+
+
 def test_embeds_as_torch_does(tiny_teacher, tmp_path, lines):
     import torch
     from transformers import AutoTokenizer, BertConfig, BertModel
@@ -289,6 +359,9 @@ def test_the_manifest_of_another_model_is_refused(copy, deliveries):
     write_manifest(copy, "embedding", dimension=9)
     with pytest.raises(InputError, match="8 columns where 9 are promised"):
         load(copy)
+    write_manifest(copy, "embedding", prompts={"query": None})
+    with pytest.raises(InputError, match="a prompt that is no text"):
+        load(copy)
     (copy / "config.json").write_text('{"vocab_size": 10}')
     write_manifest(copy, "embedding")
     with pytest.raises(InputError, match="pieces and the model 10"):
@@ -389,6 +462,7 @@ WHOLE = {"task": "embedding", "graph": "onnx/model.onnx", "dimension": 8, "max_p
         (WHOLE | {"files": []}, r"files is \[\]: export"),
         (WHOLE | {"dimension": None}, "dimension is None: export"),
         (WHOLE | {"max_positions": "24"}, "max_positions is '24': export"),
+        (WHOLE | {"prompts": ["query"]}, "prompts is .*: export"),
         (WHOLE | {"graph": "g"}, "g is missing: copy"),
         (WHOLE, "model.onnx .* is not the file of MANIFEST.json"),
         (WHOLE | {"files": {"onnx/model.onnx": "x"}}, "model.onnx .* is not the file of MANIFEST.json"),

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -10,7 +11,9 @@ from test_pipeline import DISTILL, TRAINING, tiny_recipe
 from transformers import AutoModelForSequenceClassification, AutoModelForTokenClassification
 
 from tokenizer_build.errors import InputError
+from tokenizer_build.files import write_json
 from vocabshrink.cli import app
+from vocabshrink.models.forward import module_files
 from vocabshrink.run.recipe import parse_recipe
 from vocabshrink.stages import checks
 from vocabshrink.stages.checks import check_recipe
@@ -134,6 +137,18 @@ def test_a_teacher_that_orders_its_unnamed_labels_otherwise(kind, tiny_teacher, 
     with pytest.raises(InputError, match="teacher: its outputs agree with the training rows in the order c, a, b, not"):
         check_recipe(parse_recipe(data, "test"))
     assert seen == [60, 60]
+
+
+def test_a_folder_that_joins_poolings_needs_the_recipes_word(tiny_teacher, corpus_file, tmp_path):
+    folder = Path(shutil.copytree(tiny_teacher, tmp_path / "m"))
+    for name, content in module_files(32, 48, "mean", True).items():
+        (folder / name).parent.mkdir(exist_ok=True)
+        write_json(folder / name, content)
+    write_json(folder / "1_Pooling" / "config.json", {"pooling_mode": ["cls", "mean"]})
+    data = tiny_recipe(folder, corpus_file, "untrained")
+    with pytest.raises(InputError, match="pooling by cls and mean cannot be learnt: give teacher.pooling, one of mean"):
+        check_recipe(parse_recipe(data, "test"))
+    check_recipe(parse_recipe(data | {"teacher": {"model": str(folder), "pooling": "max"}}, "test"))
 
 
 @pytest.mark.parametrize("how", ["extract_random", "extract_importance"])

@@ -13,8 +13,9 @@ from tiny_training import launch
 from transformers import AutoModel, AutoModelForMaskedLM
 
 from tokenizer_build.errors import InputError
-from tokenizer_build.files import read_json
+from tokenizer_build.files import read_json, write_json
 from vocabshrink.cli import show_summary
+from vocabshrink.models.forward import module_files
 from vocabshrink.models.rounding import quantize
 from vocabshrink.run.engine import Run, context_of, run_stage, summarise
 from vocabshrink.run.folder import RunDir
@@ -228,12 +229,14 @@ def test_a_teacher_stored_in_half_precision_goes_through_export(dtype, tiny_teac
 
 
 def test_a_teacher_without_head_gets_one(tiny_teacher, corpus_file, tmp_path):
-    from transformers import AutoModel
-
+    """And the delivery pools as its sentence-transformers files say, and has their prompts."""
     folder = tmp_path / "headless"
     AutoModel.from_pretrained(tiny_teacher).save_pretrained(folder)
     for name in ("tokenizer.json", "tokenizer_config.json"):
         (folder / name).write_bytes((tiny_teacher / name).read_bytes())
+    for name, content in module_files(32, 48, "max", False, prompts := {"query": "ka "}, "query").items():
+        (folder / name).parent.mkdir(exist_ok=True)
+        write_json(folder / name, content)
     joint = tiny_recipe(folder, corpus_file, "joint")
     with pytest.raises(InputError, match="add a masked_lm_head section"):
         check_recipe(parse_recipe(joint, "test"))
@@ -241,6 +244,11 @@ def test_a_teacher_without_head_gets_one(tiny_teacher, corpus_file, tmp_path):
     losses = [row["loss"] for row in run.dir.metrics() if row["stage"] == "masked_lm_head"]
     assert np.mean(losses[-5:]) < np.mean(losses[:5])
     assert read_teacher(context_of(run, "distill")).head is not None
+    delivery = load(run.dir.path / "export/model")
+    said = {"pooling": "max", "normalize": False, "prompts": prompts, "default_prompt": "query"}
+    assert said.items() <= delivery.manifest.items()
+    assert 'Prompt `query`: "ka " before each text' in (run.dir.path / "export/model/README.md").read_text()
+    np.testing.assert_allclose(delivery.embed(["mi"]), delivery.embed(["ka mi"], prompt=""), atol=1e-6)
 
 
 def test_the_head_that_dual_training_trained_is_the_one_that_distillation_reads(tiny_teacher, corpus_file, tmp_path):

@@ -11,6 +11,7 @@ from transformers import BertForMaskedLM
 
 from tokenizer_build.errors import InputError
 from vocabshrink.data.lexicon import encode_corpus
+from vocabshrink.models.projection import narrowing
 from vocabshrink.models.spelling import shared_pieces, spellings
 from vocabshrink.models.student import build_student, save_student
 from vocabshrink.models.teacher import MaskedLMHead, load_teacher
@@ -20,9 +21,10 @@ from vocabshrink.run.recipe import DistillStage, StudentSection, parse_recipe
 from vocabshrink.stages.checks import check_recipe
 from vocabshrink.training.loop import Job, make_accelerator, train
 from vocabshrink.training.losses import LOSSES, readers
-from vocabshrink.training.task import Distillation
+from vocabshrink.training.task import Distillation, Stored
 
-LOSSES_OF_DISTILLATION = {name for name, loss in LOSSES.items() if "distill" in loss.stands_in}
+# bank_similarity reads stored vectors alone: see the tests at the end
+LOSSES_OF_DISTILLATION = {name for name, loss in LOSSES.items() if "distill" in loss.stands_in} - {"bank_similarity"}
 LAYERWISE, ATTENTION = set(readers(LOSSES, "hidden")), set(readers(LOSSES, "queries", "keys", "values"))
 MASKED_LM, ACROSS_VOCABULARIES = set(readers(LOSSES, "masked words")), set(readers(LOSSES, "both vocabularies"))
 SENTENCES = {"hidden_mse": 1.0, "sentence_cosine": 1.0, "batch_similarity": 1.0}
@@ -44,7 +46,7 @@ def make(words, teacher_folder, losses, shape=NARROW, **options):
     stage = DistillStage(**({"steps": 30, "batch_size": 8, "learning_rate": 1e-2, "losses": losses} | PLAIN | options))
     torch.manual_seed(0)
     teacher = load_teacher(str(teacher_folder))
-    student, directions, _ = build_student(StudentSection(**shape), teacher, words[0])
+    student, directions, _, _ = build_student(StudentSection(**shape), teacher, words[0])
     width = student.config.hidden_size
     head = MaskedLMHead(width, width, student.config.vocab_size) if MASKED_LM & set(losses) else None
     pairs = layer_pairs(stage.layer_map, student.config.num_hidden_layers, teacher.config.num_hidden_layers)
@@ -99,7 +101,7 @@ def test_helpers_that_no_loss_reads_are_frozen(losses, reads, words, tiny_teache
     assert helpers - {"student", "head"} == reads
     sum(task(batcher.batch(0)).values()).backward()
     assert not {name for name, p in task.named_parameters() if p.requires_grad and p.grad is None}
-    assert all(p.grad is None for p in task.teacher.parameters())
+    assert task.teacher is None or all(p.grad is None for p in task.teacher.parameters())
 
 
 @pytest.mark.parametrize("layer_map", ["uniform", "emd", [[1, [1, 2]], [2, 4]]])
@@ -273,7 +275,7 @@ class TestRefusals:
     def test_without_common_pieces(self, name, words, tiny_teacher):
         stage = DistillStage(steps=1, batch_size=8, mask=0.15, losses={name: 1.0})
         teacher = load_teacher(str(tiny_teacher))
-        student, _, _ = build_student(StudentSection(**NARROW), teacher, words[0])
+        student, _, _, _ = build_student(StudentSection(**NARROW), teacher, words[0])
         nothing = {"shared": torch.full((150,), -1), "spelling": torch.full((300, 2), -1)}
         with pytest.raises(InputError, match=f"{name}: the vocabularies have no piece in common"):
             Distillation(stage, teacher, student, ((1, (1,)),), head=MaskedLMHead(16, 16, 150), **nothing)
@@ -299,3 +301,56 @@ def test_dropout_stays_off(words, tiny_teacher):
     first, second = (task(batcher.batch(0)) for _ in range(2))
     assert all(torch.equal(first[name], second[name]) for name in SENTENCES)
     assert task.embedding_parameters()[0] is task.student.get_input_embeddings().weight
+
+
+# ------------------------------------------------------------------------------------------ stored vectors
+
+
+def with_stored(words, tiny_teacher, losses: dict, width: int = 40):
+    """A task and a batcher over vectors that nobody's model gave."""
+    task, batcher, _ = make(words, tiny_teacher, {"sentence_cosine": 1.0})
+    generator = torch.Generator().manual_seed(5)
+    vectors = F.normalize(torch.randn(len(batcher.segments.starts), width, generator=generator), dim=-1)
+    batcher.vectors, batcher.sides = (lambda rows: vectors[torch.from_numpy(rows)].numpy()), ("student",)
+    student, bank = task.student, vectors[:50]
+    narrow = narrowing(vectors, torch.randn(60, student.config.hidden_size, generator=generator))
+    stored = Stored(bank, narrow, F.normalize(bank @ narrow, dim=-1))
+    stage = DistillStage(steps=1, losses=losses)
+    return Distillation(stage, load_teacher(str(tiny_teacher)), student, (), stored=stored), batcher, vectors
+
+
+def test_stored_vectors_stand_for_the_teacher(words, tiny_teacher):
+    losses = {"sentence_cosine": 1.0, "batch_similarity": 1.0, "bank_similarity": 1.0}
+    task, batcher, _ = with_stored(words, tiny_teacher, losses)
+    assert task.teacher is None and not any(p.requires_grad for p in (*task.up.parameters(), *task.down.parameters()))
+    batch = batcher.batch(0)
+    assert batch.teacher is None and batch.vectors.shape == (len(batch.student.ids), 40)
+    forward = task.view(batch)
+    student, target = forward.student.sentence, F.normalize(batch.vectors @ task.narrow, dim=-1)
+    found = task(batch)
+    torch.testing.assert_close(found["sentence_cosine"], (1 - F.cosine_similarity(student, target)).mean())
+    similar = [F.normalize(side, dim=-1) @ F.normalize(side, dim=-1).T for side in (student, target)]
+    off = len(student) * (len(student) - 1)
+    torch.testing.assert_close(found["batch_similarity"], (similar[0] - similar[1]).pow(2).sum() / off)
+    logits = F.normalize(student, dim=-1) @ task.bank_narrow.T / 0.05
+    expected = F.kl_div(logits.log_softmax(-1), (batch.vectors @ task.bank.T / 0.05).softmax(-1), reduction="batchmean")
+    torch.testing.assert_close(found["bank_similarity"], expected)
+    sum(found.values()).backward()
+    assert not {name for name, p in task.student.named_parameters() if p.grad is None}
+
+
+def test_a_loss_of_states_runs_the_teacher_beside_stored_vectors(words, tiny_teacher):
+    task, batcher, _ = with_stored(words, tiny_teacher, {"hidden_mse": 1.0, "bank_similarity": {"size": 8}})
+    assert task.teacher is not None and all(p.requires_grad for p in task.up.parameters())
+
+
+def test_the_narrowing_keeps_products_and_meets_the_student(words):
+    generator = torch.Generator().manual_seed(0)
+    flat = torch.randn(300, 12, generator=generator) @ torch.randn(12, 40, generator=generator)
+    turn = torch.linalg.qr(torch.randn(16, 16, generator=generator)).Q
+    student = F.pad(flat @ torch.linalg.svd(flat)[2][:12].T, (0, 4)) @ turn
+    narrow = narrowing(flat, student[:200])
+    torch.testing.assert_close(flat @ narrow @ narrow.T @ flat.T, flat @ flat.T, rtol=1e-3, atol=1e-2)
+    torch.testing.assert_close(flat @ narrow, student, rtol=1e-3, atol=1e-2)
+    wide = narrowing(flat, torch.randn(300, 64, generator=generator))
+    torch.testing.assert_close(flat @ wide @ wide.T @ flat.T, flat @ flat.T, rtol=1e-3, atol=1e-2)

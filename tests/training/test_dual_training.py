@@ -34,7 +34,7 @@ def make(words, teacher_folder, mode, shape=NARROW, **changed):
     stage = DualStage(**({"steps": 30, "mode": mode, "learning_rate": 3e-3} | PLAIN | changed))
     torch.manual_seed(0)
     teacher = load_teacher(str(teacher_folder))
-    student, directions, _ = build_student(StudentSection(**shape), teacher, words[0])
+    student, directions, _, _ = build_student(StudentSection(**shape), teacher, words[0])
     head = None
     if mode == "joint":
         head = MaskedLMHead(student.config.hidden_size, student.config.hidden_size, student.config.vocab_size)

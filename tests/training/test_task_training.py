@@ -76,7 +76,7 @@ def batcher_of(task, teacher, vocabulary, folder, **options) -> TaskBatcher:
 
 def a_student(task, teacher_folder, vocabulary, shape=NARROW, seed=0):
     torch.manual_seed(seed)
-    body, directions, _ = build_student(StudentSection(**shape), load_teacher(str(teacher_folder)), vocabulary)
+    body, directions, _, _ = build_student(StudentSection(**shape), load_teacher(str(teacher_folder)), vocabulary)
     return student_model(body, task, teacher_folder), body, directions
 
 

@@ -40,6 +40,7 @@ class Batch:
     mixed: Pieces | None = None  # pieces of both vocabularies, combined ids
     targets: torch.Tensor | None = None  # [B] int64 classes or [B] float scores of a task of sentences
     rows: torch.Tensor | None = None  # [B] int64: where a task's split has them
+    vectors: torch.Tensor | None = None  # [B, D] float32: the teachers' stored sentence vectors, see vectors.py
 
     def to(self, device) -> "Batch":
         moved = ((name, value) for name, value in vars(self).items() if isinstance(value, torch.Tensor | Pieces))
@@ -148,6 +149,7 @@ class Batcher:
     p: Callable[[int], float] = lambda index: 0.5  # batch number -> share of mixed words in the student's pieces
     mask: float = 0.0  # share of words
     max_pieces: int = 126  # of a sequence without its special tokens
+    vectors: Callable[[np.ndarray], np.ndarray] | None = None  # segment numbers -> their stored vectors [n, D]
 
     def __post_init__(self):
         self.order = Order(self.segments.lengths, max(1, self.batch_size // self.group_size), self.seed)
@@ -156,7 +158,8 @@ class Batcher:
     def batch(self, index: int) -> Batch:
         """The index-th batch of the run."""
         rng = np.random.default_rng((self.seed, 1, index))
-        sequences = gather_words(self.stream, self.segments, self.order.rows(index))
+        rows = self.order.rows(index)
+        sequences = gather_words(self.stream, self.segments, rows)
         if self.group_size > 1:
             sequences = near_groups(sequences, self._rare, rng)
         # without the words at the end of a sequence that a swap for a longer word pushed over the limit
@@ -168,6 +171,8 @@ class Batcher:
             mixed = side == "mixed"
             from_student = rng.random(words) < self.p(index) if mixed else side == "student"
             sides[side] = self.table.gather(sequences, from_student, masked=masked, rng=rng, combined=mixed)
+        if self.vectors is not None:
+            sides["vectors"] = torch.from_numpy(self.vectors(rows))
         return Batch(self.table.unit_mask(sequences), self.table.student_pieces(sequences), **sides)
 
 

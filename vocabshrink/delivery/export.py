@@ -7,20 +7,20 @@ that delivery's index, which no other model can read. The model card says only w
 
 import json
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from hashlib import sha256
 from pathlib import Path
 
 import numpy as np
 import onnxruntime
 import torch
-import transformers
 from safetensors.torch import save_file
 from torch import nn
 
 from tokenizer_build.errors import InputError
 from tokenizer_build.files import read_json, replacing_folder
 from vocabshrink.delivery.graph import ACTIVATIONS, FLOATS, KERNELS, build_graph
+from vocabshrink.models.families import student_class, without_pooler
 from vocabshrink.models.forward import module_files, pool_sentence
 from vocabshrink.models.loading import check_folder, load_model
 from vocabshrink.models.rounding import fake_quantize_
@@ -49,16 +49,17 @@ LOADERS = {
     "sentence-transformers": ["model.safetensors", *module_files(1, 1, "mean", False)],
 }
 CONFIG_KEYS = "vocab_size hidden_size num_hidden_layers num_attention_heads intermediate_size max_position_embeddings"
-CONFIG_KEYS += " hidden_act type_vocab_size layer_norm_eps pad_token_id"  # what any loader needs of config.json
+CONFIG_KEYS += " hidden_act type_vocab_size layer_norm_eps pad_token_id embedding_size"  # what any loader needs
 
 
 @dataclass(frozen=True)
 class ExportSettings:
     """What to write.
 
-    formats: of the graph's weights. kernel: one of KERNELS, for int8 weights. safetensors: "fp16" or "fp32" adds files
-    for AutoModel and, for embedders, SentenceTransformer. budget_bytes: of what onnxruntime needs. tolerance: how far a
-    delivered figure may fall below the trained one. force: failures are written down instead of raised.
+    formats: of the graph's weights. pooling to default_prompt: of an embedder, see `ModuleSettings`. kernel: one of
+    KERNELS, for int8 weights. safetensors: "fp16" or "fp32" adds files for AutoModel and, for embedders,
+    SentenceTransformer. budget_bytes: of what onnxruntime needs. tolerance: how far a delivered figure may fall below
+    the trained one. force: failures are written down instead of raised.
     """
 
     task: str
@@ -66,6 +67,8 @@ class ExportSettings:
     max_positions: int
     pooling: str = "mean"
     normalize: bool = True
+    prompts: dict[str, str] = field(default_factory=dict)
+    default_prompt: str | None = None
     kernel: str = KERNELS[0]
     safetensors: str | None = None
     budget_bytes: int | None = None
@@ -150,18 +153,18 @@ def check_activation(config, where: str = "the model") -> None:
 def _load_model(folder: Path, settings: ExportSettings) -> nn.Module:
     """The task's model in float32, its position table cut."""
     config, task = check_folder(folder), settings.task
-    if config.model_type != "bert":
-        raise InputError(f"{folder} is a {config.model_type} model: only bert encoders can be exported")
+    if config.model_type not in ("bert", "electra"):
+        raise InputError(f"{folder} is a {config.model_type} model: only bert and electra encoders can be exported")
     check_activation(config, f"{folder}/config.json")
     if not 2 < settings.max_positions <= (most := config.max_position_embeddings):
         raise InputError(f"max_positions {settings.max_positions} is not possible: give 3 to {most:,} (the model's)")
-    name, found = KINDS[task].architecture, (config.architectures or ["BertModel"])[0]
+    loader = student_class(config, KINDS[task].architecture.removeprefix("Bert"))
+    name, found = loader.__name__, (config.architectures or ["a model without a head"])[0]
     if task != "embedding" and name != found:
-        raise InputError(f"{folder} holds a {found}, which has no head for {task}: give the folder of a {name}")
+        raise InputError(f"{folder} holds {found}, which has no head for {task}: give the folder of a {name}")
     if task == "fill-mask" and not config.tie_word_embeddings:
         raise InputError(f"{folder}: the masked-LM decoder is not tied to the embeddings, which alone can be exported")
-    pooler = {"add_pooling_layer": False} if task == "embedding" else {}
-    model = load_model(folder, getattr(transformers, name), **pooler)
+    model = load_model(folder, loader, **(without_pooler(config) if task == "embedding" else {}))
     embeddings = model.base_model.embeddings
     kept = embeddings.position_embeddings.weight.detach()[: settings.max_positions].clone()
     embeddings.position_embeddings = nn.Embedding.from_pretrained(kept, freeze=False)
@@ -176,11 +179,13 @@ def _write_files(model: nn.Module, model_folder: Path, place: Path, settings: Ex
     keys = {"graph": LIMITS[settings.coarsest][0], "task": task, "formats": settings.formats}
     keys |= {"max_positions": settings.max_positions}
     pooled = {"pooling": settings.pooling, "normalize": settings.normalize}
+    prompts = {"prompts": settings.prompts, "default_prompt": settings.default_prompt}
     if task == "embedding":
-        keys |= pooled | {"dimension": config.hidden_size}
+        keys |= pooled | {"dimension": config.hidden_size} | (prompts if settings.prompts else {})
     if "int8" in settings.formats.values():
         keys["kernel"] = settings.kernel
-    state = {name.removeprefix("bert."): value.numpy() for name, value in model.state_dict().items()}
+    prefix = f"{model.base_model_prefix}."
+    state = {name.removeprefix(prefix): value.numpy() for name, value in model.state_dict().items()}
     graph = build_graph(state, config, task=task, formats=settings.formats, kernel=settings.kernel, **pooled)
     (place / "onnx").mkdir()
     (place / keys["graph"]).write_bytes(graph.SerializeToString(deterministic=True))
@@ -194,7 +199,7 @@ def _write_files(model: nn.Module, model_folder: Path, place: Path, settings: Ex
         save_file(tensors, place / "model.safetensors", {"format": "pt"})
         (place / "model.safetensors").chmod(0o644)  # safetensors' are for their owner alone
         if task == "embedding":
-            for name, content in module_files(config.hidden_size, settings.max_positions, **pooled).items():
+            for name, content in module_files(config.hidden_size, settings.max_positions, **pooled, **prompts).items():
                 (place / name).parent.mkdir(exist_ok=True)
                 _write_json(place / name, content)
     return keys

@@ -15,9 +15,10 @@ from dataclasses import dataclass
 import numpy as np
 import onnx
 from onnx import TensorProto, helper, numpy_helper
-from transformers import BertConfig
+from transformers import PreTrainedConfig
 
 from vocabshrink.models.rounding import Quantized, quantize
+from vocabshrink.models.teacher import head_names
 from vocabshrink.run.formats import format_of
 
 # hidden_act of the config -> Gelu's attribute "approximate"; None is Relu
@@ -157,7 +158,7 @@ class Encoder:
 
     graph: Graph
     state: dict[str, np.ndarray]
-    config: BertConfig
+    config: PreTrainedConfig
 
     def layer_norm(self, name: str, hidden: str, outputs: list[str] | None = None) -> str:
         vectors = [self.graph.vector(f"{name}.{part}", self.state[f"{name}.{part}"]) for part in ("weight", "bias")]
@@ -173,6 +174,7 @@ class Encoder:
         return self.graph.node("Relu", [hidden])
 
     def embeddings(self) -> str:
+        """[batch, sequence, hidden], through ELECTRA's projection where there is one."""
         graph = self.graph
         length = graph.node("Shape", ["input_ids"], start=1, end=2)
         places = graph.node("Range", [graph.number(0, "s"), graph.node("Squeeze", [length]), graph.number(1, "s")])
@@ -181,7 +183,8 @@ class Encoder:
             return graph.gather(f"{name}_embeddings", self.state[f"embeddings.{name}_embeddings.weight"], ids, rank)
 
         total = graph.node("Add", [rows("word", "input_ids"), rows("token_type", "token_type_ids")])
-        return self.layer_norm("embeddings.LayerNorm", graph.node("Add", [total, rows("position", places, 1)]))
+        hidden = self.layer_norm("embeddings.LayerNorm", graph.node("Add", [total, rows("position", places, 1)]))
+        return self.linear("embeddings_project", hidden) if "embeddings_project.weight" in self.state else hidden
 
     def attention(self, name: str, hidden: str, bias: str, scale: str) -> str:
         """bias: 0 for pieces and -1e9 for padding, [batch, 1, 1, sequence]; scale: of the queries."""
@@ -215,22 +218,29 @@ class Encoder:
 
     def logits(self, task: str, hidden: str) -> None:
         """Adds the head of a task that is no embedding, and its output "logits"."""
+        electra = self.config.model_type == "electra"  # whose heads have GELU whatever the config says
         if task == "fill-mask":
-            hidden = self.activated(self.linear("cls.predictions.transform.dense", hidden))
-            hidden = self.layer_norm("cls.predictions.transform.LayerNorm", hidden)
-            table, bias = self.state["embeddings.word_embeddings.weight"], self.state["cls.predictions.bias"]
+            names = head_names(self.config)
+            hidden = self.linear(names["dense.weight"].removesuffix(".weight"), hidden)
+            hidden = self.graph.node("Gelu", [hidden]) if electra else self.activated(hidden)
+            hidden = self.layer_norm(names["norm.weight"].removesuffix(".weight"), hidden)
+            table, bias = self.state["embeddings.word_embeddings.weight"], self.state[names["bias"]]
             hidden = self.graph.linear("word_embeddings", table, bias, hidden)
+        elif task == "classification":
+            hidden = self.graph.node("Gather", [hidden, self.graph.number(0, "s")], axis=1)
+            if electra:
+                hidden = self.graph.node("Gelu", [self.linear("classifier.dense", hidden)])
+            else:
+                hidden = self.graph.node("Tanh", [self.linear("pooler.dense", hidden)])
+            hidden = self.linear("classifier.out_proj" if electra else "classifier", hidden)
         else:
-            if task == "classification":
-                first = self.graph.node("Gather", [hidden, self.graph.number(0, "s")], axis=1)
-                hidden = self.graph.node("Tanh", [self.linear("pooler.dense", first)])
             hidden = self.linear("classifier", hidden)
         self.graph.node("Identity", [hidden], ["logits"])
 
 
 def build_graph(
     state: dict[str, np.ndarray],
-    config: BertConfig,
+    config: PreTrainedConfig,
     *,
     task: str,
     formats: dict[str, str],
@@ -268,11 +278,19 @@ def pool(graph: Graph, hidden: str, mask: str, pooling: str, normalize: bool) ->
     """Add the nodes from the last hidden states to sentence_embedding."""
     if pooling == "cls":
         pooled = graph.node("Squeeze", [graph.node("Gather", [hidden, graph.integers(0)], axis=1), graph.integers(1)])
+    elif pooling == "last":
+        last = graph.node("ArgMax", [mask], axis=1, keepdims=1, select_last_index=1)
+        pooled = graph.node("GatherND", [hidden, last], batch_dims=1)
+    elif pooling == "max":
+        absent = graph.node("Mul", [graph.node("Sub", [mask, graph.number(1.0)]), graph.number(1e9)])
+        shown = graph.node("Add", [hidden, graph.node("Unsqueeze", [absent, graph.integers(-1)])])
+        pooled = graph.node("ReduceMax", [shown, graph.integers(1)], keepdims=0)
     else:
         present = graph.node("Unsqueeze", [mask, graph.integers(-1)])
         summed = graph.node("ReduceSum", [graph.node("Mul", [hidden, present]), graph.integers(1)], keepdims=0)
         count = graph.node("ReduceSum", [present, graph.integers(1)], keepdims=0)
-        pooled = graph.node("Div", [summed, graph.node("Max", [count, graph.number(1e-9)])])
+        count = graph.node("Max", [count, graph.number(1e-9)])
+        pooled = graph.node("Div", [summed, graph.node("Sqrt", [count]) if pooling == "mean_sqrt" else count])
     if normalize:
         norm = graph.node("ReduceL2", [pooled, graph.integers(-1)], keepdims=1)
         graph.node("Div", [pooled, graph.node("Max", [norm, graph.number(1e-12)])], ["sentence_embedding"])

@@ -8,6 +8,7 @@ import statistics
 import sys
 import tempfile
 import time
+from functools import partial
 from pathlib import Path
 
 from vocabshrink.data.held_out import Embed, HeldOut, RatedPairs
@@ -31,7 +32,7 @@ def measure_systems(
     for name in ("teacher", "untrained", "trained"):
         backbone, folder = load_model(folders[name]), folders[name]
         embedders[name] = torch_embedder(backbone, folder, pooling, normalize, max_length=LONGEST)
-    embedders["delivered"] = delivery.embed
+    embedders["delivered"] = partial(delivery.embed, prompt="")  # none of the systems gets a prompt
     vectors = {name: embed(held_out.texts) for name, embed in embedders.items()}
     target = vectors.pop("teacher")
     weights = sum(path.stat().st_size for path in weight_files(teacher))

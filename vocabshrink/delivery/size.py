@@ -10,10 +10,10 @@ from pathlib import Path
 
 import numpy as np
 import torch
-import transformers
-from transformers import BertConfig, BertModel
+from transformers import PreTrainedConfig
 
 from vocabshrink.delivery.graph import build_graph
+from vocabshrink.models.families import student_class
 from vocabshrink.run.formats import Formats, describe, formats_of
 from vocabshrink.runtime.kinds import KINDS
 
@@ -27,34 +27,41 @@ TRAINING_TOKENIZER = (2_600, 28.0)
 SMALL_FILES = 2_800  # config.json, tokenizer_config.json and a MANIFEST.json with quality figures
 
 
-def parameters(config: BertConfig) -> dict[str, int]:
-    """Parameters by block; "total" counts every layer and the pooler."""
+def parameters(config: PreTrainedConfig) -> dict[str, int]:
+    """Parameters by block; "total" counts every layer and, of a BERT, the pooler."""
     with torch.device("meta"):
-        model = BertModel(config)
+        model = student_class(config)(config)
     blocks = {
-        "pieces": model.embeddings.word_embeddings,
-        "positions": model.embeddings.position_embeddings,
-        "types": model.embeddings.token_type_embeddings,
-        "embedding_layernorm": model.embeddings.LayerNorm,
-        "per_layer": model.encoder.layer[0],
-        "pooler": model.pooler,
-        "layers": model.encoder,
-        "total": model,
+        "pieces": "embeddings.word_embeddings",
+        "positions": "embeddings.position_embeddings",
+        "types": "embeddings.token_type_embeddings",
+        "embedding_layernorm": "embeddings.LayerNorm",
+        "embedding_projection": "embeddings_project",
+        "per_layer": "encoder.layer.0",
+        "pooler": "pooler",
+        "layers": "encoder",
+        "total": "",
     }
-    return {name: sum(parameter.numel() for parameter in block.parameters()) for name, block in blocks.items()}
+    found = {place: module for place, module in model.named_modules() if place in blocks.values()}
+    return {
+        name: sum(parameter.numel() for parameter in found[place].parameters())
+        for name, place in blocks.items()
+        if place in found
+    }
 
 
-def graph_bytes(config: BertConfig, formats: Formats, task: str = "embedding") -> int:
+def graph_bytes(config: PreTrainedConfig, formats: Formats, task: str = "embedding") -> int:
     """Bytes of the ONNX graph of this shape; a classifier or tagger has `config.num_labels` labels."""
     with torch.device("meta"):
-        model = getattr(transformers, KINDS[task].architecture)(config)
-    shapes = {name.removeprefix("bert."): value.shape for name, value in model.state_dict().items()}
+        model = student_class(config, KINDS[task].architecture.removeprefix("Bert"))(config)
+    prefix = f"{model.base_model_prefix}."
+    shapes = {name.removeprefix(prefix): value.shape for name, value in model.state_dict().items()}
     state = {name: np.zeros(shape, dtype=np.float32) for name, shape in shapes.items()}
     return build_graph(state, config, task=task, formats=formats_of(formats)).ByteSize()
 
 
 def delivery_bytes(
-    config: BertConfig, formats: Formats, task: str = "embedding", tokenizer: Path | None = None
+    config: PreTrainedConfig, formats: Formats, task: str = "embedding", tokenizer: Path | None = None
 ) -> dict[str, int]:
     """Bytes by file, with "total": weights, tokenizer.json (measured where the file is given), small files.
 
@@ -71,7 +78,7 @@ def delivery_bytes(
 
 
 def refusal(
-    config: BertConfig, budget_bytes: int, formats: Formats, *, recipe: str, task: str = "embedding"
+    config: PreTrainedConfig, budget_bytes: int, formats: Formats, *, recipe: str, task: str = "embedding"
 ) -> str | None:
     """None where the delivery fits its budget, else one sentence that says by how much and what to change."""
 

@@ -1,4 +1,4 @@
-"""Sizes, start-up, memory, speed and quality of delivered models beside their peers, in one run on one machine.
+"""Sizes, start-up, memory and speed of delivered models beside their peers, in one run on one machine.
 
 Every system is measured from text to answer, in processes of its own (`answer_here`): our runtime for a delivery and
 for the teacher exported as fp32 and int8 ONNX, model2vec for static vectors distilled from the same teacher. Lengths
@@ -23,7 +23,7 @@ from time import time
 import numpy as np
 
 from tokenizer_build.errors import InputError
-from tokenizer_build.files import read_json, read_jsonl, replacing_folder, write_json
+from tokenizer_build.files import read_json, replacing_folder, write_json
 from vocabshrink.run.folder import RunDir
 from vocabshrink.runtime.delivery import load, name_of
 from vocabshrink.runtime.kinds import KINDS
@@ -33,8 +33,6 @@ STATIC_BUDGET = 7_000_000
 WORDS = """the quick study of small models shows that a short list of common words is enough for most sentences while
 rare names are written as several pieces and the reader of a long page about rivers machines music or law will not
 notice which parts of it were ever joined because meaning comes from what stands around each word"""
-PROBE_ROWS = 8_000  # of the training set, at most: enough for a linear probe, minutes less than all of SST-2
-STRENGTHS = (0.1, 1.0, 10.0, 100.0)  # of the probe, sklearn's C
 
 
 @dataclass(frozen=True)
@@ -104,17 +102,16 @@ def bench(
     teacher: str | Path | None = None,
     static: bool = True,
     out: str | Path = "artifacts/bench/delivery.json",
-    tasks: dict[str, str | Path] | None = None,
     seconds: float = 2.0,
     lengths: Sequence[int] = LENGTHS,
     batches: Sequence[int] = BATCHES,
 ) -> dict:
     """Measure deliveries, and with a `teacher` its ONNX fp32 and int8 and (`static`) its static vectors.
 
-    Peers are made once and kept beside `out`. `tasks`: {name: folder with train/test.jsonl} for the quality. Writes
+    Peers are made once and kept beside `out`. Writes
     `out` and returns what it says: {"machine", "lengths", "systems": {name: {"kind", "bytes" (and "gzip_bytes", one by
     one as servers do) of the "files" that its loader needs, medians over processes of "cold_start_seconds" and
-    "rss_mb", "latency": {threads: {"LENGTHxBATCH": `statistics_of`}}, "quality": {task: value}}}}.
+    "rss_mb", "latency": {threads: {"LENGTHxBATCH": `statistics_of`}}}}}.
     lengths: in pieces; seconds: of calls for each length, batch and number of threads (one and all).
     Raises InputError for a folder that is no delivery and where a package is missing.
     """
@@ -155,11 +152,6 @@ def bench(
         for threads, some in rounds.items():
             cells = {cell: [seconds for one in some for seconds in one["times"][cell]] for cell in some[0]["times"]}
             found["latency"][threads] = {cell: statistics_of(cells[cell], cell) for cell in cells}
-        for task, folder in (tasks or {}).items():
-            if system.kind == "static" or load(system.folder).task == "embedding":
-                say(f"{system.name}: {task}")
-                embed = open_system(system.kind, str(system.folder), os.cpu_count() or 1)
-                found.setdefault("quality", {})[task] = round(task_quality(embed, Path(folder)), 4)
     RunDir(Path(out).parent).write_environment()
     machine = read_json(Path(out).parent / "environment.json")
     write_json(Path(out), report := {"machine": machine, "lengths": list(lengths), "systems": results})
@@ -211,46 +203,15 @@ def statistics_of(times: Sequence[float], cell: str) -> dict[str, float]:
     return {"p50_ms": p50, "p95_ms": p95, "texts_per_second": rate, "calls": len(times)}
 
 
-def task_quality(embed: Callable[[list[str]], np.ndarray], folder: Path) -> float:
-    """Spearman of cosines with the numeric labels of a pair task; else the accuracy of a logistic regression on the
-    embeddings (a linear probe), its strength chosen on held-out training rows.
-
-    On test.jsonl, or validation.jsonl where test has no file. Raises InputError with file, row and remedy.
-    """
-    from sklearn.linear_model import LogisticRegression
-    from sklearn.model_selection import GridSearchCV, ShuffleSplit
-    from sklearn.preprocessing import normalize
-
-    from vocabshrink.data.held_out import read_rated_pairs
-    from vocabshrink.data.tasks import read_task
-    from vocabshrink.run.recipe import TaskSection
-
-    path = next((p for name in ("test", "validation") if (p := folder / f"{name}.jsonl").is_file()), None)
-    if path is None:
-        raise InputError(f"{folder} has neither test.jsonl nor validation.jsonl: give a task's folder")
-    if "sentence2" in next(read_jsonl(path), (0, {}))[1]:
-        return read_rated_pairs(path).spearman(embed)
-    splits = read_task(TaskSection(train=str(folder / "train.jsonl"), validation=str(path)), folder.name).splits
-    train, test = splits["train"], splits["validation"]
-    chosen = np.random.default_rng(0).permutation(len(train))[:PROBE_ROWS]
-    split = ShuffleSplit(1, test_size=0.2, random_state=0)
-    probe = GridSearchCV(LogisticRegression(max_iter=1000), {"C": STRENGTHS}, cv=split)
-    probe.fit(normalize(embed([train.first[i] for i in chosen])), train.targets[chosen])
-    return float(probe.score(normalize(embed(test.first)), test.targets))
-
-
 def bench_tables(report: dict) -> list:
-    """rich's tables: sizes, start-up and quality; then milliseconds and texts a second by cell, for each `threads`."""
+    """rich's tables: sizes and start-up; then milliseconds and texts a second by cell, for each `threads`."""
     from rich.table import Column, Table
 
-    tasks = dict.fromkeys(task for found in report["systems"].values() for task in found.get("quality", {}))
-    heads = ["bytes", "gzipped", "cold start, s", "RSS, MB", *tasks]
-    sizes = Table("", *(Column(head, justify="right") for head in heads), title="Size, start and quality")
+    heads = ["bytes", "gzipped", "cold start, s", "RSS, MB"]
+    sizes = Table("", *(Column(head, justify="right") for head in heads), title="Size and start")
     speeds: dict[str, Table] = {}
     for name, found in report["systems"].items():
-        figures = "{bytes:,} {gzip_bytes:,} {cold_start_seconds:.2f} {rss_mb:.0f}".format(**found).split()
-        quality = found.get("quality", {})
-        sizes.add_row(name, *figures, *(f"{quality[task]:.4f}" if task in quality else "" for task in tasks))
+        sizes.add_row(name, *"{bytes:,} {gzip_bytes:,} {cold_start_seconds:.2f} {rss_mb:.0f}".format(**found).split())
         for threads, cells in found["latency"].items():
             heads = [Column(cell.replace("x", " pieces\nbatch "), justify="right") for cell in cells]
             title = f"p50 / p95 ms, texts a second: {threads} thread{'s' * (threads != '1')}"

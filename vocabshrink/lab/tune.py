@@ -26,7 +26,7 @@ from optuna.storages import RDBStorage, RetryHeartbeatStaleTrialCallback
 from optuna.trial import TrialState
 from pydantic import Field, model_validator
 from sqlalchemy.exc import SQLAlchemyError
-from transformers import BertConfig, BertModel
+from transformers import PreTrainedConfig
 
 from tokenizer_build.errors import InputError
 from tokenizer_build.files import read_json, write_json, write_text
@@ -35,6 +35,7 @@ from vocabshrink.delivery.size import delivery_bytes
 from vocabshrink.lab.ablations import Seeds, rated_of, run_ablations
 from vocabshrink.lab.bench import time_calls
 from vocabshrink.lab.variants import Variant, advance, base_values, claimed, make_variant, refuse_launcher, value_at
+from vocabshrink.models.families import new_encoder
 from vocabshrink.pages.experiments import AVERAGE, TEACHER, place_of, write_tune_page
 from vocabshrink.run.engine import say
 from vocabshrink.run.folder import RunDir
@@ -211,10 +212,10 @@ def genome_of(changes: Any) -> str:
     return hashlib.sha256(json.dumps(changes, sort_keys=True).encode()).hexdigest()[:12]
 
 
-def measure_latency(config: BertConfig, delivery: DeliverySection) -> float:
+def measure_latency(config: PreTrainedConfig, delivery: DeliverySection) -> float:
     """Milliseconds of a sentence of 32 pieces on one thread with random weights: the least of many calls, which other
     work disturbs least."""
-    state = {name: value.numpy() for name, value in BertModel(config, add_pooling_layer=False).state_dict().items()}
+    state = {name: value.numpy() for name, value in new_encoder(config).state_dict().items()}
     formats = formats_of(delivery.weights)
     graph = build_graph(state, config, task="embedding", formats=formats, kernel=delivery.kernel)
     options = onnxruntime.SessionOptions()

@@ -1,14 +1,14 @@
 """A pass through a backbone, and the pooling of what it gives: pieces into units (words), pieces into a sentence.
 
 Losses of attention need each layer's queries, keys and values. They are read by hooks on the layers that compute them,
-so that transformers' fast attention stays in use, which never shows its scores. This costs a table of where each family
-has these layers, and leaves out families whose scores are more than Q K^T / sqrt(d). Student and teacher cut words into
+so that transformers' fast attention stays in use, which never shows its scores. Student and teacher cut words into
 different pieces, so whatever is compared is pooled into units first, in float32 under autocast too.
 """
 
+import re
 from collections.abc import Iterable, Iterator
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
@@ -17,9 +17,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from tokenizer_build.errors import InputError
+from tokenizer_build.files import read_json
 from tokenizer_build.tokenizer import load_tokenizer
 from vocabshrink.data.held_out import Embed
 from vocabshrink.data.pieces import Pieces
+from vocabshrink.models.families import PARTS, first_position, layer_modules
+from vocabshrink.run.recipe import POOLINGS
 
 
 @dataclass
@@ -33,28 +36,6 @@ class Pass:
     queries: tuple[Tensor, ...] | None = None
     keys: tuple[Tensor, ...] | None = None
     values: tuple[Tensor, ...] | None = None
-
-
-# Where each family keeps the layers that give queries, keys and values. Only families whose scores are Q K^T / sqrt(d)
-# and nothing else: MPNet and DeBERTa add relative positions, ModernBERT rotates.
-BERT_PROJECTIONS = ("attention.self.query", "attention.self.key", "attention.self.value")
-PROJECTIONS = dict.fromkeys(("bert", "roberta", "xlm-roberta", "camembert"), BERT_PROJECTIONS) | {
-    "distilbert": ("attention.q_lin", "attention.k_lin", "attention.v_lin"),
-    "albert": ("attention.query", "attention.key", "attention.value"),
-}
-
-
-def check_attention(config) -> tuple[str, ...]:
-    """Where the family's layers compute queries, keys and values. Raises InputError where that is not known."""
-    if config.model_type not in PROJECTIONS or getattr(config, "inner_group_num", 1) != 1:  # ALBERT's layers in a layer
-        remedy = f"choose losses of hidden states, or a model among {', '.join(PROJECTIONS)}"
-        raise InputError(f"{config.model_type}: where its attention is computed is not known: {remedy}")
-    return PROJECTIONS[config.model_type]
-
-
-def first_position(config) -> int:
-    """Row of the first position: RoBERTa-like models begin to count behind the padding id."""
-    return config.pad_token_id + 1 if config.model_type in ("roberta", "xlm-roberta", "camembert", "mpnet") else 0
 
 
 @contextmanager
@@ -77,12 +58,10 @@ def run_backbone(
 ) -> Pass:
     """A pass over ids, or over embeddings [B, T, D_E] made outside: all hidden states (`layers`) or the last only.
 
-    A large batch of which a fifth or more is padding is run in chunks of similar length. Raises: see `check_attention`.
+    A large batch of which a fifth or more is padding is run in chunks of similar length.
     """
     size, width = side.ids.shape
-    places = check_attention(backbone.config) if qkv else ()
-    named = list(backbone.named_modules())
-    projections = [[module for name, module in named if name.endswith(f".{place}")] for place in places]
+    projections = [[*dict.fromkeys(layer_modules(backbone, part))] for part in PARTS[:3] * qkv]
     tensors = {"input_ids": side.ids} if embeddings is None else {"inputs_embeds": embeddings}
     if side.token_types is not None and getattr(backbone.config, "type_vocab_size", 0) > 1:
         tensors["token_type_ids"] = side.token_types
@@ -113,14 +92,99 @@ def pool_sentence(hidden: Tensor, attention_mask: Tensor, pooling: str, normaliz
     """[B, T, D], [B, T] -> sentence embedding [B, D] in float32."""
     hidden = hidden.float()
     mask = attention_mask.unsqueeze(-1).to(hidden.dtype)
-    vector = hidden[:, 0] if pooling == "cls" else (hidden * mask).sum(1) / mask.sum(1).clamp_min(1)
+    if pooling == "cls":
+        vector = hidden[:, 0]
+    elif pooling == "max":
+        vector = hidden.masked_fill(mask == 0, -torch.inf).amax(1)
+    elif pooling == "last":
+        places = torch.arange(1, hidden.shape[1] + 1, device=hidden.device)
+        vector = hidden[torch.arange(len(hidden), device=hidden.device), (attention_mask * places).argmax(1)]
+    else:
+        counts = mask.sum(1).clamp_min(1)
+        vector = (hidden * mask).sum(1) / (counts.sqrt() if pooling == "mean_sqrt" else counts)
     return F.normalize(vector, dim=-1) if normalize else vector
 
 
-def module_files(width: int, positions: int, pooling: str, normalize: bool) -> dict[str, list | dict]:
-    """{file: JSON content} beside a model of `width` dimensions that reads `positions` pieces."""
+# {one of POOLINGS: its name in sentence-transformers' 1_Pooling/config.json}
+MODES = {"mean": "mean_tokens", "cls": "cls_token", "max": "max_tokens", "last": "lasttoken"}
+MODES |= {"mean_sqrt": "mean_sqrt_len_tokens"}
+
+
+@dataclass(frozen=True)
+class ModuleSettings:
+    """What a sentence-transformers folder says of itself; a folder without modules.json is pooled by the defaults.
+
+    max_seq_length: in pieces, None where the folder does not say. prompts: {name: what stands before each text};
+    default_prompt: the name of the one that is used unasked. dense: folders of the linear layers behind the pooling.
+    """
+
+    pooling: str = POOLINGS[0]
+    normalize: bool = True
+    max_seq_length: int | None = None
+    do_lower_case: bool = False
+    prompts: dict[str, str] = field(default_factory=dict)
+    default_prompt: str | None = None
+    dense: tuple[Path, ...] = ()
+
+
+def module_settings(folder: Path, pooling: str | None = None, normalize: bool | None = None) -> ModuleSettings:
+    """Reads what a folder says beside its model; `pooling` and `normalize`, where given, win over it.
+
+    Raises InputError for files of another form, for other modules than Transformer, Pooling, Dense and Normalize, for
+    several poolings joined, and for a dense layer that changes the width or adds a residual.
+    """
+
+    def read(name: str) -> dict | list:
+        return read_json(folder / name) if (folder / name).is_file() else {}
+
+    try:
+        said, limits = read("config_sentence_transformers.json"), read("sentence_bert_config.json")
+        prompts, default = dict(said.get("prompts") or {}), said.get("default_prompt_name")
+        modules = [(part["path"], part["type"].rpartition(".")[2]) for part in read("modules.json")]
+        kinds, options = [kind for _, kind in modules], [read(str(Path(path, "config.json"))) for path, _ in modules]
+        widths = [(part["in_features"], part["out_features"]) for part in options if "in_features" in part]
+    except (LookupError, TypeError, AttributeError):
+        raise InputError(f"{folder}: its sentence-transformers files are of an unknown form: save it again") from None
+    if default is not None and default not in prompts:
+        raise InputError(f"{folder}: default_prompt_name {default!r} is none of its prompts: {', '.join(prompts)}")
+    form = re.fullmatch("Transformer Pooling( Dense)*( Normalize)?", " ".join(kinds))
+    if modules and (not form or modules[0][0]):
+        what = f"its modules are {', '.join(kinds)}"
+        raise InputError(
+            f"{folder}: {what}: only a Transformer beside modules.json, Pooling, Dense, Normalize are known"
+        )
+    residual = any(part.get("use_residual") for part in options)
+    if wrong := [f"{width} to {other} dimensions" for width, other in widths if width != other or residual]:
+        raise InputError(f"{folder}: a Dense module of {wrong[0]} cannot be learnt: take another model")
+    if modules and pooling is None:
+        pooling = _pooling_of(options[1], folder)
+    return ModuleSettings(
+        pooling or POOLINGS[0],
+        (not kinds or "Normalize" in kinds) if normalize is None else normalize,
+        limits.get("max_seq_length"),
+        bool(limits.get("do_lower_case")),
+        {name: text or "" for name, text in prompts.items()},
+        default,
+        tuple(folder / path for path, kind in modules if kind == "Dense"),
+    )
+
+
+def _pooling_of(options: dict, folder: Path) -> str:
+    """The one of POOLINGS that a Pooling module's config means, whose keys changed in sentence-transformers 5."""
+    flags = [key.removeprefix("pooling_mode_") for key, on in options.items() if key.startswith("pooling_mode_") and on]
+    named = options.get("pooling_mode") or flags or MODES["mean"]
+    named = [named] if isinstance(named, str) else named
+    known = {name: pooling for pooling, mode in MODES.items() for name in (mode, pooling)}
+    if len(named) > 1 or named[0] not in known or not options.get("include_prompt", True):
+        what = " and ".join(named) + " without the prompt" * (not options.get("include_prompt", True))
+        remedy = f"give teacher.pooling, one of {', '.join(POOLINGS)}, or another model"
+        raise InputError(f"{folder}: pooling by {what} cannot be learnt: {remedy}")
+    return known[named[0]]
+
+
+def module_files(width: int, positions: int, pooling: str, normalize: bool, prompts=None, default_prompt=None) -> dict:
+    """{file: JSON content} beside a model of `width` dimensions that reads `positions` pieces; see `ModuleSettings`."""
     modules = [("", "Transformer"), ("1_Pooling", "Pooling")] + [("2_Normalize", "Normalize")] * normalize
-    modes = {"cls_token": "cls", "mean_tokens": "mean", "max_tokens": None, "mean_sqrt_len_tokens": None}
     return {
         "modules.json": [
             {"idx": i, "name": str(i), "path": path, "type": f"sentence_transformers.models.{kind}"}
@@ -128,14 +192,23 @@ def module_files(width: int, positions: int, pooling: str, normalize: bool) -> d
         ],
         "sentence_bert_config.json": {"max_seq_length": positions, "do_lower_case": False},
         "1_Pooling/config.json": {"word_embedding_dimension": width}
-        | {f"pooling_mode_{mode}": pooling == name for mode, name in modes.items()},
+        | {f"pooling_mode_{mode}": pooling == name for name, mode in MODES.items()},
+        "config_sentence_transformers.json": {"prompts": prompts or {}, "default_prompt_name": default_prompt},
     }
 
 
 def torch_embedder(
-    backbone, tokenizer_folder: Path, pooling: str, normalize: bool, *, max_length: int, batch_size: int = 64
+    backbone,
+    tokenizer_folder: Path,
+    pooling: str,
+    normalize: bool,
+    *,
+    max_length: int,
+    batch_size: int = 64,
+    prompt: str | None = None,
 ) -> Embed:
     """Texts -> [n, D] float32 by a model and a folder's tokenizer, which cuts at `max_length` or the model's positions.
+    prompt: put before each text.
 
     Sorted by length, texts need little padding; bfloat16's error is far below the differences between models.
     """
@@ -150,7 +223,7 @@ def torch_embedder(
         order = np.argsort([len(text) for text in texts], kind="stable")
         vectors = []
         for start in range(0, len(texts), batch_size):
-            encodings = tokenizer.encode_batch([texts[i] for i in order[start : start + batch_size]])
+            encodings = tokenizer.encode_batch([(prompt or "") + texts[i] for i in order[start : start + batch_size]])
             ids = torch.tensor([e.ids for e in encodings], device=device)
             mask = torch.tensor([e.attention_mask for e in encodings], device=device)
             with torch.autocast(device.type, torch.bfloat16):

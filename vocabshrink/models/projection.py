@@ -12,10 +12,11 @@ Projections belong to the training task and are dropped after it (Zhao et al. 20
 
 import torch
 from torch import Tensor, nn
-from transformers import AutoModel, BertConfig
+from transformers import BertConfig
 
 from tokenizer_build.errors import InputError
 from vocabshrink.data.pieces import Pieces
+from vocabshrink.models.families import LAYERS, PARTS, as_bert, layer_modules, neurons_of, table_width
 from vocabshrink.models.forward import hooked
 from vocabshrink.models.teacher import Teacher
 from vocabshrink.run.layer_map import Pairs, SoftPairs
@@ -25,6 +26,17 @@ def principal_directions(table: Tensor, width: int) -> Tensor:
     """The `width` orthonormal directions [D, width] that keep most of the rows' energy about zero (not centred)."""
     _, vectors = torch.linalg.eigh(table.float().T @ table.float())  # eigenvalues rise
     return vectors[:, -width:].flip(1).contiguous()
+
+
+def narrowing(teacher: Tensor, student: Tensor) -> Tensor:
+    """The map [D, D_S] under which teacher vectors [N, D] keep their products best in the student's width, turned onto
+    the student's own vectors [n, D_S] of the first n sentences: principal directions, then the rotation of least
+    squares (orthogonal Procrustes, Schönemann 1966). So a student learns the teacher's similarities without a head, and
+    from where it stands. In a student wider than the teacher, D dimensions are filled before the turn."""
+    width, whole = student.shape[1], teacher.shape[1]
+    directions = principal_directions(teacher, width) if width < whole else torch.eye(whole, width)
+    left, _, right = torch.linalg.svd((teacher[: len(student)] @ directions).T @ student.float())
+    return directions @ (left @ right)
 
 
 def widen(student_width: int, teacher_width: int, directions: Tensor | None = None) -> nn.Module:
@@ -62,7 +74,7 @@ class ParameterProjection(nn.Module):
 
     def moves(self, student: nn.Module, teacher: nn.Module) -> list[tuple[str, Tensor, Tensor]]:
         """(name of the pair of shapes, variable to project, variable to meet) for all that is matched."""
-        small, large = dict(student.named_parameters()), dict(teacher.named_parameters())
+        small, large = dict(student.named_parameters()), as_bert(teacher)
         sides = [(small[ours], large[theirs]) for ours, theirs in self.matched]
         if self.direction == "down":
             sides = [(theirs, ours) for ours, theirs in sides]
@@ -88,11 +100,11 @@ def layer_and_tail(name: str) -> tuple[int | None, str]:
 
 
 def match_parameters(student: nn.Module, teacher: nn.Module, pairs: Pairs) -> list[tuple[str, str]]:
-    """(student name, teacher name) of the variables of one role: layers by the map (1-based; of a block the last), the
-    rest by name. Raises InputError for the map `emd`."""
+    """(student name, teacher's name in `as_bert`) of the variables of one role: layers by the map (1-based; of a block
+    the last), the rest by name. Raises InputError for the map `emd`."""
     if isinstance(pairs, SoftPairs):
         raise InputError("layer_map: emd has no one teacher layer for parameter projections: choose another map")
-    theirs = dict(teacher.named_parameters())
+    theirs = as_bert(teacher)
     layer_of = {m - 1: block[-1] - 1 for m, block in pairs if m > 0 and block[-1] > 0}
     matched = []
     for name, parameter in student.named_parameters():
@@ -121,14 +133,12 @@ def head_size(config) -> int:
 
 def check_extraction(how: str, config: BertConfig, theirs) -> None:
     """Raises InputError for a teacher (config `theirs`) with other layers than BERT's or smaller than the student."""
-    with torch.device("meta"):  # nothing is allocated
-        names = dict(AutoModel.from_config(theirs).named_parameters())
-    # ELECTRA's table may be narrower than its layers, so that no choice of dimensions fits both
-    if "encoder.layer.0.attention.self.query.weight" not in names or "embeddings_project.weight" in names:
+    # where the table is narrower than the layers, no choice of dimensions fits both
+    if theirs.model_type not in LAYERS or theirs.model_type == "albert" or table_width(theirs) != theirs.hidden_size:
         other = f"a {theirs.model_type} teacher does not have BERT's layers"
         raise InputError(f"student.initialize {how}: {other}: choose teacher or random")
-    names = "hidden_size", "num_attention_heads", "intermediate_size"
-    sizes = {name: (getattr(config, name), getattr(theirs, name)) for name in names}
+    sizes = {name: (getattr(config, name), getattr(theirs, name)) for name in ("hidden_size", "num_attention_heads")}
+    sizes["intermediate_size"] = (config.intermediate_size, neurons_of(theirs))
     sizes["hidden_size / num_attention_heads"] = (head_size(config), head_size(theirs))
     for name, (small, large) in sizes.items():
         if small > large:
@@ -146,11 +156,13 @@ def scores_of(teacher: Teacher, how: str, batch: Pieces | None, seed: int) -> di
     and keys the product of their mean |activation|; of a hidden dimension its mean |value| over all hidden states.
     Returns: {"dims": [D], "layers": [{"heads": [h], "queries": [h, D / h], "values": [h, D / h], "neurons": [F]}]}.
     """
-    layers, config, heads = teacher.backbone.encoder.layer, teacher.config, teacher.config.num_attention_heads
+    config, heads = teacher.config, teacher.config.num_attention_heads
+    modules = {part: list(layer_modules(teacher.backbone, part)) for part in PARTS}
     if how == "extract_random":
         generator, inside = torch.Generator().manual_seed(seed), (heads, head_size(config))
-        shapes = {"heads": (heads,), "queries": inside, "values": inside, "neurons": (config.intermediate_size,)}
+        shapes = {"heads": (heads,), "queries": inside, "values": inside, "neurons": (neurons_of(config),)}
         dims = torch.rand(config.hidden_size, generator=generator)
+        layers = range(config.num_hidden_layers)
         draws = [{name: torch.rand(shape, generator=generator) for name, shape in shapes.items()} for _ in layers]
         return {"dims": dims, "layers": draws}
     mask = batch.attention_mask
@@ -159,15 +171,16 @@ def scores_of(teacher: Teacher, how: str, batch: Pieces | None, seed: int) -> di
         return state[mask.bool()].float().abs().mean(0)
 
     with (
-        hooked(layer.attention.self.query for layer in layers) as queries,
-        hooked(layer.attention.self.key for layer in layers) as keys,
-        hooked((layer.attention.output.dense for layer in layers), inputs=True) as contexts,
-        hooked((layer.output.dense for layer in layers), inputs=True) as neurons,
+        hooked(modules["attention.self.query"]) as queries,
+        hooked(modules["attention.self.key"]) as keys,
+        hooked(modules["attention.output.dense"], inputs=True) as contexts,
+        hooked(modules["output.dense"], inputs=True) as neurons,
     ):
         states = teacher.backbone(input_ids=batch.ids, attention_mask=mask, output_hidden_states=True).hidden_states
     scores = []
-    for layer, query, key, context, neuron in zip(layers, queries, keys, contexts, neurons, strict=True):
-        outgoing = layer.attention.output.dense.weight.float().unflatten(1, (heads, -1))  # [D, h, d]
+    outputs = modules["attention.output.dense"], modules["output.dense"]
+    for *out, query, key, context, neuron in zip(*outputs, queries, keys, contexts, neurons, strict=True):
+        outgoing = out[0].weight.float().unflatten(1, (heads, -1))  # [D, h, d]
         parts = context[mask.bool()].float().unflatten(1, (heads, -1))  # [n, h, d]
         shares = [(parts[:, h] @ outgoing[:, h].T).norm(dim=-1).mean() for h in range(heads)]  # of [n, D]
         scores.append(
@@ -175,7 +188,7 @@ def scores_of(teacher: Teacher, how: str, batch: Pieces | None, seed: int) -> di
                 "heads": torch.stack(shares),
                 "queries": (mean_size(query) * mean_size(key)).unflatten(0, (heads, -1)),
                 "values": parts.abs().mean(0) * outgoing.norm(dim=0),
-                "neurons": mean_size(neuron) * layer.output.dense.weight.float().norm(dim=0),
+                "neurons": mean_size(neuron) * out[1].weight.float().norm(dim=0),
             }
         )
     return {"dims": torch.stack([mean_size(state) for state in states]).mean(0), "layers": scores}

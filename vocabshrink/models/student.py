@@ -1,4 +1,5 @@
-"""The student: a BERT of any shape over the small vocabulary, started from the teacher where shapes allow.
+"""The student: a BERT of any shape over the small vocabulary, started from the teacher where shapes allow; an ELECTRA
+where its piece table is factorised (see `factorise`).
 
 Pieces start as the mean of the teacher's pieces that spell them (Gee et al. 2022, Fast Vocabulary Transfer); for a
 narrower student these means are turned onto the teacher table's principal directions, whose transpose is the way back
@@ -12,88 +13,148 @@ cost a third of a step. The saved config keeps BERT's usual 0.1 for whoever fine
 import shutil
 from collections import Counter
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
-from transformers import BertConfig, BertForMaskedLM, BertModel
+from transformers import BertConfig, BertModel, ElectraConfig, ElectraModel, PreTrainedConfig, PreTrainedModel
 
 from tokenizer_build.errors import InputError
 from tokenizer_build.files import replacing_folder, write_json
 from tokenizer_build.tokenizer import load_tokenizer
 from vocabshrink.data.pieces import Pieces
-from vocabshrink.models.forward import first_position, module_files
-from vocabshrink.models.loading import load_model
+from vocabshrink.models.families import (
+    RELATIVE,
+    as_bert,
+    first_position,
+    neurons_of,
+    new_encoder,
+    student_class,
+    table_width,
+    without_pooler,
+)
+from vocabshrink.models.forward import module_files
+from vocabshrink.models.loading import load_config, load_model
 from vocabshrink.models.projection import check_extraction, cut, keep, layer_and_tail, principal_directions, scores_of
 from vocabshrink.models.spelling import piece_means
-from vocabshrink.models.teacher import HEAD_NAMES, MaskedLMHead, Teacher, eps_and_activation, load_head, new_head
+from vocabshrink.models.teacher import MaskedLMHead, Teacher, eps_and_activation, head_names, load_head, new_head
 from vocabshrink.run.layer_map import layer_pairs
 from vocabshrink.run.recipe import StudentSection
 
 
-def student_config(section: StudentSection, teacher_config, vocab_size: int) -> BertConfig:
-    """The student's shape: the recipe's numbers, else the teacher's.
+def student_config(section: StudentSection, source, vocab_size: int) -> PreTrainedConfig:
+    """The student's shape: the recipe's numbers, else those of `source`, the config of the model that it starts from.
 
     Raises InputError for a width that the heads do not divide, and for a number that neither of them gives.
     """
     names = ["hidden_size", "num_attention_heads", "num_hidden_layers", "intermediate_size", "max_position_embeddings"]
-    theirs = {name: getattr(teacher_config, name, None) for name in names}
-    if teacher_config.model_type == "distilbert":
-        theirs["intermediate_size"] = teacher_config.hidden_dim
+    theirs = {name: getattr(source, name, None) for name in names} | {"intermediate_size": neurons_of(source)}
     if theirs["max_position_embeddings"]:
-        theirs["max_position_embeddings"] -= first_position(teacher_config)
+        theirs["max_position_embeddings"] -= first_position(source)
     shape = {name: getattr(section, name) or value for name, value in theirs.items()}
     if missing := [name for name, value in shape.items() if not value]:
-        nothing = f"the {teacher_config.model_type} teacher has no such number"
+        nothing = f"the {source.model_type} model has no such number"
         raise InputError(f"student.{missing[0]}: {nothing}: write it in the recipe")
     hidden, heads = shape["hidden_size"], shape["num_attention_heads"]
     if hidden % heads:
         raise InputError(f"student: num_attention_heads {heads} does not divide hidden_size {hidden}: choose a divisor")
-    eps, activation = eps_and_activation(teacher_config)
-    shape |= {"vocab_size": vocab_size, "type_vocab_size": getattr(teacher_config, "type_vocab_size", 0) or 1}
-    return BertConfig(hidden_act=activation, layer_norm_eps=eps, **shape)
+    eps, activation = eps_and_activation(source)
+    shape |= {"vocab_size": vocab_size, "type_vocab_size": getattr(source, "type_vocab_size", 0) or 1}
+    shape |= {"hidden_act": activation, "layer_norm_eps": eps}
+    own = table_width(source) if section.hidden_size in (None, source.hidden_size) else hidden
+    columns = section.embedding_size or own
+    if columns > hidden:
+        raise InputError(f"student.embedding_size {columns} is over hidden_size {hidden}: choose at most that")
+    return BertConfig(**shape) if columns == hidden else ElectraConfig(embedding_size=columns, **shape)
+
+
+class Start(NamedTuple):
+    """A student as it starts. directions [D, D_S]: of the source's hidden states, from which `widen` starts (principal,
+    or the columns of the kept dimensions); table_directions [D, E]: the same of its piece table. None: of equal widths.
+    report: {"embeddings": ..., "layers": ...}, what was done, for the log."""
+
+    model: PreTrainedModel
+    directions: Tensor | None
+    table_directions: Tensor | None
+    report: dict
 
 
 def build_student(
-    section: StudentSection, teacher: Teacher, tokenizer_folder: Path, *, batch: Pieces | None = None, seed: int = 0
-) -> tuple[BertModel, Tensor | None, dict]:
-    """A student and how it was started.
+    section: StudentSection, source: Teacher, tokenizer_folder: Path, *, batch: Pieces | None = None, seed: int = 0
+) -> Start:
+    """A student and how it was started from `source`: the teacher, or another model.
 
-    batch: text in the teacher's pieces, from which `extract_importance` measures. seed: of `extract_random` and of the
-    layer map `random`; what stays random altogether comes from torch's own generator.
-
-    Returns: the model; the directions [D_T, D_S] that `widen` starts from (principal, or the columns of the kept
-    dimensions), or None for equal widths; a report {"embeddings": ..., "layers": ...} for the log. Raises InputError
-    for a shape that the teacher cannot fill, and for extraction from a teacher without BERT's layers.
+    batch: text in the source's pieces, from which `extract_importance` measures. seed: of `extract_random` and of the
+    layer map `random`; what stays random altogether comes from torch's own generator. Raises InputError for a shape
+    that the source cannot fill, and for extraction from a model without BERT's layers.
     """
     tokenizer, how = load_tokenizer(tokenizer_folder), section.initialize
-    config = student_config(section, teacher.config, tokenizer.get_vocab_size())
-    config.pad_token_id = tokenizer.token_to_id("[PAD]")
-    config._attn_implementation = teacher.config._attn_implementation
-    student = BertModel(config, add_pooling_layer=False).eval()
-    table, ours = teacher.table.weight.detach(), config.hidden_size
-    width = table.shape[1]
+    wanted = config = student_config(section, source.config, tokenizer.get_vocab_size())
+    table = source.table.weight.detach()
+    if table_width(wanted) < min(wanted.hidden_size, table.shape[1]):  # factorised when all else is in place
+        whole = section.model_copy(update={"embedding_size": wanted.hidden_size})
+        config = student_config(whole, source.config, wanted.vocab_size)
+    for one in (wanted, config):
+        one.pad_token_id = tokenizer.token_to_id("[PAD]")
+        one._attn_implementation = source.config._attn_implementation
+    student = new_encoder(config)
+    ours, width = table_width(config), table.shape[1]
     kept, directions, turned = None, None, ""
     if how.startswith("extract_"):
-        check_extraction(how, config, teacher.config)
-        kept = keep(scores_of(teacher, how, batch, seed), config)
+        check_extraction(how, config, source.config)
+        kept = keep(scores_of(source, how, batch, seed), config)
         if ours < width:
             directions, turned = torch.eye(width)[:, kept["dims"]], f" in {ours} of {width} dimensions"
     elif ours < width:
         directions, turned = principal_directions(table, ours), f" on {ours} principal directions"
     elif ours > width:  # ALBERT's table is narrower than its layers
         directions, turned = torch.eye(width, ours), f" in the first {width} columns"
-    if how == "random":
-        return student, directions, {"embeddings": "random", "layers": "random"}
-    if ours > (most := teacher.config.hidden_size):
-        remedy = "choose at most that, or student.initialize: random"
-        raise InputError(f"student.hidden_size {ours} is over the teacher's width {most}: {remedy}")
-    means = piece_means(tokenizer, load_tokenizer(teacher.folder), table)
-    student.embeddings.word_embeddings.weight.data.copy_(means if directions is None else means @ directions)
-    layers = copy_body(student, teacher, source_layers(section.layer_map, student, teacher, seed), kept)
-    return student, directions, {"embeddings": "piece means" + turned, "layers": layers}
+    report = {"embeddings": "random", "layers": "random"}
+    if how != "random":
+        if config.hidden_size > (most := source.config.hidden_size):
+            remedy = "choose at most that, or student.initialize: random"
+            raise InputError(f"student.hidden_size {config.hidden_size} is over the teacher's width {most}: {remedy}")
+        means = piece_means(tokenizer, load_tokenizer(source.folder), table)
+        student.get_input_embeddings().weight.data.copy_(means if directions is None else means @ directions)
+        layers = copy_body(student, source, source_layers(section.layer_map, student, source, seed), kept)
+        report = {"embeddings": "piece means" + turned, "layers": layers}
+    if config is wanted:
+        return Start(student, directions, directions, report)
+    student, basis = factorise(student, wanted)
+    report["embeddings"] += f", factorised to {table_width(wanted)} columns"
+    return Start(student, directions, basis if directions is None else directions @ basis, report)
 
 
-def source_layers(layer_map: str | list, student: BertModel, teacher: Teacher, seed: int) -> dict[int, int]:
+@torch.no_grad()
+def factorise(student: BertModel, config: ElectraConfig) -> tuple[ElectraModel, Tensor]:
+    """The same encoder with its embeddings in fewer columns, and their orthonormal basis [D_S, E].
+
+    BERT normalises w + p + t in the layers' width, ELECTRA in the table's and projects the result up. The two agree for
+    what lies in the basis if this maps the vector of ones, which a layer norm takes away, to a vector of ones: then the
+    norms differ by the constant sqrt(D_S / E), and the projection takes over BERT's gain and shift. The rest of the
+    basis are the principal directions of pieces and positions.
+    """
+    new, old, columns = new_encoder(config), student.embeddings, config.embedding_size
+    tables = {name: getattr(old, f"{name}_embeddings").weight for name in ("word", "position", "token_type")}
+    width = config.hidden_size
+    flat = [table - table.mean(1, keepdim=True) for table in tables.values()]
+    rows = torch.cat([table / len(table) ** 0.5 for table in flat])  # pieces weigh as much as positions
+    ones = torch.ones(width, 1) / width**0.5
+    basis = torch.linalg.qr(torch.cat([ones, principal_directions(rows, columns - 1)], 1)).Q
+    basis = basis * (basis[:, 0].sum().sign())  # the first column is ones again
+    # the reflection that takes the first axis to the vector of ones
+    axis = torch.eye(columns)[:, :1] - torch.ones(columns, 1) / columns**0.5
+    basis = basis @ (torch.eye(columns) - 2 * axis @ axis.T / axis.square().sum())
+    for name, table in tables.items():
+        getattr(new.embeddings, f"{name}_embeddings").weight.copy_(table @ basis)
+    gain = old.LayerNorm.weight.unsqueeze(1) * (width / columns) ** 0.5
+    new.embeddings_project.weight.copy_(gain * basis)
+    new.embeddings_project.bias.copy_(old.LayerNorm.bias)
+    new.encoder.load_state_dict(student.encoder.state_dict())
+    return new, basis
+
+
+def source_layers(layer_map: str | list, student: PreTrainedModel, teacher: Teacher, seed: int) -> dict[int, int]:
     """Student layer -> the teacher layer that it starts from, both 0-based: the last of those that it learns from.
 
     A layer that the map passes over (`skip`, `last_only`) or gives all of the teacher's (`emd`) starts as in the map
@@ -109,14 +170,14 @@ def source_layers(layer_map: str | list, student: BertModel, teacher: Teacher, s
 UPDATES = ("attention.output.dense", "output.dense")  # what a layer adds to the residual stream
 
 
-def copy_body(student: BertModel, teacher: Teacher, source_layer: dict[int, int], kept: dict | None) -> str:
+def copy_body(student: PreTrainedModel, teacher: Teacher, source_layer: dict[int, int], kept: dict | None) -> str:
     """Copies every variable but the piece table whose shape agrees, or what `kept` cuts out of it, layers by the map.
 
     Of a teacher layer that several student layers start from, each adds 1 / sqrt(copies) of the update to the residual
     stream: all-MiniLM-L6-v2 with every layer twice keeps 0.921 of 0.926 on 500 pairs of STS-B untrained (whole updates
     0.904, halves 0.911). Returns what was done.
     """
-    source, shape = dict(teacher.backbone.named_parameters()), student.config
+    source, shape = as_bert(teacher.backbone), student.config
     other_heads = kept is None and shape.num_attention_heads != teacher.config.num_attention_heads
     copies = Counter(source_layer.values())
     in_layers, copied = 0, Counter()  # copied: how many inside (True) and outside (False) of layers
@@ -136,15 +197,19 @@ def copy_body(student: BertModel, teacher: Teacher, source_layer: dict[int, int]
         if value.shape == target.shape:
             target.data.copy_(value)
             copied[inside] += 1
+    if "embeddings.token_type_embeddings.weight" not in source:  # a family without token types adds nothing for them
+        student.embeddings.token_type_embeddings.weight.data.zero_()
     if not copied[True]:
         return f"random: no layer of the teacher has this shape ({copied[False]} other variables copied)"
     size = f"{shape.hidden_size} wide, {shape.num_attention_heads} heads, {shape.intermediate_size} neurons"
     how = "teacher's" if kept is None else f"cut out of the teacher's to {size}"
     pairs = [(m + 1, n + 1) for m, n in sorted(source_layer.items())]
-    return f"{how}, pairs {pairs} ({copied[True]} of {in_layers} variables of layers copied, {copied[False]} others)"
+    lost = ", without its relative positions" * (teacher.config.model_type in RELATIVE)
+    of = f"{copied[True]} of {in_layers} variables of layers copied, {copied[False]} others"
+    return f"{how}, pairs {pairs} ({of}){lost}"
 
 
-def new_student_head(student: BertModel, teacher: Teacher) -> MaskedLMHead:
+def new_student_head(student: PreTrainedModel, teacher: Teacher) -> MaskedLMHead:
     """The student's masked-LM head: the teacher's transform where widths agree, else random."""
     head = new_head(student)
     if teacher.head is not None and teacher.head.dense.weight.shape == head.dense.weight.shape:
@@ -153,9 +218,14 @@ def new_student_head(student: BertModel, teacher: Teacher) -> MaskedLMHead:
     return head
 
 
-def load_student(folder: Path, student: BertModel, head: MaskedLMHead | None = None) -> dict:
+def read_student(folder: Path) -> PreTrainedModel:
+    """A saved student without a pooler, in eval mode."""
+    return load_model(folder, **without_pooler(load_config(folder)))
+
+
+def load_student(folder: Path, student: PreTrainedModel, head: MaskedLMHead | None = None) -> dict:
     """Puts a saved student (and head) into a built one, in place. Returns where from, for the log."""
-    student.load_state_dict(load_model(folder, BertModel, add_pooling_layer=False).state_dict())
+    student.load_state_dict(read_student(folder).state_dict())
     saved = load_head(folder, student)
     if head is not None and saved is not None:
         head.load_state_dict(saved.state_dict())
@@ -163,14 +233,20 @@ def load_student(folder: Path, student: BertModel, head: MaskedLMHead | None = N
 
 
 def save_student(
-    folder: Path, student: BertModel, head: MaskedLMHead | None, tokenizer_folder: Path, pooling: str, normalize: bool
+    folder: Path,
+    student: PreTrainedModel,
+    head: MaskedLMHead | None,
+    tokenizer_folder: Path,
+    pooling: str,
+    normalize: bool,
 ) -> None:
     """Writes a model folder that AutoModel (and, by its module list, SentenceTransformer) loads unchanged."""
     model: nn.Module = student
     if head is not None:
-        values = {f"bert.{name}": value for name, value in student.state_dict().items()}
-        values |= {HEAD_NAMES[0][name]: value for name, value in head.state_dict().items()}
-        model = BertForMaskedLM(student.config)
+        model = student_class(student.config, "ForMaskedLM")(student.config)
+        values = {f"{model.base_model_prefix}.{name}": value for name, value in student.state_dict().items()}
+        names = head_names(student.config)
+        values |= {names[name]: value for name, value in head.state_dict().items()}
         model.load_state_dict(values, strict=False)  # the decoder is the piece table
         model.tie_weights()
     shape = student.config.hidden_size, student.config.max_position_embeddings

@@ -11,18 +11,21 @@ from pathlib import Path
 import torch
 import transformers
 from torch import Tensor, nn
-from transformers import BertConfig, BertModel
+from transformers import PreTrainedModel
 
 from tokenizer_build.errors import InputError
 from vocabshrink.data.batches import Batch, TaskBatcher
 from vocabshrink.data.tasks import Task, check_label_order
+from vocabshrink.models.families import student_class
 from vocabshrink.models.forward import run_backbone
 from vocabshrink.models.loading import check_folder, load_model, read_tensors, resolve_model, tensors_in
 
 # model_type -> (model, last hidden states [B, T, D]) -> logits [B, C]; transformers' heads without their dropout
 CLASSIFIERS: dict[str, Callable[[nn.Module, Tensor], Tensor]] = {
     "bert": lambda model, hidden: model.classifier(model.bert.pooler(hidden)),
-    **dict.fromkeys(("roberta", "xlm-roberta"), lambda model, hidden: model.classifier(hidden)),
+    **dict.fromkeys(
+        ("roberta", "xlm-roberta", "camembert", "mpnet", "electra"), lambda model, hidden: model.classifier(hidden)
+    ),
     "albert": lambda model, hidden: model.classifier(model.albert.pooler_activation(model.albert.pooler(hidden[:, 0]))),
     "distilbert": lambda model, hidden: model.classifier(model.pre_classifier(hidden[:, 0]).relu()),
 }
@@ -64,16 +67,16 @@ def load_task_model(model: str, task: Task, *, trained: bool) -> nn.Module:
     return loaded
 
 
-def student_model(student: BertModel, task: Task, teacher_folder: Path) -> nn.Module:
+def student_model(student: PreTrainedModel, task: Task, teacher_folder: Path) -> nn.Module:
     """A task model with a student's body, a random head and, where it has one of this shape, the teacher's pooler."""
-    config = BertConfig.from_dict(student.config.to_dict() | label_names(task))
+    config = type(student.config).from_dict(student.config.to_dict() | label_names(task))
     config._attn_implementation = student.config._attn_implementation
     unit = "Token" if task.kind == "tokens" else "Sequence"
-    model = getattr(transformers, f"BertFor{unit}Classification")(config)
-    model.bert.load_state_dict(student.state_dict(), strict=False)
-    if model.bert.pooler is not None:
+    model = student_class(config, f"For{unit}Classification")(config)
+    model.base_model.load_state_dict(student.state_dict(), strict=False)
+    if (pooler := getattr(model.base_model, "pooler", None)) is not None:
         tensors = tensors_in(teacher_folder)
-        for kind, target in model.bert.pooler.dense.named_parameters():
+        for kind, target in pooler.dense.named_parameters():
             for name in (f"pooler.dense.{kind}", f"bert.pooler.dense.{kind}"):
                 if name in tensors and tensors[name][1] == target.shape:
                     target.data.copy_(read_tensors(teacher_folder, {kind: name})[kind])

@@ -14,6 +14,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers.activations import ACT2FN
 
+from vocabshrink.models.forward import module_settings
 from vocabshrink.models.loading import check_folder, load_model, read_tensors, resolve_model, tensors_in
 
 
@@ -55,13 +56,15 @@ class Teacher:
         return self.backbone.get_input_embeddings()
 
 
-def load_teacher(model: str, *, pooling: str = "mean", normalize: bool = True) -> Teacher:
-    """Backbone and masked-LM head in eval mode. Raises InputError: see `resolve_model` and `check_folder`."""
+def load_teacher(model: str, *, pooling: str | None = None, normalize: bool | None = None) -> Teacher:
+    """Backbone and masked-LM head in eval mode. Raises InputError: see `resolve_model`, `check_folder` and
+    `module_settings`, which says how it pools where the arguments do not."""
     check_folder(folder := resolve_model(model))
+    said = module_settings(folder, pooling, normalize)
     backbone = load_model(folder)
     if getattr(backbone, "pooler", None) is not None:
         backbone.pooler = None  # next-sentence head: no one reads it, and it would be trained as dead weight
-    return Teacher(backbone, load_head(folder, backbone), folder, pooling, normalize)
+    return Teacher(backbone, load_head(folder, backbone), folder, said.pooling, said.normalize)
 
 
 # {`MaskedLMHead`'s name: the checkpoint's} in each family, BERT's first
@@ -73,6 +76,7 @@ HEAD_NAMES = [
         ("lm_head.dense", "lm_head.layer_norm", "lm_head.bias"),  # RoBERTa, XLM-R, MPNet
         ("predictions.dense", "predictions.LayerNorm", "predictions.bias"),  # ALBERT
         ("vocab_transform", "vocab_layer_norm", "vocab_projector.bias"),  # DistilBERT
+        ("generator_predictions.dense", "generator_predictions.LayerNorm", "generator_lm_head.bias"),  # ELECTRA
     )
     for scale, shift in (("weight", "bias"), ("gamma", "beta"))  # old checkpoints have the latter
 ]
@@ -82,6 +86,12 @@ def find_head(folder: Path) -> dict[str, str] | None:
     """{`MaskedLMHead`'s name: the checkpoint's} of the head in a folder's weights, or None."""
     tensors = tensors_in(folder).keys()
     return next((names for names in HEAD_NAMES if set(names.values()) <= tensors), None)
+
+
+def head_names(config) -> dict[str, str]:
+    """{`MaskedLMHead`'s name: the checkpoint's} of the head that a student's class has."""
+    bias = {"bert": "cls.predictions.bias", "electra": "generator_lm_head.bias"}[config.model_type]
+    return next(names for names in HEAD_NAMES if names["bias"] == bias)
 
 
 def eps_and_activation(config) -> tuple[float, str]:
@@ -101,8 +111,8 @@ def load_head(folder: Path, backbone: nn.Module) -> MaskedLMHead | None:
         return None
     head = new_head(backbone)
     head.load_state_dict(read_tensors(folder, names))
-    if names["bias"] == "lm_head.bias":
-        head.activation = ACT2FN["gelu"]  # RoBERTa's head has it whatever the config says
+    if names["bias"] in ("lm_head.bias", "generator_lm_head.bias"):
+        head.activation = ACT2FN["gelu"]  # RoBERTa's and ELECTRA's have it whatever the config says
     return head
 
 

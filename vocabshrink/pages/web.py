@@ -22,7 +22,7 @@ import numpy as np
 from tokenizer_build.errors import InputError
 from tokenizer_build.files import read_json, read_jsonl, replacing_folder
 from vocabshrink.pages.page import write_page
-from vocabshrink.runtime.delivery import Delivery, load, name_of
+from vocabshrink.runtime.delivery import PASSAGE, QUERY, Delivery, load, name_of
 from vocabshrink.runtime.kinds import KINDS
 
 RUNTIME = {
@@ -92,6 +92,7 @@ def _entry(folder: Path, model: Delivery) -> dict:
         raise InputError(f"{folder}/{graph} is not a name that transformers.js knows: use one of {', '.join(DTYPES)}")
     entry = {"name": name_of(folder), "task": model.task, "dtype": DTYPES[graph], "labels": model.labels}
     entry |= {"dimension": model.dimension, "longest": model.longest, "passages": False}
+    entry |= {"before_query": model.prefix(QUERY), "before_passage": model.prefix(PASSAGE)}
     return entry | {"files": [file for file in (*LOADED, graph) if (folder / file).is_file()]}
 
 
@@ -115,7 +116,7 @@ def _write_passages(place: Path, folder: Path, model: Delivery, passages: Path |
         if vectors.shape != (len(records), model.dimension):
             raise InputError(f"{matrix} does not belong to {source}: build the index again")
     else:
-        vectors = model.embed([record["text"] for record in records])
+        vectors = model.embed([record["text"] for record in records], prompt=PASSAGE)
     vectors *= 127 / np.maximum(np.abs(vectors).max(axis=1, keepdims=True), 1e-12)
     (place / "vectors.bin").write_bytes(np.rint(vectors).astype(np.int8).tobytes())
     (place / "passages.json").write_text(json.dumps(records, ensure_ascii=False), encoding="utf-8")

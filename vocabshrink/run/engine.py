@@ -178,6 +178,20 @@ def say(text: str) -> None:
         print(text, file=sys.stderr, flush=True)
 
 
+def saying_left(what: str, total: int, done: int = 0) -> Callable[[int], None]:
+    """A progress callback that adds up what it is given to `done`, and says how far of `total` that is and how long the
+    rest will take at this pace."""
+    started, begun = time.monotonic(), done
+
+    def progress(more: int) -> None:
+        nonlocal done
+        done += more
+        left = (time.monotonic() - started) / (done - begun) * (total - done) / 60
+        say(f"{what}: {done:,} of {total:,}, {left:.1f} min left")
+
+    return progress
+
+
 def saying_millions(stage: str, unit: str, every: int) -> Callable[[int], None]:
     """A progress callback that adds up what it is given and says so every few millions."""
     seen = 0

@@ -2,7 +2,8 @@
 
 A format is a name: `fp32`, `fp16`, `int8` (one scale a row) or `int4-G` (one scale for every G values of a row).
 Formats can be mixed by class of tensor: {"embeddings": "int4-64", "attention": "int8", ...}. Positions (with token
-types) and heads are int8 unless told otherwise, which costs all-MiniLM's 128 positions 25 KB. Biases, layer norms and
+types and the projection of a factorised piece table) and heads are int8 unless told otherwise, which costs all-MiniLM's
+128 positions 25 KB. Biases, layer norms and
 scales are float16.
 """
 
@@ -43,7 +44,7 @@ def tensor_class(name: str) -> str:
     """The member of CLASSES that a parameter of a BERT belongs to; a tied decoder is the piece table."""
     if "word_embeddings" in name or "predictions.decoder" in name:
         return "embeddings"
-    if "_embeddings" in name:
+    if "_embeddings" in name or "embeddings_project" in name:
         return "positions"
     if "attention" in name:
         return "attention"

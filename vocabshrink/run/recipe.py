@@ -55,7 +55,7 @@ def parse_size(value: Any) -> Any:
     return round(float(match[1].replace("_", "")) * unit.get(match[2], 1))
 
 
-POOLINGS = ("mean", "cls")
+POOLINGS = ("mean", "cls", "max", "last", "mean_sqrt")
 Number = BeforeValidator(refuse_boolean)
 Bytes = Annotated[int, BeforeValidator(parse_size), Number, Field(gt=0)]
 Share = Annotated[float, Number, Field(ge=0, le=1)]
@@ -79,8 +79,11 @@ class TeacherSection(Section):
     # such a setting stays finished
     revision: str | None = Field(default=None, exclude_if=lambda value: value is None)
     sha256: str | None = None  # of the weights, all shards in order of name; checked before anything is built on them
-    pooling: Literal[*POOLINGS] = "mean"  # of the sentence embedding, where one is matched or delivered
-    normalize: bool = True
+    # of the sentence embedding, matched or delivered; None: as its folder says, else mean and normalised
+    pooling: Literal[*POOLINGS] | None = None
+    normalize: bool | None = None
+    # put before every text whose vector is stored, as `query: ` of the e5 family; out of dumps where it is not set
+    prompt: str | None = Field(default=None, exclude_if=lambda value: value is None)
 
 
 class CorpusSection(Section):
@@ -101,13 +104,18 @@ class VocabularySection(Section):
 
 
 class StudentSection(Section):
-    """A BERT shape. What is left out is the teacher's."""
+    """A BERT shape. What is left out is the teacher's, or that of `start`."""
 
     num_hidden_layers: Positive | None = None
     hidden_size: Positive | None = None
     num_attention_heads: Positive | None = None
     intermediate_size: Positive | None = None
     max_position_embeddings: Positive | None = None
+    # columns of a factorised piece table, pieces x this and this x hidden_size (ALBERT, ELECTRA); None: hidden_size, or
+    # the teacher's where its table is factorised. Out of dumps where it is not set
+    embedding_size: Positive | None = Field(default=None, exclude_if=lambda value: value is None)
+    # another model than the teacher, whose layers and pieces the student starts from
+    start: str | None = Field(default=None, exclude_if=lambda value: value is None)
     # teacher: piece means, and layers copied where shapes agree. extract_*: also heads, feed-forward neurons and, for a
     # narrower student, hidden dimensions cut out of the teacher's (Extract-then-Distill)
     initialize: Literal["teacher", "random", "extract_random", "extract_importance"] = "teacher"
@@ -192,6 +200,33 @@ class ComparingStage(TrainingSection):
         return self
 
 
+class VectorTeacher(TeacherSection):
+    """Another teacher whose sentence vectors are stored beside those of `teacher`."""
+
+    center: bool = False  # takes the mean vector off: for teachers whose similarities all lie in a narrow band
+
+
+class VectorsStage(Section):
+    """Sentence vectors of the teachers, stored once; `distill` and `recovery` then read them instead of a teacher."""
+
+    sentences: Positive = 200_000  # at most
+    shares: list[Weight] = []  # of the corpus's sources, in their order; []: equal ones, however long each is
+    unit: Literal["sentence", "line"] = "sentence"
+    max_length: Positive = 128  # pieces that a teacher reads of each
+    batch_size: Positive = 64
+    center: bool = False  # as in `teachers`, of the first
+    teachers: dict[Name, VectorTeacher] = {}  # beside the first, which is called `teacher`
+
+    @property
+    def names(self) -> list[str]:
+        return ["teacher", *self.teachers]
+
+    @property
+    def centered(self) -> set[str]:
+        """The names of the teachers whose mean vector is taken off."""
+        return {name for name, one in ({"teacher": self} | self.teachers).items() if one.center}
+
+
 class DualStage(ComparingStage):
     """Dual training: the teacher reads each word in the student's pieces with probability p.
 
@@ -221,7 +256,10 @@ class DualStage(ComparingStage):
 
 
 class DistillStage(ComparingStage):
-    """Trains the student on its own vocabulary against the teacher on the teacher's."""
+    """Trains the student on its own vocabulary against the teacher on the teacher's, or against stored vectors."""
+
+    # {teacher of `vectors`: the share of its similarities}; {}: equal ones. Out of dumps where it is not set
+    teachers: dict[Name, Weight] = Field(default={}, exclude_if=lambda value: not value)
 
 
 class Phase(TrainingSection):
@@ -344,6 +382,7 @@ class Recipe(Section):
     vocabulary: VocabularySection = VocabularySection()
     student: StudentSection = StudentSection()
     masked_lm_head: TeacherStage | None = None
+    vectors: VectorsStage | None = None
     dual: DualStage | None = None
     distill: DistillStage | None = None
     # trains on through the rounding of delivery.weights (straight-through)
@@ -378,6 +417,15 @@ class Recipe(Section):
     def consistent(self):
         if self.recovery and not self.delivery:
             raise ValueError("recovery trains through the delivery's rounding: add a delivery section, or leave it out")
+        if self.vectors and self.vectors.shares and len(self.vectors.shares) != len(self.corpus.sources):
+            raise ValueError(f"vectors.shares: give one number for each of the {len(self.corpus.sources)} sources")
+        if self.vectors and "teacher" in self.vectors.teachers:
+            raise ValueError("vectors.teachers.teacher: this name is the first teacher's: choose another")
+        if self.vectors and not self.distill:
+            raise ValueError("vectors are read by distill alone: add a distill section, or leave vectors out")
+        for name in ("distill", "recovery"):
+            if stage := getattr(self, name):
+                self._check_vectors(name, stage)
         if self.dual and self.dual.mode == "two_stage" and not self.distill:
             raise ValueError("dual.mode two_stage trains only the teacher: add a distill section")
         if taken := OF_SUMMARY & set(self.tasks):
@@ -396,6 +444,21 @@ class Recipe(Section):
         if positions and longest > positions:
             raise ValueError(f"max_length {longest} is over student.max_position_embeddings {positions}")
         return self
+
+    def _check_vectors(self, name: str, stage: DistillStage) -> None:
+        known = self.vectors.names if self.vectors else []
+        if unknown := set(stage.teachers) - set(known):
+            raise ValueError(
+                f"{name}.teachers.{min(unknown)}: no such teacher in vectors: known are {', '.join(known) or 'none'}"
+            )
+        if stage.teachers and not any(stage.teachers.values()):
+            raise ValueError(f"{name}.teachers: every share is 0: give one teacher a share")
+        if self.vectors and stage.group_size > 1:
+            raise ValueError(
+                f"{name}.group_size: near sentences have no stored vectors: leave group_size, or vectors, out"
+            )
+        if not self.vectors and "bank_similarity" in stage.losses:
+            raise ValueError(f"{name}.losses.bank_similarity reads stored vectors: add a vectors section")
 
 
 def load_recipe(path: str | Path, overrides: list[str] | tuple[str, ...] = ()) -> Recipe:

@@ -53,7 +53,7 @@ def functions_of(module: str) -> dict[str, ast.FunctionDef]:
 
 HEAD = {"section": "masked_lm_head", "trains": True, "alone": True}  # in the teacher's pieces, whatever the student's
 STUDENT = {"trains": True, "student": True}
-LAST = "encode masked_lm_head dual distill"
+LAST = "encode masked_lm_head vectors dual distill"
 STAGES = {
     stage.name: stage
     for stage in (
@@ -61,8 +61,16 @@ STAGES = {
         Stage("vocab", "text", "count", "vocabulary teacher"),
         Stage("encode", "text", "vocab"),
         Stage("masked_lm_head", "training", "encode", "corpus teacher masked_lm_head seed", **HEAD),
+        Stage("vectors", "training", "", "corpus teacher vectors seed", "vectors"),
         Stage("dual", "training", "encode masked_lm_head", "student dual seed corpus", "dual", **STUDENT),
-        Stage("distill", "training", "encode masked_lm_head dual", "student distill seed corpus", "distill", **STUDENT),
+        Stage(
+            "distill",
+            "training",
+            "encode masked_lm_head vectors dual",
+            "student distill seed corpus",
+            "distill",
+            **STUDENT,
+        ),
         Stage("recovery", "training", LAST, "recovery delivery.weights", "recovery", **STUDENT),
         Stage("task_teacher", "tasks", "", "teacher tasks finetune.teacher", "finetune.teacher", trains=True),
         Stage("augment", "tasks", "masked_lm_head", "teacher tasks finetune.augment", "finetune.augment"),

@@ -23,10 +23,14 @@ CHARACTERS_A_PIECE = 32  # of a long text at first: a text is tokenised no furth
 # A graph's inputs and the tokenizer's names for them; the last may be missing.
 INPUTS = {"input_ids": "ids", "attention_mask": "attention_mask", "token_type_ids": "type_ids"}
 Text = str | tuple[str, str]
+# Options of sentence-transformers' encode that change what it gives, and the only value of each that is possible here
+USUAL = {"convert_to_tensor": False, "output_value": "sentence_embedding", "precision": "float32"}
+QUERY, PASSAGE = ("query",), ("passage", "document")  # names of the prompts for what searches and for what is searched
 
 
 class Delivery:
-    """A loaded delivery: its `manifest`, `task` (a key of KINDS), `labels` ([] where it has none) and `dimension`.
+    """A loaded delivery: its `manifest`, `task` (a key of KINDS), `labels` ([] where it has none), `dimension` and
+    `prompts` ({name: what stands before each text}, {} where it was trained without).
 
     A text is cut at `longest` pieces. Texts of similar length share a batch of `batch_size`, so that there is little
     padding; answers come in the order of the texts. Each method raises InputError for a model of another task and for
@@ -38,14 +42,59 @@ class Delivery:
         self.task: str = manifest["task"]
         self.dimension: int | None = manifest.get("dimension")
         self.longest: int = manifest["max_positions"]
+        self.prompts: dict[str, str] = manifest.get("prompts", {})
 
-    def embed(self, texts: Sequence[str], batch_size: int = 32) -> np.ndarray:
-        """Embeddings [len(texts), dimension] float32."""
-        texts = self._texts("embed", texts)
-        out = np.empty((len(texts), self.dimension), dtype=np.float32)
+    def embed(
+        self,
+        texts: Sequence[str],
+        batch_size: int = 32,
+        *,
+        prompt: str | Sequence[str] | None = None,
+        dimensions: int | None = None,
+    ) -> np.ndarray:
+        """Embeddings [len(texts), dimension] float32.
+
+        prompt: see `prefix`. dimensions: only so many of the first, at unit length if the whole is; of a model that was
+        trained for it.
+        """
+        before = self.prefix(prompt)
+        return self._embed([before + text for text in self._texts("embed", texts)], batch_size, dimensions)
+
+    def encode(
+        self,
+        sentences: str | Sequence[str],
+        prompt_name: str | None = None,
+        prompt: str | None = None,
+        batch_size: int = 32,
+        show_progress_bar: bool | None = None,
+        convert_to_numpy: bool = True,
+        normalize_embeddings: bool = False,
+        **others,
+    ) -> np.ndarray:
+        """`embed` under the signature of `SentenceTransformer.encode`, for what expects one: float32 [len(sentences),
+        dimension], or [dimension] of a single text; an empty text is none but special tokens.
+
+        prompt_name: of `prompts`. prompt: the words themselves. truncate_dim: `dimensions`. Others are ignored, but
+        those that ask for anything else than float32 arrays raise InputError.
+        """
+        for name, usual in USUAL.items():
+            if others.get(name, usual) != usual:
+                raise InputError(f"encode(..., {name}={others[name]!r}): only {usual!r} is possible: leave it out")
+        texts = self._texts("embed", [sentences] if isinstance(sentences, str) else sentences, empty=True)
+        before = self.prefix(prompt_name) if prompt is None else prompt
+        vectors = self._embed([before + text for text in texts], batch_size, others.get("truncate_dim"))
+        vectors = unit(vectors) if normalize_embeddings else vectors
+        return vectors[0] if isinstance(sentences, str) else vectors
+
+    def _embed(self, texts: list[str], batch_size: int, dimensions: int | None) -> np.ndarray:
+        trained = self.manifest.get("dimensions", [])
+        if dimensions is not None and dimensions not in trained:
+            known = ", ".join(map(str, trained)) or f"{self.dimension}, all of them, so leave it out"
+            raise InputError(f"dimensions is {dimensions}: this model was trained for {known}")
+        out = np.empty((len(texts), dimensions or self.dimension), dtype=np.float32)
         for i, row in self._run(self._encode(texts), batch_size):
-            out[i] = row
-        return out
+            out[i] = row[:dimensions]
+        return unit(out) if dimensions and self.manifest.get("normalize", True) else out
 
     def classify(self, texts: Sequence[Text], batch_size: int = 32) -> tuple[list[str], np.ndarray]:
         """The likeliest label of each text or (first, second) pair, and scores [len(texts), len(labels)] float32.
@@ -95,7 +144,18 @@ class Delivery:
                 out[i].append({"piece": name, "score": float(scores[piece]), "text": filled + after})
         return out
 
-    def _texts(self, method: str, texts: Sequence[Text]) -> list[Text]:
+    def prefix(self, prompt: str | Sequence[str] | None = None) -> str:
+        """What stands before each text: the prompt of this name, or of the first of these names that the model has.
+
+        None, and names of which it has none: its default prompt, if it has one; "": nothing. Raises InputError for a
+        name that it does not know.
+        """
+        if isinstance(prompt, str) and prompt not in {"", *self.prompts}:
+            raise InputError(f"prompt {prompt!r} is unknown: this model's are {', '.join(self.prompts) or 'none'}")
+        names = [prompt] if isinstance(prompt, str) else [*(prompt or ()), self.manifest.get("default_prompt")]
+        return next((self.prompts[name] for name in names if name in self.prompts), "")
+
+    def _texts(self, method: str, texts: Sequence[Text], empty: bool = False) -> list[Text]:
         """The texts as a list, each checked; for `label_tokens` also lists of words, for `classify` also pairs."""
         if KINDS[self.task].method != method:
             needed = next(task for task, kind in KINDS.items() if kind.method == method)
@@ -107,7 +167,7 @@ class Delivery:
             words = method == "label_tokens" and isinstance(text, (list, tuple))
             pair = method == "classify" and isinstance(text, tuple) and len(text) == 2
             for part in (text or [""]) if pair or words else [text]:
-                check_text(f"text {i}", part)
+                check_text(f"text {i}", part, empty)
         return texts
 
     def _encode(self, texts: list[Text]) -> list:
@@ -179,15 +239,20 @@ def name_of(folder: str | Path) -> str:
     return next(part for part in reversed(Path(folder).resolve().parts) if part not in ("model", "export"))
 
 
-def check_text(name: str, text: str) -> None:
-    """Raise InputError where the text is no string, is empty, or has half of a surrogate pair."""
+def check_text(name: str, text: str, empty: bool = False) -> None:
+    """Raise InputError where the text is no string, is empty (unless it may be), or has half of a surrogate pair."""
     if not isinstance(text, str):
         raise InputError(f"{name} is {type(text).__name__}, not a string")
-    if not text.strip():
+    if not (empty or text.strip()):
         raise InputError(f"{name} is empty: leave it out")
     if half := re.search(r"[\ud800-\udfff]", text):
         what = f"{name} has a lone surrogate ({half[0]!r}, character {half.start()})"
         raise InputError(f"{what}: decode it again with errors='replace'")
+
+
+def unit(vectors: np.ndarray) -> np.ndarray:
+    """[n, D], each row divided by its length."""
+    return vectors / np.maximum(np.linalg.norm(vectors, axis=-1, keepdims=True), 1e-12)
 
 
 def softmax(logits: np.ndarray) -> np.ndarray:
@@ -217,6 +282,7 @@ def _read(folder: Path) -> tuple[dict, dict[str, bytes]]:
         raise InputError(f"{path}: the task {manifest['task']!r} is unknown: update vocabshrink or export again")
     needed = {"graph": str, "files": dict, "max_positions": int}
     needed |= {"dimension": int} if manifest["task"] == "embedding" else {}
+    needed |= {key: kind for key, kind in {"prompts": dict, "dimensions": list}.items() if key in manifest}
     for key, kind in needed.items():
         if not isinstance(found := manifest.get(key), kind):
             raise InputError(f"{path} is not one of a delivery: {key} is {found!r}: export the model again")
@@ -243,6 +309,8 @@ def _misfit(delivery: Delivery, config: dict) -> str | None:
     inputs = {put.name: put.type for put in delivery.session.get_inputs()}
     expected = {name: "tensor(int64)" for name in INPUTS if name != "token_type_ids" or name in inputs}
     output = {put.name: put for put in delivery.session.get_outputs()}.get(KINDS[task].output)
+    if not all(isinstance(text, str) for text in delivery.prompts.values()):
+        return "MANIFEST.json has a prompt that is no text"
     if None in labels or KINDS[task].labelled and not labels:
         return "config.json lacks id2label"
     if inputs != expected:

@@ -14,7 +14,7 @@ import numpy as np
 
 from tokenizer_build.errors import InputError
 from tokenizer_build.files import read_json, replacing_folder, write_json
-from vocabshrink.runtime.delivery import Delivery, load
+from vocabshrink.runtime.delivery import PASSAGE, QUERY, Delivery, load
 
 ROWS_AT_ONCE = 65_536  # of the index while it is searched: 100 MB as float32 at 384 columns
 EMBEDDED_AT_ONCE = 8_192  # passages, between two calls of `progress`
@@ -29,7 +29,8 @@ def build_index(
     threads: int = 1,
     progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> int:
-    """Embed passages (texts, or dicts with a "text") into folder/index; the number of passages.
+    """Embed passages (texts, or dicts with a "text") into folder/index, behind the model's prompt for them, if it has
+    one; the number of passages.
 
     Writes passages.jsonl, vectors.npy [passages, dimension] float16 and index.json, in place of an earlier index.
     progress: is told how many of how many are embedded. Raises InputError for a passage without a text, or for none.
@@ -43,7 +44,8 @@ def build_index(
         raise InputError("there is no passage to index: give one text or more")
     texts, vectors = [record["text"] for record in records], []
     for start in range(0, len(texts), EMBEDDED_AT_ONCE):
-        vectors.append(embedder.embed(texts[start : start + EMBEDDED_AT_ONCE], batch_size).astype(np.float16))
+        found = embedder.embed(texts[start : start + EMBEDDED_AT_ONCE], batch_size, prompt=PASSAGE)
+        vectors.append(found.astype(np.float16))
         progress(sum(map(len, vectors)), len(texts))
     with replacing_folder(Path(folder) / "index") as new:
         lines = "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records)
@@ -73,7 +75,7 @@ class Index:
         """The `top` passages nearest to the query, best first: each passage's dict with "score", the cosine."""
         if top < 1:
             raise InputError(f"top is {top}: give 1 or more")
-        question, scores = self.embedder.embed([query])[0], []
+        question, scores = self.embedder.embed([query], prompt=QUERY)[0], []
         for start in range(0, len(self.vectors), ROWS_AT_ONCE):
             rows = self.vectors[start : start + ROWS_AT_ONCE].astype(np.float32)
             lengths = np.linalg.norm(rows, axis=1) * np.linalg.norm(question)
@@ -85,4 +87,5 @@ class Index:
 
 def _sums(place: Path, embedder: Delivery) -> dict[str, str]:
     sums = {name: hashlib.sha256((place / name).read_bytes()).hexdigest() for name in FILES}
-    return sums | {"graph": embedder.manifest["files"][embedder.manifest["graph"]]["sha256"]}
+    sums |= {"graph": embedder.manifest["files"][embedder.manifest["graph"]]["sha256"]}
+    return sums | ({"prompt": prompt} if (prompt := embedder.prefix(PASSAGE)) else {})

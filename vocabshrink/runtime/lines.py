@@ -14,21 +14,21 @@ ANSWERS = {"embed": ["embedding"], "classify": ["label", "scores"], "label_token
 
 
 def answer_lines(
-    command: str, folder: str | Path, lines: Iterable[str | bytes], out: TextIO, batch_size: int = 32, threads: int = 1
+    command: str, folder: str | Path, lines: Iterable[str | bytes], out: TextIO, *, threads: int = 1, **options
 ) -> int:
     """Write an answer to `out` as JSONL for each line, in order; the number of lines.
 
     "embed" writes {"text", "embedding"}; "classify" a classifier's {"text", "label", "scores": {label: score}} or a
     tagger's {"text", "words"}; all of them are null for an empty line. A line with exactly one tab is read as a pair
     where the manifest says that the model was trained on pairs. `lines` may be an endless stream: it is read
-    LINES_AT_ONCE at a time. Raises InputError with the line's number.
+    LINES_AT_ONCE at a time. options: of `Delivery`'s method. Raises InputError with the line's number.
     """
     model, lines, done = load(folder, threads), iter(lines), 0
     method = "label_tokens" if command == "classify" and model.task == "tokens" else command
     pairs = method == "classify" and model.manifest.get("pairs", False)
     while block := list(islice(lines, LINES_AT_ONCE)):
         rows = [_read(number, line, pairs) for number, line in enumerate(block, done + 1)]
-        found = getattr(model, method)([asked for _, asked in rows if asked], batch_size=batch_size)
+        found = getattr(model, method)([asked for _, asked in rows if asked], **options)
         if method == "embed":
             answers = ([[float(f"{x:.7g}") for x in row]] for row in found)
         elif method == "label_tokens":

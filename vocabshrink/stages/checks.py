@@ -13,7 +13,7 @@ from vocabshrink.data.held_out import LEAST_SENTENCES, read_rated_pairs
 from vocabshrink.data.lexicon import check_family, describe_tokenizer, tokenizer_file
 from vocabshrink.data.tasks import Task, check_agreement, check_label_order, read_logits, read_task
 from vocabshrink.delivery.export import check_activation
-from vocabshrink.models.forward import check_attention
+from vocabshrink.models.families import check_attention
 from vocabshrink.models.loading import load_config, resolve_model
 from vocabshrink.models.projection import check_extraction
 from vocabshrink.models.student import student_config
@@ -21,7 +21,7 @@ from vocabshrink.models.task_model import load_task_model
 from vocabshrink.models.teacher import find_head
 from vocabshrink.run.layer_map import layer_pairs
 from vocabshrink.run.recipe import Phase, Recipe, TaskSection
-from vocabshrink.stages.inputs import read_tasks, teacher_folder
+from vocabshrink.stages.inputs import read_tasks, teacher_folder, teacher_modules
 from vocabshrink.stages.plan import check_budget, vocabulary_size
 from vocabshrink.stages.text import given_tokenizer, reads_lowercase
 from vocabshrink.training.finetune import logits_of
@@ -44,6 +44,7 @@ def check_recipe(recipe: Recipe, *, force: bool = False) -> None:
     check_tokenizer(folder)
     check_vocabulary(recipe)
     check_models(recipe, folder, load_config(folder))
+    teacher_modules(recipe)
     if recipe.finetune:
         for name, task in read_tasks(recipe).items():
             check_task(task, recipe.tasks[name])
@@ -159,7 +160,7 @@ def check_models(recipe: Recipe, folder: Path, teacher) -> None:
     for name in ("dual", "distill", "recovery"):
         if not (stage := getattr(recipe, name)):
             continue
-        if readers(stage.losses, *ATTENTION):
-            check_attention(teacher)
+        if found := readers(stage.losses, *ATTENTION):
+            check_attention(teacher, scores=bool({"attention_scores", "attention_kl"} & set(found)))
         own = teacher.num_hidden_layers if name == "dual" and stage.mode == "match" else depth
         layer_pairs(stage.layer_map, own, teacher.num_hidden_layers, seed=recipe.seed)

@@ -6,7 +6,7 @@ from itertools import islice
 from pathlib import Path
 
 import numpy as np
-from transformers import BertModel
+from transformers import PreTrainedModel
 
 from tokenizer_build.corpus import read_rows
 from tokenizer_build.files import read_json
@@ -29,10 +29,12 @@ def export(context: Context) -> dict:
     Returns their figures, tasks' under their names.
     """
     recipe, teacher = context.recipe, inputs.read_teacher(context)
-    student, _, _ = inputs.start_student(context, teacher)
+    student = inputs.start_student(context, teacher).model
     section = recipe.delivery
     options = {"kernel": section.kernel, "safetensors": section.safetensors, "tolerance": section.tolerance}
-    options |= {"pooling": teacher.pooling, "normalize": teacher.normalize}
+    said = inputs.teacher_modules(recipe)
+    options |= {"pooling": said.pooling, "normalize": said.normalize}
+    options |= {"prompts": said.prompts, "default_prompt": said.default_prompt}
     options |= {"budget_bytes": section.budget, "force": context.force}
     positions = min(section.max_positions, student.config.max_position_embeddings)
     settings = ExportSettings("embedding", section.weights, positions, **options)
@@ -52,7 +54,7 @@ def report(context: Context) -> dict:
 
 
 def export_embedder(
-    context: Context, teacher: Teacher, student: BertModel, settings: ExportSettings, origin: dict
+    context: Context, teacher: Teacher, student: PreTrainedModel, settings: ExportSettings, origin: dict
 ) -> dict:
     """Delivers the trained embedder, measured beside its teacher and itself before training.
 

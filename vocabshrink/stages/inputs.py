@@ -1,24 +1,27 @@
 """What several stages read, as functions of a stage's context: the teacher, the words, the student as it starts."""
 
+from itertools import chain, islice
 from pathlib import Path
 
 import numpy as np
 import torch
 from tokenizers import Tokenizer
-from transformers import BertModel
 
+from tokenizer_build.corpus import read_blocks
 from tokenizer_build.tokenizer import load_tokenizer
 from vocabshrink.data.batches import Batcher, cut_segments
 from vocabshrink.data.held_out import HeldOut, held_out_texts
 from vocabshrink.data.lexicon import Lexicon, WordStream
-from vocabshrink.data.pieces import PieceTable
+from vocabshrink.data.pieces import Pieces, PieceTable
 from vocabshrink.data.tasks import Task, read_task
+from vocabshrink.data.vectors import StoredVectors
+from vocabshrink.models.forward import ModuleSettings, module_settings
 from vocabshrink.models.loading import check_folder, resolve_model
 from vocabshrink.models.spelling import shared_pieces
-from vocabshrink.models.student import build_student
+from vocabshrink.models.student import Start, build_student
 from vocabshrink.models.teacher import Teacher, load_head, load_teacher
 from vocabshrink.run.engine import Context
-from vocabshrink.run.recipe import Recipe
+from vocabshrink.run.recipe import DistillStage, Recipe, TeacherSection
 
 HELD_OUT = {"max_pieces": 126, "min_words": 4}  # of the segments that no training batch holds
 
@@ -30,11 +33,22 @@ def teacher_folder(recipe: Recipe) -> Path:
     return folder
 
 
+def teacher_modules(recipe: Recipe) -> ModuleSettings:
+    """How the teacher pools, and its prompts: the recipe's own words, else its folder's."""
+    return module_settings(teacher_folder(recipe), recipe.teacher.pooling, recipe.teacher.normalize)
+
+
+def load_section(section: TeacherSection) -> Teacher:
+    """The teacher that a section of the recipe describes, fresh from its folder, its hash checked."""
+    folder = resolve_model(section.model, section.revision)
+    if section.sha256:
+        check_folder(folder, section.sha256)
+    return load_teacher(str(folder), pooling=section.pooling, normalize=section.normalize)
+
+
 def read_teacher(context: Context) -> Teacher:
-    """The recipe's teacher, fresh from its folder, with the masked-LM head that was trained for it."""
-    section = context.recipe.teacher
-    folder = teacher_folder(context.recipe)
-    teacher = load_teacher(str(folder), pooling=section.pooling, normalize=section.normalize)
+    """The recipe's teacher with the masked-LM head that was trained for it."""
+    teacher = load_section(context.recipe.teacher)
     if teacher.head is None and context.has("masked_lm_head"):
         teacher.head = load_head(context.folder_of("masked_lm_head") / "head", teacher.backbone)
     return teacher
@@ -44,6 +58,15 @@ def read_words(context: Context) -> tuple[Lexicon, WordStream]:
     """The lexicon and the word stream of the `encode` stage."""
     folder = context.folder_of("encode")
     return Lexicon.load(folder), WordStream.load(folder)
+
+
+def read_stored_vectors(context: Context, stage: DistillStage) -> StoredVectors | None:
+    """The teachers' sentence vectors in the shares of a stage; None where the recipe stores none."""
+    if not context.has("vectors"):
+        return None
+    section = context.recipe.vectors
+    shares = {name: share for name, share in stage.teachers.items() if share} or dict.fromkeys(section.names, 1.0)
+    return StoredVectors.load(context.folder_of("vectors"), shares, section.centered)
 
 
 def read_tokenizers(context: Context) -> tuple[Tokenizer, Tokenizer]:
@@ -56,9 +79,16 @@ def read_shared_pieces(context: Context) -> np.ndarray:
     return shared_pieces(*read_tokenizers(context))
 
 
-def start_student(context: Context, teacher: Teacher) -> tuple[BertModel, torch.Tensor | None, dict]:
+def start_student(context: Context, teacher: Teacher) -> Start:
     """`build_student` by the recipe; what extraction by importance measures, it measures on the corpus."""
     recipe, batch = context.recipe, None
+    if recipe.student.start:
+        source = load_teacher(recipe.student.start, pooling=teacher.pooling, normalize=teacher.normalize)
+        if recipe.student.initialize == "extract_importance":
+            batch = pieces_of_corpus(recipe, source)
+        started = build_student(recipe.student, source, context.vocabulary, batch=batch, seed=recipe.seed)
+        # the way back to the source's width is not the way to the teacher's
+        return started._replace(directions=None, table_directions=None)
     if recipe.student.initialize == "extract_importance":
         lexicon, stream = read_words(context)
         limits = HELD_OUT | {"held_out_every": recipe.corpus.held_out_every}
@@ -69,13 +99,25 @@ def start_student(context: Context, teacher: Teacher) -> tuple[BertModel, torch.
     return build_student(recipe.student, teacher, context.vocabulary, batch=batch, seed=recipe.seed)
 
 
+def pieces_of_corpus(recipe: Recipe, source: Teacher) -> Pieces:
+    """The first 64 lines of the corpus that are as long as a sentence, in the pieces of a model."""
+    lines = chain.from_iterable(read_blocks(recipe.corpus.sources, recipe.corpus.column))
+    texts = list(islice((line for line in lines if len(line.split()) >= HELD_OUT["min_words"]), 64))
+    tokenizer = load_tokenizer(source.folder)
+    tokenizer.enable_truncation(HELD_OUT["max_pieces"])
+    tokenizer.enable_padding(pad_id=source.config.pad_token_id or 0)
+    encodings = tokenizer.encode_batch(texts)
+    ids, mask = (torch.tensor([getattr(e, part) for e in encodings]) for part in ("ids", "attention_mask"))
+    return Pieces(ids, mask, units=ids)
+
+
 def start_directions(context: Context) -> torch.Tensor | None:
     """The directions of `start_student`, for those that load a student which was trained meanwhile.
 
     torch's generator stays as it was, so that a new head is the same whichever task comes first.
     """
     with torch.random.fork_rng(devices=[]):
-        return start_student(context, read_teacher(context))[1]
+        return start_student(context, read_teacher(context)).directions
 
 
 def read_held_out(context: Context) -> HeldOut:

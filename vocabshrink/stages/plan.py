@@ -10,7 +10,7 @@ import time
 from pathlib import Path
 
 from rich.table import Table
-from transformers import BertConfig
+from transformers import PreTrainedConfig
 
 from tokenizer_build.errors import InputError
 from tokenizer_build.tokenizer import load_tokenizer
@@ -25,7 +25,7 @@ EFFICIENCY = 0.4  # of a plain matrix product's speed: 0.39 and 0.42 on two core
 GUESSED_FILL = 0.5  # of max_length, by text
 
 
-def shapes(recipe: Recipe) -> tuple[BertConfig, BertConfig]:
+def shapes(recipe: Recipe) -> tuple[PreTrainedConfig, PreTrainedConfig]:
     """The student's shape, and its teacher's as a BERT. Raises InputError for a folder that cannot be a teacher's."""
     folder = resolve_model(recipe.teacher.model, recipe.teacher.revision)
     teacher = check_folder(folder)
@@ -39,7 +39,7 @@ def vocabulary_size(recipe: Recipe, teacher: Path) -> int:
     return load_tokenizer(given).get_vocab_size() if given else recipe.vocabulary.size
 
 
-def delivered_config(recipe: Recipe, student: BertConfig) -> BertConfig:
+def delivered_config(recipe: Recipe, student: PreTrainedConfig) -> PreTrainedConfig:
     """The student's shape with the positions that its delivery keeps."""
     delivery, config = recipe.delivery or DeliverySection(), copy.copy(student)
     config.max_position_embeddings = min(student.max_position_embeddings, delivery.max_positions)
@@ -65,7 +65,7 @@ def check_budget(recipe: Recipe) -> None:
             raise InputError(sentence)
 
 
-def flops_per_piece(config: BertConfig, length: int) -> int:
+def flops_per_piece(config: PreTrainedConfig, length: int) -> int:
     """Of one forward pass: two for each weight of the layers, and attention's two products over the sequence."""
     return 2 * parameters(config)["layers"] + 4 * config.num_hidden_layers * length * config.hidden_size
 

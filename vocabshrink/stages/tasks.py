@@ -22,17 +22,17 @@ from pathlib import Path
 import torch
 from accelerate import PartialState
 from torch import nn
-from transformers import BertModel
+from transformers import PreTrainedModel
 
 from tokenizer_build.errors import InputError
 from tokenizer_build.files import read_json, write_json
 from tokenizer_build.tokenizer import load_tokenizer
 from vocabshrink.data.batches import EncodedTask, encode_task
 from vocabshrink.data.tasks import Task, headline, read_logits, score
-from vocabshrink.models.loading import load_model, resolve_model
+from vocabshrink.models.loading import resolve_model
 from vocabshrink.models.rounding import fake_quantize_
 from vocabshrink.models.spelling import shared_pieces
-from vocabshrink.models.student import save_model
+from vocabshrink.models.student import read_student, save_model
 from vocabshrink.models.task_model import load_task_model, student_model
 from vocabshrink.run.engine import Context, saying_millions, settings_of
 from vocabshrink.run.folder import RunDir
@@ -201,10 +201,10 @@ class TaskTrainings:
     def _train(self, setting: str, seed: int, unit: Path, mark: str) -> dict:
         torch.manual_seed(seed)
         body, directions = self._student()
-        phases, section = self.settings[setting], self.context.recipe.teacher
+        phases, said = self.settings[setting], inputs.teacher_modules(self.context.recipe)
         model = student_model(body, self.task, self.teacher_folder)
         options = {"teacher": self.teacher, "logits": self.logits, "directions": directions}
-        options |= {"pooling": section.pooling, "normalize": section.normalize}
+        options |= {"pooling": said.pooling, "normalize": said.normalize}
         training = TaskTraining(model, self.task.kind, **options)
         tokenizers = map(load_tokenizer, (self.context.vocabulary, self.reader))
         shared = None if self.teacher is None else shared_pieces(*tokenizers)
@@ -224,12 +224,12 @@ class TaskTrainings:
                 result["rounded"] = measure("validation")
         return result | {"task": self.name, "seed": seed, "setting": setting}
 
-    def _student(self) -> tuple[BertModel, torch.Tensor | None]:
+    def _student(self) -> tuple[PreTrainedModel, torch.Tensor | None]:
         """The body as the stages before left it, and the directions that its projections start from."""
         if not self.context.students:
-            student, directions, _ = inputs.start_student(self.context, inputs.read_teacher(self.context))
+            student, directions, *_ = inputs.start_student(self.context, inputs.read_teacher(self.context))
         else:
-            student = load_model([*self.context.students.values()][-1], BertModel, add_pooling_layer=False).eval()
+            student = read_student([*self.context.students.values()][-1])
             directions = None if self.teacher is None else inputs.start_directions(self.context)
         another = load_tokenizer(self.reader).get_vocab() != load_tokenizer(self.teacher_folder).get_vocab()
         return student, None if another else directions  # which say nothing of another model's dimensions

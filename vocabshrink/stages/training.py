@@ -1,27 +1,41 @@
 """The training stages on text: a masked-LM head for the teacher, dual training, distillation, recovery."""
 
+import shutil
 from collections.abc import Callable
+from functools import partial
 
+import numpy as np
 import torch
-from accelerate import Accelerator
+from accelerate import Accelerator, PartialState
 from torch import nn
 
-from vocabshrink.data.batches import Batcher, cut_segments
+from tokenizer_build.files import read_json, write_json
+from vocabshrink.data.batches import Batcher, Segments, cut_segments
 from vocabshrink.data.held_out import read_rated_pairs
+from vocabshrink.data.lexicon import Lexicon, WordStream, encode_corpus
 from vocabshrink.data.pieces import PieceTable
+from vocabshrink.data.vectors import (
+    SAMPLE,
+    StoredVectors,
+    draw_sentences,
+    read_sentences,
+    store_vectors,
+    write_sentences,
+)
 from vocabshrink.models.forward import torch_embedder
 from vocabshrink.models.loading import load_model
+from vocabshrink.models.projection import narrowing
 from vocabshrink.models.rounding import bake, quantization_aware
 from vocabshrink.models.spelling import spellings
 from vocabshrink.models.student import load_student, new_student_head, save_student
 from vocabshrink.models.teacher import Teacher, load_head, new_head, save_head
-from vocabshrink.run.engine import Context, say
+from vocabshrink.run.engine import Context, main_process, say, saying_left, wait_for_everyone
 from vocabshrink.run.layer_map import layer_pairs
 from vocabshrink.run.recipe import DistillStage, TrainingSection, Weighted
 from vocabshrink.stages import inputs
 from vocabshrink.training.loop import Job, make_accelerator, share_of_batch, train
 from vocabshrink.training.losses import readers
-from vocabshrink.training.task import Distillation, DualTraining, HeadTraining
+from vocabshrink.training.task import Distillation, DualTraining, HeadTraining, Stored
 
 
 def masked_lm_head(context: Context) -> dict:
@@ -38,19 +52,45 @@ def masked_lm_head(context: Context) -> dict:
     return result
 
 
+def vectors(context: Context) -> dict:
+    """Stores the teachers' sentence vectors, so that distillation costs the student alone."""
+    recipe, stage, work = context.recipe, context.recipe.vectors, context.folder / "checkpoints"
+    work.mkdir(exist_ok=True)
+    drawn = {"fingerprint": context.fingerprint}  # a killed run goes on, another recipe's does not
+    if not (work / "drawn.json").is_file() or read_json(work / "drawn.json") != drawn:
+        say("vectors: drawing sentences from the corpus")
+        for entry in work.iterdir():
+            entry.unlink()
+        write_sentences(work, draw_sentences(recipe.corpus, stage, recipe.seed))
+        write_json(work / "drawn.json", drawn)
+    sentences, found = read_sentences(work), {}
+    for name, section in ({"teacher": recipe.teacher} | stage.teachers).items():
+        teacher = inputs.load_section(section)
+        backbone = teacher.backbone.to(PartialState().device, torch.bfloat16)
+        options = {"max_length": stage.max_length, "batch_size": stage.batch_size, "prompt": section.prompt}
+        embed = torch_embedder(backbone, teacher.folder, teacher.pooling, False, **options)
+        store_vectors(work, name, sentences, embed, partial(saying_left, f"vectors of {name}", len(sentences)))
+        found[name] = teacher.config.hidden_size
+    for entry in (work / "sentences.jsonl", *work.glob("*.npy")):
+        entry.rename(context.folder / entry.name)
+    shutil.rmtree(work)
+    return {"sentences": len(sentences), "widths": found}
+
+
 def dual(context: Context) -> dict:
     """Dual training in the recipe's mode: the teacher reads both vocabularies."""
     recipe, stage, teacher = context.recipe, context.recipe.dual, inputs.read_teacher(context)
     torch.manual_seed(recipe.seed)
     accelerator = make_accelerator(stage, context.dir)
     evaluate = evaluator(context, teacher, accelerator)
-    student, directions, report = inputs.start_student(context, teacher)
+    student, directions, table_directions, report = inputs.start_student(context, teacher)
     say(f"dual: student embeddings {report['embeddings']}; layers {report['layers']}")
     head = new_student_head(student, teacher) if stage.mode == "joint" else None
     # in match mode the teacher stands on both sides, so the map is of its layers to its own
     depth = (teacher if stage.mode == "match" else student).config.num_hidden_layers
     pairs = layer_pairs(stage.layer_map, depth, teacher.config.num_hidden_layers, seed=recipe.seed)
-    task = DualTraining(stage, teacher, student, pairs, student_head=head, directions=directions)
+    options = {"student_head": head, "directions": directions, "table_directions": table_directions}
+    task = DualTraining(stage, teacher, student, pairs, **options)
     sides = {"joint": ("mixed", "student"), "two_stage": ("mixed",), "match": ("mixed", "teacher")}[stage.mode]
     end = stage.p if stage.p_end is None else stage.p_end
     micro_steps = stage.steps * stage.gradient_accumulation * accelerator.num_processes
@@ -84,7 +124,7 @@ def distil_into_student(context: Context, stage: DistillStage, formats=None) -> 
     torch.manual_seed(context.recipe.seed)
     accelerator = make_accelerator(stage, context.dir)
     evaluate = evaluator(context, teacher, accelerator)
-    student, directions, report = inputs.start_student(context, teacher)
+    student, directions, _, report = inputs.start_student(context, teacher)
     head = new_student_head(student, teacher) if readers(stage.losses, "student head") else None
     if context.students:
         before, folder = list(context.students.items())[-1]
@@ -93,9 +133,12 @@ def distil_into_student(context: Context, stage: DistillStage, formats=None) -> 
     say(f"{context.stage.name}: student from {report}")
     if formats:
         quantization_aware(student, formats)
-    task = make_distillation(context, stage, teacher, student, head=head, directions=directions)
-    sides = ("student", "teacher") if readers(stage.losses, "teacher") else ("student",)
-    batcher = make_batcher(context, stage, teacher, sides, accelerator)
+    options = {"head": head, "directions": directions}
+    if (vectors := inputs.read_stored_vectors(context, stage)) is not None:
+        options["stored"] = bring_to_student(context, vectors, student, teacher)
+    task = make_distillation(context, stage, teacher, student, **options)
+    sides = ("student",) if task.teacher is None else ("student", "teacher")
+    batcher = make_batcher(context, stage, teacher, sides, accelerator, vectors=vectors)
     result = train_stage(context, task, batcher, stage, accelerator, evaluate)
     if accelerator.is_main_process:
         if formats:
@@ -115,6 +158,15 @@ def make_distillation(
         options["shared"] = torch.from_numpy(inputs.read_shared_pieces(context))
         options["spelling"] = torch.from_numpy(spellings(*inputs.read_tokenizers(context)))
     return Distillation(stage, teacher, student, pairs, **options)
+
+
+def bring_to_student(context: Context, vectors: StoredVectors, student: nn.Module, teacher: Teacher) -> Stored:
+    """A bank of the stored vectors, and the map that brings them to where the student stands."""
+    texts = read_sentences(context.folder_of("vectors"))[: SAMPLE // 4]
+    embed = torch_embedder(student, context.vocabulary, teacher.pooling, teacher.normalize, max_length=128)
+    bank = torch.from_numpy(vectors.rows(slice(SAMPLE)))
+    narrow = narrowing(bank, torch.from_numpy(embed(texts)))
+    return Stored(bank, narrow, nn.functional.normalize(bank @ narrow, dim=-1))
 
 
 def read_trained_teacher(context: Context, teacher: Teacher) -> None:
@@ -142,21 +194,42 @@ def make_batcher(
     teacher: Teacher,
     sides: tuple[str, ...],
     accelerator: Accelerator,
+    *,
+    vectors: StoredVectors | None = None,
     **options,
 ) -> Batcher:
-    """The batches of a stage, of one process and accumulation step. options: more of `Batcher`'s.
+    """The batches of a stage, of one process and accumulation step: of the corpus or, where `vectors` are given, of the
+    sentences that they are of. options: more of `Batcher`'s.
 
     Raises InputError: a batch_size that processes, accumulation steps and groups do not divide.
     """
-    lexicon, stream = inputs.read_words(context)
+    lexicon, stream = inputs.read_words(context) if vectors is None else encode_sentences(context)
     table = PieceTable(lexicon, teacher.table.num_embeddings, inputs.read_shared_pieces(context))
     limits = inputs.HELD_OUT | {"max_pieces": stage.max_length - 2, "unit": getattr(stage, "unit", "line")}
     limits |= {"held_out_every": context.recipe.corpus.held_out_every, "sides": sides}
-    training, _ = cut_segments(stream, lexicon, **limits)
+    if vectors is None:
+        training, _ = cut_segments(stream, lexicon, **limits)
+    else:
+        lengths = np.diff(stream.line_offsets)
+        written = np.flatnonzero(lengths)  # a line of signs that neither tokenizer keeps has no words
+        training = Segments(stream.line_offsets[:-1][written], lengths[written].astype(np.int32))
+        options["vectors"] = lambda chosen: vectors.rows(written[chosen])
     group = getattr(stage, "group_size", 1)
     options |= {"batch_size": share_of_batch(stage, accelerator, context.stage.name, group), "group_size": group}
     options |= {"seed": context.recipe.seed, "mask": stage.mask, "max_pieces": stage.max_length - 2, "sides": sides}
     return Batcher(table, stream, lexicon, training, **options)
+
+
+def encode_sentences(context: Context) -> tuple[Lexicon, WordStream]:
+    """The sentences of the `vectors` stage as words, in the stage's own folder."""
+    folder = context.folder / "sentences"
+    if main_process():
+        sentences = read_sentences(context.folder_of("vectors"))
+        blocks = (sentences[start : start + 10_000] for start in range(0, len(sentences), 10_000))
+        tokenizers = inputs.teacher_folder(context.recipe), context.vocabulary
+        encode_corpus(blocks, *tokenizers, folder, processes=context.recipe.corpus.processes)
+    wait_for_everyone()
+    return Lexicon.load(folder), WordStream.load(folder)
 
 
 def evaluator(context: Context, teacher: Teacher, accelerator: Accelerator) -> Callable | None:

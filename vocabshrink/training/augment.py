@@ -37,7 +37,8 @@ from tokenizer_build.files import naming_full_disk, read_json, read_jsonl, write
 from tokenizer_build.tokenizer import load_tokenizer
 from vocabshrink.data.pieces import Pieces
 from vocabshrink.data.tasks import Rows, Task
-from vocabshrink.models.forward import first_position, run_backbone
+from vocabshrink.models.families import first_position
+from vocabshrink.models.forward import run_backbone
 from vocabshrink.models.spelling import as_wordpiece, first_known
 from vocabshrink.models.teacher import Teacher
 from vocabshrink.run.recipe import AugmentSection

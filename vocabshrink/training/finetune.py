@@ -14,7 +14,7 @@ from torch import nn
 from tokenizer_build.files import replacing
 from vocabshrink.data.batches import EncodedTask, TaskBatcher
 from vocabshrink.data.tasks import score
-from vocabshrink.models.forward import first_position
+from vocabshrink.models.families import first_position
 from vocabshrink.models.rounding import bake, is_rounded, quantization_aware
 from vocabshrink.models.task_model import predict
 from vocabshrink.run.layer_map import layer_pairs

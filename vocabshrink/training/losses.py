@@ -253,8 +253,19 @@ def value_relations(forward: Forward, heads: Count | None = None) -> Tensor:
 
 
 def sentence_cosine(forward: Forward) -> Tensor:
-    """One minus cosine of the sentence embeddings, the student's brought up to the teacher's width."""
-    return one_minus_cosine(forward.up(forward.student.sentence), forward.teacher.sentence)
+    """One minus cosine of the sentence embeddings, the student's brought up to the teacher's width; of stored vectors,
+    which come in the student's width, one minus cosine as they are."""
+    student = forward.student.sentence
+    return one_minus_cosine(student if forward.bank is not None else forward.up(student), forward.teacher.sentence)
+
+
+def bank_similarity(forward: Forward, temperature: Positive = 0.05, size: Count = 4096) -> Tensor:
+    """KL of softmax(t · b_j / τ) and softmax(s · b'_j / τ) over a bank of `size` stored teacher vectors b_j [K, D], and
+    b'_j [K, D_S], the same in the student's width. As good as a batch of K, for the price of a product (after Fang et
+    al. 2021, SEED, arXiv 2101.04731, eq. 3, with a fixed bank instead of a queue)."""
+    bank = forward.bank
+    student = F.normalize(forward.student.sentence, dim=-1) @ bank.student[:size].mT
+    return kl(student / temperature, forward.batch.vectors @ bank.teacher[:size].mT / temperature).mean()
 
 
 def similarity_mse(student: Tensor, teacher: Tensor) -> Tensor:
@@ -319,7 +330,8 @@ class Loss:
     function: Callable[..., Tensor]
     # "hidden" (states of all layers; the last are always there), "queries", "keys", "values", "teacher" (its states),
     # "teacher logits", "task logits", "masked words", "student head" and "teacher head" (of masked LM), "both
-    # vocabularies" (which pieces they share), "up" (the projection, whatever the arguments), "groups" (near sentences)
+    # vocabularies" (which pieces they share), "up" (the projection, whatever the arguments), "groups" (near sentences),
+    # "sentences alone" (of the teacher its sentence embedding, which may be a stored one)
     reads: Set[str]
     # the modes of dual training, "distill" (recovery too), "finetune", "task teacher" (of its fine-tuning)
     stands_in: Set[str]
@@ -341,9 +353,10 @@ LOSSES: dict[str, Loss] = {
         ([query_relations], ["queries", "teacher"], COMPARED),
         ([key_relations], ["keys", "teacher"], COMPARED),
         ([value_relations], ["values", "teacher"], COMPARED),
-        ([sentence_cosine], ["teacher", "up"], COMPARED),
-        ([group_similarity], ["teacher", "groups"], {"match", "distill"}),
-        ([batch_similarity], ["teacher"], COMPARED),
+        ([sentence_cosine], ["teacher", "sentences alone", "up"], COMPARED),
+        ([group_similarity], ["teacher", "sentences alone", "groups"], {"match", "distill"}),
+        ([batch_similarity], ["teacher", "sentences alone"], COMPARED),
+        ([bank_similarity], ["teacher", "sentences alone"], {"distill"}),
         ([labels], ["task logits"], {"finetune", "task teacher"}),
         ([soft_labels, logits_mse], ["task logits", "teacher logits"], {"finetune"}),
     )
@@ -355,6 +368,11 @@ ATTENTION = ("queries", "keys", "values")
 def readers(losses: Iterable[str], *parts: str) -> list[str]:
     """Those of the losses, in their order, that read any of these parts (see `Loss`)."""
     return [name for name in losses if LOSSES[name].reads & set(parts)]
+
+
+def unanswered(losses: Iterable[str], *, stored: bool) -> list[str]:
+    """The losses that stored sentence vectors, where there are any, do not serve: what they read must be computed."""
+    return [name for name in losses if not (stored and "sentences alone" in LOSSES[name].reads)]
 
 
 def check_losses(section: str, stage: TrainingSection, place: str) -> None:

@@ -16,13 +16,16 @@ loss between student and teacher can be used.
 
 import inspect
 from functools import partial
+from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from tokenizer_build.errors import InputError
 from vocabshrink.data.batches import Batch
 from vocabshrink.data.pieces import Pieces
+from vocabshrink.models.families import table_width
 from vocabshrink.models.forward import run_backbone
 from vocabshrink.models.projection import ParameterProjection, widen
 from vocabshrink.models.rounding import refit
@@ -30,8 +33,8 @@ from vocabshrink.models.task_model import task_logits
 from vocabshrink.models.teacher import Teacher
 from vocabshrink.run.layer_map import Pairs
 from vocabshrink.run.recipe import DualStage, Losses
-from vocabshrink.training.losses import ATTENTION, LOSSES, masked_lm_loss, readers
-from vocabshrink.training.views import Forward, View
+from vocabshrink.training.losses import ATTENTION, LOSSES, masked_lm_loss, readers, unanswered
+from vocabshrink.training.views import Bank, Forward, View
 
 STEPS_OF_SCALES = 50  # after which the scales of a rounded student are fitted to its weights again
 
@@ -43,6 +46,7 @@ class TrainingTask(nn.Module):
     losses: Losses
     pairs: Pairs = ()
     pooling, normalize = "mean", False  # of sentence embeddings
+    stored = False  # whether the teacher's sentence embeddings are stored ones
 
     def forward(self, batch: Batch) -> dict[str, Tensor]:
         """Unweighted losses by name, each a scalar. The models run under the caller's autocast, the losses and all that
@@ -98,12 +102,21 @@ class TrainingTask(nn.Module):
 
     def freeze_unread(self) -> None:
         """Freezes projections that no loss reads, so that no process waits for a gradient that never comes."""
-        read = {"up"} if readers(self.losses, "up") else set()
+        read = {"up"} if readers(unanswered(self.losses, stored=self.stored), "up") else set()
         for name, chosen in self.losses.items():
             if known := inspect.signature(LOSSES[name].function).parameters.get("direction"):
                 read.add(chosen.arguments.get("direction", known.default))
         self.up.requires_grad_("up" in read)
         self.down.requires_grad_("down" in read)
+
+
+class Stored(NamedTuple):
+    """Stored sentence vectors as a distillation reads them: a bank of them [K, D], the map to the student's width
+    [D, D_S] (see `projection.narrowing`), and the bank in that width [K, D_S], of unit length."""
+
+    bank: Tensor
+    narrow: Tensor
+    bank_narrow: Tensor
 
 
 class Distillation(TrainingTask):
@@ -119,17 +132,23 @@ class Distillation(TrainingTask):
         directions=None,
         shared=None,
         spelling=None,
+        stored: Stored | None = None,
     ):
         """head: the student's, for masked-LM losses. directions: see `build_student`. shared, spelling: see `Forward`.
+        stored: takes the place of the teacher's sentence embeddings, and of its pass where no loss reads more.
         Raises InputError: a loss between vocabularies that have nothing in common."""
         super().__init__()
         self.losses, self.pairs = stage.losses, pairs
         self.student, self.head = student, head
-        self.teacher = teacher.backbone.requires_grad_(False)
+        self.stored = stored is not None
+        live = readers(unanswered(self.losses, stored=self.stored), "teacher")
+        self.teacher = teacher.backbone.requires_grad_(False) if live else None
         across = readers(self.losses, "both vocabularies")
         self.teacher_head = teacher.head.requires_grad_(False) if across else None
         self.register_buffer("shared", shared, persistent=False)
         self.register_buffer("spelling", spelling, persistent=False)
+        for name, tensor in stored._asdict().items() if stored else ():
+            self.register_buffer(name, tensor, persistent=False)
         self.pooling, self.normalize = teacher.pooling, teacher.normalize
         self.project_hidden(student, teacher, directions)
         self.freeze_unread()
@@ -138,7 +157,12 @@ class Distillation(TrainingTask):
                 raise InputError(f"losses.{name}: the vocabularies have no piece in common: leave this loss out")
 
     def view(self, batch: Batch) -> Forward:
-        forward = self.both(batch, self.student, self.teacher if readers(self.losses, "teacher") else None)
+        forward = self.both(batch, self.student, self.teacher)
+        if self.stored:
+            forward.teacher = forward.teacher or View(None, None)
+            with torch.autocast(batch.vectors.device.type, enabled=False):
+                forward.teacher.sentence = F.normalize(batch.vectors @ self.narrow, dim=-1)
+            forward.bank = Bank(self.bank, self.bank_narrow)
         forward.shared, forward.spelling = self.shared, self.spelling
         if self.head is not None:
             forward.student.predict = partial(self.head, table=self.student.get_input_embeddings().weight)
@@ -218,15 +242,17 @@ class DualTraining(TrainingTask):
         *,
         student_head=None,
         directions=None,
+        table_directions=None,
     ):
-        """student_head: for masked-LM losses in joint mode. directions: see `build_student`."""
+        """student_head: for masked-LM losses in joint mode. directions, table_directions: see `student.Start`."""
         super().__init__()
         self.losses, self.pairs, self.mode = stage.losses, pairs, stage.mode
         self.teacher, self.student = teacher.backbone, student
         self.pooling, self.normalize = teacher.pooling, teacher.normalize
-        self.embedding = MixedEmbedding(teacher.table, student.get_input_embeddings(), directions)
+        self.embedding = MixedEmbedding(teacher.table, student.get_input_embeddings(), table_directions)
         self.project_hidden(student, teacher, directions)
-        if teacher.table.embedding_dim == teacher.config.hidden_size:
+        small = student.config.hidden_size
+        if teacher.table.embedding_dim == teacher.config.hidden_size and table_width(student.config) == small:
             self.up = self.embedding.up  # one map up of this width
         self.teacher_head, self.head = teacher.head, student_head
         self.student_bias = nn.Parameter(torch.zeros(student.config.vocab_size))  # of the teacher's second softmax

@@ -142,14 +142,21 @@ class View:
         return Masked(self.hidden[-1][where].float(), self.side.labels[where], units, counts)
 
 
+class Bank(NamedTuple):
+    """The same stored sentence vectors, of unit length: the teachers' [K, D], and in the student's width [K, D_S]."""
+
+    teacher: Tensor
+    student: Tensor
+
+
 @dataclass
 class Forward:
     """What one step saw. A view that a stage does not run is None.
     student: the student on its pieces; in match mode, the teacher on mixed input takes its seat. teacher: the target:
     the teacher on its own pieces or, in joint training, on mixed ones; its view carries no gradient.
     up [D_S -> D_T] and down [D_T -> D_S]: shared projections of hidden states. shared [V_S]: the teacher's id of the
-    same piece, or -1. spelling [V_T, K]: student pieces that spell a teacher piece, then -1. given: loss name ->
-    function giving it, of losses that read more than views."""
+    same piece, or -1. spelling [V_T, K]: student pieces that spell a teacher piece, then -1. bank: where the teacher's
+    sentence vectors are stored ones. given: loss name -> function giving it, of losses that read more than views."""
 
     batch: Batch
     pairs: Pairs
@@ -159,6 +166,7 @@ class Forward:
     teacher: View | None = None
     shared: Tensor | None = None
     spelling: Tensor | None = None
+    bank: Bank | None = None
     given: dict[str, Callable[[], Tensor]] = field(default_factory=dict)
     made: dict = field(default_factory=dict, init=False, repr=False)
 

@@ -1,0 +1,129 @@
+"""Sentences drawn from a corpus and teachers' vectors of them, written once and read for as many epochs as wanted.
+
+A distillation that compares sentence vectors alone then costs the student's passes and nothing else. Vectors of several
+teachers are joined into one whose products are the weighted mean of the teachers' cosine similarities, so everything
+that follows sees one teacher.
+
+Sentences come from the text itself, not from the word stream, because every teacher cuts them with a tokenizer of its
+own. Lines that are held out give none. Vectors are float16 and memory-mapped, [N, D] a teacher; a killed run goes on
+with the block that it was at. Cost: the sentences in memory, about 150 bytes each. Not done: near sentences made on the
+fly (`group_size`), whose vectors nobody has stored.
+"""
+
+import json
+import math
+import random
+import re
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from itertools import chain
+from pathlib import Path
+
+import numpy as np
+
+from tokenizer_build.corpus import read_blocks
+from tokenizer_build.errors import InputError
+from tokenizer_build.files import read_json, write_json, write_text
+from vocabshrink.data.held_out import Embed
+from vocabshrink.run.recipe import CorpusSection, VectorsStage
+
+BOUNDARY = re.compile(r"(?<=[.!?…][\"')\]”’])\s+|(?<=[.!?…])\s+|(?<=[。！？｡])")  # between two sentences of a line
+CHARACTERS = (4, 600)  # of a sentence; longer ones are lists and tables
+BLOCK = 4096  # sentences embedded before their vectors are on disk
+SAMPLE = 8192  # stored vectors that the mean, the principal directions and the bank are taken from
+
+
+def draw_sentences(corpus: CorpusSection, section: VectorsStage, seed: int) -> list[str]:
+    """Distinct sentences (or lines) of the training lines, each source's share drawn evenly, in random order.
+
+    Raises InputError for a corpus without text.
+    """
+    found: dict[str, None] = {}
+    numbers = iter(range(1, 2**63))  # of lines through all sources, as the word stream counts them
+    shares = section.shares or [1.0] * len(corpus.sources)
+    for place, (source, share) in enumerate(zip(corpus.sources, shares, strict=True)):
+        rng, kept, room = random.Random(f"{seed} {place}"), [], math.ceil(section.sentences * share / sum(shares))
+        for seen, sentence in enumerate(_sentences(source, corpus, numbers, section.unit == "line")):
+            if seen < room:
+                kept.append(sentence)
+            elif (at := rng.randrange(seen + 1)) < room:  # Vitter's algorithm R: each has the same chance
+                kept[at] = sentence
+        found |= dict.fromkeys(kept)
+    if len(found) < 2:
+        raise InputError("corpus: no sentence to take vectors of: check corpus.sources and corpus.column")
+    sentences = list(found)
+    random.Random(seed).shuffle(sentences)
+    return sentences[: section.sentences]
+
+
+def _sentences(source: str, corpus: CorpusSection, numbers: Iterator[int], whole_lines: bool) -> Iterator[str]:
+    least, most = CHARACTERS
+    for line, number in zip(chain.from_iterable(read_blocks([source], corpus.column)), numbers, strict=False):
+        if number % corpus.held_out_every == 0:
+            continue
+        for part in [line] if whole_lines else BOUNDARY.split(line):
+            if least <= len(part := part.strip()) <= most and any(map(str.isalpha, part)):
+                yield part
+
+
+def write_sentences(folder: Path, sentences: list[str]) -> None:
+    """One JSON string a line."""
+    write_text(folder / "sentences.jsonl", "".join(json.dumps(text, ensure_ascii=False) + "\n" for text in sentences))
+
+
+def read_sentences(folder: Path) -> list[str]:
+    # split on "\n" alone: JSON keeps U+2028 and its like as they are, and str.splitlines cuts there
+    return [json.loads(line) for line in (folder / "sentences.jsonl").read_text(encoding="utf-8").split("\n")[:-1]]
+
+
+def store_vectors(
+    folder: Path, name: str, sentences: list[str], embed: Embed, saying: Callable[[int], Callable[[int], None]]
+) -> None:
+    """Writes `embed` of the sentences to folder/NAME.npy, [N, D] float16, going on where a killed run stopped.
+
+    saying: called with the number of those that are there; gives what is called with the number of each block's.
+    """
+    path, state = folder / f"{name}.npy", folder / f"{name}.json"
+    done = read_json(state)["done"] if state.is_file() else 0
+    progress = saying(done)
+    while done < len(sentences):
+        vectors = embed(sentences[done : done + BLOCK])
+        mode, shape = "r+" if path.is_file() and done else "w+", (len(sentences), vectors.shape[1])
+        file = np.lib.format.open_memmap(path, mode=mode, dtype=np.float16, shape=shape)
+        file[done : done + len(vectors)] = vectors
+        file.flush()
+        done += len(vectors)
+        write_json(state, {"done": done})
+        progress(len(vectors))
+
+
+@dataclass(frozen=True)
+class StoredVectors:
+    """The vectors of several teachers as one. arrays: [N, D_k] float16 each; means: [D_k], taken off where a teacher's
+    vectors share a direction that tells nothing; weights: of their similarities, summing to 1."""
+
+    arrays: list[np.ndarray]
+    means: list[np.ndarray]
+    weights: list[float]
+
+    @classmethod
+    def load(cls, folder: Path, shares: dict[str, float], centered: set[str]) -> "StoredVectors":
+        """shares: {name of a teacher: its weight}. centered: the teachers whose mean is taken off."""
+        arrays = [np.load(folder / f"{name}.npy", mmap_mode="r") for name in shares]
+        means = [
+            array[:SAMPLE].astype(np.float32).mean(0) * (name in centered)
+            for name, array in zip(shares, arrays, strict=True)
+        ]
+        return cls(arrays, means, [share / sum(shares.values()) for share in shares.values()])
+
+    def __len__(self) -> int:
+        return len(self.arrays[0])
+
+    def rows(self, chosen: np.ndarray | slice) -> np.ndarray:
+        """[n, D] float32 of unit length, D the sum of the teachers' widths: products of two are the weighted mean of
+        the teachers' cosine similarities."""
+        parts = []
+        for array, mean, weight in zip(self.arrays, self.means, self.weights, strict=True):
+            vectors = array[chosen].astype(np.float32) - mean
+            parts.append(vectors * (weight**0.5 / np.maximum(np.linalg.norm(vectors, axis=1, keepdims=True), 1e-9)))
+        return np.concatenate(parts, 1)
