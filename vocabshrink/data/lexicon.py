@@ -147,7 +147,8 @@ def check_family(path: str | Path) -> str:
     """How this tokenizer keeps words apart: "wordpiece", "byte-level", "metaspace" or "words". Raises InputError, with
     the reason, for one that is not known to be cut at spaces exactly."""
     path = tokenizer_file(path)
-    spec, encoder = json.loads(_load(path).to_str()), _Encoder(path, path)
+    encoder = _Encoder(path, path)
+    spec = json.loads(encoder.tokenizers[0].to_str())
     for reason in _reasons(spec, encoder):
         raise InputError(f"{path} cannot be encoded word by word: {reason}; choose another teacher")
     lines = [form.format(edge) for edge in EDGES for form in ("a{0}b", "{0}a b{0}", "a's{0}12{0}{0}B!? (c)", "{0}")]
@@ -227,7 +228,8 @@ class _Encoder:
         return _encoder_of_worker, self.paths  # what is sent to another process is that process' own encoder
 
     def __init__(self, *paths: Path):
-        self.paths, self.tokenizers = paths, list(map(_load, paths))  # of teacher and student
+        loaded = {path: _load(path) for path in paths}  # XLM-R's takes seconds
+        self.paths, self.tokenizers = paths, [loaded[path] for path in paths]  # of teacher and student
         self.normalizers = [t.normalizer for t in self.tokenizers if t.normalizer is not None]
         self.words: dict[bytes, int] = {}
         self.known: dict[str, bool] = {}  # what `safe` said

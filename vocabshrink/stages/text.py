@@ -13,6 +13,7 @@ from tokenizer_build.files import write_json
 from tokenizer_build.tokenizer import adopt_tokenizer, load_tokenizer, lowercases, make_tokenizer, save_tokenizer
 from tokenizer_build.trainers import train_vocabulary
 from vocabshrink.data.lexicon import encode_corpus
+from vocabshrink.models.loading import resolve_model
 from vocabshrink.run.engine import Context, saying_millions
 from vocabshrink.run.recipe import Recipe
 from vocabshrink.stages.inputs import teacher_folder
@@ -33,7 +34,7 @@ def reads_lowercase(recipe: Recipe) -> bool:
     """Whether the student reads everything in lower case: as its given tokenizer does, else as the recipe says, else as
     the teacher does. Raises InputError where the recipe contradicts the given tokenizer."""
     asked, given = recipe.vocabulary.lowercase, given_tokenizer(recipe)
-    found = lowercases(load_tokenizer(given or teacher_folder(recipe)))
+    found = lowercases(load_tokenizer(given or resolve_model(recipe.teacher.model, recipe.teacher.revision)))
     if given and asked not in (None, found):
         raise InputError(f"vocabulary.lowercase: {asked} is not what the tokenizer {given} does: leave the key out")
     return found if asked is None else asked
@@ -41,8 +42,9 @@ def reads_lowercase(recipe: Recipe) -> bool:
 
 def given_tokenizer(recipe: Recipe) -> Path | None:
     """The folder or file of the tokenizer that is taken as it is, where the recipe names one."""
-    named = recipe.vocabulary.tokenizer
-    return teacher_folder(recipe) if named == "teacher" else Path(os.path.expanduser(named)) if named else None
+    if (named := recipe.vocabulary.tokenizer) == "teacher":
+        return resolve_model(recipe.teacher.model, recipe.teacher.revision)
+    return Path(os.path.expanduser(named)) if named else None
 
 
 def vocab(context: Context) -> dict:
