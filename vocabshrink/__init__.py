@@ -1,12 +1,15 @@
 """Compress a BERT-type encoder by giving it a much smaller vocabulary, and deliver it under a byte budget.
 
-`vocabshrink.load(folder)` opens a delivered model and `vocabshrink.Index(folder)` its passages; neither needs torch.
-Training lives in the other modules.
+`compress(model, texts, out=folder)` is the whole job. `load(folder)` opens a delivered model and `Index(folder)` its
+passages; neither needs torch. The pieces of `compress` are functions too: see `vocabshrink.api`.
 """
 
 import importlib
 
 HOMES = {"load": "vocabshrink.runtime.delivery", "Index": "vocabshrink.runtime.index"}
+HOMES |= dict.fromkeys(
+    ("compress", "plan", "learn_vocabulary", "start_student", "distill", "finetune", "export"), "vocabshrink.api"
+)
 __all__ = list(HOMES)
 
 

@@ -16,7 +16,7 @@ from rich.table import Column, Table
 from tokenizer_build.errors import InputError
 from tokenizer_build.files import write_json
 from vocabshrink.run.folder import RunDir, task_rows
-from vocabshrink.run.stage import RENAMED, STAGES, stages_of
+from vocabshrink.run.stage import RENAMED, STAGES
 
 HELP = "Compress a BERT-type encoder to under 7 MB by giving it a much smaller vocabulary."
 app = typer.Typer(help=HELP, no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
@@ -42,21 +42,42 @@ def table_of(title: str, heads: Sequence[str], rows: Iterable[Sequence[str]]) ->
 
 
 def run_stages(recipe: Path, overrides: list[str] | None, force: bool, only: str = "", since: float | None = None):
-    """Run the stages that a recipe asks for, or `only` one; what cannot work is refused before anything runs."""
-    from vocabshrink.run.engine import Run, main_process, run_stage, summarise
+    """Run the stages that a recipe asks for, or `only` one, in artifacts/NAME."""
+    from vocabshrink.api import run_recipe
     from vocabshrink.run.recipe import load_recipe
-    from vocabshrink.stages.checks import check_recipe
 
     loaded = load_recipe(recipe, overrides or [])
-    check_recipe(loaded, force=force)
-    opened = Run(loaded, RunDir(Path("artifacts") / loaded.name), force)
-    for name in [only] if only else stages_of(loaded):
-        if name == "report" and main_process():
-            summarise(opened, since)  # which it shows
-        run_stage(opened, name)
-    if not only and main_process():
-        show_summary(summarise(opened, since))
-        print(f"report: {opened.dir.path / 'report.html'}")
+    folder = RunDir(Path("artifacts") / loaded.name)
+    if summary := run_recipe(loaded, folder, force=force, only=only, since=since):
+        show_summary(summary)
+        print(f"report: {folder.path / 'report.html'}")
+
+
+@app.command()
+def compress(
+    model: Annotated[str, typer.Argument(help="a folder, a hub name or package:NAME/SUBFOLDER")],
+    texts: Annotated[list[str], typer.Argument(help="files, folders, globs or datasets:NAME:SPLIT")],
+    out: Annotated[Path, typer.Option(help="folder of the run; the delivery is export/model in it")],
+    budget: Annotated[str, typer.Option(help="bytes of the delivery")] = "7MB",
+    minutes: Annotated[float | None, typer.Option(help="how long it may take; 30 unless told")] = None,
+    tokens: Annotated[int | None, typer.Option(help="how much to train, instead of minutes")] = None,
+    goal: Annotated[str, typer.Option(help="quality or speed")] = "quality",
+    start: Annotated[str | None, typer.Option(help="another model whose layers the student starts from")] = None,
+    column: Annotated[str, typer.Option(help="of JSONL, CSV and parquet files")] = "text",
+    only_plan: Annotated[bool, typer.Option("--plan", help="write the recipe, print what it costs, stop")] = False,
+):
+    """Make an encoder small for your text: choose a student, train it, deliver it."""
+    from vocabshrink import api
+
+    options = {"budget": budget, "minutes": minutes, "tokens": tokens, "goal": goal, "start": start, "column": column}
+    sources = [text if text.startswith("datasets:") else Path(text) for text in texts]
+    recipe = api.plan(model, sources, out=out, **options)
+    show_plan(recipe, out)
+    print(f"recipe: {recipe}", flush=True)
+    if not only_plan:
+        artifact = api.compress(model, sources, out=out, **options)
+        show_summary(artifact.figures)
+        print(artifact.path)
 
 
 @app.command()
@@ -95,11 +116,15 @@ def show_summary(summary: dict) -> None:
 @app.command()
 def plan(recipe: RecipePath, overrides: Overrides = None):
     """Print parameters, bytes of every format, tokens, FLOPs and hours; refuse what cannot meet its budget."""
+    show_plan(recipe, None, overrides)
+
+
+def show_plan(recipe: Path, folder: Path | None, overrides: list[str] | None = None) -> None:
     from vocabshrink.run.recipe import load_recipe
     from vocabshrink.stages.plan import check_budget, plan_tables
 
     loaded = load_recipe(recipe, overrides or [])
-    CONSOLE.print(*plan_tables(loaded, RunDir(Path("artifacts") / loaded.name)))
+    CONSOLE.print(*plan_tables(loaded, RunDir(folder or Path("artifacts") / loaded.name)))
     check_budget(loaded)
 
 

@@ -16,12 +16,11 @@ import random
 import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from itertools import chain
 from pathlib import Path
 
 import numpy as np
 
-from tokenizer_build.corpus import read_blocks
+from tokenizer_build.corpus import read_lines
 from tokenizer_build.errors import InputError
 from tokenizer_build.files import read_json, write_json, write_text
 from vocabshrink.data.held_out import Embed
@@ -57,13 +56,17 @@ def draw_sentences(corpus: CorpusSection, section: VectorsStage, seed: int) -> l
 
 
 def _sentences(source: str, corpus: CorpusSection, numbers: Iterator[int], whole_lines: bool) -> Iterator[str]:
+    for line, number in zip(read_lines([source], corpus.column), numbers, strict=False):
+        if number % corpus.held_out_every:
+            yield from sentences_of(line, whole=whole_lines)
+
+
+def sentences_of(line: str, *, whole: bool = False) -> Iterator[str]:
+    """The sentences of a line (or, if `whole`, the line) that have letters and are neither too short nor too long."""
     least, most = CHARACTERS
-    for line, number in zip(chain.from_iterable(read_blocks([source], corpus.column)), numbers, strict=False):
-        if number % corpus.held_out_every == 0:
-            continue
-        for part in [line] if whole_lines else BOUNDARY.split(line):
-            if least <= len(part := part.strip()) <= most and any(map(str.isalpha, part)):
-                yield part
+    for part in [line] if whole else BOUNDARY.split(line):
+        if least <= len(part := part.strip()) <= most and any(map(str.isalpha, part)):
+            yield part
 
 
 def write_sentences(folder: Path, sentences: list[str]) -> None:

@@ -1,20 +1,21 @@
 """What several stages read, as functions of a stage's context: the teacher, the words, the student as it starts."""
 
-from itertools import chain, islice
+from itertools import islice
 from pathlib import Path
 
 import numpy as np
 import torch
 from tokenizers import Tokenizer
 
-from tokenizer_build.corpus import read_blocks
+from tokenizer_build.corpus import read_lines
 from tokenizer_build.tokenizer import load_tokenizer
-from vocabshrink.data.batches import Batcher, cut_segments
+from vocabshrink.data.batches import cut_segments
 from vocabshrink.data.held_out import HeldOut, held_out_texts
 from vocabshrink.data.lexicon import Lexicon, WordStream
-from vocabshrink.data.pieces import Pieces, PieceTable
+from vocabshrink.data.pieces import Pieces
 from vocabshrink.data.tasks import Task, read_task
 from vocabshrink.data.vectors import StoredVectors
+from vocabshrink.models.families import first_position
 from vocabshrink.models.forward import ModuleSettings, module_settings
 from vocabshrink.models.loading import check_folder, resolve_model
 from vocabshrink.models.spelling import shared_pieces
@@ -81,31 +82,24 @@ def read_shared_pieces(context: Context) -> np.ndarray:
 
 def start_student(context: Context, teacher: Teacher) -> Start:
     """`build_student` by the recipe; what extraction by importance measures, it measures on the corpus."""
-    recipe, batch = context.recipe, None
+    recipe, source, batch = context.recipe, teacher, None
     if recipe.student.start:
         source = load_teacher(recipe.student.start, pooling=teacher.pooling, normalize=teacher.normalize)
-        if recipe.student.initialize == "extract_importance":
-            batch = pieces_of_corpus(recipe, source)
-        started = build_student(recipe.student, source, context.vocabulary, batch=batch, seed=recipe.seed)
-        # the way back to the source's width is not the way to the teacher's
-        return started._replace(directions=None, table_directions=None)
     if recipe.student.initialize == "extract_importance":
-        lexicon, stream = read_words(context)
-        limits = HELD_OUT | {"held_out_every": recipe.corpus.held_out_every}
-        segments, _ = cut_segments(stream, lexicon, unit="line", **limits)
-        table = PieceTable(lexicon, teacher.table.num_embeddings)
-        options = {"batch_size": 64, "seed": recipe.seed, "sides": ("teacher",)}
-        batch = Batcher(table, stream, lexicon, segments, **options).batch(0).teacher
-    return build_student(recipe.student, teacher, context.vocabulary, batch=batch, seed=recipe.seed)
+        batch = pieces_of_corpus(recipe, source)
+    started = build_student(recipe.student, source, context.vocabulary, batch=batch, seed=recipe.seed)
+    # the way back to another model's width is not the way to the teacher's
+    return started if source is teacher else started._replace(directions=None, table_directions=None)
 
 
 def pieces_of_corpus(recipe: Recipe, source: Teacher) -> Pieces:
     """The first 64 lines of the corpus that are as long as a sentence, in the pieces of a model."""
-    lines = chain.from_iterable(read_blocks(recipe.corpus.sources, recipe.corpus.column))
+    lines = read_lines(recipe.corpus.sources, recipe.corpus.column)
     texts = list(islice((line for line in lines if len(line.split()) >= HELD_OUT["min_words"]), 64))
-    tokenizer = load_tokenizer(source.folder)
-    tokenizer.enable_truncation(HELD_OUT["max_pieces"])
-    tokenizer.enable_padding(pad_id=source.config.pad_token_id or 0)
+    tokenizer, config = load_tokenizer(source.folder), source.config
+    positions = getattr(config, "max_position_embeddings", None) or HELD_OUT["max_pieces"] + 2
+    tokenizer.enable_truncation(min(positions - first_position(config), HELD_OUT["max_pieces"] + 2))
+    tokenizer.enable_padding(pad_id=config.pad_token_id or 0)
     encodings = tokenizer.encode_batch(texts)
     ids, mask = (torch.tensor([getattr(e, part) for e in encodings]) for part in ("ids", "attention_mask"))
     return Pieces(ids, mask, units=ids)

@@ -1,0 +1,156 @@
+"""`compress` from texts to a delivery, and its pieces, each of use alone."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from conftest import made_up_text, wordpiece_pieces
+from transformers import AutoModel, GPT2Config, GPT2Model, T5Config
+
+import vocabshrink
+from tokenizer_build.errors import InputError
+from tokenizer_build.tokenizer import load_tokenizer, save_tokenizer
+from vocabshrink.api import plan, spool
+from vocabshrink.runtime.delivery import load
+from vocabshrink.stages import choose
+
+TINY = {"tokens": 20_000, "budget": "60kB"}
+SHAPES = {"quality": ((24, 250, 32, 2, 32, "int4-32", 1e-3), (8, 150, 16, 2, 32, "int4-32", 1e-3))}
+
+
+@pytest.fixture(autouse=True)
+def small_shapes(monkeypatch):
+    monkeypatch.setattr(choose, "SHAPES", SHAPES)
+    monkeypatch.setattr("vocabshrink.api.SHAPES", SHAPES)
+
+
+@pytest.fixture(scope="module")
+def texts() -> list[str]:
+    return made_up_text(1500, seed=4)
+
+
+@pytest.fixture(scope="module")
+def compressed(tiny_teacher, texts, tmp_path_factory):
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(choose, "SHAPES", SHAPES)
+        patch.setattr("vocabshrink.api.SHAPES", SHAPES)
+        settings = {"delivery": {"tolerance": 2}}
+        out = tmp_path_factory.mktemp("compressed") / "mine"
+        return vocabshrink.compress(str(tiny_teacher), (text for text in texts), out=out, settings=settings, **TINY)
+
+
+def test_one_call_makes_a_model_of_the_budget(compressed, texts):
+    assert compressed.manifest["delivery_bytes"] <= 60_000
+    assert {"untrained", "trained", "delivered"} <= compressed.figures["rank_agreement"].keys()
+    vectors = load(compressed.path).embed(texts[:3])
+    assert vectors.shape == (3, compressed.manifest["dimension"])
+    np.testing.assert_allclose(np.linalg.norm(vectors, axis=1), 1, atol=1e-5)
+
+
+def test_the_choice_is_a_recipe_with_a_reason_on_every_line(tiny_teacher, texts, tmp_path):
+    recipe = plan(str(tiny_teacher), texts, out=tmp_path / "r", **TINY)
+    lines = recipe.read_text().splitlines()
+    bare = [line for line in lines if line.strip() and "#" not in line and not line.rstrip().endswith(":")]
+    assert bare == ["name: r"]
+    vocabshrink.run.recipe.load_recipe(recipe)
+
+
+def test_called_again_it_goes_on_and_other_arguments_are_refused(compressed, tiny_teacher, texts):
+    out = compressed.recipe.parent
+    before = (compressed.path / "MANIFEST.json").stat().st_mtime_ns
+    settings = {"delivery": {"tolerance": 2}}
+    again = vocabshrink.compress(str(tiny_teacher), iter(texts), out=out, settings=settings, **TINY)
+    assert again.figures.keys() == compressed.figures.keys()
+    assert (compressed.path / "MANIFEST.json").stat().st_mtime_ns == before
+    with pytest.raises(InputError, match="made with other arguments"):
+        plan(str(tiny_teacher), texts, out=out, tokens=9_000, budget="60kB")
+    with pytest.raises(InputError, match="holds other texts"):
+        plan(str(tiny_teacher), texts[1:], out=out, settings=settings, **TINY)
+
+
+def test_sources_are_files_or_texts(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    Path("a.txt").write_text("x")
+    assert spool("a.txt", tmp_path) == ["a.txt"] and spool(Path("a.txt"), tmp_path) == ["a.txt"]
+    assert spool(["a.txt", "*.md"], tmp_path) == ["a.txt", "*.md"]
+    (kept,) = spool(iter(["one text", "a.txt"]), tmp_path / "out")
+    assert [json.loads(line) for line in Path(kept).read_text().splitlines()] == [
+        {"text": "one text"},
+        {"text": "a.txt"},
+    ]
+    with pytest.raises(InputError, match="texts: there are none"):
+        spool([], tmp_path)
+
+
+@pytest.mark.parametrize(
+    "options, message",
+    [
+        ({"budget": "2kB"}, "budget: 2,000 bytes are too few: the least is [0-9,]+ bytes"),
+        ({"goal": "beauty"}, "goal 'beauty' is unknown"),
+        ({"minutes": 5.0}, "give minutes or tokens, one of them"),
+        ({"budget": "seven"}, "budget: budget: write a size as 7MB"),
+        ({"settings": {"distill": {"stepz": 3}}}, "unknown key distill.stepz: did you mean steps"),
+    ],
+)
+def test_what_cannot_be_is_refused_before_training(options, message, tiny_teacher, texts, tmp_path):
+    with pytest.raises(InputError, match=message):
+        plan(str(tiny_teacher), texts, out=tmp_path / "r", **(TINY | options))
+    assert not (tmp_path / "r" / "compress.json").exists()
+
+
+def test_texts_of_another_script_or_too_few_are_refused(tiny_teacher, texts, tmp_path):
+    with pytest.raises(InputError, match="cannot write .*% of the text's pieces"):
+        plan(str(tiny_teacher), ["ведь это предложение по-русски " + str(i) for i in range(500)], out=tmp_path, **TINY)
+    with pytest.raises(InputError, match="9 sentences are too few"):
+        plan(str(tiny_teacher), texts[:9], out=tmp_path / "few", **TINY)
+
+
+@pytest.mark.parametrize("config", [GPT2Config(n_embd=16, n_layer=1, n_head=2, vocab_size=99), T5Config(vocab_size=99)])
+def test_a_model_with_a_decoder_is_refused(config, texts, tmp_path):
+    config.save_pretrained(tmp_path / "model")
+    save_tokenizer(wordpiece_pieces(texts, 99), tmp_path / "model")
+    if isinstance(config, GPT2Config):
+        config.is_decoder = True
+        GPT2Model(config).save_pretrained(tmp_path / "model")
+    with pytest.raises(InputError, match="decoder"):
+        plan(str(tmp_path / "model"), texts, out=tmp_path / "r", **TINY)
+
+
+def test_the_pieces_make_a_model_by_hand(tiny_teacher, texts, tmp_path):
+    vocabulary = vocabshrink.learn_vocabulary(texts, 150, out=tmp_path / "vocab", teacher=str(tiny_teacher))
+    assert load_tokenizer(vocabulary).get_vocab_size() == 150
+    shape = {"num_hidden_layers": 2, "embedding_size": 12}
+    student = vocabshrink.start_student(str(tiny_teacher), vocabulary, out=tmp_path / "student", **shape)
+    assert AutoModel.from_pretrained(student).config.embedding_size == 12
+    seen = []
+
+    def first_states(forward):
+        seen.append(forward.student.hidden[0].shape[-1])
+        return forward.student.sentence.pow(2).mean()
+
+    options = {"steps": 4, "batch_size": 8, "max_length": 32, "learning_rate": 1e-3, "evaluations": 0}
+    losses = {"bank_similarity": 1.0, "sentence_cosine": 1.0, first_states: 0.1}
+    trained = vocabshrink.distill(
+        student, str(tiny_teacher), texts, out=tmp_path / "run", losses=losses, vectors=600, **options
+    )
+    before, after = (AutoModel.from_pretrained(folder).state_dict() for folder in (student, trained))
+    assert before.keys() == after.keys() and seen
+    assert any(not torch.equal(before[name], after[name]) for name in before)
+    manifest = vocabshrink.export(trained, tmp_path / "delivery", weights="int8")
+    assert manifest["task"] == "embedding" and load(tmp_path / "delivery").embed(["ka lo"]).shape == (1, 32)
+
+
+def test_a_student_is_finetuned_on_a_task(tiny_teacher, texts, tmp_path):
+    rows = [{"sentence1": text, "label": int("ka" in text)} for text in texts[:90]]
+    for split, part in {"train": rows[:60], "validation": rows[60:]}.items():
+        (tmp_path / f"{split}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in part))
+    vocabulary = vocabshrink.learn_vocabulary(texts, 150, out=tmp_path / "vocab")
+    student = vocabshrink.start_student(str(tiny_teacher), vocabulary, out=tmp_path / "student")
+    task = {split: str(tmp_path / f"{split}.jsonl") for split in ("train", "validation")}
+    model, figures = vocabshrink.finetune(
+        student, task, out=tmp_path / "tuned", phases=[{"epochs": 1, "batch_size": 16, "learning_rate": 1e-3}]
+    )
+    assert "accuracy" in figures["task"] and (model / "config.json").is_file()
+    assert vocabshrink.export(model, tmp_path / "delivery", weights="int8")["task"] == "classification"

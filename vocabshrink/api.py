@@ -1,0 +1,274 @@
+"""What the library does, as functions: `compress`, which decides everything, and the pieces that it is made of.
+
+`compress` looks at the model, the text and the machine, chooses a student, writes the choice as a recipe and runs it.
+Every function works in a folder that it is given and goes on there when it is called again after a kill. Models are
+folders that transformers loads, so that any of them may come from elsewhere or go elsewhere.
+"""
+
+import dataclasses
+import filecmp
+import glob
+import json
+import os
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from itertools import chain
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+
+from tokenizer_build.count import count_words
+from tokenizer_build.errors import InputError
+from tokenizer_build.files import read_json, replacing, write_json, write_text
+from tokenizer_build.tokenizer import load_tokenizer, save_tokenizer
+from tokenizer_build.trainers import train_vocabulary
+from vocabshrink.delivery.export import ExportSettings, export_model
+from vocabshrink.models.forward import module_settings
+from vocabshrink.models.loading import load_config, resolve_model
+from vocabshrink.models.student import build_student, save_student
+from vocabshrink.models.teacher import load_teacher
+from vocabshrink.run.engine import Run, main_process, run_stage, summarise
+from vocabshrink.run.folder import RunDir
+from vocabshrink.run.recipe import DeliverySection, Recipe, StudentSection, load_recipe, parse_recipe
+from vocabshrink.run.recipe_yaml import RecipeDumper, read_yaml
+from vocabshrink.run.stage import stages_of
+from vocabshrink.runtime.kinds import KINDS
+from vocabshrink.stages.checks import check_recipe
+from vocabshrink.stages.choose import SHAPES, choose_effort, choose_shape, look_at, recipe_text
+from vocabshrink.training.losses import LOSSES, Loss
+
+Texts = str | os.PathLike | Iterable[str]  # a file, folder, glob or datasets:NAME:SPLIT, several of them, or the texts
+
+
+@dataclasses.dataclass(frozen=True)
+class Artifact:
+    """What `compress` made. path: the delivered folder, for `vocabshrink.load`. manifest: its MANIFEST.json. figures:
+    what was measured, {figure: {"teacher", "untrained", "trained", "delivered"}}. recipe: the file that makes it
+    again."""
+
+    path: Path
+    manifest: dict
+    figures: dict
+    recipe: Path
+
+
+def compress(model: str, texts: Texts, *, out: str | os.PathLike, **options: Any) -> Artifact:
+    """The encoder `model` (a folder, hub name or package:NAME/SUBFOLDER), made small for the texts, in a folder `out`.
+
+    options: those of `plan`. Killed and called again with the same arguments, it goes on. Raises InputError, before
+    anything is trained, for a model, texts or a budget that cannot be.
+    """
+    recipe = plan(model, texts, out=out, **options)
+    figures = run_recipe(load_recipe(recipe), RunDir(out))
+    delivered = Path(out, "export", "model")
+    return Artifact(delivered, read_json(delivered / "MANIFEST.json"), figures, recipe)
+
+
+def plan(
+    model: str,
+    texts: Texts,
+    *,
+    out: str | os.PathLike,
+    budget: str | int = "7MB",
+    minutes: float | None = None,
+    tokens: int | None = None,
+    goal: Literal["quality", "speed"] = "quality",
+    start: str | None = None,
+    column: str = "text",
+    settings: Mapping[str, Any] | None = None,
+) -> Path:
+    """The recipe that `compress` would run, written to `out`/compress.yaml.
+
+    budget: bytes of all the files that onnxruntime needs. minutes, or tokens: how long; 30 minutes unless told.
+    goal: the best vectors for the bytes, or the fastest model. start: another model whose layers and pieces the student
+    starts from. column: of JSONL, CSV and parquet files. settings: {section: {key: value}} over what is chosen.
+    """
+    out, size = Path(out), parse_recipe({"budget": budget}, "budget", DeliverySection).budget
+    if minutes is None and tokens is None:
+        minutes = 30.0
+    if (minutes or tokens) is not None and (minutes or tokens) <= 0 or (minutes and tokens):
+        raise InputError("give minutes or tokens, one of them, above 0")
+    if goal not in SHAPES:
+        raise InputError(f"goal {goal!r} is unknown: choose {' or '.join(SHAPES)}")
+    sources = spool(texts, out)
+    asked = {"model": model, "sources": sources, "budget": size, "minutes": minutes, "tokens": tokens, "goal": goal}
+    asked |= {"start": start, "column": column, "settings": settings}
+    recipe, before = out / "compress.yaml", out / "compress.json"
+    if before.is_file() and read_json(before) == json.loads(json.dumps(asked)):
+        return recipe
+    if before.is_file():
+        raise InputError(f"{out}: made with other arguments: give another folder, or delete this one")
+    look = look_at(model, sources, column)
+    start_config = load_config(resolve_model(start)) if start else None
+    shape = choose_shape(look, size, goal, start_config)
+    effort = choose_effort(look, shape, minutes, tokens)
+    names = {"name": out.name, "model": model, "sources": sources, "column": column, "budget": size, "start": start}
+    write_text(recipe, recipe_text(look, shape, effort, **names))
+    if settings:
+        values = merge(read_yaml(recipe, "a recipe"), settings)
+        write_text(recipe, yaml.dump(values, Dumper=RecipeDumper, sort_keys=False, allow_unicode=True))
+    check_recipe(load_recipe(recipe))
+    write_json(before, asked)
+    return recipe
+
+
+def merge(values: dict, over: Mapping[str, Any]) -> dict:
+    """Nested values with others put over them."""
+    return values | {
+        key: merge(values[key], value) if isinstance(value, Mapping) and isinstance(values.get(key), dict) else value
+        for key, value in over.items()
+    }
+
+
+def spool(texts: Texts, out: Path) -> list[str]:
+    """The sources of a corpus: the paths given, or out/texts.jsonl with the texts of an iterable, which is never held.
+
+    A list whose first member names a file, folder, glob or data set is a list of those. Raises InputError where `out`
+    has other texts already.
+    """
+    if isinstance(texts, str | os.PathLike):
+        return [os.path.expanduser(texts)]
+    members = iter(texts)
+    first = next(members, None)
+    if first is None:
+        raise InputError("texts: there are none: give files, or strings")
+    if isinstance(first, os.PathLike) or len(first) < 1000 and _names_source(first):
+        return [os.path.expanduser(member) for member in (first, *members)]
+    kept = out / "texts.jsonl"
+    out.mkdir(parents=True, exist_ok=True)
+    with replacing(out / "texts.new.jsonl") as new, new.open("w", encoding="utf-8") as file:
+        for text in chain([first], members):
+            file.write(json.dumps({"text": text}, ensure_ascii=False) + "\n")
+    new = out / "texts.new.jsonl"
+    if kept.is_file() and not filecmp.cmp(new, kept, shallow=False):
+        new.unlink()
+        raise InputError(f"{out}: holds other texts: give another folder, or delete this one")
+    new.replace(kept)
+    return [str(kept)]
+
+
+def _names_source(text: str) -> bool:
+    return text.startswith("datasets:") or os.path.exists(os.path.expanduser(text)) or bool(glob.glob(text))
+
+
+def run_recipe(
+    recipe: Recipe, folder: RunDir, *, force: bool = False, only: str = "", since: float | None = None
+) -> dict:
+    """Runs the stages that a recipe asks for, or `only` one, in a folder; what cannot work is refused before anything
+    runs. since: Unix time from which minutes are counted. Returns the run's summary: {figure: {system: value}, ...}."""
+    check_recipe(recipe, force=force)
+    run = Run(recipe, folder, force)
+    for name in [only] if only else stages_of(recipe):
+        if name == "report" and main_process():
+            summarise(run, since)  # which it shows
+        run_stage(run, name)
+    return summarise(run, since) if not only and main_process() else {}
+
+
+def learn_vocabulary(
+    texts: Texts,
+    size: int,
+    *,
+    out: str | os.PathLike,
+    teacher: str | None = None,
+    trainer: str = "fewest",
+    lowercase: bool = True,
+    required: Sequence[str] = (),
+    column: str = "text",
+) -> Path:
+    """A WordPiece tokenizer of at most `size` pieces, learnt from the texts, as a folder that transformers loads.
+
+    teacher: a model whose pieces are candidates too. trainer: one of tokenizer_build.trainers.TRAINERS. required: words
+    that must be one piece. Raises InputError for a size that cannot hold the alphabet and for text that is none.
+    """
+    counts = count_words(spool(texts, out := Path(out)), column=column, lowercase=lowercase)
+    known = load_tokenizer(resolve_model(teacher)).get_vocab() if teacher else {}
+    options = {"required": list(required), "lowercase": lowercase, "teacher_vocabulary": known}
+    save_tokenizer(train_vocabulary(counts, size, trainer, **options), out, lowercase=lowercase)
+    return out
+
+
+def start_student(model: str, tokenizer: str | os.PathLike, *, out: str | os.PathLike, **shape: Any) -> Path:
+    """A student of the tokenizer's pieces [V, D_S], started from `model`, as a folder that transformers loads.
+
+    shape: of the recipe's student section: num_hidden_layers, hidden_size, intermediate_size, embedding_size ...; what
+    is left out is the model's. Raises InputError for a shape that the model cannot fill.
+    """
+    section = parse_recipe(shape, "shape", StudentSection)
+    source = load_teacher(model)
+    if section.initialize == "extract_importance":
+        raise InputError("initialize: extract_importance measures on text: use compress or a recipe, or extract_random")
+    student = build_student(section, source, Path(tokenizer)).model
+    save_student(Path(out), student, None, Path(tokenizer), source.pooling, source.normalize)
+    return Path(out)
+
+
+def distill(
+    student: str | os.PathLike,
+    teacher: str,
+    texts: Texts,
+    *,
+    out: str | os.PathLike,
+    losses: Mapping[str | Callable, float],
+    vectors: int | None = None,
+    **training: Any,
+) -> Path:
+    """Trains a student's folder on the texts against a teacher and returns the trained one's folder.
+
+    losses: {a name of `vocabshrink list losses`, or a function Forward -> scalar: its weight}. vectors: the number of
+    sentences whose teacher vectors are stored and trained on; None: the teacher runs in every step. training: of the
+    recipe's distill section: steps, batch_size, learning_rate ... A function sees all hidden states of both models
+    (training.views.Forward). Raises InputError for losses and models that do not go together.
+    """
+    for function in filter(callable, losses):
+        LOSSES[function.__name__] = Loss(function, frozenset({"hidden", "teacher"}), frozenset({"distill"}))
+    named = {loss.__name__ if callable(loss) else loss: weight for loss, weight in losses.items()}
+    values = {"student": {"start": str(student)}, "distill": {"losses": named} | training}
+    if vectors:
+        values["vectors"] = {"sentences": vectors}
+    return _run_section(values, teacher, student, texts, Path(out)) / "distill" / "student"
+
+
+def finetune(
+    student: str | os.PathLike, task: Mapping[str, Any], *, out: str | os.PathLike, **settings: Any
+) -> tuple[Path, dict]:
+    """Fine-tunes a student's folder on a labelled task; the folder of the trained model, and its figures.
+
+    task: one of the recipe's tasks: {"train": file, "validation": file, "kind": ..., "teacher": folder ...}. settings:
+    of its finetune section: phases, seeds, grid ... Raises InputError for rows or labels that do not go together.
+    """
+    texts = [str(task["train"])]
+    column = (task.get("text") or ["sentence1"])[0]
+    values = {
+        "student": {"start": str(student)},
+        "tasks": {"task": dict(task)},
+        "finetune": settings or {"phases": [{}]},
+    }
+    values["corpus"] = {"column": column}
+    folder = _run_section(values, str(student), student, texts, Path(out))
+    return folder / "finetune" / "task" / "model", read_json(folder / "finetune" / "summary.json")
+
+
+def _run_section(values: dict, teacher: str, student: str | os.PathLike, texts: Texts, out: Path) -> Path:
+    """Runs a recipe that begins with a student as it is, and delivers nothing."""
+    whole = {"name": out.name, "teacher": {"model": teacher}, "vocabulary": {"tokenizer": str(student)}}
+    whole |= {"corpus": {"sources": spool(texts, out)} | values.pop("corpus", {}), "delivery": None}
+    run_recipe(parse_recipe(whole | {"evaluation": {"sentences": 0}} | values, "distill"), RunDir(out))
+    return out
+
+
+def export(
+    model: str | os.PathLike, out: str | os.PathLike, *, weights: str | dict = "int4-64", **settings: Any
+) -> dict:
+    """Writes a trained student's folder as a delivery and returns its manifest.
+
+    weights: a format of run.formats, or one for each class of tensors. settings: of delivery.export.ExportSettings:
+    max_positions, kernel, safetensors, budget_bytes ... Raises InputError for a model that the graph cannot compute.
+    """
+    folder = resolve_model(str(model))
+    config, said = load_config(folder), module_settings(folder)
+    named = (config.architectures or [""])[0].removeprefix("Electra").removeprefix("Bert")
+    task = next((t for t, kind in KINDS.items() if kind.architecture.removeprefix("Bert") == named), "embedding")
+    options = {"max_positions": min(128, config.max_position_embeddings), "pooling": said.pooling}
+    options |= {"normalize": said.normalize, "prompts": said.prompts, "default_prompt": said.default_prompt}
+    return export_model(folder, out, ExportSettings(task, weights, **options | settings))

@@ -1,0 +1,186 @@
+"""What `compress` decides for its user: shape, pieces, bits and steps, by looking at model, text and machine.
+
+The rule is a table of shapes by bytes (SHAPES), each the best of those measured at its size (docs/choosing.md). The
+largest whose least form fits the budget is taken, and its feed-forward neurons fill what is left. Minutes are shared
+between the teachers' vectors and the student's steps by the speeds of the very models, timed here on the user's own
+text. The choice is written as an ordinary recipe, in which every line says what it is for.
+"""
+
+import time
+from bisect import bisect_right
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from tokenizers.models import WordPiece
+from torch import nn
+from transformers import PreTrainedConfig
+
+from tokenizer_build.corpus import read_lines
+from tokenizer_build.errors import InputError
+from tokenizer_build.tokenizer import load_tokenizer
+from vocabshrink.data.held_out import LEAST_SENTENCES as LEAST_EVALUATED
+from vocabshrink.data.pieces import Pieces
+from vocabshrink.data.vectors import sentences_of
+from vocabshrink.delivery.size import delivery_bytes
+from vocabshrink.models.families import first_position, neurons_of, new_encoder
+from vocabshrink.models.forward import run_backbone
+from vocabshrink.models.loading import check_folder, load_model, resolve_model
+from vocabshrink.models.student import student_config
+from vocabshrink.pages.page import ENVIRONMENT
+from vocabshrink.run.recipe import StudentSection
+
+SAMPLED = 2000  # lines of the text that are looked at
+LEAST_SENTENCES = 400  # below this there is neither a training nor an evaluation
+MOST_UNKNOWN = 0.05  # share of unknown pieces: above it the teacher cannot write the text's script
+# goal -> shapes from the largest: columns of the piece table, pieces, width, layers, least neurons, format, and the
+# learning rate of all but the pieces, higher the more is cut away
+SHAPES = {
+    "quality": (
+        (256, 30_000, 384, 6, 1152, "int8", 1e-4),
+        (128, 30_000, 384, 6, 512, "int4-64", 1e-4),
+        (96, 12_000, 384, 6, 128, "int4-64", 2e-4),
+        (64, 8_000, 192, 6, 192, "int4-64", 5e-4),
+        (48, 4_000, 96, 4, 96, "int4-64", 1e-3),
+    ),
+    "speed": (
+        (256, 30_000, 384, 6, 384, "int8", 2e-4),
+        (128, 20_000, 256, 6, 256, "int8", 3e-4),
+        (96, 8_000, 192, 4, 192, "int8", 5e-4),
+        (64, 4_000, 96, 4, 96, "int8", 1e-3),
+    ),
+}
+VECTORS, TRAINING, RECOVERY = 0.3, 0.45, 0.1  # shares of the minutes, at most; the rest counts, encodes and measures
+
+
+@dataclass(frozen=True)
+class Look:
+    """What was found. sentences: in all the text, estimated. length: pieces of a sentence, on the average."""
+
+    folder: Path
+    config: PreTrainedConfig
+    wordpiece: bool
+    pieces: int
+    sentences: int
+    lines: int
+    length: float
+    texts: list[str]
+
+
+def look_at(model: str, sources: list[str], column: str) -> Look:
+    """Reads the model's folder and all of the text once. Raises InputError for what cannot be compressed: no encoder, a
+    script that the model cannot write, too little text."""
+    config = check_folder(folder := resolve_model(model))
+    tokenizer, lines, characters, sample = load_tokenizer(folder), 0, 0, []
+    for line in read_lines(sources, column):
+        lines, characters = lines + 1, characters + len(line)
+        if lines <= SAMPLED:
+            sample.append(line)
+    texts = [text for line in sample for text in sentences_of(line)]
+    found = int(len(texts) * characters / max(sum(map(len, sample)), 1))
+    if found < LEAST_SENTENCES:
+        raise InputError(f"texts: {found} sentences are too few to learn from: give at least {LEAST_SENTENCES}")
+    encodings = tokenizer.encode_batch(texts, add_special_tokens=False)
+    ids = [i for encoding in encodings for i in encoding.ids]
+    unknown = next((i for name in ("[UNK]", "<unk>") if (i := tokenizer.token_to_id(name)) is not None), None)
+    if ids and (share := ids.count(unknown) / len(ids)) > MOST_UNKNOWN:
+        raise InputError(
+            f"{model} cannot write {share:.0%} of the text's pieces: take a teacher that was trained on its language"
+        )
+    wordpiece, size = isinstance(tokenizer.model, WordPiece), tokenizer.get_vocab_size()
+    return Look(folder, config, wordpiece, size, found, lines, 2 + len(ids) / len(texts), texts)
+
+
+@dataclass(frozen=True)
+class Shape:
+    """A student and the format of its weights. own_pieces: its vocabulary is the teacher's."""
+
+    section: StudentSection
+    pieces: int
+    own_pieces: bool
+    format: str
+    learning_rate: float
+    bytes: int
+
+
+def choose_shape(look: Look, budget: int, goal: str, start: PreTrainedConfig | None = None) -> Shape:
+    """The largest of SHAPES whose least form fits `budget` bytes, filled up with neurons. start: the config of the
+    model that the student starts from, if it is not the teacher. Raises InputError, with the least possible, where none
+    fits."""
+    source, least = start or look.config, 0
+    for columns, pieces, width, layers, neurons, format, rate in SHAPES[goal]:
+        own = look.wordpiece and look.pieces <= 1.1 * pieces
+        width, layers = min(width, source.hidden_size), min(layers, source.num_hidden_layers)
+        heads = source.num_attention_heads
+        heads = next(h for h in range(heads, 0, -1) if width % h == 0 and width // h <= source.hidden_size // heads)
+        shape = {"hidden_size": width, "num_hidden_layers": layers, "num_attention_heads": heads}
+        shape |= {"embedding_size": min(columns, width), "initialize": "extract_importance"}
+        shape["max_position_embeddings"] = min(128, source.max_position_embeddings - first_position(source))
+        count = look.pieces if own else min(pieces, look.pieces)
+
+        def weigh(neurons: int, shape=shape, count=count, format=format) -> int:
+            config = student_config(StudentSection(intermediate_size=neurons, **shape), source, count)
+            return delivery_bytes(config, format)["total"]
+
+        steps = range(32, neurons_of(source) + 1, 32)
+        least = weigh(min(neurons, steps[-1]))
+        if least <= budget:
+            chosen = steps[bisect_right(steps, budget, key=weigh) - 1]
+            section = StudentSection(intermediate_size=chosen, **shape)
+            return Shape(section, count, own, format, rate, weigh(chosen))
+    raise InputError(f"budget: {budget:,} bytes are too few: the least is {least:,} bytes")
+
+
+@torch.no_grad()
+def pieces_per_second(backbone: nn.Module, length: int, *, seconds: float = 2.0) -> float:
+    """Real pieces that a forward pass in bfloat16 takes here, in sentences of `length`, timed for about `seconds`."""
+    ids = torch.ones(64, length, dtype=torch.int64)
+    side, passes = Pieces(ids, torch.ones_like(ids), ids), 0
+    with torch.autocast("cpu", torch.bfloat16):
+        run_backbone(backbone, side)  # the first is slower
+        started = time.perf_counter()
+        while (spent := time.perf_counter() - started) < seconds:
+            run_backbone(backbone, side)
+            passes += 1
+    return passes * ids.numel() / spent
+
+
+@dataclass(frozen=True)
+class Effort:
+    """How much is done. minutes: what that should take, or None where nobody asked."""
+
+    sentences: int
+    batch_size: int
+    steps: int
+    recovery_steps: int
+    minutes: float | None
+
+
+def choose_effort(look: Look, shape: Shape, minutes: float | None, tokens: int | None) -> Effort:
+    """Steps for so many tokens, or for so many minutes at this machine's speed."""
+    length, share = round(look.length), RECOVERY / (RECOVERY + TRAINING)
+    if minutes is None:
+        sentences, trained = min(look.sentences, max(int(tokens / length), LEAST_SENTENCES)), tokens
+    else:
+        config = student_config(shape.section, look.config, shape.pieces)
+        config._attn_implementation = "eager"
+        teacher, student = load_model(look.folder), new_encoder(config)
+        speeds = [pieces_per_second(backbone, length) for backbone in (teacher, student)]
+        seconds = 60 * minutes
+        sentences = min(look.sentences, int(VECTORS * seconds * speeds[0] / length))
+        left = (VECTORS + TRAINING + RECOVERY) * seconds - sentences * length / speeds[0]
+        trained = left * speeds[1] / 3.5  # a step is a pass forward, two backward, the optimizer and the losses
+    batch = next(size for size in (256, 128, 64, 32) if trained / length >= 300 * size or size == 32)
+    steps = max(20, int(trained * (1 - share) / length / batch))
+    return Effort(max(sentences, LEAST_SENTENCES), batch, steps, max(10, int(steps * share / (1 - share))), minutes)
+
+
+def recipe_text(look: Look, shape: Shape, effort: Effort, **names) -> str:
+    """The choice as a recipe with a comment on every line. names: name, model, sources, column, budget, and start: the
+    model that the student starts from, or None."""
+    length = max(16, min(128, shape.section.max_position_embeddings, round(4 * look.length)))
+    numbers = {"max_length": length, "tokens": round(effort.steps * effort.batch_size * look.length)}
+    numbers |= {"evaluated": max(LEAST_EVALUATED, min(500, look.sentences // 40))}
+    numbers |= {"held_out_every": max(2, min(50, look.lines // 100))}
+    parts = {"look": look, "shape": shape, "student": shape.section, "effort": effort}
+    return ENVIRONMENT.get_template("compress.yaml.jinja").render(parts | numbers | names)
