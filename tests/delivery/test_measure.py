@@ -81,9 +81,10 @@ def test_an_optional_figure_fails_no_delivery(headless_teacher, tmp_path, lines,
     folder = Path(shutil.copytree(headless_teacher, tmp_path / "teacher"))
     (folder / "other.safetensors").write_bytes(b"x" * 1000)
     delivered = SimpleNamespace(embed=None, manifest={"delivery_bytes": 1})
-    for name, value in {"load": delivered, "load_model": None, "torch_embedder": list, "latency": 1.0}.items():
+    delivered.embed = lambda texts, **_: list(texts)
+    found = {"load": delivered, "load_model": None, "torch_embedder": delivered.embed, "latency": 1.0}
+    for name, value in found.items():
         monkeypatch.setattr(measure, name, lambda *_, value=value, **__: value)
-    delivered.embed = list
     held_out = SimpleNamespace(texts=lines[:5], rank_agreement=lambda *_: 1.0, neighbour_overlap=lambda *_: 1.0)
     folders = dict.fromkeys(("untrained", "trained", "delivered"), folder) | {"teacher": folder}
     found = measure.measure_systems(held_out, {}, folders, pooling="mean", normalize=True)
