@@ -5,10 +5,9 @@ streamed, so memory does not grow with the corpus (a JSON file that is one array
 sorted: the same stream on every machine.
 
 Refused rather than guessed at: bytes that are not UTF-8, NUL bytes (binary files, UTF-16), records without the column,
-tables whose rows have other numbers of cells than their header, and more than LONGEST_LINE ASCII characters without
-white space (base64, a minified program): that is no language, and a word of that length costs every later stage memory.
-Longer lines are cut at white space or, where a script writes none, between two of its characters. Not done: guessing
-encodings, archives of several files, cells of a TSV file that span lines.
+rows with other numbers of cells than their header, and more than LONGEST_LINE ASCII characters without white space
+(base64, a minified program): that is no language, and costs every later stage memory. Longer lines are cut at white
+space, or in a script that writes none. Not done: guessing encodings, archives, cells of TSV that span lines.
 """
 
 import csv
@@ -95,10 +94,8 @@ def _format(path: str | Path) -> tuple[str, str]:
 
 
 def read_rows(source: str | Path) -> Iterator[tuple[str, dict]]:
-    """Yield (place, record) of every row of a JSONL, CSV, TSV or parquet file, or of those of a glob or folder.
-
-    place: the file and the row's number, for messages. Raises InputError as `read_lines` does, and for a text file.
-    """
+    """Yield (place, record) of each row of a JSONL, CSV, TSV or parquet file, a glob or a folder; place is for messages.
+    Raises InputError as `read_lines` does, and for a text file."""
     for file in expand([source]):
         if not file.startswith("datasets:") and _format(file)[0] not in RECORDS:
             raise InputError(f"{file}: not one of {' '.join(sorted(RECORDS))}: write the rows in one of these formats")
@@ -126,10 +123,7 @@ def _texts(source: str, column: str) -> Iterator[tuple[str, str]]:
 
 
 def _records(source: str, column: str | None) -> Iterator[tuple[str, dict]]:
-    """(place, record) of a file; a text file's records are megabytes of whole lines under `column`.
-
-    column: the only one that is read of a file that stores its columns apart; None: all of them.
-    """
+    """(place, record) of a file; a text file's are megabytes of whole lines under `column`. None: all of parquet's."""
     (suffix, compression), unit, number = _format(source), "row", 0
     try:
         if source.startswith("datasets:"):
