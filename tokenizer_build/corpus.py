@@ -94,8 +94,8 @@ def _format(path: str | Path) -> tuple[str, str]:
 
 
 def read_rows(source: str | Path) -> Iterator[tuple[str, dict]]:
-    """Yield (place, record) of each row of a JSONL, CSV, TSV or parquet file, a glob or a folder; place is for messages.
-    Raises InputError as `read_lines` does, and for a text file."""
+    """Yield (place for messages, record) of each row of a JSONL, CSV, TSV or parquet file, a glob or a folder. Raises
+    InputError as `read_lines` does, and for a text file."""
     for file in expand([source]):
         if not file.startswith("datasets:") and _format(file)[0] not in RECORDS:
             raise InputError(f"{file}: not one of {' '.join(sorted(RECORDS))}: write the rows in one of these formats")
