@@ -1,19 +1,23 @@
 """The corpus as a stream of lines, whatever files it lies in.
 
 A line (in most corpora a paragraph) is the unit of everything downstream. Text, JSONL, CSV/TSV and parquet files are
-streamed, so memory does not grow with the corpus. Folders and globs are sorted: the same stream on every machine.
+streamed, so memory does not grow with the corpus (a JSON file that is one array is read whole). Folders and globs are
+sorted: the same stream on every machine.
 
 Refused rather than guessed at: bytes that are not UTF-8, NUL bytes (binary files, UTF-16), records without the column,
-and more than LONGEST_LINE characters without white space (base64, a minified program): that is no language, and a word
-of that length costs every later stage memory. Longer lines that do have white space are cut there. Not done: guessing
-encodings, archives of several files, JSON files that are one array.
+rows with other numbers of cells than their header, and more than LONGEST_LINE ASCII characters without white space
+(base64, a minified program): that is no language, and costs every later stage memory. Longer lines are cut at white
+space, or in a script that writes none. Not done: guessing encodings, archives, cells of TSV that span lines.
 """
 
 import csv
 import glob
 import io
 import lzma
+import os
+import unicodedata
 from collections.abc import Iterator, Sequence
+from itertools import chain
 from pathlib import Path
 
 import pyarrow
@@ -25,9 +29,10 @@ from tokenizer_build.files import LARGEST_RECORD, decode, read_jsonl, text_lines
 LONGEST_LINE = 1_000_000  # characters
 CHUNK = 1 << 20  # bytes
 COMPRESSED = {".gz": "gzip", ".bz2": "bz2", ".zst": "zstd", ".lz4": "lz4", ".xz": "xz"}
-TABLE = {".csv": ",", ".tsv": "\t"}
+TABLE = {".csv", ".tsv"}
 JSONL = {".jsonl", ".ndjson", ".json"}
-KNOWN = {".txt", ".text", ".md", ".rst", ".parquet", *JSONL, *TABLE}  # what is read from a folder
+RECORDS = {".parquet", *JSONL, *TABLE}  # what has rows with fields
+KNOWN = {".txt", ".text", ".md", ".rst", *RECORDS}  # what is read from a folder
 NO_WHITE_SPACE = f"more than {LONGEST_LINE} characters without white space are no text: remove them or break them up"
 
 
@@ -68,7 +73,7 @@ def read_blocks(sources: Sequence[str | Path], column: str = "text", length: int
 def expand(sources: Sequence[str | Path]) -> list[str]:
     """The files and hub names that the sources stand for; InputError for a source that stands for nothing."""
     out: list[str] = []
-    for source in [sources] if isinstance(sources, str | Path) else sources:
+    for source in map(os.path.expanduser, [sources] if isinstance(sources, str | Path) else sources):
         path, found = Path(source), [source]
         if path.is_dir():
             below = [p for p in path.rglob("*") if p.is_file() and _format(p)[0] in KNOWN]
@@ -76,8 +81,8 @@ def expand(sources: Sequence[str | Path]) -> list[str]:
         elif not path.is_file() and not str(source).startswith("datasets:"):
             found = sorted(p for p in glob.glob(str(source), recursive=True) if Path(p).is_file())
         if not found:
-            what = f"{source} does not exist or holds no corpus file ({' '.join(sorted(KNOWN))}, plain or compressed)"
-            raise InputError(f"{what}: name a file, a folder, a glob that matches, or datasets:NAME:SPLIT")
+            what = f"{source}: no such file, and no folder or glob with files of text ({' '.join(sorted(KNOWN))})"
+            raise InputError(f"{what}: correct its path, or write datasets:NAME:SPLIT")
         out += map(str, found)
     return out
 
@@ -88,8 +93,37 @@ def _format(path: str | Path) -> tuple[str, str]:
     return (last, end) if end in COMPRESSED else (end, "")
 
 
+def read_rows(source: str | Path) -> Iterator[tuple[str, dict]]:
+    """Yield (place for messages, record) of each row of a JSONL, CSV, TSV or parquet file, a glob or a folder. Raises
+    InputError as `read_lines` does, and for a text file."""
+    for file in expand([source]):
+        if not file.startswith("datasets:") and _format(file)[0] not in RECORDS:
+            raise InputError(f"{file}: not one of {' '.join(sorted(RECORDS))}: write the rows in one of these formats")
+        yield from _records(file, None)
+
+
+def check_sources(sources: Sequence[str | Path], column: str = "text") -> None:
+    """Raise InputError for a source that is not there, and for a file whose first record `read_lines` would refuse."""
+    for source in expand(sources):
+        if not source.startswith("datasets:"):  # a name on the hub is asked for when it is read
+            next(_texts(source, column), None)
+
+
 def _texts(source: str, column: str) -> Iterator[tuple[str, str]]:
     """(place, text) of every record; a text file's records are megabytes of whole lines."""
+    for place, record in _records(source, column):
+        if column not in record:
+            raise InputError(f"{place} has no column {column!r}: choose one of {', '.join(map(str, record))}")
+        text = "" if record[column] is None else record[column]
+        try:
+            str.encode(text)
+        except (TypeError, UnicodeEncodeError):  # the latter: half a surrogate pair, which JSON can write
+            raise InputError(f"{place}: {ascii(text):.60} is no text: correct it or choose another column") from None
+        yield place, text
+
+
+def _records(source: str, column: str | None) -> Iterator[tuple[str, dict]]:
+    """(place, record) of a file; a text file's are megabytes of whole lines under `column`. None: all of parquet's."""
     (suffix, compression), unit, number = _format(source), "row", 0
     try:
         if source.startswith("datasets:"):
@@ -99,26 +133,15 @@ def _texts(source: str, column: str) -> Iterator[tuple[str, str]]:
         elif suffix in JSONL:
             records = read_jsonl(source, _open(source, compression))
         elif suffix in TABLE:
-            csv.field_size_limit(LARGEST_RECORD)  # the standard library's own limit is 131,072 characters
-            lines = text_lines(source, _open(source, compression))
-            records = enumerate(csv.DictReader(lines, delimiter=TABLE[suffix], strict=True), 2)  # row 1 is the header
+            records = _table(source, text_lines(source, _open(source, compression)), suffix)
         else:
             unit, records = "byte", _text_chunks(source, _open(source, compression), column)
         for number, record in records:
-            place = f"{source}, {unit} {number}"
-            if column not in record:
-                raise InputError(f"{place} has no column {column!r}: choose one of {', '.join(map(str, record))}")
-            text = "" if record[column] is None else record[column]
-            try:
-                str.encode(text)
-            except (TypeError, UnicodeEncodeError):  # the latter: half a surrogate pair, which JSON can write
-                raise InputError(
-                    f"{place}: {ascii(text):.60} is no text: correct it or choose another column"
-                ) from None
-            yield place, text
+            yield f"{source}: {unit} {number}", record
     except (OSError, EOFError, csv.Error, lzma.LZMAError, pyarrow.ArrowInvalid, UnicodeDecodeError) as error:
         what = f"{source} cannot be read after {unit} {number} ({error})"
-        raise InputError(f"{what}: check that it is there, whole and UTF-8") from error
+        remedy = "double the quotes inside quotes" if isinstance(error, csv.Error) else "check that it is whole"
+        raise InputError(f"{what}: {remedy}") from error
 
 
 def _open(path: str, compression: str):
@@ -135,14 +158,44 @@ def _text_chunks(path: str, opened, column: str) -> Iterator[tuple[int, dict]]:
         while raw := rest + file.read(CHUNK) + file.readline(4 * LONGEST_LINE):
             end = len(raw)
             if raw[-1:] != b"\n" and end > 4 * LONGEST_LINE:  # bytes: over LONGEST_LINE characters of one line
-                end = max(map(raw.rfind, (b" ", b"\t", b"\r", b"\n"))) + 1
-                if not end:
-                    raise InputError(f"{path}, byte {offset}: {NO_WHITE_SPACE}")
+                text = raw.decode("utf-8", "ignore")
+                end = len(text[: _break(text, f"{path}: byte {offset}")].encode())
             yield offset, {column: decode(raw[:end], path, offset)}
             offset, rest = offset + end, raw[end:]
 
 
-def _parquet_records(path: str, column: str) -> Iterator[dict]:
+def _table(path: str, lines: Iterator[str], suffix: str) -> Iterator[tuple[int, dict]]:
+    """(row number, record) of a CSV or TSV file; row 1 is the header.
+
+    A CSV file's delimiter is the likeliest of its header. A TSV file's lines are its rows, whatever quotes they hold,
+    since most writers of TSV leave quotes as they are: so an unpaired one costs no row.
+    """
+    if suffix == ".tsv":
+        rows = (_tsv_cells(line.rstrip("\r\n")) if line.strip() else [] for line in lines)
+    else:
+        csv.field_size_limit(LARGEST_RECORD)  # the standard library's own limit is 131,072 characters
+        first = next(lines, "")
+        rows = csv.reader(chain([first], lines), delimiter=max(",;\t|", key=first.count), strict=True)
+    numbered = ((number, cells) for number, cells in enumerate(rows, 1) if cells)
+    _, header = next(numbered, (0, []))
+    if len(set(header)) < len(header):
+        raise InputError(f"{path}: the header names a column twice: {', '.join(header)}: rename one")
+    for number, cells in numbered:
+        if len(cells) != len(header):
+            fault = f"row {number} has {len(cells)} cells, the header {len(header)}"
+            raise InputError(f"{path}: {fault}: quote those that hold a delimiter, or write JSONL")
+        yield number, dict(zip(header, cells, strict=True))
+
+
+def _tsv_cells(line: str) -> list[str]:
+    """The cells of a line: as CSV has them, or split at tabs where quotes do not enclose whole cells."""
+    try:
+        return next(csv.reader([line], delimiter="\t", strict=True))
+    except csv.Error:
+        return line.split("\t")
+
+
+def _parquet_records(path: str, column: str | None) -> Iterator[dict]:
     with pyarrow.parquet.ParquetFile(path) as file:
         columns = [column] if column in file.schema_arrow.names else None
         for batch in file.iter_batches(batch_size=256, columns=columns, use_threads=False):
@@ -162,12 +215,21 @@ def _hub_records(source: str) -> Iterator[dict]:
 
 
 def _cut(line: str, place: str) -> Iterator[str]:
-    """Cut a long line at the last ASCII white space (a word's end in every tokenizer) within LONGEST_LINE."""
+    """Cut a long line into parts of at most LONGEST_LINE characters; see `_break`."""
     start = 0
     while len(line) - start > LONGEST_LINE:
-        end = max(line.rfind(white, start, start + LONGEST_LINE) for white in " \t\r")
-        if end <= start:
-            raise InputError(f"{place}: {NO_WHITE_SPACE}")
+        end = start + _break(line[start : start + LONGEST_LINE], place)
         yield line[start:end]
-        start = end + 1
+        start = end
     yield line[start:]
+
+
+def _break(text: str, place: str) -> int:
+    """Where to cut a text: behind its last ASCII white space (a word's end in every tokenizer), or between two of its
+    last characters where they are of a script that may write none; not before a combining mark."""
+    if end := max(map(text.rfind, " \t\r\n")) + 1:
+        return end
+    for end in range(len(text) - 1, max(0, len(text) - 300), -1):
+        if not text[end - 1].isascii() and unicodedata.category(text[end])[0] != "M":
+            return end
+    raise InputError(f"{place}: {NO_WHITE_SPACE}")

@@ -97,26 +97,30 @@ def read_json(path: str | Path):
     except FileNotFoundError as error:
         raise InputError(f"{path} is missing: run the stage that writes it") from error
     except ValueError as error:  # JSONDecodeError and UnicodeDecodeError
-        raise InputError(f"{path} is not JSON ({error}); delete it and run its stage again") from error
+        raise InputError(f"{path} is not JSON ({error}): download it, or run its stage, again") from error
 
 
 def read_jsonl(path: str | Path, opened: BinaryIO | None = None) -> Iterator[tuple[int, dict]]:
     """Yield (line number, object) of a JSONL file with one object per line, skipping empty lines.
 
-    `opened` is the file's content where `path` itself is compressed; one line is held in memory at a time. Raises
-    InputError naming file and line for a missing file, bytes that are not UTF-8 and a line that is no object.
+    A file that is one array of objects gives them too, numbered from 1; it is read whole. `opened` is the file's
+    content where `path` itself is compressed; one line is held in memory at a time. Raises InputError naming file and
+    line for a missing file, bytes that are not UTF-8 and a line that is no object.
     """
     try:
-        for number, line in enumerate(text_lines(path, opened), 1):
+        lines = enumerate(text_lines(path, opened), 1)
+        for number, line in lines:
             if not line.isspace():
                 row, why = None, ""
+                array = number == 1 and line.lstrip().startswith("[")
                 try:
-                    row = json.loads(line.rstrip("\r\n"))
+                    row = json.loads(line + "".join(rest for _, rest in lines) if array else line.rstrip("\r\n"))
                 except (ValueError, RecursionError) as error:  # the latter: nested too deeply
                     why = f" ({str(error).replace('line 1 ', '')})"
-                if not isinstance(row, dict):
-                    raise InputError(f"{path}: row {number} is not a JSON object{why}: write one object per line")
-                yield number, row
+                for place, item in enumerate(row, 1) if array and isinstance(row, list) else [(number, row)]:
+                    if not isinstance(item, dict):
+                        raise InputError(f"{path}: row {place} is not a JSON object{why}: write one object per line")
+                    yield place, item
     except OSError as error:
         missing = isinstance(error, FileNotFoundError)
         what = "no such file" if missing else f"cannot be read ({error.strerror or error})"
@@ -137,8 +141,10 @@ def text_lines(path: str | Path, opened: BinaryIO | None = None) -> Iterator[str
 def decode(raw: bytes, path: str | Path, offset: int = 0) -> str:
     """Decode UTF-8 that starts at byte `offset` of the file `path` (of its content, where that is compressed).
 
-    Raises InputError naming the byte that is NUL or not UTF-8.
+    Raises InputError naming the byte that is NUL or not UTF-8, and for a Git LFS pointer in the file's place.
     """
+    if not offset and raw.startswith(b"version https://git-lfs"):
+        raise InputError(f"{path} is a Git LFS pointer, not the file itself: fetch it, as by `git lfs pull`")
     bad = raw.find(b"\0")  # in binary and UTF-16 files
     try:
         text = raw.decode("utf-8")

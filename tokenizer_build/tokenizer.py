@@ -4,6 +4,7 @@ The Tokenizer is built from its vocabulary and never from a trainer's leftovers:
 behind as added tokens, which would be cut out of the text before normalisation.
 """
 
+import os
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -17,6 +18,11 @@ from tokenizer_build.errors import InputError
 from tokenizer_build.files import decode, read_json, write_json, write_text
 
 SPECIAL_TOKENS = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
+BERT = {  # BertNormalizer's options as tokenizer_config.json names them
+    "lowercase": "do_lower_case",
+    "strip_accents": "strip_accents",
+    "handle_chinese_chars": "tokenize_chinese_chars",
+}
 LONGEST_WORD = 100  # characters: WordPiece makes any longer word unknown
 
 
@@ -40,16 +46,44 @@ def make_tokenizer(pieces: Sequence[str], *, lowercase: bool = True) -> Tokenize
     return tokenizer
 
 
-def save_tokenizer(pieces: Sequence[str], folder: str | Path, *, lowercase: bool = True, max_length: int = 512) -> None:
+def adopt_tokenizer(path: str | Path) -> Tokenizer:
+    """A WordPiece tokenizer as a student's: pieces, normalizer, pre-tokenizer and added tokens as they are, ids without
+    gaps, in BERT's frame of [CLS] and [SEP]. Raises InputError for another family or other special tokens."""
+    given = load_tokenizer(path)
+    if not isinstance(given.model, WordPiece) or given.model.continuing_subword_prefix != "##":
+        raise InputError(f"{path} is a {type(given.model).__name__} tokenizer: name a WordPiece one that writes ##")
+    if not (vocabulary := given.get_vocab()).keys() >= set(SPECIAL_TOKENS):
+        raise InputError(f"{path} lacks one of {' '.join(SPECIAL_TOKENS)}: name a tokenizer that has them")
+    tokenizer = make_tokenizer(sorted(vocabulary, key=vocabulary.get))
+    tokenizer.model.max_input_chars_per_word = given.model.max_input_chars_per_word
+    tokenizer.normalizer, tokenizer.pre_tokenizer = given.normalizer, given.pre_tokenizer
+    for token in given.get_added_tokens_decoder().values():
+        (tokenizer.add_special_tokens if token.special else tokenizer.add_tokens)([token])
+    return tokenizer
+
+
+def lowercases(tokenizer: Tokenizer) -> bool:
+    """Whether upper case is lost on this tokenizer."""
+    return tokenizer.normalizer is not None and "A" not in tokenizer.normalizer.normalize_str("A")
+
+
+def save_tokenizer(
+    pieces: Sequence[str] | Tokenizer, folder: str | Path, *, lowercase: bool = True, max_length: int = 512
+) -> None:
     """Write tokenizer.json, tokenizer_config.json and vocab.txt into `folder`, which may hold other files.
 
-    `max_length` is the longest input, in pieces, that the model accepts. Each file appears whole or not at all.
+    `pieces` are BERT's (see `make_tokenizer`), or those of a tokenizer. `max_length` is the longest input, in pieces,
+    that the model accepts. Each file appears whole or not at all.
     """
-    folder = Path(folder)
-    settings = {"tokenizer_class": "BertTokenizer", "do_lower_case": lowercase, "strip_accents": None}
-    settings |= {"tokenize_chinese_chars": True, "model_max_length": max_length}
+    tokenizer = pieces if isinstance(pieces, Tokenizer) else make_tokenizer(pieces, lowercase=lowercase)
+    folder, normalizer, settings = Path(folder), tokenizer.normalizer, {"tokenizer_class": "PreTrainedTokenizerFast"}
+    bert = isinstance(normalizer, BertNormalizer) and isinstance(tokenizer.pre_tokenizer, BertPreTokenizer)
+    if bert and tokenizer.model.max_input_chars_per_word == LONGEST_WORD:  # all of which BertTokenizer builds anew
+        settings = {"tokenizer_class": "BertTokenizer"} | {key: getattr(normalizer, ours) for ours, key in BERT.items()}
+    settings |= {"model_max_length": max_length}
     settings |= {f"{token[1:-1].lower()}_token": token for token in SPECIAL_TOKENS}  # pad_token: [PAD], ...
-    write_text(folder / "tokenizer.json", make_tokenizer(pieces, lowercase=lowercase).to_str(pretty=True))
+    pieces = sorted((vocabulary := tokenizer.get_vocab()), key=vocabulary.get)
+    write_text(folder / "tokenizer.json", tokenizer.to_str(pretty=True))
     write_json(folder / "tokenizer_config.json", settings)
     write_text(folder / "vocab.txt", "".join(f"{piece}\n" for piece in pieces))
 
@@ -57,9 +91,10 @@ def save_tokenizer(pieces: Sequence[str], folder: str | Path, *, lowercase: bool
 def load_tokenizer(path: str | Path) -> Tokenizer:
     """The tokenizer of a folder (tokenizer.json, or a BERT vocab.txt) or of a JSON file, of any family.
 
-    It neither pads nor truncates. Raises InputError naming the file where there is none or it cannot be read.
+    It neither pads nor truncates, and special tokens that stand in a text are text, as in training. Raises InputError
+    naming the file where there is none or it cannot be read.
     """
-    path = Path(path)
+    path = Path(os.path.expanduser(path))
     file = path / "tokenizer.json" if path.is_dir() else path
     if file.is_file():
         try:
@@ -68,10 +103,14 @@ def load_tokenizer(path: str | Path) -> Tokenizer:
             raise InputError(f"{file} is not a tokenizer that can be read ({error}): name a tokenizer.json") from None
         tokenizer.no_padding()  # all-MiniLM-L6-v2's file pads every input to 128 pieces
         tokenizer.no_truncation()
+        tokenizer.encode_special_tokens = True
         return tokenizer
     vocabulary, settings = path / "vocab.txt", path / "tokenizer_config.json"
     if not vocabulary.is_file():
         raise InputError(f"{path} has no tokenizer.json and no vocab.txt: name a tokenizer's folder or JSON file")
-    lowercase = read_json(settings).get("do_lower_case", True) if settings.is_file() else True
-    pieces = decode(vocabulary.read_bytes(), vocabulary).removesuffix("\n").split("\n")
-    return make_tokenizer(pieces, lowercase=lowercase)
+    asked = read_json(settings) if settings.is_file() else {}
+    pieces = decode(vocabulary.read_bytes(), vocabulary).replace("\r\n", "\n").removesuffix("\n").split("\n")
+    tokenizer = make_tokenizer(pieces)
+    tokenizer.normalizer = BertNormalizer(**{ours: asked[key] for ours, key in BERT.items() if key in asked})
+    tokenizer.encode_special_tokens = True
+    return tokenizer

@@ -1,5 +1,6 @@
 """The command line. Bad input is one sentence on stderr and exit code 2; torch is imported only by what trains."""
 
+import codecs
 import errno
 import json
 import os
@@ -303,6 +304,9 @@ def bench(
 
 def main() -> None:
     """The console script: what the user can mend becomes one sentence and exit code 2."""
+    # what a terminal's encoding lacks is written as in JSON, so that the answers in JSON stay valid
+    codecs.register_error("escaped", lambda error: (json.dumps(error.object[error.start : error.end])[1:-1], error.end))
+    sys.stdout.reconfigure(errors="escaped")
     try:
         if (word := "".join(sys.argv[1:2])) in RENAMED:
             raise InputError(f"the stage {word} is called {RENAMED[word]} now: vocabshrink {RENAMED[word]} RECIPE")

@@ -206,7 +206,7 @@ class TestRatedPairs:
             read_rated_pairs(tmp_path / "pairs.jsonl")
 
     def test_a_missing_file_is_refused(self, tmp_path):
-        with pytest.raises(InputError, match="none.jsonl: no such file: correct its path"):
+        with pytest.raises(InputError, match="none.jsonl: no such file, .*: correct its path"):
             read_rated_pairs(tmp_path / "none.jsonl")
 
 

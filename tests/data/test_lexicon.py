@@ -1,6 +1,7 @@
 """The lexicon gives, for any text and every family, the pieces that the tokenizers themselves give."""
 
 import json
+from collections import Counter
 
 import numpy as np
 import pytest
@@ -8,7 +9,10 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from tokenizers import AddedToken, Regex, Tokenizer, models, normalizers, pre_tokenizers, processors, trainers
 
+from tokenizer_build.count import count_block
 from tokenizer_build.errors import InputError
+from tokenizer_build.tokenizer import save_tokenizer
+from tokenizer_build.trainers import train_vocabulary
 from vocabshrink.data import lexicon
 from vocabshrink.data.lexicon import Lexicon, WordStream, check_family, encode_corpus
 
@@ -289,6 +293,36 @@ def test_files_hold_the_lines(families, family, tmp_path, lines):
     assert stream.line_offsets.dtype == np.int64 and words.teacher_ids.dtype == np.int32
     files = {path.name for path in (tmp_path / "out").iterdir()}
     assert files == {"lexicon.safetensors", "line_offsets.npy", "meta.json", "word_ids.npy", "words.jsonl"}
+
+
+SCRIPTS = [
+    "我喜欢学习机器学习。今天天气很好！ﾊﾛｰ",
+    "今日は東京で美味しい寿司を食べました。ｶﾞｷﾞ か\u3099 が ﾞ",
+    "ฉันชอบกินข้าวผัด และดื่มน้ำชา ๑๒๓ฯ",
+    "أنا أحب القراءة\u200f والكتابة في المكتبة، مَرْحَبًا؟ می\u200cخواهم",
+    "मुझे हिन्दी में पढ़ना अच्छा लगता है। क्\u200dषत्रिय ढ\u093c ढ़",
+    "한국어를 배우고 \u1112\u1161\u11ab있어요.",
+    "mixed 中文 and English, עברית \u202bright\u202c e\u0301 é ﬁn ½ ① ＡＢＣ 👩\u200d👩\u200d👧 \ufeff",
+]
+
+
+@pytest.mark.parametrize("lowercase", [True, False], ids=["uncased", "cased"])
+def test_every_script_is_counted_learnt_and_encoded_as_the_tokenizers_do(families, tmp_path, lowercase):
+    """Counts are the pre-tokenizer's words, the vocabulary spells them all, and the lexicon has each teacher's ids."""
+    counts = count_block(SCRIPTS, lowercase)
+    split = pre_tokenizers.BertPreTokenizer()
+    normalized = map(normalizers.BertNormalizer(lowercase=lowercase).normalize_str, SCRIPTS)
+    assert counts == Counter(word for line in normalized for word, _ in split.pre_tokenize_str(line))
+    save_tokenizer(train_vocabulary(counts, 400, lowercase=lowercase), tmp_path / "student", lowercase=lowercase)
+    student = reference(tmp_path / "student")
+    assert not any("[UNK]" in student.encode(line).tokens for line in SCRIPTS)
+    if not lowercase:
+        assert student.decode(student.encode("हिन्दी में").ids) == "हिन्दी में"  # the vowel signs too
+    for family in FAMILIES:
+        _, words, stream = encode(tmp_path / family, SCRIPTS, families[family], tmp_path / "student")
+        for i, line in enumerate(SCRIPTS):
+            assert line_ids(words, stream, i, "teacher") == whole_line_ids(families[family], line), (family, line)
+            assert line_ids(words, stream, i, "student") == student.encode(line, add_special_tokens=False).ids
 
 
 def surfaces(tmp_path, line, teacher, student):

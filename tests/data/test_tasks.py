@@ -6,13 +6,25 @@ import json
 import math
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.numpy import save_file
 
 from tokenizer_build.errors import InputError
-from vocabshrink.data.tasks import Rows, Task, check_label_order, headline, predictions, read_logits, read_task, score
+from vocabshrink.data.tasks import (
+    Rows,
+    Task,
+    check_agreement,
+    check_label_order,
+    headline,
+    predictions,
+    read_logits,
+    read_task,
+    score,
+)
 from vocabshrink.run.recipe import TaskSection
 
 SINGLE = [{"sentence1": "kalo mine", "label": 0}, {"sentence1": "Ru, sato!", "label": 1}]
@@ -54,6 +66,9 @@ def write(tmp_path):
 @pytest.fixture
 def read(write):
     return lambda *contents, **options: read_task(write(*contents, **options), "it")
+
+
+TEXT = st.text(st.characters(codec="utf-8", exclude_characters="\0"), min_size=1)
 
 
 class TestRead:
@@ -121,10 +136,7 @@ class TestRead:
         assert task.splits["train"].first == [row["sentence1"] for row in rows]
         assert task.splits["train"].targets.tolist() == [0, 1]
 
-    @given(
-        st.lists(st.tuples(st.text(min_size=1), st.text(min_size=1), st.sampled_from(["x", "y, z", '"'])), min_size=1),
-        st.booleans(),
-    )
+    @given(st.lists(st.tuples(TEXT, TEXT, st.sampled_from(["x", "y, z", '"'])), min_size=1), st.booleans())
     @settings(max_examples=100, deadline=None)
     def test_any_text_survives_either_format(self, tmp_path_factory, rows, ascii):
         rows = [(first + "a", second + "b", label) for first, second, label in rows]
@@ -139,6 +151,23 @@ class TestRead:
         for task in found:
             names = [task.labels[i] for i in task.splits["train"].targets]
             assert list(zip(task.splits["train"].first, task.splits["train"].second, names, strict=True)) == rows
+
+    def test_rows_come_in_any_table_from_one_file_or_several(self, tmp_path, read):
+        """GLUE's TSV with a quote that is never closed, an array in JSON, another delimiter, parquet, a glob."""
+        rows = [{"sentence1": '"kalo mine', "label": "x"}, {"sentence1": 'ru "to" 5"', "label": "y"}] * 2
+        plain = "sentence1\tlabel\n" + "".join(f"{row['sentence1']}\t{row['label']}\n" for row in rows)
+        quoted = '"' + plain.replace('"', '""').replace("\t", '"\t"').replace("\n", '"\n"')[:-1]
+        (tmp_path / "a.tsv").write_text(plain)
+        (tmp_path / "b.tsv").write_text(quoted)
+        (tmp_path / "c.json").write_text(json.dumps(rows, indent=2))
+        (tmp_path / "d.csv").write_text(as_csv(rows).replace(",", ";"))
+        pq.write_table(pa.Table.from_pylist(rows), tmp_path / "e.parquet")
+        for number, row in enumerate(rows):
+            (tmp_path / f"part-{number}.jsonl").write_text(json.dumps(row))
+        for name in ("a.tsv", "b.tsv", "c.json", "d.csv", "e.parquet", "part-*.jsonl"):
+            task = read_task(TaskSection(train=str(tmp_path / name), validation=str(tmp_path / "a.tsv")), "it")
+            assert task.splits["train"].first == [row["sentence1"] for row in rows], name
+            assert task.splits["train"].targets.tolist() == [0, 1, 0, 1]
 
     def test_tokens_in_csv_are_split_at_spaces(self, read):
         rows = [{"tokens": "kalo  mine ,", "slots": "B-x I-x O"}, {"tokens": "ru", "slots": "O"}]
@@ -296,14 +325,14 @@ class TestRefusals:
         ("text", "message"),
         [
             ("kalo mine,0\nru,1\n", r"row 2: sentence1 is None, .*\(of kalo mine, 0; a CSV needs a header\)"),
-            ("sentence1,label\nkalo,mine,0\n", "row 2 has 3 cells, the header 2: quote those with commas"),
+            ("sentence1,label\nkalo,mine,0\n", "row 2 has 3 cells, the header 2: quote those that hold a delimiter"),
             (
                 'sentence1,label\n"kalo "mine"",0\n',
-                r"cannot be read beyond row 1 \(.*\): .* double the quotes inside quotes",
+                r"cannot be read after row 0 \(.*\): double the quotes inside quotes",
             ),
-            ('sentence1,label\n"kalo,0\n', r"cannot be read beyond row 1"),
+            ('sentence1,label\n"kalo,0\n', r"cannot be read after row 0"),
             ("sentence1,sentence1,label\na,b,0\n", "the header names a column twice: sentence1, sentence1, label"),
-            (b"sentence1,label\nkalo,0\nru\xff,1\n", "cannot be read .*position 25.*: .*write UTF-8"),
+            (b"sentence1,label\nkalo,0\nru\xff,1\n", "not UTF-8 text at byte 25 .*: convert it"),
             ("sentence1,label\n", "there are no rows in it"),
             ("\n\n", "there are no rows in it"),
             ("sentence1,label\na,0\nb,\n", "row 3: label '' is none of 0"),
@@ -331,16 +360,15 @@ class TestRefusals:
 
     def test_missing_and_unreadable_files(self, tmp_path, write):
         section = write(SINGLE)
+        for name in ("meta.txt", "lfs.csv"):
+            (tmp_path / name).write_text("version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 1\n")
         for path, message in (
-            ("none.jsonl", "none.jsonl: no such file: correct its path"),
-            (".", "the suffix says neither .jsonl nor .csv"),
-            ("train.tsv", "train.tsv: the suffix says neither .jsonl nor .csv: write the rows as one of them"),
+            ("none.jsonl", "none.jsonl: no such file, .*: correct its path"),
+            ("meta.txt", "meta.txt: not one of .csv .*: write the rows in one of these"),
+            ("lfs.csv", "lfs.csv is a Git LFS pointer, not the file itself"),
         ):
             with pytest.raises(InputError, match=message):
                 read_task(section.model_copy(update={"train": str(tmp_path / path)}), "it")
-        (tmp_path / "folder.csv").mkdir()
-        with pytest.raises(InputError, match="folder.csv: cannot be read .*Is a directory.*: correct its path"):
-            read_task(section.model_copy(update={"validation": str(tmp_path / "folder.csv")}), "it")
         (tmp_path / "meta.json").write_text("{")
         with pytest.raises(InputError, match="meta.json: not .*labels.*: mend or remove it"):
             read_task(section, "it")
@@ -382,6 +410,26 @@ class TestLabelOrder:
     def test_a_classifier_is_no_regression(self):
         with pytest.raises(InputError, match="its outputs are no, yes and those of task it a score"):
             check_label_order(made("regression", labels=()), {0: "no", 1: "yes"}, "teacher")
+
+
+class TestAgreement:
+    def test_outputs_in_another_order_are_refused(self):
+        rng = np.random.default_rng(0)
+        targets = rng.integers(0, 3, 90)
+        task = made(labels=("a", "b", "c"), targets=targets)
+        right = np.eye(3)[np.where(rng.random(90) < 0.2, rng.integers(0, 3, 90), targets)]
+        check_agreement(task, right, "here")
+        with pytest.raises(InputError, match="here: its outputs agree .* in the order c, a, b, not as task it has it"):
+            check_agreement(task, right[:, [2, 0, 1]], "here")
+        check_agreement(task, rng.normal(size=(90, 3)), "here")  # no better in any order
+        tokens = made("tokens", ("B-x", "I-x", "O"), [[2, 2, 2, 0, 1]] * 9, ("slot_f1",))
+        with pytest.raises(InputError, match="in the order I-x, B-x, O"):
+            check_agreement(tokens, [np.eye(3)[[2, 2, 2, 1, 0]]] * 9, "here")
+
+    def test_chance_among_many_labels_is_not_taken_for_an_order(self):
+        rng = np.random.default_rng(0)
+        task = made(labels=[f"l{i}" for i in range(77)], targets=rng.integers(0, 77, 256))
+        check_agreement(task, rng.normal(size=(256, 77)), "here")
 
 
 class TestLogits:

@@ -69,6 +69,29 @@ def test_a_teacher_that_cannot_be_exported_has_no_latency(headless_teacher, tmp_
         assert found == {} and "the teacher's latency is left out: " in said and words in said
 
 
+def test_an_optional_figure_fails_no_delivery(headless_teacher, tmp_path, lines, capsys, monkeypatch):
+    """Whatever the export of a stranger stumbles over; and only what would be loaded is weighed."""
+
+    def too_large(*_):
+        raise ValueError("The Protobuf size exceeds 2 GB")
+
+    monkeypatch.setattr(measure, "export_model", too_large)
+    assert teacher_latency(headless_teacher, lines[:5], "mean", True) == {}
+    assert "latency is left out: The Protobuf size" in capsys.readouterr().err
+    folder = Path(shutil.copytree(headless_teacher, tmp_path / "teacher"))
+    (folder / "other.safetensors").write_bytes(b"x" * 1000)
+    delivered = SimpleNamespace(embed=None, manifest={"delivery_bytes": 1})
+    delivered.embed = lambda texts, **_: list(texts)
+    found = {"load": delivered, "load_model": None, "torch_embedder": delivered.embed, "latency": 1.0}
+    for name, value in found.items():
+        monkeypatch.setattr(measure, name, lambda *_, value=value, **__: value)
+    held_out = SimpleNamespace(texts=lines[:5], rank_agreement=lambda *_: 1.0, neighbour_overlap=lambda *_: 1.0)
+    folders = dict.fromkeys(("untrained", "trained", "delivered"), folder) | {"teacher": folder}
+    found = measure.measure_systems(held_out, {}, folders, pooling="mean", normalize=True)
+    assert found["bytes"] == {"teacher": (folder / "model.safetensors").stat().st_size, "delivered": 1}
+    assert found["latency_ms"] == {"delivered": 1.0}
+
+
 @pytest.mark.parametrize("family", ["distilbert", "roberta", "albert"])
 def test_a_teacher_of_another_family_has_no_latency(folders, lines, capsys, family):
     assert teacher_latency(folders[family], lines[:5], "mean", True) == {}

@@ -4,15 +4,18 @@ import json
 import shutil
 from pathlib import Path
 
+import numpy as np
 import pytest
 import yaml
 from test_pipeline import DISTILL, TRAINING, tiny_recipe
+from transformers import AutoModelForSequenceClassification, AutoModelForTokenClassification
 
 from tokenizer_build.errors import InputError
 from tokenizer_build.files import write_json
 from vocabshrink.cli import app
 from vocabshrink.models.forward import module_files
 from vocabshrink.run.recipe import parse_recipe
+from vocabshrink.stages import checks
 from vocabshrink.stages.checks import check_recipe
 
 NARROW = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 32}
@@ -52,6 +55,88 @@ def test_is_refused(family, sections, sentence, folders, corpus_file):
         data["teacher"] |= {"sha256": sha256}
     with pytest.raises(InputError, match=sentence):
         check_recipe(parse_recipe(data | sections, "test"))
+
+
+ROWS = [{"sentence1": f"kalo {i}", "label": "abc"[i % 3]} for i in range(60)]
+
+
+def write_rows(path, rows):
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return str(path)
+
+
+def test_the_head_of_every_named_file_is_read_first(tiny_teacher, corpus_file, tmp_path):
+    pointer = tmp_path / "pointer.txt"
+    pointer.write_text("version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 1\n")
+    rows, bodies = write_rows(tmp_path / "rows.jsonl", ROWS), write_rows(tmp_path / "b.jsonl", [{"body": "a"}])
+    blank = write_rows(tmp_path / "blank.jsonl", [*ROWS, {"sentence1": "kalo"}])
+
+    def task(**files):
+        return {"tasks": {"made_up": {"train": rows, "validation": rows} | files}, "finetune": {}}
+
+    for sections, sentence in (
+        (
+            {"corpus": {"sources": [str(corpus_file), str(pointer)]}},
+            "corpus.sources: .*pointer.txt is a Git LFS pointer",
+        ),
+        ({"corpus": {"sources": [bodies]}}, "corpus.sources: .*b.jsonl: row 1 has no column 'text'"),
+        ({"index": {"passages": bodies}}, "index.passages: .*b.jsonl: row 1 has no column 'text'"),
+        ({"evaluation": {"sentences": 30, "stsb": {"v": bodies}}}, "evaluation.stsb.v: .*row 1 needs sentence1"),
+        ({"vocabulary": {"required": ["kalo", "new-york"]}}, "required word 'new-york' is 3 words"),
+        ({"vocabulary": {"tokenizer": str(tmp_path)}}, "has no tokenizer.json and no vocab.txt"),
+        (
+            {"vocabulary": {"tokenizer": "teacher", "lowercase": False}},
+            "vocabulary.lowercase: False is not what .* does",
+        ),
+        ({"vocabulary": {"tokenizer": "teacher", "required": ["kalo"]}}, "vocabulary.required: a given tokenizer"),
+        (task(train=blank), "blank.jsonl: row 61: label None is none of a, b, c"),
+        (task(teacher=str(tmp_path / "nothing")), "no such folder"),
+        (task(teacher=str(tiny_teacher)), "its outputs are LABEL_0, LABEL_1 and those of task made_up a, b, c"),
+        (task(logits=rows), "no logits to read"),
+    ):
+        data = tiny_recipe(tiny_teacher, corpus_file, "untrained") | sections
+        with pytest.raises(InputError, match=sentence):
+            check_recipe(parse_recipe(data, "test"))
+    check_recipe(parse_recipe(tiny_recipe(tiny_teacher, corpus_file, "untrained") | task(), "test"))
+
+
+BROKEN = {"pointer": b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 9\n", "empty": b"", "cut": None}
+
+
+@pytest.mark.parametrize("name", ["config.json", "tokenizer.json", "tokenizer_config.json", "model.safetensors"])
+def test_broken_downloads_are_named(name, tiny_teacher, corpus_file, tmp_path):
+    for how, content in BROKEN.items():
+        folder = shutil.copytree(tiny_teacher, tmp_path / how)
+        whole = (folder / name).read_bytes()
+        (folder / name).write_bytes(whole[: len(whole) // 2] if content is None else content)
+        with pytest.raises(InputError, match=f"{how}.*(be read|not JSON|be loaded)"):
+            check_recipe(parse_recipe(tiny_recipe(folder, corpus_file, "untrained"), "test"))
+
+
+@pytest.mark.parametrize("kind", ["classification", "tokens"])
+def test_a_teacher_that_orders_its_unnamed_labels_otherwise(kind, tiny_teacher, corpus_file, tmp_path, monkeypatch):
+    """LABEL_0, LABEL_1, LABEL_2: what it says of the training rows tells the order."""
+    tokens = kind == "tokens"
+    loader = AutoModelForTokenClassification if tokens else AutoModelForSequenceClassification
+    folder = shutil.copytree(tiny_teacher, tmp_path / "teacher")
+    loader.from_pretrained(tiny_teacher, num_labels=3).save_pretrained(folder)
+    rows = [{"tokens": [row["sentence1"]], "slots": [row["label"]]} for row in ROWS] if tokens else ROWS
+    path, order, seen = write_rows(tmp_path / "rows.jsonl", rows), [0, 1, 2], []
+
+    def logits_of(model, encoded, split, phase):
+        seen.append(len(encoded.task.splits["train"]))
+        said = [np.eye(3)[order][target] for target in encoded.task.splits["train"].targets]
+        return said if tokens else np.stack(said)
+
+    task = {"train": path, "validation": path, "teacher": str(folder), "kind": kind}
+    data = tiny_recipe(tiny_teacher, corpus_file, "untrained") | {"tasks": {"made_up": task}, "finetune": {}}
+    check_recipe(parse_recipe(data, "test"))  # random outputs, which agree in no order
+    monkeypatch.setattr(checks, "logits_of", logits_of)
+    check_recipe(parse_recipe(data, "test"))
+    order[:] = [1, 2, 0]
+    with pytest.raises(InputError, match="teacher: its outputs agree with the training rows in the order c, a, b, not"):
+        check_recipe(parse_recipe(data, "test"))
+    assert seen == [60, 60]
 
 
 def test_a_folder_that_joins_poolings_needs_the_recipes_word(tiny_teacher, corpus_file, tmp_path):

@@ -15,7 +15,7 @@ import vocabshrink.stages.tasks
 import vocabshrink.training.finetune
 from tokenizer_build.errors import InputError
 from tokenizer_build.files import read_json
-from tokenizer_build.tokenizer import save_tokenizer
+from tokenizer_build.tokenizer import load_tokenizer, save_tokenizer
 from vocabshrink.data.batches import encode_task
 from vocabshrink.data.tasks import headline, predictions, read_logits, score
 from vocabshrink.models.rounding import fake_quantize_
@@ -24,7 +24,7 @@ from vocabshrink.run.engine import Run, context_of, run_stage, settings_of
 from vocabshrink.run.folder import RunDir
 from vocabshrink.run.recipe import Phase, TaskSection, parse_recipe
 from vocabshrink.run.stage import stages_of
-from vocabshrink.stages.checks import check_all_losses
+from vocabshrink.stages.checks import check_all_losses, check_task
 from vocabshrink.stages.inputs import read_tasks, read_teacher, start_directions, teacher_folder
 from vocabshrink.stages.tasks import finetune, spread, task_teacher
 from vocabshrink.training.augment import augment_task
@@ -129,6 +129,45 @@ def test_a_teacher_s_files_agree_with_each_other(taught):
         inputs = tokenizer(rows.first, rows.second, return_tensors="pt", padding=True)
         np.testing.assert_allclose(model(**inputs).logits.numpy(), logits[split], atol=1e-4)
     assert score(task, logits["test"], "test") == read_json(folder / "metrics.json")["test"]
+
+
+@pytest.mark.parametrize("family", ["roberta", "bert-cased"])
+def test_a_task_s_teacher_reads_with_its_own_tokenizer(family, data, tiny_teacher, folders, tmp_path):
+    """Another tokenizer than teacher.model's, and another width: its logits are its own on the text itself."""
+    model = tmp_path / "tuned"
+    source = folders["roberta"] if family == "roberta" else tiny_teacher
+    labels = {"num_labels": 2, "id2label": {0: "bad", 1: "good"}, "label2id": {"bad": 0, "good": 1}}
+    AutoModelForSequenceClassification.from_pretrained(source, **labels).save_pretrained(model)
+    if family == "roberta":
+        (model / "tokenizer.json").write_bytes((source / "tokenizer.json").read_bytes())
+    else:  # as many pieces in another order: the wrong ids would give no error
+        pieces = sorted((vocabulary := load_tokenizer(source).get_vocab()), key=vocabulary.get)
+        save_tokenizer(pieces[:5] + pieces[:4:-1], model, lowercase=False)
+    run = make(data, tiny_teacher, tmp_path / "run", changes={"teacher": str(model)}, phases=[LAYERS, SOFT], seeds=[1])
+    check_task(task := read_tasks(run.recipe)["topic"], run.recipe.tasks["topic"])
+    trainings = vocabshrink.stages.tasks.TaskTrainings(context_of(run, "finetune"), task)
+    own, rows = load_tokenizer(model), task.splits["train"]
+    trained = AutoModelForSequenceClassification.from_pretrained(model).eval()
+    for number in range(6):
+        ids = torch.tensor([pair_ids(own, family, rows.first[number], rows.second[number])])
+        types = {} if family == "roberta" else {"token_type_ids": second_sentence(own, rows, number)}
+        np.testing.assert_allclose(trained(ids, **types).logits.detach()[0], trainings.logits[number], atol=0.02)
+    assert trainings._student()[1] is None  # the directions are those of teacher.model
+    assert np.isfinite(finetune(context_of(run, "finetune"))["topic"]["accuracy"]["median"])
+
+
+def pair_ids(tokenizer, family: str, first: str, second: str) -> list[int]:
+    """A pair's ids by hand, in the frame of the family."""
+    left, right = (tokenizer.encode(text, add_special_tokens=False).ids for text in (first, second))
+    cls, sep = ("<s>", ["</s>"] * 2) if family == "roberta" else ("[CLS]", ["[SEP]"])
+    names = [[cls], sep, sep[:1]]
+    begin, between, end = ([tokenizer.token_to_id(name) for name in part] for part in names)
+    return begin + left + between + right + end
+
+
+def second_sentence(tokenizer, rows, number: int) -> torch.Tensor:
+    """[1, T]: 1 for the pieces of a pair's second sentence."""
+    return torch.tensor([tokenizer.encode(rows.first[number], rows.second[number]).type_ids])
 
 
 def test_a_task_with_its_own_teacher_is_left_alone(taught, data, tiny_teacher, tmp_path):

@@ -92,7 +92,7 @@ def test_the_command_line_explains_itself(corpus_file, tmp_path):
     words = tmp_path / "words.txt"
     words.write_text("two words\n")
     for arguments, sentence in (
-        (["count", tmp_path / "absent.txt"], "absent.txt does not exist"),
+        (["count", tmp_path / "absent.txt"], "absent.txt: no such file"),
         (["train", corpus_file, "--size", 10], "allow at least"),
         (["train", corpus_file, "--trainer", "best"], "there is no trainer 'best'"),
         (["train", corpus_file, "--require", words], "'two words' is 2 words"),

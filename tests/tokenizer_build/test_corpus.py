@@ -4,13 +4,14 @@ import bz2
 import gzip
 import json
 import lzma
+import unicodedata
 
 import pyarrow
 import pyarrow.parquet
 import pytest
 
 from tokenizer_build import corpus
-from tokenizer_build.corpus import read_blocks, read_lines
+from tokenizer_build.corpus import check_sources, read_blocks, read_lines
 from tokenizer_build.errors import InputError
 
 DOCUMENTS = ["One line.\nAnd another, naïve one.", "", "  \n", 'With a "quote", a comma\nand 漢字']
@@ -100,10 +101,54 @@ def test_long_lines_are_cut_at_white_space(name, tmp_path, monkeypatch):
     assert " ".join(lines).split() == text.split()
 
 
+@pytest.mark.parametrize("name", ["a.txt", "a.jsonl"])
+@pytest.mark.parametrize("text", ["汉字也要读", "ฉันชอบกินข้าวผัดน้ำ"], ids=["chinese", "thai"])
+def test_scripts_without_spaces_are_cut_between_characters(name, text, tmp_path, monkeypatch):
+    monkeypatch.setattr(corpus, "LONGEST_LINE", 1000)
+    monkeypatch.setattr(corpus, "CHUNK", 64)
+    lines = list(read_lines([write(tmp_path / name, [text * 1000])]))
+    assert "".join(lines) == text * 1000 and 5 <= len(lines) < 50
+    assert not any(unicodedata.category(line[0])[0] == "M" for line in lines)  # a vowel sign stays with its letter
+
+
+def test_tables_of_any_dialect_lose_no_row(tmp_path):
+    def rows(name, text):
+        (tmp_path / name).write_text(text, encoding="utf-8")
+        return list(read_lines([tmp_path / name]))
+
+    assert rows("a.tsv", 'text\tn\n"Great movie\t1\nfine\t0\nlast"\t2\n') == ['"Great movie', "fine", 'last"']
+    assert rows("b.tsv", 'n\t"text"\n1\t"say ""so"""\n2\t"a" and "b"\n') == ['say "so"', '"a" and "b"']
+    assert rows("a.csv", 'text;n\n"a; b, c";1\nd, e;2\n') == ["a; b, c", "d, e"]
+    assert rows("a.json", '\n[{"text": "a"},\n {"text": "b"}]\n'[1:]) == ["a", "b"]
+    refused("c.csv: row 2 has 3 cells, the header 2: quote", write_raw(tmp_path / "c.csv", "text,n\na, b,1\n"))
+    refused("d.csv: the header names a column twice: text, text", write_raw(tmp_path / "d.csv", "text,text\na,b\n"))
+    refused("e.tsv: row 3 has 1 cells, the header 2", write_raw(tmp_path / "e.tsv", 'text\tn\na\t1\n"b\nc"\t2\n'))
+    refused("f.json: row 2 is not a JSON object", write_raw(tmp_path / "f.json", '[{"text": "a"}, "b"]'))
+
+
+def write_raw(path, text):
+    path.write_text(text, encoding="utf-8")
+    return path
+
+
+def test_home_and_heads(tmp_path, monkeypatch):
+    """`~` is the home folder; `check_sources` reads the head of every file and no more."""
+    monkeypatch.setenv("HOME", str(tmp_path))
+    write(tmp_path / "a.jsonl")
+    assert list(read_lines(["~/a.jsonl"])) == list(read_lines(["~/*.jsonl"])) == LINES
+    write_raw(tmp_path / "late.jsonl", '{"text": "a"}\n{"body": "b"}\n')
+    check_sources(["~/a.jsonl", tmp_path / "late.jsonl", "datasets:wiki:train"])
+    write_raw(tmp_path / "z.jsonl", '{"body": "b"}\n')
+    with pytest.raises(InputError, match=r"z.jsonl: row 1 has no column 'text'"):
+        check_sources(["~"])
+    pointer = write_raw(tmp_path / "a.txt", "version https://git-lfs.github.com/spec/v1\noid sha256:0\n")
+    refused("a.txt is a Git LFS pointer", pointer)
+
+
 @pytest.mark.parametrize("name", ["a.txt", "a.jsonl", "a.parquet"])
 def test_fifty_megabytes_without_a_space_are_refused(name, tmp_path):
     path = write(tmp_path / name, ["fine", "x" * 50_000_000])
-    with pytest.raises(InputError, match=r"a\.\w+, .*without white space"):
+    with pytest.raises(InputError, match=r"a\.\w+: .*without white space"):
         list(read_lines([path]))
 
 
@@ -149,16 +194,16 @@ def test_bad_files_are_named_with_the_place(tmp_path):
     refused(r"late.txt: not UTF-8 text at byte 2000000", file("late.txt", b"ab\n" * 666_666 + b"ab\xff\n"))
     refused(r"bad.jsonl: row 2 is not a JSON object \(.*column 13", file("bad.jsonl", b'{"text": "a"}\n{"text": "b"\n'))
     refused(r"list.jsonl: row 1 is not a JSON object", file("list.jsonl", b'["a"]\n'))
-    refused(r"number.jsonl, row 2: 1 is no text", file("number.jsonl", b'\n{"text": 1}\n'))
-    refused(r"half.jsonl, row 1: 'a.ud800' is no text", file("half.jsonl", b'{"text": "a\\ud800"}\n'))
+    refused(r"number.jsonl: row 2: 1 is no text", file("number.jsonl", b'\n{"text": 1}\n'))
+    refused(r"half.jsonl: row 1: 'a.ud800' is no text", file("half.jsonl", b'{"text": "a\\ud800"}\n'))
     refused(r"nul.jsonl: not UTF-8 text at byte 15 \(0x00\)", file("nul.jsonl", b'{"text": "a"}\n\n\0'))
     refused(r"quote.csv cannot be read after row 2 \(.*expected after", file("quote.csv", b'text,n\na,1\n"a"b,1\n'))
     refused(r"torn.parquet .*parquet", file("torn.parquet", b"PAR1 no parquet"))
     refused(r"torn.txt.gz cannot be read", file("torn.txt.gz", gzip.compress(b"text\n" * 999)[:-9]))
     refused(r"false.txt.gz cannot be read", file("false.txt.gz", b"no gzip at all"))
-    refused(r"absent.txt does not exist", tmp_path / "absent.txt")
+    refused(r"absent.txt: no such file", tmp_path / "absent.txt")
     (tmp_path / "folder").mkdir()
-    refused(r"folder .* holds no corpus file|folder holds no corpus file", tmp_path / "folder")
+    refused("folder: no such file, and no folder or glob with files of text", tmp_path / "folder")
     refused("write datasets:NAME:SPLIT", "datasets:name")
 
 

@@ -10,7 +10,14 @@ from hypothesis import strategies as st
 from tokenizers import Tokenizer
 
 from tokenizer_build.errors import InputError
-from tokenizer_build.tokenizer import SPECIAL_TOKENS, load_tokenizer, make_tokenizer, save_tokenizer
+from tokenizer_build.tokenizer import (
+    SPECIAL_TOKENS,
+    adopt_tokenizer,
+    load_tokenizer,
+    lowercases,
+    make_tokenizer,
+    save_tokenizer,
+)
 
 PIECES = [*SPECIAL_TOKENS, *"abcdeéé!漢", *(f"##{c}" for c in "abcdeé"), "abc", "##bcd", "É"]
 TEXT = st.text(st.one_of(st.sampled_from("abcdeéÉABC !漢\t\u0301\x1c"), st.characters(codec="utf-8")), max_size=40)
@@ -41,6 +48,9 @@ def loaded(request, tmp_path_factory):
 @example("a" * 101 + " " + "b" * 100)
 def test_all_loaders_cut_alike(loaded, text):
     ids = [(t.encode(text).ids if isinstance(t, Tokenizer) else t(text)["input_ids"]) for t in loaded]
+    if "[MASK]" in text:  # which our own loader reads as text, and the others as the token
+        assert [4 in row for row in ids] == [True, False, False, True, True, True]
+        ids = [ids[0], *ids[3:]]
     assert all(other == ids[0] for other in ids[1:])
 
 
@@ -81,6 +91,58 @@ def test_a_loaded_tokenizer_neither_pads_nor_truncates(tmp_path):
         assert loaded.padding is None and loaded.truncation is None
         assert len(loaded.encode("a b " * 20, add_special_tokens=False).ids) == 40
         assert len(loaded.encode("a").ids) == 3
+
+
+def test_a_given_tokenizer_is_taken_as_it_is(tmp_path):
+    """Normalizer, pre-tokenizer, added tokens and the longest word travel: no piece becomes unreachable."""
+    from tokenizers import AddedToken, normalizers, pre_tokenizers
+    from transformers import AutoTokenizer
+
+    given = make_tokenizer([*PIECES, "Ab", "##-", "ü"])
+    given.model.max_input_chars_per_word = 9
+    parts = {
+        "german": (normalizers.BertNormalizer(lowercase=True, strip_accents=False), given.pre_tokenizer),
+        "cased": (normalizers.BertNormalizer(lowercase=False, handle_chinese_chars=False), given.pre_tokenizer),
+        "nfc": (normalizers.NFC(), pre_tokenizers.WhitespaceSplit()),
+        "none": (None, pre_tokenizers.WhitespaceSplit()),
+    }
+    for name, (normalizer, pre_tokenizer) in parts.items():
+        given.normalizer, given.pre_tokenizer = normalizer, pre_tokenizer
+        given.add_tokens(["[name]", AddedToken("c++", single_word=True)])
+        (tmp_path / name).mkdir()
+        given.save(str(tmp_path / name / "tokenizer.json"))
+        save_tokenizer(adopt_tokenizer(tmp_path / name), tmp_path / f"{name}-own")
+        own, auto = load_tokenizer(tmp_path / f"{name}-own"), AutoTokenizer.from_pretrained(tmp_path / f"{name}-own")
+        text = "É e\u0301 é Ab ab 漢a ü a-b [name] c++ " + "a" * 10
+        assert (
+            own.encode(text).tokens == given.encode(text).tokens == auto.convert_ids_to_tokens(auto(text)["input_ids"])
+        )
+        assert own.get_vocab_size() == len((tmp_path / f"{name}-own" / "vocab.txt").read_text("utf-8").splitlines())
+        assert lowercases(own) == (name == "german")
+
+
+def test_a_bare_vocabulary_keeps_its_settings(tmp_path):
+    (tmp_path / "vocab.txt").write_bytes("".join(f"{piece}\r\n" for piece in PIECES).encode())
+    settings = {"do_lower_case": True, "strip_accents": False, "tokenize_chinese_chars": False}
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(settings))
+    assert load_tokenizer(tmp_path).encode("É abc", add_special_tokens=False).tokens == ["é", "abc"]
+
+
+def test_tokenizers_that_a_student_cannot_have_are_refused(tmp_path):
+    from tokenizers import models
+
+    path = tmp_path / "tokenizer.json"
+    for model, reason in (
+        (models.Unigram([("a", 0.0)], 0), "Unigram tokenizer: name a WordPiece one"),
+        (
+            models.WordPiece({"[UNK]": 0}, unk_token="[UNK]", continuing_subword_prefix="@@"),
+            "WordPiece one that writes",
+        ),
+        (models.WordPiece({"[UNK]": 0, "<s>": 1}, unk_token="[UNK]"), r"lacks one of \[PAD\]"),
+    ):
+        Tokenizer(model).save(str(path))
+        with pytest.raises(InputError, match=f"tokenizer.json.*{reason}"):
+            adopt_tokenizer(path)
 
 
 def test_bad_vocabularies_and_folders_are_refused(tmp_path):

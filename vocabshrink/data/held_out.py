@@ -16,8 +16,8 @@ from scipy.stats import spearmanr
 from sklearn.neighbors import NearestNeighbors
 from sklearn.preprocessing import normalize
 
+from tokenizer_build.corpus import read_rows
 from tokenizer_build.errors import InputError
-from tokenizer_build.files import read_jsonl
 from vocabshrink.data.batches import Segments, gather_words, near_groups, rare_words
 from vocabshrink.data.lexicon import Lexicon, WordStream
 
@@ -80,13 +80,13 @@ class RatedPairs:
 
 
 def read_rated_pairs(path: str | Path) -> RatedPairs:
-    """Reads JSONL rows with sentence1, sentence2 and label. Raises InputError with file, row and remedy."""
+    """Reads rows with sentence1, sentence2 and label. Raises InputError with file, row and remedy."""
     rows, fields = [], TypeAdapter(tuple[str, str, FiniteFloat])
-    for number, row in read_jsonl(path):
+    for place, row in read_rows(path):
         try:
             rows.append(fields.validate_python(tuple(map(row.get, ("sentence1", "sentence2", "label")))))
         except ValidationError:
-            raise InputError(f"{path}: row {number} needs sentence1, sentence2 and a numeric label") from None
+            raise InputError(f"{place} needs sentence1, sentence2 and a numeric label") from None
     if len(rows) < 2:
         raise InputError(f"{path}: no rated pairs: give rows with sentence1, sentence2 and label")
     first, second, scores = map(list, zip(*rows, strict=True))

@@ -38,7 +38,7 @@ from tokenizers.pre_tokenizers import BertPreTokenizer
 from tokenizer_build.count import map_in_order
 from tokenizer_build.errors import InputError
 from tokenizer_build.files import naming_full_disk, read_json, write_json
-from tokenizer_build.tokenizer import load_tokenizer
+from tokenizer_build.tokenizer import load_tokenizer, lowercases
 
 CACHED_CHUNKS = 1_000_000  # about 250 MB; Zipf's law makes a refill after clearing cheap
 CACHED_CHARACTERS = 1_000  # longer chunks are not words of a language and will not come again
@@ -67,7 +67,7 @@ class Lexicon:
     counts: np.ndarray  # [W] int64, occurrences in the stream
     ends_sentence: np.ndarray  # [W] bool, the surface is a run of . ! ? or of their equivalents
     words: list[str]  # the surface at the first occurrence, white space stripped
-    meta: dict  # teacher and student as of `_describe`, and what `encode_corpus` returns
+    meta: dict  # teacher and student as of `describe_tokenizer`, and what `encode_corpus` returns
 
     @classmethod
     def load(cls, folder: Path) -> "Lexicon":
@@ -116,7 +116,7 @@ def encode_corpus(
     """
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # one thread a process; and spawn inherits it
     paths = tokenizer_file(teacher_tokenizer), tokenizer_file(student_tokenizer)
-    teacher, student = map(_describe, paths)
+    teacher, student = map(describe_tokenizer, paths)
     # a teacher alone on a task stands on both sides
     if student["family"] != "wordpiece" and student["sha256"] != teacher["sha256"]:
         raise InputError(f"{paths[1]} is a {student['family']} tokenizer; give the student a WordPiece vocabulary")
@@ -147,7 +147,8 @@ def check_family(path: str | Path) -> str:
     """How this tokenizer keeps words apart: "wordpiece", "byte-level", "metaspace" or "words". Raises InputError, with
     the reason, for one that is not known to be cut at spaces exactly."""
     path = tokenizer_file(path)
-    spec, encoder = json.loads(_load(path).to_str()), _Encoder(path, path)
+    encoder = _Encoder(path, path)
+    spec = json.loads(encoder.tokenizers[0].to_str())
     for reason in _reasons(spec, encoder):
         raise InputError(f"{path} cannot be encoded word by word: {reason}; choose another teacher")
     lines = [form.format(edge) for edge in EDGES for form in ("a{0}b", "{0}a b{0}", "a's{0}12{0}{0}B!? (c)", "{0}")]
@@ -191,12 +192,11 @@ def _load(path: Path) -> Tokenizer:
     """The tokenizer as it segments plain text: special tokens are text, and nothing is cut, padded or added."""
     tokenizer = load_tokenizer(path)
     tokenizer.post_processor = None  # offsets of byte-level pieces keep their space, and nothing overlaps
-    tokenizer.encode_special_tokens = True
     return tokenizer
 
 
-def _describe(path: Path) -> dict:
-    """What meta.json says of a tokenizer; special: ids of pad, unk, cls, sep and mask, or None."""
+def describe_tokenizer(path: Path) -> dict:
+    """What meta.json says of a tokenizer.json; special: ids of pad, unk, cls, sep, mask. Raises: `check_family`."""
     family, tokenizer, config_file = check_family(path), _load(path), path.with_name("tokenizer_config.json")
     config, special = read_json(config_file) if config_file.is_file() else {}, {}
     for role, name in ROLES.items():
@@ -208,7 +208,7 @@ def _describe(path: Path) -> dict:
         "special": special,
         "double_sep": special["cls"] is not None and tokenizer.id_to_token(special["cls"]) == "<s>",  # between a pair
         "sha256": hashlib.sha256(path.read_bytes()).hexdigest(),
-        "lowercase": tokenizer.normalizer is not None and tokenizer.normalizer.normalize_str("A") == "a",
+        "lowercase": lowercases(tokenizer),
         "family": family,
     }
 
@@ -228,7 +228,8 @@ class _Encoder:
         return _encoder_of_worker, self.paths  # what is sent to another process is that process' own encoder
 
     def __init__(self, *paths: Path):
-        self.paths, self.tokenizers = paths, list(map(_load, paths))  # of teacher and student
+        loaded = {path: _load(path) for path in paths}  # XLM-R's takes seconds
+        self.paths, self.tokenizers = paths, [loaded[path] for path in paths]  # of teacher and student
         self.normalizers = [t.normalizer for t in self.tokenizers if t.normalizer is not None]
         self.words: dict[bytes, int] = {}
         self.known: dict[str, bool] = {}  # what `safe` said

@@ -1,16 +1,15 @@
 """Labelled tasks: a user's files as checked rows, and a model's outputs as predictions and scores.
 
-A task is one JSONL or CSV file per split. Whatever could silently train on nonsense is refused while reading, with the
-file, the row and the remedy, even where the task samples its rows. The names and the order of the labels travel with
-the task, because the commonest defect of distilled classifiers is a teacher that counts its classes in another order:
-`check_label_order` refuses it. Metrics are scikit-learn's and scipy's; only spans are counted here, as CoNLL does.
-Not done: strict IOBES, confidence intervals, files that do not fit in memory.
+A task is a JSONL, CSV, TSV or parquet file per split, or several of them (a glob). Whatever could silently train on
+nonsense is refused while reading, with the file, the row and the remedy, even where the task samples its rows. The
+names and the order of the labels travel with the task, because the commonest defect of distilled classifiers is a
+teacher that counts its classes in another order: `check_label_order` and `check_agreement` refuse it. Metrics are
+scikit-learn's and scipy's; only spans are counted here, as CoNLL does. Not done: confidence intervals, strict spans
+(that lack their B- or E-), files that do not fit in memory.
 
 Shapes: R rows of a split, C labels (1 for scores).
 """
 
-import csv
-import io
 import json
 import math
 import re
@@ -24,15 +23,18 @@ import numpy as np
 from pydantic import TypeAdapter
 from safetensors import SafetensorError
 from safetensors.numpy import load_file
+from scipy.optimize import linear_sum_assignment
 from scipy.stats import pearsonr, spearmanr
 from sklearn.metrics import accuracy_score, f1_score, matthews_corrcoef
 
+from tokenizer_build.corpus import read_rows
 from tokenizer_build.errors import InputError
-from tokenizer_build.files import read_jsonl
 from vocabshrink.run.recipe import TaskSection
 
 UNLABELLED = -1
 INTEGER = re.compile(r"-?\d+")
+SCHEMES = ("BI", "BIES", "BILU", "BMES")  # first letters of the tags beside O: IOB1 and IOB2, BIOES, BILOU, BMES
+PREFIXES = set("".join(SCHEMES))
 
 
 @dataclass(frozen=True)
@@ -72,10 +74,13 @@ def read_task(section: TaskSection, name: str) -> Task:
     the position in meta.json's order, else in the section's. The task is of pairs if the recipe names two fields, or
     none while the first training row has both usual ones.
     """
-    paths = {split: Path(path) for split in ("train", "validation", "test") if (path := getattr(section, split))}
-    rows = {split: _read_rows(path) for split, path in paths.items()}
+    paths = {split: path for split in ("train", "validation", "test") if (path := getattr(section, split))}
+    rows = {split: list(read_rows(path)) for split, path in paths.items()}
+    for split in paths:
+        if not rows[split]:
+            raise InputError(f"{paths[split]}: there are no rows in it: give at least one, or leave the split out")
     reader = _Reader(section, name, rows["train"])
-    splits = {split: reader.split(paths[split], rows[split], split) for split in paths}
+    splits = {split: reader.split(rows[split], split) for split in paths}
     seen = np.unique(np.concatenate(list(map(np.atleast_1d, splits["train"].targets))))
     if len(seen) < 2:
         only = repr(reader.labels[seen[0]]) if reader.labels else seen[0]
@@ -83,35 +88,6 @@ def read_task(section: TaskSection, name: str) -> Task:
     metrics = section.metrics or reader.meta.get("metrics")
     metrics = choose_metrics(metrics, section.kind, reader.labels, f"tasks.{name}.metrics")
     return Task(name, section.kind, reader.labels, splits, metrics)
-
-
-def _read_rows(path: Path) -> list[tuple[int, dict]]:
-    """(row number, fields) of a .jsonl or .csv file; the number is the line, or the record with the header as 1."""
-    if path.suffix not in (".jsonl", ".json", ".csv"):
-        raise InputError(f"{path}: the suffix says neither .jsonl nor .csv: write the rows as one of them")
-    rows = _csv_rows(path) if path.suffix == ".csv" else list(read_jsonl(path))
-    if not rows:
-        raise InputError(f"{path}: there are no rows in it: give at least one, or leave the split out")
-    return rows
-
-
-def _csv_rows(path: Path) -> list[tuple[int, dict]]:
-    records: list[list[str]] = []
-    try:
-        text = path.read_bytes().decode("utf-8-sig")
-        records.extend(csv.reader(io.StringIO(text), strict=True))
-    except (OSError, UnicodeDecodeError, csv.Error) as error:
-        remedy = "correct its path, write UTF-8, or double the quotes inside quotes"
-        raise InputError(f"{path}: cannot be read beyond row {len(records)} ({error}): {remedy}") from None
-    (_, header), *rows = [(number, cells) for number, cells in enumerate(records, 1) if cells] or [(0, [])]
-    if len(set(header)) < len(header):
-        raise InputError(f"{path}: the header names a column twice: {', '.join(header)}: rename one")
-    for number, cells in rows:
-        if len(cells) != len(header):
-            raise InputError(
-                f"{path}: row {number} has {len(cells)} cells, the header {len(header)}: quote those with commas"
-            )
-    return [(number, dict(zip(header, cells, strict=True))) for number, cells in rows]
 
 
 @contextmanager
@@ -138,7 +114,7 @@ def _written(value) -> str | None:
 class _Reader:
     """Turns fields into rows, with every check. codes: the output of everything that a row may write for a label."""
 
-    def __init__(self, section: TaskSection, name: str, rows: list[tuple[int, dict]]):
+    def __init__(self, section: TaskSection, name: str, rows: list[tuple[str, dict]]):
         self.section, self.key, tokens = section, f"tasks.{name}", section.kind == "tokens"
         self.field = section.label or ("slots" if tokens else "label")
         self.pair = not tokens and len(section.text) == 2
@@ -163,11 +139,11 @@ class _Reader:
             numbered = in_meta if in_meta and set(in_meta) == set(labels) else labels
             self.codes |= {str(number): self.codes[label] for number, label in enumerate(numbered)}
 
-    def split(self, path: Path, rows: list[tuple[int, dict]], split: str) -> Rows:
+    def split(self, rows: list[tuple[str, dict]], split: str) -> Rows:
         """The rows of a split, all of them checked before sampling, so that a broken one is reported in any case."""
         section, numbers, read = self.section, None, []
-        for number, row in rows:
-            with _refusing(f"{path}: row {number}:"):
+        for place, row in rows:
+            with _refusing(f"{place}:"):
                 read.append(self._row(row, split == "test"))
         limit = section.train_rows if split == "train" else section.evaluation_rows
         if limit and limit < len(rows):
@@ -220,15 +196,17 @@ class _Reader:
             code = self.codes.get(_written(value), unknown)
             if code is not None:
                 return code
-            fault = "none of " + ", ".join(self.labels[:12]) + (", ..." if len(self.labels) > 12 else "")
+            names = ", ".join(self.labels[:12]) + ", ..." * (len(self.labels) > 12)
+            fault = f"none of {names}" if names else "no single name or number"
             remedy = f"correct it, name its field in {self.key}.label, or add it to {self.key}.labels"
         raise InputError(f"{self.field} {value!r:.80} is {fault}: {remedy} (scores need kind: regression)")
 
 
-def check_label_order(task: Task, id2label: dict, origin: str | Path) -> None:
+def check_label_order(task: Task, id2label: dict, origin: str | Path) -> bool:
     """Raises InputError for a teacher whose outputs mean other labels than the task's, or the same in another order.
 
-    id2label: of a transformers config. Its own LABEL_0, LABEL_1, ... say nothing and pass; case does not count.
+    id2label: of a transformers config; case does not count. Returns whether it names its outputs: LABEL_0, LABEL_1, ...
+    of transformers say nothing and pass.
     """
     theirs = [str(label) for _, label in sorted((int(number), label) for number, label in id2label.items())]
     unnamed = theirs == [f"LABEL_{number}" for number in range(len(theirs))] or not task.labels
@@ -238,6 +216,26 @@ def check_label_order(task: Task, id2label: dict, origin: str | Path) -> None:
         raise InputError(
             f"{origin}: its outputs are {', '.join(theirs)} and those of task {task.name} {ours}: write its order in "
             f"tasks.{task.name}.labels (rows that number their labels keep meta.json's), or choose another teacher"
+        )
+    return not unnamed
+
+
+def check_agreement(task: Task, logits_by_row: np.ndarray | list[np.ndarray], origin: str | Path) -> None:
+    """Raises InputError for outputs that mean the task's labels in another order, as the training rows tell: they would
+    be right on a fifth more of the rows, and on two more a label, which chance hardly gives."""
+    if task.kind == "regression":
+        return
+    said = np.concatenate([np.atleast_1d(np.argmax(row, -1)) for row in logits_by_row])
+    meant = np.concatenate(list(map(np.atleast_1d, task.splits["train"].targets)))
+    known = (meant != UNLABELLED) & (task.kind != "tokens" or meant != [*task.labels, "O"].index("O"))
+    table = np.zeros((len(task.labels),) * 2, np.int64)  # label, output
+    np.add.at(table, (meant[known], said[known]), 1)
+    _, outputs = linear_sum_assignment(table, maximize=True)
+    if table[range(len(table)), outputs].sum() - table.trace() > max(known.sum() / 5, 2 * len(table)):
+        order = ", ".join(task.labels[label] for label in np.argsort(outputs))
+        raise InputError(
+            f"{origin}: its outputs agree with the training rows in the order {order}, not as task {task.name} has it: "
+            f"write this order in tasks.{task.name}.labels (rows that number their labels keep meta.json's)"
         )
 
 
@@ -262,6 +260,7 @@ def read_logits(path: str | Path, task: Task) -> dict[str, np.ndarray]:
                 found[split] = _logits_of_rows(task, rows, logits, labels)
             elif split == "train":
                 raise InputError(f"is not in it (but {', '.join(tensors)})")
+    check_agreement(task, found["train"], path)
     return found
 
 
@@ -316,17 +315,30 @@ def score(task: Task, logits_by_row: np.ndarray | list[np.ndarray], split: str) 
 
 
 def spans(tags: list[str]) -> set[tuple[str, int, int]]:
-    """(kind, first token, one past the last) of every span in BIO tags; an I- after another kind begins one (CoNLL)."""
+    """(kind, first token, one past the last) of every span in tags of one of SCHEMES; an I- after another kind begins
+    one, as in CoNLL, and so do I-, M-, E- and L- outside of spans."""
     found, begun = set(), None
     for index, tag in enumerate([*tags, "O"]):
         prefix, _, kind = tag.partition("-")
-        inside = prefix in ("B", "I")
-        if begun is not None and (not inside or prefix == "B" or kind != begun[0]):
+        inside = prefix in PREFIXES
+        if begun is not None and (not inside or prefix in {"B", "S", "U"} or kind != begun[0]):
             found.add((*begun, index))
             begun = None
         if inside and begun is None:
             begun = kind, index
+        if inside and prefix in {"E", "L", "S", "U"}:
+            found.add((*begun, index + 1))
+            begun = None
     return found
+
+
+def marks_spans(labels: list[str], remedy: str) -> bool:
+    """Whether the labels are tags of one of SCHEMES; not where they are plain (parts of speech). Raises InputError with
+    the remedy for a mixture."""
+    prefixes = {label[0] if label[1:2] in ("-", "") else "" for label in labels if label != "O"}
+    if prefixes & {"B", "I"} and not any(prefixes <= set(scheme) for scheme in SCHEMES):
+        raise InputError(f"the labels {', '.join(labels)} are tags of no scheme (B- and I-, and E- and S-): {remedy}")
+    return bool(prefixes & {"B", "I"})
 
 
 def slot_f1(targets: list[list[str]], predicted: list[list[str]]) -> float:
@@ -355,9 +367,10 @@ METRICS: dict[str, dict[str, Callable]] = {  # by kind of task
 def choose_metrics(asked: list[str] | None, kind: str, labels: list[str], where: str) -> list[str]:
     """The metrics asked for, else the usual ones of the kind. Raises InputError for one that does not fit."""
     fitting = [metric for metric in METRICS[kind] if metric != "f1" or len(labels) == 2]
+    if kind == "tokens" and (not asked or "slot_f1" in asked) and not marks_spans(labels, f"name {where}: [accuracy]"):
+        fitting.remove("slot_f1")
     if not asked:
-        spanned = kind != "tokens" or any(label.startswith(("B-", "I-")) for label in labels)
-        return fitting if kind == "regression" else fitting[:1] if spanned else ["accuracy"]
+        return fitting if kind == "regression" else fitting[:1]
     asked = asked if isinstance(asked, list) else [asked]
     for metric in asked:
         if metric not in fitting:

@@ -62,7 +62,9 @@ def refusing(place: Path) -> Iterator[None]:
         yield
     except Exception as error:  # of any kind: OSError, KeyError, TypeError, SafetensorError, StrictDataclassError ...
         reason = f"{type(error).__name__}: {shorten(str(error), 200, placeholder=' ...')}"
-        raise InputError(f"{place}: cannot be loaded: {reason}: save it again with save_pretrained") from error
+        raise InputError(
+            f"{place}: cannot be loaded: {reason}: download it again, or save it with save_pretrained"
+        ) from error
 
 
 def load_config(folder: Path):

@@ -97,7 +97,7 @@ class CorpusSection(Section):
 class VocabularySection(Section):
     size: Positive = 5000
     trainer: Literal["fewest", "wordpiece", "bpe", "unigram", "prune"] = "fewest"
-    lowercase: bool = True
+    lowercase: bool | None = None  # None: as the teacher's tokenizer
     required: list[str] = []  # words that must be one piece, whatever the counts say
     # a folder whose WordPiece vocabulary is taken as it is, instead of training one; `teacher`: the teacher's own
     tokenizer: str | None = None
@@ -322,7 +322,7 @@ class FinetuneStage(Section):
 
 
 class TaskSection(Section):
-    """A labelled task in JSONL or CSV files. The order of labels is the order of the model's outputs."""
+    """A labelled task in JSONL, CSV, TSV or parquet files. The order of labels is the order of the model's outputs."""
 
     train: str
     validation: str
@@ -364,14 +364,14 @@ class DeliverySection(Section):
 class IndexSection(Section):
     """Passages that the delivered embedder indexes, for `vocabshrink search`."""
 
-    passages: str  # JSONL with a text in each row
+    passages: str  # rows with a text
     limit: Positive = 50_000
 
 
 class EvaluationSection(Section):
     # held-out sentences for rank agreement and neighbour overlap; 0 leaves these out
     sentences: Count = 1000
-    stsb: dict[str, str] = {}  # name -> JSONL with sentence1, sentence2, label; scored by Spearman
+    stsb: dict[str, str] = {}  # name -> rows with sentence1, sentence2, label; scored by Spearman
 
 
 class Recipe(Section):
@@ -395,15 +395,21 @@ class Recipe(Section):
     evaluation: EvaluationSection = EvaluationSection()
     index: IndexSection | None = None
 
+    @property
+    def case_of(self) -> str | None:
+        """The tokenizer that decides the case of the words that are counted, where no setting does."""
+        return None if self.vocabulary.lowercase is not None else self.vocabulary.tokenizer or self.teacher.model
+
     @model_validator(mode="after")
     def find_task_files(self):
+        self.data = os.path.expanduser(self.data)
         for task in self.tasks.values():
             for field in ("train", "validation", "test", "teacher", "logits"):
                 if (path := getattr(task, field)) is not None and not path.startswith("package:"):
-                    setattr(task, field, str(Path(self.data) / Path(path).expanduser()))
+                    setattr(task, field, str(Path(self.data) / os.path.expanduser(path)))
         if self.data != ".":
             for name, path in self.evaluation.stsb.items():
-                self.evaluation.stsb[name] = str(Path(self.data) / Path(path).expanduser())
+                self.evaluation.stsb[name] = str(Path(self.data) / os.path.expanduser(path))
         self.data = "."
         return self
 

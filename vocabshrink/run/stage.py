@@ -57,7 +57,7 @@ LAST = "encode masked_lm_head vectors dual distill"
 STAGES = {
     stage.name: stage
     for stage in (
-        Stage("count", "text", reads="corpus.sources corpus.column vocabulary.lowercase"),
+        Stage("count", "text", reads="corpus.sources corpus.column vocabulary.lowercase case_of"),
         Stage("vocab", "text", "count", "vocabulary teacher"),
         Stage("encode", "text", "vocab"),
         Stage("masked_lm_head", "training", "encode", "corpus teacher masked_lm_head seed", **HEAD),

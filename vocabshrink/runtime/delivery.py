@@ -108,20 +108,22 @@ class Delivery:
         return [self.labels[best] for best in scores.argmax(axis=1)], scores
 
     def label_tokens(self, texts: Sequence[str | Sequence[str]], batch_size: int = 32) -> list[list[dict]]:
-        """For each text (or list of words) its words: [{"word", "label", "score"}]; those beyond the cut are left out.
+        """For each text (or list of words) one {"word", "label", "score"} a word, in order.
 
-        A text is split at white space. A word's label is that of its first piece.
+        A text is split at white space. A word's label is that of its first piece; one without a piece, or beyond the
+        cut, is labelled O (the first label if there is no O) with a score of 0.
         """
         words = [text.split() if isinstance(text, str) else list(text) for text in self._texts("label_tokens", texts)]
         # A word is a piece or more, so words beyond max_positions are never seen: they need not be tokenised.
         encodings = self.tokenizer.encode_batch([row[: self.longest] for row in words], is_pretokenized=True)
-        out: list[list[dict]] = [[] for _ in words]
+        unread = {"label": "O" if "O" in self.labels else self.labels[0], "score": 0.0}
+        out = [[{"word": word} | unread for word in row] for row in words]
         for i, row in self._run(encodings, batch_size):
             scores, places = softmax(row), encodings[i].word_ids
             for word in dict.fromkeys(place for place in places if place is not None):
                 of_labels = scores[places.index(word)]
                 best = int(of_labels.argmax())
-                out[i].append({"word": words[i][word], "label": self.labels[best], "score": float(of_labels[best])})
+                out[i][word] |= {"label": self.labels[best], "score": float(of_labels[best])}
         return out
 
     def fill_mask(self, texts: Sequence[str], top: int = 5, batch_size: int = 32) -> list[list[dict]]:
@@ -166,8 +168,6 @@ class Delivery:
             pair = method == "classify" and isinstance(text, tuple) and len(text) == 2
             for part in (text or [""]) if pair or words else [text]:
                 check_text(f"text {i}", part, empty)
-                if words and part.split() != [part]:
-                    raise InputError(f"text {i} has the word {part!r}: give words without white space")
         return texts
 
     def _encode(self, texts: list[Text]) -> list:
@@ -226,6 +226,7 @@ def load(folder: str | Path, threads: int = 1) -> Delivery:
         raise InputError(f"{what}: update onnxruntime and tokenizers, or export the model again") from error
     tokenizer.no_padding()
     tokenizer.enable_truncation(manifest["max_positions"])
+    tokenizer.encode_special_tokens = manifest["task"] != "fill-mask"  # a [SEP] in a text is text, as in training
     names = (config.get("id2label") or {}) if KINDS[manifest["task"]].labelled else {}
     delivery = Delivery(session, tokenizer, manifest, [names.get(str(i)) for i in range(len(names))])
     if wrong := _misfit(delivery, config):
@@ -285,8 +286,11 @@ def _read(folder: Path) -> tuple[dict, dict[str, bytes]]:
     for key, kind in needed.items():
         if not isinstance(found := manifest.get(key), kind):
             raise InputError(f"{path} is not one of a delivery: {key} is {found!r}: export the model again")
+    inside = [folder.resolve()]
+    if inside[0].parent.name == "snapshots":  # the hub's cache, whose files are links to its repository's own blobs
+        inside.append(inside[0].parents[1] / "blobs")
     for name in (manifest["graph"], *manifest["files"]):
-        if "\0" in name or not (folder / name).resolve().is_relative_to(folder.resolve()):
+        if "\0" in name or not any((folder / name).resolve().is_relative_to(place) for place in inside):
             raise InputError(f"{path} names {name!r}, which lies outside the folder: it is not to be trusted")
     contents = {}
     for name in (manifest["graph"], "tokenizer.json", "config.json"):

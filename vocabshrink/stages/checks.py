@@ -1,20 +1,33 @@
 """What cannot work is refused before anything runs: all that the recipe, the files it names and the configs show."""
 
+from functools import partial
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
+from tokenizer_build.corpus import check_sources, expand
 from tokenizer_build.errors import InputError
-from vocabshrink.data.held_out import LEAST_SENTENCES
+from tokenizer_build.tokenizer import adopt_tokenizer, save_tokenizer
+from tokenizer_build.trainers import one_word
+from vocabshrink.data.batches import encode_task
+from vocabshrink.data.held_out import LEAST_SENTENCES, read_rated_pairs
+from vocabshrink.data.lexicon import check_family, describe_tokenizer, tokenizer_file
+from vocabshrink.data.tasks import Task, check_agreement, check_label_order, read_logits, read_task
 from vocabshrink.delivery.export import check_activation
 from vocabshrink.models.families import check_attention
-from vocabshrink.models.loading import load_config
+from vocabshrink.models.loading import load_config, resolve_model
 from vocabshrink.models.projection import check_extraction
 from vocabshrink.models.student import student_config
+from vocabshrink.models.task_model import load_task_model
 from vocabshrink.models.teacher import find_head
 from vocabshrink.run.layer_map import layer_pairs
-from vocabshrink.run.recipe import Recipe
-from vocabshrink.stages.inputs import teacher_folder, teacher_modules
+from vocabshrink.run.recipe import Phase, Recipe, TaskSection
+from vocabshrink.stages.inputs import read_tasks, teacher_folder, teacher_modules
 from vocabshrink.stages.plan import check_budget, vocabulary_size
+from vocabshrink.stages.text import given_tokenizer, reads_lowercase
+from vocabshrink.training.finetune import logits_of
 from vocabshrink.training.losses import ATTENTION, check_losses, readers
+
+ROWS_TO_AGREE = 256  # training rows by which a teacher's order of labels is told
 
 
 def check_recipe(recipe: Recipe, *, force: bool = False) -> None:
@@ -28,8 +41,13 @@ def check_recipe(recipe: Recipe, *, force: bool = False) -> None:
             f"{LEAST_SENTENCES}, or no delivery"
         )
     folder = teacher_folder(recipe)
+    check_tokenizer(folder)
+    check_vocabulary(recipe)
     check_models(recipe, folder, load_config(folder))
     teacher_modules(recipe)
+    if recipe.finetune:
+        for name, task in read_tasks(recipe).items():
+            check_task(task, recipe.tasks[name])
     if not force:
         check_budget(recipe)
 
@@ -62,16 +80,58 @@ def check_all_losses(recipe: Recipe) -> None:
 
 
 def check_files(recipe: Recipe) -> None:
-    """Refuses a recipe that names files which are not there."""
-    named = {f"evaluation.stsb.{name}": path for name, path in recipe.evaluation.stsb.items()}
+    """Refuses a recipe that names files which are not there, or are not what they should be."""
+    heads = {"corpus.sources": partial(check_sources, recipe.corpus.sources, recipe.corpus.column)}
+    for name, path in recipe.evaluation.stsb.items():
+        heads[f"evaluation.stsb.{name}"] = partial(read_rated_pairs, path)
     if recipe.index:
-        named["index.passages"] = recipe.index.passages
+        heads["index.passages"] = partial(check_sources, [recipe.index.passages])
     for name, task in recipe.tasks.items() if recipe.finetune else ():
         for field in ("train", "validation", "test", "logits"):
-            named[f"tasks.{name}.{field}"] = getattr(task, field)
-    for key, path in named.items():
-        if path is not None and not Path(path).expanduser().is_file():
-            raise InputError(f"{key}: {path}: no such file: correct the path, or leave the key out")
+            if path := getattr(task, field):
+                heads[f"tasks.{name}.{field}"] = partial(expand, [path])
+    for key, read in heads.items():
+        try:
+            read()
+        except InputError as error:
+            raise InputError(f"{key}: {error}") from None
+
+
+def check_tokenizer(folder: Path) -> None:
+    """Refuses a teacher whose words cannot be told apart, or that lacks a special token."""
+    special = describe_tokenizer(tokenizer_file(folder))["special"]
+    if lacking := [role for role, number in special.items() if number is None and role != "unk"]:
+        raise InputError(f"{folder}: the tokenizer has no {lacking[0]} token: add one to tokenizer.json")
+
+
+def check_vocabulary(recipe: Recipe) -> None:
+    """Refuses required words that cannot be pieces, and a given tokenizer that cannot be taken."""
+    section, lowercase = recipe.vocabulary, reads_lowercase(recipe)
+    for word in section.required:
+        one_word(word, lowercase)
+    if given := given_tokenizer(recipe):
+        with TemporaryDirectory() as place:
+            save_tokenizer(adopt_tokenizer(given), place)
+            check_family(place)
+        if section.required:
+            raise InputError("vocabulary.required: a given tokenizer is taken as it is: leave this key out")
+
+
+def check_task(task: Task, section: TaskSection) -> None:
+    """Refuses a task whose teacher cannot be used or, where it does not name its outputs, orders them otherwise."""
+    if section.logits:
+        read_logits(section.logits, task)
+    if not section.teacher:
+        return
+    folder = resolve_model(section.teacher)
+    check_tokenizer(folder)
+    model = load_task_model(section.teacher, task, trained=True)
+    if not check_label_order(task, model.config.id2label, folder):
+        few = {"train_rows": min(ROWS_TO_AGREE, section.train_rows or ROWS_TO_AGREE), "evaluation_rows": 1}
+        with TemporaryDirectory() as place:
+            sample = read_task(section.model_copy(update=few), task.name)
+            encoded = encode_task(sample, folder, folder, Path(place))
+            check_agreement(sample, logits_of(model, encoded, "train", Phase()), folder)
 
 
 def check_models(recipe: Recipe, folder: Path, teacher) -> None:

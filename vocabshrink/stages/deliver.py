@@ -8,7 +8,8 @@ from pathlib import Path
 import numpy as np
 from transformers import PreTrainedModel
 
-from tokenizer_build.files import read_json, read_jsonl
+from tokenizer_build.corpus import read_rows
+from tokenizer_build.files import read_json
 from vocabshrink.data.held_out import read_rated_pairs
 from vocabshrink.data.tasks import Rows, Task, score
 from vocabshrink.delivery.export import ExportSettings, export_model, write_card
@@ -79,7 +80,7 @@ def export_embedder(
     figures["parameters_by_block"] = {"teacher": blocks_of(teacher.backbone), "student": blocks_of(student)}
     write_card(folder / "model", manifest, **sources_of(context))
     if recipe.index:
-        passages = islice((row for _, row in read_jsonl(recipe.index.passages)), recipe.index.limit)
+        passages = islice((row for _, row in read_rows(recipe.index.passages)), recipe.index.limit)
         options = {"progress": lambda done, total: say(f"export: {done:,} of {total:,} passages indexed")}
         options["threads"] = os.cpu_count() or 1
         figures["indexed_passages"] = build_index(folder / "model", passages, **options)
@@ -120,12 +121,8 @@ def outputs_of(model: Delivery, task: Task, rows: Rows) -> list[np.ndarray]:
     if task.kind != "tokens":
         texts = rows.first if rows.second is None else list(zip(rows.first, rows.second, strict=True))
         return list(model.classify(texts)[1])
-    found = []
-    for words, labelled in zip(rows.first, model.label_tokens(rows.first), strict=True):
-        numbers = [task.labels.index(entry["label"]) for entry in labelled]
-        outside = task.labels.index("O") if "O" in task.labels else 0  # of words beyond the model's positions
-        found.append(np.eye(len(task.labels))[numbers + [outside] * (len(words) - len(numbers))])
-    return found
+    numbers = ([task.labels.index(entry["label"]) for entry in row] for row in model.label_tokens(rows.first))
+    return [np.eye(len(task.labels))[row] for row in numbers]
 
 
 def blocks_of(model) -> dict[str, int]:

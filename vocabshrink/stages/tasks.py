@@ -26,9 +26,12 @@ from transformers import PreTrainedModel
 
 from tokenizer_build.errors import InputError
 from tokenizer_build.files import read_json, write_json
+from tokenizer_build.tokenizer import load_tokenizer
 from vocabshrink.data.batches import EncodedTask, encode_task
 from vocabshrink.data.tasks import Task, headline, read_logits, score
+from vocabshrink.models.loading import resolve_model
 from vocabshrink.models.rounding import fake_quantize_
+from vocabshrink.models.spelling import shared_pieces
 from vocabshrink.models.student import read_student, save_model
 from vocabshrink.models.task_model import load_task_model, student_model
 from vocabshrink.run.engine import Context, saying_millions, settings_of
@@ -134,6 +137,7 @@ class TaskTrainings:
         self.phases = phases_of(self.stage.phases, self.section)
         self.reads = set().union(*(phase.losses for phase in self.phases)) - {"labels"}
         self.teacher_folder = inputs.teacher_folder(context.recipe)
+        self.reader = resolve_model(self.section.teacher) if self.section.teacher else self.teacher_folder  # of words
         self.task = task
         if self.stage.augment:  # the copies follow the training rows
             made = context.folder_of("augment") / f"{self.name}.jsonl"
@@ -151,7 +155,7 @@ class TaskTrainings:
     @cached_property
     def encoded(self) -> EncodedTask:
         with PartialState().main_process_first():
-            return encode_task(self.task, self.teacher_folder, self.context.vocabulary, self.folder / "encoded")
+            return encode_task(self.task, self.reader, self.context.vocabulary, self.folder / "encoded")
 
     @property
     def tuned_folder(self) -> str | None:
@@ -202,7 +206,8 @@ class TaskTrainings:
         options = {"teacher": self.teacher, "logits": self.logits, "directions": directions}
         options |= {"pooling": said.pooling, "normalize": said.normalize}
         training = TaskTraining(model, self.task.kind, **options)
-        shared = inputs.read_shared_pieces(self.context) if self.teacher is not None else None
+        tokenizers = map(load_tokenizer, (self.context.vocabulary, self.reader))
+        shared = None if self.teacher is None else shared_pieces(*tokenizers)
         options = {"shared": shared, "rounding": self.stage.rounded}
         job = Job(RunDir(unit), self.name, mark, "finetune.phases.{}")
         result = fit(training, self.encoded, phases, job, seed, **options)
@@ -222,9 +227,12 @@ class TaskTrainings:
     def _student(self) -> tuple[PreTrainedModel, torch.Tensor | None]:
         """The body as the stages before left it, and the directions that its projections start from."""
         if not self.context.students:
-            return inputs.start_student(self.context, inputs.read_teacher(self.context))[:2]
-        student = read_student([*self.context.students.values()][-1])
-        return student, None if self.teacher is None else inputs.start_directions(self.context)
+            student, directions, *_ = inputs.start_student(self.context, inputs.read_teacher(self.context))
+        else:
+            student = read_student([*self.context.students.values()][-1])
+            directions = None if self.teacher is None else inputs.start_directions(self.context)
+        another = load_tokenizer(self.reader).get_vocab() != load_tokenizer(self.teacher_folder).get_vocab()
+        return student, None if another else directions  # which say nothing of another model's dimensions
 
 
 def mark_of(context: Context, name: str, setting: str, seed: int) -> str:

@@ -1,24 +1,28 @@
 """From text to word ids: count words, choose the vocabulary, encode the corpus."""
 
+import os
+from pathlib import Path
+
 from tokenizers import Tokenizer
-from tokenizers.models import WordPiece
 
 from tokenizer_build.compare import compare
 from tokenizer_build.corpus import read_blocks
 from tokenizer_build.count import count_words, read_counts, write_counts
 from tokenizer_build.errors import InputError
 from tokenizer_build.files import write_json
-from tokenizer_build.tokenizer import load_tokenizer, save_tokenizer
+from tokenizer_build.tokenizer import adopt_tokenizer, load_tokenizer, lowercases, make_tokenizer, save_tokenizer
 from tokenizer_build.trainers import train_vocabulary
 from vocabshrink.data.lexicon import encode_corpus
+from vocabshrink.models.loading import resolve_model
 from vocabshrink.run.engine import Context, saying_millions
+from vocabshrink.run.recipe import Recipe
 from vocabshrink.stages.inputs import teacher_folder
 
 
 def count(context: Context) -> dict:
     """Counts the words of the corpus, streamed and in parallel."""
     corpus = context.recipe.corpus
-    options = {"column": corpus.column, "lowercase": context.recipe.vocabulary.lowercase}
+    options = {"column": corpus.column, "lowercase": reads_lowercase(context.recipe)}
     counts = count_words(
         corpus.sources, **options, processes=corpus.processes, progress=saying_millions("count", "words", every=10)
     )
@@ -26,25 +30,39 @@ def count(context: Context) -> dict:
     return {"words": sum(counts.values()), "distinct_words": len(counts)}
 
 
+def reads_lowercase(recipe: Recipe) -> bool:
+    """Whether the student reads everything in lower case: as its given tokenizer does, else as the recipe says, else as
+    the teacher does. Raises InputError where the recipe contradicts the given tokenizer."""
+    asked, given = recipe.vocabulary.lowercase, given_tokenizer(recipe)
+    found = lowercases(load_tokenizer(given or resolve_model(recipe.teacher.model, recipe.teacher.revision)))
+    if given and asked not in (None, found):
+        raise InputError(f"vocabulary.lowercase: {asked} is not what the tokenizer {given} does: leave the key out")
+    return found if asked is None else asked
+
+
+def given_tokenizer(recipe: Recipe) -> Path | None:
+    """The folder or file of the tokenizer that is taken as it is, where the recipe names one."""
+    if (named := recipe.vocabulary.tokenizer) == "teacher":
+        return resolve_model(recipe.teacher.model, recipe.teacher.revision)
+    return Path(os.path.expanduser(named)) if named else None
+
+
 def vocab(context: Context) -> dict:
     """Chooses the student's pieces, or takes those of a tokenizer that is there."""
     section, of_teacher = context.recipe.vocabulary, teacher_folder(context.recipe)
     counts, teacher = read_counts(context.folder_of("count") / "counts.parquet"), load_tokenizer(of_teacher)
-    if section.tokenizer:
-        given = teacher if section.tokenizer == "teacher" else load_tokenizer(section.tokenizer)
-        if not isinstance(given.model, WordPiece):
-            kind = type(given.model).__name__
-            raise InputError(f"vocabulary.tokenizer {section.tokenizer}: {kind}: name a WordPiece tokenizer")
-        pieces = sorted(given.get_vocab(), key=given.token_to_id)
+    if given := given_tokenizer(context.recipe):
+        tokenizer = adopt_tokenizer(given)
     else:
-        options = {"required": section.required, "lowercase": section.lowercase}
+        options = {"required": section.required, "lowercase": reads_lowercase(context.recipe)}
         options |= {"teacher_vocabulary": teacher.get_vocab()}
         pieces = train_vocabulary(counts, section.size, section.trainer, **options)
-    save_tokenizer(pieces, context.folder, lowercase=section.lowercase)
+        tokenizer = make_tokenizer(pieces, lowercase=options["lowercase"])
+    save_tokenizer(tokenizer, context.folder)
     comparison = compare(counts, {"teacher": of_teacher, "student": context.folder})
     examples = segmentation_examples(counts, teacher, load_tokenizer(context.folder))
     write_json(context.folder / "comparison.json", comparison | {"examples": examples})
-    return {"pieces": len(pieces), "comparison": comparison}
+    return {"pieces": tokenizer.get_vocab_size(), "comparison": comparison}
 
 
 def segmentation_examples(counts: dict[str, int], teacher: Tokenizer, student: Tokenizer) -> list[dict]:

@@ -176,7 +176,6 @@ class CandidateFinder:
         for module in filter(None, (teacher.backbone, teacher.head)):
             module.to(self.device)
         self.tokenizer = load_tokenizer(teacher.folder)
-        self.tokenizer.encode_special_tokens = True  # a [MASK] in the text is text
         self.mask = first_known(self.tokenizer, "[MASK]", "<mask>")
         self.unknown = first_known(self.tokenizer, "[UNK]", "<unk>")
         self.positions = teacher.config.max_position_embeddings - first_position(teacher.config)
