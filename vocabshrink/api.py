@@ -20,7 +20,7 @@ import yaml
 from tokenizer_build.count import count_words
 from tokenizer_build.errors import InputError
 from tokenizer_build.files import read_json, replacing, write_json, write_text
-from tokenizer_build.tokenizer import load_tokenizer, save_tokenizer
+from tokenizer_build.tokenizer import load_tokenizer, lowercases, save_tokenizer
 from tokenizer_build.trainers import train_vocabulary
 from vocabshrink.delivery.export import ExportSettings, export_model
 from vocabshrink.models.forward import module_settings
@@ -172,17 +172,21 @@ def learn_vocabulary(
     out: str | os.PathLike,
     teacher: str | None = None,
     trainer: str = "fewest",
-    lowercase: bool = True,
+    lowercase: bool | None = None,
     required: Sequence[str] = (),
     column: str = "text",
 ) -> Path:
     """A WordPiece tokenizer of at most `size` pieces, learnt from the texts, as a folder that transformers loads.
 
-    teacher: a model whose pieces are candidates too. trainer: one of tokenizer_build.trainers.TRAINERS. required: words
-    that must be one piece. Raises InputError for a size that cannot hold the alphabet and for text that is none.
+    teacher: a model whose pieces are candidates too. trainer: one of tokenizer_build.trainers.TRAINERS. lowercase: as
+    the teacher unless told. required: words that must be one piece. Raises InputError for a size that cannot hold the
+    alphabet, and for text that is none.
     """
+    tokenizer = load_tokenizer(resolve_model(teacher)) if teacher else None
+    if lowercase is None:
+        lowercase = tokenizer is None or lowercases(tokenizer)
     counts = count_words(spool(texts, out := Path(out)), column=column, lowercase=lowercase)
-    known = load_tokenizer(resolve_model(teacher)).get_vocab() if teacher else {}
+    known = tokenizer.get_vocab() if tokenizer else {}
     options = {"required": list(required), "lowercase": lowercase, "teacher_vocabulary": known}
     save_tokenizer(train_vocabulary(counts, size, trainer, **options), out, lowercase=lowercase)
     return out

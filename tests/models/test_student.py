@@ -31,6 +31,7 @@ from transformers import (
 from tokenizer_build.errors import InputError
 from tokenizer_build.tokenizer import make_tokenizer, save_tokenizer
 from vocabshrink.data.pieces import Pieces
+from vocabshrink.models.families import check_attention
 from vocabshrink.models.forward import run_backbone, torch_embedder
 from vocabshrink.models.projection import scores_of
 from vocabshrink.models.spelling import as_wordpiece, piece_means, shared_pieces, spell, spellings
@@ -77,7 +78,11 @@ def teacher(teacher_folder):
 def make_family(family: str, lines, folder):
     """A tiny teacher of a family with 200 pieces of WordPiece."""
     save_tokenizer(wordpiece_pieces(lines, 200), folder)
-    shape = SHAPES.get(family, BODY | {"embedding_size": 16})  # the latter is ELECTRA's
+    shape = SHAPES.get(family, BODY | ({"embedding_size": 16} if family == "electra" else {}))
+    if family == "modernbert":
+        shape = shape | dict.fromkeys(
+            ("bos_token_id", "cls_token_id", "eos_token_id", "sep_token_id", "pad_token_id"), 0
+        )
     perturbed(AutoModel.from_config(AutoConfig.for_model(family, vocab_size=200, **shape))).save_pretrained(folder)
     return load_teacher(str(folder))
 
@@ -400,6 +405,21 @@ def test_a_copy_of_any_family_answers_as_the_teacher(family, lines, tmp_path):
 def test_a_copy_of_mpnet_says_that_it_lacks_its_relative_positions(lines, tmp_path):
     report = build_student(StudentSection(), make_family("mpnet", lines, tmp_path), tmp_path).report
     assert report["layers"].endswith("without its relative positions")
+
+
+@pytest.mark.parametrize("family", ["deberta", "deberta-v2", "modernbert", "nomic_bert"])
+def test_other_families_teach_states_and_vectors_to_a_student_of_random_layers(family, lines, tmp_path):
+    teacher = make_family(family, lines, tmp_path)
+    student, _, _, report = build_student(StudentSection(max_position_embeddings=30), teacher, tmp_path)
+    assert report["layers"].startswith("random: no layer") and report["embeddings"] == "piece means"
+    assert torch.equal(student.get_input_embeddings().weight, teacher.table.weight)
+    side = random_side(200, pad=teacher.config.pad_token_id)
+    states = run_backbone(teacher.backbone, side, layers=True).hidden
+    assert len(states) == 3 and states[-1].shape == (4, 12, 32)
+    with pytest.raises(InputError, match=f"^{family}: how its attention is computed is not known"):
+        check_attention(teacher.config)
+    with pytest.raises(InputError, match="does not have BERT's layers"):
+        extract(teacher, "extract_random", tmp_path, max_position_embeddings=30)
 
 
 @torch.no_grad()

@@ -95,8 +95,11 @@ def head_names(config) -> dict[str, str]:
 
 
 def eps_and_activation(config) -> tuple[float, str]:
-    """A family's layer norm epsilon and activation. DistilBERT fixes the one and has its own name for the other."""
-    return getattr(config, "layer_norm_eps", 1e-12), getattr(config, "hidden_act", None) or config.activation
+    """A family's layer norm epsilon and activation. DistilBERT fixes the one and has its own name for the other, and
+    ModernBERT has other names for both."""
+    names = ("hidden_act", "activation", "hidden_activation", "activation_function")
+    activation = next((found for name in names if (found := getattr(config, name, None))), "gelu")
+    return getattr(config, "layer_norm_eps", None) or getattr(config, "norm_eps", 1e-12), activation
 
 
 def new_head(backbone: nn.Module) -> MaskedLMHead:
