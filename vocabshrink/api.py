@@ -98,9 +98,8 @@ def plan(
         return recipe
     if before.is_file():
         raise InputError(f"{out}: made with other arguments: give another folder, or delete this one")
-    look = look_at(model, sources, column)
-    start_config = load_config(resolve_model(start)) if start else None
-    shape = choose_shape(look, size, goal, start_config)
+    look = look_at(model, start, sources, column)
+    shape = choose_shape(look, size, goal)
     effort = choose_effort(look, shape, minutes, tokens)
     names = {"name": out.name, "model": model, "sources": sources, "column": column, "budget": size, "start": start}
     write_text(recipe, recipe_text(look, shape, effort, **names))

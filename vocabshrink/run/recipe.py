@@ -99,7 +99,8 @@ class VocabularySection(Section):
     trainer: Literal["fewest", "wordpiece", "bpe", "unigram", "prune"] = "fewest"
     lowercase: bool | None = None  # None: as the teacher's tokenizer
     required: list[str] = []  # words that must be one piece, whatever the counts say
-    # a folder whose WordPiece vocabulary is taken as it is, instead of training one; `teacher`: the teacher's own
+    # a folder whose WordPiece vocabulary is taken as it is, instead of training one; `teacher`: the teacher's own;
+    # `start`: that of student.start
     tokenizer: str | None = None
 
 

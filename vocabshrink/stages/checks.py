@@ -16,14 +16,13 @@ from vocabshrink.delivery.export import check_activation
 from vocabshrink.models.families import check_attention
 from vocabshrink.models.loading import load_config, resolve_model
 from vocabshrink.models.projection import check_extraction
-from vocabshrink.models.student import student_config
 from vocabshrink.models.task_model import load_task_model
 from vocabshrink.models.teacher import find_head
 from vocabshrink.run.layer_map import layer_pairs
 from vocabshrink.run.recipe import Phase, Recipe, TaskSection
-from vocabshrink.stages.inputs import read_tasks, teacher_folder, teacher_modules
-from vocabshrink.stages.plan import check_budget, vocabulary_size
-from vocabshrink.stages.text import given_tokenizer, reads_lowercase
+from vocabshrink.stages.inputs import given_tokenizer, read_tasks, source_config, teacher_folder, teacher_modules
+from vocabshrink.stages.plan import check_budget, student_shape
+from vocabshrink.stages.text import reads_lowercase
 from vocabshrink.training.finetune import logits_of
 from vocabshrink.training.losses import ATTENTION, check_losses, readers
 
@@ -139,11 +138,11 @@ def check_models(recipe: Recipe, folder: Path, teacher) -> None:
 
     teacher: its config.
     """
-    student = student_config(recipe.student, teacher, vocabulary_size(recipe, folder))
+    student, source = student_shape(recipe, teacher), source_config(recipe, teacher)
     if recipe.delivery:
         check_activation(student, str(folder))
     if recipe.student.initialize.startswith("extract"):
-        check_extraction(recipe.student.initialize, student, teacher)
+        check_extraction(recipe.student.initialize, student, source)
     head = find_head(folder)
     if head and recipe.masked_lm_head:
         raise InputError(f"{folder} has a masked-LM head already: remove masked_lm_head from the recipe")

@@ -55,10 +55,12 @@ VECTORS, TRAINING, RECOVERY = 0.3, 0.45, 0.1  # shares of the minutes, at most; 
 
 @dataclass(frozen=True)
 class Look:
-    """What was found. sentences: in all the text, estimated. length: pieces of a sentence, on the average."""
+    """What was found. config: the teacher's; source, wordpiece, pieces: of the model that the student starts from.
+    sentences: in all the text, estimated. length: pieces of a sentence, on the average."""
 
     folder: Path
     config: PreTrainedConfig
+    source: PreTrainedConfig
     wordpiece: bool
     pieces: int
     sentences: int
@@ -67,8 +69,8 @@ class Look:
     texts: list[str]
 
 
-def look_at(model: str, sources: list[str], column: str) -> Look:
-    """Reads the model's folder and all of the text once. Raises InputError for what cannot be compressed: no encoder, a
+def look_at(model: str, start: str | None, sources: list[str], column: str) -> Look:
+    """Reads the models' folders and all of the text once. Raises InputError for what cannot be compressed: no encoder, a
     script that the model cannot write, too little text."""
     config = check_folder(folder := resolve_model(model))
     tokenizer, lines, characters, sample = load_tokenizer(folder), 0, 0, []
@@ -87,13 +89,15 @@ def look_at(model: str, sources: list[str], column: str) -> Look:
         raise InputError(
             f"{model} cannot write {share:.0%} of the text's pieces: take a teacher that was trained on its language"
         )
-    wordpiece, size = isinstance(tokenizer.model, WordPiece), tokenizer.get_vocab_size()
-    return Look(folder, config, wordpiece, size, found, lines, 2 + len(ids) / len(texts), texts)
+    source = check_folder(begin := resolve_model(start)) if start else config
+    own = load_tokenizer(begin) if start else tokenizer
+    about_pieces = isinstance(own.model, WordPiece), own.get_vocab_size()
+    return Look(folder, config, source, *about_pieces, found, lines, 2 + len(ids) / len(texts), texts)
 
 
 @dataclass(frozen=True)
 class Shape:
-    """A student and the format of its weights. own_pieces: its vocabulary is the teacher's."""
+    """A student and the format of its weights. own_pieces: it has those of the model that it starts from."""
 
     section: StudentSection
     pieces: int
@@ -103,11 +107,10 @@ class Shape:
     bytes: int
 
 
-def choose_shape(look: Look, budget: int, goal: str, start: PreTrainedConfig | None = None) -> Shape:
-    """The largest of SHAPES whose least form fits `budget` bytes, filled up with neurons. start: the config of the
-    model that the student starts from, if it is not the teacher. Raises InputError, with the least possible, where none
-    fits."""
-    source, least = start or look.config, 0
+def choose_shape(look: Look, budget: int, goal: str) -> Shape:
+    """The largest of SHAPES whose least form fits `budget` bytes, filled up with neurons. Raises InputError, with the
+    least possible, where none fits."""
+    source, least = look.source, 0
     for columns, pieces, width, layers, neurons, format, rate in SHAPES[goal]:
         own = look.wordpiece and look.pieces <= 1.1 * pieces
         width, layers = min(width, source.hidden_size), min(layers, source.num_hidden_layers)
@@ -162,7 +165,7 @@ def choose_effort(look: Look, shape: Shape, minutes: float | None, tokens: int |
     if minutes is None:
         sentences, trained = min(look.sentences, max(int(tokens / length), LEAST_SENTENCES)), tokens
     else:
-        config = student_config(shape.section, look.config, shape.pieces)
+        config = student_config(shape.section, look.source, shape.pieces)
         config._attn_implementation = "eager"
         teacher, student = load_model(look.folder), new_encoder(config)
         speeds = [pieces_per_second(backbone, length) for backbone in (teacher, student)]

@@ -1,11 +1,13 @@
 """What several stages read, as functions of a stage's context: the teacher, the words, the student as it starts."""
 
+import os
 from itertools import islice
 from pathlib import Path
 
 import numpy as np
 import torch
 from tokenizers import Tokenizer
+from transformers import PreTrainedConfig
 
 from tokenizer_build.corpus import read_lines
 from tokenizer_build.tokenizer import load_tokenizer
@@ -17,7 +19,7 @@ from vocabshrink.data.tasks import Task, read_task
 from vocabshrink.data.vectors import StoredVectors
 from vocabshrink.models.families import first_position
 from vocabshrink.models.forward import ModuleSettings, module_settings
-from vocabshrink.models.loading import check_folder, resolve_model
+from vocabshrink.models.loading import check_folder, load_config, resolve_model
 from vocabshrink.models.spelling import shared_pieces
 from vocabshrink.models.student import Start, build_student
 from vocabshrink.models.teacher import Teacher, load_head, load_teacher
@@ -32,6 +34,20 @@ def teacher_folder(recipe: Recipe) -> Path:
     folder = resolve_model(recipe.teacher.model, recipe.teacher.revision)
     check_folder(folder, recipe.teacher.sha256)
     return folder
+
+
+def given_tokenizer(recipe: Recipe) -> Path | None:
+    """The folder or file of the tokenizer that is taken as it is, where the recipe names one."""
+    if (named := recipe.vocabulary.tokenizer) == "teacher":
+        return resolve_model(recipe.teacher.model, recipe.teacher.revision)
+    if named == "start" and recipe.student.start:
+        return resolve_model(recipe.student.start)
+    return Path(os.path.expanduser(named)) if named else None
+
+
+def source_config(recipe: Recipe, teacher: PreTrainedConfig) -> PreTrainedConfig:
+    """The config of the model that the student starts from: student.start's, else the teacher's."""
+    return load_config(resolve_model(recipe.student.start)) if recipe.student.start else teacher
 
 
 def teacher_modules(recipe: Recipe) -> ModuleSettings:

@@ -20,6 +20,7 @@ from vocabshrink.models.student import student_config
 from vocabshrink.run.folder import RunDir
 from vocabshrink.run.formats import describe
 from vocabshrink.run.recipe import DeliverySection, Recipe, StudentSection
+from vocabshrink.stages.inputs import given_tokenizer, source_config
 
 EFFICIENCY = 0.4  # of a plain matrix product's speed: 0.39 and 0.42 on two cores of an AMD EPYC in bf16
 GUESSED_FILL = 0.5  # of max_length, by text
@@ -29,14 +30,15 @@ def shapes(recipe: Recipe) -> tuple[PreTrainedConfig, PreTrainedConfig]:
     """The student's shape, and its teacher's as a BERT. Raises InputError for a folder that cannot be a teacher's."""
     folder = resolve_model(recipe.teacher.model, recipe.teacher.revision)
     teacher = check_folder(folder)
-    student = student_config(recipe.student, teacher, vocabulary_size(recipe, folder))
+    student = student_shape(recipe, teacher)
     return student, student_config(StudentSection(), teacher, teacher.vocab_size)
 
 
-def vocabulary_size(recipe: Recipe, teacher: Path) -> int:
-    """Pieces of the student's vocabulary, at most. teacher: its folder."""
-    given = teacher if recipe.vocabulary.tokenizer == "teacher" else recipe.vocabulary.tokenizer
-    return load_tokenizer(given).get_vocab_size() if given else recipe.vocabulary.size
+def student_shape(recipe: Recipe, teacher: PreTrainedConfig) -> PreTrainedConfig:
+    """The student's config, with as many pieces as its vocabulary has at most. teacher: the teacher's."""
+    given = given_tokenizer(recipe)
+    pieces = load_tokenizer(given).get_vocab_size() if given else recipe.vocabulary.size
+    return student_config(recipe.student, source_config(recipe, teacher), pieces)
 
 
 def delivered_config(recipe: Recipe, student: PreTrainedConfig) -> PreTrainedConfig:

@@ -1,8 +1,5 @@
 """From text to word ids: count words, choose the vocabulary, encode the corpus."""
 
-import os
-from pathlib import Path
-
 from tokenizers import Tokenizer
 
 from tokenizer_build.compare import compare
@@ -13,10 +10,9 @@ from tokenizer_build.files import write_json
 from tokenizer_build.tokenizer import adopt_tokenizer, load_tokenizer, lowercases, make_tokenizer, save_tokenizer
 from tokenizer_build.trainers import train_vocabulary
 from vocabshrink.data.lexicon import encode_corpus
-from vocabshrink.models.loading import resolve_model
 from vocabshrink.run.engine import Context, saying_millions
 from vocabshrink.run.recipe import Recipe
-from vocabshrink.stages.inputs import teacher_folder
+from vocabshrink.stages.inputs import given_tokenizer, teacher_folder
 
 
 def count(context: Context) -> dict:
@@ -34,17 +30,10 @@ def reads_lowercase(recipe: Recipe) -> bool:
     """Whether the student reads everything in lower case: as its given tokenizer does, else as the recipe says, else as
     the teacher does. Raises InputError where the recipe contradicts the given tokenizer."""
     asked, given = recipe.vocabulary.lowercase, given_tokenizer(recipe)
-    found = lowercases(load_tokenizer(given or resolve_model(recipe.teacher.model, recipe.teacher.revision)))
+    found = lowercases(load_tokenizer(given or teacher_folder(recipe)))
     if given and asked not in (None, found):
         raise InputError(f"vocabulary.lowercase: {asked} is not what the tokenizer {given} does: leave the key out")
     return found if asked is None else asked
-
-
-def given_tokenizer(recipe: Recipe) -> Path | None:
-    """The folder or file of the tokenizer that is taken as it is, where the recipe names one."""
-    if (named := recipe.vocabulary.tokenizer) == "teacher":
-        return resolve_model(recipe.teacher.model, recipe.teacher.revision)
-    return Path(os.path.expanduser(named)) if named else None
 
 
 def vocab(context: Context) -> dict:
