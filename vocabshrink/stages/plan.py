@@ -7,7 +7,6 @@ was measured on: good to a factor of two, not more.
 
 import copy
 import time
-from pathlib import Path
 
 from rich.table import Table
 from transformers import PreTrainedConfig
