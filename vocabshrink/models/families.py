@@ -50,6 +50,12 @@ def first_position(config: PreTrainedConfig) -> int:
     return config.pad_token_id + 1 if config.model_type in FIRST_POSITION else 0
 
 
+def positions_of(config: PreTrainedConfig) -> int | None:
+    """Pieces that a model can read, special tokens included; None where nothing limits them."""
+    most = getattr(config, "max_position_embeddings", None)
+    return most - first_position(config) if most else None
+
+
 def neurons_of(config: PreTrainedConfig) -> int | None:
     """Width of the feed-forward layers, whatever the family calls it; None where there is no such number."""
     return getattr(config, "intermediate_size", None) or getattr(config, "hidden_dim", None)

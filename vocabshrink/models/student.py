@@ -29,6 +29,7 @@ from vocabshrink.models.families import (
     first_position,
     neurons_of,
     new_encoder,
+    positions_of,
     student_class,
     table_width,
     without_pooler,
@@ -48,9 +49,8 @@ def student_config(section: StudentSection, source, vocab_size: int) -> PreTrain
     Raises InputError for a width that the heads do not divide, and for a number that neither of them gives.
     """
     names = ["hidden_size", "num_attention_heads", "num_hidden_layers", "intermediate_size", "max_position_embeddings"]
-    theirs = {name: getattr(source, name, None) for name in names} | {"intermediate_size": neurons_of(source)}
-    if theirs["max_position_embeddings"]:
-        theirs["max_position_embeddings"] -= first_position(source)
+    theirs = {name: getattr(source, name, None) for name in names}
+    theirs |= {"intermediate_size": neurons_of(source), "max_position_embeddings": positions_of(source)}
     shape = {name: getattr(section, name) or value for name, value in theirs.items()}
     if missing := [name for name, value in shape.items() if not value]:
         nothing = f"the {source.model_type} model has no such number"

@@ -13,7 +13,7 @@ from vocabshrink.data.held_out import LEAST_SENTENCES, read_rated_pairs
 from vocabshrink.data.lexicon import check_family, describe_tokenizer, tokenizer_file
 from vocabshrink.data.tasks import Task, check_agreement, check_label_order, read_logits, read_task
 from vocabshrink.delivery.export import check_activation
-from vocabshrink.models.families import check_attention
+from vocabshrink.models.families import check_attention, positions_of
 from vocabshrink.models.loading import load_config, resolve_model
 from vocabshrink.models.projection import check_extraction
 from vocabshrink.models.task_model import load_task_model
@@ -155,6 +155,12 @@ def check_models(recipe: Recipe, folder: Path, teacher) -> None:
                 f"{name}.losses.{found[0]} needs a masked-LM head and {folder} has none: add a masked_lm_head section, "
                 f"or {other}"
             )
+    positions = {"student": student.max_position_embeddings, "teacher": positions_of(teacher)}
+    for name in ("masked_lm_head", "dual", "distill", "recovery"):
+        for who, most in positions.items():
+            if (stage := getattr(recipe, name)) and most and stage.max_length > most:
+                fault = f"{name}.max_length {stage.max_length} is over the {who}'s {most} positions"
+                raise InputError(f"{fault}: set at most {most}")
     depth = student.num_hidden_layers
     for name in ("dual", "distill", "recovery"):
         if not (stage := getattr(recipe, name)):

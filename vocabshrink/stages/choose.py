@@ -23,7 +23,7 @@ from vocabshrink.data.held_out import LEAST_SENTENCES as LEAST_EVALUATED
 from vocabshrink.data.pieces import Pieces
 from vocabshrink.data.vectors import sentences_of
 from vocabshrink.delivery.size import delivery_bytes
-from vocabshrink.models.families import first_position, neurons_of, new_encoder
+from vocabshrink.models.families import neurons_of, new_encoder, positions_of
 from vocabshrink.models.forward import run_backbone
 from vocabshrink.models.loading import check_folder, load_model, resolve_model
 from vocabshrink.models.student import student_config
@@ -118,7 +118,7 @@ def choose_shape(look: Look, budget: int, goal: str) -> Shape:
         heads = next(h for h in range(heads, 0, -1) if width % h == 0 and width // h <= source.hidden_size // heads)
         shape = {"hidden_size": width, "num_hidden_layers": layers, "num_attention_heads": heads}
         shape |= {"embedding_size": min(columns, width), "initialize": "extract_importance"}
-        shape["max_position_embeddings"] = min(128, source.max_position_embeddings - first_position(source))
+        shape["max_position_embeddings"] = min(128, positions_of(source) or 128)
         count = look.pieces if own else min(pieces, look.pieces)
 
         def weigh(neurons: int, shape=shape, count=count, format=format) -> int:

@@ -17,7 +17,7 @@ from vocabshrink.data.lexicon import Lexicon, WordStream
 from vocabshrink.data.pieces import Pieces
 from vocabshrink.data.tasks import Task, read_task
 from vocabshrink.data.vectors import StoredVectors
-from vocabshrink.models.families import first_position
+from vocabshrink.models.families import positions_of
 from vocabshrink.models.forward import ModuleSettings, module_settings
 from vocabshrink.models.loading import check_folder, load_config, resolve_model
 from vocabshrink.models.spelling import shared_pieces
@@ -112,9 +112,8 @@ def pieces_of_corpus(recipe: Recipe, source: Teacher) -> Pieces:
     """The first 64 lines of the corpus that are as long as a sentence, in the pieces of a model."""
     lines = read_lines(recipe.corpus.sources, recipe.corpus.column)
     texts = list(islice((line for line in lines if len(line.split()) >= HELD_OUT["min_words"]), 64))
-    tokenizer, config = load_tokenizer(source.folder), source.config
-    positions = getattr(config, "max_position_embeddings", None) or HELD_OUT["max_pieces"] + 2
-    tokenizer.enable_truncation(min(positions - first_position(config), HELD_OUT["max_pieces"] + 2))
+    tokenizer, config, most = load_tokenizer(source.folder), source.config, HELD_OUT["max_pieces"] + 2
+    tokenizer.enable_truncation(min(positions_of(config) or most, most))
     tokenizer.enable_padding(pad_id=config.pad_token_id or 0)
     encodings = tokenizer.encode_batch(texts)
     ids, mask = (torch.tensor([getattr(e, part) for e in encodings]) for part in ("ids", "attention_mask"))

@@ -37,7 +37,7 @@ from tokenizer_build.files import naming_full_disk, read_json, read_jsonl, write
 from tokenizer_build.tokenizer import load_tokenizer
 from vocabshrink.data.pieces import Pieces
 from vocabshrink.data.tasks import Rows, Task
-from vocabshrink.models.families import first_position
+from vocabshrink.models.families import positions_of
 from vocabshrink.models.forward import run_backbone
 from vocabshrink.models.spelling import as_wordpiece, first_known
 from vocabshrink.models.teacher import Teacher
@@ -178,7 +178,7 @@ class CandidateFinder:
         self.tokenizer = load_tokenizer(teacher.folder)
         self.mask = first_known(self.tokenizer, "[MASK]", "<mask>")
         self.unknown = first_known(self.tokenizer, "[UNK]", "<unk>")
-        self.positions = teacher.config.max_position_embeddings - first_position(teacher.config)
+        self.positions = positions_of(teacher.config)
         texts = {i: as_wordpiece(piece, self.tokenizer) for piece, i in self.tokenizer.get_vocab().items()}
         words = {i: text for i, text in sorted(texts.items()) if text and text.isalpha() and len(text) > 1}
         self.ids, self.words = list(words), list(words.values())  # of the W pieces that are whole words

@@ -14,7 +14,7 @@ from torch import nn
 from tokenizer_build.files import replacing
 from vocabshrink.data.batches import EncodedTask, TaskBatcher
 from vocabshrink.data.tasks import score
-from vocabshrink.models.families import first_position
+from vocabshrink.models.families import positions_of
 from vocabshrink.models.rounding import bake, is_rounded, quantization_aware
 from vocabshrink.models.task_model import predict
 from vocabshrink.run.layer_map import layer_pairs
@@ -83,7 +83,7 @@ def fit(
 def longest(phase: Phase, *models: nn.Module | None) -> int:
     """Pieces of a sequence without its two special ones: the phase's, or what fits the model with fewest positions."""
     configs = [model.config for model in models if model is not None]
-    return min(phase.max_length, *(c.max_position_embeddings - first_position(c) for c in configs)) - 2
+    return min(phase.max_length, *map(positions_of, configs)) - 2
 
 
 def logits_of(model: nn.Module, encoded: EncodedTask, split: str, phase: Phase, *, side: str = "student"):
