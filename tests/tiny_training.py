@@ -95,6 +95,9 @@ class Numbers:
     def to(self, device):
         return Numbers(self.inputs.to(device), self.targets.to(device), self.tokens)
 
+    def part(self, rank: int, processes: int):
+        return Numbers(self.inputs[rank::processes], self.targets[rank::processes], self.tokens)
+
 
 class NumberBatcher:
     """Batch k of `parts` to a step is the k-th slice of the step's eight rows; `stop_at` raises there."""
@@ -130,6 +133,9 @@ class Regression(TrainingTask):
     def embedding_parameters(self) -> list[nn.Parameter]:
         return [self.table.weight]
 
+    def ready(self, batch: Numbers) -> Numbers:
+        return batch
+
 
 def distillation(teacher_folder: Path, vocabulary: Path) -> tuple[Distillation, DistillStage]:
     """A narrow student and its teacher, and six steps of eight sentences."""
@@ -143,18 +149,19 @@ def distillation(teacher_folder: Path, vocabulary: Path) -> tuple[Distillation, 
     return Distillation(stage, teacher, student, pairs, directions=directions), stage
 
 
-def run_both(root: Path, teacher_folder: Path, vocabulary: Path, encoded: Path, *, parts: int, accumulation: int):
-    """Both trainings in `root`, `parts` micro-batches to a step. One process accumulates, or two share them."""
+def run_both(root: Path, teacher_folder: Path, vocabulary: Path, encoded: Path, accumulation: int = 1):
+    """Both trainings in `root`, `accumulation` micro-batches to a step, on as many processes as were launched."""
     run = RunDir(root)
     numbers = TrainingSection(steps=6, learning_rate=0.05, gradient_accumulation=accumulation, **PLAIN)
-    batcher = NumberBatcher(parts)
+    batcher = NumberBatcher(accumulation)
     train(Regression(), batcher, numbers, Job(run, "numbers", "f"), make_accelerator(numbers, run))
     task, stage = distillation(teacher_folder, vocabulary)
     stage = stage.model_copy(update={"gradient_accumulation": accumulation})
-    batcher = make_batcher(encoded, load_teacher(str(teacher_folder)), ("student", "teacher"), batch_size=8 // parts)
+    teacher, sides = load_teacher(str(teacher_folder)), ("student", "teacher")
+    batcher = make_batcher(encoded, teacher, sides, batch_size=8 // accumulation)
     train(task, batcher, stage, Job(run, "distill", "f"), make_accelerator(stage, run))
 
 
 if __name__ == "__main__":
     torch.set_num_threads(1)
-    run_both(*map(Path, sys.argv[1:5]), parts=2, accumulation=1)
+    run_both(*map(Path, sys.argv[1:5]))

@@ -16,10 +16,10 @@ from vocabshrink.training.loop import (
     Job,
     Lamb,
     make_accelerator,
+    micro_batch,
     parameter_groups,
     rate_at,
     read_meta,
-    share_of_batch,
     train,
 )
 
@@ -314,9 +314,9 @@ def test_a_log_says_the_first_and_the_last_step_and_the_time_that_is_left(steps,
 def test_a_batch_is_shared_evenly_or_not_at_all():
     def shared(batch_size, processes, group=1, **changed):
         chosen = settings(batch_size=batch_size, **changed)
-        return share_of_batch(chosen, SimpleNamespace(num_processes=processes), "finetune.phases.0", group)
+        return micro_batch(chosen, SimpleNamespace(num_processes=processes), "finetune.phases.0", group)
 
-    assert shared(12, 3) == 4 and shared(48, 3, 4, gradient_accumulation=2) == 8
+    assert shared(12, 3) == 12 and shared(48, 3, 4, gradient_accumulation=2) == 24
     for arguments in ((10, 3), (12, 2, 4)):
         with pytest.raises(InputError, match=r"finetune.phases.0.batch_size .* cannot be shared by .* a multiple of"):
             shared(*arguments)

@@ -217,9 +217,11 @@ class CandidateFinder:
             part, waiting = waiting[-size:], waiting[:-size]
             rows = [torch.tensor([*ids[: w.first], self.mask, *ids[w.first + len(w.pieces) :]]) for ids, w in part]
             ids = pad_sequence(rows, batch_first=True, padding_value=-1)
-            side = Pieces(ids.clamp_min(0), (ids >= 0).long(), ids).to(self.device)
-            hidden = run_backbone(self.teacher.backbone, side).hidden[-1]
-            states = hidden[torch.arange(len(part)), [word.first for _, word in part]]
+            side, width = Pieces(ids.clamp_min(0), (ids >= 0).long(), ids), ids.shape[1]
+            places = torch.tensor([row * width + word.first for row, (_, word) in enumerate(part)]).to(self.device)
+            _ = side.lengths, side.by_length  # while they are on the host
+            hidden = run_backbone(self.teacher.backbone, side.to(self.device)).hidden[-1]
+            states = hidden.flatten(0, 1).index_select(0, places)
             logits = self.teacher.head(states.float(), self.teacher.table.weight)[:, self.ids]
             for (_, word), best in zip(part, self.best(logits), strict=True):
                 word.candidates, word.masked = best, True

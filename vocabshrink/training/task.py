@@ -30,7 +30,15 @@ from vocabshrink.models.task_model import task_logits
 from vocabshrink.models.teacher import Teacher
 from vocabshrink.run.layer_map import Pairs
 from vocabshrink.run.recipe import DualStage, Losses
-from vocabshrink.training.losses import ATTENTION, LOSSES, masked_lm_loss, readers
+from vocabshrink.training.losses import (
+    ATTENTION,
+    LOSSES,
+    masked_lm_loss,
+    places_by_vocabulary,
+    places_to_match,
+    places_to_reduce,
+    readers,
+)
 from vocabshrink.training.views import Forward, View
 
 STEPS_OF_SCALES = 50  # after which the scales of a rounded student are fitted to its weights again
@@ -43,6 +51,9 @@ class TrainingTask(nn.Module):
     losses: Losses
     pairs: Pairs = ()
     pooling, normalize = "mean", False  # of sentence embeddings
+    trains_layers = True  # of the student
+    # {loss: what makes its lists of places, of which sides, and from what on the host besides}
+    places: dict[str, tuple] = {}
 
     def forward(self, batch: Batch) -> dict[str, Tensor]:
         """Unweighted losses by name, each a scalar. The models run under the caller's autocast, the losses and all that
@@ -50,6 +61,21 @@ class TrainingTask(nn.Module):
         forward = self.view(batch)
         with torch.autocast(batch.unit_mask.device.type, enabled=False):
             return {name: LOSSES[name].function(forward, **chosen.arguments) for name, chosen in self.losses.items()}
+
+    def ready(self, batch: Batch) -> Batch:
+        """The batch with the lists of places that its step reads: made here, on the host and ahead of it."""
+        for name, (make, sides, table) in self.places.items():
+            if name in self.losses:
+                batch.once(name, make, batch, *map(batch.sides.get, sides), table)
+        _ = batch.counted, "attention_scores" in self.losses and batch.counted_pairs
+        for side in batch.sides.values():
+            _ = side.by_length, side.labels is not None and side.labelled
+        return batch
+
+    @property
+    def reads_all(self) -> bool:
+        """Whether the losses surely give every trained parameter a gradient, as those of the last states do."""
+        return not self.trains_layers or bool(readers(self.losses, "last", "student head", "task logits"))
 
     def run(self, backbone: nn.Module, side: Pieces, batch: Batch, embeddings: Tensor | None = None) -> View:
         """One model's pass, keeping what the losses read: all layers, queries, keys and values, or the last states.
@@ -130,6 +156,9 @@ class Distillation(TrainingTask):
         self.teacher_head = teacher.head.requires_grad_(False) if across else None
         self.register_buffer("shared", shared, persistent=False)
         self.register_buffer("spelling", spelling, persistent=False)
+        both = "student", "teacher"
+        self.places = {"masked_lm_match": (places_to_match, both, shared)}
+        self.places |= {"masked_lm_reduce": (places_to_reduce, both, spelling)}
         self.pooling, self.normalize = teacher.pooling, teacher.normalize
         self.project_hidden(student, teacher, directions)
         self.freeze_unread()
@@ -246,6 +275,9 @@ class DualTraining(TrainingTask):
             part.requires_grad_(stage.train_teacher and reads_head)
         if self.head is not None:
             self.head.requires_grad_(bool(readers(self.losses, "student head")))
+        self.trains_layers = self.mode == "joint"
+        sizes = [table.num_embeddings for table in (teacher.table, student.get_input_embeddings())]
+        self.places = {"teacher_masked_lm": (places_by_vocabulary, ["mixed"], sizes)}
         if self.mode != "joint":
             self.student.requires_grad_(False)
             self.student.get_input_embeddings().requires_grad_(True)
@@ -259,7 +291,7 @@ class DualTraining(TrainingTask):
         # the student learns from the teacher, not the teacher from the student: only masked LM moves the teacher
         forward = Forward(batch, self.pairs, self.up, self.down, teacher=mixed.detached())
         if self.teacher_head is not None:
-            forward.given["teacher_masked_lm"] = partial(self.masked_lm, mixed)
+            forward.given["teacher_masked_lm"] = partial(self.masked_lm, batch, mixed)
         if self.mode == "joint":
             forward.student = self.run(self.student, batch.student, batch)
             forward.student.predict = partial(self.head, table=self.student.get_input_embeddings().weight)
@@ -267,10 +299,10 @@ class DualTraining(TrainingTask):
             forward.given[f"parameters_{direction}"] = partial(projection, self.student, self.teacher)
         return forward
 
-    def masked_lm(self, mixed: View) -> Tensor:
+    def masked_lm(self, batch: Batch, mixed: View) -> Tensor:
         """Over both tables in the teacher's width, [V_T, D_T] and [V_S, D_T]."""
         tables = [self.embedding.teacher_table.weight, self.embedding.up(self.embedding.student_table.weight)]
-        return masked_lm_loss(mixed, self.teacher_head, tables, [self.teacher_head.bias, self.student_bias])
+        return masked_lm_loss(batch, mixed, self.teacher_head, tables, [self.teacher_head.bias, self.student_bias])
 
 
 class HeadTraining(TrainingTask):
@@ -279,6 +311,8 @@ class HeadTraining(TrainingTask):
     def __init__(self, teacher: Teacher, losses: Losses):
         super().__init__()
         self.losses, self.teacher, self.head = losses, teacher.backbone.requires_grad_(False), teacher.head
+        self.trains_layers = False
+        self.places = {"teacher_masked_lm": (places_by_vocabulary, ["teacher"], [teacher.table.num_embeddings])}
 
     def embedding_parameters(self) -> list[nn.Parameter]:
         return []
@@ -287,5 +321,5 @@ class HeadTraining(TrainingTask):
         with torch.no_grad():
             view = self.run(self.teacher, batch.teacher, batch)
         table, forward = self.teacher.get_input_embeddings().weight, Forward(batch, (), nn.Identity(), nn.Identity())
-        forward.given["teacher_masked_lm"] = partial(masked_lm_loss, view, self.head, [table], [self.head.bias])
+        forward.given["teacher_masked_lm"] = partial(masked_lm_loss, batch, view, self.head, [table], [self.head.bias])
         return forward
