@@ -118,6 +118,8 @@ class NumberBatcher:
 class Regression(TrainingTask):
     """Two layers and a table, two losses that are means over rows."""
 
+    trains_layers = False
+
     def __init__(self):
         super().__init__()
         torch.manual_seed(0)
@@ -149,17 +151,29 @@ def distillation(teacher_folder: Path, vocabulary: Path) -> tuple[Distillation, 
     return Distillation(stage, teacher, student, pairs, directions=directions), stage
 
 
+@dataclass
+class Halves:
+    """Batch 2 k + r is what process r of two takes of batch k."""
+
+    whole: Batcher | NumberBatcher
+
+    def batch(self, index: int):
+        batch = self.whole.batch(index // 2)
+        part = batch.part(index % 2, 2)
+        part.tokens = batch.tokens * (index % 2 == 0)
+        return part
+
+
 def run_both(root: Path, teacher_folder: Path, vocabulary: Path, encoded: Path, accumulation: int = 1):
-    """Both trainings in `root`, `accumulation` micro-batches to a step, on as many processes as were launched."""
-    run = RunDir(root)
+    """Both trainings in `root`; two accumulation steps are the halves that two processes take."""
+    run, taken = RunDir(root), Halves if accumulation == 2 else lambda whole: whole
     numbers = TrainingSection(steps=6, learning_rate=0.05, gradient_accumulation=accumulation, **PLAIN)
-    batcher = NumberBatcher(accumulation)
-    train(Regression(), batcher, numbers, Job(run, "numbers", "f"), make_accelerator(numbers, run))
+    job, accelerator = Job(run, "numbers", "f"), make_accelerator(numbers, run)
+    train(Regression(), taken(NumberBatcher()), numbers, job, accelerator)
     task, stage = distillation(teacher_folder, vocabulary)
     stage = stage.model_copy(update={"gradient_accumulation": accumulation})
-    teacher, sides = load_teacher(str(teacher_folder)), ("student", "teacher")
-    batcher = make_batcher(encoded, teacher, sides, batch_size=8 // accumulation)
-    train(task, batcher, stage, Job(run, "distill", "f"), make_accelerator(stage, run))
+    batcher = make_batcher(encoded, load_teacher(str(teacher_folder)), ("student", "teacher"))
+    train(task, taken(batcher), stage, Job(run, "distill", "f"), make_accelerator(stage, run))
 
 
 if __name__ == "__main__":

@@ -698,6 +698,10 @@ def view_of(hidden: torch.Tensor, labels: torch.Tensor) -> View:
     return View(Pieces(labels, labels, labels, labels), Pass((hidden,)))
 
 
+def seen(hidden: torch.Tensor, labels: torch.Tensor) -> tuple[Batch, View]:
+    return Batch(torch.ones(1, 1, dtype=torch.bool), 0), view_of(hidden, labels)
+
+
 class TestMaskedLM:
     @pytest.fixture
     def head(self):
@@ -719,7 +723,7 @@ class TestMaskedLM:
         labels[torch.rand(3, 5) < 0.5] = -100
         view = view_of(hidden, labels)
         view.predict = lambda states: head(states, table)
-        expected = masked_lm_loss(view, head, [table], [head.bias])
+        expected = masked_lm_loss(*seen(hidden, labels), head, [table], [head.bias])
         torch.testing.assert_close(LOSSES["student_masked_lm"](make_forward(view, None)), expected)
         hidden.requires_grad_()
         labels.fill_(-100)

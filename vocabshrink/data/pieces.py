@@ -197,9 +197,7 @@ class PieceTable:
                 token_types = attention * (np.arange(width) > first_sep[:, None])
         padded[row, last], units[row, last] = special.sep, totals + (between > 0)
         arrays = padded, attention, units, placed, token_types
-        side = Pieces(*(None if array is None else torch.from_numpy(array) for array in arrays))
-        side.lengths = last + 1
-        return side
+        return Pieces(*(None if array is None else torch.from_numpy(array) for array in arrays))
 
     def student_pieces(self, sequences: Sequences) -> int:
         """Pieces of the sequences in the student's vocabulary, special tokens included: the tokens of a batch."""
