@@ -2,9 +2,11 @@
 
 import numpy as np
 import pytest
+import torch
 from transformers import AutoConfig
 
-from vocabshrink.models.forward import torch_embedder
+from vocabshrink.data.pieces import Pieces
+from vocabshrink.models.forward import run_backbone, torch_embedder
 from vocabshrink.models.teacher import load_teacher
 
 
@@ -20,3 +22,15 @@ def test_texts_are_cut_where_the_positions_end(family, folders):
     assert found.shape == (2, 32) and np.isfinite(found).all()
     assert np.array_equal(found, torch_embedder(backbone, folder, "mean", True, max_length=64)(texts))
     assert not np.array_equal(found, torch_embedder(backbone, folder, "mean", True, max_length=63)(texts))
+
+
+def test_the_mask_of_a_gpu_s_attention_changes_nothing(folders):
+    """It is given as transformers would make it, since transformers asks the device first whether it is needed."""
+    backbone = load_teacher(str(folders["bert"])).backbone
+    backbone.set_attn_implementation("sdpa")
+    ids, mask = torch.randint(5, 200, (3, 7)), torch.ones(3, 7, dtype=torch.long)
+    for lengths in ([7, 7, 7], [7, 3, 5]):
+        mask = (torch.arange(7) < torch.tensor(lengths)[:, None]).long()
+        found = run_backbone(backbone, Pieces(ids, mask, ids)).hidden[-1]
+        expected = backbone(input_ids=ids, attention_mask=mask).last_hidden_state
+        assert torch.equal(found[mask.bool()], expected[mask.bool()])

@@ -1,7 +1,9 @@
 """The loop: its optimizer against the paper's formulas, and stopped, split or shared runs against whole ones."""
 
 import itertools
+from datetime import timedelta
 from types import SimpleNamespace
+from unittest.mock import MagicMock
 
 import pytest
 import torch
@@ -9,6 +11,7 @@ from tiny_training import PLAIN, NumberBatcher, Numbers, Regression, encode, lau
 from torch import nn
 
 from tokenizer_build.errors import InputError
+from vocabshrink.run.engine import wait_for_everyone
 from vocabshrink.run.folder import RunDir
 from vocabshrink.run.recipe import TrainingSection, Weighted
 from vocabshrink.training import loop
@@ -391,6 +394,15 @@ def test_two_processes_are_one(tiny_teacher, lines, tmp_path):
     assert two[0]["losses"] != two[5]["losses"]
     for stage in ("numbers", "distill"):
         assert read_meta(tmp_path / "two" / stage / "checkpoints" / "last")["step"] == 6
+
+
+def test_processes_wait_for_the_main_one_s_stages_for_days(monkeypatch):
+    """Ten minutes, NCCL's patience, are less than a large corpus takes to count."""
+    asked = []
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setattr("accelerate.PartialState", lambda **options: asked.append(options) or MagicMock())
+    wait_for_everyone()
+    assert asked[0]["timeout"] >= timedelta(days=1)
 
 
 def test_weights_of_losses_are_linear_in_the_run():
