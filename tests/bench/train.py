@@ -1,12 +1,12 @@
-"""Training speed as ratios: our distillation step beside a plain Hugging Face loop and textbrewer's GeneralDistiller, two
-processes beside one, stored vectors beside the teacher in the step; same models, text and batches, in one run.
+"""Training speed as ratios: our distillation step beside a plain Hugging Face loop and textbrewer's GeneralDistiller,
+two processes beside one, stored vectors beside the teacher in the step; same models, text and batches, in one run.
 
-Teacher and student are of one shape and read one vocabulary, as textbrewer needs, and learn all hidden states (TinyBERT's
-MSE) in bfloat16. Each system runs in processes of its own, on one core, in turns, so that a machine that slows down slows
-all of them. The plain loop is what a page of documentation gives: texts in random order, tokenised and padded in the
-collator, all hidden states of both models, masked MSE, AdamW, transformers' default attention, the student's dropout on.
-`plain-tuned` is the same with what we found to be faster on a CPU, eager attention and no dropout: what it leaves is the
-loop's own price. Tokens are real pieces, padding not counted.
+Teacher and student are of one shape and read one vocabulary, as textbrewer needs, and learn all hidden states
+(TinyBERT's MSE) in bfloat16. Each system runs in processes of its own, on one core, in turns, so that a machine that
+slows down slows all of them. The plain loop is what a page of documentation gives: texts in random order, tokenised and
+padded in the collator, all hidden states of both models, masked MSE, AdamW, transformers' default attention, the
+student's dropout on. `plain-tuned` is the same with what we found to be faster on a CPU, eager attention and no
+dropout: what it leaves is the loop's own price. Tokens are real pieces, padding not counted.
 
     python tests/bench/train.py --corpus docs.jsonl --teacher FOLDER --out artifacts/bench/train.json
 
@@ -28,11 +28,9 @@ from itertools import islice
 from pathlib import Path
 
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
-ROOT = Path(__file__).parents[2]
-sys.path.insert(0, str(ROOT))
+sys.path.insert(0, str(Path(__file__).parents[2]))
 
 import torch
-import torch.nn.functional as F
 from torch.utils.data import DataLoader
 from transformers import AutoModel, AutoTokenizer
 
@@ -52,6 +50,7 @@ from vocabshrink.run.recipe import DistillStage, StudentSection
 from vocabshrink.training.loop import Job, make_accelerator, train
 from vocabshrink.training.task import Distillation
 
+ROOT = Path(__file__).parents[2]
 ROUNDS, WARM = 3, 3  # WARM: steps that are not counted
 FALL = 0.8  # of a stored ratio: less is a regression
 
@@ -195,8 +194,8 @@ def plain(load: Load, *, tuned: bool = False) -> float:
 
 
 def textbrewer(load: Load) -> float:
-    """textbrewer's GeneralDistiller with its own masked `hidden_mse` of every layer, given the same batches, and autocast
-    around it: by itself it trains in float32. ImportError where it is not installed."""
+    """textbrewer's GeneralDistiller with its own masked `hidden_mse` of every layer, given the same batches, and
+    autocast around it: by itself it trains in float32. ImportError where it is not installed."""
     from textbrewer import DistillationConfig, GeneralDistiller, TrainingConfig
 
     teacher, student, loader = plain_parts(load)

@@ -1,9 +1,10 @@
 """What a GPU host without a network needs, in parts small enough to be sent one by one.
 
-`pack` runs the recipe's vocabulary and encoding over a corpus, and writes them, the teacher in fp16, and the wheels that
-the host lacks into folders part-00, part-01, ... of at most 60 MB. The word stream is most of it: its ids are written by
-frequency, a byte for the 128 most frequent words, and packed by LZMA, 11 to 12 bits a word of English. `unpack` puts
-every part that it finds beside those it found before, checks their hashes, and restores the files to the last byte.
+`pack` runs the recipe's vocabulary and encoding over a corpus, and writes them, the teacher in fp16, and the wheels
+that the host lacks into folders part-00, part-01, ... of at most 60 MB. The word stream is most of it: its ids are
+written by frequency, a byte for the 128 most frequent words, and packed by LZMA, 11 to 12 bits a word of English.
+`unpack` puts every part that it finds beside those it found before, checks their hashes, and restores the files to the
+last byte.
 
     python tests/gpu/kit.py pack --corpus text/ --recipe recipes/minilm_7mb.yaml --teacher FOLDER --out build/gpu-kit
     python tests/gpu/kit.py unpack --parts build/gpu-kit --out /tmp/gpu-kit     # on the host, once for each part sent
@@ -19,8 +20,7 @@ import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-ROOT = Path(__file__).parents[2]
-sys.path.insert(0, str(ROOT))
+sys.path.insert(0, str(Path(__file__).parents[2]))
 
 import numpy as np
 

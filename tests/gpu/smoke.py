@@ -1,5 +1,5 @@
-"""(a) Sixty seconds on the GPU host: installs the kit's wheels, runs the `gpu` tests and one step of every stage and mode,
-and says what the machine is. Writes smoke.json and smoke.txt to --out.
+"""(a) Sixty seconds on the GPU host: installs the kit's wheels, runs the `gpu` tests and one step of every stage and
+mode, and says what the machine is. Writes smoke.json and smoke.txt to --out.
 
     python tests/gpu/smoke.py --kit /tmp/gpu-kit --out "$OUT"       # --rehearse: on a CPU, to its end
 """
@@ -25,7 +25,15 @@ def main() -> None:
     arguments.out.mkdir(parents=True, exist_ok=True)
     began = time.time()
     if arguments.kit and not arguments.rehearse:
-        found = ["--no-index", "--find-links", str(arguments.kit / "wheels"), "pydantic", "sentencepiece", "onnx", "pytest"]
+        found = [
+            "--no-index",
+            "--find-links",
+            str(arguments.kit / "wheels"),
+            "pydantic",
+            "sentencepiece",
+            "onnx",
+            "pytest",
+        ]
         subprocess.run([sys.executable, "-m", "pip", "install", "--quiet", *found], check=True)
     env = os.environ | {"PYTHONPATH": str(ROOT), "VOCABSHRINK_REHEARSE": "1" if arguments.rehearse else "0"}
     options = ["-m", "gpu", "-q", "-rA", "--tb=short", "--durations=10", "-p", "no:cacheprovider", "-W", "ignore"]

@@ -1,12 +1,12 @@
-"""What only a GPU can show: `pytest -m gpu tests/gpu` (a minute). Elsewhere skipped; with VOCABSHRINK_REHEARSE=1 the same
-code runs on the CPU to its end, without what only a GPU has."""
+"""What only a GPU can show: `pytest -m gpu tests/gpu` (a minute). Elsewhere skipped; with VOCABSHRINK_REHEARSE=1 the
+same code runs on the CPU to its end, without what only a GPU has."""
 
 import contextlib
 import os
 
 import pytest
 import torch
-from tiny_training import encode, make_batcher
+from tiny_training import encode, make_batcher, perturb
 from torch import nn
 
 from vocabshrink.models.student import build_student, new_student_head
@@ -25,10 +25,10 @@ pytestmark = [
     pytest.mark.skipif(not (HAS_GPU or REHEARSED), reason="no GPU: pytest -m gpu on a host that has one"),
 ]
 STEPS = 50
-LOSSES = {"hidden_mse": 1.0, "batch_similarity": 1.0, "value_relations": 1.0, "student_masked_lm": 1.0}
+LOSSES = {"hidden_mse": 1.0, "batch_similarity": 10.0, "value_relations": 1.0, "student_masked_lm": 0.01}
 SHAPE = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 32}
-# Of a loss of fp32 without TF32, relative, over 50 steps of the tiny models; measured on a CPU for bf16 (0.02), with room
-BOUNDS = {"no": 1e-5, "tf32": 0.01, "bf16": 0.06, "fp16": 0.03}
+# How far a loss may be from that of float32 without TF32, relative, over 50 steps; in bf16 it is 1.2e-4 on a CPU
+BOUNDS = {"no": 1e-4, "tf32": 1e-3, "bf16": 3e-3, "fp16": 1e-3}
 
 
 @pytest.fixture(scope="module")
@@ -53,6 +53,7 @@ def parts(tiny_teacher, words, stage: DistillStage) -> tuple:
     vocabulary, encoded = words
     torch.manual_seed(0)
     teacher = load_teacher(str(tiny_teacher))
+    perturb(teacher.backbone)  # as made, its layers add next to nothing, and so do their errors
     student, directions, _ = build_student(StudentSection(**SHAPE), teacher, vocabulary)
     head = new_student_head(student, teacher)
     task = Distillation(stage, teacher, student, layer_pairs("uniform", 2, 4), head=head, directions=directions)
@@ -110,7 +111,9 @@ def test_losses_of_a_precision_are_those_of_float32(precision, plain, tiny_teach
 @torch.no_grad()
 def test_the_first_loss_is_that_of_the_cpu(plain, tiny_teacher, words):
     task, batcher, _ = parts(tiny_teacher, words, DistillStage(steps=1, losses=LOSSES, mask=0.15))
-    assert plain[0] == pytest.approx(float(sum(task(batcher.batch(0)).values())), rel=1e-4)
+    weights = task.weights(0)
+    losses = task(batcher.batch(0))
+    assert plain[0] == pytest.approx(sum(weights[name] * float(loss) for name, loss in losses.items()), rel=1e-4)
 
 
 @pytest.mark.parametrize("optimizer", ["adamw", "lamb"])

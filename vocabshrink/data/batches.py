@@ -1,10 +1,11 @@
 """Batches of the corpus and of labelled tasks, out of word ids: no tokenizer in the loop.
 
 A batch is a pure function of (seed, step): each of several processes draws the whole of it and takes every n-th
-sequence, which costs it the time of the others' and makes a step the same on any number of processes. Nothing is shuffled on disk and no iterator has a state, so the
-position in the data is the step number and a resumed run sees exactly the batches that it would have seen. A task's
-splits are encoded once into one lexicon, a sentence (or a token) per line, so that teacher and student see the same
-words cut at the same places. Cost: a split's words in memory, as int64. Not done: splits that do not fit there.
+sequence, which costs it the time of the others' and makes a step the same on any number of processes. Nothing is
+shuffled on disk and no iterator has a state, so the position in the data is the step number and a resumed run sees
+exactly the batches that it would have seen. A task's splits are encoded once into one lexicon, a sentence (or a token)
+per line, so that teacher and student see the same words cut at the same places. Cost: a split's words in memory, as
+int64. Not done: splits that do not fit there.
 
 How words become pieces and units: see pieces.py, also for the shapes B, T, U and n. S segments, R rows of a split.
 """

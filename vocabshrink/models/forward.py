@@ -3,10 +3,9 @@
 Losses of attention need each layer's queries, keys and values. They are read by hooks on the layers that compute them,
 so that transformers' fast attention stays in use, which never shows its scores. This costs a table of where each family
 has these layers, and leaves out families whose scores are more than Q K^T / sqrt(d). Student and teacher cut words into
-different pieces, so whatever is compared is pooled into units first, in float32 under autocast too. Sums over pieces are
-`index_add`s, whose order a GPU does not fix: units of three pieces or more differ there in the last bit from run to run,
-unless torch.use_deterministic_algorithms is on.
-"""
+different pieces, so whatever is compared is pooled into units first, in float32 under autocast too. Sums over pieces
+are `index_add`s, whose order a GPU does not fix: units of three pieces or more differ there in the last bit from run to
+run, unless torch.use_deterministic_algorithms is on."""
 
 from collections.abc import Iterable, Iterator
 from contextlib import ExitStack, contextmanager

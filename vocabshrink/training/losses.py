@@ -99,9 +99,7 @@ def places_by_vocabulary(_: Batch, side: Pieces, sizes: Sequence[int]) -> tuple[
     return tuple(chosen.nonzero().squeeze(1) for chosen in mine)
 
 
-def masked_lm_loss(
-    batch: Batch, view: View, head: MaskedLMHead, tables: list[Tensor], biases: list[Tensor]
-) -> Tensor:
+def masked_lm_loss(batch: Batch, view: View, head: MaskedLMHead, tables: list[Tensor], biases: list[Tensor]) -> Tensor:
     """Cross-entropy at masked pieces, one softmax per vocabulary (Zhao et al. 2019, section 3.2).
     The view's labels [B, T] are in the combined numbering, -100 where not masked; tables [V_k, D_E]; biases [V_k]. The
     table of the vocabulary that segmented the word predicts it."""
@@ -154,8 +152,8 @@ def masked_lm_match(forward: Forward, temperature: Positive = 1.0) -> Tensor:
 
 
 def places_to_reduce(batch: Batch, student: Pieces, teacher: Pieces, spelling: Tensor) -> tuple[Tensor, ...]:
-    """Of the n words that the teacher has masked as one piece: where the m masked pieces of the student's side stand [m]
-    and which word each is of [m], how many a word has [n], where the teacher's stand [n]; and which pieces of the
+    """Of the n words that the teacher has masked as one piece: where the m masked pieces of the student's side stand
+    [m] and which word each is of [m], how many a word has [n], where the teacher's stand [n]; and which pieces of the
     teacher's have a spelling [K]."""
     (_, my_units, my_counts), (_, their_units, their_counts) = (
         side.masked(batch.unit_mask.shape[1]) for side in (student, teacher)
@@ -353,9 +351,10 @@ class Loss:
     """A loss, what it reads, and the places whose steps have that."""
 
     function: Callable[..., Tensor]
-    # "hidden" (states of all layers; the last are always there), "last" (the student's last ones, for sentences), "queries", "keys", "values", "teacher" (its states),
-    # "teacher logits", "task logits", "masked words", "student head" and "teacher head" (of masked LM), "both
-    # vocabularies" (which pieces they share), "up" (the projection, whatever the arguments), "groups" (near sentences)
+    # "hidden" (states of all layers), "last" (the student's last ones, for a sentence), "queries", "keys", "values",
+    # "teacher" (its states), "teacher logits", "task logits", "masked words", "student head" and "teacher head" (of
+    # masked LM), "both vocabularies" (which pieces they share), "up" (the projection, whatever the arguments), "groups"
+    # (near sentences)
     reads: Set[str]
     # the modes of dual training, "distill" (recovery too), "finetune", "task teacher" (of its fine-tuning)
     stands_in: Set[str]
