@@ -2,8 +2,10 @@
 
 import json
 
+from pathlib import Path
+
 import pytest
-from bench import train
+from bench import floors, train
 
 
 def test_ratios_are_medians_over_rounds_of_what_was_measured():
@@ -38,3 +40,7 @@ def test_a_ratio_that_fell_by_a_fifth_is_refused(tmp_path):
         else:
             with pytest.raises(SystemExit, match="minilm.tokens_per_second fell"):
                 train.store(out, "gpu", entry, accept=False)
+
+
+def test_the_document_has_the_floors_of_today():
+    assert floors.tables() in (Path(__file__).parents[2] / "docs/performance.md").read_text()
