@@ -1,6 +1,6 @@
 """The tables of docs/performance.md: FLOPs and bytes of a step, and the floor that they give.
 
-    python tests/bench/floors.py            # the tables; --here also measures this machine's own matrix product
+python tests/bench/floors.py            # the tables; --here also measures this machine's own matrix product
 """
 
 import argparse

@@ -1,7 +1,6 @@
 """The guard over the stored ratios of training speed."""
 
 import json
-
 from pathlib import Path
 
 import pytest

@@ -83,7 +83,8 @@ def make_view(side: Pieces, seed: int = 0, *, width: int = WIDTH, heads: int = H
 
 
 def make_forward(student, teacher, *, mask=None, up=None, down=None, pairs=((1, (1,)), (2, (2,))), **options):
-    batch = Batch(unit_mask(COUNTS) if mask is None else mask, 0)
+    sides = {name: view and view.side for name, view in (("student", student), ("teacher", teacher))}
+    batch = Batch(unit_mask(COUNTS) if mask is None else mask, 0, **sides)
     vocabularies = {"shared": torch.arange(PIECES), "spelling": torch.arange(PIECES).unsqueeze(1)}
     identity = nn.Identity()
     return Forward(batch, pairs, up or identity, down or identity, student, teacher, **(vocabularies | options))
@@ -699,7 +700,8 @@ def view_of(hidden: torch.Tensor, labels: torch.Tensor) -> View:
 
 
 def seen(hidden: torch.Tensor, labels: torch.Tensor) -> tuple[Batch, View]:
-    return Batch(torch.ones(1, 1, dtype=torch.bool), 0), view_of(hidden, labels)
+    view = view_of(hidden, labels)
+    return Batch(torch.ones(1, 1, dtype=torch.bool), 0, teacher=view.side), view
 
 
 class TestMaskedLM:

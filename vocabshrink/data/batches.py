@@ -1,11 +1,10 @@
 """Batches of the corpus and of labelled tasks, out of word ids: no tokenizer in the loop.
 
-A batch is a pure function of (seed, step): each of several processes draws the whole of it and takes every n-th
-sequence, which costs it the time of the others' and makes a step the same on any number of processes. Nothing is
-shuffled on disk and no iterator has a state, so the position in the data is the step number and a resumed run sees
-exactly the batches that it would have seen. A task's splits are encoded once into one lexicon, a sentence (or a token)
-per line, so that teacher and student see the same words cut at the same places. Cost: a split's words in memory, as
-int64. Not done: splits that do not fit there.
+A batch is a pure function of (seed, step); each of several processes draws it whole and takes every n-th sequence.
+Nothing is shuffled on disk and no iterator has a state, so the position in the data is the step number and a resumed
+run sees exactly the batches that it would have seen. A task's splits are encoded once into one lexicon, a sentence (or
+a token) per line, so that teacher and student see the same words cut at the same places. Cost: a split's words in
+memory, as int64. Not done: splits that do not fit there.
 
 How words become pieces and units: see pieces.py, also for the shapes B, T, U and n. S segments, R rows of a split.
 """
@@ -14,10 +13,11 @@ import hashlib
 import math
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import KW_ONLY, dataclass, field
+from dataclasses import KW_ONLY, dataclass, field, replace
 from functools import cached_property
 from itertools import chain, pairwise
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -60,10 +60,10 @@ class Batch:
         """[m] places of the pairs of such units of a sequence in the flattened [B U U], rising."""
         return (self.unit_mask.unsqueeze(1) & self.unit_mask.unsqueeze(2)).flatten().nonzero().squeeze(1)
 
-    def once(self, name: str, make: Callable[..., tuple[torch.Tensor, ...]], *arguments) -> tuple[torch.Tensor, ...]:
-        """The lists of a loss, made when they are first asked for, and kept."""
+    def once(self, name: str, make: Callable[["Batch", Any], tuple], table: Any) -> tuple[torch.Tensor, ...]:
+        """The lists that a loss makes of the batch and a table, made when they are first asked for, and kept."""
         if name not in self.lists:
-            self.lists[name] = make(*arguments)
+            self.lists[name] = make(self, table)
         return self.lists[name]
 
     def part(self, rank: int, processes: int) -> "Batch":
@@ -75,9 +75,8 @@ class Batch:
         rows = (groups[rank::processes] if rank < len(groups) else groups[:1]).flatten()
         sides = {name: side.part(rows) for name, side in self.sides.items()}
         units = 1 + max(int(side.units.max()) for side in sides.values())
-        targets, numbers = (None if values is None else values[rows] for values in (self.targets, self.rows))
-        kept = {"targets": targets, "rows": numbers, "group": self.group}
-        return Batch(self.unit_mask[rows, :units], self.tokens, **sides, **kept)
+        given = {name: value[rows] for name in ("targets", "rows") if (value := getattr(self, name)) is not None}
+        return replace(self, unit_mask=self.unit_mask[rows, :units], lists={}, **sides, **given)
 
     def to(self, device) -> "Batch":
         return mapped(self, lambda tensor: tensor.to(device, non_blocking=True))
@@ -205,8 +204,8 @@ class Batcher:
             mixed = side == "mixed"
             from_student = rng.random(words) < self.p(index) if mixed else side == "student"
             sides[side] = self.table.gather(sequences, from_student, masked=masked, rng=rng, combined=mixed)
-        counts = self.table.unit_mask(sequences), self.table.student_pieces(sequences)
-        return Batch(*counts, group=self.group_size, **sides)
+        sides |= {"unit_mask": self.table.unit_mask(sequences), "tokens": self.table.student_pieces(sequences)}
+        return Batch(**sides, group=self.group_size)
 
 
 def gather_words(stream: WordStream, segments: Segments, chosen: np.ndarray) -> Sequences:
@@ -383,8 +382,7 @@ class TaskBatcher:
 
 
 def prefetch(batcher, indices: Iterator[int], prepare: Callable[[Batch], Batch] = lambda batch: batch):
-    """The batches of `indices`, each made and prepared in a thread while the one before is trained on, until the
-    consumer stops."""
+    """The batches of `indices`, made and prepared in a thread, one ahead of the consumer, until it stops."""
     pool = ThreadPoolExecutor(1)
     begun = (pool.submit(lambda index=index: prepare(batcher.batch(index))) for index in indices)
     try:

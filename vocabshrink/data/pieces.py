@@ -26,16 +26,15 @@ from vocabshrink.data.lexicon import Lexicon, within_rows
 
 
 def mapped(part, function: Callable[[torch.Tensor], torch.Tensor]):
-    """A copy of a batch or a side of one with its tensors, and the lists already made of them, as `function` gives
-    them."""
+    """A copy of a batch or one side, its tensors and the lists already made of them as `function` gives them."""
+    if isinstance(part, torch.Tensor):
+        return function(part)
+    if isinstance(part, dict):
+        return {key: tuple(map(function, tensors)) for key, tensors in part.items()}
+    if not hasattr(part, "to"):  # no batch and no side: what stays on the host
+        return part
     new = copy.copy(part)
-    for name, value in vars(part).items():
-        if isinstance(value, torch.Tensor):
-            setattr(new, name, function(value))
-        elif isinstance(value, Pieces):
-            setattr(new, name, mapped(value, function))
-        elif isinstance(value, dict):
-            setattr(new, name, {key: tuple(map(function, tensors)) for key, tensors in value.items()})
+    vars(new).update((name, mapped(value, function)) for name, value in vars(part).items())
     return new
 
 

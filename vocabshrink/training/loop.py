@@ -52,30 +52,29 @@ class Lamb(torch.optim.Optimizer):
         for group in self.param_groups:
             beta1, beta2 = group["betas"]
             parameters = [parameter for parameter in group["params"] if parameter.grad is not None]
-            if not parameters:
-                continue
             gradients, states = [p.grad.float() for p in parameters], [self.state[p] for p in parameters]
             for state, gradient in zip(states, gradients, strict=True):
                 if not state:
                     state |= {name: torch.zeros_like(gradient) for name in ("exp_avg", "exp_avg_sq")}
-                    state["step"] = torch.zeros(())
-                state["step"] += 1  # on the CPU, so that nobody waits for it
-            step = states[0]["step"].item()
-            means, squares = ([state[name] for state in states] for name in ("exp_avg", "exp_avg_sq"))
-            # one kernel for all tensors; what is not in place would only take memory
+                    state["step"] = torch.zeros(())  # on the CPU, so that nobody waits for it
+                state["step"] += 1
+            if not parameters:
+                continue
+            step, means, squares = (
+                states[0]["step"].item(),
+                *([s[n] for s in states] for n in ("exp_avg", "exp_avg_sq")),
+            )
+            # one kernel for all tensors
             torch._foreach_lerp_(means, gradients, 1 - beta1)
             torch._foreach_mul_(squares, beta2)
             torch._foreach_addcmul_(squares, gradients, gradients, value=1 - beta2)
-            scales = torch._foreach_div(squares, 1 - beta2**step)
-            torch._foreach_sqrt_(scales)
+            scales = torch._foreach_sqrt(torch._foreach_div(squares, 1 - beta2**step))
             torch._foreach_add_(scales, group["eps"])
-            directions = torch._foreach_div(means, 1 - beta1**step)
-            torch._foreach_div_(directions, scales)
+            directions = torch._foreach_div(torch._foreach_div(means, 1 - beta1**step), scales)
             torch._foreach_add_(directions, torch._foreach_mul(parameters, group["weight_decay"]))
-            for weight, size, direction in zip(
-                torch._foreach_norm(parameters), torch._foreach_norm(directions), directions, strict=True
-            ):
-                direction *= torch.where((weight > 0) & (size > 0), weight / size, 1.0)
+            norms = zip(torch._foreach_norm(parameters), torch._foreach_norm(directions), strict=True)
+            trusts = [torch.where((weight > 0) & (size > 0), weight / size, 1.0) for weight, size in norms]
+            torch._foreach_mul_(directions, trusts)
             torch._foreach_add_(parameters, directions, alpha=-group["lr"])
 
 
@@ -120,8 +119,7 @@ def make_accelerator(settings: TrainingSection, run: RunDir) -> Accelerator:
         log_with=settings.trackers or None,
         project_dir=str(run.path),
         gradient_accumulation_steps=settings.gradient_accumulation,
-        # buffers (stored logits, spellings, scales) are the same in every process; `train` settles the search for
-        # parameters without a gradient
+        # buffers (stored logits, spellings, scales) are the same in every process
         kwargs_handlers=[DistributedDataParallelKwargs(broadcast_buffers=False)],
     )
     if (launched := int(os.environ.get("WORLD_SIZE", "1"))) != accelerator.num_processes:
@@ -192,9 +190,7 @@ def train(
     Returns {"steps", "tokens", "seconds", "losses"} and, where there is any, the last "evaluation". Raises InputError
     for a checkpoint of another recipe, a loss or parameters that are not finite (the last good checkpoint stays)."""
     optimizer = OPTIMIZERS[settings.optimizer](parameter_groups(task, settings))
-    if accelerator.ddp_handler:
-        # a loss of lower layers, or of attention alone, leaves parameters behind it without a gradient; to look for
-        # them takes DDP a walk through every step's graph
+    if accelerator.ddp_handler:  # to look for parameters without a gradient, DDP walks through every step's graph
         accelerator.ddp_handler.find_unused_parameters = not task.reads_all
     wrapped, optimizer = accelerator.prepare(task, optimizer)
     state = resume(task, optimizer, job, accelerator)

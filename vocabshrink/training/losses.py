@@ -26,7 +26,6 @@ from torch import Tensor
 
 from tokenizer_build.errors import InputError
 from vocabshrink.data.batches import Batch
-from vocabshrink.data.pieces import Pieces
 from vocabshrink.models.teacher import MaskedLMHead
 from vocabshrink.run.layer_map import SoftPairs
 from vocabshrink.run.recipe import TrainingSection, explain
@@ -92,10 +91,11 @@ def over_layers(forward: Forward, cost: Callable[[int, Layers], Tensor], *, atte
     return (transport(costs) * costs).sum()
 
 
-def places_by_vocabulary(_: Batch, side: Pieces, sizes: Sequence[int]) -> tuple[Tensor, ...]:
-    """Which of a side's labels, in the combined numbering (vocabulary k follows k - 1), each vocabulary has: [n_k]."""
-    labels, ends = side.labels.flatten()[side.labelled], np.cumsum(sizes).tolist()
-    mine = (((labels >= first) & (labels < end)) for first, end in pairwise([0, *ends]))
+def places_by_vocabulary(batch: Batch, sizes: Sequence[int]) -> tuple[Tensor, ...]:
+    """Which of the teacher's labels each vocabulary has [n_k], in the combined numbering (k follows k - 1)."""
+    side, ends = batch.mixed or batch.teacher, np.cumsum(sizes).tolist()
+    labels = side.labels.flatten()[side.labelled]
+    mine = ((labels >= first) & (labels < end) for first, end in pairwise([0, *ends]))
     return tuple(chosen.nonzero().squeeze(1) for chosen in mine)
 
 
@@ -104,8 +104,7 @@ def masked_lm_loss(batch: Batch, view: View, head: MaskedLMHead, tables: list[Te
     The view's labels [B, T] are in the combined numbering, -100 where not masked; tables [V_k, D_E]; biases [V_k]. The
     table of the vocabulary that segmented the word predicts it."""
     states, labels = head.transform(view.at(view.side.labelled)), view.side.labels.flatten()[view.side.labelled]
-    arguments = batch, view.side, [len(table) for table in tables]
-    places = batch.once("teacher_masked_lm", places_by_vocabulary, *arguments)
+    places = batch.once("teacher_masked_lm", places_by_vocabulary, [len(table) for table in tables])
     total, first = states.sum() * 0.0, 0
     for table, bias, mine in zip(tables, biases, places, strict=True):
         logits = F.linear(states.index_select(0, mine), table, bias)
@@ -126,18 +125,17 @@ def teacher_masked_lm(forward: Forward) -> Tensor:
     return forward.given["teacher_masked_lm"]()
 
 
-def places_to_match(batch: Batch, student: Pieces, teacher: Pieces, shared: Tensor) -> tuple[Tensor, ...]:
-    """Of units that are the same one masked piece on each side: where it stands on the student's side [n] and on the
-    teacher's [n]; and the pieces that both vocabularies have, by the student's ids [K] and by the teacher's [K]."""
-    (mine, my_units, my_counts), (theirs, their_units, their_counts) = (
-        side.masked(batch.unit_mask.shape[1]) for side in (student, teacher)
-    )
+def places_to_match(batch: Batch, shared: Tensor) -> tuple[Tensor, ...]:
+    """Where units that are the same one masked piece on each side stand on the student's side [n] and the teacher's
+    [n]; and the pieces that both vocabularies have, by the student's ids [K] and by the teacher's [K]."""
+    mine, my_units, my_counts = batch.student.masked(batch.unit_mask.shape[1])
+    theirs, their_units, their_counts = batch.teacher.masked(batch.unit_mask.shape[1])
     alone = (my_counts == 1) & (their_counts == 1)
     # units rise along both sides, so the n-th chosen piece of one meets the n-th of the other
     my_chosen, their_chosen = alone[my_units], alone[their_units]
-    same = shared[mine[my_chosen]] == theirs[their_chosen]
-    columns = (shared >= 0).nonzero().squeeze(1)
-    return student.labelled[my_chosen][same], teacher.labelled[their_chosen][same], columns, shared[columns]
+    same, columns = shared[mine[my_chosen]] == theirs[their_chosen], (shared >= 0).nonzero().squeeze(1)
+    places = batch.student.labelled[my_chosen][same], batch.teacher.labelled[their_chosen][same]
+    return *places, columns, shared[columns]
 
 
 def masked_lm_match(forward: Forward, temperature: Positive = 1.0) -> Tensor:
@@ -145,24 +143,21 @@ def masked_lm_match(forward: Forward, temperature: Positive = 1.0) -> Tensor:
     Logits [n, V_S] and [n, V_T] at units that are the same one masked piece on each side (Kolesnikova et al. 2022,
     arXiv 2205.02340, "match"; with one vocabulary it is DistilBERT's L_ce)."""
     student, teacher = forward.student, forward.teacher
-    arguments = forward.batch, student.side, teacher.side, forward.shared
-    mine, theirs, columns, their_columns = forward.batch.once("masked_lm_match", places_to_match, *arguments)
+    mine, theirs, columns, their_columns = forward.batch.once("masked_lm_match", places_to_match, forward.shared)
     logits, target = student.predict(student.at(mine)), teacher.predict(teacher.at(theirs))
     return mean(kl(logits[:, columns], target[:, their_columns], temperature))
 
 
-def places_to_reduce(batch: Batch, student: Pieces, teacher: Pieces, spelling: Tensor) -> tuple[Tensor, ...]:
+def places_to_reduce(batch: Batch, spelling: Tensor) -> tuple[Tensor, ...]:
     """Of the n words that the teacher has masked as one piece: where the m masked pieces of the student's side stand
-    [m] and which word each is of [m], how many a word has [n], where the teacher's stand [n]; and which pieces of the
-    teacher's have a spelling [K]."""
-    (_, my_units, my_counts), (_, their_units, their_counts) = (
-        side.masked(batch.unit_mask.shape[1]) for side in (student, teacher)
-    )
+    [m], which word each is of [m], how many a word has [n], where the teacher's stand [n]; and which of the teacher's
+    pieces have a spelling [K]."""
+    _, my_units, my_counts = batch.student.masked(batch.unit_mask.shape[1])
+    _, their_units, their_counts = batch.teacher.masked(batch.unit_mask.shape[1])
     chosen = (their_counts == 1) & (my_counts > 0)
     mine, theirs = chosen[my_units], chosen[their_units]
-    word = (chosen.cumsum(0) - 1)[my_units[mine]]
-    spelt = (spelling[:, 0] >= 0).nonzero().squeeze(1)
-    return student.labelled[mine], word, my_counts[chosen], teacher.labelled[theirs], spelt
+    word, spelt = (chosen.cumsum(0) - 1)[my_units[mine]], (spelling[:, 0] >= 0).nonzero().squeeze(1)
+    return batch.student.labelled[mine], word, my_counts[chosen], batch.teacher.labelled[theirs], spelt
 
 
 def masked_lm_reduce(forward: Forward, temperature: Positive = 1.0) -> Tensor:
@@ -171,8 +166,7 @@ def masked_lm_reduce(forward: Forward, temperature: Positive = 1.0) -> Tensor:
     over the word's masked pieces; teacher pieces without a spelling are left out of both softmaxes (after Kolesnikova
     et al. 2022, arXiv 2205.02340, "reduce-map")."""
     student, teacher = forward.student, forward.teacher
-    arguments = forward.batch, student.side, teacher.side, forward.spelling
-    mine, word, counts, theirs, spelt = forward.batch.once("masked_lm_reduce", places_to_reduce, *arguments)
+    mine, word, counts, theirs, spelt = forward.batch.once("masked_lm_reduce", places_to_reduce, forward.spelling)
     scores = F.log_softmax(student.predict(student.at(mine)), dim=-1)
     words = scores.new_zeros(len(counts), scores.shape[1]).index_add(0, word, scores) / counts.unsqueeze(1)
     # mean over each spelling: bags of rows of [V_S + 1, n], of which the last stands for no piece
@@ -250,8 +244,10 @@ def between_maps(forward: Forward, read: Callable[[View, Layers], Tensor], dista
 
 def attention_scores(forward: Forward) -> Tensor:
     """Mean squared error of the scores Q K^T / sqrt(d) between units (TinyBERT, eq. 7). See `between_maps`."""
-    both = forward.batch.counted_pairs
-    distance = lambda s, t: (s - t).pow(2).mean(1).flatten().index_select(0, both).mean()  # noqa: E731
+
+    def distance(student: Tensor, teacher: Tensor) -> Tensor:
+        return (student - teacher).pow(2).mean(1).flatten().index_select(0, forward.batch.counted_pairs).mean()
+
     return between_maps(forward, View.scores, distance)
 
 
@@ -385,6 +381,9 @@ LOSSES: dict[str, Loss] = {
     for function in functions
 }
 ATTENTION = ("queries", "keys", "values")
+# what makes the lists of places that a loss reads, ahead of a step (`TrainingTask.ready`)
+PLACES = {"teacher_masked_lm": places_by_vocabulary}
+PLACES |= {"masked_lm_match": places_to_match, "masked_lm_reduce": places_to_reduce}
 
 
 def readers(losses: Iterable[str], *parts: str) -> list[str]:

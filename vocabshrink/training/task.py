@@ -16,6 +16,7 @@ loss between student and teacher can be used.
 
 import inspect
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -30,15 +31,7 @@ from vocabshrink.models.task_model import task_logits
 from vocabshrink.models.teacher import Teacher
 from vocabshrink.run.layer_map import Pairs
 from vocabshrink.run.recipe import DualStage, Losses
-from vocabshrink.training.losses import (
-    ATTENTION,
-    LOSSES,
-    masked_lm_loss,
-    places_by_vocabulary,
-    places_to_match,
-    places_to_reduce,
-    readers,
-)
+from vocabshrink.training.losses import ATTENTION, LOSSES, PLACES, masked_lm_loss, readers
 from vocabshrink.training.views import Forward, View
 
 STEPS_OF_SCALES = 50  # after which the scales of a rounded student are fitted to its weights again
@@ -52,8 +45,7 @@ class TrainingTask(nn.Module):
     pairs: Pairs = ()
     pooling, normalize = "mean", False  # of sentence embeddings
     trains_layers = True  # of the student
-    # {loss: what makes its lists of places, of which sides, and from what on the host besides}
-    places: dict[str, tuple] = {}
+    tables: dict[str, Any] = {}  # {loss: on the host, what its lists of places are made from besides the batch}
 
     def forward(self, batch: Batch) -> dict[str, Tensor]:
         """Unweighted losses by name, each a scalar. The models run under the caller's autocast, the losses and all that
@@ -64,9 +56,8 @@ class TrainingTask(nn.Module):
 
     def ready(self, batch: Batch) -> Batch:
         """The batch with the lists of places that its step reads: made here, on the host and ahead of it."""
-        for name, (make, sides, table) in self.places.items():
-            if name in self.losses:
-                batch.once(name, make, batch, *map(batch.sides.get, sides), table)
+        for name in self.tables.keys() & self.losses:
+            batch.once(name, PLACES[name], self.tables[name])
         _ = batch.counted, "attention_scores" in self.losses and batch.counted_pairs
         for side in batch.sides.values():
             _ = side.by_length, side.labels is not None and side.labelled
@@ -156,9 +147,7 @@ class Distillation(TrainingTask):
         self.teacher_head = teacher.head.requires_grad_(False) if across else None
         self.register_buffer("shared", shared, persistent=False)
         self.register_buffer("spelling", spelling, persistent=False)
-        both = "student", "teacher"
-        self.places = {"masked_lm_match": (places_to_match, both, shared)}
-        self.places |= {"masked_lm_reduce": (places_to_reduce, both, spelling)}
+        self.tables = {"masked_lm_match": shared, "masked_lm_reduce": spelling}
         self.pooling, self.normalize = teacher.pooling, teacher.normalize
         self.project_hidden(student, teacher, directions)
         self.freeze_unread()
@@ -276,8 +265,7 @@ class DualTraining(TrainingTask):
         if self.head is not None:
             self.head.requires_grad_(bool(readers(self.losses, "student head")))
         self.trains_layers = self.mode == "joint"
-        sizes = [table.num_embeddings for table in (teacher.table, student.get_input_embeddings())]
-        self.places = {"teacher_masked_lm": (places_by_vocabulary, ["mixed"], sizes)}
+        self.tables = {"teacher_masked_lm": [teacher.table.num_embeddings, student.config.vocab_size]}
         if self.mode != "joint":
             self.student.requires_grad_(False)
             self.student.get_input_embeddings().requires_grad_(True)
@@ -311,8 +299,7 @@ class HeadTraining(TrainingTask):
     def __init__(self, teacher: Teacher, losses: Losses):
         super().__init__()
         self.losses, self.teacher, self.head = losses, teacher.backbone.requires_grad_(False), teacher.head
-        self.trains_layers = False
-        self.places = {"teacher_masked_lm": (places_by_vocabulary, ["teacher"], [teacher.table.num_embeddings])}
+        self.trains_layers, self.tables = False, {"teacher_masked_lm": [teacher.table.num_embeddings]}
 
     def embedding_parameters(self) -> list[nn.Parameter]:
         return []
