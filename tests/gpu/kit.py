@@ -2,7 +2,7 @@
 
 `pack` runs the recipe's vocabulary and encoding over a corpus, and writes them, the teacher in fp16, and the wheels
 that the host lacks into folders part-00, part-01, ... of at most 60 MB. The word stream is most of it: its ids are
-written by frequency, a byte for the 128 most frequent words, and packed by LZMA, 11 to 12 bits a word of English.
+written by frequency, a byte for the 128 most frequent words, and packed by LZMA, 9 bits a word of Wikipedia.
 `unpack` puts every part that it finds beside those it found before, checks their hashes, and restores the files to the
 last byte.
 

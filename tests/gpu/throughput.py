@@ -11,6 +11,7 @@ a bf16 matrix product and, in `mfu`, of the device's own figure where it is know
 """
 
 import argparse
+import gc
 import json
 import sys
 import tempfile
@@ -108,7 +109,7 @@ def main() -> None:
     parser.add_argument("--kit", type=Path, required=True)
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--seconds", type=float, default=90)
-    parser.add_argument("--lines", type=int, default=60_000)
+    parser.add_argument("--lines", type=int, default=20_000)
     parser.add_argument("--rehearse", action="store_true")
     arguments = parser.parse_args()
     arguments.out.mkdir(parents=True, exist_ok=True)
@@ -121,7 +122,7 @@ def main() -> None:
         students = dict.fromkeys(STUDENTS, {"num_hidden_layers": 2, "intermediate_size": 32}) if tiny else STUDENTS
         base = {
             name: Load(
-                str(folder), str(work / "text"), 4 if tiny else 12, 16 if tiny else 1024, 128, "bf16", students[name]
+                str(folder), str(work / "text"), 4 if tiny else 30, 16 if tiny else 1024, 128, "bf16", students[name]
             )
             for name, folder in teachers.items()
         }
@@ -132,7 +133,7 @@ def main() -> None:
         known = next((flops for name, flops in PEAKS.items() if name in device), peak)
         report |= {"device": device, "measured_peak_flops": peak, "peak_flops": known}
         rows = [(name, system, load) for name, load in base.items() for system in ("ours", "plain")]
-        large, small = (replace(base["minilm"], batch_size=base["minilm"].batch_size * n // 2) for n in (8, 1))
+        large, small = (replace(base["minilm"], batch_size=base["minilm"].batch_size * n // 2) for n in (4, 1))
         rows += [("minilm", "ours", large), ("minilm", "ours", small)]
         rows += [(n, "ours", replace(load, variant=v)) for v in ("bf16-teacher", "compile") for n, load in base.items()]
         for name, system, load in rows:
@@ -145,6 +146,8 @@ def main() -> None:
                 row["mfu"] = round(row["tokens_per_second"] * flops_per_token(load) / known, 4)
             except Exception as error:  # of memory, of a compiler: the other rows are worth having
                 row["failed"] = f"{type(error).__name__}: {str(error)[:300]}"
+            gc.collect()
+            torch.cuda.empty_cache()  # does nothing where there is no GPU
             report["rows"].append(row)
             print(json.dumps(row), flush=True)
             write_json(arguments.out / "throughput.json", report)

@@ -42,7 +42,7 @@ from vocabshrink.training.task import TrainingTask
 
 class Lamb(torch.optim.Optimizer):
     """LAMB (You et al. 2020, algorithm 2), for batches of thousands: Adam's direction, each tensor's step scaled by its
-    norm. torch has none."""
+    norm. torch has none. Every operation is one kernel over all tensors of a group."""
 
     def __init__(self, params, lr=1e-3, betas=(0.9, 0.999), eps=1e-6, weight_decay=0.0):
         super().__init__(params, {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay})
@@ -60,11 +60,8 @@ class Lamb(torch.optim.Optimizer):
                 state["step"] += 1
             if not parameters:
                 continue
-            step, means, squares = (
-                states[0]["step"].item(),
-                *([s[n] for s in states] for n in ("exp_avg", "exp_avg_sq")),
-            )
-            # one kernel for all tensors
+            step = states[0]["step"].item()
+            means, squares = ([state[name] for state in states] for name in ("exp_avg", "exp_avg_sq"))
             torch._foreach_lerp_(means, gradients, 1 - beta1)
             torch._foreach_mul_(squares, beta2)
             torch._foreach_addcmul_(squares, gradients, gradients, value=1 - beta2)
