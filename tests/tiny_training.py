@@ -118,7 +118,7 @@ class NumberBatcher:
 class Regression(TrainingTask):
     """Two layers and a table, two losses that are means over rows."""
 
-    trains_layers = False
+    needed = ()
 
     def __init__(self):
         super().__init__()

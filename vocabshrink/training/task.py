@@ -44,7 +44,7 @@ class TrainingTask(nn.Module):
     losses: Losses
     pairs: Pairs = ()
     pooling, normalize = "mean", False  # of sentence embeddings
-    trains_layers = True  # of the student
+    needed: tuple = (("last", "student head", "task logits"),)  # see `reads_all`
     tables: dict[str, Any] = {}  # {loss: on the host, what its lists of places are made from besides the batch}
 
     def forward(self, batch: Batch) -> dict[str, Tensor]:
@@ -65,8 +65,8 @@ class TrainingTask(nn.Module):
 
     @property
     def reads_all(self) -> bool:
-        """Whether the losses surely give every trained parameter a gradient, as those of the last states do."""
-        return not self.trains_layers or bool(readers(self.losses, "last", "student head", "task logits"))
+        """Whether the losses surely give every trained parameter a gradient: one reads a part of each of `needed`."""
+        return all(readers(self.losses, *parts) for parts in self.needed)
 
     def run(self, backbone: nn.Module, side: Pieces, batch: Batch, embeddings: Tensor | None = None) -> View:
         """One model's pass, keeping what the losses read: all layers, queries, keys and values, or the last states.
@@ -264,7 +264,7 @@ class DualTraining(TrainingTask):
             part.requires_grad_(stage.train_teacher and reads_head)
         if self.head is not None:
             self.head.requires_grad_(bool(readers(self.losses, "student head")))
-        self.trains_layers = self.mode == "joint"
+        self.needed = (*self.needed, ("teacher head",)) if self.mode == "joint" else ()
         self.tables = {"teacher_masked_lm": [teacher.table.num_embeddings, student.config.vocab_size]}
         if self.mode != "joint":
             self.student.requires_grad_(False)
@@ -299,7 +299,7 @@ class HeadTraining(TrainingTask):
     def __init__(self, teacher: Teacher, losses: Losses):
         super().__init__()
         self.losses, self.teacher, self.head = losses, teacher.backbone.requires_grad_(False), teacher.head
-        self.trains_layers, self.tables = False, {"teacher_masked_lm": [teacher.table.num_embeddings]}
+        self.needed, self.tables = (), {"teacher_masked_lm": [teacher.table.num_embeddings]}
 
     def embedding_parameters(self) -> list[nn.Parameter]:
         return []
