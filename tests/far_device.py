@@ -80,7 +80,7 @@ class FarAccelerator:
     """What the loop needs of an Accelerator of one process, on the second device."""
 
     device, num_processes, process_index, is_main_process, sync_gradients = DEVICE, 1, 0, True, True
-    scaler, ddp_handler, trackers = None, None, ()
+    scaler, ddp_handler, trackers = None, SimpleNamespace(), ()
     clip_grad_norm_ = staticmethod(nn.utils.clip_grad_norm_)
 
     def __init__(self, settings, _run):

@@ -187,22 +187,21 @@ def train(
     Returns {"steps", "tokens", "seconds", "losses"} and, where there is any, the last "evaluation". Raises InputError
     for a checkpoint of another recipe, a loss or parameters that are not finite (the last good checkpoint stays)."""
     optimizer = OPTIMIZERS[settings.optimizer](parameter_groups(task, settings))
-    if accelerator.ddp_handler:  # to look for parameters without a gradient, DDP walks through every step's graph
-        accelerator.ddp_handler.find_unused_parameters = not task.reads_all
+    # to look for parameters without a gradient, DDP walks through every step's graph
+    accelerator.ddp_handler.find_unused_parameters = not task.reads_all
     wrapped, optimizer = accelerator.prepare(task, optimizer)
     state = resume(task, optimizer, job, accelerator)
     main, on_cpu = accelerator.is_main_process, accelerator.device.type == "cpu"
     evaluate_at = {round(settings.steps * k / (settings.evaluations + 1)) for k in range(1, settings.evaluations + 2)}
-    log_every, measured = max(1, settings.steps // 200), None
+    log_every, measured, each = max(1, settings.steps // 200), None, settings.gradient_accumulation
     log = Log(job, settings.steps, accelerator, state)
     started, saved_at = clock() - state.seconds, clock()
-    micro = range(*(step * settings.gradient_accumulation for step in (state.step, settings.steps)))
 
     def prepare(batch: Batch) -> Batch:
         batch = task.ready(batch.part(accelerator.process_index, accelerator.num_processes))
         return mapped(batch, torch.Tensor.pin_memory) if accelerator.device.type == "cuda" else batch
 
-    batches = prefetch(batcher, iter(micro), prepare)
+    batches = prefetch(batcher, iter(range(state.step * each, settings.steps * each)), prepare)
     with log.bar:
         while state.step < settings.steps:
             task.before_step(state.step)
