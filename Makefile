@@ -20,7 +20,7 @@ export PATH := $(CURDIR)/.venv/bin:$(PATH)
 export TOKENIZERS_PARALLELISM ?= false
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test run plan show list ask tune ablations bench web web-test lint clean $(STAGES)
+.PHONY: help demo test run plan show list ask tune ablations bench bench-train gpu-kit web web-test lint clean $(STAGES)
 
 help:  ## list the targets
 	@grep -hE '^[a-z$$()A-Z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^\$$\(STAGES\)/STAGE/' \
@@ -69,6 +69,12 @@ ablations: .venv/demo.installed  ## every variant and seed of ABLATIONS, resumab
 bench: .venv/demo.installed  ## measure vocabularies and batches on CORPUS; tables, and JSON under artifacts/bench
 	set -f; python tests/bench/vocab.py --corpus $$CORPUS --teacher "$$TEACHER" --out artifacts/bench/vocab.json
 	set -f; python tests/bench/batches.py --corpus $$CORPUS --teacher "$$TEACHER" --out artifacts/bench/batches.json
+
+bench-train: .venv/demo.installed  ## training speed as ratios on CORPUS; fails where one fell by over a fifth
+	set -f; python tests/bench/train.py --corpus $$CORPUS --teacher "$$TEACHER" --out artifacts/bench/train.json
+
+gpu-kit: .venv/demo.installed  ## all that a GPU host needs of CORPUS and RECIPE, in parts of at most 60 MB
+	set -f; python tests/gpu/kit.py pack --corpus $$CORPUS --recipe "$$RECIPE" --teacher "$$TEACHER" --out build/gpu-kit
 
 tests/js/node_modules/.package-lock.json: tests/js/package-lock.json
 	npm ci --ignore-scripts --no-audit --no-fund --prefix tests/js

@@ -95,6 +95,9 @@ class Numbers:
     def to(self, device):
         return Numbers(self.inputs.to(device), self.targets.to(device), self.tokens)
 
+    def part(self, rank: int, processes: int):
+        return Numbers(self.inputs[rank::processes], self.targets[rank::processes], self.tokens)
+
 
 class NumberBatcher:
     """Batch k of `parts` to a step is the k-th slice of the step's eight rows; `stop_at` raises there."""
@@ -115,6 +118,8 @@ class NumberBatcher:
 class Regression(TrainingTask):
     """Two layers and a table, two losses that are means over rows."""
 
+    needed = ()
+
     def __init__(self):
         super().__init__()
         torch.manual_seed(0)
@@ -130,6 +135,9 @@ class Regression(TrainingTask):
     def embedding_parameters(self) -> list[nn.Parameter]:
         return [self.table.weight]
 
+    def ready(self, batch: Numbers) -> Numbers:
+        return batch
+
 
 def distillation(teacher_folder: Path, vocabulary: Path) -> tuple[Distillation, DistillStage]:
     """A narrow student and its teacher, and six steps of eight sentences."""
@@ -143,18 +151,31 @@ def distillation(teacher_folder: Path, vocabulary: Path) -> tuple[Distillation, 
     return Distillation(stage, teacher, student, pairs, directions=directions), stage
 
 
-def run_both(root: Path, teacher_folder: Path, vocabulary: Path, encoded: Path, *, parts: int, accumulation: int):
-    """Both trainings in `root`, `parts` micro-batches to a step. One process accumulates, or two share them."""
-    run = RunDir(root)
+@dataclass
+class Halves:
+    """Batch 2 k + r is what process r of two takes of batch k."""
+
+    whole: Batcher | NumberBatcher
+
+    def batch(self, index: int):
+        batch = self.whole.batch(index // 2)
+        part = batch.part(index % 2, 2)
+        part.tokens = batch.tokens * (index % 2 == 0)
+        return part
+
+
+def run_both(root: Path, teacher_folder: Path, vocabulary: Path, encoded: Path, accumulation: int = 1):
+    """Both trainings in `root`; two accumulation steps are the halves that two processes take."""
+    run, taken = RunDir(root), Halves if accumulation == 2 else lambda whole: whole
     numbers = TrainingSection(steps=6, learning_rate=0.05, gradient_accumulation=accumulation, **PLAIN)
-    batcher = NumberBatcher(parts)
-    train(Regression(), batcher, numbers, Job(run, "numbers", "f"), make_accelerator(numbers, run))
+    job, accelerator = Job(run, "numbers", "f"), make_accelerator(numbers, run)
+    train(Regression(), taken(NumberBatcher()), numbers, job, accelerator)
     task, stage = distillation(teacher_folder, vocabulary)
     stage = stage.model_copy(update={"gradient_accumulation": accumulation})
-    batcher = make_batcher(encoded, load_teacher(str(teacher_folder)), ("student", "teacher"), batch_size=8 // parts)
-    train(task, batcher, stage, Job(run, "distill", "f"), make_accelerator(stage, run))
+    batcher = make_batcher(encoded, load_teacher(str(teacher_folder)), ("student", "teacher"))
+    train(task, taken(batcher), stage, Job(run, "distill", "f"), make_accelerator(stage, run))
 
 
 if __name__ == "__main__":
     torch.set_num_threads(1)
-    run_both(*map(Path, sys.argv[1:5]), parts=2, accumulation=1)
+    run_both(*map(Path, sys.argv[1:5]))

@@ -277,6 +277,29 @@ class TestBatcher:
         tensors = [*vars(moved.student).values(), moved.unit_mask, moved.targets, moved.rows, moved.mixed.ids]
         assert {tensor.device.type for tensor in tensors} == {"meta"}
 
+    @pytest.mark.parametrize(("group_size", "processes"), [(1, 2), (1, 3), (4, 2)])
+    def test_processes_share_the_batch_of_one(self, make_batcher, group_size, processes):
+        """So that a run may go on with another number of them; also where the last batch is too short for all."""
+        batcher = make_batcher(batch_size=24, group_size=group_size, mask=0.15)
+        lengths = [len(batcher.order.rows(index)) for index in range(batcher.order.per_epoch)]
+        for index in (0, 1, lengths.index(min(lengths))):
+            whole = batcher.batch(index)
+            groups = torch.arange(len(whole.unit_mask)).view(-1, group_size)
+            for rank, part in enumerate(whole.part(rank, processes) for rank in range(processes)):
+                rows = groups[rank::processes].flatten()
+                rows = rows if len(rows) else groups[0]
+                assert part.tokens == whole.tokens and part.unit_mask.sum() == whole.unit_mask[rows].sum()
+                for side in SIDES:
+                    ours, theirs = getattr(part, side), getattr(whole, side)
+                    width = int(theirs.lengths[rows].max())
+                    assert ours.ids.shape == (len(rows), width) and not theirs.attention_mask[rows, width:].any()
+                    for name in ("ids", "units", "labels", "attention_mask"):
+                        assert torch.equal(getattr(ours, name), getattr(theirs, name)[rows, :width])
+                    assert ours.units.max() < part.unit_mask.shape[1]
+        parts = [make_batcher(batch_size=24).batch(1).part(rank, 2) for rank in range(2)]
+        positions = [part.student.attention_mask.numel() for part in parts]
+        assert max(positions) < 1.15 * min(positions)  # neither waits for the other
+
     def test_prefetch_keeps_the_order(self, make_batcher):
         batcher = make_batcher(mask=0.15)
         numbers = [0, 3, 1, batcher.order.per_epoch + 2, 2, 0]

@@ -73,7 +73,8 @@ def same(left, right) -> bool:
     if left is None or right is None:
         return left is right
     if dataclasses.is_dataclass(left):
-        return all(same(a, b) for a, b in zip(vars(left).values(), vars(right).values(), strict=True))
+        fields = [field.name for field in dataclasses.fields(left)]  # not the lists that one of them has made
+        return all(same(getattr(left, name), getattr(right, name)) for name in fields)
     return torch.equal(left, right) if isinstance(left, torch.Tensor) else left == right
 
 

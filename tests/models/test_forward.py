@@ -9,12 +9,14 @@ from transformers import AutoConfig
 
 from tokenizer_build.errors import InputError
 from tokenizer_build.files import write_json
+from vocabshrink.data.pieces import Pieces
 from vocabshrink.models.forward import (
     MODES,
     ModuleSettings,
     module_files,
     module_settings,
     pool_sentence,
+    run_backbone,
     torch_embedder,
 )
 from vocabshrink.models.teacher import load_teacher
@@ -126,3 +128,15 @@ def test_what_cannot_be_learnt_of_a_folder_is_refused(tmp_path, changes, words):
         assert module_settings(tmp_path, "mean") == ModuleSettings(
             "mean", True, 48, False, json.loads('{"query": "ask: ", "passage": ""}'), "query"
         )
+
+
+def test_the_mask_of_a_gpu_s_attention_changes_nothing(folders):
+    """It is given as transformers would make it, since transformers asks the device first whether it is needed."""
+    backbone = load_teacher(str(folders["bert"])).backbone
+    backbone.set_attn_implementation("sdpa")
+    ids, mask = torch.randint(5, 200, (3, 7)), torch.ones(3, 7, dtype=torch.long)
+    for lengths in ([7, 7, 7], [7, 3, 5]):
+        mask = (torch.arange(7) < torch.tensor(lengths)[:, None]).long()
+        found = run_backbone(backbone, Pieces(ids, mask, ids)).hidden[-1]
+        expected = backbone(input_ids=ids, attention_mask=mask).last_hidden_state
+        assert torch.equal(found[mask.bool()], expected[mask.bool()])

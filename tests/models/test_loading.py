@@ -6,6 +6,7 @@ import re
 import shutil
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import huggingface_hub
 import pytest
@@ -16,6 +17,7 @@ from transformers import AutoModelForMaskedLM
 
 import vocabshrink
 from tokenizer_build.errors import InputError
+from vocabshrink.models import loading
 from vocabshrink.models.loading import check_folder, load_config, load_model, resolve_model, weights_sha256
 from vocabshrink.models.teacher import load_teacher
 
@@ -186,3 +188,17 @@ def test_transformers_is_asked_for_a_model_in_one_place():
     assert found.pop("loading.py") == {"AutoConfig", "loader"}
     # a table's rows and static vectors: neither is a model of transformers
     assert set().union(*found.values()) <= {"nn.Embedding", "StaticModel", "M"}
+
+
+def test_a_gpu_gives_each_family_the_attention_that_it_has(folders, monkeypatch):
+    """MPNet and DeBERTa have none but eager, and transformers refuses to load them with another."""
+
+    class WithGPU:
+        cuda = SimpleNamespace(is_available=lambda: True)
+
+        def __getattr__(self, name):
+            return getattr(torch, name)
+
+    monkeypatch.setattr(loading, "torch", WithGPU())
+    found = {family: load_model(folder).config._attn_implementation for family, folder in folders.items()}
+    assert found == dict.fromkeys(folders, "sdpa") | {"mpnet": "eager"}

@@ -9,7 +9,7 @@ import torch
 import yaml
 from conftest import dequantize
 from safetensors.torch import load_file
-from tiny_training import launch
+from tiny_training import Halves, launch
 from transformers import AutoModel, AutoModelForMaskedLM
 
 from tokenizer_build.errors import InputError
@@ -22,9 +22,11 @@ from vocabshrink.run.folder import RunDir
 from vocabshrink.run.recipe import parse_recipe
 from vocabshrink.run.stage import stages_of
 from vocabshrink.runtime.delivery import load
+from vocabshrink.stages import training
 from vocabshrink.stages.checks import check_recipe
 from vocabshrink.stages.inputs import read_teacher
 from vocabshrink.stages.training import read_trained_teacher
+from vocabshrink.training import finetune, loop
 
 TRAINING = {"steps": 6, "batch_size": 16, "max_length": 48, "learning_rate": 1e-3, "precision": "no", "evaluations": 1}
 DISTILL = TRAINING | {
@@ -390,9 +392,9 @@ def test_tasks_run_from_augmentation_to_report(tiny_teacher, corpus_file, lines,
     assert not any(run_stage(run, name) for name in stages_of(run.recipe) if name != "report")
 
 
-def test_two_processes_run_every_stage(tiny_teacher, corpus_file, lines, tmp_path):
+def test_two_processes_run_every_stage(tiny_teacher, corpus_file, lines, tmp_path, monkeypatch):
     """`accelerate launch` on two CPU processes, started on nothing: they wait for each other between and within the
-    stages, leave the files of one process, and train as one does that accumulates the same micro-batches."""
+    stages, leave the files of one process, and train as one does that accumulates what they take of each batch."""
     data = recipe_of_tasks(tiny_teacher, corpus_file, lines, tmp_path)
     data |= {"dual": TRAINING | {"mode": "joint"}, "name": "two"}
     data["finetune"] |= {"grid": {"learning_rate": [1e-4, 1e-3]}}
@@ -401,11 +403,16 @@ def test_two_processes_run_every_stage(tiny_teacher, corpus_file, lines, tmp_pat
     trainings = [data["dual"], data["distill"], data["recovery"], data["finetune"]["teacher"]]
     for section in trainings + data["finetune"]["phases"]:
         section["gradient_accumulation"] = 2
+    for module in (training, finetune):
+        monkeypatch.setattr(module, "micro_batch", lambda settings, *_: settings.batch_size)
+    prefetch = loop.prefetch
+    monkeypatch.setattr(loop, "prefetch", lambda batcher, *rest: prefetch(Halves(batcher), *rest))
     one, two = run_all(data, tmp_path / "one").dir, RunDir(tmp_path / "artifacts/two")
     files = {path.relative_to(one.path) for path in one.path.rglob("*") if path.is_file()}
     assert files == {path.relative_to(two.path) for path in two.path.rglob("*") if path.is_file()}
     ours, theirs = ([row for row in run.metrics() if row["kind"] == "train"] for run in (two, one))
     assert [(row["stage"], row["step"]) for row in ours] == [(row["stage"], row["step"]) for row in theirs]
     assert [row["loss"] for row in ours] == pytest.approx([row["loss"] for row in theirs], rel=0.01)
+    assert [row["tokens"] for row in ours] == [row["tokens"] for row in theirs]
     ours, theirs = (read_json(run.stage("finetune") / "summary.json")["made_up"] for run in (two, one))
     assert ours == theirs

@@ -62,6 +62,26 @@ def names_under(task, *prefixes) -> set[str]:
 TABLE = "student.embeddings.word_embeddings.weight"
 
 
+@pytest.mark.parametrize(
+    ("mode", "losses", "all_read"),
+    [
+        ("joint", ["teacher_masked_lm", "student_masked_lm"], True),
+        ("joint", ["teacher_masked_lm", "hidden_mse"], False),  # the last layers might be under no pair of the map
+        ("joint", ["batch_similarity", "student_masked_lm"], False),  # nothing reads the mixed input's map up
+        ("two_stage", ["teacher_masked_lm"], True),
+        ("match", ["hidden_mse"], True),
+    ],
+)
+def test_processes_look_for_parameters_without_a_gradient_where_there_may_be_some(
+    mode, losses, all_read, words, tiny_teacher
+):
+    task, batcher, _ = make(words, tiny_teacher, mode, losses=dict.fromkeys(losses, 1.0))
+    assert task.reads_all == all_read
+    backward(task, batcher)
+    unread = {name for name, p in task.named_parameters() if p.requires_grad and p.grad is None}
+    assert not (unread and all_read) and bool(unread) == ("batch_similarity" in losses)
+
+
 @pytest.mark.parametrize("shape", [NARROW, EQUAL])
 @pytest.mark.parametrize("mode", ["joint", "two_stage", "match"])
 def test_what_has_a_gradient(mode, shape, words, tiny_teacher):

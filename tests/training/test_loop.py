@@ -1,7 +1,9 @@
 """The loop: its optimizer against the paper's formulas, and stopped, split or shared runs against whole ones."""
 
 import itertools
+from datetime import timedelta
 from types import SimpleNamespace
+from unittest.mock import MagicMock
 
 import pytest
 import torch
@@ -9,6 +11,7 @@ from tiny_training import PLAIN, NumberBatcher, Numbers, Regression, encode, lau
 from torch import nn
 
 from tokenizer_build.errors import InputError
+from vocabshrink.run.engine import wait_for_everyone
 from vocabshrink.run.folder import RunDir
 from vocabshrink.run.recipe import TrainingSection, Weighted
 from vocabshrink.training import loop
@@ -16,10 +19,10 @@ from vocabshrink.training.loop import (
     Job,
     Lamb,
     make_accelerator,
+    micro_batch,
     parameter_groups,
     rate_at,
     read_meta,
-    share_of_batch,
     train,
 )
 
@@ -284,6 +287,7 @@ def test_checkpoints_come_by_the_clock_also_between_logged_steps_of_a_gpu(tmp_pa
     accelerator.device_placement = False
     monkeypatch.setattr(type(accelerator), "device", SimpleNamespace(type="cuda"))
     monkeypatch.setattr(Numbers, "to", lambda self, device: self)
+    monkeypatch.setattr(loop, "mapped", lambda batch, function: batch)  # there is no memory to pin
     monkeypatch.setattr(type(accelerator), "reduce", lambda self, value, how: reduced.append(1) or value)
     monkeypatch.setattr(loop, "save_checkpoint", lambda folder, task, optimizer, meta, scaler: saved.append(meta))
     seconds = itertools.count(step=10)
@@ -314,9 +318,9 @@ def test_a_log_says_the_first_and_the_last_step_and_the_time_that_is_left(steps,
 def test_a_batch_is_shared_evenly_or_not_at_all():
     def shared(batch_size, processes, group=1, **changed):
         chosen = settings(batch_size=batch_size, **changed)
-        return share_of_batch(chosen, SimpleNamespace(num_processes=processes), "finetune.phases.0", group)
+        return micro_batch(chosen, SimpleNamespace(num_processes=processes), "finetune.phases.0", group)
 
-    assert shared(12, 3) == 4 and shared(48, 3, 4, gradient_accumulation=2) == 8
+    assert shared(12, 3) == 12 and shared(48, 3, 4, gradient_accumulation=2) == 24
     for arguments in ((10, 3), (12, 2, 4)):
         with pytest.raises(InputError, match=r"finetune.phases.0.batch_size .* cannot be shared by .* a multiple of"):
             shared(*arguments)
@@ -369,12 +373,12 @@ def test_tensorboard_writes_its_events(tmp_path):
 def test_two_processes_are_one(tiny_teacher, lines, tmp_path):
     """One batch is one step whatever the number of processes: two processes on the CPU against one.
 
-    A regression, whose one process takes the whole batch, and a distillation from the word stream, whose one
-    process accumulates the same micro-batches. Only the main process writes.
+    A regression and a distillation from the word stream, whose one process accumulates what the two take. Only the
+    main process writes.
     """
     vocabulary, encoded = encode(lines, tiny_teacher, tmp_path)
     launch("tiny_training", tmp_path / "two", tiny_teacher, vocabulary, encoded, cwd=tmp_path)
-    run_both(tmp_path / "one", tiny_teacher, vocabulary, encoded, parts=2, accumulation=2)
+    run_both(tmp_path / "one", tiny_teacher, vocabulary, encoded, accumulation=2)
     two, one = RunDir(tmp_path / "two").metrics(), RunDir(tmp_path / "one").metrics()
     assert len(list((tmp_path / "two").rglob("*.jsonl"))) == 1
     assert [(row["stage"], row["step"]) for row in two] == [(row["stage"], row["step"]) for row in one]
@@ -382,6 +386,7 @@ def test_two_processes_are_one(tiny_teacher, lines, tmp_path):
     for ours, theirs in zip(two, one, strict=True):
         assert ours["losses"] == pytest.approx(theirs["losses"], abs=1e-4)
         assert ours["grad_norm"] == pytest.approx(theirs["grad_norm"], rel=1e-3, abs=1e-4)
+        assert ours["tokens"] == theirs["tokens"]  # of both, counted and not guessed from the main process's
     _, _, full = run_training(tmp_path / "full", steps=6, learning_rate=0.05)
     for ours, theirs in zip(two, full.metrics(), strict=False):
         assert ours["losses"] == pytest.approx(theirs["losses"], abs=1e-4)
@@ -389,6 +394,15 @@ def test_two_processes_are_one(tiny_teacher, lines, tmp_path):
     assert two[0]["losses"] != two[5]["losses"]
     for stage in ("numbers", "distill"):
         assert read_meta(tmp_path / "two" / stage / "checkpoints" / "last")["step"] == 6
+
+
+def test_processes_wait_for_the_main_one_s_stages_for_days(monkeypatch):
+    """Ten minutes, NCCL's patience, are less than a large corpus takes to count."""
+    asked = []
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setattr("accelerate.PartialState", lambda **options: asked.append(options) or MagicMock())
+    wait_for_everyone()
+    assert asked[0]["timeout"] >= timedelta(days=1)
 
 
 def test_weights_of_losses_are_linear_in_the_run():

@@ -83,7 +83,8 @@ def make_view(side: Pieces, seed: int = 0, *, width: int = WIDTH, heads: int = H
 
 
 def make_forward(student, teacher, *, mask=None, up=None, down=None, pairs=((1, (1,)), (2, (2,))), **options):
-    batch = Batch(unit_mask(COUNTS) if mask is None else mask, 0)
+    sides = {name: view and view.side for name, view in (("student", student), ("teacher", teacher))}
+    batch = Batch(unit_mask(COUNTS) if mask is None else mask, 0, **sides)
     vocabularies = {"shared": torch.arange(PIECES), "spelling": torch.arange(PIECES).unsqueeze(1)}
     identity = nn.Identity()
     return Forward(batch, pairs, up or identity, down or identity, student, teacher, **(vocabularies | options))
@@ -698,6 +699,11 @@ def view_of(hidden: torch.Tensor, labels: torch.Tensor) -> View:
     return View(Pieces(labels, labels, labels, labels), Pass((hidden,)))
 
 
+def seen(hidden: torch.Tensor, labels: torch.Tensor) -> tuple[Batch, View]:
+    view = view_of(hidden, labels)
+    return Batch(torch.ones(1, 1, dtype=torch.bool), 0, teacher=view.side), view
+
+
 class TestMaskedLM:
     @pytest.fixture
     def head(self):
@@ -712,14 +718,14 @@ class TestMaskedLM:
         labels[torch.rand(3, 5) < 0.5] = -100
         labels[0, 0] = 0  # the first piece counts too
         expected = F.cross_entropy(head(hidden, table).flatten(0, 1), labels.flatten(), ignore_index=-100)
-        torch.testing.assert_close(masked_lm_loss(view_of(hidden, labels), head, [table], [head.bias]), expected)
+        torch.testing.assert_close(masked_lm_loss(*seen(hidden, labels), head, [table], [head.bias]), expected)
 
     def test_the_student_s_own_is_that_of_one_vocabulary(self, head):
         hidden, table, labels = torch.randn(3, 5, 6), torch.randn(10, 4), torch.randint(0, 10, (3, 5))
         labels[torch.rand(3, 5) < 0.5] = -100
         view = view_of(hidden, labels)
         view.predict = lambda states: head(states, table)
-        expected = masked_lm_loss(view, head, [table], [head.bias])
+        expected = masked_lm_loss(*seen(hidden, labels), head, [table], [head.bias])
         torch.testing.assert_close(LOSSES["student_masked_lm"](make_forward(view, None)), expected)
         hidden.requires_grad_()
         labels.fill_(-100)
@@ -743,25 +749,25 @@ class TestMaskedLM:
                 own, piece = (0, label) if label < 10 else (1, label - 10)
                 logits = tables[own] @ states[position] + biases[own]
                 terms.append(torch.logsumexp(logits, 0) - logits[piece])
-        found = masked_lm_loss(view_of(hidden, labels), head, tables, biases)
+        found = masked_lm_loss(*seen(hidden, labels), head, tables, biases)
         torch.testing.assert_close(found, torch.stack(terms).mean())
 
     def test_is_zero_where_the_head_is_certain(self, head):
         hidden, labels = torch.randn(1, 2, 6), torch.tensor([[3, -100]])
         bias = torch.zeros(10)
         bias[3] = 1e4
-        assert masked_lm_loss(view_of(hidden, labels), head, [torch.randn(10, 4)], [bias]).item() == 0
+        assert masked_lm_loss(*seen(hidden, labels), head, [torch.randn(10, 4)], [bias]).item() == 0
 
     def test_nothing_masked_is_zero_with_a_graph(self, head):
         hidden = torch.randn(2, 3, 6, requires_grad=True)
-        loss = masked_lm_loss(view_of(hidden, torch.full((2, 3), -100)), head, [torch.randn(10, 4)], [head.bias])
+        loss = masked_lm_loss(*seen(hidden, torch.full((2, 3), -100)), head, [torch.randn(10, 4)], [head.bias])
         loss.backward()
         assert loss.item() == 0 and hidden.grad.abs().sum() == 0
 
     def test_gradients_reach_both_tables(self, head):
         tables = [torch.randn(10, 4, requires_grad=True), torch.randn(7, 4, requires_grad=True)]
         labels = torch.tensor([[2, 11, -100]])
-        masked_lm_loss(view_of(torch.randn(1, 3, 6), labels), head, tables, [head.bias, torch.zeros(7)]).backward()
+        masked_lm_loss(*seen(torch.randn(1, 3, 6), labels), head, tables, [head.bias, torch.zeros(7)]).backward()
         assert all(table.grad.abs().sum() > 0 for table in tables)
 
 

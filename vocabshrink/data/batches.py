@@ -1,9 +1,10 @@
 """Batches of the corpus and of labelled tasks, out of word ids: no tokenizer in the loop.
 
-A batch is a pure function of (seed, step, rank). Nothing is shuffled on disk and no iterator has a state, so the
-position in the data is the step number and a resumed run sees exactly the batches that it would have seen. A task's
-splits are encoded once into one lexicon, a sentence (or a token) per line, so that teacher and student see the same
-words cut at the same places. Cost: a split's words in memory, as int64. Not done: splits that do not fit there.
+A batch is a pure function of (seed, step); each of several processes draws it whole and takes every n-th sequence.
+Nothing is shuffled on disk and no iterator has a state, so the position in the data is the step number and a resumed
+run sees exactly the batches that it would have seen. A task's splits are encoded once into one lexicon, a sentence (or
+a token) per line, so that teacher and student see the same words cut at the same places. Cost: a split's words in
+memory, as int64. Not done: splits that do not fit there.
 
 How words become pieces and units: see pieces.py, also for the shapes B, T, U and n. S segments, R rows of a split.
 """
@@ -12,9 +13,11 @@ import hashlib
 import math
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import KW_ONLY, dataclass, replace
+from dataclasses import KW_ONLY, dataclass, field, replace
+from functools import cached_property
 from itertools import chain, pairwise
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -22,7 +25,7 @@ import torch
 from tokenizer_build.errors import InputError
 from tokenizer_build.files import read_json, write_json
 from vocabshrink.data.lexicon import Lexicon, WordStream, encode_corpus, tokenizer_file, within_rows
-from vocabshrink.data.pieces import Pieces, PieceTable, Sequences
+from vocabshrink.data.pieces import Pieces, PieceTable, Sequences, mapped
 from vocabshrink.data.tasks import UNLABELLED, Task
 
 BLOCK_LINES = 50_000  # lines cut into segments at a time, so that memory does not grow with the corpus
@@ -34,17 +37,52 @@ class Batch:
     """What one step sees; a side that was not asked for is None."""
 
     unit_mask: torch.Tensor  # [B, U] bool: true at units that every side has whole, special tokens included
-    tokens: int  # student pieces
+    tokens: int  # student pieces, in all processes' parts
     student: Pieces | None = None
     teacher: Pieces | None = None
     mixed: Pieces | None = None  # pieces of both vocabularies, combined ids
     targets: torch.Tensor | None = None  # [B] int64 classes or [B] float scores of a task of sentences
     rows: torch.Tensor | None = None  # [B] int64: where a task's split has them
     vectors: torch.Tensor | None = None  # [B, D] float32: the teachers' stored sentence vectors, see vectors.py
+    group: int = 1  # near sentences that follow each other
+    lists: dict[str, tuple[torch.Tensor, ...]] = field(default_factory=dict)  # of places, see `once`
+
+    @property
+    def sides(self) -> dict[str, Pieces]:
+        return {name: value for name, value in vars(self).items() if isinstance(value, Pieces)}
+
+    @cached_property
+    def counted(self) -> torch.Tensor:
+        """[n] places of the units that count in the flattened [B U], rising. Made on the host, as in `Pieces`."""
+        return self.unit_mask.flatten().nonzero().squeeze(1)
+
+    @cached_property
+    def counted_pairs(self) -> torch.Tensor:
+        """[m] places of the pairs of such units of a sequence in the flattened [B U U], rising."""
+        return (self.unit_mask.unsqueeze(1) & self.unit_mask.unsqueeze(2)).flatten().nonzero().squeeze(1)
+
+    def once(self, name: str, make: Callable[["Batch", Any], tuple], table: Any) -> tuple[torch.Tensor, ...]:
+        """The lists that a loss makes of the batch and a table, made when they are first asked for, and kept."""
+        if name not in self.lists:
+            self.lists[name] = make(self, table)
+        return self.lists[name]
+
+    def part(self, rank: int, processes: int) -> "Batch":
+        """What one of several processes takes: every n-th group of sequences, so that all have like lengths. Of the
+        last, short batch of an epoch a process without a group of its own takes the first."""
+        if processes == 1:
+            return self
+        groups = torch.arange(len(self.unit_mask)).view(-1, self.group)
+        rows = (groups[rank::processes] if rank < len(groups) else groups[:1]).flatten()
+        sides = {name: side.part(rows) for name, side in self.sides.items()}
+        units = 1 + max(int(side.units.max()) for side in sides.values())
+        given = {
+            name: value[rows] for name in ("targets", "rows", "vectors") if (value := getattr(self, name)) is not None
+        }
+        return replace(self, unit_mask=self.unit_mask[rows, :units], lists={}, **sides, **given)
 
     def to(self, device) -> "Batch":
-        moved = ((name, value) for name, value in vars(self).items() if isinstance(value, torch.Tensor | Pieces))
-        return replace(self, **{name: value.to(device, non_blocking=True) for name, value in moved})
+        return mapped(self, lambda tensor: tensor.to(device, non_blocking=True))
 
 
 @dataclass(frozen=True)
@@ -173,7 +211,8 @@ class Batcher:
             sides[side] = self.table.gather(sequences, from_student, masked=masked, rng=rng, combined=mixed)
         if self.vectors is not None:
             sides["vectors"] = torch.from_numpy(self.vectors(rows))
-        return Batch(self.table.unit_mask(sequences), self.table.student_pieces(sequences), **sides)
+        sides |= {"unit_mask": self.table.unit_mask(sequences), "tokens": self.table.student_pieces(sequences)}
+        return Batch(**sides, group=self.group_size)
 
 
 def gather_words(stream: WordStream, segments: Segments, chosen: np.ndarray) -> Sequences:
@@ -349,10 +388,10 @@ class TaskBatcher:
         return found if self.tokens is not None else np.stack(found)
 
 
-def prefetch(batcher, indices: Iterator[int]) -> Iterator[Batch]:
-    """The batches of `indices`, each made in a thread while the one before is trained on, until the consumer stops."""
+def prefetch(batcher, indices: Iterator[int], prepare: Callable[[Batch], Batch] = lambda batch: batch):
+    """The batches of `indices`, made and prepared in a thread, one ahead of the consumer, until it stops."""
     pool = ThreadPoolExecutor(1)
-    begun = (pool.submit(batcher.batch, index) for index in indices)
+    begun = (pool.submit(lambda index=index: prepare(batcher.batch(index))) for index in indices)
     try:
         for batch, _ in pairwise(chain(begun, [None])):
             yield batch.result()

@@ -12,8 +12,11 @@ units finer than a word for words of which only some pieces agree. Cost: two int
 Shapes: B sequences, T pieces in a padded sequence, U units in a padded sequence, n words of all sequences.
 """
 
+import copy
 from collections import namedtuple
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cached_property
 
 import numpy as np
 import torch
@@ -22,9 +25,23 @@ from tokenizer_build.errors import InputError
 from vocabshrink.data.lexicon import Lexicon, within_rows
 
 
+def mapped(part, function: Callable[[torch.Tensor], torch.Tensor]):
+    """A copy of a batch or one side, its tensors and the lists already made of them as `function` gives them."""
+    if isinstance(part, torch.Tensor):
+        return function(part)
+    if isinstance(part, dict):
+        return {key: tuple(map(function, tensors)) for key, tensors in part.items()}
+    if not hasattr(part, "to"):  # no batch and no side: what stays on the host
+        return part
+    new = copy.copy(part)
+    vars(new).update((name, mapped(value, function)) for name, value in vars(part).items())
+    return new
+
+
 @dataclass
 class Pieces:
-    """One model's side of a batch: tensors [B, T], int64."""
+    """One model's side of a batch: tensors [B, T], int64. Its lists of places and lengths are made when they are first
+    asked for, and kept: made on the host, before `to`, they cost a step nothing; on a GPU they make it wait."""
 
     ids: torch.Tensor  # in mixed input, student pieces are offset by the teacher's vocabulary size
     attention_mask: torch.Tensor
@@ -32,8 +49,36 @@ class Pieces:
     labels: torch.Tensor | None = None  # the true piece where masked, a task's label at a word's first piece; else -100
     token_types: torch.Tensor | None = None  # 1 from the second sentence of a pair on; None without pairs or types
 
-    def to(self, device, non_blocking: bool = True) -> "Pieces":
-        return Pieces(*(v if v is None else v.to(device, non_blocking=non_blocking) for v in vars(self).values()))
+    @cached_property
+    def lengths(self) -> np.ndarray:
+        """[B] pieces of each sequence."""
+        return self.attention_mask.sum(1).cpu().numpy()
+
+    @cached_property
+    def by_length(self) -> torch.Tensor:
+        """[2, B]: the sequences from the shortest to the longest, and where each of them stands there."""
+        order = np.argsort(self.lengths, kind="stable")
+        return torch.from_numpy(np.stack([order, np.argsort(order)])).to(self.ids.device)
+
+    @cached_property
+    def labelled(self) -> torch.Tensor:
+        """[n] places of the labels in the flattened side, rising."""
+        return (self.labels.flatten() >= 0).nonzero().squeeze(1)
+
+    def masked(self, unit_count: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """The n masked pieces: the true ones [n], their units numbered through the batch [n], and how many of them each
+        unit has [B U]."""
+        first = torch.arange(len(self.units), device=self.units.device).unsqueeze(1) * unit_count
+        labels, units = (values.flatten()[self.labelled] for values in (self.labels, self.units + first))
+        return labels, units, units.new_zeros(len(first) * unit_count).index_add(0, units, torch.ones_like(units))
+
+    def part(self, rows: torch.Tensor) -> "Pieces":
+        """The sequences of these rows, padded to the longest of them."""
+        width = int(self.lengths[rows].max())
+        return Pieces(*(None if v is None else v[rows, :width] for v in map(vars(self).get, self.__match_args__)))
+
+    def to(self, device) -> "Pieces":
+        return mapped(self, lambda tensor: tensor.to(device, non_blocking=True))
 
 
 @dataclass(frozen=True)

@@ -11,6 +11,8 @@ import time
 from functools import partial
 from pathlib import Path
 
+from accelerate import PartialState
+
 from vocabshrink.data.held_out import Embed, HeldOut, RatedPairs
 from vocabshrink.delivery.export import ExportSettings, export_model
 from vocabshrink.models.forward import torch_embedder
@@ -30,7 +32,7 @@ def measure_systems(
     """
     delivery, teacher, embedders = load(folders["delivered"]), folders["teacher"], {}
     for name in ("teacher", "untrained", "trained"):
-        backbone, folder = load_model(folders[name]), folders[name]
+        backbone, folder = load_model(folders[name]).to(PartialState().device), folders[name]
         embedders[name] = torch_embedder(backbone, folder, pooling, normalize, max_length=LONGEST)
     embedders["delivered"] = partial(delivery.embed, prompt="")  # none of the systems gets a prompt
     vectors = {name: embed(held_out.texts) for name, embed in embedders.items()}

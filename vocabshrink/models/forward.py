@@ -2,7 +2,9 @@
 
 Losses of attention need each layer's queries, keys and values. They are read by hooks on the layers that compute them,
 so that transformers' fast attention stays in use, which never shows its scores. Student and teacher cut words into
-different pieces, so whatever is compared is pooled into units first, in float32 under autocast too.
+different pieces, so whatever is compared is pooled into units first, in float32 under autocast too. Sums over pieces
+are `index_add`s, whose order a GPU does not fix: units of three pieces or more differ there in the last bit from run to
+run, unless torch.use_deterministic_algorithms is on.
 """
 
 import re
@@ -51,6 +53,7 @@ def hooked(modules: Iterable[nn.Module], *, inputs: bool = False) -> Iterator[li
 
 CHUNKS = 4  # of a batch whose sequences differ much in length
 LEAST_POSITIONS = 4096  # of such a batch: 32 short sentences take a quarter longer in four passes than padded in one
+GPU_FACTOR = 32  # as many times more on a GPU, where passes of less are ruled by the start of their kernels
 
 
 def run_backbone(
@@ -66,23 +69,28 @@ def run_backbone(
     if side.token_types is not None and getattr(backbone.config, "type_vocab_size", 0) > 1:
         tensors["token_type_ids"] = side.token_types
     tensors["attention_mask"] = side.attention_mask
+    fused = getattr(backbone.config, "_attn_implementation", "") == "sdpa"
 
-    def forward(rows, columns: int) -> Pass:
+    def forward(rows, columns: int, full: bool) -> Pass:
         inputs = {name: tensor[rows, :columns] for name, tensor in tensors.items()}
+        if fused:  # given as two dimensions, transformers asks the mask whether it hides anything, and waits
+            inputs["attention_mask"] = None if full else inputs["attention_mask"][:, None, None].bool()
         with ExitStack() as stack:
             found = [stack.enter_context(hooked(modules)) for modules in projections]
             output = backbone(**inputs, output_hidden_states=layers)
         return Pass(output.hidden_states if layers else (output.last_hidden_state,), *map(tuple, found))
 
-    lengths = side.attention_mask.sum(1)
-    if size < 2 * CHUNKS or size * width < LEAST_POSITIONS or lengths.sum() > 0.8 * size * width:
-        return forward(slice(None), width)
-    order = lengths.argsort(stable=True)
-    parts = [forward(rows, int(lengths[rows[-1]])) for rows in order.chunk(CHUNKS)]
-    back = order.argsort()
+    lengths, least = side.lengths, LEAST_POSITIONS * (1 if side.ids.device.type == "cpu" else GPU_FACTOR)
+    if size < 2 * CHUNKS or size * width < least or lengths.sum() > 0.8 * size * width:
+        return forward(slice(None), width, lengths.min(initial=width) == width)
+    order, back = side.by_length
+    parts, rising = [], np.sort(lengths)
+    for rows in order.chunk(CHUNKS):
+        of_rows, rising = np.split(rising, [len(rows)])
+        parts.append(forward(rows, int(of_rows[-1]), of_rows[0] == of_rows[-1]))
 
     def join(states: tuple[Tensor, ...]) -> Tensor:
-        return torch.cat([F.pad(state, (0, 0, 0, width - state.shape[1])) for state in states])[back]
+        return torch.cat([F.pad(state, (0, 0, 0, width - state.shape[1])) for state in states]).index_select(0, back)
 
     fields = zip(*(vars(part).values() for part in parts), strict=True)
     return Pass(*(None if field[0] is None else tuple(map(join, zip(*field, strict=True))) for field in fields))
@@ -224,11 +232,13 @@ def torch_embedder(
         vectors = []
         for start in range(0, len(texts), batch_size):
             encodings = tokenizer.encode_batch([(prompt or "") + texts[i] for i in order[start : start + batch_size]])
-            ids = torch.tensor([e.ids for e in encodings], device=device)
-            mask = torch.tensor([e.attention_mask for e in encodings], device=device)
+            ids, mask = (torch.tensor([getattr(e, of) for e in encodings]) for of in ("ids", "attention_mask"))
+            side = Pieces(ids, mask, units=ids)
+            _ = side.lengths, side.by_length  # while they are on the host
+            side = side.to(device)
             with torch.autocast(device.type, torch.bfloat16):
-                hidden = run_backbone(backbone, Pieces(ids, mask, units=ids)).hidden[-1]
-            vectors.append(pool_sentence(hidden, mask, pooling, normalize).cpu().numpy())
+                hidden = run_backbone(backbone, side).hidden[-1]
+            vectors.append(pool_sentence(hidden, side.attention_mask, pooling, normalize).cpu().numpy())
         return np.concatenate(vectors)[np.argsort(order)]
 
     return embed
@@ -244,7 +254,8 @@ def pool_units(hidden: Tensor, units: Tensor, count: int, *, total: bool = False
     pooled = torch.zeros(size * (count + 1), width, device=hidden.device)
     pooled = pooled.index_add(0, slot.flatten(), hidden.float().flatten(0, 1))
     if not total:
-        pooled = pooled / torch.bincount(slot.flatten(), minlength=len(pooled)).clamp_min(1).unsqueeze(1)
+        ones = torch.ones(slot.numel(), device=hidden.device)  # bincount would make a GPU wait
+        pooled = pooled / pooled.new_zeros(len(pooled)).index_add(0, slot.flatten(), ones).clamp_min(1).unsqueeze(1)
     return pooled.view(size, count + 1, width)[:, :count]
 
 

@@ -11,6 +11,7 @@ import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -168,8 +169,10 @@ def wait_for_everyone() -> None:
         from accelerate import PartialState
         from accelerate.utils import parse_flag_from_env
 
-        # The first of a process to be made decides what it sees: on CPUs nobody, unless told of them.
-        PartialState(cpu=parse_flag_from_env("ACCELERATE_USE_CPU")).wait_for_everyone()
+        # The first of a process to be made decides what it sees: on CPUs nobody, unless told of them. Others wait here
+        # while the main process counts words for hours; after ten minutes, NCCL would take them for dead.
+        options = {"cpu": parse_flag_from_env("ACCELERATE_USE_CPU"), "timeout": timedelta(days=7)}
+        PartialState(**options).wait_for_everyone()
 
 
 def say(text: str) -> None:

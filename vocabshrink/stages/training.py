@@ -33,7 +33,7 @@ from vocabshrink.run.engine import Context, main_process, say, saying_left, wait
 from vocabshrink.run.layer_map import layer_pairs
 from vocabshrink.run.recipe import DistillStage, TrainingSection, Weighted
 from vocabshrink.stages import inputs
-from vocabshrink.training.loop import Job, make_accelerator, share_of_batch, train
+from vocabshrink.training.loop import Job, make_accelerator, micro_batch, train
 from vocabshrink.training.losses import readers
 from vocabshrink.training.task import Distillation, DualTraining, HeadTraining, Stored
 
@@ -82,8 +82,8 @@ def dual(context: Context) -> dict:
     recipe, stage, teacher = context.recipe, context.recipe.dual, inputs.read_teacher(context)
     torch.manual_seed(recipe.seed)
     accelerator = make_accelerator(stage, context.dir)
-    evaluate = evaluator(context, teacher, accelerator)
     student, directions, table_directions, report = inputs.start_student(context, teacher)
+    evaluate = evaluator(context, teacher, accelerator)  # moves the teacher, of which the student is made before
     say(f"dual: student embeddings {report['embeddings']}; layers {report['layers']}")
     head = new_student_head(student, teacher) if stage.mode == "joint" else None
     # in match mode the teacher stands on both sides, so the map is of its layers to its own
@@ -93,7 +93,7 @@ def dual(context: Context) -> dict:
     task = DualTraining(stage, teacher, student, pairs, **options)
     sides = {"joint": ("mixed", "student"), "two_stage": ("mixed",), "match": ("mixed", "teacher")}[stage.mode]
     end = stage.p if stage.p_end is None else stage.p_end
-    micro_steps = stage.steps * stage.gradient_accumulation * accelerator.num_processes
+    micro_steps = stage.steps * stage.gradient_accumulation
     masking = stage if readers(stage.losses, "masked words") else stage.model_copy(update={"mask": 0.0})
     options = {"p": lambda index: stage.p + (end - stage.p) * min(1.0, index / micro_steps)}
     batcher = make_batcher(context, masking, teacher, sides, accelerator, **options)
@@ -123,8 +123,8 @@ def distil_into_student(context: Context, stage: DistillStage, formats=None) -> 
     teacher = inputs.read_teacher(context)
     torch.manual_seed(context.recipe.seed)
     accelerator = make_accelerator(stage, context.dir)
-    evaluate = evaluator(context, teacher, accelerator)
     student, directions, _, report = inputs.start_student(context, teacher)
+    evaluate = evaluator(context, teacher, accelerator)  # moves the teacher, of which the student is made before
     head = new_student_head(student, teacher) if readers(stage.losses, "student head") else None
     if context.students:
         before, folder = list(context.students.items())[-1]
@@ -198,8 +198,8 @@ def make_batcher(
     vectors: StoredVectors | None = None,
     **options,
 ) -> Batcher:
-    """The batches of a stage, of one process and accumulation step: of the corpus or, where `vectors` are given, of the
-    sentences that they are of. options: more of `Batcher`'s.
+    """The batches of a stage, of one accumulation step: of the corpus or, where `vectors` are given, of the sentences
+    that they are of. options: more of `Batcher`'s.
 
     Raises InputError: a batch_size that processes, accumulation steps and groups do not divide.
     """
@@ -215,7 +215,7 @@ def make_batcher(
         training = Segments(stream.line_offsets[:-1][written], lengths[written].astype(np.int32))
         options["vectors"] = lambda chosen: vectors.rows(written[chosen])
     group = getattr(stage, "group_size", 1)
-    options |= {"batch_size": share_of_batch(stage, accelerator, context.stage.name, group), "group_size": group}
+    options |= {"batch_size": micro_batch(stage, accelerator, context.stage.name, group), "group_size": group}
     options |= {"seed": context.recipe.seed, "mask": stage.mask, "max_pieces": stage.max_length - 2, "sides": sides}
     return Batcher(table, stream, lexicon, training, **options)
 

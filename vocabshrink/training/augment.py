@@ -181,11 +181,12 @@ class CandidateFinder:
         self.positions = positions_of(teacher.config)
         texts = {i: as_wordpiece(piece, self.tokenizer) for piece, i in self.tokenizer.get_vocab().items()}
         words = {i: text for i, text in sorted(texts.items()) if text and text.isalpha() and len(text) > 1}
-        self.ids, self.words = list(words), list(words.values())  # of the W pieces that are whole words
+        # of the W pieces that are whole words
+        self.ids, self.words = torch.tensor(list(words), dtype=torch.long).to(self.device), list(words.values())
         self.near: dict[tuple[int, ...], list[str]] = {}
         # [V, D_E], and its rows of whole words [W, D_E] at length one; in float64, where no rounding decides
         self.table = teacher.table.weight.detach().cpu().double()
-        self.whole = F.normalize(self.table[self.ids], dim=-1)
+        self.whole = F.normalize(self.table[list(words)], dim=-1)
 
     @torch.no_grad()
     def __call__(self, sentences: list[Sentence]) -> list[list[Word]]:
@@ -217,10 +218,12 @@ class CandidateFinder:
             part, waiting = waiting[-size:], waiting[:-size]
             rows = [torch.tensor([*ids[: w.first], self.mask, *ids[w.first + len(w.pieces) :]]) for ids, w in part]
             ids = pad_sequence(rows, batch_first=True, padding_value=-1)
-            side = Pieces(ids.clamp_min(0), (ids >= 0).long(), ids).to(self.device)
-            hidden = run_backbone(self.teacher.backbone, side).hidden[-1]
-            states = hidden[torch.arange(len(part)), [word.first for _, word in part]]
-            logits = self.teacher.head(states.float(), self.teacher.table.weight)[:, self.ids]
+            side, width = Pieces(ids.clamp_min(0), (ids >= 0).long(), ids), ids.shape[1]
+            places = torch.tensor([row * width + word.first for row, (_, word) in enumerate(part)]).to(self.device)
+            _ = side.lengths, side.by_length  # while they are on the host
+            hidden = run_backbone(self.teacher.backbone, side.to(self.device)).hidden[-1]
+            states = hidden.flatten(0, 1).index_select(0, places)
+            logits = self.teacher.head(states.float(), self.teacher.table.weight).index_select(1, self.ids)
             for (_, word), best in zip(part, self.best(logits), strict=True):
                 word.candidates, word.masked = best, True
 
@@ -236,7 +239,7 @@ class CandidateFinder:
     def best(self, scores: Tensor) -> list[list[str]]:
         """[n, W] -> the words of the highest scores, two more than asked for: `The` and `the` may have to go."""
         top = scores.topk(min(self.count + 2, scores.shape[1])).indices
-        return [[self.words[i] for i in row] for row in top.tolist()]
+        return [[self.words[i] for i in row] for row in top.cpu().tolist()]
 
 
 def words_of(sentence: Sentence, encoding: Encoding) -> list[Word]:

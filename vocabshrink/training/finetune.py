@@ -19,7 +19,7 @@ from vocabshrink.models.rounding import bake, is_rounded, quantization_aware
 from vocabshrink.models.task_model import predict
 from vocabshrink.run.layer_map import layer_pairs
 from vocabshrink.run.recipe import Phase, TaskSection
-from vocabshrink.training.loop import Job, make_accelerator, share_of_batch, train
+from vocabshrink.training.loop import Job, make_accelerator, micro_batch, train
 from vocabshrink.training.task import TaskTraining
 
 EVALUATION_BATCH = 128  # sequences of like length in a forward pass
@@ -60,7 +60,7 @@ def fit(
             quantization_aware(training.student, rounding)
         training.begin(phase.losses, pairs)
         accelerator = make_accelerator(phase, job.run)
-        options = {"batch_size": share_of_batch(phase, accelerator, section), "seed": seed, "shared": shared}
+        options = {"batch_size": micro_batch(phase, accelerator, section), "seed": seed, "shared": shared}
         options["sides"] = ("student", "teacher") if training.live else ("student",)
         options["max_pieces"] = longest(phase, training.student, training.teacher)
         batcher = TaskBatcher(encoded, "train", **options)

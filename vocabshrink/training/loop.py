@@ -34,6 +34,7 @@ from torch.nn.utils import get_total_norm
 
 from tokenizer_build.errors import InputError
 from vocabshrink.data.batches import Batch, Batcher, prefetch
+from vocabshrink.data.pieces import mapped
 from vocabshrink.run.folder import RunDir
 from vocabshrink.run.recipe import TrainingSection
 from vocabshrink.training.task import TrainingTask
@@ -41,7 +42,7 @@ from vocabshrink.training.task import TrainingTask
 
 class Lamb(torch.optim.Optimizer):
     """LAMB (You et al. 2020, algorithm 2), for batches of thousands: Adam's direction, each tensor's step scaled by its
-    norm. torch has none."""
+    norm. torch has none. Every operation is one kernel over all tensors of a group."""
 
     def __init__(self, params, lr=1e-3, betas=(0.9, 0.999), eps=1e-6, weight_decay=0.0):
         super().__init__(params, {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay})
@@ -50,20 +51,28 @@ class Lamb(torch.optim.Optimizer):
     def step(self, closure=None):
         for group in self.param_groups:
             beta1, beta2 = group["betas"]
-            for parameter in (parameter for parameter in group["params"] if parameter.grad is not None):
-                state, gradient = self.state[parameter], parameter.grad.float()
+            parameters = [parameter for parameter in group["params"] if parameter.grad is not None]
+            gradients, states = [p.grad.float() for p in parameters], [self.state[p] for p in parameters]
+            for state, gradient in zip(states, gradients, strict=True):
                 if not state:
                     state |= {name: torch.zeros_like(gradient) for name in ("exp_avg", "exp_avg_sq")}
-                    state["step"] = torch.zeros(())
+                    state["step"] = torch.zeros(())  # on the CPU, so that nobody waits for it
                 state["step"] += 1
-                step, mean, squares = state["step"].item(), state["exp_avg"], state["exp_avg_sq"]
-                mean.lerp_(gradient, 1 - beta1)
-                squares.mul_(beta2).addcmul_(gradient, gradient, value=1 - beta2)
-                direction = mean / (1 - beta1**step) / ((squares / (1 - beta2**step)).sqrt() + group["eps"])
-                direction += group["weight_decay"] * parameter
-                weight, size = parameter.norm(), direction.norm()
-                trust = torch.where((weight > 0) & (size > 0), weight / size, 1.0)
-                parameter.add_(direction * trust, alpha=-group["lr"])
+            if not parameters:
+                continue
+            step = states[0]["step"].item()
+            means, squares = ([state[name] for state in states] for name in ("exp_avg", "exp_avg_sq"))
+            torch._foreach_lerp_(means, gradients, 1 - beta1)
+            torch._foreach_mul_(squares, beta2)
+            torch._foreach_addcmul_(squares, gradients, gradients, value=1 - beta2)
+            scales = torch._foreach_sqrt(torch._foreach_div(squares, 1 - beta2**step))
+            torch._foreach_add_(scales, group["eps"])
+            directions = torch._foreach_div(torch._foreach_div(means, 1 - beta1**step), scales)
+            torch._foreach_add_(directions, torch._foreach_mul(parameters, group["weight_decay"]))
+            norms = zip(torch._foreach_norm(parameters), torch._foreach_norm(directions), strict=True)
+            trusts = [torch.where((weight > 0) & (size > 0), weight / size, 1.0) for weight, size in norms]
+            torch._foreach_mul_(directions, trusts)
+            torch._foreach_add_(parameters, directions, alpha=-group["lr"])
 
 
 # fused: one pass over memory instead of eight, which is a fifth of a step of a small batch on a CPU
@@ -107,8 +116,8 @@ def make_accelerator(settings: TrainingSection, run: RunDir) -> Accelerator:
         log_with=settings.trackers or None,
         project_dir=str(run.path),
         gradient_accumulation_steps=settings.gradient_accumulation,
-        # a loss of lower layers, or of attention alone, leaves parameters behind it without a gradient
-        kwargs_handlers=[DistributedDataParallelKwargs(find_unused_parameters=True)],
+        # buffers (stored logits, spellings, scales) are the same in every process
+        kwargs_handlers=[DistributedDataParallelKwargs(broadcast_buffers=False)],
     )
     if (launched := int(os.environ.get("WORLD_SIZE", "1"))) != accelerator.num_processes:
         # without a GPU, Accelerate does not connect processes unless told to; they would write into one folder
@@ -119,16 +128,16 @@ def make_accelerator(settings: TrainingSection, run: RunDir) -> Accelerator:
     return accelerator
 
 
-def share_of_batch(settings: TrainingSection, accelerator: Accelerator, section: str, group: int = 1) -> int:
-    """Sequences of one process in one accumulation step. section: the settings' key in the recipe. Raises InputError
-    where the batch cannot be shared in whole groups: rounding would change what a step is."""
+def micro_batch(settings: TrainingSection, accelerator: Accelerator, section: str, group: int = 1) -> int:
+    """Sequences of an accumulation step, of all processes. section: the settings' key in the recipe. Raises InputError
+    where processes cannot share it in whole groups: rounding would change what a step is."""
     processes, accumulation = accelerator.num_processes, settings.gradient_accumulation
     if settings.batch_size % (processes * accumulation * group):
         raise InputError(
             f"{section}.batch_size {settings.batch_size} cannot be shared by {processes} processes, {accumulation} "
             f"accumulation steps and groups of {group}: make it a multiple of {processes * accumulation * group}"
         )
-    return settings.batch_size // (processes * accumulation)
+    return settings.batch_size // accumulation
 
 
 @dataclass(frozen=True)
@@ -173,21 +182,26 @@ def train(
     clock: Callable[[], float] = time.monotonic,
 ) -> dict:
     """Trains the task in place for `settings.steps` optimizer steps, resuming from the job's checkpoint.
-    Rank r of W processes takes micro-batch (step * accumulation + a) * W + r, so one batch of the recipe is one step
-    whatever the number of processes; `batcher` must be made for `share_of_batch`. clock: in seconds.
+    Accumulation step a of a step is the batcher's batch step * accumulation + a, of which each process takes its part,
+    so a step is the same on any number of processes; `batcher` must be made for `micro_batch`. clock: in seconds.
     Returns {"steps", "tokens", "seconds", "losses"} and, where there is any, the last "evaluation". Raises InputError
     for a checkpoint of another recipe, a loss or parameters that are not finite (the last good checkpoint stays)."""
     optimizer = OPTIMIZERS[settings.optimizer](parameter_groups(task, settings))
+    # to look for parameters without a gradient, DDP walks through every step's graph
+    accelerator.ddp_handler.find_unused_parameters = not task.reads_all
     wrapped, optimizer = accelerator.prepare(task, optimizer)
     state = resume(task, optimizer, job, accelerator)
     main, on_cpu = accelerator.is_main_process, accelerator.device.type == "cpu"
     evaluate_at = {round(settings.steps * k / (settings.evaluations + 1)) for k in range(1, settings.evaluations + 2)}
-    log_every, measured = max(1, settings.steps // 200), None
+    log_every, measured, each = max(1, settings.steps // 200), None, settings.gradient_accumulation
     log = Log(job, settings.steps, accelerator, state)
     started, saved_at = clock() - state.seconds, clock()
-    world, accumulation = accelerator.num_processes, settings.gradient_accumulation
-    micro = range(state.step * accumulation, settings.steps * accumulation)
-    batches = prefetch(batcher, (m * world + accelerator.process_index for m in micro))
+
+    def prepare(batch: Batch) -> Batch:
+        batch = task.ready(batch.part(accelerator.process_index, accelerator.num_processes))
+        return mapped(batch, torch.Tensor.pin_memory) if accelerator.device.type == "cuda" else batch
+
+    batches = prefetch(batcher, iter(range(state.step * each, settings.steps * each)), prepare)
     with log.bar:
         while state.step < settings.steps:
             task.before_step(state.step)
@@ -259,7 +273,7 @@ def take_step(wrapped, optimizer, batches: Iterator[Batch], weights: dict, clip:
         tokens += batch.tokens
         for name, value in losses.items():
             means[name] = means.get(name, 0) + value.detach().float() / accumulation
-    return means, norm, tokens * accelerator.num_processes
+    return means, norm, tokens
 
 
 class Log:

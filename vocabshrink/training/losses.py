@@ -11,9 +11,10 @@ count, V_S and V_T pieces in the vocabularies, C classes.
 """
 
 import inspect
-from collections.abc import Callable, Iterable, Set
+from collections.abc import Callable, Iterable, Sequence, Set
 from dataclasses import dataclass
 from functools import partial
+from itertools import pairwise
 from typing import Annotated, Literal
 
 import numpy as np
@@ -24,6 +25,7 @@ from scipy.optimize import linprog
 from torch import Tensor
 
 from tokenizer_build.errors import InputError
+from vocabshrink.data.batches import Batch
 from vocabshrink.models.teacher import MaskedLMHead
 from vocabshrink.run.layer_map import SoftPairs
 from vocabshrink.run.recipe import TrainingSection, explain
@@ -61,11 +63,12 @@ def kl_between_units(forward: Forward, student: Tensor, teacher: Tensor) -> Tens
     # finite, since infinity minus infinity is not a number; the softmax makes it exactly zero
     lowest = torch.finfo(torch.float32).min / 2
     student, teacher = (logits.masked_fill(~counts[:, None, None], lowest) for logits in (student, teacher))
-    return kl(student, teacher).mean(1)[counts].mean()
+    return kl(student, teacher).mean(1).flatten().index_select(0, forward.batch.counted).mean()
 
 
 def transport(costs: Tensor) -> Tensor:
-    """The cheapest flow [M, N] between M and N layers of equal weight, by linear programming."""
+    """The cheapest flow [M, N] between M and N layers of equal weight, by linear programming on the CPU: the one loss
+    for which a step reads from a GPU."""
     rows, columns = costs.shape
     constraints = np.vstack([np.kron(np.eye(rows), np.ones(columns)), np.kron(np.ones(rows), np.eye(columns))])
     weights = np.concatenate([np.full(rows, 1 / rows), np.full(columns, 1 / columns)])
@@ -88,16 +91,23 @@ def over_layers(forward: Forward, cost: Callable[[int, Layers], Tensor], *, atte
     return (transport(costs) * costs).sum()
 
 
-def masked_lm_loss(view: View, head: MaskedLMHead, tables: list[Tensor], biases: list[Tensor]) -> Tensor:
+def places_by_vocabulary(batch: Batch, sizes: Sequence[int]) -> tuple[Tensor, ...]:
+    """Which of the teacher's labels each vocabulary has [n_k], in the combined numbering (k follows k - 1)."""
+    side, ends = batch.mixed or batch.teacher, np.cumsum(sizes).tolist()
+    labels = side.labels.flatten()[side.labelled]
+    mine = ((labels >= first) & (labels < end) for first, end in pairwise([0, *ends]))
+    return tuple(chosen.nonzero().squeeze(1) for chosen in mine)
+
+
+def masked_lm_loss(batch: Batch, view: View, head: MaskedLMHead, tables: list[Tensor], biases: list[Tensor]) -> Tensor:
     """Cross-entropy at masked pieces, one softmax per vocabulary (Zhao et al. 2019, section 3.2).
-    The view's labels [B, T] are in the combined numbering (vocabulary k follows k - 1), -100 where not masked; tables
-    [V_k, D_E]; biases [V_k]. The table of the vocabulary that segmented the word predicts it."""
-    where = view.side.labels >= 0
-    states, labels = head.transform(view.hidden[-1][where].float()), view.side.labels[where]
+    The view's labels [B, T] are in the combined numbering, -100 where not masked; tables [V_k, D_E]; biases [V_k]. The
+    table of the vocabulary that segmented the word predicts it."""
+    states, labels = head.transform(view.at(view.side.labelled)), view.side.labels.flatten()[view.side.labelled]
+    places = batch.once("teacher_masked_lm", places_by_vocabulary, [len(table) for table in tables])
     total, first = states.sum() * 0.0, 0
-    for table, bias in zip(tables, biases, strict=True):
-        mine = (labels >= first) & (labels < first + len(table))
-        logits = F.linear(states[mine], table, bias)
+    for table, bias, mine in zip(tables, biases, places, strict=True):
+        logits = F.linear(states.index_select(0, mine), table, bias)
         total = total + F.cross_entropy(logits, labels[mine] - first, reduction="sum")
         first += len(table)
     return total / max(len(labels), 1)
@@ -105,9 +115,9 @@ def masked_lm_loss(view: View, head: MaskedLMHead, tables: list[Tensor], biases:
 
 def student_masked_lm(forward: Forward) -> Tensor:
     """The student's masked-LM cross-entropy on its own vocabulary."""
-    masked = forward.student.masked
-    logits = forward.student.predict(masked.states)
-    return F.cross_entropy(logits, masked.labels, reduction="sum") / max(len(masked.labels), 1)
+    side = forward.student.side
+    logits, labels = forward.student.predict(forward.student.at(side.labelled)), side.labels.flatten()[side.labelled]
+    return F.cross_entropy(logits, labels, reduction="sum") / max(len(labels), 1)
 
 
 def teacher_masked_lm(forward: Forward) -> Tensor:
@@ -115,19 +125,39 @@ def teacher_masked_lm(forward: Forward) -> Tensor:
     return forward.given["teacher_masked_lm"]()
 
 
+def places_to_match(batch: Batch, shared: Tensor) -> tuple[Tensor, ...]:
+    """Where units that are the same one masked piece on each side stand on the student's side [n] and the teacher's
+    [n]; and the pieces that both vocabularies have, by the student's ids [K] and by the teacher's [K]."""
+    mine, my_units, my_counts = batch.student.masked(batch.unit_mask.shape[1])
+    theirs, their_units, their_counts = batch.teacher.masked(batch.unit_mask.shape[1])
+    alone = (my_counts == 1) & (their_counts == 1)
+    # units rise along both sides, so the n-th chosen piece of one meets the n-th of the other
+    my_chosen, their_chosen = alone[my_units], alone[their_units]
+    same, columns = shared[mine[my_chosen]] == theirs[their_chosen], (shared >= 0).nonzero().squeeze(1)
+    places = batch.student.labelled[my_chosen][same], batch.teacher.labelled[their_chosen][same]
+    return *places, columns, shared[columns]
+
+
 def masked_lm_match(forward: Forward, temperature: Positive = 1.0) -> Tensor:
     """T² KL(p_T || p_S) at masked pieces that both vocabularies write alike, over the pieces that both have.
     Logits [n, V_S] and [n, V_T] at units that are the same one masked piece on each side (Kolesnikova et al. 2022,
     arXiv 2205.02340, "match"; with one vocabulary it is DistilBERT's L_ce)."""
-    student, teacher = forward.student.masked, forward.teacher.masked
-    alone = (student.counts == 1) & (teacher.counts == 1)
-    # units rise along both sides, so the n-th chosen piece of one meets the n-th of the other
-    mine, theirs = alone[student.units], alone[teacher.units]
-    same = forward.shared[student.labels[mine]] == teacher.labels[theirs]
-    columns = (forward.shared >= 0).nonzero().squeeze(1)
-    logits = forward.student.predict(student.states[mine][same])
-    target = forward.teacher.predict(teacher.states[theirs][same])
-    return mean(kl(logits[:, columns], target[:, forward.shared[columns]], temperature))
+    student, teacher = forward.student, forward.teacher
+    mine, theirs, columns, their_columns = forward.batch.once("masked_lm_match", places_to_match, forward.shared)
+    logits, target = student.predict(student.at(mine)), teacher.predict(teacher.at(theirs))
+    return mean(kl(logits[:, columns], target[:, their_columns], temperature))
+
+
+def places_to_reduce(batch: Batch, spelling: Tensor) -> tuple[Tensor, ...]:
+    """Of the n words that the teacher has masked as one piece: where the m masked pieces of the student's side stand
+    [m], which word each is of [m], how many a word has [n], where the teacher's stand [n]; and which of the teacher's
+    pieces have a spelling [K]."""
+    _, my_units, my_counts = batch.student.masked(batch.unit_mask.shape[1])
+    _, their_units, their_counts = batch.teacher.masked(batch.unit_mask.shape[1])
+    chosen = (their_counts == 1) & (my_counts > 0)
+    mine, theirs = chosen[my_units], chosen[their_units]
+    word, spelt = (chosen.cumsum(0) - 1)[my_units[mine]], (spelling[:, 0] >= 0).nonzero().squeeze(1)
+    return batch.student.labelled[mine], word, my_counts[chosen], batch.teacher.labelled[theirs], spelt
 
 
 def masked_lm_reduce(forward: Forward, temperature: Positive = 1.0) -> Tensor:
@@ -135,20 +165,16 @@ def masked_lm_reduce(forward: Forward, temperature: Positive = 1.0) -> Tensor:
     The student's score of a teacher piece is the mean of its log-probabilities of the pieces that spell it, averaged
     over the word's masked pieces; teacher pieces without a spelling are left out of both softmaxes (after Kolesnikova
     et al. 2022, arXiv 2205.02340, "reduce-map")."""
-    student, teacher = forward.student.masked, forward.teacher.masked
-    chosen = (teacher.counts == 1) & (student.counts > 0)
-    mine, theirs = chosen[student.units], chosen[teacher.units]
-    scores = F.log_softmax(forward.student.predict(student.states[mine]), dim=-1)
-    row = (chosen.cumsum(0) - 1)[student.units[mine]]  # the word that each of the student's masked pieces belongs to
-    words = scores.new_zeros(int(chosen.sum()), scores.shape[1]).index_add(0, row, scores)
-    words = words / student.counts[chosen].unsqueeze(1)
-    spelt = (forward.spelling[:, 0] >= 0).nonzero().squeeze(1)
+    student, teacher = forward.student, forward.teacher
+    mine, word, counts, theirs, spelt = forward.batch.once("masked_lm_reduce", places_to_reduce, forward.spelling)
+    scores = F.log_softmax(student.predict(student.at(mine)), dim=-1)
+    words = scores.new_zeros(len(counts), scores.shape[1]).index_add(0, word, scores) / counts.unsqueeze(1)
     # mean over each spelling: bags of rows of [V_S + 1, n], of which the last stands for no piece
     spelling = forward.spelling[spelt]
     bags = spelling.where(spelling >= 0, words.shape[1])
     by_piece = F.pad(words.T, (0, 0, 0, 1))
     reduced = F.embedding_bag(bags, by_piece, mode="mean", padding_idx=words.shape[1]).T
-    target = forward.teacher.predict(teacher.states[theirs])
+    target = teacher.predict(teacher.at(theirs))
     return mean(kl(reduced, target[:, spelt], temperature))
 
 
@@ -218,8 +244,11 @@ def between_maps(forward: Forward, read: Callable[[View, Layers], Tensor], dista
 
 def attention_scores(forward: Forward) -> Tensor:
     """Mean squared error of the scores Q K^T / sqrt(d) between units (TinyBERT, eq. 7). See `between_maps`."""
-    both = forward.batch.unit_mask.unsqueeze(1) & forward.batch.unit_mask.unsqueeze(2)
-    return between_maps(forward, View.scores, lambda s, t: (s - t).pow(2).mean(1)[both].mean())
+
+    def distance(student: Tensor, teacher: Tensor) -> Tensor:
+        return (student - teacher).pow(2).mean(1).flatten().index_select(0, forward.batch.counted_pairs).mean()
+
+    return between_maps(forward, View.scores, distance)
 
 
 def attention_kl(forward: Forward) -> Tensor:
@@ -291,7 +320,7 @@ def labels(forward: Forward) -> Tensor:
     """Cross-entropy with a task's classes, [B, C] or [n, C] at labelled pieces; of scores, the mean squared error."""
     logits, targets = forward.student.task_logits, forward.batch.targets
     if targets is None:  # a task of tokens has its classes at pieces
-        targets = forward.student.side.labels[forward.student.side.labels >= 0]
+        targets = forward.student.side.labels.flatten()[forward.student.side.labelled]
     if targets.is_floating_point():
         return mean_squares(logits.squeeze(-1), targets)
     return mean(F.cross_entropy(logits, targets, reduction="none"))
@@ -304,7 +333,8 @@ def soft_labels(forward: Forward, temperature: Positive = 1.0, divergence: Liter
     student, teacher = forward.student.task_logits, forward.teacher.task_logits
     found = kl(student, teacher, temperature)
     if divergence == "ce":
-        found = found + temperature**2 * torch.distributions.Categorical(logits=teacher / temperature).entropy()
+        distribution = torch.distributions.Categorical(logits=teacher / temperature, validate_args=False)
+        found = found + temperature**2 * distribution.entropy()
     return mean(found)
 
 
@@ -328,10 +358,10 @@ class Loss:
     """A loss, what it reads, and the places whose steps have that."""
 
     function: Callable[..., Tensor]
-    # "hidden" (states of all layers; the last are always there), "queries", "keys", "values", "teacher" (its states),
-    # "teacher logits", "task logits", "masked words", "student head" and "teacher head" (of masked LM), "both
-    # vocabularies" (which pieces they share), "up" (the projection, whatever the arguments), "groups" (near sentences),
-    # "sentences alone" (of the teacher its sentence embedding, which may be a stored one)
+    # "hidden" (states of all layers), "queries", "keys", "values", "teacher" (its states), "sentence" (embeddings of
+    # both, the teacher's perhaps a stored one), "teacher logits", "task logits", "masked words", "student head" and
+    # "teacher head" (of masked LM), "both vocabularies" (which pieces they share), "up" (the projection, whatever the
+    # arguments), "groups" (near sentences)
     reads: Set[str]
     # the modes of dual training, "distill" (recovery too), "finetune", "task teacher" (of its fine-tuning)
     stands_in: Set[str]
@@ -353,16 +383,19 @@ LOSSES: dict[str, Loss] = {
         ([query_relations], ["queries", "teacher"], COMPARED),
         ([key_relations], ["keys", "teacher"], COMPARED),
         ([value_relations], ["values", "teacher"], COMPARED),
-        ([sentence_cosine], ["teacher", "sentences alone", "up"], COMPARED),
-        ([group_similarity], ["teacher", "sentences alone", "groups"], {"match", "distill"}),
-        ([batch_similarity], ["teacher", "sentences alone"], COMPARED),
-        ([bank_similarity], ["teacher", "sentences alone"], {"distill"}),
+        ([sentence_cosine], ["teacher", "sentence", "up"], COMPARED),
+        ([group_similarity], ["teacher", "sentence", "groups"], {"match", "distill"}),
+        ([batch_similarity], ["teacher", "sentence"], COMPARED),
+        ([bank_similarity], ["teacher", "sentence"], {"distill"}),
         ([labels], ["task logits"], {"finetune", "task teacher"}),
         ([soft_labels, logits_mse], ["task logits", "teacher logits"], {"finetune"}),
     )
     for function in functions
 }
 ATTENTION = ("queries", "keys", "values")
+# what makes the lists of places that a loss reads, ahead of a step (`TrainingTask.ready`)
+PLACES = {"teacher_masked_lm": places_by_vocabulary}
+PLACES |= {"masked_lm_match": places_to_match, "masked_lm_reduce": places_to_reduce}
 
 
 def readers(losses: Iterable[str], *parts: str) -> list[str]:
@@ -372,7 +405,7 @@ def readers(losses: Iterable[str], *parts: str) -> list[str]:
 
 def unanswered(losses: Iterable[str], *, stored: bool) -> list[str]:
     """The losses that stored sentence vectors, where there are any, do not serve: what they read must be computed."""
-    return [name for name in losses if not (stored and "sentences alone" in LOSSES[name].reads)]
+    return [name for name in losses if not (stored and "sentence" in LOSSES[name].reads)]
 
 
 def check_losses(section: str, stage: TrainingSection, place: str) -> None:

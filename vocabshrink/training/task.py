@@ -16,7 +16,7 @@ loss between student and teacher can be used.
 
 import inspect
 from functools import partial
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -33,7 +33,7 @@ from vocabshrink.models.task_model import task_logits
 from vocabshrink.models.teacher import Teacher
 from vocabshrink.run.layer_map import Pairs
 from vocabshrink.run.recipe import DualStage, Losses
-from vocabshrink.training.losses import ATTENTION, LOSSES, masked_lm_loss, readers, unanswered
+from vocabshrink.training.losses import ATTENTION, LOSSES, PLACES, masked_lm_loss, readers, unanswered
 from vocabshrink.training.views import Bank, Forward, View
 
 STEPS_OF_SCALES = 50  # after which the scales of a rounded student are fitted to its weights again
@@ -47,6 +47,8 @@ class TrainingTask(nn.Module):
     pairs: Pairs = ()
     pooling, normalize = "mean", False  # of sentence embeddings
     stored = False  # whether the teacher's sentence embeddings are stored ones
+    needed: tuple = (("sentence", "student head", "task logits"),)  # see `reads_all`
+    tables: dict[str, Any] = {}  # {loss: on the host, what its lists of places are made from besides the batch}
 
     def forward(self, batch: Batch) -> dict[str, Tensor]:
         """Unweighted losses by name, each a scalar. The models run under the caller's autocast, the losses and all that
@@ -54,6 +56,20 @@ class TrainingTask(nn.Module):
         forward = self.view(batch)
         with torch.autocast(batch.unit_mask.device.type, enabled=False):
             return {name: LOSSES[name].function(forward, **chosen.arguments) for name, chosen in self.losses.items()}
+
+    def ready(self, batch: Batch) -> Batch:
+        """The batch with the lists of places that its step reads: made here, on the host and ahead of it."""
+        for name in self.tables.keys() & self.losses:
+            batch.once(name, PLACES[name], self.tables[name])
+        _ = batch.counted, "attention_scores" in self.losses and batch.counted_pairs
+        for side in batch.sides.values():
+            _ = side.by_length, side.labels is not None and side.labelled
+        return batch
+
+    @property
+    def reads_all(self) -> bool:
+        """Whether the losses surely give every trained parameter a gradient: one reads a part of each of `needed`."""
+        return all(readers(self.losses, *parts) for parts in self.needed)
 
     def run(self, backbone: nn.Module, side: Pieces, batch: Batch, embeddings: Tensor | None = None) -> View:
         """One model's pass, keeping what the losses read: all layers, queries, keys and values, or the last states.
@@ -149,6 +165,7 @@ class Distillation(TrainingTask):
         self.register_buffer("spelling", spelling, persistent=False)
         for name, tensor in stored._asdict().items() if stored else ():
             self.register_buffer(name, tensor, persistent=False)
+        self.tables = {"masked_lm_match": shared, "masked_lm_reduce": spelling}
         self.pooling, self.normalize = teacher.pooling, teacher.normalize
         self.project_hidden(student, teacher, directions)
         self.freeze_unread()
@@ -272,6 +289,8 @@ class DualTraining(TrainingTask):
             part.requires_grad_(stage.train_teacher and reads_head)
         if self.head is not None:
             self.head.requires_grad_(bool(readers(self.losses, "student head")))
+        self.needed = (*self.needed, ("teacher head",)) if self.mode == "joint" else ()
+        self.tables = {"teacher_masked_lm": [teacher.table.num_embeddings, student.config.vocab_size]}
         if self.mode != "joint":
             self.student.requires_grad_(False)
             self.student.get_input_embeddings().requires_grad_(True)
@@ -285,7 +304,7 @@ class DualTraining(TrainingTask):
         # the student learns from the teacher, not the teacher from the student: only masked LM moves the teacher
         forward = Forward(batch, self.pairs, self.up, self.down, teacher=mixed.detached())
         if self.teacher_head is not None:
-            forward.given["teacher_masked_lm"] = partial(self.masked_lm, mixed)
+            forward.given["teacher_masked_lm"] = partial(self.masked_lm, batch, mixed)
         if self.mode == "joint":
             forward.student = self.run(self.student, batch.student, batch)
             forward.student.predict = partial(self.head, table=self.student.get_input_embeddings().weight)
@@ -293,10 +312,10 @@ class DualTraining(TrainingTask):
             forward.given[f"parameters_{direction}"] = partial(projection, self.student, self.teacher)
         return forward
 
-    def masked_lm(self, mixed: View) -> Tensor:
+    def masked_lm(self, batch: Batch, mixed: View) -> Tensor:
         """Over both tables in the teacher's width, [V_T, D_T] and [V_S, D_T]."""
         tables = [self.embedding.teacher_table.weight, self.embedding.up(self.embedding.student_table.weight)]
-        return masked_lm_loss(mixed, self.teacher_head, tables, [self.teacher_head.bias, self.student_bias])
+        return masked_lm_loss(batch, mixed, self.teacher_head, tables, [self.teacher_head.bias, self.student_bias])
 
 
 class HeadTraining(TrainingTask):
@@ -305,6 +324,7 @@ class HeadTraining(TrainingTask):
     def __init__(self, teacher: Teacher, losses: Losses):
         super().__init__()
         self.losses, self.teacher, self.head = losses, teacher.backbone.requires_grad_(False), teacher.head
+        self.needed, self.tables = (), {"teacher_masked_lm": [teacher.table.num_embeddings]}
 
     def embedding_parameters(self) -> list[nn.Parameter]:
         return []
@@ -313,5 +333,5 @@ class HeadTraining(TrainingTask):
         with torch.no_grad():
             view = self.run(self.teacher, batch.teacher, batch)
         table, forward = self.teacher.get_input_embeddings().weight, Forward(batch, (), nn.Identity(), nn.Identity())
-        forward.given["teacher_masked_lm"] = partial(masked_lm_loss, view, self.head, [table], [self.head.bias])
+        forward.given["teacher_masked_lm"] = partial(masked_lm_loss, batch, view, self.head, [table], [self.head.bias])
         return forward

@@ -50,16 +50,6 @@ def products(left: Tensor, right: Tensor, heads: int) -> Tensor:
     return left @ right.mT / math.sqrt(left.shape[-1])
 
 
-class Masked(NamedTuple):
-    """The n masked pieces of a side: last hidden states [n, D], true pieces [n], their units numbered through the batch
-    [n], and how many of them each unit has [B U]."""
-
-    states: Tensor
-    labels: Tensor
-    units: Tensor
-    counts: Tensor
-
-
 @dataclass
 class View:
     """One model's pass over one side of the batch.
@@ -131,15 +121,11 @@ class View:
     def task_logits(self) -> Tensor:
         """A task's logits, [B, C], or [n, C] at the labelled pieces, which are as many on every side."""
         logits = self.predict(self.hidden[-1]) if self.logits is None else self.logits
-        return (logits[self.side.labels >= 0] if logits.ndim == 3 else logits).float()
+        return (logits.flatten(0, 1).index_select(0, self.side.labelled) if logits.ndim == 3 else logits).float()
 
-    @cached_property
-    def masked(self) -> Masked:
-        where = self.side.labels >= 0
-        first = torch.arange(len(where), device=where.device).unsqueeze(1) * self.unit_count
-        units = (self.side.units + first)[where]
-        counts = torch.bincount(units, minlength=len(where) * self.unit_count)
-        return Masked(self.hidden[-1][where].float(), self.side.labels[where], units, counts)
+    def at(self, places: Tensor) -> Tensor:
+        """Last hidden states in float32 at places of the flattened side, [n] -> [n, D]."""
+        return self.hidden[-1].flatten(0, 1).index_select(0, places).float()
 
 
 class Bank(NamedTuple):
@@ -175,7 +161,7 @@ class Forward:
         self, side: Literal["student", "teacher"], layers: Layers, direction: Direction, units: Units
     ) -> Tensor:
         found = getattr(self, side).states(layers)
-        found = found[:, 0] if units == "cls" else found[self.batch.unit_mask]
+        found = found[:, 0] if units == "cls" else found.flatten(0, 1).index_select(0, self.batch.counted)
         if (side, direction) == ("student", "up"):
             return self.up(found)
         return self.down(found) if (side, direction) == ("teacher", "down") else found
