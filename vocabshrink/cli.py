@@ -5,6 +5,7 @@ import json
 import os
 import sys
 from collections.abc import Iterable, Sequence
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Annotated
 
@@ -47,13 +48,14 @@ def run_stages(recipe: Path, overrides: list[str] | None, force: bool, only: str
     loaded = load_recipe(recipe, overrides or [])
     check_recipe(loaded, force=force)
     opened = Run(loaded, RunDir(Path("artifacts") / loaded.name), force)
-    for name in [only] if only else stages_of(loaded):
-        if name == "report" and main_process():
-            summarise(opened, since)  # which it shows
-        run_stage(opened, name)
-    if not only and main_process():
-        show_summary(summarise(opened, since))
-        print(f"report: {opened.dir.path / 'report.html'}")
+    with opened.dir.alone() if main_process() else nullcontext():  # a launcher's processes are one holder
+        for name in [only] if only else stages_of(loaded):
+            if name == "report" and main_process():
+                summarise(opened, since)  # which it shows
+            run_stage(opened, name)
+        if not only and main_process():
+            show_summary(summarise(opened, since))
+            print(f"report: {opened.dir.path / 'report.html'}")
 
 
 @app.command()

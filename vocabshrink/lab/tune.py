@@ -29,12 +29,12 @@ from sqlalchemy.exc import SQLAlchemyError
 from transformers import BertConfig, BertModel
 
 from tokenizer_build.errors import InputError
-from tokenizer_build.files import read_json, write_json, write_text
+from tokenizer_build.files import claimed, read_json, write_json, write_text
 from vocabshrink.delivery.graph import build_graph
 from vocabshrink.delivery.size import delivery_bytes
 from vocabshrink.lab.ablations import Seeds, rated_of, run_ablations
 from vocabshrink.lab.bench import time_calls
-from vocabshrink.lab.variants import Variant, advance, base_values, claimed, make_variant, refuse_launcher, value_at
+from vocabshrink.lab.variants import Variant, advance, base_values, make_variant, refuse_launcher, value_at
 from vocabshrink.pages.experiments import AVERAGE, TEACHER, place_of, write_tune_page
 from vocabshrink.run.engine import say
 from vocabshrink.run.folder import RunDir
@@ -237,7 +237,7 @@ def explore(tuner: Tuner) -> optuna.Study:
     decides += [tuner.recipe.evaluation.stsb, (tuner.recipe.delivery or DeliverySection()).budget]
     # a trial whose process died shows by its heartbeat, and is tried again
     retry = {"heartbeat_stale_trial_callback": RetryHeartbeatStaleTrialCallback()}
-    with claimed(tuner.root / "study", wait=True):  # two processes would make the tables of one file twice
+    with claimed(tuner.root / "study.lock", wait=True):  # two processes would make the tables of one file twice
         try:
             study = optuna.create_study(
                 study_name=f"{tuning.name}-{genome_of(decides)}",
@@ -258,7 +258,7 @@ def explore(tuner: Tuner) -> optuna.Study:
         if sum(bool(row["scores"]) for row in rows_of(study).values()) >= tuning.trials:
             break
         with contextlib.ExitStack() as asking:  # SQLite would give one queued trial to two processes
-            asking.enter_context(claimed(tuner.root / "study", wait=True))
+            asking.enter_context(claimed(tuner.root / "study.lock", wait=True))
             study.optimize(lambda trial: asking.close() or attempt(tuner, study, trial), n_trials=1)
     return study
 

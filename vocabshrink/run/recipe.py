@@ -57,20 +57,23 @@ def parse_size(value: Any) -> Any:
 
 POOLINGS = ("mean", "cls")
 Number = BeforeValidator(refuse_boolean)
-Bytes = Annotated[int, BeforeValidator(parse_size), Number, Field(gt=0)]
+# The upper bounds are far above whatever makes sense: they refuse slips, which would otherwise cost hours or memory.
+Bytes = Annotated[int, BeforeValidator(parse_size), Number, Field(gt=0, le=10**12)]
 Share = Annotated[float, Number, Field(ge=0, le=1)]
-Positive = Annotated[int, Number, Field(gt=0)]
-Rate = Annotated[float, Number, Field(gt=0)]
-Count = Annotated[int, Number, Field(ge=0)]
-Weight = Annotated[float, Number, Field(ge=0)]
-Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9_][A-Za-z0-9._-]*$")]
+Positive = Annotated[int, Number, Field(gt=0, le=10**9)]
+Size = Annotated[int, Number, Field(gt=0, le=2**16)]  # of a model's shape
+Rate = Annotated[float, Number, Field(gt=0, le=10**6)]
+LearningRate = Annotated[float, Number, Field(gt=0, le=10)]
+Count = Annotated[int, Number, Field(ge=0, le=2**32 - 1)]  # a seed too
+Weight = Annotated[float, Number, Field(ge=0, le=10**6)]
+Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9_][A-Za-z0-9._-]*$", max_length=100)]  # of a folder
 LayerMap = Annotated[str | list[tuple[int, int | list[int]]], BeforeValidator(check_layer_map)]
 Format = Literal[*FORMATS]
 WeightFormats = Format | dict[Literal[*CLASSES], Format]
 
 
 class Section(BaseModel):
-    model_config = ConfigDict(extra="forbid", protected_namespaces=())
+    model_config = ConfigDict(extra="forbid", protected_namespaces=(), allow_inf_nan=False)
 
 
 class TeacherSection(Section):
@@ -103,11 +106,11 @@ class VocabularySection(Section):
 class StudentSection(Section):
     """A BERT shape. What is left out is the teacher's."""
 
-    num_hidden_layers: Positive | None = None
-    hidden_size: Positive | None = None
-    num_attention_heads: Positive | None = None
-    intermediate_size: Positive | None = None
-    max_position_embeddings: Positive | None = None
+    num_hidden_layers: Size | None = None
+    hidden_size: Size | None = None
+    num_attention_heads: Size | None = None
+    intermediate_size: Size | None = None
+    max_position_embeddings: Size | None = None
     # teacher: piece means, and layers copied where shapes agree. extract_*: also heads, feed-forward neurons and, for a
     # narrower student, hidden dimensions cut out of the teacher's (Extract-then-Distill)
     initialize: Literal["teacher", "random", "extract_random", "extract_importance"] = "teacher"
@@ -121,8 +124,8 @@ class TrainingSection(Section):
     batch_size: Positive = 256  # sequences in one optimizer step, over all processes and accumulation steps
     gradient_accumulation: Positive = 1
     max_length: Positive = 128  # pieces, special tokens included
-    learning_rate: Rate = 5e-5
-    embedding_learning_rate: Rate | None = None  # None: learning_rate. New pieces have far more to learn
+    learning_rate: LearningRate = 5e-5
+    embedding_learning_rate: LearningRate | None = None  # None: learning_rate. New pieces have far more to learn
     optimizer: Literal["adamw", "lamb"] = "adamw"
     weight_decay: Weight = 0.01
     warmup: Share = 0.06  # share of the steps

@@ -49,6 +49,10 @@ def parse_yaml(text: str, origin: str) -> Any:
         problem = getattr(error, "problem", None) or getattr(error, "reason", None)  # of a control character
         where = f" at line {mark.line + 1}" if mark else ""
         raise InputError(f"{origin}: not YAML{where}: {problem}") from None
+    except (ValueError, RecursionError) as error:  # a number of thousands of digits; nested too deeply
+        raise InputError(
+            f"{origin}: cannot be read: {str(error).partition(';')[0]}: write it shorter or flatter"
+        ) from None
 
 
 def read_yaml(path: Path, kind: str, *needed: str) -> dict:

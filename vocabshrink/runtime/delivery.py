@@ -9,7 +9,6 @@ against MANIFEST.json (10 ms for 7 MB), and nothing outside the folder is read.
 """
 
 import hashlib
-import json
 import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -17,6 +16,7 @@ from pathlib import Path
 import numpy as np
 
 from tokenizer_build.errors import InputError
+from tokenizer_build.files import parse_json
 from vocabshrink.runtime.kinds import KINDS
 
 CHARACTERS_A_PIECE = 32  # of a long text at first: a text is tokenised no further than it is read
@@ -160,7 +160,7 @@ def load(folder: str | Path, threads: int = 1) -> Delivery:
         reading = folder / "tokenizer.json"
         tokenizer = Tokenizer.from_buffer(contents["tokenizer.json"])
         reading = folder / "config.json"
-        config = {} | json.loads(contents["config.json"])
+        config = {} | parse_json(contents["config.json"])
     except Exception as error:  # the errors of onnxruntime and tokenizers have no common class but this
         what = f"{reading} cannot be read ({error})"
         raise InputError(f"{what}: update onnxruntime and tokenizers, or export the model again") from error
@@ -209,7 +209,7 @@ def _read(folder: Path) -> tuple[dict, dict[str, bytes]]:
     if not path.is_file():
         raise InputError(f"{folder} is no delivered model: it has no MANIFEST.json")
     try:
-        manifest = {"task": None} | json.loads(path.read_bytes())
+        manifest = {"task": None} | parse_json(path.read_bytes())
     except (ValueError, TypeError) as error:  # the latter for JSON that is no object
         raise InputError(f"{path} is not a JSON object: export the model again") from error
     if manifest["task"] not in [*KINDS]:
