@@ -301,7 +301,7 @@ def test_files_that_are_no_graph_or_tokenizer_are_refused(copy):
     graph.write_bytes(weights)
     tokenizer.write_text("{}")
     write_manifest(copy, "embedding")
-    with pytest.raises(InputError, match="tokenizer.json cannot be read"):
+    with pytest.raises(InputError, match="tokenizer.json is not a tokenizer that can be read"):
         load(copy)
 
 

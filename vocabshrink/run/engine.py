@@ -181,7 +181,7 @@ def _run_stage(run: Run, name: str) -> bool:
         return False
     if main_process():
         for other in sorted(needed(stage)):
-            if run.dir.is_done(other):
+            if STAGES[other].asked(run.recipe) and run.dir.is_done(other):
                 run.dir.verify(other)
                 refuse_changed(run.dir.stage(other), files_of(run.recipe, other))
         files = {path: facts_of(path) for path in files_of(run.recipe, name)}

@@ -38,6 +38,8 @@ class Delivery:
         self.task: str = manifest["task"]
         self.dimension: int | None = manifest.get("dimension")
         self.longest: int = manifest["max_positions"]
+        pieces = tokenizer.get_vocab_size()
+        self.columns: int = {"embedding": self.dimension, "fill-mask": pieces}.get(self.task, len(labels))
 
     def embed(self, texts: Sequence[str], batch_size: int = 32) -> np.ndarray:
         """Embeddings [len(texts), dimension] float32."""
@@ -133,7 +135,14 @@ class Delivery:
             for encoding in batch:
                 encoding.pad(len(batch[-1].ids))
             feed = {name: np.array([getattr(one, INPUTS[name]) for one in batch], dtype=np.int64) for name in names}
-            yield from zip(rows, self.session.run([KINDS[self.task].output], feed)[0], strict=True)
+            try:
+                found = self.session.run([KINDS[self.task].output], feed)[0]
+            except Exception as error:  # onnxruntime's have no common class but this
+                raise InputError(f"the graph cannot be run ({error}): export the model again") from error
+            words = [len(batch[-1].ids)] if self.task in ("tokens", "fill-mask") else []
+            if found.shape != (len(rows), *words, self.columns):
+                raise InputError(f"the graph's {KINDS[self.task].output} has the shape {found.shape}: export it again")
+            yield from zip(rows, found, strict=True)
 
 
 def load(folder: str | Path, threads: int = 1) -> Delivery:
@@ -147,26 +156,30 @@ def load(folder: str | Path, threads: int = 1) -> Delivery:
     folder = Path(folder)
     manifest, contents = _read(folder)
     import onnxruntime
-    from tokenizers import Tokenizer
+
+    from tokenizer_build.tokenizer import parse_tokenizer
 
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = threads
     options.inter_op_num_threads = 1
     options.log_severity_level = 4  # what fails is raised
     options.add_session_config_entry("session.intra_op.allow_spinning", "0")  # waiting would burn a core
+    # A graph may name more files for its weights. What was verified are these bytes: there are no files beside them.
+    nowhere = str(folder / manifest["graph"] / "nowhere")
+    options.add_session_config_entry("session.model_external_initializers_file_folder_path", nowhere)
     reading = folder / manifest["graph"]
-    try:  # by its path, so that onnxruntime looks for external weights inside the folder alone
-        session = onnxruntime.InferenceSession(reading, options, providers=["CPUExecutionProvider"])
-        reading = folder / "tokenizer.json"
-        tokenizer = Tokenizer.from_buffer(contents["tokenizer.json"])
+    try:
+        session = onnxruntime.InferenceSession(contents[manifest["graph"]], options, providers=["CPUExecutionProvider"])
         reading = folder / "config.json"
         config = {} | parse_json(contents["config.json"])
-    except Exception as error:  # the errors of onnxruntime and tokenizers have no common class but this
-        what = f"{reading} cannot be read ({error})"
-        raise InputError(f"{what}: update onnxruntime and tokenizers, or export the model again") from error
-    tokenizer.no_padding()
+        names = {str(key): str(name) for key, name in (config.get("id2label") or {}).items()}
+    except Exception as error:  # onnxruntime's have no common class but this
+        raise InputError(
+            f"{reading} cannot be read ({error}): update onnxruntime, or export the model again"
+        ) from error
+    tokenizer = parse_tokenizer(contents["tokenizer.json"], folder / "tokenizer.json")
     tokenizer.enable_truncation(manifest["max_positions"])
-    names = (config.get("id2label") or {}) if KINDS[manifest["task"]].labelled else {}
+    names = names if KINDS[manifest["task"]].labelled else {}
     delivery = Delivery(session, tokenizer, manifest, [names.get(str(i)) for i in range(len(names))])
     if wrong := _misfit(delivery, config):
         raise InputError(f"{folder}: {wrong}: MANIFEST.json or config.json is another model's: export the model again")
@@ -217,10 +230,14 @@ def _read(folder: Path) -> tuple[dict, dict[str, bytes]]:
     needed = {"graph": str, "files": dict, "max_positions": int}
     needed |= {"dimension": int} if manifest["task"] == "embedding" else {}
     for key, kind in needed.items():
-        if not isinstance(found := manifest.get(key), kind):
+        if not isinstance(found := manifest.get(key), kind) or kind is int and not 0 < found < 2**31:
             raise InputError(f"{path} is not one of a delivery: {key} is {found!r}: export the model again")
     for name in (manifest["graph"], *manifest["files"]):
-        if "\0" in name or not (folder / name).resolve().is_relative_to(folder.resolve()):
+        try:
+            inside = (folder / name).resolve().is_relative_to(folder.resolve())
+        except (OSError, ValueError, RuntimeError):  # too long; a NUL or half a character; a link to itself
+            inside = False
+        if not inside:
             raise InputError(f"{path} names {name!r}, which lies outside the folder: it is not to be trusted")
     contents = {}
     for name in (manifest["graph"], "tokenizer.json", "config.json"):
@@ -245,9 +262,8 @@ def _misfit(delivery: Delivery, config: dict) -> str | None:
         return f"the graph's inputs are {inputs}, not {expected}"
     if output is None or output.type != "tensor(float)":
         return f"the graph has no output {KINDS[task].output} of tensor(float)"
-    columns = {"embedding": delivery.dimension, "fill-mask": pieces}.get(task, len(labels))
-    if isinstance(output.shape[-1], int) and output.shape[-1] != columns:
-        return f"{output.name} has {output.shape[-1]} columns where {columns} are promised"
-    if pieces > (rows := config.get("vocab_size", pieces)):
-        return f"tokenizer.json has {pieces:,} pieces and the model {rows:,}"
+    if output.shape and isinstance(output.shape[-1], int) and output.shape[-1] != delivery.columns:
+        return f"{output.name} has {output.shape[-1]} columns where {delivery.columns} are promised"
+    if not isinstance(rows := config.get("vocab_size", pieces), int) or pieces > rows:
+        return f"tokenizer.json has {pieces:,} pieces and the model {rows}"
     return None
