@@ -11,7 +11,7 @@ import re
 import shutil
 import zlib
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path, PurePath
 from typing import BinaryIO
 
@@ -57,6 +57,7 @@ def replacing_folder(folder: str | Path) -> Iterator[Path]:
         place = _temporary_beside(folder)
         new, old = place / "new", place / "old"
         try:
+            shutil.rmtree(place, ignore_errors=True)
             new.mkdir(parents=True)
             yield new
             for path in [*new.rglob("*"), new]:
@@ -77,21 +78,14 @@ def replacing_folder(folder: str | Path) -> Iterator[Path]:
 
 def _temporary_beside(path: Path) -> Path:
     """This process's temporary name for `path`. What killed processes of this machine left under theirs is removed."""
-    for left in path.parent.glob(f".{glob.escape(path.name)}.*.tmp"):
-        pid = left.suffixes[-2][1:] if len(left.suffixes) > 1 else ""
-        if pid.isdecimal() and (int(pid) == os.getpid() or not _alive(int(pid))):
+    for left in path.parent.glob(f".{glob.escape(path.name)}.*.tmp") if fcntl else ():
+        try:
+            os.kill(int(left.name.split(".")[-2]), 0)
+        except (ProcessLookupError, OverflowError):
             shutil.rmtree(left) if left.is_dir() else left.unlink(missing_ok=True)
+        except (PermissionError, ValueError):  # another user's; none of ours
+            pass
     return path.with_name(f".{path.name}.{os.getpid()}.tmp")
-
-
-def _alive(pid: int) -> bool:
-    try:
-        os.kill(pid, 0)
-    except (ProcessLookupError, OverflowError):
-        return False
-    except PermissionError:  # another user's
-        return True
-    return True
 
 
 def _exchanged(first: Path, second: Path) -> bool:
@@ -143,17 +137,15 @@ def _locked(lock: Path, wait: bool) -> int | None:
         try:
             if fcntl:
                 fcntl.flock(descriptor, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+        except OSError as error:
+            if isinstance(error, BlockingIOError):
+                os.close(descriptor)
+                return None
+            if error.errno not in (errno.ENOLCK, errno.ENOTSUP, errno.ENOSYS):  # of a file system without locks
+                raise
+        with suppress(FileNotFoundError):  # where its last holder has just removed it
             if os.path.samestat(os.fstat(descriptor), os.stat(lock)):
                 return descriptor
-        except BlockingIOError:
-            os.close(descriptor)
-            return None
-        except FileNotFoundError:  # its holder has just removed it
-            pass
-        except OSError as error:
-            if error.errno in (errno.ENOLCK, errno.ENOTSUP, errno.ENOSYS):  # a file system without locks
-                return descriptor
-            raise
         os.close(descriptor)
 
 

@@ -11,7 +11,7 @@ import sys
 import time
 import zlib
 from collections.abc import Callable
-from contextlib import nullcontext, suppress
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -129,23 +129,22 @@ def files_of(recipe: Recipe, name: str) -> list[str]:
 
 def facts_of(path: str, *, whole: bool = True) -> dict[str, int]:
     """What tells a file's content from others: size, time of its last change, checksums of samples and of all."""
-    about = os.stat(path)
-    facts = {"bytes": about.st_size, "modified": about.st_mtime_ns, "samples": 0}
+    about, samples = os.stat(path), 0
     with open(path, "rb") as file:
         for start in range(0, about.st_size, max(SAMPLE, about.st_size // SAMPLES)):
             file.seek(start)
-            facts["samples"] = zlib.crc32(file.read(SAMPLE), facts["samples"])
+            samples = zlib.crc32(file.read(SAMPLE), samples)
+    facts = {"bytes": about.st_size, "modified": about.st_mtime_ns, "samples": samples}
     return facts | ({"checksum": checksum(Path(path))} if whole else {})
 
 
 def refuse_changed(folder: Path, files: list[str]) -> None:
-    """Raises InputError where a file that a stage read holds something else now. One that is gone says nothing."""
-    before = read_json(folder / "settings.json").get("files") or {}
-    changed = sorted(set(before) ^ set(files)) if any(path in before for path in files) else []
-    for path in [] if changed else files:
-        if path in before:
-            now = facts_of(path, whole=before[path]["modified"] != os.stat(path).st_mtime_ns)
-            changed += [path] if any(before[path][k] != now[k] for k in now if k != "modified") else []
+    """Raises InputError where a file that a stage read holds something else now. All gone say nothing."""
+    before = read_json(folder / "settings.json").get("files", {})
+    changed = sorted(before.keys() ^ set(files)) if before.keys() & set(files) else []
+    for path in before.keys() & set(files) if not changed else ():
+        now = facts_of(path, whole=before[path]["modified"] != os.stat(path).st_mtime_ns)
+        changed += [path for key in now.keys() - {"modified"} if now[key] != before[path][key]]
     if changed:
         remedy = "put back what was there, or give the run another name"
         raise InputError(f"{changed[0]} is not what it was when {folder} was made from it: {remedy}")
@@ -158,12 +157,7 @@ def context_of(run: Run, name: str) -> Context:
 
 def run_stage(run: Run, name: str) -> bool:
     """Runs one stage unless it is done. Returns whether it ran. Raises InputError where a stage that it needs is not
-    done or damaged, where it is done under other settings or from other text, and where another process is at it."""
-    with run.dir.alone() if main_process() else nullcontext():
-        return _run_stage(run, name)
-
-
-def _run_stage(run: Run, name: str) -> bool:
+    done or damaged, and where it is done under other settings or from other text."""
     stage, folder = STAGES[name], run.dir.stage(name)
     missing = [n for n in stage.needs.split() if STAGES[n].asked(run.recipe) and not run.dir.is_done(n)]
     if missing:

@@ -15,7 +15,7 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from importlib import metadata
@@ -36,7 +36,6 @@ from tokenizer_build.files import (
 
 # What a fine-tuning's summary says beside its tasks' names.
 OF_SUMMARY = {"average", "seconds_per_step", "tokens", "test", "rounded", "minutes"}
-HELD: set[Path] = set()  # the locks of runs that this process holds
 PACKAGES = ("vocabshrink", "torch", "transformers", "tokenizers", "accelerate", "onnxruntime", "numpy", "model2vec")
 
 
@@ -98,19 +97,11 @@ class RunDir:
     @contextmanager
     def alone(self) -> Iterator[None]:
         """Keeps other processes out of the run until the block ends. Raises InputError where one is in it already."""
-        lock = self.path / ".lock"
-        if lock.absolute() in HELD:
-            yield
-            return
-        with claimed(lock) as mine:
+        with claimed(lock := self.path / ".lock") as mine:
             if not mine:
                 holder = lock.read_text(encoding="utf-8") or "another process"
                 raise InputError(f"{self.path}: {holder} is at work on this run: wait for it, or choose another name")
-            HELD.add(lock.absolute())
-            try:
-                yield
-            finally:
-                HELD.discard(lock.absolute())
+            yield
 
     def append_metrics(self, row: dict) -> None:
         """Adds one row to metrics.jsonl; it is on its way to the disk when this returns."""
@@ -160,7 +151,6 @@ class SharedRunDir(RunDir):
 
     shared: Path
     settings_of: Callable[[str], dict]
-    alone = nullcontext  # a stage is claimed where it stands (variants.py), by whichever of the runs comes first
     _stages: dict[str, Path] = field(default_factory=dict, init=False, repr=False, compare=False)
 
     def stage(self, name: str) -> Path:
