@@ -27,7 +27,7 @@ PHASE = {"steps": 1, "batch_size": 8, "max_length": 32, "precision": "no", "lear
 NEAR = SHORT | {"unit": "sentence", "group_size": 4, "losses": {"group_similarity": 20, "sentence_cosine": 0.5}}
 NARROW = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 32}
 LAYERS = {"attention_scores": 1, "hidden_mse": 1, "embedding_mse": 1}
-LEFT_TO_TORTURE = {"layers", "labels", "rounded", "pairs", "alike", "index", "rated"}
+LEFT_TO_TORTURE = {"grid", "regression", "layers", "labels", "rounded", "pairs", "alike", "index", "rated"}
 # part -> {choice: its sections}; a choice of {} leaves the part out
 PARTS: dict[str, dict[str, dict]] = {
     "head": {"none": {}, "trained": {"masked_lm_head": SHORT}},
