@@ -69,6 +69,8 @@ def load_config(folder: Path):
     """A model folder's config. Raises InputError for what is no config, or not an encoder's."""
     with refusing(folder):
         config = AutoConfig.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
+    if not getattr(config, "num_hidden_layers", 1) > 0:
+        raise InputError(f"{folder}/config.json: num_hidden_layers is {config.num_hidden_layers}: it has no layers")
     if config.is_encoder_decoder or getattr(config, "is_decoder", False):
         raise InputError(f"{folder}: {config.model_type} has a decoder: only encoders can be teachers")
     if getattr(config, "transformers_weights", None):

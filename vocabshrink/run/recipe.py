@@ -442,7 +442,7 @@ def explain(error: Any, root: type[BaseModel] = Recipe) -> str:
         return f"{where} is missing"
     message = error["msg"].removeprefix("Value error, ")
     message = message[0].lower() + message[1:]
-    got = "" if isinstance(error["input"], dict) else f" (got {error['input']!r})"
+    got = "" if isinstance(error["input"], dict) else f" (got {error['input']!r:.100})"
     return f"{where}: {message}{got}" if where else message
 
 

@@ -79,7 +79,7 @@ def parse_override(override: str) -> tuple[str, Any]:
     key, equals, value = override.partition("=")
     if not equals:
         raise InputError(f"{override}: write an override as key.subkey=value")
-    return key, parse_yaml(value, override) if value else None
+    return key, parse_yaml(value, f"{override:.100}") if value else None
 
 
 def override_value(data: dict, keys: list[str], value: Any, origin: str) -> None:

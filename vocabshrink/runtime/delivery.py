@@ -9,6 +9,7 @@ against MANIFEST.json (10 ms for 7 MB), and nothing outside the folder is read.
 """
 
 import hashlib
+import os
 import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -241,7 +242,7 @@ def _read(folder: Path) -> tuple[dict, dict[str, bytes]]:
             raise InputError(f"{path} names {name!r}, which lies outside the folder: it is not to be trusted")
     contents = {}
     for name in (manifest["graph"], "tokenizer.json", "config.json"):
-        if not (folder / name).is_file():
+        if not os.path.isfile(folder / name):  # False for a name that is too long, too
             raise InputError(f"{folder / name} is missing: copy the whole folder again")
         contents[name], facts = (folder / name).read_bytes(), manifest["files"].get(name)
         if not isinstance(facts, dict) or facts.get("sha256") != hashlib.sha256(contents[name]).hexdigest():
