@@ -125,10 +125,8 @@ def covering(parts: dict[str, dict], *where) -> list[dict[str, str]]:
     return found
 
 
-@pytest.fixture(scope="module")
-def where(tiny_teacher, headless_teacher, corpus_file, lines, tmp_path_factory):
-    """What `recipe_of` takes beside the choices; files of each kind of task."""
-    folder = tmp_path_factory.mktemp("combinations")
+def write_rows(folder: Path, lines: list[str], teacher: Path, headless: Path) -> tuple:
+    """What `recipe_of` takes beside the choices, with files of each kind of task."""
     rows = {
         "classification": [{"sentence1": line, "label": i % 2} for i, line in enumerate(lines[:24])],
         "pairs": [{"sentence1": a, "sentence2": b, "label": i % 2} for i, (a, b) in enumerate(pairwise(lines[:25]))],
@@ -144,7 +142,12 @@ def where(tiny_teacher, headless_teacher, corpus_file, lines, tmp_path_factory):
         (folder / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in own))
     short = folder / "corpus.txt"
     short.write_text("\n".join(lines[:250]) + "\n")
-    return folder, {False: tiny_teacher, True: headless_teacher}, short
+    return folder, {False: teacher, True: headless}, short
+
+
+@pytest.fixture(scope="module")
+def where(tiny_teacher, headless_teacher, lines, tmp_path_factory):
+    return write_rows(tmp_path_factory.mktemp("combinations"), lines, tiny_teacher, headless_teacher)
 
 
 def run_combination(chosen: dict[str, str], where: tuple, root: Path, number: int) -> None:
