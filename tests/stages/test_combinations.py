@@ -109,7 +109,7 @@ def pairs_of(chosen: dict[str, str]) -> set:
 def covering(parts: dict[str, dict], *where) -> list[dict[str, str]]:
     """Few combinations that have every possible pair of choices: each is the best of some hundred drawn ones."""
     rng, drawn = random.Random(0), []
-    while len(drawn) < 400:
+    while len(drawn) < sum(map(len, parts.values())) ** 2:
         chosen = {part: rng.choice(list(choices)) for part, choices in parts.items()}
         if possible(chosen, *where):
             drawn.append(chosen)
