@@ -320,15 +320,17 @@ def test_nothing_outside_the_folder_is_read(copy):
                 load(copy)
 
 
-def test_weights_outside_the_folder_are_not_read(copy):
-    """A graph may name other files for its weights; onnxruntime refuses those that leave its folder."""
-    (copy.parent / "secret").write_bytes(bytes(300 * 8 * 4))
+@pytest.mark.parametrize("place", ["../../secret", "beside"])
+def test_weights_of_other_files_are_not_read(place, copy, monkeypatch):
+    """A graph may name other files for its weights: none is of the manifest, wherever it lies."""
+    (copy / "onnx" / place).write_bytes(bytes(300 * 8 * 4))
+    monkeypatch.chdir(copy / "onnx")
     path = copy / "onnx" / "model.onnx"
     model = onnx.load(path)
     table = next(tensor for tensor in model.graph.initializer if tensor.name == "table")
     table.ClearField("raw_data")
     table.data_location = TensorProto.EXTERNAL
-    for key, value in (("location", "../../secret"), ("offset", "0"), ("length", str(300 * 8 * 4))):
+    for key, value in (("location", place), ("offset", "0"), ("length", str(300 * 8 * 4))):
         table.external_data.add(key=key, value=value)
     path.write_bytes(model.SerializeToString())
     write_manifest(copy, "embedding")
