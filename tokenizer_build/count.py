@@ -10,13 +10,17 @@ the rarest are dropped (lossy counting, Manku & Motwani 2002): words counted onc
 maximum is left. A word that survives is undercounted by at most what was dropped of it; frequent words are exact.
 """
 
+import os
 import re
+import signal
 from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from functools import lru_cache, partial
-from multiprocessing import get_context
+from multiprocessing import get_context, parent_process
 from pathlib import Path
+from threading import Thread
 
 import pyarrow
 import pyarrow.parquet
@@ -66,13 +70,24 @@ def map_in_order(function: Callable, items: Iterable, processes: int) -> Iterato
         yield from map(function, items)
         return
     waiting: deque = deque()
-    with ProcessPoolExecutor(processes, get_context("spawn")) as pool:
+    pool = ProcessPoolExecutor(processes, get_context("spawn"), initializer=_end_with_parent)
+    try:
         for item in items:
             waiting.append(pool.submit(function, item))
             if len(waiting) >= 2 * processes:
                 yield waiting.popleft().result()
         while waiting:
             yield waiting.popleft().result()
+    except BrokenProcessPool:
+        raise InputError("a worker process was killed, perhaps for want of memory: run again, on fewer") from None
+    finally:
+        pool.shutdown(cancel_futures=True)
+
+
+def _end_with_parent() -> None:
+    """In a worker: leave Ctrl-C to the parent, and end when it does, killed or not."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    Thread(target=lambda: (parent_process().join(), os._exit(1)), daemon=True).start()
 
 
 def count_block(lines: Iterable[str], lowercase: bool = True) -> dict[str, int]:

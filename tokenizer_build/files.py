@@ -1,31 +1,45 @@
 """Files that appear whole or not at all, and readers that say in one sentence what is wrong with a file."""
 
+import ctypes
 import errno
+import glob
 import json
 import math
 import os
+import platform
+import re
 import shutil
-import tempfile
+import zlib
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path, PurePath
 from typing import BinaryIO
 
 from tokenizer_build.errors import InputError
+
+try:
+    import fcntl
+except ImportError:  # Windows: nothing is locked there
+    fcntl = None
 
 LARGEST_RECORD = 256_000_000  # bytes of one JSONL or CSV line; the only thing that is read whole
 
 
 @contextmanager
 def replacing(path: str | Path) -> Iterator[Path]:
-    """Yield a temporary path beside `path`, renamed to it if the block succeeds; InputError when the disk is full."""
+    """Yield a temporary path beside `path`; sync and rename it to `path` if the block succeeds.
+
+    Raises InputError when the disk is full or the folder cannot be written.
+    """
     path = Path(path)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    with naming_full_disk(path):
+    with naming_bad_disk(path):
         path.parent.mkdir(parents=True, exist_ok=True)
+        temporary = _temporary_beside(path)
         try:
             yield temporary
+            sync(temporary)
             os.replace(temporary, path)
+            sync(path.parent)
         finally:
             temporary.unlink(missing_ok=True)
 
@@ -34,43 +48,137 @@ def replacing(path: str | Path) -> Iterator[Path]:
 def replacing_folder(folder: str | Path) -> Iterator[Path]:
     """Yield an empty temporary folder beside `folder`; put it in its place if the block succeeds.
 
-    The old folder is deleted only once the new one is in its place. Raises InputError when the disk is full.
+    Where the system can exchange two names in one step (Linux), there is no moment without the old folder or the new.
+    Raises InputError as `replacing` does.
     """
     folder = Path(folder)
-    with naming_full_disk(folder):
+    with naming_bad_disk(folder):
         folder.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(prefix=f".{folder.name}.", dir=folder.parent) as place:
-            new, old = Path(place, "new"), Path(place, "old")
-            new.mkdir()
+        place = _temporary_beside(folder)
+        new, old = place / "new", place / "old"
+        try:
+            shutil.rmtree(place, ignore_errors=True)
+            new.mkdir(parents=True)
             yield new
-            if folder.exists():
-                os.replace(folder, old)
-            try:
-                os.replace(new, folder)
-            except OSError:
-                if old.exists():
-                    os.replace(old, folder)
-                raise
+            for path in [*new.rglob("*"), new]:
+                sync(path)
+            if not folder.exists() or not _exchanged(new, folder):
+                if folder.exists():
+                    os.replace(folder, old)
+                try:
+                    os.replace(new, folder)
+                except OSError:
+                    if old.exists():
+                        os.replace(old, folder)
+                    raise
+            sync(folder.parent)
+        finally:
+            shutil.rmtree(place, ignore_errors=True)
+
+
+def _temporary_beside(path: Path) -> Path:
+    """This process's temporary name for `path`. What killed processes of this machine left under theirs is removed."""
+    for left in path.parent.glob(f".{glob.escape(path.name)}.*.tmp") if fcntl else ():
+        try:
+            os.kill(int(left.name.split(".")[-2]), 0)
+        except (ProcessLookupError, OverflowError):
+            shutil.rmtree(left) if left.is_dir() else left.unlink(missing_ok=True)
+        except (PermissionError, ValueError):  # another user's; none of ours
+            pass
+    return path.with_name(f".{path.name}.{os.getpid()}.tmp")
+
+
+def _exchanged(first: Path, second: Path) -> bool:
+    """Exchange two names in one step; False where the system, or the file system, cannot."""
+    try:
+        renameat2 = ctypes.CDLL(None).renameat2
+    except (OSError, AttributeError, TypeError):
+        return False
+    here, exchange = -100, 2  # AT_FDCWD, RENAME_EXCHANGE
+    return renameat2(here, os.fsencode(first), here, os.fsencode(second), exchange) == 0
+
+
+def sync(path: Path) -> None:
+    """Have a file, or the names in a folder, on the disk: a power cut may otherwise leave a new name on no content."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
 
 
 @contextmanager
-def naming_full_disk(path: str | Path) -> Iterator[None]:
-    """Turn "no space left" while writing `path` into an InputError that says how many bytes are free."""
+def claimed(lock: str | Path, *, wait: bool = False) -> Iterator[bool]:
+    """Whether what the file `lock` stands for is this process's alone until the block ends; False where another holds
+    it, unless this one waits for it. While it is held, the file says by whom.
+
+    The lock is the kernel's, so it dies with its process and is never stale.
+    """
+    lock = Path(lock)
+    with naming_bad_disk(lock):
+        lock.parent.mkdir(parents=True, exist_ok=True)
+        descriptor = _locked(lock, wait)
+    if descriptor is None:
+        yield False
+        return
+    try:
+        os.truncate(lock, 0)
+        os.write(descriptor, f"process {os.getpid()} on {platform.node()}".encode())
+        yield True
+    finally:
+        lock.unlink(missing_ok=True)  # while it is held
+        os.close(descriptor)
+
+
+def _locked(lock: Path, wait: bool) -> int | None:
+    """The descriptor of the file `lock`, locked; None where another process holds it."""
+    while True:
+        descriptor = os.open(lock, os.O_RDWR | os.O_CREAT, 0o666)
+        try:
+            if fcntl:
+                fcntl.flock(descriptor, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+        except OSError as error:
+            if isinstance(error, BlockingIOError):
+                os.close(descriptor)
+                return None
+            if error.errno not in (errno.ENOLCK, errno.ENOTSUP, errno.ENOSYS):  # of a file system without locks
+                raise
+        with suppress(FileNotFoundError):  # where its last holder has just removed it
+            if os.path.samestat(os.fstat(descriptor), os.stat(lock)):
+                return descriptor
+        os.close(descriptor)
+
+
+def checksum(path: Path) -> int:
+    """The CRC-32 of a file: it finds damage, not forgery, and reads 2 GB in a second."""
+    found = 0
+    with path.open("rb") as file:
+        while block := file.read(1 << 20):
+            found = zlib.crc32(block, found)
+    return found
+
+
+@contextmanager
+def naming_bad_disk(path: str | Path) -> Iterator[None]:
+    """Turn "no space left" and "may not be written" while writing `path` into an InputError of one sentence."""
     try:
         yield
-    except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
-            raise
-        free = shutil.disk_usage(next(parent for parent in Path(path).absolute().parents if parent.is_dir())).free
-        raise InputError(f"no space left to write {path}: {free:,} bytes are free: free some, run again") from error
+    except InputError:
+        raise
+    except Exception as error:  # of any kind: safetensors has an exception of its own, with the system's number in it
+        number = getattr(error, "errno", None) or int((re.findall(r"\(os error (\d+)\)", str(error)) or ["0"])[0])
+        if number in (errno.ENOSPC, errno.EDQUOT):
+            free = shutil.disk_usage(next(parent for parent in Path(path).absolute().parents if parent.is_dir())).free
+            raise InputError(f"no space left to write {path}: {free:,} bytes are free: free some, run again") from error
+        if number in (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENAMETOOLONG):
+            raise InputError(f"{path} cannot be written ({os.strerror(number)}): choose another place") from error
+        raise
 
 
 def write_text(path: str | Path, text: str) -> None:
     """Write a UTF-8 file atomically, with \\n line ends on every system."""
     with replacing(path) as temporary, temporary.open("w", encoding="utf-8", newline="\n") as file:
         file.write(text)
-        file.flush()
-        os.fsync(file.fileno())  # without it, a power cut may leave the new name on an empty file
 
 
 def write_json(path: str | Path, value) -> None:
@@ -90,10 +198,18 @@ def plain(value):
     return str(value) if isinstance(value, PurePath) else value
 
 
+def parse_json(text: str | bytes):
+    """The value of a JSON text. Raises ValueError for what is none, and for one nested too deeply."""
+    try:
+        return json.loads(text)
+    except RecursionError:
+        raise ValueError("it is nested too deeply") from None
+
+
 def read_json(path: str | Path):
     """Read a JSON file. Raises InputError naming the file when it is missing or not JSON."""
     try:
-        return json.loads(Path(path).read_text(encoding="utf-8"))
+        return parse_json(Path(path).read_text(encoding="utf-8"))
     except FileNotFoundError as error:
         raise InputError(f"{path} is missing: run the stage that writes it") from error
     except ValueError as error:  # JSONDecodeError and UnicodeDecodeError
@@ -114,8 +230,8 @@ def read_jsonl(path: str | Path, opened: BinaryIO | None = None) -> Iterator[tup
                 row, why = None, ""
                 array = number == 1 and line.lstrip().startswith("[")
                 try:
-                    row = json.loads(line + "".join(rest for _, rest in lines) if array else line.rstrip("\r\n"))
-                except (ValueError, RecursionError) as error:  # the latter: nested too deeply
+                    row = parse_json(line + "".join(rest for _, rest in lines) if array else line.rstrip("\r\n"))
+                except ValueError as error:
                     why = f" ({str(error).replace('line 1 ', '')})"
                 for place, item in enumerate(row, 1) if array and isinstance(row, list) else [(number, row)]:
                     if not isinstance(item, dict):

@@ -88,6 +88,21 @@ def save_tokenizer(
     write_text(folder / "vocab.txt", "".join(f"{piece}\n" for piece in pieces))
 
 
+def parse_tokenizer(content: bytes, origin: str | Path) -> Tokenizer:
+    """The tokenizer of a tokenizer.json's content; it neither pads nor truncates. Raises InputError, naming the origin,
+    for what is none, and for what the tokenizers library breaks on."""
+    try:
+        tokenizer = Tokenizer.from_buffer(content)
+        tokenizer.no_padding()  # all-MiniLM-L6-v2's file pads every input to 128 pieces
+        tokenizer.no_truncation()
+        tokenizer.encode("", "")  # a post-processor of unknown pieces breaks only here
+    except (KeyboardInterrupt, SystemExit):
+        raise
+    except BaseException as error:  # the library raises bare Exceptions, and panics, which are not even those
+        raise InputError(f"{origin} is not a tokenizer that can be read ({error}): name a tokenizer.json") from None
+    return tokenizer
+
+
 def load_tokenizer(path: str | Path) -> Tokenizer:
     """The tokenizer of a folder (tokenizer.json, or a BERT vocab.txt) or of a JSON file, of any family.
 
@@ -97,14 +112,7 @@ def load_tokenizer(path: str | Path) -> Tokenizer:
     path = Path(os.path.expanduser(path))
     file = path / "tokenizer.json" if path.is_dir() else path
     if file.is_file():
-        try:
-            tokenizer = Tokenizer.from_buffer(file.read_bytes())
-        except Exception as error:  # the tokenizers library raises bare Exceptions
-            raise InputError(f"{file} is not a tokenizer that can be read ({error}): name a tokenizer.json") from None
-        tokenizer.no_padding()  # all-MiniLM-L6-v2's file pads every input to 128 pieces
-        tokenizer.no_truncation()
-        tokenizer.encode_special_tokens = True
-        return tokenizer
+        return parse_tokenizer(file.read_bytes(), file)
     vocabulary, settings = path / "vocab.txt", path / "tokenizer_config.json"
     if not vocabulary.is_file():
         raise InputError(f"{path} has no tokenizer.json and no vocab.txt: name a tokenizer's folder or JSON file")

@@ -11,6 +11,7 @@ import glob
 import json
 import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import nullcontext
 from itertools import chain
 from pathlib import Path
 from typing import Any, Literal
@@ -158,11 +159,12 @@ def run_recipe(
     runs. since: Unix time from which minutes are counted. Returns the run's summary: {figure: {system: value}, ...}."""
     check_recipe(recipe, force=force)
     run = Run(recipe, folder, force)
-    for name in [only] if only else stages_of(recipe):
-        if name == "report" and main_process():
-            summarise(run, since)  # which it shows
-        run_stage(run, name)
-    return summarise(run, since) if not only and main_process() else {}
+    with folder.alone() if main_process() else nullcontext():  # a launcher's processes are one holder
+        for name in [only] if only else stages_of(recipe):
+            if name == "report" and main_process():
+                summarise(run, since)  # which it shows
+            run_stage(run, name)
+        return summarise(run, since) if not only and main_process() else {}
 
 
 def learn_vocabulary(

@@ -1,9 +1,9 @@
 """The command line. Bad input is one sentence on stderr and exit code 2; torch is imported only by what trains."""
 
 import codecs
-import errno
 import json
 import os
+import signal
 import sys
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -302,11 +302,22 @@ def bench(
     CONSOLE.print(*lab.bench_tables(report))
 
 
+def stop(number: int, frame) -> None:
+    """Ends the command at a signal, with one sentence."""
+    if os.environ.get("RANK", "0") == "0":
+        print(
+            f"vocabshrink: stopped ({signal.Signals(number).name}): the same command goes on from here", file=sys.stderr
+        )
+    sys.exit(128 + number)
+
+
 def main() -> None:
-    """The console script: what the user can mend becomes one sentence and exit code 2."""
+    """The console script: what the user can mend becomes one sentence and exit code 2; a signal, one and its code."""
     # what a terminal's encoding lacks is written as in JSON, so that the answers in JSON stay valid
     codecs.register_error("escaped", lambda error: (json.dumps(error.object[error.start : error.end])[1:-1], error.end))
     sys.stdout.reconfigure(errors="escaped")
+    signal.signal(signal.SIGINT, stop)
+    signal.signal(signal.SIGTERM, stop)
     try:
         if (word := "".join(sys.argv[1:2])) in RENAMED:
             raise InputError(f"the stage {word} is called {RENAMED[word]} now: vocabshrink {RENAMED[word]} RECIPE")
@@ -316,8 +327,8 @@ def main() -> None:
     except (InputError, OSError, ImportError) as error:
         sentence, package = str(error), (getattr(error, "name", None) or "").partition(".")[0]
         extra = next((extra for extra, packages in EXTRAS.items() if package in packages.split()), None)
-        if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
-            sentence = f"the disk is full (writing {error.filename or 'a file'}): free some space and run again"
+        if isinstance(error, OSError):  # what no reader or writer below could tell more about
+            sentence = f"{error.filename or 'a file'}: {error.strerror or error}: make room, or choose another place"
         elif extra:
             sentence = f"this command needs {package}: pip install 'vocabshrink[{extra}]'"
         elif not isinstance(error, InputError):

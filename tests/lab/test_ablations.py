@@ -3,6 +3,7 @@
 import importlib
 import json
 import multiprocessing
+import os
 import re
 import time
 
@@ -10,10 +11,9 @@ import pytest
 import yaml
 
 from tokenizer_build.errors import InputError
-from tokenizer_build.files import read_json
+from tokenizer_build.files import claimed, read_json
 from vocabshrink.lab import ablations
 from vocabshrink.lab.ablations import figures_of, read_ablation, rows_of, run_ablations, units_of
-from vocabshrink.lab.variants import claimed
 from vocabshrink.pages.experiments import plot
 from vocabshrink.run.folder import RunDir
 from vocabshrink.run.stage import STAGES
@@ -356,9 +356,11 @@ def test_files_run_one_by_one_share_one_summary(tmp_path, made):
 
 
 def test_a_stage_belongs_to_one_process_at_a_time(tmp_path):
-    with claimed(tmp_path / "stages" / "distill-1") as mine, claimed(tmp_path / "stages" / "distill-1") as other:
-        assert mine and not other
-    with claimed(tmp_path / "stages" / "distill-1") as mine:
+    lock = tmp_path / "stages" / "distill-1.lock"
+    with claimed(lock) as mine, claimed(lock) as other:
+        assert mine and not other and lock.read_text().startswith(f"process {os.getpid()} on ")
+    assert not lock.exists()
+    with claimed(lock) as mine:
         assert mine
 
 

@@ -1,6 +1,7 @@
 """The run folder: a stage is done or not, and a full disk is a sentence."""
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -58,6 +59,36 @@ def test_a_crash_while_emptying_leaves_no_stage_that_looks_done(run, monkeypatch
     with pytest.raises(ZeroDivisionError):
         run.start("vocab")
     assert not run.is_done("vocab")
+
+
+def test_a_run_belongs_to_one_process(run):
+    taken = pytest.raises(InputError, match=r"run: process \d+ on .* is at work on this run: wait for it, or choose")
+    with run.alone(), taken, RunDir(run.path).alone():
+        pass
+    with run.alone():
+        pass
+    assert list(run.path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    "damage", [lambda p: p.write_bytes(b"wordz"), lambda p: p.unlink(), lambda p: p.write_bytes(b"")]
+)
+def test_a_finished_stage_is_verified_file_by_file(damage, run, monkeypatch):
+    synced, fsync = set(), os.fsync
+    monkeypatch.setattr(os, "fsync", lambda n: synced.add(Path(os.readlink(f"/proc/self/fd/{n}")).name) or fsync(n))
+    folder = run.start("encode")
+    (folder / "inner").mkdir()
+    (folder / "inner" / "words.bin").write_bytes(b"words")
+    (folder / "checkpoints").mkdir()
+    (folder / "checkpoints" / "large").write_bytes(b"not read back")
+    run.finish("encode", {})
+    assert {"words.bin", "inner", "encode"} <= synced and "large" not in synced
+    run.verify("encode")
+    (folder / "more").write_text("what is added hinders nobody")
+    run.verify("encode")
+    damage(folder / "inner" / "words.bin")
+    with pytest.raises(InputError, match="inner/words.bin is damaged, altered or missing since stage encode wrote it"):
+        run.verify("encode")
 
 
 def test_starting_does_not_follow_links_out_of_the_folder(run, tmp_path):

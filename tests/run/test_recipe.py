@@ -304,7 +304,7 @@ class TestDump:
                 ),
             )
         ),
-        rate=st.floats(1e-12, 1e3),
+        rate=st.floats(1e-12, 10),
     )
     @settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
     def test_any_words_and_numbers_survive(self, load, words, rate):

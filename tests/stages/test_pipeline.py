@@ -1,6 +1,7 @@
 """Whole runs on a tiny teacher: exact files, log rows, refusals, in every mode of dual training."""
 
 import json
+import os
 import shutil
 
 import numpy as np
@@ -288,6 +289,48 @@ def test_a_killed_stage_resumes_to_the_same_student(tiny_teacher, corpus_file, t
     assert weights[0].read_bytes() == weights[1].read_bytes()
     steps = [row["step"] for row in resumed.dir.metrics() if row["kind"] == "train"]
     assert steps == list(range(1, 7))
+
+
+@pytest.fixture
+def begun(tiny_teacher, lines, tmp_path):
+    """A run on a corpus of its own, up to `encode`; the corpus."""
+    corpus = tmp_path / "own.txt"
+    corpus.write_text("\n".join(lines), encoding="utf-8")
+    run = Run(
+        parse_recipe(tiny_recipe(tiny_teacher, corpus, "untrained", distill=DISTILL), "test"), RunDir(tmp_path / "run")
+    )
+    for name in ("count", "vocab"):
+        run_stage(run, name)
+    return run, corpus
+
+
+@pytest.mark.parametrize("hidden", [False, True])
+def test_other_text_in_the_same_file_is_refused_by_name(hidden, begun):
+    run, corpus = begun
+    whole, about = corpus.read_text(), corpus.stat()
+    corpus.touch()
+    run_stage(run, "encode")  # it is the text that counts
+    corpus.write_text(whole.replace("ka", "zz"))  # as long as before
+    if hidden:
+        os.utime(corpus, ns=(about.st_atime_ns, about.st_mtime_ns))
+    for name in ("count", "distill"):
+        with pytest.raises(InputError, match=r"own\.txt is not what it was when .*count was made from it: put back"):
+            run_stage(run, name)
+    corpus.unlink()
+    assert not run_stage(run, "count")  # its words are counted, whatever became of it
+    corpus.write_text(whole)
+    assert not run_stage(run, "encode")
+
+
+def test_a_damaged_stage_is_refused_before_it_is_read(begun):
+    run, _ = begun
+    run_stage(run, "encode")
+    path = run.dir.stage("encode") / "word_ids.npy"
+    content = bytearray(path.read_bytes())
+    content[-1] ^= 1
+    path.write_bytes(content)
+    with pytest.raises(InputError, match="word_ids.npy is damaged, altered or missing since stage encode"):
+        run_stage(run, "distill")
 
 
 def test_over_budget_leaves_no_delivery(tiny_teacher, corpus_file, tmp_path):

@@ -2,15 +2,27 @@
 
 import errno
 import json
+import multiprocessing
 import os
+import signal
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 
+from tokenizer_build import files
 from tokenizer_build.errors import InputError
-from tokenizer_build.files import read_json, read_jsonl, replacing, replacing_folder, write_json, write_text
+from tokenizer_build.files import (
+    claimed,
+    naming_bad_disk,
+    read_json,
+    read_jsonl,
+    replacing,
+    replacing_folder,
+    write_json,
+    write_text,
+)
 
 
 def test_json_is_strict_whatever_numbers_come_in(tmp_path):
@@ -77,9 +89,10 @@ def test_other_os_errors_stay_what_they_are(tmp_path):
 def test_missing_and_broken_json_are_named(tmp_path):
     with pytest.raises(InputError, match="absent.json is missing"):
         read_json(tmp_path / "absent.json")
-    (tmp_path / "bad.json").write_bytes(b"\xff{")
-    with pytest.raises(InputError, match="bad.json is not JSON"):
-        read_json(tmp_path / "bad.json")
+    for bad in (b"\xff{", b"[" * 100_000, b"9" * 5000):
+        (tmp_path / "bad.json").write_bytes(bad)
+        with pytest.raises(InputError, match="bad.json is not JSON"):
+            read_json(tmp_path / "bad.json")
 
 
 def listing(folder):
@@ -119,7 +132,8 @@ def test_a_failed_folder_leaves_the_old_one_and_nothing_else(tmp_path, monkeypat
         replace(source, target)
 
     monkeypatch.setattr(os, "replace", refuse_the_new)
-    with pytest.raises(PermissionError), replacing_folder(folder):
+    monkeypatch.setattr(files, "_exchanged", lambda *names: False)  # as where the system cannot
+    with pytest.raises(InputError, match="model cannot be written .*: choose another place"), replacing_folder(folder):
         pass
     assert listing(tmp_path) == ["model", "model/old"] and (folder / "old").read_text() == "old"
 
@@ -152,3 +166,69 @@ def test_bad_jsonl_is_named_with_the_row(tmp_path):
         list(read_jsonl(tmp_path / "absent.jsonl"))
     with pytest.raises(InputError, match="cannot be read"):
         list(read_jsonl(tmp_path))
+
+
+@pytest.fixture
+def events(monkeypatch) -> list[str]:
+    """The names of what was synced, and the new names of what was renamed, in order."""
+    found, fsync, replace = [], os.fsync, os.replace
+    monkeypatch.setattr(
+        os, "fsync", lambda number: found.append(Path(os.readlink(f"/proc/self/fd/{number}")).name) or fsync(number)
+    )
+    monkeypatch.setattr(os, "replace", lambda old, new: found.append(f"to {Path(new).name}") or replace(old, new))
+    return found
+
+
+def test_content_is_on_the_disk_before_its_name_and_then_the_name(tmp_path, events):
+    write_text(tmp_path / "x.txt", "x")
+    assert events == [f".x.txt.{os.getpid()}.tmp", "to x.txt", tmp_path.name]
+    del events[:]
+    with replacing_folder(tmp_path / "model") as new:
+        (new / "inner").mkdir()
+        (new / "inner" / "weights").write_text("w")
+    assert sorted(events[:3]) == ["inner", "new", "weights"] and events[3:] == ["to model", tmp_path.name]
+
+
+def test_a_folder_is_exchanged_in_one_step(tmp_path, events):
+    """Where the system can: no rename leaves a moment without either."""
+    for content in ("old", "new"):
+        with replacing_folder(tmp_path / "model") as new:
+            (new / "x").write_text(content)
+    assert events.count("to model") == 1 and (tmp_path / "model" / "x").read_text() == "new"
+
+
+def hold(lock, ready):
+    with claimed(lock) as mine:
+        ready.send(mine)
+        signal.pause()
+
+
+def test_what_a_killed_process_left_is_no_hindrance(tmp_path):
+    lock, (ours, theirs) = tmp_path / ".lock", multiprocessing.Pipe()
+    child = multiprocessing.get_context("fork").Process(target=hold, args=(lock, theirs))
+    child.start()
+    assert ours.recv() is True
+    with claimed(lock) as mine:
+        assert not mine and lock.read_text().startswith(f"process {child.pid} on ")
+    (tmp_path / f".x.txt.{child.pid}.tmp").write_text("half")
+    (tmp_path / f".model.{child.pid}.tmp").mkdir()
+    write_text(tmp_path / "x.txt", "whole")
+    assert (tmp_path / f".x.txt.{child.pid}.tmp").exists()  # while that process lives
+    child.kill()
+    child.join()
+    assert lock.exists()
+    with claimed(lock) as mine:
+        assert mine
+    write_text(tmp_path / "x.txt", "whole")
+    with replacing_folder(tmp_path / "model"):
+        pass
+    assert listing(tmp_path) == ["model", "x.txt"]
+
+
+@pytest.mark.parametrize(
+    "error", [PermissionError(errno.EACCES, "x"), OSError(errno.EROFS, "x"), RuntimeError("I/O error (os error 13)")]
+)
+def test_a_folder_that_may_not_be_written_is_named(error, tmp_path):
+    named = pytest.raises(InputError, match=r"out.json cannot be written \(.*\): choose another place")
+    with named, naming_bad_disk(tmp_path / "out.json"):
+        raise error

@@ -166,3 +166,16 @@ def test_loading_needs_what_the_base_install_has():
     program = "import sys, tokenizer_build.tokenizer; print({'pyarrow', 'sentencepiece', 'torch'} & set(sys.modules))"
     out = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
     assert out.stdout == "set()\n"
+
+
+@pytest.mark.parametrize("part", ["normalizer", "post_processor"])
+def test_what_the_tokenizers_library_panics_on_is_refused(part, tmp_path):
+    """A panic is no Exception, and would end the program past every handler."""
+    spec = json.loads(make_tokenizer([*SPECIAL_TOKENS, "ka"]).to_str())
+    if part == "normalizer":
+        spec["normalizer"] = {"type": "Precompiled", "precompiled_charsmap": "AAAA"}
+    else:
+        spec["post_processor"]["pair"][2]["SpecialToken"]["id"] = "[NONE]"
+    (tmp_path / "tokenizer.json").write_text(json.dumps(spec))
+    with pytest.raises(InputError, match="tokenizer.json is not a tokenizer that can be read"):
+        load_tokenizer(tmp_path)

@@ -37,7 +37,7 @@ from tokenizers.pre_tokenizers import BertPreTokenizer
 
 from tokenizer_build.count import map_in_order
 from tokenizer_build.errors import InputError
-from tokenizer_build.files import naming_full_disk, read_json, write_json
+from tokenizer_build.files import naming_bad_disk, read_json, write_json
 from tokenizer_build.tokenizer import load_tokenizer, lowercases
 
 CACHED_CHUNKS = 1_000_000  # about 250 MB; Zipf's law makes a refill after clearing cheap
@@ -124,7 +124,7 @@ def encode_corpus(
     shutil.rmtree(made, ignore_errors=True)
     made.mkdir(parents=True)
     try:
-        with naming_full_disk(folder):
+        with naming_bad_disk(folder):
             totals = _write(_encode_blocks(blocks, paths, processes), made, progress)
             write_json(made / "meta.json", {"teacher": teacher, "student": student} | totals)
             (folder / "meta.json").unlink(missing_ok=True)  # goes first and comes last: no half-written run loads

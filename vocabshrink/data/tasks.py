@@ -10,7 +10,6 @@ scikit-learn's and scipy's; only spans are counted here, as CoNLL does. Not done
 Shapes: R rows of a split, C labels (1 for scores).
 """
 
-import json
 import math
 import re
 from collections.abc import Callable, Iterator
@@ -29,6 +28,7 @@ from sklearn.metrics import accuracy_score, f1_score, matthews_corrcoef
 
 from tokenizer_build.corpus import read_rows
 from tokenizer_build.errors import InputError
+from tokenizer_build.files import parse_json
 from vocabshrink.run.recipe import TaskSection
 
 UNLABELLED = -1
@@ -122,7 +122,7 @@ class _Reader:
             self.pair &= rows[0][1].get(section.text[-1]) is not None
         path = Path(section.train).with_name("meta.json")
         try:
-            self.meta = json.loads(path.read_text(encoding="utf-8-sig")) if path.is_file() else {}
+            self.meta = parse_json(path.read_text(encoding="utf-8-sig")) if path.is_file() else {}
             in_meta = self.meta.get(self.field, self.meta.get("slots" if tokens else "labels"))
             in_meta = [] if section.kind == "regression" else TypeAdapter(list[str] | None).validate_python(in_meta)
         except (ValueError, AttributeError):

@@ -29,12 +29,12 @@ from sqlalchemy.exc import SQLAlchemyError
 from transformers import PreTrainedConfig
 
 from tokenizer_build.errors import InputError
-from tokenizer_build.files import read_json, write_json, write_text
+from tokenizer_build.files import claimed, read_json, write_json, write_text
 from vocabshrink.delivery.graph import build_graph
 from vocabshrink.delivery.size import delivery_bytes
 from vocabshrink.lab.ablations import Seeds, rated_of, run_ablations
 from vocabshrink.lab.bench import time_calls
-from vocabshrink.lab.variants import Variant, advance, base_values, claimed, make_variant, refuse_launcher, value_at
+from vocabshrink.lab.variants import Variant, advance, base_values, make_variant, refuse_launcher, value_at
 from vocabshrink.models.families import new_encoder
 from vocabshrink.pages.experiments import AVERAGE, TEACHER, place_of, write_tune_page
 from vocabshrink.run.engine import say
@@ -238,7 +238,7 @@ def explore(tuner: Tuner) -> optuna.Study:
     decides += [tuner.recipe.evaluation.stsb, (tuner.recipe.delivery or DeliverySection()).budget]
     # a trial whose process died shows by its heartbeat, and is tried again
     retry = {"heartbeat_stale_trial_callback": RetryHeartbeatStaleTrialCallback()}
-    with claimed(tuner.root / "study", wait=True):  # two processes would make the tables of one file twice
+    with claimed(tuner.root / "study.lock", wait=True):  # two processes would make the tables of one file twice
         try:
             study = optuna.create_study(
                 study_name=f"{tuning.name}-{genome_of(decides)}",
@@ -249,19 +249,47 @@ def explore(tuner: Tuner) -> optuna.Study:
             )
         except (ImportError, SQLAlchemyError) as error:
             raise InputError(f"storage {url}: cannot be opened: {str(error).splitlines()[0]}") from None
-        for name, genes in tuner.named().items():
-            study.enqueue_trial(genes, user_attrs={"name": name}, skip_if_exists=True)
     rates = {"mutation_prob": tuning.mutation, "crossover_prob": tuning.crossover, "swapping_prob": tuning.swap}
-    seed = tuning.seed + len(study.trials)  # a resumed study draws on, not the same again
-    genetic = NSGAIISampler(population_size=tuning.population, seed=seed, **rates)
-    study.sampler = genetic if tuning.sampler == "genetic" else RandomSampler(seed=seed)
     while len(study.trials) < ASKED * tuning.trials:
         if sum(bool(row["scores"]) for row in rows_of(study).values()) >= tuning.trials:
             break
-        with contextlib.ExitStack() as asking:  # SQLite would give one queued trial to two processes
-            asking.enter_context(claimed(tuner.root / "study", wait=True))
-            study.optimize(lambda trial: asking.close() or attempt(tuner, study, trial), n_trials=1)
+        # SQLite would give one queued trial to two processes, so they ask one at a time
+        with contextlib.ExitStack() as held, contextlib.ExitStack() as asking:
+            asking.enter_context(claimed(tuner.root / "study.lock", wait=True))
+            drawn = prepare(tuner, study)
+            genetic = NSGAIISampler(population_size=tuning.population, seed=tuning.seed + drawn, **rates)
+            study.sampler = genetic if tuning.sampler == "genetic" else RandomSampler(seed=tuning.seed + drawn)
+
+            def one(trial, held=held, asking=asking):
+                held.enter_context(claimed(lock_of(tuner, trial)))
+                asking.close()
+                return attempt(tuner, study, trial)
+
+            study.optimize(one, n_trials=1)
     return study
+
+
+def prepare(tuner: Tuner, study: optuna.Study) -> int:
+    """Readies the study for the next trial: trials whose process died are called failed, and of the named maps the
+    first that nobody has tried is next. Returns how many trials there are without the failed: a draw is a function of
+    this number, so that a killed search draws what an unbroken one would."""
+    for trial in study.get_trials(deepcopy=False, states=(TrialState.RUNNING,)) if not tuner.tuning.storage else ():
+        with claimed(lock_of(tuner, trial)) as dead:
+            if dead and not study.trials[trial.number].state.is_finished():  # it may have ended since
+                study.tell(trial.number, state=TrialState.FAIL)
+    trials = [trial for trial in study.get_trials(deepcopy=False) if trial.state != TrialState.FAIL]
+    tried = [trial.system_attrs.get("fixed_params") or trial.params for trial in trials]
+    waiting = any(trial.state == TrialState.WAITING for trial in trials)
+    for name, genes in tuner.named().items() if not waiting else ():
+        if genes not in tried:
+            study.enqueue_trial(genes, user_attrs={"name": name})
+            break
+    return len(trials) - waiting
+
+
+def lock_of(tuner: Tuner, trial) -> Path:
+    """What the process holds that is at this trial; of a database that machines share, heartbeats tell instead."""
+    return tuner.root / f"trial-{trial.number}.lock"
 
 
 def attempt(tuner: Tuner, study: optuna.Study, trial: optuna.Trial) -> list[float]:

@@ -6,17 +6,14 @@ stage belongs to one process while it is made. The lock is the kernel's and dies
 """
 
 import copy
-import fcntl
 import os
 import shutil
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from tokenizer_build.errors import InputError
-from tokenizer_build.files import read_json
+from tokenizer_build.files import claimed, read_json
 from vocabshrink.run.engine import Run, run_stage, say, settings_of
 from vocabshrink.run.folder import SharedRunDir
 from vocabshrink.run.recipe import Recipe, load_recipe, parse_recipe
@@ -101,26 +98,13 @@ def refuse_launcher() -> None:
         raise InputError(f"many runs want one process each: {remedy}, instead of by accelerate launch")
 
 
-@contextmanager
-def claimed(folder: Path, *, wait: bool = False) -> Iterator[bool]:
-    """Whether `folder` belongs to this process alone; False where another holds it, unless this one waits for it."""
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    with folder.with_name(folder.name + ".lock").open("w") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
-            mine = True
-        except BlockingIOError:
-            mine = False
-        yield mine
-
-
 def advance(variant: Variant, *, wait: bool = False) -> bool:
     """Runs the variant's stages that are not done. Returns False, with some perhaps done, where another process is at
     the next and this one does not `wait`."""
     run = Run(variant.recipe, variant.dir)  # made here, so that the text and tasks it reads are freed with it
     for name in variant.stages:
         if not variant.dir.is_done(name):
-            with claimed(variant.dir.stage(name), wait=wait) as mine:
+            with claimed(f"{variant.dir.stage(name)}.lock", wait=wait) as mine:
                 if not mine:
                     return False
                 say(f"{variant.label}: {name}")

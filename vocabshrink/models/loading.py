@@ -8,7 +8,6 @@ from autocast. `check_folder` judges what can be seen without reading the weight
 
 import hashlib
 import importlib.util
-import json
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -21,6 +20,7 @@ from transformers import AutoConfig, AutoModel
 from transformers.utils import logging as transformers_logging
 
 from tokenizer_build.errors import InputError
+from tokenizer_build.files import parse_json
 from tokenizer_build.tokenizer import load_tokenizer
 
 transformers_logging.set_verbosity_error()
@@ -71,6 +71,8 @@ def load_config(folder: Path):
     """A model folder's config. Raises InputError for what is no config, or not an encoder's."""
     with refusing(folder):
         config = AutoConfig.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
+    if not getattr(config, "num_hidden_layers", 1) > 0:
+        raise InputError(f"{folder}/config.json: num_hidden_layers is {config.num_hidden_layers}: it has no layers")
     if config.is_encoder_decoder or getattr(config, "is_decoder", False):
         raise InputError(f"{folder}: {config.model_type} has a decoder: only encoders can be teachers")
     if getattr(config, "transformers_weights", None):
@@ -130,7 +132,7 @@ def weight_files(folder: Path) -> list[Path]:
     if not index.is_file():
         raise InputError(f"{folder}: no model.safetensors: convert the weights with save_pretrained")
     try:
-        names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
+        names = sorted(set(parse_json(index.read_text(encoding="utf-8"))["weight_map"].values()))
         wrong = [name for name in names if Path(name).name != name or not (folder / name).is_file()]
     except (ValueError, LookupError, TypeError, AttributeError):
         raise InputError(f"{index}: not an index of shards: save the model again with save_pretrained") from None

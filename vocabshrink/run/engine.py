@@ -9,7 +9,9 @@ import json
 import os
 import sys
 import time
+import zlib
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
@@ -17,12 +19,17 @@ from typing import Any
 
 from pydantic import BaseModel
 
+from tokenizer_build.corpus import expand
 from tokenizer_build.errors import InputError
-from tokenizer_build.files import read_json, write_json, write_text
+from tokenizer_build.files import checksum, read_json, write_json, write_text
 from vocabshrink.run.folder import RunDir
-from vocabshrink.run.recipe import Recipe, dump_recipe
+from vocabshrink.run.recipe import Recipe, TaskSection, dump_recipe
 from vocabshrink.run.stage import STAGES, Stage, needed, setting, stages_of
 
+# The settings that name the files which a stage reads itself: it is made of their content, too.
+FILES = dict.fromkeys(("task_teacher", "augment", "finetune"), "tasks") | {"count": "corpus.sources"}
+FILES["export"] = "evaluation.stsb index.passages"
+SAMPLES, SAMPLE = 64, 1 << 16  # of a file's content: their number, and the bytes of each
 # Settings that change how fast or how visibly a run goes, but not what it makes.
 IMMATERIAL = {"processes", "threads", "trackers", "evaluations", "checkpoint_minutes"}
 
@@ -106,6 +113,44 @@ def first_difference(before: Any, now: Any, path: str = "") -> str | None:
     return None if before == now else f"{path} ({json.dumps(before)} -> {json.dumps(now)})"
 
 
+def files_of(recipe: Recipe, name: str) -> list[str]:
+    """The files outside of the run that a stage's own settings name, without those that are not there."""
+    named, found = [setting(recipe, path) for path in FILES.get(name, "").split()], []
+    while named:
+        value = named.pop()
+        if isinstance(value, TaskSection):
+            named += [value.train, value.validation, value.test, value.logits]
+        elif isinstance(value, list | dict):
+            named += value.values() if isinstance(value, dict) else value
+        elif value:
+            with suppress(InputError):  # for what is not there, which the stage says that reads it
+                found += expand([value])
+    return sorted(path for path in found if Path(path).is_file())
+
+
+def facts_of(path: str, *, whole: bool = True) -> dict[str, int]:
+    """What tells a file's content from others: size, time of its last change, checksums of samples and of all."""
+    about, samples = os.stat(path), 0
+    with open(path, "rb") as file:
+        for start in range(0, about.st_size, max(SAMPLE, about.st_size // SAMPLES)):
+            file.seek(start)
+            samples = zlib.crc32(file.read(SAMPLE), samples)
+    facts = {"bytes": about.st_size, "modified": about.st_mtime_ns, "samples": samples}
+    return facts | ({"checksum": checksum(Path(path))} if whole else {})
+
+
+def refuse_changed(folder: Path, files: list[str]) -> None:
+    """Raises InputError where a file that a stage read holds something else now. All gone say nothing."""
+    before = read_json(folder / "settings.json").get("files", {})
+    changed = sorted(before.keys() ^ set(files)) if before.keys() & set(files) else []
+    for path in before.keys() & set(files) if not changed else ():
+        now = facts_of(path, whole=before[path]["modified"] != os.stat(path).st_mtime_ns)
+        changed += [path for key in now.keys() - {"modified"} if now[key] != before[path][key]]
+    if changed:
+        remedy = "put back what was there, or give the run another name"
+        raise InputError(f"{changed[0]} is not what it was when {folder} was made from it: {remedy}")
+
+
 def context_of(run: Run, name: str) -> Context:
     """What the stage of this name works with."""
     return Context(run.recipe, run.dir, STAGES[name], run.force)
@@ -113,7 +158,7 @@ def context_of(run: Run, name: str) -> Context:
 
 def run_stage(run: Run, name: str) -> bool:
     """Runs one stage unless it is done. Returns whether it ran. Raises InputError where a stage that it needs is not
-    done, and where it is done under other settings."""
+    done or damaged, and where it is done under other settings or from other text."""
     stage, folder = STAGES[name], run.dir.stage(name)
     missing = [n for n in stage.needs.split() if STAGES[n].asked(run.recipe) and not run.dir.is_done(n)]
     if missing:
@@ -121,14 +166,24 @@ def run_stage(run: Run, name: str) -> bool:
         raise InputError(f"{run.dir.path}: stage {name} needs {missing[0]} first: {remedy}")
     settings = settings_of(run.recipe, name)
     if run.dir.is_done(name) and name != "report":  # a report is cheap, and stale as soon as any stage ran again
-        if different := first_difference(read_json(folder / "settings.json"), settings):
+        made_under = read_json(folder / "settings.json")
+        if different := first_difference({key: made_under[key] for key in made_under if key != "files"}, settings):
             remedy = "give the run another name, or delete the folder"
             raise InputError(f"{folder}: made by another recipe: {different}: {remedy}")
+        if main_process():
+            refuse_changed(folder, files_of(run.recipe, name))
         say(f"{name}: done before")
         return False
     if main_process():
+        for other in sorted(needed(stage)):
+            if STAGES[other].asked(run.recipe) and run.dir.is_done(other):
+                run.dir.verify(other)
+                refuse_changed(run.dir.stage(other), files_of(run.recipe, other))
+        files = {path: facts_of(path) for path in files_of(run.recipe, name)}
+        if (folder / "checkpoints").is_dir() and (folder / "settings.json").is_file():
+            refuse_changed(folder, files_of(run.recipe, name))  # from which training would go on
         run.dir.start(name)
-        write_json(folder / "settings.json", settings)
+        write_json(folder / "settings.json", settings | ({"files": files} if files else {}))
         write_text(run.dir.path / "recipe.yaml", dump_recipe(run.recipe))
         run.dir.write_environment()
     wait_for_everyone()

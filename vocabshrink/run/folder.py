@@ -1,8 +1,9 @@
 """The folder of one run: where each stage writes, and how a finished stage differs from a crashed one.
 
 A stage owns one folder and writes `DONE` into it last. An unfinished attempt is thrown away when the stage starts
-again, except its `checkpoints/`, from which training resumes. Every file appears whole or not at all. There is no lock:
-two runs in one folder at once are the user's mistake, and of several processes only the main one may write here.
+again, except its `checkpoints/`, from which training resumes. Every file appears whole or not at all. `DONE` holds the
+checksums of the stage's files, which later stages verify before they read them. Two runs in one folder at once are
+refused (`alone`), and of several processes of one run only the main one may write here.
 """
 
 import hashlib
@@ -13,13 +14,25 @@ import platform
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from importlib import metadata
 from pathlib import Path
 
-from tokenizer_build.files import naming_full_disk, plain, read_jsonl, write_json, write_text
+from tokenizer_build.errors import InputError
+from tokenizer_build.files import (
+    checksum,
+    claimed,
+    naming_bad_disk,
+    plain,
+    read_json,
+    read_jsonl,
+    sync,
+    write_json,
+    write_text,
+)
 
 # What a fine-tuning's summary says beside its tasks' names.
 OF_SUMMARY = {"average", "seconds_per_step", "tokens", "test", "rounded", "minutes"}
@@ -60,14 +73,40 @@ class RunDir:
         return folder
 
     def finish(self, name: str, summary: dict) -> None:
-        """Writes the stage's summary.json, then `DONE`."""
-        write_json(self.stage(name) / "summary.json", summary)
-        write_text(self.stage(name) / "DONE", "")
+        """Writes the stage's summary.json, sees that all of its files are on the disk, then writes `DONE`."""
+        folder, sums = self.stage(name), {}
+        write_json(folder / "summary.json", summary)
+        for path in sorted(folder.rglob("*")):
+            if path.is_file() and "checkpoints" not in (inside := path.relative_to(folder)).parts:
+                sums[inside.as_posix()] = checksum(path)
+                sync(path)
+        for path in [*(path for path in folder.rglob("*") if path.is_dir()), folder]:
+            sync(path)
+        write_json(folder / "DONE", sums)
+
+    def verify(self, name: str) -> None:
+        """Raises InputError for a file of a finished stage that is not as the stage left it."""
+        folder = self.stage(name)
+        for inside, found in read_json(folder / "DONE").items() if (folder / "DONE").stat().st_size else ():
+            if not (folder / inside).is_file() or checksum(folder / inside) != found:
+                remedy = f"delete {folder} to have the stage done again"
+                raise InputError(
+                    f"{folder / inside} is damaged, altered or missing since stage {name} wrote it: {remedy}"
+                )
+
+    @contextmanager
+    def alone(self) -> Iterator[None]:
+        """Keeps other processes out of the run until the block ends. Raises InputError where one is in it already."""
+        with claimed(lock := self.path / ".lock") as mine:
+            if not mine:
+                holder = lock.read_text(encoding="utf-8") or "another process"
+                raise InputError(f"{self.path}: {holder} is at work on this run: wait for it, or choose another name")
+            yield
 
     def append_metrics(self, row: dict) -> None:
         """Adds one row to metrics.jsonl; it is on its way to the disk when this returns."""
         path = self.path / "metrics.jsonl"
-        with naming_full_disk(path):
+        with naming_bad_disk(path):
             path.parent.mkdir(parents=True, exist_ok=True)
             with path.open("a", encoding="utf-8") as file:
                 file.write(json.dumps(plain(row), ensure_ascii=False) + "\n")

@@ -57,20 +57,23 @@ def parse_size(value: Any) -> Any:
 
 POOLINGS = ("mean", "cls", "max", "last", "mean_sqrt")
 Number = BeforeValidator(refuse_boolean)
-Bytes = Annotated[int, BeforeValidator(parse_size), Number, Field(gt=0)]
+# The upper bounds are far above whatever makes sense: they refuse slips, which would otherwise cost hours or memory.
+Bytes = Annotated[int, BeforeValidator(parse_size), Number, Field(gt=0, le=10**12)]
 Share = Annotated[float, Number, Field(ge=0, le=1)]
-Positive = Annotated[int, Number, Field(gt=0)]
-Rate = Annotated[float, Number, Field(gt=0)]
-Count = Annotated[int, Number, Field(ge=0)]
-Weight = Annotated[float, Number, Field(ge=0)]
-Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9_][A-Za-z0-9._-]*$")]
+Positive = Annotated[int, Number, Field(gt=0, le=10**9)]
+Size = Annotated[int, Number, Field(gt=0, le=2**16)]  # of a model's shape
+Rate = Annotated[float, Number, Field(gt=0, le=10**6)]
+LearningRate = Annotated[float, Number, Field(gt=0, le=10)]
+Count = Annotated[int, Number, Field(ge=0, le=2**32 - 1)]  # a seed too
+Weight = Annotated[float, Number, Field(ge=0, le=10**6)]
+Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9_][A-Za-z0-9._-]*$", max_length=100)]  # of a folder
 LayerMap = Annotated[str | list[tuple[int, int | list[int]]], BeforeValidator(check_layer_map)]
 Format = Literal[*FORMATS]
 WeightFormats = Format | dict[Literal[*CLASSES], Format]
 
 
 class Section(BaseModel):
-    model_config = ConfigDict(extra="forbid", protected_namespaces=())
+    model_config = ConfigDict(extra="forbid", protected_namespaces=(), allow_inf_nan=False)
 
 
 class TeacherSection(Section):
@@ -107,14 +110,14 @@ class VocabularySection(Section):
 class StudentSection(Section):
     """A BERT shape. What is left out is the teacher's, or that of `start`."""
 
-    num_hidden_layers: Positive | None = None
-    hidden_size: Positive | None = None
-    num_attention_heads: Positive | None = None
-    intermediate_size: Positive | None = None
-    max_position_embeddings: Positive | None = None
+    num_hidden_layers: Size | None = None
+    hidden_size: Size | None = None
+    num_attention_heads: Size | None = None
+    intermediate_size: Size | None = None
+    max_position_embeddings: Size | None = None
     # columns of a factorised piece table, pieces x this and this x hidden_size (ALBERT, ELECTRA); None: hidden_size, or
     # the teacher's where its table is factorised. Out of dumps where it is not set
-    embedding_size: Positive | None = Field(default=None, exclude_if=lambda value: value is None)
+    embedding_size: Size | None = Field(default=None, exclude_if=lambda value: value is None)
     # another model than the teacher, whose layers and pieces the student starts from
     start: str | None = Field(default=None, exclude_if=lambda value: value is None)
     # teacher: piece means, and layers copied where shapes agree. extract_*: also heads, feed-forward neurons and, for a
@@ -130,8 +133,8 @@ class TrainingSection(Section):
     batch_size: Positive = 256  # sequences in one optimizer step, over all processes and accumulation steps
     gradient_accumulation: Positive = 1
     max_length: Positive = 128  # pieces, special tokens included
-    learning_rate: Rate = 5e-5
-    embedding_learning_rate: Rate | None = None  # None: learning_rate. New pieces have far more to learn
+    learning_rate: LearningRate = 5e-5
+    embedding_learning_rate: LearningRate | None = None  # None: learning_rate. New pieces have far more to learn
     optimizer: Literal["adamw", "lamb"] = "adamw"
     weight_decay: Weight = 0.01
     warmup: Share = 0.06  # share of the steps
@@ -509,7 +512,7 @@ def explain(error: Any, root: type[BaseModel] = Recipe) -> str:
         return f"{where} is missing"
     message = error["msg"].removeprefix("Value error, ")
     message = message[0].lower() + message[1:]
-    got = "" if isinstance(error["input"], dict) else f" (got {error['input']!r})"
+    got = "" if isinstance(error["input"], dict) else f" (got {error['input']!r:.100})"
     return f"{where}: {message}{got}" if where else message
 
 

@@ -49,6 +49,10 @@ def parse_yaml(text: str, origin: str) -> Any:
         problem = getattr(error, "problem", None) or getattr(error, "reason", None)  # of a control character
         where = f" at line {mark.line + 1}" if mark else ""
         raise InputError(f"{origin}: not YAML{where}: {problem}") from None
+    except (ValueError, RecursionError) as error:  # a number of thousands of digits; nested too deeply
+        raise InputError(
+            f"{origin}: cannot be read: {str(error).partition(';')[0]}: write it shorter or flatter"
+        ) from None
 
 
 def read_yaml(path: Path, kind: str, *needed: str) -> dict:
@@ -75,7 +79,7 @@ def parse_override(override: str) -> tuple[str, Any]:
     key, equals, value = override.partition("=")
     if not equals:
         raise InputError(f"{override}: write an override as key.subkey=value")
-    return key, parse_yaml(value, override) if value else None
+    return key, parse_yaml(value, f"{override:.100}") if value else None
 
 
 def override_value(data: dict, keys: list[str], value: Any, origin: str) -> None:

@@ -9,7 +9,7 @@ against MANIFEST.json (10 ms for 7 MB), and nothing outside the folder is read.
 """
 
 import hashlib
-import json
+import os
 import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -17,6 +17,7 @@ from pathlib import Path
 import numpy as np
 
 from tokenizer_build.errors import InputError
+from tokenizer_build.files import parse_json
 from vocabshrink.runtime.kinds import KINDS
 
 CHARACTERS_A_PIECE = 32  # of a long text at first: a text is tokenised no further than it is read
@@ -43,6 +44,8 @@ class Delivery:
         self.dimension: int | None = manifest.get("dimension")
         self.longest: int = manifest["max_positions"]
         self.prompts: dict[str, str] = manifest.get("prompts", {})
+        pieces = tokenizer.get_vocab_size()
+        self.columns: int = {"embedding": self.dimension, "fill-mask": pieces}.get(self.task, len(labels))
 
     def embed(
         self,
@@ -193,7 +196,14 @@ class Delivery:
             for encoding in batch:
                 encoding.pad(len(batch[-1].ids))
             feed = {name: np.array([getattr(one, INPUTS[name]) for one in batch], dtype=np.int64) for name in names}
-            yield from zip(rows, self.session.run([KINDS[self.task].output], feed)[0], strict=True)
+            try:
+                found = self.session.run([KINDS[self.task].output], feed)[0]
+            except Exception as error:  # onnxruntime's have no common class but this
+                raise InputError(f"the graph cannot be run ({error}): export the model again") from error
+            words = [len(batch[-1].ids)] if self.task in ("tokens", "fill-mask") else []
+            if found.shape != (len(rows), *words, self.columns):
+                raise InputError(f"the graph's {KINDS[self.task].output} has the shape {found.shape}: export it again")
+            yield from zip(rows, found, strict=True)
 
 
 def load(folder: str | Path, threads: int = 1) -> Delivery:
@@ -207,27 +217,33 @@ def load(folder: str | Path, threads: int = 1) -> Delivery:
     folder = Path(folder)
     manifest, contents = _read(folder)
     import onnxruntime
-    from tokenizers import Tokenizer
+
+    from tokenizer_build.tokenizer import parse_tokenizer
 
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = threads
     options.inter_op_num_threads = 1
     options.log_severity_level = 4  # what fails is raised
     options.add_session_config_entry("session.intra_op.allow_spinning", "0")  # waiting would burn a core
+    # A graph may name more files for its weights. What was verified are these bytes: there are no files beside them.
+    nowhere = str(folder / manifest["graph"] / "nowhere")
+    options.add_session_config_entry("session.model_external_initializers_file_folder_path", nowhere)
     reading = folder / manifest["graph"]
-    try:  # by its path, so that onnxruntime looks for external weights inside the folder alone
-        session = onnxruntime.InferenceSession(reading, options, providers=["CPUExecutionProvider"])
-        reading = folder / "tokenizer.json"
-        tokenizer = Tokenizer.from_buffer(contents["tokenizer.json"])
+    try:
+        session = onnxruntime.InferenceSession(
+            contents[manifest["graph"]], options, providers=["CPUExecutionProvider"], enable_fallback=0
+        )
         reading = folder / "config.json"
-        config = {} | json.loads(contents["config.json"])
-    except Exception as error:  # the errors of onnxruntime and tokenizers have no common class but this
-        what = f"{reading} cannot be read ({error})"
-        raise InputError(f"{what}: update onnxruntime and tokenizers, or export the model again") from error
-    tokenizer.no_padding()
+        config = {} | parse_json(contents["config.json"])
+        names = {str(key): str(name) for key, name in (config.get("id2label") or {}).items()}
+    except Exception as error:  # onnxruntime's have no common class but this
+        raise InputError(
+            f"{reading} cannot be read ({error}): update onnxruntime, or export the model again"
+        ) from error
+    tokenizer = parse_tokenizer(contents["tokenizer.json"], folder / "tokenizer.json")
     tokenizer.enable_truncation(manifest["max_positions"])
     tokenizer.encode_special_tokens = manifest["task"] != "fill-mask"  # a [SEP] in a text is text, as in training
-    names = (config.get("id2label") or {}) if KINDS[manifest["task"]].labelled else {}
+    names = names if KINDS[manifest["task"]].labelled else {}
     delivery = Delivery(session, tokenizer, manifest, [names.get(str(i)) for i in range(len(names))])
     if wrong := _misfit(delivery, config):
         raise InputError(f"{folder}: {wrong}: MANIFEST.json or config.json is another model's: export the model again")
@@ -275,7 +291,7 @@ def _read(folder: Path) -> tuple[dict, dict[str, bytes]]:
     if not path.is_file():
         raise InputError(f"{folder} is no delivered model: it has no MANIFEST.json")
     try:
-        manifest = {"task": None} | json.loads(path.read_bytes())
+        manifest = {"task": None} | parse_json(path.read_bytes())
     except (ValueError, TypeError) as error:  # the latter for JSON that is no object
         raise InputError(f"{path} is not a JSON object: export the model again") from error
     if manifest["task"] not in [*KINDS]:
@@ -284,17 +300,21 @@ def _read(folder: Path) -> tuple[dict, dict[str, bytes]]:
     needed |= {"dimension": int} if manifest["task"] == "embedding" else {}
     needed |= {key: kind for key, kind in {"prompts": dict, "dimensions": list}.items() if key in manifest}
     for key, kind in needed.items():
-        if not isinstance(found := manifest.get(key), kind):
+        if not isinstance(found := manifest.get(key), kind) or kind is int and not 0 < found < 2**31:
             raise InputError(f"{path} is not one of a delivery: {key} is {found!r}: export the model again")
     inside = [folder.resolve()]
     if inside[0].parent.name == "snapshots":  # the hub's cache, whose files are links to its repository's own blobs
         inside.append(inside[0].parents[1] / "blobs")
     for name in (manifest["graph"], *manifest["files"]):
-        if "\0" in name or not any((folder / name).resolve().is_relative_to(place) for place in inside):
+        try:
+            within = any((folder / name).resolve().is_relative_to(place) for place in inside)
+        except (OSError, ValueError, RuntimeError):  # too long; a NUL or half a character; a link to itself
+            within = False
+        if not within:
             raise InputError(f"{path} names {name!r}, which lies outside the folder: it is not to be trusted")
     contents = {}
     for name in (manifest["graph"], "tokenizer.json", "config.json"):
-        if not (folder / name).is_file():
+        if not os.path.isfile(folder / name):  # False for a name that is too long, too
             raise InputError(f"{folder / name} is missing: copy the whole folder again")
         contents[name], facts = (folder / name).read_bytes(), manifest["files"].get(name)
         if not isinstance(facts, dict) or facts.get("sha256") != hashlib.sha256(contents[name]).hexdigest():
@@ -317,9 +337,8 @@ def _misfit(delivery: Delivery, config: dict) -> str | None:
         return f"the graph's inputs are {inputs}, not {expected}"
     if output is None or output.type != "tensor(float)":
         return f"the graph has no output {KINDS[task].output} of tensor(float)"
-    columns = {"embedding": delivery.dimension, "fill-mask": pieces}.get(task, len(labels))
-    if isinstance(output.shape[-1], int) and output.shape[-1] != columns:
-        return f"{output.name} has {output.shape[-1]} columns where {columns} are promised"
-    if pieces > (rows := config.get("vocab_size", pieces)):
-        return f"tokenizer.json has {pieces:,} pieces and the model {rows:,}"
+    if output.shape and isinstance(output.shape[-1], int) and output.shape[-1] != delivery.columns:
+        return f"{output.name} has {output.shape[-1]} columns where {delivery.columns} are promised"
+    if not isinstance(rows := config.get("vocab_size", pieces), int) or pieces > rows:
+        return f"tokenizer.json has {pieces:,} pieces and the model {rows}"
     return None

@@ -1,8 +1,8 @@
 """An index of passages beside a delivered embedder, and exact search in it.
 
 A query is one product with a plain float16 matrix: 20 ms for 10,000 passages, so nothing approximate was built. The
-folder is written whole or not at all, and index.json holds the sha256 of its files and of the graph that made them:
-passages, vectors and model are always of one build.
+folder is exchanged whole, by one builder at a time, and index.json holds the sha256 of its files and of the graph that
+made them: passages, vectors and model are always of one build.
 """
 
 import hashlib
@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 
 from tokenizer_build.errors import InputError
-from tokenizer_build.files import read_json, replacing_folder, write_json
+from tokenizer_build.files import claimed, read_json, replacing_folder, write_json
 from vocabshrink.runtime.delivery import PASSAGE, QUERY, Delivery, load
 
 ROWS_AT_ONCE = 65_536  # of the index while it is searched: 100 MB as float32 at 384 columns
@@ -47,7 +47,7 @@ def build_index(
         found = embedder.embed(texts[start : start + EMBEDDED_AT_ONCE], batch_size, prompt=PASSAGE)
         vectors.append(found.astype(np.float16))
         progress(sum(map(len, vectors)), len(texts))
-    with replacing_folder(Path(folder) / "index") as new:
+    with claimed(Path(folder) / ".index.lock", wait=True), replacing_folder(Path(folder) / "index") as new:
         lines = "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records)
         (new / "passages.jsonl").write_bytes(lines.encode())
         np.save(new / "vectors.npy", np.concatenate(vectors))
@@ -63,8 +63,11 @@ class Index:
 
     def __init__(self, folder: str | Path, threads: int = 1):
         place = Path(folder) / "index"
-        if not all((place / name).is_file() for name in (*FILES, "index.json")):
-            raise InputError(f"{folder} has no index, or not a whole one: build the index again (`build_index`)")
+        for name in (*FILES, "index.json"):
+            if not (place / name).is_file():
+                raise InputError(f"{folder} has no index, or not a whole one: build the index again (`build_index`)")
+            if not (place / name).resolve().is_relative_to(Path(folder).resolve()):
+                raise InputError(f"{place / name} is a link out of the folder: build the index again (`build_index`)")
         self.embedder = load(folder, threads)
         if read_json(place / "index.json") != _sums(place, self.embedder):
             raise InputError(f"{place}: a file was altered or is another model's: build the index again")

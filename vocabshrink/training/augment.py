@@ -33,7 +33,7 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
 from tokenizer_build.errors import InputError
-from tokenizer_build.files import naming_full_disk, read_json, read_jsonl, write_json
+from tokenizer_build.files import naming_bad_disk, read_json, read_jsonl, write_json
 from tokenizer_build.tokenizer import load_tokenizer
 from vocabshrink.data.pieces import Pieces
 from vocabshrink.data.tasks import Rows, Task
@@ -70,7 +70,7 @@ def augment_task(
         done = {"settings": settings, "rows": 0, "bytes": 0, "written": 0, "words": 0, "masked": 0}
     finder = CandidateFinder(teacher, section.candidates)
     out.parent.mkdir(parents=True, exist_ok=True)
-    with naming_full_disk(out), out.open("ab") as file:
+    with naming_bad_disk(out), out.open("ab") as file:
         file.truncate(done["bytes"])
         while done["rows"] < len(rows):
             block = range(done["rows"], min(done["rows"] + ROWS_IN_BLOCK, len(rows)))

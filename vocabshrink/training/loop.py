@@ -8,13 +8,13 @@ one has its name: whenever the process is killed, `read_meta` finds a whole one.
 `replacing_folder`, so that it can.
 """
 
-import errno
 import json
 import math
 import os
 import shutil
 import sys
 import time
+import zlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -33,6 +33,7 @@ from torch import nn
 from torch.nn.utils import get_total_norm
 
 from tokenizer_build.errors import InputError
+from tokenizer_build.files import checksum, naming_bad_disk, parse_json, plain, sync, write_json
 from vocabshrink.data.batches import Batch, Batcher, prefetch
 from vocabshrink.data.pieces import mapped
 from vocabshrink.run.folder import RunDir
@@ -335,18 +336,25 @@ def save_checkpoint(folder: Path, task: nn.Module, optimizer, meta: dict, scaler
         for name, tensors in files.items():
             cpu = {key: tensor.cpu().contiguous() for key, tensor in tensors.items()}
             save_file(cpu, temporary / f"{name}.safetensors")
-        text = json.dumps(meta | {"scaler": scaler.state_dict() if scaler else None}, indent=2)
-        (temporary / "meta.json").write_text(text, encoding="utf-8")
-    except (OSError, SafetensorError) as error:
+            sync(temporary / f"{name}.safetensors")
+        meta = meta | {"scaler": scaler.state_dict() if scaler else None}
+        meta["sums"] = {name: checksum(temporary / f"{name}.safetensors") for name in files}
+        write_json(temporary / "meta.json", meta | {"sum": sum_of(meta)})
+    except (OSError, SafetensorError, InputError) as error:
         shutil.rmtree(temporary, ignore_errors=True)
-        if getattr(error, "errno", None) != errno.ENOSPC and "os error 28" not in str(error):
-            raise
-        raise InputError(f"{folder}: the disk is full: free some space and run again to resume") from None
+        with naming_bad_disk(folder):
+            raise error
     if folder.exists():
         shutil.rmtree(before, ignore_errors=True)
         folder.rename(before)
     temporary.rename(folder)
+    sync(folder.parent)
     shutil.rmtree(before, ignore_errors=True)
+
+
+def sum_of(meta: dict) -> int:
+    """A checksum of a checkpoint's meta, as it is once it was JSON."""
+    return zlib.crc32(json.dumps(plain(meta), sort_keys=True).encode())
 
 
 def read_meta(folder: Path) -> dict | None:
@@ -357,17 +365,24 @@ def read_meta(folder: Path) -> dict | None:
     if not folder.exists():
         return None
     try:
-        return json.loads((folder / "meta.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError):  # JSONDecodeError and UnicodeDecodeError
-        raise InputError(f"{folder}: not a whole checkpoint: delete the folder to train this stage anew") from None
+        meta = dict(parse_json((folder / "meta.json").read_text(encoding="utf-8")))
+        if meta.pop("sum") == sum_of(meta):
+            return meta
+    except (OSError, ValueError, TypeError, KeyError):  # missing, not UTF-8, no JSON, no object, or without a sum
+        pass
+    raise InputError(f"{folder}: not a whole checkpoint: delete the folder to train this stage anew")
 
 
 def load_checkpoint(folder: Path, task: nn.Module, optimizer, meta: dict, scaler=None) -> None:
     """Puts a checkpoint back, in place. Raises InputError if files are damaged or belong to other shapes."""
+    paths = {name: folder / f"{name}.safetensors" for name in ("model", "optimizer", "random")}
     try:
-        saved, state, random = (load_file(folder / f"{name}.safetensors") for name in ("model", "optimizer", "random"))
+        reason = "".join(f"{name} is altered " for name in paths if checksum(paths[name]) != meta["sums"][name])
+        saved, state, random = map(load_file, paths.values())
     except (OSError, SafetensorError) as error:
-        raise InputError(f"{folder}: damaged checkpoint ({error}): delete the folder to train anew") from None
+        reason = str(error)
+    if reason:
+        raise InputError(f"{folder}: damaged checkpoint ({reason.strip()}): delete the folder to train anew")
     current = trained_state(task)
     if {n: t.shape for n, t in saved.items()} != {n: t.shape for n, t in current.items()}:
         raise InputError(f"{folder}: of another recipe (shapes differ): delete it, or give the run another name")
