@@ -27,7 +27,8 @@ from vocabshrink.run.recipe import Recipe, TaskSection, dump_recipe
 from vocabshrink.run.stage import STAGES, Stage, needed, setting, stages_of
 
 # The settings that name the files which a stage reads itself: it is made of their content, too.
-FILES = dict.fromkeys(("task_teacher", "augment", "finetune"), "tasks") | {"count": "corpus.sources"}
+FILES = dict.fromkeys(("task_teacher", "augment", "finetune"), "tasks")
+FILES |= dict.fromkeys(("count", "vectors"), "corpus.sources")
 FILES["export"] = "evaluation.stsb index.passages"
 SAMPLES, SAMPLE = 64, 1 << 16  # of a file's content: their number, and the bytes of each
 # Settings that change how fast or how visibly a run goes, but not what it makes.
