@@ -95,7 +95,7 @@ def parse_tokenizer(content: bytes, origin: str | Path) -> Tokenizer:
         tokenizer = Tokenizer.from_buffer(content)
         tokenizer.no_padding()  # all-MiniLM-L6-v2's file pads every input to 128 pieces
         tokenizer.no_truncation()
-    tokenizer.encode_special_tokens = True
+        tokenizer.encode_special_tokens = True
         tokenizer.encode("", "")  # a post-processor of unknown pieces breaks only here
     except (KeyboardInterrupt, SystemExit):
         raise
