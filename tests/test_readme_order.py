@@ -26,6 +26,9 @@ COMMANDS = [
 ]
 
 
+SHORT = "distill.steps=3 recovery.steps=2 delivery.tolerance=2 evaluation.sentences=30"
+
+
 @pytest.fixture(scope="module")
 def checkout(tiny_teacher, corpus_file, lines, tmp_path_factory) -> Path:
     """The layout of a clone in which everything is installed."""
@@ -39,6 +42,7 @@ def checkout(tiny_teacher, corpus_file, lines, tmp_path_factory) -> Path:
         if (artifact / "MANIFEST.json").is_file():
             (place / "artifacts" / artifact.name).symlink_to(artifact)
     shutil.copytree(ROOT / "recipes", place / "recipes")
+    (place / "teacher").symlink_to(tiny_teacher)
     texts = place / "texts"
     texts.mkdir()
     shutil.copy(corpus_file, texts / "corpus.txt")
@@ -71,7 +75,8 @@ def checkout(tiny_teacher, corpus_file, lines, tmp_path_factory) -> Path:
 @pytest.mark.parametrize("command", [command for command in COMMANDS if command != "make test"])
 def test_runs_on_what_the_commands_before_it_left(command, checkout):
     environment = os.environ | {"PATH": f"{checkout}/.venv/bin:{os.environ['PATH']}", "OMP_NUM_THREADS": "1"}
-    environment |= {"PYTHONPATH": str(checkout)}
+    environment |= {"PYTHONPATH": str(checkout), "TEACHER": str(checkout / "teacher")}
+    environment |= {"SET": SHORT} if command == "make demo" else {}
     done = subprocess.run(command, shell=True, cwd=checkout, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-3000:]
     if "vocabshrink search" in command or "embed" in command or "classify" in command:

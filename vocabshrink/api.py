@@ -10,6 +10,7 @@ import filecmp
 import glob
 import json
 import os
+import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import nullcontext
 from itertools import chain
@@ -54,14 +55,17 @@ class Artifact:
     recipe: Path
 
 
-def compress(model: str, texts: Texts, *, out: str | os.PathLike, **options: Any) -> Artifact:
+def compress(
+    model: str, texts: Texts, *, out: str | os.PathLike, since: float | None = None, **options: Any
+) -> Artifact:
     """The encoder `model` (a folder, hub name or package:NAME/SUBFOLDER), made small for the texts, in a folder `out`.
 
-    options: those of `plan`. Killed and called again with the same arguments, it goes on. Raises InputError, before
-    anything is trained, for a model, texts or a budget that cannot be.
+    since: Unix time from which the summary counts minutes. options: those of `plan`. Killed and called again with the
+    same arguments, it goes on. Raises InputError, before anything is trained, for a model, texts or a budget that
+    cannot be.
     """
     recipe = plan(model, texts, out=out, **options)
-    figures = run_recipe(load_recipe(recipe), RunDir(out))
+    figures = run_recipe(load_recipe(recipe), RunDir(out), since=since)
     delivered = Path(out, "export", "model")
     return Artifact(delivered, read_json(delivered / "MANIFEST.json"), figures, recipe)
 
@@ -103,7 +107,14 @@ def plan(
     look = look_at(model, start, sources, column)
     shape = choose_shape(look, size, goal)
     effort = choose_effort(look, shape, minutes, tokens)
-    names = {"name": out.name, "model": model, "sources": sources, "column": column, "budget": size, "start": start}
+    names = {
+        "name": re.sub(r"[^A-Za-z0-9._-]+|^[^A-Za-z0-9_]+", "_", out.name) or "model",
+        "model": model,
+        "sources": sources,
+        "column": column,
+        "budget": size,
+        "start": start,
+    }
     write_text(recipe, recipe_text(look, shape, effort, **names))
     if settings:
         values = merge(read_yaml(recipe, "a recipe"), settings)

@@ -3,6 +3,7 @@
 import codecs
 import json
 import os
+import re
 import signal
 import sys
 from collections.abc import Iterable, Sequence
@@ -30,6 +31,7 @@ BatchSize = Annotated[int, typer.Option(min=1, help="texts in a batch")]
 TRAIN = "torch transformers accelerate pydantic yaml pyarrow scipy onnx sklearn safetensors sentencepiece"
 EXTRAS = {"train": TRAIN, "tune": "optuna sqlalchemy", "report": "matplotlib jinja2 pandas"}  # packages of each
 CPUS = os.cpu_count() or 1
+SETTING = re.compile(r"[a-z_]+(\.\w+)+=")  # what overrides a recipe, as no file is called
 CONSOLE = Console(width=None if sys.stdout.isatty() else 120)
 
 
@@ -56,7 +58,7 @@ def run_stages(recipe: Path, overrides: list[str] | None, force: bool, only: str
 @app.command()
 def compress(
     model: Annotated[str, typer.Argument(help="a folder, a hub name or package:NAME/SUBFOLDER")],
-    texts: Annotated[list[str], typer.Argument(help="files, folders, globs or datasets:NAME:SPLIT")],
+    texts: Annotated[list[str], typer.Argument(help="files, folders, globs, datasets:NAME:SPLIT; section.key=value")],
     out: Annotated[Path, typer.Option(help="folder of the run; the delivery is export/model in it")],
     budget: Annotated[str, typer.Option(help="bytes of the delivery")] = "7MB",
     minutes: Annotated[float | None, typer.Option(help="how long it may take; 30 unless told")] = None,
@@ -65,17 +67,25 @@ def compress(
     start: Annotated[str | None, typer.Option(help="another model whose layers the student starts from")] = None,
     column: Annotated[str, typer.Option(help="of JSONL, CSV and parquet files")] = "text",
     only_plan: Annotated[bool, typer.Option("--plan", help="write the recipe, print what it costs, stop")] = False,
+    since: Annotated[float | None, typer.Option(help="Unix time from which summary.json counts its minutes")] = None,
 ):
     """Make an encoder small for your text: choose a student, train it, deliver it."""
     from vocabshrink import api
+    from vocabshrink.run.recipe_yaml import override_value, parse_override
 
+    settings: dict = {}
+    for word in filter(SETTING.match, texts):
+        key, value = parse_override(word)
+        override_value(settings, key.split("."), value, word)
     options = {"budget": budget, "minutes": minutes, "tokens": tokens, "goal": goal, "start": start, "column": column}
+    options |= {"settings": settings or None}
+    texts = [text for text in texts if not SETTING.match(text)]
     sources = [text if text.startswith("datasets:") else Path(text) for text in texts]
     recipe = api.plan(model, sources, out=out, **options)
     show_plan(recipe, out)
     print(f"recipe: {recipe}", flush=True)
     if not only_plan:
-        artifact = api.compress(model, sources, out=out, **options)
+        artifact = api.compress(model, sources, out=out, since=since, **options)
         show_summary(artifact.figures)
         print(artifact.path)
 
