@@ -28,26 +28,27 @@ from vocabshrink.models.forward import run_backbone
 from vocabshrink.models.loading import check_folder, load_model, resolve_model
 from vocabshrink.models.student import student_config
 from vocabshrink.pages.page import ENVIRONMENT
-from vocabshrink.run.recipe import StudentSection
+from vocabshrink.run.recipe import StudentSection, WeightFormats
 
 SAMPLED = 2000  # lines of the text that are looked at
 LEAST_SENTENCES = 400  # below this there is neither a training nor an evaluation
 MOST_UNKNOWN = 0.05  # share of unknown pieces: above it the teacher cannot write the text's script
-# goal -> shapes from the largest: columns of the piece table, pieces, width, layers, least neurons, format, and the
-# learning rate of all but the pieces, higher the more is cut away
+FINE = {"embeddings": "int4-32", "attention": "int4-64", "feed_forward": "int4-64"}  # of 96 columns, no half groups
+FAST = {"embeddings": "int4-64", "attention": "int8", "feed_forward": "int8"}  # a look-up costs bytes and no time
+# goal -> shapes from the largest: columns of the piece table, pieces, width, layers, neurons (the least, where they
+# fill the budget), format, and the learning rate of all but the pieces, higher the more is cut away
 SHAPES = {
     "quality": (
-        (256, 30_000, 384, 6, 1152, "int8", 1e-4),
+        (128, 30_000, 384, 6, 1152, "int8", 1e-4),
         (128, 30_000, 384, 6, 512, "int4-64", 1e-4),
-        (96, 12_000, 384, 6, 128, "int4-64", 2e-4),
-        (64, 8_000, 192, 6, 192, "int4-64", 5e-4),
-        (48, 4_000, 96, 4, 96, "int4-64", 1e-3),
+        (96, 12_000, 256, 6, 320, FINE, 3e-4),
+        (64, 6_000, 192, 4, 192, "int4-64", 5e-4),
+        (64, 3_000, 96, 4, 96, "int4-64", 1e-3),
     ),
     "speed": (
-        (256, 30_000, 384, 6, 384, "int8", 2e-4),
-        (128, 20_000, 256, 6, 256, "int8", 3e-4),
-        (96, 8_000, 192, 4, 192, "int8", 5e-4),
-        (64, 4_000, 96, 4, 96, "int8", 1e-3),
+        (128, 30_000, 256, 6, 640, FAST, 3e-4),
+        (96, 12_000, 192, 4, 384, FAST | {"embeddings": "int4-32"}, 5e-4),
+        (64, 6_000, 96, 4, 192, FAST, 1e-3),
     ),
 }
 VECTORS, TRAINING, RECOVERY = 0.3, 0.45, 0.1  # shares of the minutes, at most; the rest counts, encodes and measures
@@ -102,13 +103,13 @@ class Shape:
     section: StudentSection
     pieces: int
     own_pieces: bool
-    format: str
+    format: WeightFormats
     learning_rate: float
     bytes: int
 
 
 def choose_shape(look: Look, budget: int, goal: str) -> Shape:
-    """The largest of SHAPES whose least form fits `budget` bytes, filled up with neurons. Raises InputError, with the
+    """The largest of SHAPES that fits `budget` bytes, for quality filled up with neurons. Raises InputError, with the
     least possible, where none fits."""
     source, least = look.source, 0
     for columns, pieces, width, layers, neurons, format, rate in SHAPES[goal]:
@@ -128,7 +129,8 @@ def choose_shape(look: Look, budget: int, goal: str) -> Shape:
         steps = range(32, neurons_of(source) + 1, 32)
         least = weigh(min(neurons, steps[-1]))
         if least <= budget:
-            chosen = steps[bisect_right(steps, budget, key=weigh) - 1]
+            most = bisect_right(steps, budget, key=weigh) - 1
+            chosen = steps[most] if goal == "quality" else min(neurons, steps[-1])
             section = StudentSection(intermediate_size=chosen, **shape)
             return Shape(section, count, own, format, rate, weigh(chosen))
     raise InputError(f"budget: {budget:,} bytes are too few: the least is {least:,} bytes")

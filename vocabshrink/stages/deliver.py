@@ -34,7 +34,8 @@ def export(context: Context) -> dict:
     options = {"kernel": section.kernel, "safetensors": section.safetensors, "tolerance": section.tolerance}
     said = inputs.teacher_modules(recipe)
     options |= {"pooling": said.pooling, "normalize": said.normalize}
-    options |= {"prompts": said.prompts, "default_prompt": said.default_prompt}
+    if not recipe.vectors:  # of which the teacher read each text behind its prompt, and the student without
+        options |= {"prompts": said.prompts, "default_prompt": said.default_prompt}
     options |= {"budget_bytes": section.budget, "force": context.force}
     positions = min(section.max_positions, student.config.max_position_embeddings)
     settings = ExportSettings("embedding", section.weights, positions, **options)

@@ -22,7 +22,7 @@ from vocabshrink.data.vectors import (
     store_vectors,
     write_sentences,
 )
-from vocabshrink.models.forward import torch_embedder
+from vocabshrink.models.forward import module_settings, torch_embedder
 from vocabshrink.models.loading import load_model
 from vocabshrink.models.projection import narrowing
 from vocabshrink.models.rounding import bake, quantization_aware
@@ -67,7 +67,9 @@ def vectors(context: Context) -> dict:
     for name, section in ({"teacher": recipe.teacher} | stage.teachers).items():
         teacher = inputs.load_section(section)
         backbone = teacher.backbone.to(PartialState().device, torch.bfloat16)
-        options = {"max_length": stage.max_length, "batch_size": stage.batch_size, "prompt": section.prompt}
+        said = module_settings(teacher.folder)
+        prompt = said.prompts.get(said.default_prompt) if section.prompt is None else section.prompt
+        options = {"max_length": stage.max_length, "batch_size": stage.batch_size, "prompt": prompt}
         embed = torch_embedder(backbone, teacher.folder, teacher.pooling, False, **options)
         store_vectors(work, name, sentences, embed, partial(saying_left, f"vectors of {name}", len(sentences)))
         found[name] = teacher.config.hidden_size
