@@ -85,8 +85,7 @@ class TeacherSection(Section):
     # of the sentence embedding, matched or delivered; None: as its folder says, else mean and normalised
     pooling: Literal[*POOLINGS] | None = None
     normalize: bool | None = None
-    # put before every text whose vector is stored, as `query: ` of the e5 family; None: its folder's default prompt. Out
-    # of dumps where it is not set
+    # put before every text whose vector is stored, as `query: ` of the e5 family; None: its folder's default prompt
     prompt: str | None = Field(default=None, exclude_if=lambda value: value is None)
 
 
