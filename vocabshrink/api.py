@@ -123,10 +123,8 @@ def merge(values: dict, over: Mapping[str, Any]) -> dict:
 
 def spool(texts: Texts, out: Path) -> list[str]:
     """The sources of a corpus: the paths given, or out/texts.jsonl with the texts of an iterable, which is never held.
-
     A list whose first member names a file, folder, glob or data set is a list of those. Raises InputError where `out`
-    has other texts already.
-    """
+    has other texts already."""
     if isinstance(texts, str | os.PathLike):
         return [os.path.expanduser(texts)]
     members = iter(texts)

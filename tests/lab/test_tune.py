@@ -142,7 +142,7 @@ def test_what_is_no_search_is_refused(written, tmp_path):
 
 
 def test_the_old_command_names_the_new_one():
-    with pytest.raises(InputError, match="x.yaml: search answers queries .*: write vocabshrink tune x.yaml"):
+    with pytest.raises(InputError, match="x.yaml: search answers queries .*, vocabshrink tune x.yaml"):
         cli.search(Path("x.yaml"))
 
 

@@ -10,9 +10,9 @@ stage's steps since its last checkpoint.
 import re
 import statistics
 import time
-from dataclasses import dataclass
+from collections.abc import Iterable
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, NamedTuple
 
 from pydantic import Field, model_validator
 
@@ -59,8 +59,7 @@ class Ablation(Section):
         return self.baseline.get(label) if isinstance(self.baseline, dict) else self.baseline
 
 
-@dataclass(frozen=True)
-class Unit:
+class Unit(NamedTuple):
     """One variant under one seed."""
 
     ablation: Ablation
@@ -80,11 +79,9 @@ def read_ablation(path: Path, overrides: list[str] | tuple[str, ...] = ()) -> Ab
 
 
 def units_of(path: Path, overrides: list[str] | tuple[str, ...], root: Path) -> list[Unit]:
-    """Every variant under every seed, seeds outermost, so that a table fills evenly.
-
-    Settings apply in the order base recipe, command line, `common`, variant: the command line scales all variants and
-    cannot undo what makes them differ. Raises InputError that names the file and the variant.
-    """
+    """Every variant under every seed, seeds outermost, so that a table fills evenly. Settings apply in the order base
+    recipe, command line, `common`, variant: the command line scales all variants and cannot undo what makes them
+    differ. Raises InputError that names the file and the variant."""
     ablation = read_ablation(path, [o for o in overrides if o.startswith("seeds=")])
     base = base_values(path.parent / ablation.base, [o for o in overrides if not o.startswith("seeds=")])
     units = []
@@ -105,17 +102,15 @@ def run_ablations(
     files: list[Path], overrides: list[str] | tuple[str, ...] = (), root: Path = Path("artifacts/ablations")
 ) -> dict:
     """Runs every variant of the files under every seed and writes the tables after each; finished ones are skipped.
-
     Returns summary.json of `root`: {"rows": one per variant, task and metric (`rows_of`), "minutes": of all stages}.
     Raises InputError for a bad file or a variant over its budget, before anything runs; for what stopped a variant,
-    once all others have run.
-    """
+    once all others have run."""
     refuse_launcher()
-    ablations = [units_of(Path(path), overrides, root) for path in files]
-    of_name = {units[0].ablation.name: units for units in ablations}
-    if len(of_name) < len(ablations):
-        raise InputError(f"two of the files are named {ablations[-1][0].ablation.name}: give each a name of its own")
-    waiting, failed = [unit for units in ablations for unit in units], []
+    ablations = {}
+    for units in (units_of(Path(path), overrides, root) for path in files):
+        if ablations.setdefault(name := units[0].ablation.name, units) is not units:
+            raise InputError(f"two of the files are named {name}: give each a name of its own")
+    waiting, failed = [unit for units in ablations.values() for unit in units], []
     for unit in waiting:
         check_budget(unit.run.recipe)
     RunDir(root).write_environment()
@@ -124,7 +119,7 @@ def run_ablations(
         for unit in waiting:
             try:
                 if advance(unit.run):
-                    write_tables([of_name[unit.ablation.name]], root)
+                    write_tables([ablations[unit.ablation.name]], root)
                 else:
                     held.append(unit)
             except InputError as error:
@@ -133,7 +128,7 @@ def run_ablations(
         if held == waiting:
             time.sleep(2)
         waiting = held
-    summary = write_tables(ablations, root)
+    summary = write_tables(ablations.values(), root)
     if failed:
         raise InputError(failed[0] + (f" (and {len(failed) - 1} runs more)" if len(failed) > 1 else ""))
     return summary
@@ -144,18 +139,16 @@ def figures_of(unit: Unit) -> dict:
     cost of general stages is None where the student went straight to its tasks."""
     run, summary = unit.run, unit.run.summary("finetune")
     general = [run.summary(name) for name in GENERAL if name in run.stages]
-    steps = sum(stage["steps"] for stage in general)
+    steps, seconds, tokens = (sum(stage[key] for stage in general) for key in ("steps", "seconds", "tokens"))
     measured: dict[tuple[str, str, str], float] = {}
     for split, found in (("validation", summary), ("test", summary["test"]), ("rounded", summary["rounded"])):
         for task in run.recipe.tasks:
             measured |= {(split, task, metric): one["median"] for metric, one in found.get(task, {}).items()}
     measured |= {("general", name, "spearman"): value for name, value in rated_of(run).items()}
     measured |= {ROUNDED: summary["rounded"]["average"]} if summary["rounded"] else {}
+    costs = summary["tokens"] + tokens, summary["seconds_per_step"], seconds / steps if steps else None
     figures = {"variant": unit.variant, "seed": unit.seed, "measured": measured | {AVERAGE: summary["average"]}}
-    figures["tokens"] = summary["tokens"] + sum(stage["tokens"] for stage in general)
-    figures["seconds_per_step"] = summary["seconds_per_step"]
-    figures["general_seconds_per_step"] = sum(stage["seconds"] for stage in general) / steps if steps else None
-    return figures
+    return figures | dict(zip(COSTS, costs, strict=True))
 
 
 def rated_of(run: Variant) -> dict[str, float]:
@@ -176,14 +169,12 @@ def figures_of_teacher(units: list[Unit]) -> list[dict]:
 
 
 def rows_of(units: list[Unit]) -> list[dict]:
-    """One row per variant, split, task and metric, and one (task "average") for the mean of the tasks' headlines.
-
-    Each: ablation, recipe (the variant), split ("general": before its tasks), task, metric, median, spread (largest
-    less smallest), values and seeds (in order), tokens (of the student's own training, general and on tasks),
+    """One row per variant, split, task and metric, and one (task "average") for the mean of the tasks' headlines. Each:
+    ablation, recipe (the variant), split ("general": before its tasks), task, metric, median, spread (largest less
+    smallest), values and seeds (in order), tokens (of the student's own training, general and on tasks),
     seconds_per_step (of fine-tuning), general_seconds_per_step, average (the variant's median on validation); where it
     has a baseline also its name, difference (of medians) and clear (whether both have several seeds and their ranges do
-    not overlap). The teacher fine-tuned on the same rows, where a variant has one, comes first as TEACHER.
-    """
+    not overlap). The teacher fine-tuned on the same rows, where a variant has one, comes first as TEACHER."""
     ablation, rows = units[0].ablation, []
     figures = figures_of_teacher(units) + [figures_of(unit) for unit in units if unit.run.dir.is_done("finetune")]
     for label in (TEACHER, *ablation.variants):
@@ -192,11 +183,12 @@ def rows_of(units: list[Unit]) -> list[dict]:
         for name in COSTS:
             known = [found[name] for found in mine if found[name] is not None]
             about[name] = statistics.median(known) if known else None
+        about["average"] = statistics.median(found["measured"][AVERAGE] for found in mine) if mine else None
         for place in mine[0]["measured"] if mine else ():
             values = [found["measured"][place] for found in mine if place in found["measured"]]
             row = {"ablation": ablation.name, "recipe": label, "median": statistics.median(values), "values": values}
             row |= dict(zip(("split", "task", "metric"), place, strict=True)) | {"spread": max(values) - min(values)}
-            rows.append(row | {"average": statistics.median(found["measured"][AVERAGE] for found in mine)} | about)
+            rows.append(row | about)
     others = {(row["recipe"], place_of(row)): row for row in rows}
     for row in rows:
         other = others.get((ablation.baseline_of(row["recipe"]), place_of(row)))
@@ -208,7 +200,7 @@ def rows_of(units: list[Unit]) -> list[dict]:
     return rows
 
 
-def write_tables(ablations: list[list[Unit]], root: Path) -> dict:
+def write_tables(ablations: Iterable[list[Unit]], root: Path) -> dict:
     """Writes each ablation's summary.json, table.md and plot.svg into its folder, and those of all that have a summary
     there into `root`, so that files may be run one by one."""
     for units in ablations:
@@ -223,11 +215,9 @@ def write_tables(ablations: list[list[Unit]], root: Path) -> dict:
         write_json(folder / "summary.json", about)  # last: what has a summary is whole
     every = {path.parent.name: read_json(path) for path in sorted(root.glob("*/summary.json"))}
     shared = {stage: minutes for one in every.values() for stage, minutes in one["minutes"].items()}
-    summary = {
-        "rows": [row for one in every.values() for row in one["rows"]],
-        "minutes": round(sum(shared.values()), 1),  # a stage that several ablations share counts once
-        "finished": {name: f"{one['finished']} of {one['runs']}" for name, one in every.items()},
-    }
+    summary = {"rows": [row for one in every.values() for row in one["rows"]]}
+    summary["minutes"] = round(sum(shared.values()), 1)  # a stage that several ablations share counts once
+    summary["finished"] = {name: f"{one['finished']} of {one['runs']}" for name, one in every.items()}
     write_json(root / "summary.json", summary)
     parts = (f"## {one['title']}\n\n{markdown(one['rows'])}" for one in every.values())
     write_text(root / "tables.md", "\n".join(parts))

@@ -42,11 +42,9 @@ MARKUP = re.compile(rf"^(?:{ITEM}|{FIELD})|(?::[\w:+-]+:)?(`+)[~!]?([^`]+?)(?:\s
 
 def harvest(out: Path, *, processes: int = 1, roots: list[Path] | None = None) -> dict[str, int]:
     """Write the documentation of installed packages to `out` (.jsonl or .jsonl.gz), one paragraph per row, none twice.
-
     Rows are {"text": str, "source": "module.qualified.name"}. `roots` are folders of importable packages: by default
     this interpreter's standard library and site-packages. The output is the same for any number of processes. Returns
-    the numbers of `paragraphs` and `words`. Raises InputError for a root that is no folder and no documentation.
-    """
+    the numbers of `paragraphs` and `words`. Raises InputError for a root that is no folder and no documentation."""
     if not out.name.endswith((".jsonl", ".jsonl.gz")):
         raise InputError(f"cannot write {out}: give a name that ends with .jsonl or .jsonl.gz")
     files, rows = list_files(roots), {}

@@ -104,16 +104,12 @@ class Tuning(Section):
 
 class Tuner:
     """A search in its folder `root`/NAME: what genomes there are, which settings each means, and what each is worth.
-
     base: the plain values of the full run. recipe: the proxy's. sizes: {gene: how many values it has}; a gene is a
-    position, of `layer_1` .. the teacher layer (0 for none), of a key of the recipe that in its list of values.
-    """
+    position, of `layer_1` .. the teacher layer (0 for none), of a key of the recipe that in its list of values."""
 
     def __init__(self, path: Path, overrides: list[str] | tuple[str, ...], root: Path):
         """Reads a search and its base recipe. overrides: of the recipe, or with `tune.` before them of the search.
-
-        Raises InputError for a bad file, override or gene, an unknown task, a student deeper than its teacher.
-        """
+        Raises InputError for a bad file, override or gene, an unknown task, a student deeper than its teacher."""
         data, own = read_yaml(path, "a search", "base", "tasks"), [o for o in overrides if o.startswith("tune.")]
         for override in own:
             key, value = parse_override(override.removeprefix("tune."))
@@ -232,12 +228,11 @@ def explore(tuner: Tuner) -> optuna.Study:
     tuning, url = tuner.tuning, tuner.tuning.storage or f"sqlite:///{(tuner.root / 'study.db').absolute()}"
     optuna.logging.set_verbosity(optuna.logging.WARNING)
     warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)  # about heartbeats, there since 2021
-    runs = [tuner.variant({}, task) for task in tuning.tasks]
+    runs = (tuner.variant({}, task) for task in tuning.tasks)
     decides = [run.dir.stage(run.stages[-1]).name for run in runs]  # each ends in the hash of its settings
     decides += [tuning.model_dump(include={"tasks", "map", "ordered", "genes", "objectives", "sampler"})]
     decides += [tuner.recipe.evaluation.stsb, (tuner.recipe.delivery or DeliverySection()).budget]
-    # a trial whose process died shows by its heartbeat, and is tried again
-    retry = {"heartbeat_stale_trial_callback": RetryHeartbeatStaleTrialCallback()}
+    retry = {"heartbeat_stale_trial_callback": RetryHeartbeatStaleTrialCallback()}  # of a process that died
     with claimed(tuner.root / "study.lock", wait=True):  # two processes would make the tables of one file twice
         try:
             study = optuna.create_study(
@@ -261,7 +256,7 @@ def explore(tuner: Tuner) -> optuna.Study:
             study.sampler = genetic if tuning.sampler == "genetic" else RandomSampler(seed=tuning.seed + drawn)
 
             def one(trial, held=held, asking=asking):
-                held.enter_context(claimed(lock_of(tuner, trial)))
+                held.enter_context(claimed(tuner.root / f"trial-{trial.number}.lock"))
                 asking.close()
                 return attempt(tuner, study, trial)
 
@@ -273,8 +268,9 @@ def prepare(tuner: Tuner, study: optuna.Study) -> int:
     """Readies the study for the next trial: trials whose process died are called failed, and of the named maps the
     first that nobody has tried is next. Returns how many trials there are without the failed: a draw is a function of
     this number, so that a killed search draws what an unbroken one would."""
+    # of a database that machines share, heartbeats tell who is at a trial; else the lock that the process holds
     for trial in study.get_trials(deepcopy=False, states=(TrialState.RUNNING,)) if not tuner.tuning.storage else ():
-        with claimed(lock_of(tuner, trial)) as dead:
+        with claimed(tuner.root / f"trial-{trial.number}.lock") as dead:
             if dead and not study.trials[trial.number].state.is_finished():  # it may have ended since
                 study.tell(trial.number, state=TrialState.FAIL)
     trials = [trial for trial in study.get_trials(deepcopy=False) if trial.state != TrialState.FAIL]
@@ -285,11 +281,6 @@ def prepare(tuner: Tuner, study: optuna.Study) -> int:
             study.enqueue_trial(genes, user_attrs={"name": name})
             break
     return len(trials) - waiting
-
-
-def lock_of(tuner: Tuner, trial) -> Path:
-    """What the process holds that is at this trial; of a database that machines share, heartbeats tell instead."""
-    return tuner.root / f"trial-{trial.number}.lock"
 
 
 def attempt(tuner: Tuner, study: optuna.Study, trial: optuna.Trial) -> list[float]:
@@ -332,12 +323,10 @@ def rows_of(study: optuna.Study) -> dict[str, dict]:
 
 
 def run_tuning(path: Path, overrides: list[str] | tuple[str, ...] = (), root: Path = Path("artifacts/tune")) -> dict:
-    """Searches, and confirms the result where the file says so; what is finished is skipped.
-
-    Writes into `root`/NAME: study.db, best.yaml (or front/N.yaml), trials.csv, tune.html, summary.json; and
-    `root`/summary.json, which gathers all searches. Returns the search's: "best" (or "front"), "named" maps, "trials"
-    by state, "seconds" of them all. Raises InputError as `Tuner` does, and where no candidate could be trained.
-    """
+    """Searches, and confirms the result where the file says so; what is finished is skipped. Writes into `root`/NAME:
+    study.db, best.yaml (or front/N.yaml), trials.csv, tune.html, summary.json; and `root`/summary.json, which gathers
+    all searches. Returns the search's: "best" (or "front"), "named" maps, "trials" by state, "seconds" of them all.
+    Raises InputError as `Tuner` does, and where no candidate could be trained."""
     refuse_launcher()
     tuner = Tuner(path, overrides, root)
     RunDir(tuner.root).write_environment()
@@ -352,9 +341,9 @@ def run_tuning(path: Path, overrides: list[str] | tuple[str, ...] = (), root: Pa
     summary |= {"best": front[0]} if tuning.objectives == ["quality"] else {"front": front}
     summary["named"] = {name: rows[genome] for name, genome in named.items() if genome in rows}
     states = [row["state"] for row in rows.values()]
-    summary["trials"] = {state: states.count(state) for state in ("complete", "given up", "refused")}
-    summary["trials"]["asked"] = len(study.trials)
-    summary["seconds"] = round(sum(row["seconds"] for row in rows.values()))
+    trials = {state: states.count(state) for state in ("complete", "given up", "refused")}
+    seconds = round(sum(row["seconds"] for row in rows.values()))
+    summary |= {"trials": trials | {"asked": len(study.trials)}, "seconds": seconds}
     write_results(tuner, list(rows.values()), summary)
     if tuning.confirm:
         summary["confirm"] = confirm(tuner, summary["best"]["changes"])

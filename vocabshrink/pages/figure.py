@@ -27,10 +27,8 @@ STYLE |= {f"{axis}tick.{which}.size": 0 for axis in "xy" for which in ("major", 
 
 
 def svg_of(name: str, draw: Callable[[Axes], None], size: tuple = (4.6, 2.5), alone: bool = False) -> Markup:
-    """An inline SVG of what `draw` puts on the axes of a figure of `size` inches.
-
-    name: unique among the figures of a page: it keeps their identifiers apart. alone: with default colours.
-    """
+    """An inline SVG of what `draw` puts on the axes of a figure of `size` inches. name: unique among the figures of a
+    page: it keeps their identifiers apart. alone: with default colours."""
     with rc_context(STYLE | {"svg.hashsalt": name}):
         figure, file = Figure(figsize=size, layout="constrained"), io.StringIO()
         draw(figure.subplots())

@@ -56,10 +56,8 @@ def report(context: Context) -> dict:
 def export_embedder(
     context: Context, teacher: Teacher, student: PreTrainedModel, settings: ExportSettings, origin: dict
 ) -> dict:
-    """Delivers the trained embedder, measured beside its teacher and itself before training.
-
-    student: as it starts. origin: what the manifest says of the run.
-    """
+    """Delivers the trained embedder, measured beside its teacher and itself before training. student: as it starts.
+    origin: what the manifest says of the run."""
     recipe, folder, held_out = context.recipe, context.folder, inputs.read_held_out(context)
     pooled = {"pooling": settings.pooling, "normalize": settings.normalize}
     save_student(folder / "untrained", student, None, context.vocabulary, **pooled)
