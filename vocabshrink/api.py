@@ -1,6 +1,5 @@
 """What the library does, as functions: `compress`, which decides everything, and the pieces that it is made of.
 
-`compress` looks at the model, the text and the machine, chooses a student, writes the choice as a recipe and runs it.
 Every function works in a folder that it is given and goes on there when it is called again after a kill. Models are
 folders that transformers loads, so that any of them may come from elsewhere or go elsewhere.
 """
@@ -45,8 +44,7 @@ Texts = str | os.PathLike | Iterable[str]  # a file, folder, glob or datasets:NA
 @dataclasses.dataclass(frozen=True)
 class Artifact:
     """What `compress` made. path: the delivered folder, for `vocabshrink.load`. manifest: its MANIFEST.json. figures:
-    what was measured, {figure: {"teacher", "untrained", "trained", "delivered"}}. recipe: the file that makes it
-    again."""
+    {figure: {"teacher", "untrained", "trained", "delivered"}}. recipe: the file that makes it again."""
 
     path: Path
     manifest: dict
@@ -86,8 +84,7 @@ def plan(
     starts from. column: of JSONL, CSV and parquet files. settings: {section: {key: value}} over what is chosen.
     """
     out, size = Path(out), parse_recipe({"budget": budget}, "budget", DeliverySection).budget
-    if minutes is None and tokens is None:
-        minutes = 30.0
+    minutes = 30.0 if minutes is None and tokens is None else minutes
     if (minutes or tokens) is not None and (minutes or tokens) <= 0 or (minutes and tokens):
         raise InputError("give minutes or tokens, one of them, above 0")
     if goal not in SHAPES:
@@ -96,9 +93,9 @@ def plan(
     asked = {"model": model, "sources": sources, "budget": size, "minutes": minutes, "tokens": tokens, "goal": goal}
     asked |= {"start": start, "column": column, "settings": settings}
     recipe, before = out / "compress.yaml", out / "compress.json"
-    if before.is_file() and read_json(before) == json.loads(json.dumps(asked)):
-        return recipe
     if before.is_file():
+        if read_json(before) == json.loads(json.dumps(asked)):
+            return recipe
         raise InputError(f"{out}: made with other arguments: give another folder, or delete this one")
     look = look_at(model, start, sources, column)
     shape = choose_shape(look, size, goal)
@@ -131,7 +128,8 @@ def spool(texts: Texts, out: Path) -> list[str]:
     first = next(members, None)
     if first is None:
         raise InputError("texts: there are none: give files, or strings")
-    if isinstance(first, os.PathLike) or len(first) < 1000 and _names_source(first):
+    named = isinstance(first, os.PathLike) or first.startswith("datasets:")
+    if named or len(first) < 1000 and (os.path.exists(os.path.expanduser(first)) or glob.glob(first)):
         return [os.path.expanduser(member) for member in (first, *members)]
     kept = out / "texts.jsonl"
     out.mkdir(parents=True, exist_ok=True)
@@ -144,10 +142,6 @@ def spool(texts: Texts, out: Path) -> list[str]:
         raise InputError(f"{out}: holds other texts: give another folder, or delete this one")
     new.replace(kept)
     return [str(kept)]
-
-
-def _names_source(text: str) -> bool:
-    return text.startswith("datasets:") or os.path.exists(os.path.expanduser(text)) or bool(glob.glob(text))
 
 
 def run_recipe(
@@ -179,8 +173,7 @@ def learn_vocabulary(
     """A WordPiece tokenizer of at most `size` pieces, learnt from the texts, as a folder that transformers loads.
 
     teacher: a model whose pieces are candidates too. trainer: one of tokenizer_build.trainers.TRAINERS. lowercase: as
-    the teacher unless told. required: words that must be one piece. Raises InputError for a size that cannot hold the
-    alphabet, and for text that is none.
+    the teacher unless told. required: words that must be one piece. Raises InputError for a size below the alphabet's.
     """
     tokenizer = load_tokenizer(resolve_model(teacher)) if teacher else None
     if lowercase is None:
@@ -219,10 +212,10 @@ def distill(
 ) -> Path:
     """Trains a student's folder on the texts against a teacher and returns the trained one's folder.
 
-    losses: {a name of `vocabshrink list losses`, or a function Forward -> scalar: its weight}. vectors: the number of
-    sentences whose teacher vectors are stored and trained on; None: the teacher runs in every step. training: of the
-    recipe's distill section: steps, batch_size, learning_rate ... A function sees all hidden states of both models
-    (training.views.Forward). Raises InputError for losses and models that do not go together.
+    losses: {a name of `vocabshrink list losses`, or a function of all hidden states (training.views.Forward): its
+    weight}. vectors: how many sentences' teacher vectors are stored and trained on; None: the teacher runs in every
+    step. training: of the recipe's distill section: steps, batch_size ... Raises InputError for losses and models that
+    do not go together.
     """
     for function in filter(callable, losses):
         LOSSES[function.__name__] = Loss(function, frozenset({"hidden", "teacher"}), frozenset({"distill"}))
@@ -243,15 +236,9 @@ def finetune(
     task: one of the recipe's tasks: {"train": file, "validation": file, "kind": ..., "teacher": folder ...}. settings:
     of its finetune section: phases, seeds, grid ... Raises InputError for rows or labels that do not go together.
     """
-    texts = [str(task["train"])]
-    column = (task.get("text") or ["sentence1"])[0]
-    values = {
-        "student": {"start": str(student)},
-        "tasks": {"task": dict(task)},
-        "finetune": settings or {"phases": [{}]},
-    }
-    values["corpus"] = {"column": column}
-    folder = _run_section(values, str(student), student, texts, Path(out))
+    values = {"tasks": {"task": dict(task)}, "finetune": settings or {"phases": [{}]}}
+    values |= {"student": {"start": str(student)}, "corpus": {"column": (task.get("text") or ["sentence1"])[0]}}
+    folder = _run_section(values, str(student), student, [str(task["train"])], Path(out))
     return folder / "finetune" / "task" / "model", read_json(folder / "finetune" / "summary.json")
 
 

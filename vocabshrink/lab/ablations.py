@@ -1,10 +1,8 @@
 """Ablations: variants of one recipe, each run under several seeds, and the table that compares them.
 
 An ablation file names a base recipe and, for every variant, the settings that differ. Every (variant, seed) is a run
-that shares its stages with the others (variants.py), so that what variants have in common is made once. The cost is
-that every seed has its own fine-tuning, and with `vary: run` its own student too. Several copies of the command share
-the work. Tables are views of finished stages, written anew after each run; a killed command loses at most an unfinished
-stage's steps since its last checkpoint.
+that shares its stages with the others (variants.py). Several copies of the command share the work. Tables are views of
+finished stages, written anew after each run.
 """
 
 import re
@@ -79,9 +77,8 @@ def read_ablation(path: Path, overrides: list[str] | tuple[str, ...] = ()) -> Ab
 
 
 def units_of(path: Path, overrides: list[str] | tuple[str, ...], root: Path) -> list[Unit]:
-    """Every variant under every seed, seeds outermost, so that a table fills evenly. Settings apply in the order base
-    recipe, command line, `common`, variant: the command line scales all variants and cannot undo what makes them
-    differ. Raises InputError that names the file and the variant."""
+    """Every variant under every seed, seeds outermost, so that a table fills evenly. The command line's settings apply
+    over the base recipe and under what makes variants differ. Raises InputError that names the file and the variant."""
     ablation = read_ablation(path, [o for o in overrides if o.startswith("seeds=")])
     base = base_values(path.parent / ablation.base, [o for o in overrides if not o.startswith("seeds=")])
     units = []
@@ -102,9 +99,8 @@ def run_ablations(
     files: list[Path], overrides: list[str] | tuple[str, ...] = (), root: Path = Path("artifacts/ablations")
 ) -> dict:
     """Runs every variant of the files under every seed and writes the tables after each; finished ones are skipped.
-    Returns summary.json of `root`: {"rows": one per variant, task and metric (`rows_of`), "minutes": of all stages}.
-    Raises InputError for a bad file or a variant over its budget, before anything runs; for what stopped a variant,
-    once all others have run."""
+    Returns summary.json of `root`: {"rows": those of `rows_of`, "minutes": of all stages}. Raises InputError for a bad
+    file or a variant over its budget, before anything runs; for what stopped a variant, once all others have run."""
     refuse_launcher()
     ablations = {}
     for units in (units_of(Path(path), overrides, root) for path in files):
@@ -169,11 +165,9 @@ def figures_of_teacher(units: list[Unit]) -> list[dict]:
 
 
 def rows_of(units: list[Unit]) -> list[dict]:
-    """One row per variant, split, task and metric, and one (task "average") for the mean of the tasks' headlines. Each:
-    ablation, recipe (the variant), split ("general": before its tasks), task, metric, median, spread (largest less
-    smallest), values and seeds (in order), tokens (of the student's own training, general and on tasks),
-    seconds_per_step (of fine-tuning), general_seconds_per_step, average (the variant's median on validation); where it
-    has a baseline also its name, difference (of medians) and clear (whether both have several seeds and their ranges do
+    """One row per variant, split ("general": before its tasks), task and metric, and one for the mean of the tasks'
+    headlines: median, spread (largest less smallest), values and seeds in order, COSTS, average (the variant's on
+    validation); against a baseline also difference (of medians) and clear (both have several seeds, and their ranges do
     not overlap). The teacher fine-tuned on the same rows, where a variant has one, comes first as TEACHER."""
     ablation, rows = units[0].ablation, []
     figures = figures_of_teacher(units) + [figures_of(unit) for unit in units if unit.run.dir.is_done("finetune")]

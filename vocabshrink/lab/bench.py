@@ -1,10 +1,9 @@
 """Sizes, start-up, memory and speed of delivered models beside their peers, in one run on one machine.
 
-Every system is measured from text to answer, in processes of its own (`answer_here`): our runtime for a delivery and
-for the teacher exported as fp32 and int8 ONNX, model2vec for static vectors distilled from the same teacher. Lengths
-are in pieces of the teacher's tokenizer, and all systems get the same texts: a small vocabulary needs more pieces for
-them, and that is part of its price. Systems take turns, round after round, so that a machine that slows down slows all
-of them. Such a process runs this module, whose imports are therefore only what every system needs.
+Every system is measured from text to answer, in processes of its own: our runtime for a delivery and for the teacher as
+fp32 and int8 ONNX, model2vec for static vectors of the same teacher. All get the same texts, whose length is in the
+teacher's pieces: that a small vocabulary needs more is part of its price. They take turns, so that a machine that slows
+down slows all of them. Such a process runs this module, which therefore imports only what every system needs.
 """
 
 import gzip
@@ -63,22 +62,18 @@ class System:
         return said | {"cold_start_seconds": said["answered"] - began}
 
 
-def open_system(kind: str, folder: str, threads: int) -> Callable[[list[str]], object]:
-    """The function from texts to answers."""
-    if kind == "static":
-        from model2vec import StaticModel
-
-        return StaticModel.from_pretrained(folder).encode
-    model = load(folder, threads)
-    if not KINDS[model.task].any_text:
-        raise InputError(f"{folder} is for the task {model.task!r}: leave it out")
-    return getattr(model, KINDS[model.task].method)
-
-
 def answer_here(kind: str, folder: str, threads: int, texts: dict[str, str], batches: list[int], seconds: float):
     """Answers a first question, then times calls. Returns {"answered": Unix time, "rss_mb": this process's peak until
     then, "times": {"LENGTHxBATCH": seconds of each call}}. texts: {length: text}."""
-    answer = open_system(kind, folder, threads)
+    if kind == "static":
+        from model2vec import StaticModel
+
+        answer = StaticModel.from_pretrained(folder).encode
+    else:
+        model = load(folder, threads)
+        if not KINDS[model.task].any_text:
+            raise InputError(f"{folder} is for the task {model.task!r}: leave it out")
+        answer = getattr(model, KINDS[model.task].method)
     answer(["a first question"])
     answered, status = time(), Path("/proc/self/status").read_text()  # getrusage counts the parent's memory too
     peak = int(status.partition("VmHWM:")[2].split()[0]) / 1000
@@ -104,12 +99,11 @@ def bench(
     lengths: Sequence[int] = LENGTHS,
     batches: Sequence[int] = BATCHES,
 ) -> dict:
-    """Measure deliveries, and with a `teacher` its ONNX fp32 and int8 and (`static`) its static vectors. Peers are made
-    once and kept beside `out`. Writes `out` and returns what it says: {"machine", "lengths", "systems": {name: {"kind",
-    "bytes" (and "gzip_bytes", one by one as servers do) of the "files" that its loader needs, medians over processes of
-    "cold_start_seconds" and "rss_mb", "latency": {threads: {"LENGTHxBATCH": `statistics_of`}}}}}. lengths: in pieces;
-    seconds: of calls for each length, batch and number of threads (one and all). Raises InputError for a folder that is
-    no delivery and where a package is missing."""
+    """Measure deliveries, and with a `teacher` its ONNX fp32 and int8 and (`static`) its static vectors; these peers
+    are made once, beside `out`. Writes `out` and returns what it says: {"machine", "lengths", "systems": {name: {what
+    `weigh` gives, medians of "cold_start_seconds" and "rss_mb", "latency": {threads: {"LENGTHxBATCH":
+    `statistics_of`}}}}}. lengths: in pieces; seconds: of calls for each length, batch and number of threads (one and
+    all). Raises InputError for a folder that is no delivery and where a package is missing."""
     from vocabshrink.run.engine import say
 
     systems = [System(name_of(folder), Path(folder)) for folder in artifacts]
@@ -145,7 +139,7 @@ def bench(
 
 
 def weigh(system: System) -> dict:
-    """Kind, bytes as they are and compressed, and files of what a system's loader needs."""
+    """A system's kind, and what its loader needs: "bytes", "gzip_bytes" (one by one, as servers do), "files"."""
     contents = {path.relative_to(system.folder).as_posix(): path.read_bytes() for path in system.files()}
     zipped = sum(len(gzip.compress(content, 6, mtime=0)) for content in contents.values())
     files = {name: len(content) for name, content in contents.items()}

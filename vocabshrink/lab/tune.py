@@ -1,11 +1,10 @@
 """`vocabshrink tune`: a search for the layer map, and with it for loss weights, shape and bits, under a cheap proxy.
 
-Which teacher layer a student layer should learn from is found by a genetic algorithm (Jiao et al. 2020, arXiv
-2012.06153): gene i is the teacher layer of student layer i, 0 for none. A candidate is trained a little on the corpus
-and on a few tasks; the best map then serves the full distillation. Population and rates of the paper are not public.
-The algorithm (NSGA-II), its storage, pruning and fronts are Optuna's: a killed search goes on from the storage, and
-several processes share one study. A candidate is a run like an ablation's, with shared stages (variants.py). Optuna
-prunes by one objective alone, so with several no candidate is given up between its tasks.
+A genetic algorithm finds which teacher layer a student layer should learn from (Jiao et al. 2020, arXiv 2012.06153):
+gene i is the teacher layer of student layer i, 0 for none. A candidate is a run like an ablation's (variants.py),
+trained a little on the corpus and on a few tasks. NSGA-II, storage, pruning and fronts are Optuna's: a killed search
+goes on, and several processes share one study. Optuna prunes by one objective alone, so with several none is given up
+between tasks.
 """
 
 import contextlib
@@ -324,9 +323,9 @@ def rows_of(study: optuna.Study) -> dict[str, dict]:
 
 def run_tuning(path: Path, overrides: list[str] | tuple[str, ...] = (), root: Path = Path("artifacts/tune")) -> dict:
     """Searches, and confirms the result where the file says so; what is finished is skipped. Writes into `root`/NAME:
-    study.db, best.yaml (or front/N.yaml), trials.csv, tune.html, summary.json; and `root`/summary.json, which gathers
-    all searches. Returns the search's: "best" (or "front"), "named" maps, "trials" by state, "seconds" of them all.
-    Raises InputError as `Tuner` does, and where no candidate could be trained."""
+    study.db, best.yaml (or front/N.yaml), trials.csv, tune.html, summary.json; and `root`/summary.json, of all
+    searches. Returns the search's summary. Raises InputError as `Tuner` does, and where no candidate could be
+    trained."""
     refuse_launcher()
     tuner = Tuner(path, overrides, root)
     RunDir(tuner.root).write_environment()

@@ -1,8 +1,8 @@
 """Variants of a recipe: settings over its plain values, and runs that share the stages they have in common.
 
 Each is an ordinary run whose stages stand in one folder, named by the settings that decide them (`SharedRunDir`), so
-that a stage is made once, whoever asks for it first. The same command may run several times at once on one machine: a
-stage belongs to one process while it is made. The lock is the kernel's and dies with its process.
+that a stage is made once. The same command may run several times at once: a stage belongs to one process while it is
+made, by a lock of the kernel's, which dies with its process.
 """
 
 import copy

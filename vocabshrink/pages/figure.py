@@ -1,8 +1,5 @@
-"""Matplotlib figures as SVGs that are coloured by the CSS variables of the page they stand on.
-
-So they follow its theme: a page that shows one defines --ink, --grid and --series-0 to -7. One saved alone brings
-defaults.
-"""
+"""Matplotlib figures as SVGs that are coloured by the CSS variables of the page they stand on, and so follow its theme:
+--ink, --grid and --series-0 to -7. One saved alone brings defaults."""
 
 import io
 import re

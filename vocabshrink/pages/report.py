@@ -1,8 +1,7 @@
 """One HTML file that shows what a run did, built from whatever files the run folder holds.
 
-It opens offline and from a mail attachment: curves are inline SVG, nothing is fetched and no script runs. It is a view:
-every figure on it is in a JSON file beside it, and what is missing is left out, so that a run that has only counted
-words has a page too. Learning rates are not drawn, because the recipe sets them.
+It opens offline and from a mail attachment: curves are inline SVG, nothing is fetched and no script runs. Every figure
+on it is in a JSON file beside it, and what is missing is left out. Learning rates are not drawn: the recipe sets them.
 """
 
 import math

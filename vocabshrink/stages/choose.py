@@ -1,9 +1,9 @@
 """What `compress` decides for its user: shape, pieces, bits and steps, by looking at model, text and machine.
 
-The rule is a table of shapes by bytes (SHAPES), each the best of those measured at its size (docs/choosing.md). The
-largest whose least form fits the budget is taken, and its feed-forward neurons fill what is left. Minutes are shared
-between the teachers' vectors and the student's steps by the speeds of the very models, timed here on the user's own
-text. The choice is written as an ordinary recipe, in which every line says what it is for.
+Of the shapes in SHAPES, the best of those measured at their bytes (docs/choosing.md), the largest is taken whose least
+form fits the budget; its feed-forward neurons fill what is left. Minutes are shared between the teachers' vectors and
+the student's steps by the speeds of the very models, timed here on the user's own text. The choice is an ordinary
+recipe.
 """
 
 import time

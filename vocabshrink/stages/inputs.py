@@ -4,7 +4,6 @@ import os
 from itertools import islice
 from pathlib import Path
 
-import numpy as np
 import torch
 from tokenizers import Tokenizer
 from transformers import PreTrainedConfig
@@ -20,7 +19,6 @@ from vocabshrink.data.vectors import StoredVectors
 from vocabshrink.models.families import positions_of
 from vocabshrink.models.forward import ModuleSettings, module_settings
 from vocabshrink.models.loading import check_folder, load_config, resolve_model
-from vocabshrink.models.spelling import shared_pieces
 from vocabshrink.models.student import Start, build_student
 from vocabshrink.models.teacher import Teacher, load_head, load_teacher
 from vocabshrink.run.engine import Context
@@ -85,11 +83,6 @@ def read_stored_vectors(context: Context, stage: DistillStage) -> StoredVectors 
 def read_tokenizers(context: Context) -> tuple[Tokenizer, Tokenizer]:
     """The student's and the teacher's."""
     return load_tokenizer(context.vocabulary), load_tokenizer(teacher_folder(context.recipe))
-
-
-def read_shared_pieces(context: Context) -> np.ndarray:
-    """See `shared_pieces`."""
-    return shared_pieces(*read_tokenizers(context))
 
 
 def start_student(context: Context, teacher: Teacher) -> Start:

@@ -1,12 +1,11 @@
 """What a recipe will cost, before anything is trained: parameters, bytes of every format, tokens, FLOPs, hours.
 
-Parameters and bytes are those of the very shape (delivery/size.py); tokens are guessed from the sequence length. Hours
-come from a matrix product timed here and now, times the share of that speed that training reached on the machines it
-was measured on: good to a factor of two, not more.
+Parameters and bytes are exact (delivery/size.py); tokens are guessed from the sequence length. Hours come from a matrix
+product timed here and now, times the share of that speed that training reached: good to a factor of two, not more.
 """
 
 import copy
-import time
+import timeit
 
 import torch
 from transformers import PreTrainedConfig
@@ -51,13 +50,12 @@ def check_budget(recipe: Recipe) -> None:
     if recipe.delivery is None:
         return
     embedder = delivered_config(recipe, shapes(recipe)[0])
-    delivered = {recipe.name: (embedder, "embedding")}
+    delivered = [(recipe.name, embedder, "embedding")]
     for name, task in recipe.tasks.items() if recipe.finetune and recipe.finetune.save_models else ():
-        head = copy.copy(embedder)
+        head, kind = copy.copy(embedder), "tokens" if task.kind == "tokens" else "classification"
         head.num_labels = len(task.labels or ()) or 2
-        kind = "tokens" if task.kind == "tokens" else "classification"
-        delivered[f"{recipe.name} with its head for {name}"] = head, kind
-    for name, (config, kind) in delivered.items():
+        delivered.append((f"{recipe.name} with its head for {name}", head, kind))
+    for name, config, kind in delivered:
         if sentence := refusal(config, recipe.delivery.budget, recipe.delivery.weights, recipe=name, task=kind):
             raise InputError(sentence)
 
@@ -71,12 +69,7 @@ def matrix_speed() -> float:
     """FLOP/s of a bfloat16 matrix product on this machine's device, measured for about a second."""
     device, size = ("cuda", 8192) if torch.cuda.is_available() else ("cpu", 1536)
     a = torch.randn(size, size, dtype=torch.bfloat16, device=device)
-    best = 0.0
-    for _ in range(5):
-        started = time.perf_counter()
-        float((a @ a)[0, 0])
-        best = max(best, 2 * size**3 / (time.perf_counter() - started))
-    return best
+    return 2 * size**3 / min(timeit.repeat(lambda: float((a @ a)[0, 0]), number=1, repeat=5))
 
 
 def stage_costs(recipe: Recipe) -> list[tuple[str, int, int]]:

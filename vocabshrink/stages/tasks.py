@@ -1,12 +1,9 @@
 """The stages of labelled tasks: `task_teacher` fine-tunes the teacher, `augment` adds rows, `finetune` trains students.
 
 The unit of work is one training: a task, a setting of the grid, a seed. Its folder is under the stage's `checkpoints/`,
-which an unfinished stage keeps, and ends with `metrics.json`: a stage that is started again skips finished trainings,
-so that a crash costs at most the steps since the last checkpoint. At its end the stage puts the results where readers
-look: `TASK/seed-N/metrics.json`, `TASK/model`.
-
-The grid is searched as the papers do: every setting with the first seed, the best on validation with all seeds. A seed
-decides the new head, whatever of the student starts at random, and the order of rows.
+which an unfinished stage keeps, and ends with `metrics.json`: a stage that is started again skips finished trainings.
+At its end it puts the results where readers look. The grid is searched as the papers do: every setting with the first
+seed, the best on validation with all. A seed decides the new head, what else starts at random, and the order of rows.
 """
 
 import hashlib

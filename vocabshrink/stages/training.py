@@ -19,7 +19,7 @@ from vocabshrink.models.forward import torch_embedder
 from vocabshrink.models.loading import load_model
 from vocabshrink.models.projection import narrowing
 from vocabshrink.models.rounding import bake, quantization_aware
-from vocabshrink.models.spelling import spellings
+from vocabshrink.models.spelling import shared_pieces, spellings
 from vocabshrink.models.student import load_student, new_student_head, save_student
 from vocabshrink.models.teacher import Teacher, load_head, new_head, save_head
 from vocabshrink.run.engine import Context, main_process, say, saying_left, wait_for_everyone
@@ -123,7 +123,11 @@ def distil_into_student(context: Context, stage: DistillStage, formats=None) -> 
         quantization_aware(student, formats)
     options = {"head": head, "directions": directions}
     if (vectors := inputs.read_stored_vectors(context, stage)) is not None:
-        options["stored"] = bring_to_student(context, vectors, student, teacher)
+        texts = stored.read_sentences(context.folder_of("vectors"))[: stored.SAMPLE // 4]
+        embed = torch_embedder(student, context.vocabulary, teacher.pooling, teacher.normalize, max_length=128)
+        bank = torch.from_numpy(vectors.rows(slice(stored.SAMPLE)))
+        narrow = narrowing(bank, torch.from_numpy(embed(texts)))  # brings them to where the student stands
+        options["stored"] = Stored(bank, narrow, nn.functional.normalize(bank @ narrow, dim=-1))
     task = make_distillation(context, stage, teacher, student, **options)
     sides = ("student",) if task.teacher is None else ("student", "teacher")
     batcher = make_batcher(context, stage, teacher, sides, accelerator, vectors=vectors)
@@ -135,25 +139,14 @@ def distil_into_student(context: Context, stage: DistillStage, formats=None) -> 
     return result | {"start": report}
 
 
-def make_distillation(
-    context: Context, stage: DistillStage, teacher: Teacher, student: nn.Module, **options
-) -> Distillation:
+def make_distillation(context: Context, stage: DistillStage, teacher: Teacher, student, **options) -> Distillation:
     """The task of a stage, with what its losses must know of the two vocabularies. options: of `Distillation`."""
     layers = student.config.num_hidden_layers, teacher.config.num_hidden_layers
     pairs = layer_pairs(stage.layer_map, *layers, seed=context.recipe.seed)
     if readers(stage.losses, "both vocabularies"):
-        options["shared"] = torch.from_numpy(inputs.read_shared_pieces(context))
-        options["spelling"] = torch.from_numpy(spellings(*inputs.read_tokenizers(context)))
+        for name, compare in (("shared", shared_pieces), ("spelling", spellings)):
+            options[name] = torch.from_numpy(compare(*inputs.read_tokenizers(context)))
     return Distillation(stage, teacher, student, pairs, **options)
-
-
-def bring_to_student(context: Context, vectors: stored.StoredVectors, student: nn.Module, teacher: Teacher) -> Stored:
-    """A bank of the stored vectors, and the map that brings them to where the student stands."""
-    texts = stored.read_sentences(context.folder_of("vectors"))[: stored.SAMPLE // 4]
-    embed = torch_embedder(student, context.vocabulary, teacher.pooling, teacher.normalize, max_length=128)
-    bank = torch.from_numpy(vectors.rows(slice(stored.SAMPLE)))
-    narrow = narrowing(bank, torch.from_numpy(embed(texts)))
-    return Stored(bank, narrow, nn.functional.normalize(bank @ narrow, dim=-1))
 
 
 def read_trained_teacher(context: Context, teacher: Teacher) -> None:
@@ -185,7 +178,7 @@ def make_batcher(
     options: more of `Batcher`'s. Raises InputError for a batch_size that processes, accumulation steps and groups do
     not divide."""
     lexicon, stream = inputs.read_words(context) if vectors is None else encode_sentences(context)
-    table = PieceTable(lexicon, teacher.table.num_embeddings, inputs.read_shared_pieces(context))
+    table = PieceTable(lexicon, teacher.table.num_embeddings, shared_pieces(*inputs.read_tokenizers(context)))
     common = {"max_pieces": stage.max_length - 2, "sides": sides}
     if vectors is None:
         limits = inputs.HELD_OUT | common | {"held_out_every": context.recipe.corpus.held_out_every}
