@@ -1,10 +1,9 @@
 """`vocabshrink tune`: a search for the layer map, and with it for loss weights, shape and bits, under a cheap proxy.
 
 A genetic algorithm finds which teacher layer a student layer should learn from (Jiao et al. 2020, arXiv 2012.06153):
-gene i is the teacher layer of student layer i, 0 for none. A candidate is a run like an ablation's (variants.py),
-trained a little on the corpus and on a few tasks. NSGA-II, storage, pruning and fronts are Optuna's: a killed search
-goes on, and several processes share one study. Optuna prunes by one objective alone, so with several none is given up
-between tasks.
+gene i is the teacher layer of student layer i, 0 for none. A candidate is a run like an ablation's, trained a little on
+the corpus and on a few tasks. NSGA-II, storage, pruning and fronts are Optuna's: a killed search goes on, and several
+processes share one study. Optuna prunes by one objective alone, so with several none is given up between tasks.
 """
 
 import contextlib
@@ -20,8 +19,6 @@ import onnxruntime
 import optuna
 import pandas as pd
 import yaml
-from optuna.samplers import NSGAIISampler, RandomSampler
-from optuna.storages import RDBStorage, RetryHeartbeatStaleTrialCallback
 from optuna.trial import TrialState
 from pydantic import Field, model_validator
 from sqlalchemy.exc import SQLAlchemyError
@@ -31,9 +28,8 @@ from tokenizer_build.errors import InputError
 from tokenizer_build.files import claimed, read_json, write_json, write_text
 from vocabshrink.delivery.graph import build_graph
 from vocabshrink.delivery.size import delivery_bytes
-from vocabshrink.lab.ablations import Seeds, rated_of, run_ablations
+from vocabshrink.lab import ablations
 from vocabshrink.lab.bench import time_calls
-from vocabshrink.lab.variants import Variant, advance, base_values, make_variant, refuse_launcher, value_at
 from vocabshrink.models.families import new_encoder
 from vocabshrink.pages.experiments import AVERAGE, TEACHER, place_of, write_tune_page
 from vocabshrink.run.engine import say
@@ -54,7 +50,7 @@ class Confirm(Section):
 
     settings: dict[str, Any] = {}  # over the recipe, in place of the proxy's
     tasks: Keys
-    seeds: Seeds = [1, 2, 3]
+    seeds: ablations.Seeds = [1, 2, 3]
 
 
 class Tuning(Section):
@@ -63,8 +59,7 @@ class Tuning(Section):
     name: Name
     title: str
     base: str  # a recipe's path, relative to this file's folder
-    # a candidate's quality is the mean over: tasks of the recipe, after fine-tuning (headline metric), and rated pairs
-    # of evaluation.stsb, which the general student answers as it is (Spearman)
+    # a candidate's quality is their mean: of tasks after fine-tuning (headline), of rated pairs before it (Spearman)
     tasks: Keys
     proxy: dict[str, Any] = {}  # section.key -> value over the recipe, of every candidate
     map: list[str] = ["distill.layer_map"]  # the keys that take the map; none: it is not searched for
@@ -115,7 +110,7 @@ class Tuner:
             override_value(data, key.split("."), value, override)
         self.tuning = tuning = parse_recipe(data, " ".join([str(path), *own]), Tuning)
         self.path, self.root, self.overrides = path, root / tuning.name, [o for o in overrides if o not in own]
-        self.base = base_values(path.parent / tuning.base, self.overrides)
+        self.base = ablations.base_values(path.parent / tuning.base, self.overrides)
         self.recipe = self.make(tuning.proxy, "proxy").recipe
         tasks = list(self.recipe.tasks) if self.recipe.finetune else []
         known, unseen = {*tasks, *self.recipe.evaluation.stsb}, tuning.confirm.tasks if tuning.confirm else ()
@@ -132,12 +127,12 @@ class Tuner:
         self.sizes = {f"layer_{m}": self.teacher_layers + 1 for m in range(1, deepest + 1)}
         self.sizes |= {key: len(values) for key, values in tuning.genes.items()}
 
-    def make(self, changes: dict[str, Any], origin: str, label: str = "", own: str = "") -> Variant:
+    def make(self, changes: dict[str, Any], origin: str, label: str = "", own: str = "") -> ablations.Variant:
         """The full run with these settings. Raises InputError."""
         about = {"origin": f"{self.path}: {origin}", "label": label}
-        return make_variant(self.base, changes, self.root / "runs" / own, self.root / "runs/stages", **about)
+        return ablations.make_variant(self.base, changes, self.root / "runs" / own, self.root / "runs/stages", **about)
 
-    def variant(self, changes: dict[str, Any], task: str) -> Variant:
+    def variant(self, changes: dict[str, Any], task: str) -> ablations.Variant:
         """A candidate's run on one task, which shares its general student with the runs on the others."""
         genome, origin = genome_of(changes), f"genes {changes}"
         keys = self.tuning.proxy | changes | {f"tasks.{name}": None for name in self.recipe.tasks if name != task}
@@ -172,7 +167,7 @@ class Tuner:
         genes = dict.fromkeys(self.sizes, 0)
         for key, values in self.tuning.genes.items():
             with contextlib.suppress(LookupError, TypeError, ValueError):  # the recipe has no such value
-                genes[key] = values.index(value_at(self.base, key.split(".")))
+                genes[key] = values.index(ablations.value_at(self.base, key.split(".")))
         about = self.depth(self.changes(genes)), self.teacher_layers
         maps = {name: layer_pairs(name, *about, seed=self.tuning.seed) for name in NAMED_MAPS if self.tuning.map}
         return {name: genes | {f"layer_{m}": layers[-1] for m, layers in pairs} for name, pairs in maps.items()}
@@ -195,9 +190,9 @@ class Tuner:
     def quality(self, changes: dict[str, Any], task: str) -> float:
         """The headline of the task's metrics on validation, of the rounded model where the run rounds it."""
         variant = self.variant(changes, task)
-        advance(variant, wait=True)
+        ablations.advance(variant, wait=True)
         if task not in self.recipe.tasks:
-            return rated_of(variant)[task]
+            return ablations.rated_of(variant)[task]
         summary = variant.summary("finetune")
         return (summary["rounded"] or summary)["average"]
 
@@ -231,12 +226,13 @@ def explore(tuner: Tuner) -> optuna.Study:
     decides = [run.dir.stage(run.stages[-1]).name for run in runs]  # each ends in the hash of its settings
     decides += [tuning.model_dump(include={"tasks", "map", "ordered", "genes", "objectives", "sampler"})]
     decides += [tuner.recipe.evaluation.stsb, (tuner.recipe.delivery or DeliverySection()).budget]
-    retry = {"heartbeat_stale_trial_callback": RetryHeartbeatStaleTrialCallback()}  # of a process that died
+    # a trial whose process died shows by its heartbeat, and is tried again
+    retry = {"heartbeat_stale_trial_callback": optuna.storages.RetryHeartbeatStaleTrialCallback()}
     with claimed(tuner.root / "study.lock", wait=True):  # two processes would make the tables of one file twice
         try:
             study = optuna.create_study(
                 study_name=f"{tuning.name}-{genome_of(decides)}",
-                storage=RDBStorage(url, heartbeat_interval=30, grace_period=120, **retry),
+                storage=optuna.storages.RDBStorage(url, heartbeat_interval=30, grace_period=120, **retry),
                 load_if_exists=True,
                 directions=["maximize" if objective == "quality" else "minimize" for objective in tuning.objectives],
                 pruner=optuna.pruners.PercentilePruner(100 * (1 - tuning.give_up), n_startup_trials=tuning.population),
@@ -251,8 +247,12 @@ def explore(tuner: Tuner) -> optuna.Study:
         with contextlib.ExitStack() as held, contextlib.ExitStack() as asking:
             asking.enter_context(claimed(tuner.root / "study.lock", wait=True))
             drawn = prepare(tuner, study)
-            genetic = NSGAIISampler(population_size=tuning.population, seed=tuning.seed + drawn, **rates)
-            study.sampler = genetic if tuning.sampler == "genetic" else RandomSampler(seed=tuning.seed + drawn)
+            genetic = optuna.samplers.NSGAIISampler(
+                population_size=tuning.population, seed=tuning.seed + drawn, **rates
+            )
+            study.sampler = (
+                genetic if tuning.sampler == "genetic" else optuna.samplers.RandomSampler(seed=tuning.seed + drawn)
+            )
 
             def one(trial, held=held, asking=asking):
                 held.enter_context(claimed(tuner.root / f"trial-{trial.number}.lock"))
@@ -326,7 +326,7 @@ def run_tuning(path: Path, overrides: list[str] | tuple[str, ...] = (), root: Pa
     study.db, best.yaml (or front/N.yaml), trials.csv, tune.html, summary.json; and `root`/summary.json, of all
     searches. Returns the search's summary. Raises InputError as `Tuner` does, and where no candidate could be
     trained."""
-    refuse_launcher()
+    ablations.refuse_launcher()
     tuner = Tuner(path, overrides, root)
     RunDir(tuner.root).write_environment()
     study, tuning = explore(tuner), tuner.tuning
@@ -335,10 +335,10 @@ def run_tuning(path: Path, overrides: list[str] | tuple[str, ...] = (), root: Pa
     if not front:
         reasons = [row["refused"] for row in rows.values() if row["refused"]] or ["all were given up"]
         raise InputError(f"{path}: no candidate could be trained: {statistics.mode(reasons)}")
-    named = {name: genome_of(tuner.changes(genes)) for name, genes in tuner.named().items()}
     summary = tuning.model_dump(include={"title", "objectives", "tasks"})
     summary |= {"best": front[0]} if tuning.objectives == ["quality"] else {"front": front}
-    summary["named"] = {name: rows[genome] for name, genome in named.items() if genome in rows}
+    named = ((name, genome_of(tuner.changes(genes))) for name, genes in tuner.named().items())
+    summary["named"] = {name: rows[genome] for name, genome in named if genome in rows}
     states = [row["state"] for row in rows.values()]
     trials = {state: states.count(state) for state in ("complete", "given up", "refused")}
     seconds = round(sum(row["seconds"] for row in rows.values()))
@@ -360,7 +360,7 @@ def confirm(tuner: Tuner, best: dict[str, Any]) -> dict:
     content["common"] = section.settings | {f"tasks.{t}": None for t in tuner.base["tasks"] if t not in section.tasks}
     content["variants"] = {"found": best} | {name: tuner.changes(genes) for name, genes in tuner.named().items()}
     write_text(path, yaml.dump(content, Dumper=RecipeDumper, sort_keys=False, allow_unicode=True))
-    rows = run_ablations([path], tuner.overrides, root=tuner.root / "runs")["rows"]
+    rows = ablations.run_ablations([path], tuner.overrides, root=tuner.root / "runs")["rows"]
     rows = [row for row in rows if place_of(row) == AVERAGE and row["recipe"] != TEACHER]
     return {"tasks": section.tasks, "seeds": section.seeds, "rows": rows}
 

@@ -36,9 +36,9 @@ def table_of(rows: list[dict]) -> pd.DataFrame:
             spread = f" ({100 * row['spread']:.1f})" if len(row["values"]) > 1 else ""
             columns.setdefault(head, {})[row["recipe"]] = f"{100 * row['median']:.1f}{spread}"
     averages = {row["recipe"]: row for row in rows if place_of(row) == AVERAGE}
-    if compared := {label: row for label, row in averages.items() if "difference" in row}:
-        form = {label: f"{100 * row['difference']:+.1f}{'*' * row['clear']}" for label, row in compared.items()}
-        columns["against baseline"] = form
+    compared = [row for row in averages.values() if "difference" in row]
+    if differences := {r["recipe"]: f"{100 * r['difference']:+.1f}{'*' * r['clear']}" for r in compared}:
+        columns["against baseline"] = differences
     for name, (head, scale, form) in COSTS.items():
         columns[head] = {label: form.format(scale * r[name]) for label, r in averages.items() if r[name] is not None}
     return pd.DataFrame(columns, index=list(averages), dtype=object).fillna("")
@@ -63,8 +63,8 @@ def markdown(rows: list[dict]) -> str:
     rows = [row for row in rows if row["recipe"] != TEACHER and place_of(row) == AVERAGE]
     seeds = max((row["seeds"] for row in rows), key=len, default=[])
     note = f"100 × median (largest − smallest) of seeds {', '.join(map(str, seeds))}"
-    fewer = [row["recipe"] for row in rows if len(row["seeds"]) < len(seeds)]
-    note += f"; fewer so far: {', '.join(fewer)}" if fewer else ""
+    if fewer := [row["recipe"] for row in rows if len(row["seeds"]) < len(seeds)]:
+        note += f"; fewer so far: {', '.join(fewer)}"
     note += f"; against {baseline}, * where no seed of the one is in the other's range" if baseline else ""
     return "\n".join(lines) + f"\n\n{note}.\n"
 
@@ -108,9 +108,9 @@ def write_tune_page(rows: list[dict], summary: dict, root: Path) -> None:
         figures[f"front-{objective}"] = svg_of(f"front-{objective}", drawing)
     if "confirm" in summary:
         figures["confirm"] = Markup((root / "runs/confirm/plot.svg").read_text(encoding="utf-8"))
-    facts = {"results": [summary["best"]] if "best" in summary else summary["front"], "rows": rows, "figures": figures}
-    environment = read_json(root / "environment.json")
-    write_page(root / "tune.html", "tune.html", **facts, summary=summary, environment=environment)
+    facts = {"rows": rows, "figures": figures, "summary": summary, "environment": read_json(root / "environment.json")}
+    results = [summary["best"]] if "best" in summary else summary["front"]
+    write_page(root / "tune.html", "tune.html", results=results, **facts)
 
 
 def draw_front(rows: list[dict], front: list[dict], objective: str, axes: Axes) -> None:

@@ -87,8 +87,8 @@ def training_panel(stage: str, rows: list[dict]) -> dict:
             plots.append({"title": title, "svg": svg, "legend": legend})
     note = f"{frame['step'].max():,} steps"
     if "tokens_per_second" in frame:
-        speed = frame["tokens_per_second"].median()
-        note += f", {frame['tokens'].max():,.0f} tokens, {speed:,.0f} tokens per second (median)"
+        tokens, speed = frame["tokens"].max(), frame["tokens_per_second"].median()
+        note += f", {tokens:,.0f} tokens, {speed:,.0f} tokens per second (median)"
     return {"stage": stage, "note": note, "plots": plots}
 
 

@@ -78,8 +78,9 @@ def check_all_losses(recipe: Recipe) -> None:
 def check_files(recipe: Recipe) -> None:
     """Refuses a recipe that names files which are not there, or are not what they should be."""
     heads = {"corpus.sources": partial(check_sources, recipe.corpus.sources, recipe.corpus.column)}
-    for name, path in recipe.evaluation.stsb.items():
-        heads[f"evaluation.stsb.{name}"] = partial(read_rated_pairs, path)
+    heads |= {
+        f"evaluation.stsb.{name}": partial(read_rated_pairs, path) for name, path in recipe.evaluation.stsb.items()
+    }
     if recipe.index:
         heads["index.passages"] = partial(check_sources, [recipe.index.passages])
     for name, task in recipe.tasks.items() if recipe.finetune else ():

@@ -86,9 +86,8 @@ def look_at(model: str, start: str | None, sources: list[str], column: str) -> L
     ids = [i for encoding in encodings for i in encoding.ids]
     unknown = next((i for name in ("[UNK]", "<unk>") if (i := tokenizer.token_to_id(name)) is not None), None)
     if ids and (share := ids.count(unknown) / len(ids)) > MOST_UNKNOWN:
-        raise InputError(
-            f"{model} cannot write {share:.0%} of the text's pieces: take a teacher that was trained on its language"
-        )
+        fault = f"{model} cannot write {share:.0%} of the text's pieces"
+        raise InputError(f"{fault}: take a teacher that was trained on its language")
     source = check_folder(begin := resolve_model(start)) if start else config
     own = load_tokenizer(begin) if start else tokenizer
     about_pieces = isinstance(own.model, WordPiece), own.get_vocab_size()
@@ -167,8 +166,7 @@ def choose_effort(look: Look, shape: Shape, minutes: float | None, tokens: int |
     else:
         config = student_config(shape.section, look.source, shape.pieces)
         config._attn_implementation = "eager"
-        teacher, student = load_model(look.folder), new_encoder(config)
-        speeds = [pieces_per_second(backbone, length) for backbone in (teacher, student)]
+        speeds = [pieces_per_second(backbone, length) for backbone in (load_model(look.folder), new_encoder(config))]
         seconds = 60 * minutes
         sentences = min(look.sentences, int(VECTORS * seconds * speeds[0] / length))
         left = (VECTORS + TRAINING + RECOVERY) * seconds - sentences * length / speeds[0]
@@ -183,7 +181,7 @@ def recipe_text(look: Look, shape: Shape, effort: Effort, **names) -> str:
     model that the student starts from, or None."""
     length = max(16, min(128, shape.section.max_position_embeddings, round(4 * look.length)))
     numbers = {"max_length": length, "tokens": round(effort.steps * effort.batch_size * look.length)}
-    numbers |= {"evaluated": max(LEAST_EVALUATED, min(500, look.sentences // 40))}
-    numbers |= {"held_out_every": max(2, min(50, look.lines // 100))}
+    numbers["evaluated"] = max(LEAST_EVALUATED, min(500, look.sentences // 40))
+    numbers["held_out_every"] = max(2, min(50, look.lines // 100))
     parts = {"look": look, "shape": shape, "student": shape.section, "effort": effort}
     return ENVIRONMENT.get_template("compress.yaml.jinja").render(parts | numbers | names)

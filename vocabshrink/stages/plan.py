@@ -75,9 +75,8 @@ def matrix_speed() -> float:
 def stage_costs(recipe: Recipe) -> list[tuple[str, int, int]]:
     """(stage, tokens, FLOPs) of each training stage on text."""
     student, teacher = shapes(recipe)
-    mode = recipe.dual.mode if recipe.dual else None
     # forward passes for a token, (teacher's, student's): with gradients they count three times
-    of_dual, costs = {"two_stage": (3, 0), "joint": (3, 3)}.get(mode, (4, 0)), []
+    of_dual, costs = {"two_stage": (3, 0), "joint": (3, 3)}.get(recipe.dual and recipe.dual.mode, (4, 0)), []
     for name, each in {"masked_lm_head": (1, 0), "dual": of_dual, "distill": (1, 3)}.items():
         if section := getattr(recipe, name):
             length = int(section.max_length * GUESSED_FILL)

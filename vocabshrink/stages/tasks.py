@@ -95,10 +95,9 @@ def augment(context: Context) -> dict:
 def finetune(context: Context) -> dict:
     """Fine-tunes the student on every task, for every seed, at the grid's best setting.
 
-    Writes TASK/seed-N/metrics.json and metrics.jsonl, TASK/grid.json (headline on validation by setting) where there is
-    a grid, and TASK/model, the median seed's, where the recipe saves models. Returns {task: {metric: {"median", "min",
-    "max", "seeds"}}} on validation; "test" and "rounded" of the same form; "average" (of the tasks' median headlines),
-    "seconds_per_step", "tokens" (of one seed's trainings). Raises InputError: see `load_task_model`, `read_logits`.
+    Writes TASK/seed-N/metrics.json and metrics.jsonl, TASK/grid.json (headline by setting) where there is a grid, and
+    TASK/model, the median seed's, where the recipe saves models. Returns {task: {metric: {"median", "min", "max",
+    "seeds"}}} on validation; "test" and "rounded" of the same form; "average", "seconds_per_step", "tokens".
     """
     stage, folder, found = context.recipe.finetune, context.folder, {}
     for name, task in inputs.read_tasks(context.recipe).items():
@@ -184,7 +183,7 @@ class TaskTrainings:
     def train(self, setting: str, seed: int) -> dict:
         """One training's metrics, made now or before."""
         unit, mark = self.unit(setting, seed), mark_of(self.context, self.name, setting, seed)
-        return once(unit, mark, lambda: self._train(setting, seed, unit, mark))
+        return once(unit, mark, partial(self._train, setting, seed, unit, mark))
 
     def _train(self, setting: str, seed: int, unit: Path, mark: str) -> dict:
         torch.manual_seed(seed)
@@ -224,8 +223,7 @@ class TaskTrainings:
 def mark_of(context: Context, name: str, setting: str, seed: int) -> str:
     """The hash of what decides one training. Other tasks, seeds and settings do not: they may come later."""
     settings = settings_of(context.recipe, context.stage.name)
-    section = settings.get("finetune", {})
-    own = {key: section[key] for key in ("phases", "rounded") if key in section}
+    own = {key: value for key, value in settings.get("finetune", {}).items() if key in ("phases", "rounded")}
     settings |= {"tasks": settings["tasks"][name], "finetune": own}
     return hashlib.sha256(json.dumps([settings, setting, seed], sort_keys=True).encode()).hexdigest()
 

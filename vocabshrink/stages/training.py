@@ -165,14 +165,7 @@ def begin(context: Context, stage: TrainingSection) -> tuple[Accelerator, Callab
 
 
 def make_batcher(
-    context: Context,
-    stage: TrainingSection,
-    teacher: Teacher,
-    sides: tuple[str, ...],
-    accelerator: Accelerator,
-    *,
-    vectors: stored.StoredVectors | None = None,
-    **options,
+    context: Context, stage: TrainingSection, teacher: Teacher, sides: tuple, accelerator, *, vectors=None, **options
 ) -> Batcher:
     """The batches of a stage, of one accumulation step: of the corpus or, where given, of the sentences of `vectors`.
     options: more of `Batcher`'s. Raises InputError for a batch_size that processes, accumulation steps and groups do
