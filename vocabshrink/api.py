@@ -121,8 +121,7 @@ def spool(texts: Texts, out: Path) -> list[str]:
     if isinstance(texts, str | os.PathLike):
         return [os.path.expanduser(texts)]
     members = iter(texts)
-    first = next(members, None)
-    if first is None:
+    if (first := next(members, None)) is None:
         raise InputError("texts: there are none: give files, or strings")
     named = isinstance(first, os.PathLike) or first.startswith("datasets:")
     if named or len(first) < 1000 and (os.path.exists(os.path.expanduser(first)) or glob.glob(first)):

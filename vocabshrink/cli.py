@@ -193,8 +193,8 @@ def tune(
     rows = []
     for name, row in results.items():
         if row and row["quality"] is not None:
-            figures = [row["quality"], *(row["scores"][task] for task in summary["tasks"])]
-            rows.append((f"{name}: {row['words']}", *(f"{100 * x:.2f}" for x in figures), f"{row['bytes']:,.0f}"))
+            figures = (f"{100 * x:.2f}" for x in (row["quality"], *map(row["scores"].get, summary["tasks"])))
+            rows.append((f"{name}: {row['words']}", *figures, f"{row['bytes']:,.0f}"))
     CONSOLE.print(table_of(summary["title"], ("", "quality", *summary["tasks"], "bytes"), rows))
     for row in summary["confirm"]["rows"] if "confirm" in summary else ():
         if "difference" in row:

@@ -83,8 +83,8 @@ def change(data: dict, key: str, value: Any, origin: str) -> None:
     try:
         value_at(data, needed)
     except (LookupError, TypeError, ValueError):
-        fault = f"the base recipe has no {'.'.join(needed)}"
-        raise InputError(f"{origin}: {fault}: correct the key, or add it there") from None
+        fault = f"{origin}: the base recipe has no {'.'.join(needed)}"
+        raise InputError(f"{fault}: correct the key, or add it there") from None
     override_value(data, keys, LEFT_OUT if value is None else value, origin)
 
 

@@ -106,8 +106,7 @@ def bench(
     all). Raises InputError for a folder that is no delivery and where a package is missing."""
     from vocabshrink.run.engine import say
 
-    systems = [System(name_of(folder), Path(folder)) for folder in artifacts]
-    if not systems:
+    if not (systems := [System(name_of(folder), Path(folder)) for folder in artifacts]):
         raise InputError("there is nothing to measure: give one delivered folder or more")
     if teacher is not None:
         from vocabshrink.models.loading import resolve_model
@@ -120,8 +119,7 @@ def bench(
     texts = {length: text_of(length, (teacher or systems[0].folder) / "tokenizer.json") for length in lengths}
     asked = {"texts": texts, "batches": list(batches), "seconds": seconds / ROUNDS}
     said: dict[str, dict[str, list[dict]]] = {name: defaultdict(list) for name in results}  # by number of threads
-    counts = sorted({1, os.cpu_count() or 1})
-    for threads, turn, system in itertools.product(counts, range(1, ROUNDS + 1), systems):
+    for threads, turn, system in itertools.product(sorted({1, os.cpu_count() or 1}), range(1, ROUNDS + 1), systems):
         say(f"{system.name}: {threads} thread{'s' * (threads > 1)}, round {turn} of {ROUNDS}")
         said[system.name][str(threads)].append(system.measure(threads, **asked))
     for name, found in results.items():

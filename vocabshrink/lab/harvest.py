@@ -41,9 +41,8 @@ MARKUP = re.compile(rf"^(?:{ITEM}|{FIELD})|(?::[\w:+-]+:)?(`+)[~!]?([^`]+?)(?:\s
 
 def harvest(out: Path, *, processes: int = 1, roots: list[Path] | None = None) -> dict[str, int]:
     """Write the documentation of installed packages to `out` (.jsonl or .jsonl.gz), one paragraph per row, none twice:
-    {"text": str, "source": "module.qualified.name"}. roots: folders of importable packages; by default this
-    interpreter's own. Returns the numbers of `paragraphs` and `words`. Raises InputError for a root that is none, and
-    no documentation."""
+    {"text": str, "source": "module.qualified.name"}. roots: folders of packages; by default this interpreter's. Returns
+    the numbers of `paragraphs` and `words`. Raises InputError for a root that is none, and no documentation."""
     if not out.name.endswith((".jsonl", ".jsonl.gz")):
         raise InputError(f"cannot write {out}: give a name that ends with .jsonl or .jsonl.gz")
     files, rows = list_files(roots), {}

@@ -39,9 +39,9 @@ STRENGTHS = (0.1, 1.0, 10.0, 100.0)  # of the probe, sklearn's C
 
 def score_models(models: Iterable[str], data: Path, *, rows: int = ROWS, threads: int = 1) -> list[dict]:
     """[{"model", "bytes" that its loader needs, "task", "metric", "value", "rows": at most so many of a split}].
-    models: deliveries, or whatever `resolve_model` finds. data: a folder of tasks' folders of JSONL, of which those are
-    left out that neither MEASURES nor a meta.json knows. Raises InputError for what cannot be read, and where there is
-    no task."""
+    models: deliveries, or whatever `resolve_model` finds. data: a folder of tasks' folders of JSONL; those that neither
+    MEASURES nor a meta.json knows are left out. Raises InputError for what cannot be read, and where there is no
+    task."""
     tasks = {folder: found for folder in sorted(data.glob("*/")) if (found := measures_of(folder))}
     if not tasks:
         raise InputError(f'{data} has no task: name folders {", ".join(MEASURES)}, or list "measures" in a meta.json')
@@ -109,10 +109,10 @@ def measures_of(folder: Path) -> list[str]:
 
 
 def measure(embed: Asked, folder: Path, metrics: Sequence[str], limit: int = ROWS) -> dict[str, float]:
-    """{metric: value} on a task's test.jsonl, or validation.jsonl where test has no file. average_precision: of
-    cosines, for rows of the second label. accuracy: of a logistic regression on the vectors of train.jsonl, its
-    strength chosen on a fifth of them. v_measure: of k-means over those, as many clusters as labels. Raises InputError
-    with file, row and remedy."""
+    """{metric: value} on a task's test.jsonl, or validation.jsonl where test has no file. average_precision: for rows
+    of the second label. accuracy: of a logistic regression on the vectors of train.jsonl, its strength chosen on a
+    fifth of them. v_measure: of k-means over those, as many clusters as labels. Raises InputError with file, row and
+    remedy."""
     path = next((p for name in ("test", "validation") if (p := folder / f"{name}.jsonl").is_file()), None)
     if path is None:
         raise InputError(f"{folder} has neither test.jsonl nor validation.jsonl: give a task's folder")

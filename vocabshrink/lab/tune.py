@@ -98,8 +98,8 @@ class Tuning(Section):
 
 class Tuner:
     """A search in its folder `root`/NAME: what genomes there are, which settings each means, and what each is worth.
-    base: the plain values of the full run. recipe: the proxy's. sizes: {gene: how many values it has}; a gene is a
-    position, of `layer_1` .. the teacher layer (0 for none), of a key of the recipe that in its list of values."""
+    base: the plain values of the full run. recipe: the proxy's. sizes: {gene: how many values it has}; the value of
+    `layer_1` .. is the teacher layer (0 for none), that of a key of the recipe the position in its list."""
 
     def __init__(self, path: Path, overrides: list[str] | tuple[str, ...], root: Path):
         """Reads a search and its base recipe. overrides: of the recipe, or with `tune.` before them of the search.
@@ -203,8 +203,7 @@ def genome_of(changes: Any) -> str:
 
 
 def measure_latency(config: PreTrainedConfig, delivery: DeliverySection) -> float:
-    """Milliseconds of a sentence of 32 pieces on one thread with random weights: the least of many calls, which other
-    work disturbs least."""
+    """Milliseconds of a sentence of 32 pieces on one thread, random weights: the least of many calls."""
     state = {name: value.numpy() for name, value in new_encoder(config).state_dict().items()}
     formats = formats_of(delivery.weights)
     graph = build_graph(state, config, task="embedding", formats=formats, kernel=delivery.kernel)
@@ -246,13 +245,9 @@ def explore(tuner: Tuner) -> optuna.Study:
         # SQLite would give one queued trial to two processes, so they ask one at a time
         with contextlib.ExitStack() as held, contextlib.ExitStack() as asking:
             asking.enter_context(claimed(tuner.root / "study.lock", wait=True))
-            drawn = prepare(tuner, study)
-            genetic = optuna.samplers.NSGAIISampler(
-                population_size=tuning.population, seed=tuning.seed + drawn, **rates
-            )
-            study.sampler = (
-                genetic if tuning.sampler == "genetic" else optuna.samplers.RandomSampler(seed=tuning.seed + drawn)
-            )
+            seed = tuning.seed + prepare(tuner, study)
+            genetic = optuna.samplers.NSGAIISampler(population_size=tuning.population, seed=seed, **rates)
+            study.sampler = genetic if tuning.sampler == "genetic" else optuna.samplers.RandomSampler(seed=seed)
 
             def one(trial, held=held, asking=asking):
                 held.enter_context(claimed(tuner.root / f"trial-{trial.number}.lock"))
@@ -264,9 +259,8 @@ def explore(tuner: Tuner) -> optuna.Study:
 
 
 def prepare(tuner: Tuner, study: optuna.Study) -> int:
-    """Readies the study for the next trial: trials whose process died are called failed, and of the named maps the
-    first that nobody has tried is next. Returns how many trials there are without the failed: a draw is a function of
-    this number, so that a killed search draws what an unbroken one would."""
+    """Calls trials whose process died failed, and puts the first named map that nobody has tried next. Returns how many
+    trials there are without the failed: of which a draw is a function, so that a killed search draws the same."""
     # of a database that machines share, heartbeats tell who is at a trial; else the lock that the process holds
     for trial in study.get_trials(deepcopy=False, states=(TrialState.RUNNING,)) if not tuner.tuning.storage else ():
         with claimed(tuner.root / f"trial-{trial.number}.lock") as dead:
@@ -322,10 +316,9 @@ def rows_of(study: optuna.Study) -> dict[str, dict]:
 
 
 def run_tuning(path: Path, overrides: list[str] | tuple[str, ...] = (), root: Path = Path("artifacts/tune")) -> dict:
-    """Searches, and confirms the result where the file says so; what is finished is skipped. Writes into `root`/NAME:
-    study.db, best.yaml (or front/N.yaml), trials.csv, tune.html, summary.json; and `root`/summary.json, of all
-    searches. Returns the search's summary. Raises InputError as `Tuner` does, and where no candidate could be
-    trained."""
+    """Searches, and confirms the result where the file says so; what is finished is skipped. Writes study.db, best.yaml
+    (or front/N.yaml), trials.csv, tune.html and summary.json into `root`/NAME, and `root`/summary.json of all searches.
+    Returns the search's summary. Raises InputError as `Tuner` does, and where no candidate could be trained."""
     ablations.refuse_launcher()
     tuner = Tuner(path, overrides, root)
     RunDir(tuner.root).write_environment()

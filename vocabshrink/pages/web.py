@@ -38,10 +38,9 @@ def build_web(
     artifacts: Sequence[Path], out: Path, passages: Path | None = None, *, title: str, node_modules: Path
 ) -> dict:
     """Write the page of one or several delivered folders to `out`, replacing a page that is there. passages: JSONL of
-    {"text", "source"?} for the first embedder to search, MOST_PASSAGES at most; else its own index, and without an
-    index only what is pasted into the page. Returns {"files": {name: bytes}, "model": bytes, "runtime": bytes,
-    "passages": number searched}. Raises InputError for folders, passages or npm packages that cannot be used, and where
-    `out` is no page."""
+    {"text", "source"?} for the first embedder to search, MOST_PASSAGES at most; else its own index, if it has one.
+    Returns {"files": {name: bytes}, "model": bytes, "runtime": bytes, "passages": number searched}. Raises InputError
+    for folders, passages or npm packages that cannot be used, and where `out` is no page."""
     if out.exists() and not (out / "standalone.html").is_file() and (out.is_file() or any(out.iterdir())):
         raise InputError(f"{out} exists and is not a page of ours: give another place or remove it")
     if missing := [path for name in RUNTIME.values() if not (path := node_modules / name).is_file()]:

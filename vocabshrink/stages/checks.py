@@ -78,9 +78,8 @@ def check_all_losses(recipe: Recipe) -> None:
 def check_files(recipe: Recipe) -> None:
     """Refuses a recipe that names files which are not there, or are not what they should be."""
     heads = {"corpus.sources": partial(check_sources, recipe.corpus.sources, recipe.corpus.column)}
-    heads |= {
-        f"evaluation.stsb.{name}": partial(read_rated_pairs, path) for name, path in recipe.evaluation.stsb.items()
-    }
+    for name, path in recipe.evaluation.stsb.items():
+        heads[f"evaluation.stsb.{name}"] = partial(read_rated_pairs, path)
     if recipe.index:
         heads["index.passages"] = partial(check_sources, [recipe.index.passages])
     for name, task in recipe.tasks.items() if recipe.finetune else ():
@@ -119,8 +118,7 @@ def check_task(task: Task, section: TaskSection) -> None:
         read_logits(section.logits, task)
     if not section.teacher:
         return
-    folder = resolve_model(section.teacher)
-    check_tokenizer(folder)
+    check_tokenizer(folder := resolve_model(section.teacher))
     model = load_task_model(section.teacher, task, trained=True)
     if not check_label_order(task, model.config.id2label, folder):
         few = {"train_rows": min(ROWS_TO_AGREE, section.train_rows or ROWS_TO_AGREE), "evaluation_rows": 1}
@@ -131,15 +129,13 @@ def check_task(task: Task, section: TaskSection) -> None:
 
 
 def check_models(recipe: Recipe, folder: Path, teacher) -> None:
-    """Refuses a student that the teacher cannot start, and losses that read what it does not have. teacher: its
-    config."""
+    """Refuses a student that the teacher (its config) cannot start, and losses that read what it does not have."""
     student, source = student_shape(recipe, teacher), source_config(recipe, teacher)
     if recipe.delivery:
         check_activation(student, str(folder))
     if recipe.student.initialize.startswith("extract"):
         check_extraction(recipe.student.initialize, student, source)
-    head = find_head(folder)
-    if head and recipe.masked_lm_head:
+    if (head := find_head(folder)) and recipe.masked_lm_head:
         raise InputError(f"{folder} has a masked-LM head already: remove masked_lm_head from the recipe")
     positions = {"student": student.max_position_embeddings, "teacher": positions_of(teacher)}
     for name, stage in ({"masked_lm_head": recipe.masked_lm_head} | compared_in(recipe)).items():

@@ -1,9 +1,8 @@
 """What `compress` decides for its user: shape, pieces, bits and steps, by looking at model, text and machine.
 
-Of the shapes in SHAPES, the best of those measured at their bytes (docs/choosing.md), the largest is taken whose least
-form fits the budget; its feed-forward neurons fill what is left. Minutes are shared between the teachers' vectors and
-the student's steps by the speeds of the very models, timed here on the user's own text. The choice is an ordinary
-recipe.
+Of SHAPES, the best of those measured at their bytes (docs/choosing.md), the largest is taken whose least form fits the
+budget; its feed-forward neurons fill what is left. Minutes are shared between the teachers' vectors and the student's
+steps by the speeds of the very models, timed here on the user's own text. The choice is an ordinary recipe.
 """
 
 import time
@@ -88,10 +87,9 @@ def look_at(model: str, start: str | None, sources: list[str], column: str) -> L
     if ids and (share := ids.count(unknown) / len(ids)) > MOST_UNKNOWN:
         fault = f"{model} cannot write {share:.0%} of the text's pieces"
         raise InputError(f"{fault}: take a teacher that was trained on its language")
-    source = check_folder(begin := resolve_model(start)) if start else config
-    own = load_tokenizer(begin) if start else tokenizer
-    about_pieces = isinstance(own.model, WordPiece), own.get_vocab_size()
-    return Look(folder, config, source, *about_pieces, found, lines, 2 + len(ids) / len(texts), texts)
+    source = check_folder(begin := resolve_model(start) if start else folder)
+    wordpiece, pieces = isinstance((own := load_tokenizer(begin)).model, WordPiece), own.get_vocab_size()
+    return Look(folder, config, source, wordpiece, pieces, found, lines, 2 + len(ids) / len(texts), texts)
 
 
 @dataclass(frozen=True)

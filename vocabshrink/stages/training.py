@@ -167,9 +167,8 @@ def begin(context: Context, stage: TrainingSection) -> tuple[Accelerator, Callab
 def make_batcher(
     context: Context, stage: TrainingSection, teacher: Teacher, sides: tuple, accelerator, *, vectors=None, **options
 ) -> Batcher:
-    """The batches of a stage, of one accumulation step: of the corpus or, where given, of the sentences of `vectors`.
-    options: more of `Batcher`'s. Raises InputError for a batch_size that processes, accumulation steps and groups do
-    not divide."""
+    """The batches of a stage, of one accumulation step: of the corpus, or of the sentences of stored `vectors`.
+    options: more of `Batcher`'s. Raises InputError: see `micro_batch`."""
     lexicon, stream = inputs.read_words(context) if vectors is None else encode_sentences(context)
     table = PieceTable(lexicon, teacher.table.num_embeddings, shared_pieces(*inputs.read_tokenizers(context)))
     common = {"max_pieces": stage.max_length - 2, "sides": sides}
