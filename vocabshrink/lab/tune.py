@@ -277,8 +277,7 @@ def prepare(tuner: Tuner, study: optuna.Study) -> int:
 
 
 def attempt(tuner: Tuner, study: optuna.Study, trial: optuna.Trial) -> list[float]:
-    """One candidate: its objectives, in the order of the search's. Raises optuna.TrialPruned where it is refused before
-    training, or given up after a task."""
+    """One candidate's objectives, in the search's order. Raises optuna.TrialPruned where it is refused or given up."""
     tuning, name, scores = tuner.tuning, trial.user_attrs.get("name"), {}
     changes = tuner.changes({gene: trial.suggest_int(gene, 0, size - 1) for gene, size in tuner.sizes.items()})
     genome = genome_of(changes)

@@ -26,8 +26,7 @@ POINTS = 300  # per curve, averaged: more cannot be seen at the width of a page
 
 
 def write_report(run: RunDir) -> Path:
-    """Write report.html into the run folder, of those files of a run that are there; its path. Raises InputError for a
-    file that is not what its name says."""
+    """Write report.html into the run folder; its path. Raises InputError for a file that is not what its name says."""
     out, recipe = run.path / "report.html", run.path / "recipe.yaml"
     files = (run.path / "summary.json", run.path / "environment.json", run.stage("vocab") / "comparison.json")
     summary, environment, comparison = (read_json(file) if file.is_file() else {} for file in files)

@@ -69,8 +69,7 @@ class Look:
 
 
 def look_at(model: str, start: str | None, sources: list[str], column: str) -> Look:
-    """Reads the models' folders, and all of the text once. Raises InputError for what cannot be compressed: no encoder,
-    a script that the model cannot write, too little text."""
+    """Reads the models' folders, and all of the text once. Raises InputError for what cannot be compressed."""
     config = check_folder(folder := resolve_model(model))
     tokenizer, lines, characters, sample = load_tokenizer(folder), 0, 0, []
     for line in read_lines(sources, column):

@@ -62,8 +62,7 @@ def export_embedder(context: Context, teacher: Teacher, student: PreTrainedModel
         figures.update(measure_systems(held_out, rated, systems | {"delivered": delivered}, **pooled))
         return {name: row for name, row in figures.items() if name not in ("bytes", "latency_ms")}
 
-    gates = ["rank_agreement", *rated]
-    manifest = write(context, done[-1], folder / "model", settings, measure=measure, gates=gates)
+    manifest = write(context, done[-1], folder / "model", settings, measure=measure, gates=["rank_agreement", *rated])
     figures["bytes"]["delivered"] = manifest["delivery_bytes"]
     figures["parameters_by_block"] = {"teacher": blocks_of(teacher.backbone), "student": blocks_of(student)}
     if recipe.index:

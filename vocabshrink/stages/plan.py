@@ -103,9 +103,8 @@ def plan_tables(recipe: Recipe, run: RunDir) -> list[tuple]:
         sizes.append((describe(name) + mark, *figures, f"{size['total'] / delivery.budget:.0%}"))
     speed = 3600 * matrix_speed() * EFFICIENCY
     costs = [(name, f"{tokens:,} (guess)", f"{f:.2e}", f"{f / speed:.2f}") for name, tokens, f in stage_costs(recipe)]
-    of_budget = f"of {delivery.budget:,}"
     return [
         (f"{recipe.name}: parameters by block", ("parameters", "teacher", "student"), blocks),
-        ("bytes of every delivery", ("format", "weights", "tokenizer", "all files", of_budget), sizes),
+        ("bytes of every delivery", ("format", "weights", "tokenizer", "all files", f"of {delivery.budget:,}"), sizes),
         ("training", ("stage", "tokens", "FLOPs", "hours here"), costs),
     ]
