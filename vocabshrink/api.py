@@ -1,6 +1,5 @@
 """What the library does, as functions: `compress`, which decides everything, and the pieces that it is made of.
 
-`compress` looks at the model, the text and the machine, chooses a student, writes the choice as a recipe and runs it.
 Every function works in a folder that it is given and goes on there when it is called again after a kill. Models are
 folders that transformers loads, so that any of them may come from elsewhere or go elsewhere.
 """
@@ -46,8 +45,7 @@ Texts = str | os.PathLike | Iterable[str]  # a file, folder, glob or datasets:NA
 @dataclasses.dataclass(frozen=True)
 class Artifact:
     """What `compress` made. path: the delivered folder, for `vocabshrink.load`. manifest: its MANIFEST.json. figures:
-    what was measured, {figure: {"teacher", "untrained", "trained", "delivered"}}. recipe: the file that makes it
-    again."""
+    {figure: {"teacher", "untrained", "trained", "delivered"}}. recipe: the file that makes it again."""
 
     path: Path
     manifest: dict
@@ -62,8 +60,7 @@ def compress(
 
     since: Unix time from which the summary counts minutes. options: those of `plan`. Killed and called again with the
     same arguments, it goes on. Raises InputError, before anything is trained, for a model, texts or a budget that
-    cannot be.
-    """
+    cannot be."""
     recipe = plan(model, texts, out=out, **options)
     figures = run_recipe(load_recipe(recipe), RunDir(out), since=since)
     delivered = Path(out, "export", "model")
@@ -83,15 +80,12 @@ def plan(
     column: str = "text",
     settings: Mapping[str, Any] | None = None,
 ) -> Path:
-    """The recipe that `compress` would run, written to `out`/compress.yaml.
-
-    budget: bytes of all the files that onnxruntime needs. minutes, or tokens: how long; 30 minutes unless told.
-    goal: the best vectors for the bytes, or the fastest model. start: another model whose layers and pieces the student
-    starts from. column: of JSONL, CSV and parquet files. settings: {section: {key: value}} over what is chosen.
-    """
+    """The recipe that `compress` would run, written to `out`/compress.yaml. budget: bytes of all the files that
+    onnxruntime needs. minutes, or tokens: how long; 30 minutes unless told. goal: the best vectors for the bytes, or
+    the fastest model. start: another model whose layers and pieces the student starts from. column: of JSONL, CSV and
+    parquet files. settings: {section: {key: value}} over what is chosen."""
     out, size = Path(out), parse_recipe({"budget": budget}, "budget", DeliverySection).budget
-    if minutes is None and tokens is None:
-        minutes = 30.0
+    minutes = 30.0 if minutes is None and tokens is None else minutes
     if (minutes or tokens) is not None and (minutes or tokens) <= 0 or (minutes and tokens):
         raise InputError("give minutes or tokens, one of them, above 0")
     if goal not in SHAPES:
@@ -100,9 +94,9 @@ def plan(
     asked = {"model": model, "sources": sources, "budget": size, "minutes": minutes, "tokens": tokens, "goal": goal}
     asked |= {"start": start, "column": column, "settings": settings}
     recipe, before = out / "compress.yaml", out / "compress.json"
-    if before.is_file() and read_json(before) == json.loads(json.dumps(asked)):
-        return recipe
     if before.is_file():
+        if read_json(before) == json.loads(json.dumps(asked)):
+            return recipe
         raise InputError(f"{out}: made with other arguments: give another folder, or delete this one")
     look = look_at(model, start, sources, column)
     shape = choose_shape(look, size, goal)
@@ -134,33 +128,25 @@ def merge(values: dict, over: Mapping[str, Any]) -> dict:
 
 def spool(texts: Texts, out: Path) -> list[str]:
     """The sources of a corpus: the paths given, or out/texts.jsonl with the texts of an iterable, which is never held.
-
     A list whose first member names a file, folder, glob or data set is a list of those. Raises InputError where `out`
-    has other texts already.
-    """
+    has other texts already."""
     if isinstance(texts, str | os.PathLike):
         return [os.path.expanduser(texts)]
     members = iter(texts)
-    first = next(members, None)
-    if first is None:
+    if (first := next(members, None)) is None:
         raise InputError("texts: there are none: give files, or strings")
-    if isinstance(first, os.PathLike) or len(first) < 1000 and _names_source(first):
+    named = isinstance(first, os.PathLike) or first.startswith("datasets:")
+    if named or len(first) < 1000 and (os.path.exists(os.path.expanduser(first)) or glob.glob(first)):
         return [os.path.expanduser(member) for member in (first, *members)]
-    kept = out / "texts.jsonl"
-    out.mkdir(parents=True, exist_ok=True)
-    with replacing(out / "texts.new.jsonl") as new, new.open("w", encoding="utf-8") as file:
+    kept, new = out / "texts.jsonl", out / "texts.new.jsonl"
+    with replacing(new) as temporary, temporary.open("w", encoding="utf-8") as file:
         for text in chain([first], members):
             file.write(json.dumps({"text": text}, ensure_ascii=False) + "\n")
-    new = out / "texts.new.jsonl"
     if kept.is_file() and not filecmp.cmp(new, kept, shallow=False):
         new.unlink()
         raise InputError(f"{out}: holds other texts: give another folder, or delete this one")
     new.replace(kept)
     return [str(kept)]
-
-
-def _names_source(text: str) -> bool:
-    return text.startswith("datasets:") or os.path.exists(os.path.expanduser(text)) or bool(glob.glob(text))
 
 
 def run_recipe(
@@ -190,11 +176,9 @@ def learn_vocabulary(
     column: str = "text",
 ) -> Path:
     """A WordPiece tokenizer of at most `size` pieces, learnt from the texts, as a folder that transformers loads.
-
     teacher: a model whose pieces are candidates too. trainer: one of tokenizer_build.trainers.TRAINERS. lowercase: as
-    the teacher unless told. required: words that must be one piece. Raises InputError for a size that cannot hold the
-    alphabet, and for text that is none.
-    """
+    the teacher unless told. required: words that must be one piece. Raises InputError for a size below the
+    alphabet's."""
     tokenizer = load_tokenizer(resolve_model(teacher)) if teacher else None
     if lowercase is None:
         lowercase = tokenizer is None or lowercases(tokenizer)
@@ -206,11 +190,9 @@ def learn_vocabulary(
 
 
 def start_student(model: str, tokenizer: str | os.PathLike, *, out: str | os.PathLike, **shape: Any) -> Path:
-    """A student of the tokenizer's pieces [V, D_S], started from `model`, as a folder that transformers loads.
-
-    shape: of the recipe's student section: num_hidden_layers, hidden_size, intermediate_size, embedding_size ...; what
-    is left out is the model's. Raises InputError for a shape that the model cannot fill.
-    """
+    """A student of the tokenizer's pieces [V, D_S], started from `model`, as a folder that transformers loads. shape:
+    of the recipe's student section: num_hidden_layers, hidden_size, intermediate_size, embedding_size ...; what is left
+    out is the model's. Raises InputError for a shape that the model cannot fill."""
     section = parse_recipe(shape, "shape", StudentSection)
     source = load_teacher(model)
     if section.initialize == "extract_importance":
@@ -230,13 +212,10 @@ def distill(
     vectors: int | None = None,
     **training: Any,
 ) -> Path:
-    """Trains a student's folder on the texts against a teacher and returns the trained one's folder.
-
-    losses: {a name of `vocabshrink list losses`, or a function Forward -> scalar: its weight}. vectors: the number of
-    sentences whose teacher vectors are stored and trained on; None: the teacher runs in every step. training: of the
-    recipe's distill section: steps, batch_size, learning_rate ... A function sees all hidden states of both models
-    (training.views.Forward). Raises InputError for losses and models that do not go together.
-    """
+    """Trains a student's folder on the texts against a teacher and returns the trained one's folder. losses: {a name of
+    `vocabshrink list losses`, or a function of all hidden states (training.views.Forward): its weight}. vectors: how
+    many sentences' teacher vectors are stored and trained on; None: the teacher runs in every step. training: of the
+    recipe's distill section: steps, batch_size ... Raises InputError for losses and models that do not go together."""
     for function in filter(callable, losses):
         LOSSES[function.__name__] = Loss(function, frozenset({"hidden", "teacher"}), frozenset({"distill"}))
     models = [load_config(resolve_model(str(model))) for model in (student, teacher)]
@@ -251,20 +230,12 @@ def distill(
 def finetune(
     student: str | os.PathLike, task: Mapping[str, Any], *, out: str | os.PathLike, **settings: Any
 ) -> tuple[Path, dict]:
-    """Fine-tunes a student's folder on a labelled task; the folder of the trained model, and its figures.
-
-    task: one of the recipe's tasks: {"train": file, "validation": file, "kind": ..., "teacher": folder ...}. settings:
-    of its finetune section: phases, seeds, grid ... Raises InputError for rows or labels that do not go together.
-    """
-    texts = [str(task["train"])]
-    column = (task.get("text") or ["sentence1"])[0]
-    values = {
-        "student": {"start": str(student)},
-        "tasks": {"task": dict(task)},
-        "finetune": settings or {"phases": [{}]},
-    }
-    values["corpus"] = {"column": column}
-    folder = _run_section(values, str(student), student, texts, Path(out))
+    """Fine-tunes a student's folder on a labelled task; the folder of the trained model, and its figures. task: one of
+    the recipe's tasks: {"train": file, "validation": file, "kind": ..., "teacher": folder ...}. settings: of its
+    finetune section: phases, seeds, grid ... Raises InputError for rows or labels that do not go together."""
+    values = {"tasks": {"task": dict(task)}, "finetune": settings or {"phases": [{}]}}
+    values |= {"student": {"start": str(student)}, "corpus": {"column": (task.get("text") or ["sentence1"])[0]}}
+    folder = _run_section(values, str(student), student, [str(task["train"])], Path(out))
     return folder / "finetune" / "task" / "model", read_json(folder / "finetune" / "summary.json")
 
 
@@ -279,15 +250,13 @@ def _run_section(values: dict, teacher: str, student: str | os.PathLike, texts: 
 def export(
     model: str | os.PathLike, out: str | os.PathLike, *, weights: str | dict = "int4-64", **settings: Any
 ) -> dict:
-    """Writes a trained student's folder as a delivery and returns its manifest.
-
-    weights: a format of run.formats, or one for each class of tensors. settings: of delivery.export.ExportSettings:
-    max_positions, kernel, safetensors, budget_bytes ... Raises InputError for a model that the graph cannot compute.
-    """
+    """Writes a trained student's folder as a delivery and returns its manifest. weights: a format of run.formats, or
+    one for each class of tensors. settings: of delivery.export.ExportSettings: max_positions, kernel, safetensors,
+    budget_bytes ... Raises InputError for a model that the graph cannot compute."""
     folder = resolve_model(str(model))
     config, said = load_config(folder), module_settings(folder)
     named = (config.architectures or [""])[0].removeprefix("Electra").removeprefix("Bert")
     task = next((t for t, kind in KINDS.items() if kind.architecture.removeprefix("Bert") == named), "embedding")
-    options = {"max_positions": min(128, config.max_position_embeddings), "pooling": said.pooling}
-    options |= {"normalize": said.normalize, "prompts": said.prompts, "default_prompt": said.default_prompt}
+    options = {key: getattr(said, key) for key in ("pooling", "normalize", "prompts", "default_prompt")}
+    options["max_positions"] = min(128, config.max_position_embeddings)
     return export_model(folder, out, ExportSettings(task, weights, **options | settings))

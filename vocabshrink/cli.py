@@ -134,7 +134,8 @@ def show_plan(recipe: Path, folder: Path | None, overrides: list[str] | None = N
     from vocabshrink.stages.plan import check_budget, plan_tables
 
     loaded = load_recipe(recipe, overrides or [])
-    CONSOLE.print(*plan_tables(loaded, RunDir(folder or Path("artifacts") / loaded.name)))
+    tables = plan_tables(loaded, RunDir(folder or Path("artifacts") / loaded.name))
+    CONSOLE.print(*(table_of(*table) for table in tables))
     check_budget(loaded)
 
 
@@ -202,8 +203,8 @@ def tune(
     rows = []
     for name, row in results.items():
         if row and row["quality"] is not None:
-            figures = [row["quality"], *(row["scores"][task] for task in summary["tasks"])]
-            rows.append((f"{name}: {row['words']}", *(f"{100 * x:.2f}" for x in figures), f"{row['bytes']:,.0f}"))
+            figures = (f"{100 * x:.2f}" for x in (row["quality"], *map(row["scores"].get, summary["tasks"])))
+            rows.append((f"{name}: {row['words']}", *figures, f"{row['bytes']:,.0f}"))
     CONSOLE.print(table_of(summary["title"], ("", "quality", *summary["tasks"], "bytes"), rows))
     for row in summary["confirm"]["rows"] if "confirm" in summary else ():
         if "difference" in row:
@@ -226,10 +227,9 @@ def search(
     """Answer a query from an artifact's own passages, without torch."""
     from vocabshrink.runtime.index import Index
 
-    if artifact.suffix in (".yaml", ".yml"):
-        raise InputError(f"{artifact}: search answers queries from an artifact: write vocabshrink tune {artifact}")
     if not query:
-        raise InputError(f"{artifact}: there is no query: write one behind it")
+        remedy = f"write vocabshrink search {artifact} WORDS, or, for a search of settings, vocabshrink tune {artifact}"
+        raise InputError(f"{artifact}: search answers queries and there is none: {remedy}")
     for hit in Index(delivered(artifact)).search(" ".join(query), top):
         words = f"{hit['score']:.3f}  {hit.get('source', '')}\n       {hit['text']}"
         print(json.dumps(hit, ensure_ascii=False) if as_json else words)
@@ -309,15 +309,14 @@ def bench(
 
     folders = [delivered(path) for path in artifacts]
     report = lab.bench(folders, teacher=teacher, static=static, out=out, seconds=seconds)
-    CONSOLE.print(*lab.bench_tables(report))
+    CONSOLE.print(*(table_of(*table) for table in lab.bench_tables(report)))
 
 
 def stop(number: int, frame) -> None:
     """Ends the command at a signal, with one sentence."""
+    name = signal.Signals(number).name
     if os.environ.get("RANK", "0") == "0":
-        print(
-            f"vocabshrink: stopped ({signal.Signals(number).name}): the same command goes on from here", file=sys.stderr
-        )
+        print(f"vocabshrink: stopped ({name}): the same command goes on from here", file=sys.stderr)
     sys.exit(128 + number)
 
 

@@ -12,6 +12,7 @@ from test_delivery import write_delivery
 
 import vocabshrink.lab.bench as module
 from tokenizer_build.errors import InputError
+from vocabshrink.cli import table_of
 from vocabshrink.lab.bench import bench, bench_tables, statistics_of, text_of, time_calls
 
 
@@ -42,7 +43,7 @@ def test_everything_is_measured_once_and_written(deliveries, tmp_path, monkeypat
             assert cell["p50_ms"] <= cell["p95_ms"] and cell["calls"] >= 15
     console = Console(width=140, record=True, file=io.StringIO())
     for table in bench_tables(report):
-        console.print(table)
+        console.print(table_of(*table))
     text = console.export_text()
     assert "12 pieces" in text and f"{report['systems']['embedding']['bytes']:,}" in text
 

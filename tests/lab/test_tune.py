@@ -23,8 +23,8 @@ from tokenizer_build.errors import InputError
 from tokenizer_build.files import read_json, write_json
 from vocabshrink import cli
 from vocabshrink.lab import tune
+from vocabshrink.lab.ablations import Variant
 from vocabshrink.lab.tune import NAMED_MAPS, Tuner, explore, genome_of, measure_latency, rows_of, run_tuning
-from vocabshrink.lab.variants import Variant
 from vocabshrink.run.folder import RunDir
 from vocabshrink.run.recipe import DeliverySection, load_recipe
 
@@ -142,7 +142,7 @@ def test_what_is_no_search_is_refused(written, tmp_path):
 
 
 def test_the_old_command_names_the_new_one():
-    with pytest.raises(InputError, match="x.yaml: search answers queries .*: write vocabshrink tune x.yaml"):
+    with pytest.raises(InputError, match="x.yaml: search answers queries .*, vocabshrink tune x.yaml"):
         cli.search(Path("x.yaml"))
 
 

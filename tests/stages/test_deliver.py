@@ -17,21 +17,18 @@ from vocabshrink.stages.checks import check_models
 def test_the_manifest_says_whether_the_task_has_pairs(tmp_path, monkeypatch, second):
     seen = {}
 
-    def export_model(model, folder, settings, *, measure, manifest):
+    def write(context, source, folder, settings, *, measure, manifest):
         seen.update(manifest, task=settings.task)
         return {"delivery_bytes": 1, "quality": {}}
 
-    monkeypatch.setattr(deliver, "export_model", export_model)
-    monkeypatch.setattr(deliver, "write_card", lambda *_, **__: None)
-    monkeypatch.setattr(deliver, "sources_of", lambda _: {})
+    monkeypatch.setattr(deliver, "write", write)
     (tmp_path / "made_up").mkdir()
     (tmp_path / "made_up" / "metrics.json").write_text(json.dumps({"validation": {}}))
     context = SimpleNamespace(folder=tmp_path / "out", folder_of=lambda _: tmp_path)
     splits = {"validation": SimpleNamespace(first=["a"], second=second)}
     task = SimpleNamespace(name="made_up", kind="classification", splits=splits)
-    deliver.export_task(context, task, ExportSettings("embedding", "int8", 16), {"recipe": "demo"})
-    expected = {"recipe": "demo", "trained_for": "made_up", "pairs": second is not None, "task": "classification"}
-    assert seen == expected
+    deliver.export_task(context, task, ExportSettings("embedding", "int8", 16))
+    assert seen == {"trained_for": "made_up", "pairs": second is not None, "task": "classification"}
 
 
 def test_an_activation_that_cannot_be_delivered_is_refused_before_anything_runs(tiny_teacher):

@@ -7,6 +7,7 @@ from rich.console import Console
 from transformers import BertConfig
 
 from tokenizer_build.errors import InputError
+from vocabshrink.cli import table_of
 from vocabshrink.delivery.size import delivery_bytes, parameters
 from vocabshrink.models.loading import load_config
 from vocabshrink.run.folder import RunDir
@@ -142,7 +143,7 @@ def test_tables_name_every_block_format_and_stage(tiny_teacher, tmp_path, monkey
     recipe = make_recipe(tiny_teacher, distill=STAGE | {"losses": {"hidden_mse": 1}})
     console = Console(width=200, record=True, quiet=False, file=open("/dev/null", "w"))  # noqa: SIM115
     for table in plan.plan_tables(recipe, RunDir(tmp_path / "run")):
-        console.print(table)
+        console.print(table_of(*table))
     text = console.export_text()
     assert "int4 groups of 128 (chosen)" in text and "1,280 (guess)" in text
     assert f"{parameters(plan.shapes(recipe)[1])['total']:,}" in text

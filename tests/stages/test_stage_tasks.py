@@ -312,7 +312,7 @@ def test_stored_logits_need_no_teacher(taught, data, tiny_teacher, tmp_path):
     first, second = (losses_of(run.dir.stage("finetune") / "topic" / "seed-1") for run in (own, beside))
     assert first == second
     for options, sentence in (
-        ({"phases": [LAYERS]}, r"losses.attention_kl reads the teacher's layers, and tasks.topic.logits are logits"),
+        ({"phases": [LAYERS]}, r"tasks.topic.logits are logits alone, and losses.attention_kl reads the teacher"),
         ({"phases": [SOFT], "augment": {"copies": 2}}, r"tasks.topic.logits has none of augmented rows"),
     ):
         run = make(data, tiny_teacher, tmp_path / "refused", changes={"logits": logits}, **options)

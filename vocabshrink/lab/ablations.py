@@ -1,34 +1,127 @@
 """Ablations: variants of one recipe, each run under several seeds, and the table that compares them.
 
-An ablation file names a base recipe and, for every variant, the settings that differ. Every (variant, seed) is a run
-that shares its stages with the others (variants.py), so that what variants have in common is made once. The cost is
-that every seed has its own fine-tuning, and with `vary: run` its own student too. Several copies of the command share
-the work. Tables are views of finished stages, written anew after each run; a killed command loses at most an unfinished
-stage's steps since its last checkpoint.
+A variant is settings over a recipe's plain values, and a run whose stages stand in one folder of all runs', named by
+what decides them (`SharedRunDir`), so that what variants have in common is made once. An ablation file names a base
+recipe and the variants, each of which is run under every seed. Several copies of a command share the work: a stage
+belongs to one process while it is made. Tables are views of finished stages, written anew after each run.
 """
 
+import copy
+import os
 import re
+import shutil
 import statistics
 import time
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, NamedTuple
 
 from pydantic import Field, model_validator
 
 from tokenizer_build.errors import InputError
-from tokenizer_build.files import read_json, write_json, write_text
-from vocabshrink.lab.variants import Variant, advance, base_values, make_variant, refuse_launcher
+from tokenizer_build.files import claimed, read_json, write_json, write_text
 from vocabshrink.pages.experiments import AVERAGE, COSTS, ROUNDED, TEACHER, markdown, place_of, plot, write_index
-from vocabshrink.run.engine import say
-from vocabshrink.run.folder import RunDir
-from vocabshrink.run.recipe import Name, Section, parse_recipe
-from vocabshrink.run.recipe_yaml import parse_override, read_yaml
-from vocabshrink.run.stage import STAGES
+from vocabshrink.run.engine import Run, run_stage, say, settings_of
+from vocabshrink.run.folder import RunDir, SharedRunDir
+from vocabshrink.run.recipe import Name, Recipe, Section, load_recipe, parse_recipe
+from vocabshrink.run.recipe_yaml import override_value, parse_override, read_yaml
+from vocabshrink.run.stage import STAGES, stages_of
+from vocabshrink.stages.checks import check_all_losses
 from vocabshrink.stages.plan import check_budget
 
 GENERAL = ("dual", "distill")  # the stages that train a student before it sees a task
+LEFT_OUT = "\0left out"  # stands where null was written until all changes are made, so that positions in lists stay
 Seeds = Annotated[list[Annotated[int, Field(ge=0, strict=True)]], Field(min_length=1)]
+
+
+@dataclass(frozen=True)
+class Variant:
+    """One run among many. label: its name in the log."""
+
+    label: str
+    recipe: Recipe
+    dir: SharedRunDir
+
+    @property
+    def stages(self) -> list[str]:
+        return [name for name in stages_of(self.recipe) if name not in ("export", "report")]  # which no table reads
+
+    def summary(self, stage: str) -> dict:
+        """What a finished stage says of itself."""
+        return read_json(self.dir.stage(stage) / "summary.json")
+
+
+def base_values(path: Path, overrides: list[str] | tuple[str, ...]) -> dict:
+    """The plain values of a recipe with the command line's settings, for `make_variant`. Raises InputError."""
+    load_recipe(path)  # for the recipe's own mistakes, under its own name
+    data = read_yaml(path, "a recipe")
+    for override in overrides:
+        change(data, *parse_override(override), f"{override} over {path}")
+    return data
+
+
+def make_variant(base: dict, changes: dict[str, Any], own: Path, shared: Path, *, origin: str, label: str) -> Variant:
+    """The run of `base_values` with {section.key: value} changed; null leaves a key out. own: the run's folder. shared:
+    the folder of all runs' stages. Raises InputError, which names the origin of the changes."""
+    data = copy.deepcopy(base)
+    for key, value in changes.items():
+        change(data, key, copy.deepcopy(value), f"{origin}: {key}")
+    recipe = parse_recipe(without_left_out(data), origin)
+    try:
+        check_all_losses(recipe)
+    except InputError as error:
+        raise InputError(f"{origin}: {error}") from None
+    return Variant(label, recipe, SharedRunDir(own, shared, lambda name: settings_of(recipe, name)))
+
+
+def change(data: dict, key: str, value: Any, origin: str) -> None:
+    """Sets section.key of a recipe's plain values; null leaves it out. Raises InputError for a section that is not
+    there, since a change to one that the recipe lacks is rarely meant."""
+    keys = key.split(".")
+    needed = keys if value is None else keys[:-1]
+    try:
+        value_at(data, needed)
+    except (LookupError, TypeError, ValueError):
+        fault = f"{origin}: the base recipe has no {'.'.join(needed)}"
+        raise InputError(f"{fault}: correct the key, or add it there") from None
+    override_value(data, keys, LEFT_OUT if value is None else value, origin)
+
+
+def value_at(data: Any, keys: list[str]) -> Any:
+    """data[a][b] of keys a.b, positions in lists as digits. Raises LookupError, TypeError or ValueError without one."""
+    for key in keys:
+        data = data[int(key)] if isinstance(data, list) else data[key]
+    return data
+
+
+def without_left_out(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: without_left_out(item) for key, item in value.items() if item != LEFT_OUT}
+    return [without_left_out(item) for item in value if item != LEFT_OUT] if isinstance(value, list) else value
+
+
+def refuse_launcher() -> None:
+    """Raises InputError under a launcher, whose processes would take different runs and wait for each other."""
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        remedy = "start this command several times, each on its own GPU (CUDA_VISIBLE_DEVICES) or core"
+        raise InputError(f"many runs want one process each: {remedy}, instead of by accelerate launch")
+
+
+def advance(variant: Variant, *, wait: bool = False) -> bool:
+    """Runs the variant's stages that are not done. Returns False, with some perhaps done, where another process is at
+    the next and this one does not `wait`."""
+    run = Run(variant.recipe, variant.dir)  # made here, so that the text and tasks it reads are freed with it
+    for name in variant.stages:
+        if not variant.dir.is_done(name):
+            with claimed(f"{variant.dir.stage(name)}.lock", wait=wait) as mine:
+                if not mine:
+                    return False
+                say(f"{variant.label}: {name}")
+                run_stage(run, name)  # unless another process has just done it
+        # optimizer states, larger than all that is kept
+        shutil.rmtree(variant.dir.stage(name) / "checkpoints", ignore_errors=True)
+    return True
 
 
 class Ablation(Section):
@@ -59,8 +152,7 @@ class Ablation(Section):
         return self.baseline.get(label) if isinstance(self.baseline, dict) else self.baseline
 
 
-@dataclass(frozen=True)
-class Unit:
+class Unit(NamedTuple):
     """One variant under one seed."""
 
     ablation: Ablation
@@ -80,11 +172,8 @@ def read_ablation(path: Path, overrides: list[str] | tuple[str, ...] = ()) -> Ab
 
 
 def units_of(path: Path, overrides: list[str] | tuple[str, ...], root: Path) -> list[Unit]:
-    """Every variant under every seed, seeds outermost, so that a table fills evenly.
-
-    Settings apply in the order base recipe, command line, `common`, variant: the command line scales all variants and
-    cannot undo what makes them differ. Raises InputError that names the file and the variant.
-    """
+    """Every variant under every seed, seeds outermost, so that a table fills evenly. The command line's settings apply
+    over the base recipe and under what makes variants differ. Raises InputError that names the file and the variant."""
     ablation = read_ablation(path, [o for o in overrides if o.startswith("seeds=")])
     base = base_values(path.parent / ablation.base, [o for o in overrides if not o.startswith("seeds=")])
     units = []
@@ -105,17 +194,14 @@ def run_ablations(
     files: list[Path], overrides: list[str] | tuple[str, ...] = (), root: Path = Path("artifacts/ablations")
 ) -> dict:
     """Runs every variant of the files under every seed and writes the tables after each; finished ones are skipped.
-
-    Returns summary.json of `root`: {"rows": one per variant, task and metric (`rows_of`), "minutes": of all stages}.
-    Raises InputError for a bad file or a variant over its budget, before anything runs; for what stopped a variant,
-    once all others have run.
-    """
+    Returns summary.json of `root`: {"rows": those of `rows_of`, "minutes": of all stages}. Raises InputError for a bad
+    file or a variant over its budget, before anything runs; for what stopped a variant, once all others have run."""
     refuse_launcher()
-    ablations = [units_of(Path(path), overrides, root) for path in files]
-    of_name = {units[0].ablation.name: units for units in ablations}
-    if len(of_name) < len(ablations):
-        raise InputError(f"two of the files are named {ablations[-1][0].ablation.name}: give each a name of its own")
-    waiting, failed = [unit for units in ablations for unit in units], []
+    ablations = {}
+    for units in (units_of(Path(path), overrides, root) for path in files):
+        if ablations.setdefault(name := units[0].ablation.name, units) is not units:
+            raise InputError(f"two of the files are named {name}: give each a name of its own")
+    waiting, failed = [unit for units in ablations.values() for unit in units], []
     for unit in waiting:
         check_budget(unit.run.recipe)
     RunDir(root).write_environment()
@@ -124,7 +210,7 @@ def run_ablations(
         for unit in waiting:
             try:
                 if advance(unit.run):
-                    write_tables([of_name[unit.ablation.name]], root)
+                    write_tables([ablations[unit.ablation.name]], root)
                 else:
                     held.append(unit)
             except InputError as error:
@@ -133,7 +219,7 @@ def run_ablations(
         if held == waiting:
             time.sleep(2)
         waiting = held
-    summary = write_tables(ablations, root)
+    summary = write_tables(ablations.values(), root)
     if failed:
         raise InputError(failed[0] + (f" (and {len(failed) - 1} runs more)" if len(failed) > 1 else ""))
     return summary
@@ -144,18 +230,16 @@ def figures_of(unit: Unit) -> dict:
     cost of general stages is None where the student went straight to its tasks."""
     run, summary = unit.run, unit.run.summary("finetune")
     general = [run.summary(name) for name in GENERAL if name in run.stages]
-    steps = sum(stage["steps"] for stage in general)
+    steps, seconds, tokens = (sum(stage[key] for stage in general) for key in ("steps", "seconds", "tokens"))
     measured: dict[tuple[str, str, str], float] = {}
     for split, found in (("validation", summary), ("test", summary["test"]), ("rounded", summary["rounded"])):
         for task in run.recipe.tasks:
             measured |= {(split, task, metric): one["median"] for metric, one in found.get(task, {}).items()}
     measured |= {("general", name, "spearman"): value for name, value in rated_of(run).items()}
     measured |= {ROUNDED: summary["rounded"]["average"]} if summary["rounded"] else {}
+    costs = summary["tokens"] + tokens, summary["seconds_per_step"], seconds / steps if steps else None
     figures = {"variant": unit.variant, "seed": unit.seed, "measured": measured | {AVERAGE: summary["average"]}}
-    figures["tokens"] = summary["tokens"] + sum(stage["tokens"] for stage in general)
-    figures["seconds_per_step"] = summary["seconds_per_step"]
-    figures["general_seconds_per_step"] = sum(stage["seconds"] for stage in general) / steps if steps else None
-    return figures
+    return figures | dict(zip(COSTS, costs, strict=True))
 
 
 def rated_of(run: Variant) -> dict[str, float]:
@@ -176,14 +260,10 @@ def figures_of_teacher(units: list[Unit]) -> list[dict]:
 
 
 def rows_of(units: list[Unit]) -> list[dict]:
-    """One row per variant, split, task and metric, and one (task "average") for the mean of the tasks' headlines.
-
-    Each: ablation, recipe (the variant), split ("general": before its tasks), task, metric, median, spread (largest
-    less smallest), values and seeds (in order), tokens (of the student's own training, general and on tasks),
-    seconds_per_step (of fine-tuning), general_seconds_per_step, average (the variant's median on validation); where it
-    has a baseline also its name, difference (of medians) and clear (whether both have several seeds and their ranges do
-    not overlap). The teacher fine-tuned on the same rows, where a variant has one, comes first as TEACHER.
-    """
+    """One row per variant, split ("general": before its tasks), task and metric, and one for the mean of the tasks'
+    headlines: median, spread (largest less smallest), values and seeds in order, COSTS, average (the variant's on
+    validation); against a baseline also difference (of medians) and clear (both have several seeds, and their ranges do
+    not overlap). The teacher fine-tuned on the same rows, where a variant has one, comes first as TEACHER."""
     ablation, rows = units[0].ablation, []
     figures = figures_of_teacher(units) + [figures_of(unit) for unit in units if unit.run.dir.is_done("finetune")]
     for label in (TEACHER, *ablation.variants):
@@ -192,11 +272,12 @@ def rows_of(units: list[Unit]) -> list[dict]:
         for name in COSTS:
             known = [found[name] for found in mine if found[name] is not None]
             about[name] = statistics.median(known) if known else None
+        about["average"] = statistics.median(found["measured"][AVERAGE] for found in mine) if mine else None
         for place in mine[0]["measured"] if mine else ():
             values = [found["measured"][place] for found in mine if place in found["measured"]]
             row = {"ablation": ablation.name, "recipe": label, "median": statistics.median(values), "values": values}
             row |= dict(zip(("split", "task", "metric"), place, strict=True)) | {"spread": max(values) - min(values)}
-            rows.append(row | {"average": statistics.median(found["measured"][AVERAGE] for found in mine)} | about)
+            rows.append(row | about)
     others = {(row["recipe"], place_of(row)): row for row in rows}
     for row in rows:
         other = others.get((ablation.baseline_of(row["recipe"]), place_of(row)))
@@ -208,7 +289,7 @@ def rows_of(units: list[Unit]) -> list[dict]:
     return rows
 
 
-def write_tables(ablations: list[list[Unit]], root: Path) -> dict:
+def write_tables(ablations: Iterable[list[Unit]], root: Path) -> dict:
     """Writes each ablation's summary.json, table.md and plot.svg into its folder, and those of all that have a summary
     there into `root`, so that files may be run one by one."""
     for units in ablations:
@@ -223,11 +304,9 @@ def write_tables(ablations: list[list[Unit]], root: Path) -> dict:
         write_json(folder / "summary.json", about)  # last: what has a summary is whole
     every = {path.parent.name: read_json(path) for path in sorted(root.glob("*/summary.json"))}
     shared = {stage: minutes for one in every.values() for stage, minutes in one["minutes"].items()}
-    summary = {
-        "rows": [row for one in every.values() for row in one["rows"]],
-        "minutes": round(sum(shared.values()), 1),  # a stage that several ablations share counts once
-        "finished": {name: f"{one['finished']} of {one['runs']}" for name, one in every.items()},
-    }
+    summary = {"rows": [row for one in every.values() for row in one["rows"]]}
+    summary["minutes"] = round(sum(shared.values()), 1)  # a stage that several ablations share counts once
+    summary["finished"] = {name: f"{one['finished']} of {one['runs']}" for name, one in every.items()}
     write_json(root / "summary.json", summary)
     parts = (f"## {one['title']}\n\n{markdown(one['rows'])}" for one in every.values())
     write_text(root / "tables.md", "\n".join(parts))

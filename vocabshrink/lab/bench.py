@@ -1,10 +1,9 @@
 """Sizes, start-up, memory and speed of delivered models beside their peers, in one run on one machine.
 
-Every system is measured from text to answer, in processes of its own (`answer_here`): our runtime for a delivery and
-for the teacher exported as fp32 and int8 ONNX, model2vec for static vectors distilled from the same teacher. Lengths
-are in pieces of the teacher's tokenizer, and all systems get the same texts: a small vocabulary needs more pieces for
-them, and that is part of its price. Systems take turns, round after round, so that a machine that slows down slows all
-of them. Such a process runs this module, whose imports are therefore only what every system needs.
+Every system is measured from text to answer, in processes of its own: our runtime for a delivery and for the teacher as
+fp32 and int8 ONNX, model2vec for static vectors of the same teacher. All get the same texts, whose length is in the
+teacher's pieces: that a small vocabulary needs more is part of its price. They take turns, so that a machine that slows
+down slows all of them. Such a process runs this module, which therefore imports only what every system needs.
 """
 
 import gzip
@@ -47,9 +46,7 @@ class System:
         """What its loader needs."""
         if self.kind == "static":
             return [path for path in sorted(self.folder.rglob("*")) if path.is_file() and path.suffix != ".md"]
-        manifest = load(self.folder).manifest
-        needed = manifest.get("loaders", {}).get("onnxruntime", {}).get("files")  # no loaders in older deliveries
-        return [self.folder / name for name in needed or [*manifest["files"], "MANIFEST.json"]]
+        return [self.folder / name for name in load(self.folder).manifest["loaders"]["onnxruntime"]["files"]]
 
     def measure(self, threads: int, **asked) -> dict:
         """What `answer_here` says in a process of its own, and its "cold_start_seconds". Raises InputError."""
@@ -65,22 +62,18 @@ class System:
         return said | {"cold_start_seconds": said["answered"] - began}
 
 
-def open_system(kind: str, folder: str, threads: int) -> Callable[[list[str]], object]:
-    """The function from texts to answers."""
-    if kind == "static":
-        from model2vec import StaticModel
-
-        return StaticModel.from_pretrained(folder).encode
-    model = load(folder, threads)
-    if not KINDS[model.task].any_text:
-        raise InputError(f"{folder} is for the task {model.task!r}: leave it out")
-    return getattr(model, KINDS[model.task].method)
-
-
 def answer_here(kind: str, folder: str, threads: int, texts: dict[str, str], batches: list[int], seconds: float):
     """Answers a first question, then times calls. Returns {"answered": Unix time, "rss_mb": this process's peak until
     then, "times": {"LENGTHxBATCH": seconds of each call}}. texts: {length: text}."""
-    answer = open_system(kind, folder, threads)
+    if kind == "static":
+        from model2vec import StaticModel
+
+        answer = StaticModel.from_pretrained(folder).encode
+    else:
+        model = load(folder, threads)
+        if not KINDS[model.task].any_text:
+            raise InputError(f"{folder} is for the task {model.task!r}: leave it out")
+        answer = getattr(model, KINDS[model.task].method)
     answer(["a first question"])
     answered, status = time(), Path("/proc/self/status").read_text()  # getrusage counts the parent's memory too
     peak = int(status.partition("VmHWM:")[2].split()[0]) / 1000
@@ -106,46 +99,31 @@ def bench(
     lengths: Sequence[int] = LENGTHS,
     batches: Sequence[int] = BATCHES,
 ) -> dict:
-    """Measure deliveries, and with a `teacher` its ONNX fp32 and int8 and (`static`) its static vectors.
-
-    Peers are made once and kept beside `out`. Writes
-    `out` and returns what it says: {"machine", "lengths", "systems": {name: {"kind", "bytes" (and "gzip_bytes", one by
-    one as servers do) of the "files" that its loader needs, medians over processes of "cold_start_seconds" and
-    "rss_mb", "latency": {threads: {"LENGTHxBATCH": `statistics_of`}}}}}.
-    lengths: in pieces; seconds: of calls for each length, batch and number of threads (one and all).
-    Raises InputError for a folder that is no delivery and where a package is missing.
-    """
+    """Measure deliveries, and with a `teacher` its ONNX fp32 and int8 and (`static`) its static vectors; these peers
+    are made once, beside `out`. Writes `out` and returns what it says: {"machine", "lengths", "systems": {name: {what
+    `weigh` gives, medians of "cold_start_seconds" and "rss_mb", "latency": {threads: {"LENGTHxBATCH":
+    `statistics_of`}}}}}. lengths: in pieces; seconds: of calls for each length, batch and number of threads (one and
+    all). Raises InputError for a folder that is no delivery and where a package is missing."""
     from vocabshrink.run.engine import say
 
-    systems = [System(name_of(folder), Path(folder)) for folder in artifacts]
-    if not systems:
+    if not (systems := [System(name_of(folder), Path(folder)) for folder in artifacts]):
         raise InputError("there is nothing to measure: give one delivered folder or more")
     if teacher is not None:
         from vocabshrink.models.loading import resolve_model
 
         teacher = resolve_model(str(teacher))
         systems += peers(teacher, Path(out).parent / "peers", static)
-    names = [system.name for system in systems]
-    if len(set(names)) < len(names):
-        raise InputError(f"two of the folders have one name ({', '.join(names)}): rename one")
-    results: dict[str, dict] = {}
-    for system in systems:
-        contents = {path.relative_to(system.folder).as_posix(): path.read_bytes() for path in system.files()}
-        results[system.name] = {
-            "kind": system.kind,
-            "bytes": sum(map(len, contents.values())),
-            "gzip_bytes": sum(len(gzip.compress(content, 6, mtime=0)) for content in contents.values()),
-            "files": {name: len(content) for name, content in contents.items()},
-        }
+    results = {system.name: weigh(system) for system in systems}
+    if len(results) < len(systems):
+        raise InputError(f"two of the folders have one name ({', '.join(s.name for s in systems)}): rename one")
     texts = {length: text_of(length, (teacher or systems[0].folder) / "tokenizer.json") for length in lengths}
     asked = {"texts": texts, "batches": list(batches), "seconds": seconds / ROUNDS}
-    said: dict[str, dict[str, list[dict]]] = {name: defaultdict(list) for name in names}  # by number of threads
-    counts = sorted({1, os.cpu_count() or 1})
-    for threads, turn, system in itertools.product(counts, range(1, ROUNDS + 1), systems):
+    said: dict[str, dict[str, list[dict]]] = {name: defaultdict(list) for name in results}  # by number of threads
+    for threads, turn, system in itertools.product(sorted({1, os.cpu_count() or 1}), range(1, ROUNDS + 1), systems):
         say(f"{system.name}: {threads} thread{'s' * (threads > 1)}, round {turn} of {ROUNDS}")
         said[system.name][str(threads)].append(system.measure(threads, **asked))
-    for system in systems:
-        found, rounds = results[system.name], said[system.name]
+    for name, found in results.items():
+        rounds = said[name]
         for key, digits in (("cold_start_seconds", 3), ("rss_mb", 1)):  # medians: the first reads from the disk
             found[key] = round(float(np.median([one[key] for some in rounds.values() for one in some])), digits)
         found["latency"] = {}
@@ -156,6 +134,14 @@ def bench(
     machine = read_json(Path(out).parent / "environment.json")
     write_json(Path(out), report := {"machine": machine, "lengths": list(lengths), "systems": results})
     return report
+
+
+def weigh(system: System) -> dict:
+    """A system's kind, and what its loader needs: "bytes", "gzip_bytes" (one by one, as servers do), "files"."""
+    contents = {path.relative_to(system.folder).as_posix(): path.read_bytes() for path in system.files()}
+    zipped = sum(len(gzip.compress(content, 6, mtime=0)) for content in contents.values())
+    files = {name: len(content) for name, content in contents.items()}
+    return {"kind": system.kind, "bytes": sum(files.values()), "gzip_bytes": zipped, "files": files}
 
 
 def peers(teacher: Path, place: Path, static: bool) -> list[System]:
@@ -203,22 +189,17 @@ def statistics_of(times: Sequence[float], cell: str) -> dict[str, float]:
     return {"p50_ms": p50, "p95_ms": p95, "texts_per_second": rate, "calls": len(times)}
 
 
-def bench_tables(report: dict) -> list:
-    """rich's tables: sizes and start-up; then milliseconds and texts a second by cell, for each `threads`."""
-    from rich.table import Column, Table
-
-    heads = ["bytes", "gzipped", "cold start, s", "RSS, MB"]
-    sizes = Table("", *(Column(head, justify="right") for head in heads), title="Size and start")
-    speeds: dict[str, Table] = {}
-    for name, found in report["systems"].items():
-        sizes.add_row(name, *"{bytes:,} {gzip_bytes:,} {cold_start_seconds:.2f} {rss_mb:.0f}".format(**found).split())
-        for threads, cells in found["latency"].items():
-            heads = [Column(cell.replace("x", " pieces\nbatch "), justify="right") for cell in cells]
-            title = f"p50 / p95 ms, texts a second: {threads} thread{'s' * (threads != '1')}"
-            shown = "{p50_ms:.2f} / {p95_ms:.2f}\n{texts_per_second:,.0f}/s".format
-            table = speeds.setdefault(threads, Table("", *heads, title=title))
-            table.add_row(name, *(shown(**cell) for cell in cells.values()))
-    return [sizes, *speeds.values()]
+def bench_tables(report: dict) -> list[tuple]:
+    """(title, heads, rows) of sizes and start-up; then, for each `threads`, of milliseconds and texts a second."""
+    systems, size = report["systems"], "{bytes:,} {gzip_bytes:,} {cold_start_seconds:.2f} {rss_mb:.0f}".format
+    rows = [(name, *size(**found).split()) for name, found in systems.items()]
+    tables = [("Size and start", ("", "bytes", "gzipped", "cold start, s", "RSS, MB"), rows)]
+    speed = "{p50_ms:.2f} / {p95_ms:.2f}\n{texts_per_second:,.0f}/s".format
+    for threads, cells in next(iter(systems.values()))["latency"].items():
+        heads = ["", *(cell.replace("x", " pieces\nbatch ") for cell in cells)]
+        rows = [(name, *(speed(**c) for c in found["latency"][threads].values())) for name, found in systems.items()]
+        tables.append((f"p50 / p95 ms, texts a second: {threads} thread{'s' * (threads != '1')}", heads, rows))
+    return tables
 
 
 if __name__ == "__main__":

@@ -1,9 +1,8 @@
 """Harvest a corpus that everybody has: the documentation inside the Python packages installed here.
 
-Docstrings are read from the source with `ast`: nothing is imported or run, so harvesting an unknown package is safe.
-What packages have in C is missed, but for the interpreter's own modules. A few coarse tests tell prose; they lose some
-and keep some noise, which word counts and training batches forgive. The cost is parsing, some 8 MB of source per second
-and process. Files without a triple quote are skipped: almost a third of all, and next to no documentation.
+Docstrings are read from the source with `ast`: nothing is imported or run, so harvesting an unknown package is safe. A
+few coarse tests tell prose; they lose some and keep some noise, which word counts and training batches forgive. Parsing
+takes a second for 8 MB of source. Files without a triple quote, almost a third of all, are skipped.
 """
 
 import ast
@@ -41,12 +40,9 @@ MARKUP = re.compile(rf"^(?:{ITEM}|{FIELD})|(?::[\w:+-]+:)?(`+)[~!]?([^`]+?)(?:\s
 
 
 def harvest(out: Path, *, processes: int = 1, roots: list[Path] | None = None) -> dict[str, int]:
-    """Write the documentation of installed packages to `out` (.jsonl or .jsonl.gz), one paragraph per row, none twice.
-
-    Rows are {"text": str, "source": "module.qualified.name"}. `roots` are folders of importable packages: by default
-    this interpreter's standard library and site-packages. The output is the same for any number of processes. Returns
-    the numbers of `paragraphs` and `words`. Raises InputError for a root that is no folder and no documentation.
-    """
+    """Write the documentation of installed packages to `out` (.jsonl or .jsonl.gz), one paragraph per row, none twice:
+    {"text": str, "source": "module.qualified.name"}. roots: folders of packages; by default this interpreter's. Returns
+    the numbers of `paragraphs` and `words`. Raises InputError for a root that is none, and no documentation."""
     if not out.name.endswith((".jsonl", ".jsonl.gz")):
         raise InputError(f"cannot write {out}: give a name that ends with .jsonl or .jsonl.gz")
     files, rows = list_files(roots), {}

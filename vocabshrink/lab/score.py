@@ -1,7 +1,6 @@
 """How good are a model's embeddings: one table for deliveries, model2vec's folders and any that transformers loads.
 
-A folder of tasks has a folder for each, with JSONL files and a meta.json. What is measured is the model itself, from
-text: nothing is trained but a logistic regression on its vectors. Prompts are the model's own, for queries and passages
+Nothing is trained but a logistic regression on a model's vectors. Prompts are the model's own, for queries and passages
 in retrieval, its default elsewhere. Everything is seeded and rounded to four digits.
 """
 
@@ -40,11 +39,9 @@ STRENGTHS = (0.1, 1.0, 10.0, 100.0)  # of the probe, sklearn's C
 
 def score_models(models: Iterable[str], data: Path, *, rows: int = ROWS, threads: int = 1) -> list[dict]:
     """[{"model", "bytes" that its loader needs, "task", "metric", "value", "rows": at most so many of a split}].
-
-    models: deliveries, or whatever `resolve_model` finds. data: a folder of tasks' folders; one that MEASURES does not
-    know is left out, unless its meta.json says what to measure. Raises InputError for models and files that cannot be
-    read, and where there is no task.
-    """
+    models: deliveries, or whatever `resolve_model` finds. data: a folder of tasks' folders of JSONL; those that neither
+    MEASURES nor a meta.json knows are left out. Raises InputError for what cannot be read, and where there is no
+    task."""
     tasks = {folder: found for folder in sorted(data.glob("*/")) if (found := measures_of(folder))}
     if not tasks:
         raise InputError(f'{data} has no task: name folders {", ".join(MEASURES)}, or list "measures" in a meta.json')
@@ -52,9 +49,9 @@ def score_models(models: Iterable[str], data: Path, *, rows: int = ROWS, threads
     for name, size, embed in [open_model(model, threads) for model in models]:
         for folder, metrics in tasks.items():
             say(f"{name}: {folder.name}")
-            for metric, value in measure(embed, folder, metrics, rows).items():
-                row = {"model": name, "bytes": size, "task": folder.name, "metric": metric}
-                report.append(row | {"value": round(value, 4), "rows": rows})
+            row = {"model": name, "bytes": size, "task": folder.name, "rows": rows}
+            found = measure(embed, folder, metrics, rows)
+            report += [row | {"metric": metric, "value": round(value, 4)} for metric, value in found.items()]
     return report
 
 
@@ -90,11 +87,10 @@ def static_embedder(folder: Path) -> Asked:
 def backbone_embedder(folder: Path) -> Asked:
     """Of a transformers or sentence-transformers folder, in torch."""
     check_folder(folder)
-    said = module_settings(folder)
-    if said.dense:
+    if (said := module_settings(folder)).dense:
         raise InputError(f"{folder}: its Dense modules are not read here: leave it out, or score its delivery")
-    options = {"max_length": said.max_seq_length or 512}
-    embed = torch_embedder(load_model(folder), folder, said.pooling, said.normalize, **options)
+    pooled, longest = (said.pooling, said.normalize), said.max_seq_length or 512
+    embed = torch_embedder(load_model(folder), folder, *pooled, max_length=longest)
 
     def ask(texts: list[str], prompts: Sequence[str]) -> np.ndarray:
         before = next((said.prompts[name] for name in (*prompts, said.default_prompt) if name in said.prompts), "")
@@ -113,13 +109,10 @@ def measures_of(folder: Path) -> list[str]:
 
 
 def measure(embed: Asked, folder: Path, metrics: Sequence[str], limit: int = ROWS) -> dict[str, float]:
-    """{metric: value} on a task's test.jsonl, or validation.jsonl where test has no file.
-
-    spearman: of cosines with the rows' scores. ndcg@10: see `ndcg`. average_precision: of cosines, for rows of the
-    second label. accuracy: of a logistic regression on the vectors of train.jsonl, its strength chosen on a fifth of
-    them. v_measure: of k-means over the vectors of train.jsonl, with as many clusters as labels. Raises InputError with
-    file, row and remedy.
-    """
+    """{metric: value} on a task's test.jsonl, or validation.jsonl where test has no file. average_precision: for rows
+    of the second label. accuracy: of a logistic regression on the vectors of train.jsonl, its strength chosen on a
+    fifth of them. v_measure: of k-means over those, as many clusters as labels. Raises InputError with file, row and
+    remedy."""
     path = next((p for name in ("test", "validation") if (p := folder / f"{name}.jsonl").is_file()), None)
     if path is None:
         raise InputError(f"{folder} has neither test.jsonl nor validation.jsonl: give a task's folder")

@@ -1,11 +1,9 @@
 """`vocabshrink tune`: a search for the layer map, and with it for loss weights, shape and bits, under a cheap proxy.
 
-Which teacher layer a student layer should learn from is found by a genetic algorithm (Jiao et al. 2020, arXiv
-2012.06153): gene i is the teacher layer of student layer i, 0 for none. A candidate is trained a little on the corpus
-and on a few tasks; the best map then serves the full distillation. Population and rates of the paper are not public.
-The algorithm (NSGA-II), its storage, pruning and fronts are Optuna's: a killed search goes on from the storage, and
-several processes share one study. A candidate is a run like an ablation's, with shared stages (variants.py). Optuna
-prunes by one objective alone, so with several no candidate is given up between its tasks.
+A genetic algorithm finds which teacher layer a student layer should learn from (Jiao et al. 2020, arXiv 2012.06153):
+gene i is the teacher layer of student layer i, 0 for none. A candidate is a run like an ablation's, trained a little on
+the corpus and on a few tasks. NSGA-II, storage, pruning and fronts are Optuna's: a killed search goes on, and several
+processes share one study. Optuna prunes by one objective alone, so with several none is given up between tasks.
 """
 
 import contextlib
@@ -21,8 +19,6 @@ import onnxruntime
 import optuna
 import pandas as pd
 import yaml
-from optuna.samplers import NSGAIISampler, RandomSampler
-from optuna.storages import RDBStorage, RetryHeartbeatStaleTrialCallback
 from optuna.trial import TrialState
 from pydantic import Field, model_validator
 from sqlalchemy.exc import SQLAlchemyError
@@ -32,9 +28,8 @@ from tokenizer_build.errors import InputError
 from tokenizer_build.files import claimed, read_json, write_json, write_text
 from vocabshrink.delivery.graph import build_graph
 from vocabshrink.delivery.size import delivery_bytes
-from vocabshrink.lab.ablations import Seeds, rated_of, run_ablations
+from vocabshrink.lab import ablations
 from vocabshrink.lab.bench import time_calls
-from vocabshrink.lab.variants import Variant, advance, base_values, make_variant, refuse_launcher, value_at
 from vocabshrink.models.families import new_encoder
 from vocabshrink.pages.experiments import AVERAGE, TEACHER, place_of, write_tune_page
 from vocabshrink.run.engine import say
@@ -55,7 +50,7 @@ class Confirm(Section):
 
     settings: dict[str, Any] = {}  # over the recipe, in place of the proxy's
     tasks: Keys
-    seeds: Seeds = [1, 2, 3]
+    seeds: ablations.Seeds = [1, 2, 3]
 
 
 class Tuning(Section):
@@ -64,8 +59,7 @@ class Tuning(Section):
     name: Name
     title: str
     base: str  # a recipe's path, relative to this file's folder
-    # a candidate's quality is the mean over: tasks of the recipe, after fine-tuning (headline metric), and rated pairs
-    # of evaluation.stsb, which the general student answers as it is (Spearman)
+    # a candidate's quality is their mean: of tasks after fine-tuning (headline), of rated pairs before it (Spearman)
     tasks: Keys
     proxy: dict[str, Any] = {}  # section.key -> value over the recipe, of every candidate
     map: list[str] = ["distill.layer_map"]  # the keys that take the map; none: it is not searched for
@@ -104,23 +98,19 @@ class Tuning(Section):
 
 class Tuner:
     """A search in its folder `root`/NAME: what genomes there are, which settings each means, and what each is worth.
-
-    base: the plain values of the full run. recipe: the proxy's. sizes: {gene: how many values it has}; a gene is a
-    position, of `layer_1` .. the teacher layer (0 for none), of a key of the recipe that in its list of values.
-    """
+    base: the plain values of the full run. recipe: the proxy's. sizes: {gene: how many values it has}; the value of
+    `layer_1` .. is the teacher layer (0 for none), that of a key of the recipe the position in its list."""
 
     def __init__(self, path: Path, overrides: list[str] | tuple[str, ...], root: Path):
         """Reads a search and its base recipe. overrides: of the recipe, or with `tune.` before them of the search.
-
-        Raises InputError for a bad file, override or gene, an unknown task, a student deeper than its teacher.
-        """
+        Raises InputError for a bad file, override or gene, an unknown task, a student deeper than its teacher."""
         data, own = read_yaml(path, "a search", "base", "tasks"), [o for o in overrides if o.startswith("tune.")]
         for override in own:
             key, value = parse_override(override.removeprefix("tune."))
             override_value(data, key.split("."), value, override)
         self.tuning = tuning = parse_recipe(data, " ".join([str(path), *own]), Tuning)
         self.path, self.root, self.overrides = path, root / tuning.name, [o for o in overrides if o not in own]
-        self.base = base_values(path.parent / tuning.base, self.overrides)
+        self.base = ablations.base_values(path.parent / tuning.base, self.overrides)
         self.recipe = self.make(tuning.proxy, "proxy").recipe
         tasks = list(self.recipe.tasks) if self.recipe.finetune else []
         known, unseen = {*tasks, *self.recipe.evaluation.stsb}, tuning.confirm.tasks if tuning.confirm else ()
@@ -137,12 +127,12 @@ class Tuner:
         self.sizes = {f"layer_{m}": self.teacher_layers + 1 for m in range(1, deepest + 1)}
         self.sizes |= {key: len(values) for key, values in tuning.genes.items()}
 
-    def make(self, changes: dict[str, Any], origin: str, label: str = "", own: str = "") -> Variant:
+    def make(self, changes: dict[str, Any], origin: str, label: str = "", own: str = "") -> ablations.Variant:
         """The full run with these settings. Raises InputError."""
         about = {"origin": f"{self.path}: {origin}", "label": label}
-        return make_variant(self.base, changes, self.root / "runs" / own, self.root / "runs/stages", **about)
+        return ablations.make_variant(self.base, changes, self.root / "runs" / own, self.root / "runs/stages", **about)
 
-    def variant(self, changes: dict[str, Any], task: str) -> Variant:
+    def variant(self, changes: dict[str, Any], task: str) -> ablations.Variant:
         """A candidate's run on one task, which shares its general student with the runs on the others."""
         genome, origin = genome_of(changes), f"genes {changes}"
         keys = self.tuning.proxy | changes | {f"tasks.{name}": None for name in self.recipe.tasks if name != task}
@@ -177,7 +167,7 @@ class Tuner:
         genes = dict.fromkeys(self.sizes, 0)
         for key, values in self.tuning.genes.items():
             with contextlib.suppress(LookupError, TypeError, ValueError):  # the recipe has no such value
-                genes[key] = values.index(value_at(self.base, key.split(".")))
+                genes[key] = values.index(ablations.value_at(self.base, key.split(".")))
         about = self.depth(self.changes(genes)), self.teacher_layers
         maps = {name: layer_pairs(name, *about, seed=self.tuning.seed) for name in NAMED_MAPS if self.tuning.map}
         return {name: genes | {f"layer_{m}": layers[-1] for m, layers in pairs} for name, pairs in maps.items()}
@@ -200,9 +190,9 @@ class Tuner:
     def quality(self, changes: dict[str, Any], task: str) -> float:
         """The headline of the task's metrics on validation, of the rounded model where the run rounds it."""
         variant = self.variant(changes, task)
-        advance(variant, wait=True)
+        ablations.advance(variant, wait=True)
         if task not in self.recipe.tasks:
-            return rated_of(variant)[task]
+            return ablations.rated_of(variant)[task]
         summary = variant.summary("finetune")
         return (summary["rounded"] or summary)["average"]
 
@@ -213,8 +203,7 @@ def genome_of(changes: Any) -> str:
 
 
 def measure_latency(config: PreTrainedConfig, delivery: DeliverySection) -> float:
-    """Milliseconds of a sentence of 32 pieces on one thread with random weights: the least of many calls, which other
-    work disturbs least."""
+    """Milliseconds of a sentence of 32 pieces on one thread, random weights: the least of many calls."""
     state = {name: value.numpy() for name, value in new_encoder(config).state_dict().items()}
     formats = formats_of(delivery.weights)
     graph = build_graph(state, config, task="embedding", formats=formats, kernel=delivery.kernel)
@@ -232,17 +221,17 @@ def explore(tuner: Tuner) -> optuna.Study:
     tuning, url = tuner.tuning, tuner.tuning.storage or f"sqlite:///{(tuner.root / 'study.db').absolute()}"
     optuna.logging.set_verbosity(optuna.logging.WARNING)
     warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)  # about heartbeats, there since 2021
-    runs = [tuner.variant({}, task) for task in tuning.tasks]
+    runs = (tuner.variant({}, task) for task in tuning.tasks)
     decides = [run.dir.stage(run.stages[-1]).name for run in runs]  # each ends in the hash of its settings
     decides += [tuning.model_dump(include={"tasks", "map", "ordered", "genes", "objectives", "sampler"})]
     decides += [tuner.recipe.evaluation.stsb, (tuner.recipe.delivery or DeliverySection()).budget]
     # a trial whose process died shows by its heartbeat, and is tried again
-    retry = {"heartbeat_stale_trial_callback": RetryHeartbeatStaleTrialCallback()}
+    retry = {"heartbeat_stale_trial_callback": optuna.storages.RetryHeartbeatStaleTrialCallback()}
     with claimed(tuner.root / "study.lock", wait=True):  # two processes would make the tables of one file twice
         try:
             study = optuna.create_study(
                 study_name=f"{tuning.name}-{genome_of(decides)}",
-                storage=RDBStorage(url, heartbeat_interval=30, grace_period=120, **retry),
+                storage=optuna.storages.RDBStorage(url, heartbeat_interval=30, grace_period=120, **retry),
                 load_if_exists=True,
                 directions=["maximize" if objective == "quality" else "minimize" for objective in tuning.objectives],
                 pruner=optuna.pruners.PercentilePruner(100 * (1 - tuning.give_up), n_startup_trials=tuning.population),
@@ -256,12 +245,12 @@ def explore(tuner: Tuner) -> optuna.Study:
         # SQLite would give one queued trial to two processes, so they ask one at a time
         with contextlib.ExitStack() as held, contextlib.ExitStack() as asking:
             asking.enter_context(claimed(tuner.root / "study.lock", wait=True))
-            drawn = prepare(tuner, study)
-            genetic = NSGAIISampler(population_size=tuning.population, seed=tuning.seed + drawn, **rates)
-            study.sampler = genetic if tuning.sampler == "genetic" else RandomSampler(seed=tuning.seed + drawn)
+            seed = tuning.seed + prepare(tuner, study)
+            genetic = optuna.samplers.NSGAIISampler(population_size=tuning.population, seed=seed, **rates)
+            study.sampler = genetic if tuning.sampler == "genetic" else optuna.samplers.RandomSampler(seed=seed)
 
             def one(trial, held=held, asking=asking):
-                held.enter_context(claimed(lock_of(tuner, trial)))
+                held.enter_context(claimed(tuner.root / f"trial-{trial.number}.lock"))
                 asking.close()
                 return attempt(tuner, study, trial)
 
@@ -270,11 +259,11 @@ def explore(tuner: Tuner) -> optuna.Study:
 
 
 def prepare(tuner: Tuner, study: optuna.Study) -> int:
-    """Readies the study for the next trial: trials whose process died are called failed, and of the named maps the
-    first that nobody has tried is next. Returns how many trials there are without the failed: a draw is a function of
-    this number, so that a killed search draws what an unbroken one would."""
+    """Calls trials whose process died failed, and puts the first named map that nobody has tried next. Returns how many
+    trials there are without the failed: of which a draw is a function, so that a killed search draws the same."""
+    # of a database that machines share, heartbeats tell who is at a trial; else the lock that the process holds
     for trial in study.get_trials(deepcopy=False, states=(TrialState.RUNNING,)) if not tuner.tuning.storage else ():
-        with claimed(lock_of(tuner, trial)) as dead:
+        with claimed(tuner.root / f"trial-{trial.number}.lock") as dead:
             if dead and not study.trials[trial.number].state.is_finished():  # it may have ended since
                 study.tell(trial.number, state=TrialState.FAIL)
     trials = [trial for trial in study.get_trials(deepcopy=False) if trial.state != TrialState.FAIL]
@@ -287,14 +276,8 @@ def prepare(tuner: Tuner, study: optuna.Study) -> int:
     return len(trials) - waiting
 
 
-def lock_of(tuner: Tuner, trial) -> Path:
-    """What the process holds that is at this trial; of a database that machines share, heartbeats tell instead."""
-    return tuner.root / f"trial-{trial.number}.lock"
-
-
 def attempt(tuner: Tuner, study: optuna.Study, trial: optuna.Trial) -> list[float]:
-    """One candidate: its objectives, in the order of the search's. Raises optuna.TrialPruned where it is refused before
-    training, or given up after a task."""
+    """One candidate's objectives, in the search's order. Raises optuna.TrialPruned where it is refused or given up."""
     tuning, name, scores = tuner.tuning, trial.user_attrs.get("name"), {}
     changes = tuner.changes({gene: trial.suggest_int(gene, 0, size - 1) for gene, size in tuner.sizes.items()})
     genome = genome_of(changes)
@@ -332,13 +315,10 @@ def rows_of(study: optuna.Study) -> dict[str, dict]:
 
 
 def run_tuning(path: Path, overrides: list[str] | tuple[str, ...] = (), root: Path = Path("artifacts/tune")) -> dict:
-    """Searches, and confirms the result where the file says so; what is finished is skipped.
-
-    Writes into `root`/NAME: study.db, best.yaml (or front/N.yaml), trials.csv, tune.html, summary.json; and
-    `root`/summary.json, which gathers all searches. Returns the search's: "best" (or "front"), "named" maps, "trials"
-    by state, "seconds" of them all. Raises InputError as `Tuner` does, and where no candidate could be trained.
-    """
-    refuse_launcher()
+    """Searches, and confirms the result where the file says so; what is finished is skipped. Writes study.db, best.yaml
+    (or front/N.yaml), trials.csv, tune.html and summary.json into `root`/NAME, and `root`/summary.json of all searches.
+    Returns the search's summary. Raises InputError as `Tuner` does, and where no candidate could be trained."""
+    ablations.refuse_launcher()
     tuner = Tuner(path, overrides, root)
     RunDir(tuner.root).write_environment()
     study, tuning = explore(tuner), tuner.tuning
@@ -347,14 +327,14 @@ def run_tuning(path: Path, overrides: list[str] | tuple[str, ...] = (), root: Pa
     if not front:
         reasons = [row["refused"] for row in rows.values() if row["refused"]] or ["all were given up"]
         raise InputError(f"{path}: no candidate could be trained: {statistics.mode(reasons)}")
-    named = {name: genome_of(tuner.changes(genes)) for name, genes in tuner.named().items()}
     summary = tuning.model_dump(include={"title", "objectives", "tasks"})
     summary |= {"best": front[0]} if tuning.objectives == ["quality"] else {"front": front}
-    summary["named"] = {name: rows[genome] for name, genome in named.items() if genome in rows}
+    named = ((name, genome_of(tuner.changes(genes))) for name, genes in tuner.named().items())
+    summary["named"] = {name: rows[genome] for name, genome in named if genome in rows}
     states = [row["state"] for row in rows.values()]
-    summary["trials"] = {state: states.count(state) for state in ("complete", "given up", "refused")}
-    summary["trials"]["asked"] = len(study.trials)
-    summary["seconds"] = round(sum(row["seconds"] for row in rows.values()))
+    trials = {state: states.count(state) for state in ("complete", "given up", "refused")}
+    seconds = round(sum(row["seconds"] for row in rows.values()))
+    summary |= {"trials": trials | {"asked": len(study.trials)}, "seconds": seconds}
     write_results(tuner, list(rows.values()), summary)
     if tuning.confirm:
         summary["confirm"] = confirm(tuner, summary["best"]["changes"])
@@ -372,7 +352,7 @@ def confirm(tuner: Tuner, best: dict[str, Any]) -> dict:
     content["common"] = section.settings | {f"tasks.{t}": None for t in tuner.base["tasks"] if t not in section.tasks}
     content["variants"] = {"found": best} | {name: tuner.changes(genes) for name, genes in tuner.named().items()}
     write_text(path, yaml.dump(content, Dumper=RecipeDumper, sort_keys=False, allow_unicode=True))
-    rows = run_ablations([path], tuner.overrides, root=tuner.root / "runs")["rows"]
+    rows = ablations.run_ablations([path], tuner.overrides, root=tuner.root / "runs")["rows"]
     rows = [row for row in rows if place_of(row) == AVERAGE and row["recipe"] != TEACHER]
     return {"tasks": section.tasks, "seeds": section.seeds, "rows": rows}
 

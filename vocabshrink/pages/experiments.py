@@ -36,10 +36,9 @@ def table_of(rows: list[dict]) -> pd.DataFrame:
             spread = f" ({100 * row['spread']:.1f})" if len(row["values"]) > 1 else ""
             columns.setdefault(head, {})[row["recipe"]] = f"{100 * row['median']:.1f}{spread}"
     averages = {row["recipe"]: row for row in rows if place_of(row) == AVERAGE}
-    for label, row in averages.items():
-        if "difference" in row:
-            difference = f"{100 * row['difference']:+.1f}{'*' if row['clear'] else ''}"
-            columns.setdefault("against baseline", {})[label] = difference
+    compared = [row for row in averages.values() if "difference" in row]
+    if differences := {r["recipe"]: f"{100 * r['difference']:+.1f}{'*' * r['clear']}" for r in compared}:
+        columns["against baseline"] = differences
     for name, (head, scale, form) in COSTS.items():
         columns[head] = {label: form.format(scale * r[name]) for label, r in averages.items() if r[name] is not None}
     return pd.DataFrame(columns, index=list(averages), dtype=object).fillna("")
@@ -64,8 +63,8 @@ def markdown(rows: list[dict]) -> str:
     rows = [row for row in rows if row["recipe"] != TEACHER and place_of(row) == AVERAGE]
     seeds = max((row["seeds"] for row in rows), key=len, default=[])
     note = f"100 × median (largest − smallest) of seeds {', '.join(map(str, seeds))}"
-    fewer = [row["recipe"] for row in rows if len(row["seeds"]) < len(seeds)]
-    note += f"; fewer so far: {', '.join(fewer)}" if fewer else ""
+    if fewer := [row["recipe"] for row in rows if len(row["seeds"]) < len(seeds)]:
+        note += f"; fewer so far: {', '.join(fewer)}"
     note += f"; against {baseline}, * where no seed of the one is in the other's range" if baseline else ""
     return "\n".join(lines) + f"\n\n{note}.\n"
 
@@ -93,35 +92,34 @@ def plot(rows: list[dict], name: str) -> str:
 
 def write_index(every: dict[str, dict], minutes: float, root: Path) -> None:
     """index.html of `root`: every table and plot, offline, in one file. every: {name: its summary.json}."""
-    parts = []
+    facts: dict = {"ablations": [], "minutes": minutes, "environment": read_json(root / "environment.json")}
     for name, one in every.items():
-        picture = Markup((root / name / "plot.svg").read_text(encoding="utf-8")) if one["rows"] else ""
-        parts.append(one | {"name": name, "baseline": compared_with(one["rows"]), "plot": picture})
-        parts[-1]["table"] = table_of(one["rows"])
-    environment = read_json(root / "environment.json")
-    write_page(root / "index.html", "ablations.html", ablations=parts, minutes=minutes, environment=environment)
+        about = {"name": name, "baseline": compared_with(one["rows"]), "table": table_of(one["rows"])}
+        about["plot"] = Markup((root / name / "plot.svg").read_text(encoding="utf-8")) if one["rows"] else ""
+        facts["ablations"].append(one | about)
+    write_page(root / "index.html", "ablations.html", **facts)
 
 
 def write_tune_page(rows: list[dict], summary: dict, root: Path) -> None:
     """rows: `tune.rows_of` all trials. summary: the search's, with what was confirmed so far."""
     figures = {"history": svg_of("history", partial(draw_history, rows), (7, 2.9))}
     for objective in summary["objectives"][1:] if "front" in summary else ():
-        scale, unit = UNITS[objective]
-        complete = [row for row in rows if row["state"] == "complete"]
-        points = [[(scale * row[objective], row["quality"]) for row in some] for some in (complete, summary["front"])]
-        figures[f"front-{objective}"] = svg_of(f"front-{objective}", partial(draw_points, points, unit))
+        drawing = partial(draw_front, rows, summary["front"], objective)
+        figures[f"front-{objective}"] = svg_of(f"front-{objective}", drawing)
     if "confirm" in summary:
         figures["confirm"] = Markup((root / "runs/confirm/plot.svg").read_text(encoding="utf-8"))
-    facts = {"results": [summary["best"]] if "best" in summary else summary["front"], "rows": rows, "figures": figures}
-    environment = read_json(root / "environment.json")
-    write_page(root / "tune.html", "tune.html", **facts, summary=summary, environment=environment)
+    facts = {"rows": rows, "figures": figures, "summary": summary, "environment": read_json(root / "environment.json")}
+    results = [summary["best"]] if "best" in summary else summary["front"]
+    write_page(root / "tune.html", "tune.html", results=results, **facts)
 
 
-def draw_points(points: list[list[tuple]], across: str, axes: Axes) -> None:
-    """Points (x, share): those of the first list pale, those of the second in colour."""
-    for some, colour in zip(points, (GRID, SERIES[0]), strict=True):
-        axes.plot([x for x, _ in some], [100 * y for _, y in some], "o", color=colour, markersize=5)
-    axes.set(xlabel=across, ylabel=QUALITY)
+def draw_front(rows: list[dict], front: list[dict], objective: str, axes: Axes) -> None:
+    """Quality by another objective: complete trials pale, the front in colour."""
+    scale, unit = UNITS[objective]
+    for some, colour in (([row for row in rows if row["state"] == "complete"], GRID), (front, SERIES[0])):
+        x, y = [scale * row[objective] for row in some], [100 * row["quality"] for row in some]
+        axes.plot(x, y, "o", color=colour, markersize=5)
+    axes.set(xlabel=unit, ylabel=QUALITY)
 
 
 def draw_history(rows: list[dict], axes: Axes) -> None:

@@ -1,8 +1,5 @@
-"""Matplotlib figures as SVGs that are coloured by the CSS variables of the page they stand on.
-
-So they follow its theme: a page that shows one defines --ink, --grid and --series-0 to -7. One saved alone brings
-defaults.
-"""
+"""Matplotlib figures as SVGs that are coloured by the CSS variables of the page they stand on, and so follow its theme:
+--ink, --grid and --series-0 to -7. One saved alone brings defaults."""
 
 import io
 import re
@@ -27,10 +24,8 @@ STYLE |= {f"{axis}tick.{which}.size": 0 for axis in "xy" for which in ("major", 
 
 
 def svg_of(name: str, draw: Callable[[Axes], None], size: tuple = (4.6, 2.5), alone: bool = False) -> Markup:
-    """An inline SVG of what `draw` puts on the axes of a figure of `size` inches.
-
-    name: unique among the figures of a page: it keeps their identifiers apart. alone: with default colours.
-    """
+    """An inline SVG of what `draw` puts on the axes of a figure of `size` inches. name: unique among the figures of a
+    page: it keeps their identifiers apart. alone: with default colours."""
     with rc_context(STYLE | {"svg.hashsalt": name}):
         figure, file = Figure(figsize=size, layout="constrained"), io.StringIO()
         draw(figure.subplots())

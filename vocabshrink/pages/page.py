@@ -1,8 +1,5 @@
-"""The one jinja environment: whatever is written from a template goes through it.
-
-In HTML whatever goes into a template is escaped unless it is `Markup` (the SVGs). A name that a template uses and
-nobody gave is an error instead of an empty place.
-"""
+"""The one jinja environment: in HTML whatever goes into a template is escaped unless it is `Markup` (the SVGs), and a
+name that a template uses and nobody gave is an error."""
 
 from pathlib import Path
 

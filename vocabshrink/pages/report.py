@@ -1,8 +1,7 @@
 """One HTML file that shows what a run did, built from whatever files the run folder holds.
 
-It opens offline and from a mail attachment: curves are inline SVG, nothing is fetched and no script runs. It is a view:
-every figure on it is in a JSON file beside it, and what is missing is left out, so that a run that has only counted
-words has a page too. Learning rates are not drawn, because the recipe sets them.
+It opens offline and from a mail attachment: curves are inline SVG, nothing is fetched and no script runs. Every figure
+on it is in a JSON file beside it, and what is missing is left out. Learning rates are not drawn: the recipe sets them.
 """
 
 import math
@@ -27,10 +26,7 @@ POINTS = 300  # per curve, averaged: more cannot be seen at the width of a page
 
 
 def write_report(run: RunDir) -> Path:
-    """Write report.html into the run folder, of those files of a run that are there; its path.
-
-    Raises InputError for a file that is not what its name says.
-    """
+    """Write report.html into the run folder; its path. Raises InputError for a file that is not what its name says."""
     out, recipe = run.path / "report.html", run.path / "recipe.yaml"
     files = (run.path / "summary.json", run.path / "environment.json", run.stage("vocab") / "comparison.json")
     summary, environment, comparison = (read_json(file) if file.is_file() else {} for file in files)
@@ -41,10 +37,9 @@ def write_report(run: RunDir) -> Path:
     facts["blocks"] = {key: value for key, value in summary.items() if key.endswith("_by_block")}
     facts["training"] = [training_panel(stage, rows) for stage in in_order(row["stage"] for row in rows)]
     facts |= {"examples": comparison.pop("examples", []), "vocabulary": comparison}
-    facts["timings"] = stage_timings(run, rows, stages)
     facts["details"] = {name: list(flatten(stages[name])) for name in in_order(stages)}
     facts["recipe"] = recipe.read_text(encoding="utf-8", errors="replace") if recipe.is_file() else None
-    facts["environment"] = list(flatten(environment))
+    facts |= {"timings": stage_timings(run, rows, stages), "environment": list(flatten(environment))}
     write_page(out, "report.html", **facts, label=label, figure=figure, columns=columns)
     return out
 
@@ -60,15 +55,13 @@ def headline_tiles(summary: dict) -> list[tuple[str, str, str]]:
     tiles = []
     for key, systems in per_system(summary).items():
         teacher, untrained, _, delivered = map(systems.get, SYSTEMS)
-        if delivered is None:
-            continue
-        if key == "bytes" and teacher:
+        note = f"teacher {figure(key, teacher)}" if teacher is not None else ""
+        if key == "bytes" and teacher and delivered:
             note = f"{teacher / delivered:.1f} times smaller than the teacher's {figure(key, teacher)}"
         elif untrained is not None:
             note = f"{figure(key, untrained)} before training"
-        else:
-            note = f"teacher {figure(key, teacher)}" if teacher is not None else ""
-        tiles.append((figure(key, delivered), label(key), note))
+        if delivered is not None:
+            tiles.append((figure(key, delivered), label(key), note))
     minutes = summary.get("minutes")
     return tiles[:5] + ([(figure("minutes", minutes), "whole run", "")] if minutes is not None else [])
 
@@ -93,8 +86,8 @@ def training_panel(stage: str, rows: list[dict]) -> dict:
             plots.append({"title": title, "svg": svg, "legend": legend})
     note = f"{frame['step'].max():,} steps"
     if "tokens_per_second" in frame:
-        speed = frame["tokens_per_second"].median()
-        note += f", {frame['tokens'].max():,.0f} tokens, {speed:,.0f} tokens per second (median)"
+        tokens, speed = frame["tokens"].max(), frame["tokens_per_second"].median()
+        note += f", {tokens:,.0f} tokens, {speed:,.0f} tokens per second (median)"
     return {"stage": stage, "note": note, "plots": plots}
 
 

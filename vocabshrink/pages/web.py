@@ -2,11 +2,10 @@
 
 The page asks no other host for anything: models, transformers.js and onnxruntime-web lie beside it, and passages with
 int8 vectors (a cosine moves by 0.003 at most). Browsers forbid a page opened from a disk to read the files beside it,
-so standalone.html holds all of them, compressed, in its own text: 14 MB where the folder has 22.
-
-transformers.js imports onnxruntime-web's WebGPU build, whose CPU kernels lack GatherBlockQuantized. An import map gives
-it the plain WebAssembly build instead (14 MB, 3.7 MB as servers compress it), which runs every graph that `export`
-writes. One thread: more need headers that static servers do not send.
+so standalone.html holds all of them, compressed, in its own text: 14 MB where the folder has 22. transformers.js
+imports onnxruntime-web's WebGPU build, whose CPU kernels lack GatherBlockQuantized; an import map gives it the
+WebAssembly build (14 MB, 3.7 MB as sent), which runs every graph that `export` writes. One thread: more need headers of
+the server's.
 """
 
 import base64
@@ -38,20 +37,14 @@ MOST_PASSAGES = 50_000  # 20 MB of vectors at 384 columns, and 20 ms a query
 def build_web(
     artifacts: Sequence[Path], out: Path, passages: Path | None = None, *, title: str, node_modules: Path
 ) -> dict:
-    """Write the page of one or several delivered folders to `out`, replacing a page that is there.
-
-    passages: JSONL of {"text", "source"?} for the first embedder to search; without it, the embedder's own index,
-    and without an index, only what is pasted into the page. Beyond MOST_PASSAGES, the first are taken; the page and
-    stderr say so. Returns {"files": {name: bytes}, "model": bytes, "runtime": bytes, "passages": number searched}.
-    Raises InputError for folders, passages or npm packages that cannot be used, and where `out` is no page.
-    """
+    """Write the page of one or several delivered folders to `out`, replacing a page that is there. passages: JSONL of
+    {"text", "source"?} for the first embedder to search, MOST_PASSAGES at most; else its own index, if it has one.
+    Returns {"files": {name: bytes}, "model": bytes, "runtime": bytes, "passages": number searched}. Raises InputError
+    for folders, passages or npm packages that cannot be used, and where `out` is no page."""
     if out.exists() and not (out / "standalone.html").is_file() and (out.is_file() or any(out.iterdir())):
         raise InputError(f"{out} exists and is not a page of ours: give another place or remove it")
-    for name in RUNTIME.values():
-        if not (node_modules / name).is_file():
-            raise InputError(
-                f"{node_modules / name} is missing: npm ci --ignore-scripts --prefix {node_modules.parent}"
-            )
+    if missing := [path for name in RUNTIME.values() if not (path := node_modules / name).is_file()]:
+        raise InputError(f"{missing[0]} is missing: npm ci --ignore-scripts --prefix {node_modules.parent}")
     data = {"models": [], "passages": 0, "of": 0, "runtime": {k: f"runtime/{Path(v).name}" for k, v in RUNTIME.items()}}
     copies = {data["runtime"][kind]: node_modules / name for kind, name in RUNTIME.items()}
     with replacing_folder(out) as place:

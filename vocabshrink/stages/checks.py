@@ -19,7 +19,7 @@ from vocabshrink.models.projection import check_extraction
 from vocabshrink.models.task_model import load_task_model
 from vocabshrink.models.teacher import find_head
 from vocabshrink.run.layer_map import layer_pairs
-from vocabshrink.run.recipe import Phase, Recipe, TaskSection
+from vocabshrink.run.recipe import ComparingStage, Phase, Recipe, TaskSection
 from vocabshrink.stages.inputs import given_tokenizer, read_tasks, source_config, teacher_folder, teacher_modules
 from vocabshrink.stages.plan import check_budget, student_shape
 from vocabshrink.stages.text import reads_lowercase
@@ -34,11 +34,9 @@ def check_recipe(recipe: Recipe, *, force: bool = False) -> None:
     force: over-budget deliveries are wanted all the same."""
     check_all_losses(recipe)
     check_files(recipe)
-    if recipe.delivery and recipe.evaluation.sentences < LEAST_SENTENCES:
-        raise InputError(
-            f"evaluation.sentences: {recipe.evaluation.sentences} are too few to check the delivery by: give at least "
-            f"{LEAST_SENTENCES}, or no delivery"
-        )
+    if recipe.delivery and (few := recipe.evaluation.sentences) < LEAST_SENTENCES:
+        fault = f"evaluation.sentences: {few} are too few to check the delivery by"
+        raise InputError(f"{fault}: give at least {LEAST_SENTENCES}, or no delivery")
     folder = teacher_folder(recipe)
     check_tokenizer(folder)
     check_vocabulary(recipe)
@@ -51,31 +49,30 @@ def check_recipe(recipe: Recipe, *, force: bool = False) -> None:
         check_budget(recipe)
 
 
+def compared_in(recipe: Recipe) -> dict[str, ComparingStage]:
+    """{name: section} of the recipe's stages that compare the student with a teacher over the corpus."""
+    return {name: stage for name in ("dual", "distill", "recovery") if (stage := getattr(recipe, name))}
+
+
 def check_all_losses(recipe: Recipe) -> None:
     """Refuses losses and arguments that a stage cannot compute."""
-    if recipe.dual:
-        check_losses("dual", recipe.dual, recipe.dual.mode)
-    for name in ("distill", "recovery"):
-        if stage := getattr(recipe, name):
-            check_losses(name, stage, "distill")
-    if finetune := recipe.finetune:
-        for number, phase in enumerate(finetune.phases):
-            check_losses(f"finetune.phases.{number}", phase, "finetune")
-        if finetune.teacher:
-            check_losses("finetune.teacher", finetune.teacher, "task teacher")
-        for name, task in recipe.tasks.items():
-            reads = {loss for phase in finetune.phases for loss in phase.losses} - {"labels"}
-            if not task.logits or task.teacher or not reads:
-                continue
-            if layers := readers(sorted(reads), "teacher"):
-                raise InputError(
-                    f"losses.{layers[0]} reads the teacher's layers, and tasks.{name}.logits are logits alone: add "
-                    f"tasks.{name}.teacher, or take the logits out and add finetune.teacher"
-                )
-            if finetune.augment:
-                raise InputError(
-                    f"tasks.{name}.logits has none of augmented rows: add tasks.{name}.teacher, or do not augment"
-                )
+    for name, stage in compared_in(recipe).items():
+        check_losses(name, stage, stage.mode if name == "dual" else "distill")
+    if (finetune := recipe.finetune) is None:
+        return
+    for number, phase in enumerate(finetune.phases):
+        check_losses(f"finetune.phases.{number}", phase, "finetune")
+    if finetune.teacher:
+        check_losses("finetune.teacher", finetune.teacher, "task teacher")
+    reads = sorted({loss for phase in finetune.phases for loss in phase.losses} - {"labels"})
+    for name, task in recipe.tasks.items():
+        if not task.logits or task.teacher or not reads:
+            continue
+        fault = f"has none of augmented rows: add tasks.{name}.teacher, or do not augment" * bool(finetune.augment)
+        if layers := readers(reads, "teacher"):
+            fault = f"are logits alone, and losses.{layers[0]} reads the teacher's layers: add tasks.{name}.teacher"
+        if fault:
+            raise InputError(f"tasks.{name}.logits {fault}")
 
 
 def check_files(recipe: Recipe) -> None:
@@ -86,9 +83,8 @@ def check_files(recipe: Recipe) -> None:
     if recipe.index:
         heads["index.passages"] = partial(check_sources, [recipe.index.passages])
     for name, task in recipe.tasks.items() if recipe.finetune else ():
-        for field in ("train", "validation", "test", "logits"):
-            if path := getattr(task, field):
-                heads[f"tasks.{name}.{field}"] = partial(expand, [path])
+        named = {field: getattr(task, field) for field in ("train", "validation", "test", "logits")}
+        heads |= {f"tasks.{name}.{field}": partial(expand, [path]) for field, path in named.items() if path}
     for key, read in heads.items():
         try:
             read()
@@ -105,14 +101,14 @@ def check_tokenizer(folder: Path) -> None:
 
 def check_vocabulary(recipe: Recipe) -> None:
     """Refuses required words that cannot be pieces, and a given tokenizer that cannot be taken."""
-    section, lowercase = recipe.vocabulary, reads_lowercase(recipe)
-    for word in section.required:
+    lowercase = reads_lowercase(recipe)
+    for word in recipe.vocabulary.required:
         one_word(word, lowercase)
     if given := given_tokenizer(recipe):
         with TemporaryDirectory() as place:
             save_tokenizer(adopt_tokenizer(given), place)
             check_family(place)
-        if section.required:
+        if recipe.vocabulary.required:
             raise InputError("vocabulary.required: a given tokenizer is taken as it is: leave this key out")
 
 
@@ -122,8 +118,7 @@ def check_task(task: Task, section: TaskSection) -> None:
         read_logits(section.logits, task)
     if not section.teacher:
         return
-    folder = resolve_model(section.teacher)
-    check_tokenizer(folder)
+    check_tokenizer(folder := resolve_model(section.teacher))
     model = load_task_model(section.teacher, task, trained=True)
     if not check_label_order(task, model.config.id2label, folder):
         few = {"train_rows": min(ROWS_TO_AGREE, section.train_rows or ROWS_TO_AGREE), "evaluation_rows": 1}
@@ -134,38 +129,26 @@ def check_task(task: Task, section: TaskSection) -> None:
 
 
 def check_models(recipe: Recipe, folder: Path, teacher) -> None:
-    """Refuses a student that the teacher cannot start, and losses that read what the teacher does not have.
-
-    teacher: its config.
-    """
+    """Refuses a student that the teacher (its config) cannot start, and losses that read what it does not have."""
     student, source = student_shape(recipe, teacher), source_config(recipe, teacher)
     if recipe.delivery:
         check_activation(student, str(folder))
     if recipe.student.initialize.startswith("extract"):
         check_extraction(recipe.student.initialize, student, source)
-    head = find_head(folder)
-    if head and recipe.masked_lm_head:
+    if (head := find_head(folder)) and recipe.masked_lm_head:
         raise InputError(f"{folder} has a masked-LM head already: remove masked_lm_head from the recipe")
-    head = head or bool(recipe.masked_lm_head)
-    for name in ("dual", "distill", "recovery"):
-        stage = getattr(recipe, name)
-        if not head and stage and (found := readers(stage.losses, "teacher head")):
-            other = "choose dual.mode: match" if name == "dual" else "leave this loss out"
-            raise InputError(
-                f"{name}.losses.{found[0]} needs a masked-LM head and {folder} has none: add a masked_lm_head section, "
-                f"or {other}"
-            )
     positions = {"student": student.max_position_embeddings, "teacher": positions_of(teacher)}
-    for name in ("masked_lm_head", "dual", "distill", "recovery"):
+    for name, stage in ({"masked_lm_head": recipe.masked_lm_head} | compared_in(recipe)).items():
         for who, most in positions.items():
-            if (stage := getattr(recipe, name)) and most and stage.max_length > most:
+            if stage and most and stage.max_length > most:
                 fault = f"{name}.max_length {stage.max_length} is over the {who}'s {most} positions"
                 raise InputError(f"{fault}: set at most {most}")
-    depth = student.num_hidden_layers
-    for name in ("dual", "distill", "recovery"):
-        if not (stage := getattr(recipe, name)):
-            continue
+    for name, stage in compared_in(recipe).items():
+        if not (head or recipe.masked_lm_head) and (found := readers(stage.losses, "teacher head")):
+            other = "choose dual.mode: match" if name == "dual" else "leave this loss out"
+            fault = f"{name}.losses.{found[0]} needs a masked-LM head and {folder} has none"
+            raise InputError(f"{fault}: add a masked_lm_head section, or {other}")
         if found := readers(stage.losses, *ATTENTION):
             check_attention(teacher, scores=bool({"attention_scores", "attention_kl"} & set(found)))
-        own = teacher.num_hidden_layers if name == "dual" and stage.mode == "match" else depth
-        layer_pairs(stage.layer_map, own, teacher.num_hidden_layers, seed=recipe.seed)
+        own = teacher if name == "dual" and stage.mode == "match" else student
+        layer_pairs(stage.layer_map, own.num_hidden_layers, teacher.num_hidden_layers, seed=recipe.seed)

@@ -1,9 +1,8 @@
 """What `compress` decides for its user: shape, pieces, bits and steps, by looking at model, text and machine.
 
-The rule is a table of shapes by bytes (SHAPES), each the best of those measured at its size (docs/choosing.md). The
-largest whose least form fits the budget is taken, and its feed-forward neurons fill what is left. Minutes are shared
-between the teachers' vectors and the student's steps by the speeds of the very models, timed here on the user's own
-text. The choice is written as an ordinary recipe, in which every line says what it is for.
+Of SHAPES, the best of those measured at their bytes (docs/choosing.md), the largest is taken whose least form fits the
+budget; its feed-forward neurons fill what is left. Minutes are shared between the teachers' vectors and the student's
+steps by the speeds of the very models, timed here on the user's own text. The choice is an ordinary recipe.
 """
 
 import time
@@ -71,8 +70,7 @@ class Look:
 
 
 def look_at(model: str, start: str | None, sources: list[str], column: str) -> Look:
-    """Reads the models' folders, and all of the text once. Raises InputError for what cannot be compressed: no encoder,
-    a script that the model cannot write, too little text."""
+    """Reads the models' folders, and all of the text once. Raises InputError for what cannot be compressed."""
     config = check_folder(folder := resolve_model(model))
     tokenizer, lines, characters, sample = load_tokenizer(folder), 0, 0, []
     for line in read_lines(sources, column):
@@ -87,13 +85,11 @@ def look_at(model: str, start: str | None, sources: list[str], column: str) -> L
     ids = [i for encoding in encodings for i in encoding.ids]
     unknown = next((i for name in ("[UNK]", "<unk>") if (i := tokenizer.token_to_id(name)) is not None), None)
     if ids and (share := ids.count(unknown) / len(ids)) > MOST_UNKNOWN:
-        raise InputError(
-            f"{model} cannot write {share:.0%} of the text's pieces: take a teacher that was trained on its language"
-        )
-    source = check_folder(begin := resolve_model(start)) if start else config
-    own = load_tokenizer(begin) if start else tokenizer
-    about_pieces = isinstance(own.model, WordPiece), own.get_vocab_size()
-    return Look(folder, config, source, *about_pieces, found, lines, 2 + len(ids) / len(texts), texts)
+        fault = f"{model} cannot write {share:.0%} of the text's pieces"
+        raise InputError(f"{fault}: take a teacher that was trained on its language")
+    source = check_folder(begin := resolve_model(start) if start else folder)
+    wordpiece, pieces = isinstance((own := load_tokenizer(begin)).model, WordPiece), own.get_vocab_size()
+    return Look(folder, config, source, wordpiece, pieces, found, lines, 2 + len(ids) / len(texts), texts)
 
 
 @dataclass(frozen=True)
@@ -169,8 +165,7 @@ def choose_effort(look: Look, shape: Shape, minutes: float | None, tokens: int |
     else:
         config = student_config(shape.section, look.source, shape.pieces)
         config._attn_implementation = "eager"
-        teacher, student = load_model(look.folder), new_encoder(config)
-        speeds = [pieces_per_second(backbone, length) for backbone in (teacher, student)]
+        speeds = [pieces_per_second(backbone, length) for backbone in (load_model(look.folder), new_encoder(config))]
         seconds = 60 * minutes
         sentences = min(look.sentences, int(VECTORS * seconds * speeds[0] / length))
         left = (VECTORS + TRAINING + RECOVERY) * seconds - sentences * length / speeds[0]
@@ -185,7 +180,7 @@ def recipe_text(look: Look, shape: Shape, effort: Effort, **names) -> str:
     model that the student starts from, or None."""
     length = max(16, min(128, shape.section.max_position_embeddings, round(4 * look.length)))
     numbers = {"max_length": length, "tokens": round(effort.steps * effort.batch_size * look.length)}
-    numbers |= {"evaluated": max(LEAST_EVALUATED, min(500, look.sentences // 40))}
-    numbers |= {"held_out_every": max(2, min(50, look.lines // 100))}
+    numbers["evaluated"] = max(LEAST_EVALUATED, min(500, look.sentences // 40))
+    numbers["held_out_every"] = max(2, min(50, look.lines // 100))
     parts = {"look": look, "shape": shape, "student": shape.section, "effort": effort}
     return ENVIRONMENT.get_template("compress.yaml.jinja").render(parts | numbers | names)

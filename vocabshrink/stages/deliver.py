@@ -24,26 +24,21 @@ from vocabshrink.stages import inputs
 
 
 def export(context: Context) -> dict:
-    """Writes the deliveries of the embedder and of each task's model, loaded back and measured.
-
-    Returns their figures, tasks' under their names.
-    """
+    """Writes the deliveries of the embedder and of each task's model, loaded back and measured."""
     recipe, teacher = context.recipe, inputs.read_teacher(context)
     student = inputs.start_student(context, teacher).model
-    section = recipe.delivery
+    section, said = recipe.delivery, inputs.teacher_modules(recipe)
     options = {"kernel": section.kernel, "safetensors": section.safetensors, "tolerance": section.tolerance}
-    said = inputs.teacher_modules(recipe)
-    options |= {"pooling": said.pooling, "normalize": said.normalize}
-    if not recipe.vectors:  # of which the teacher read each text behind its prompt, and the student without
-        options |= {"prompts": said.prompts, "default_prompt": said.default_prompt}
     options |= {"budget_bytes": section.budget, "force": context.force}
+    # of stored vectors the teacher read each text behind its prompt, and the student read it without
+    named = ("pooling", "normalize") if recipe.vectors else ("pooling", "normalize", "prompts", "default_prompt")
+    options |= {key: getattr(said, key) for key in named}
     positions = min(section.max_positions, student.config.max_position_embeddings)
     settings = ExportSettings("embedding", section.weights, positions, **options)
-    origin = {"recipe": recipe.name, "teacher_sha256": weights_sha256(inputs.teacher_folder(recipe))}
-    figures = export_embedder(context, teacher, student, settings, origin)
+    figures = export_embedder(context, teacher, student, settings)
     if recipe.finetune and recipe.finetune.save_models:
         for name, task in inputs.read_tasks(recipe).items():
-            figures[name] = export_task(context, task, settings, origin)
+            figures[name] = export_task(context, task, settings)
     return figures
 
 
@@ -54,13 +49,8 @@ def report(context: Context) -> dict:
     return {"report": write_report(context.dir).name}
 
 
-def export_embedder(
-    context: Context, teacher: Teacher, student: PreTrainedModel, settings: ExportSettings, origin: dict
-) -> dict:
-    """Delivers the trained embedder, measured beside its teacher and itself before training.
-
-    student: as it starts. origin: what the manifest says of the run.
-    """
+def export_embedder(context: Context, teacher: Teacher, student: PreTrainedModel, settings: ExportSettings) -> dict:
+    """Delivers the trained embedder, measured beside its teacher and itself before training. student: as it starts."""
     recipe, folder, held_out = context.recipe, context.folder, inputs.read_held_out(context)
     pooled = {"pooling": settings.pooling, "normalize": settings.normalize}
     save_student(folder / "untrained", student, None, context.vocabulary, **pooled)
@@ -74,12 +64,9 @@ def export_embedder(
         figures.update(measure_systems(held_out, rated, systems | {"delivered": delivered}, **pooled))
         return {name: row for name, row in figures.items() if name not in ("bytes", "latency_ms")}
 
-    manifest = export_model(
-        done[-1], folder / "model", settings, measure=measure, gates=["rank_agreement", *rated], manifest=origin
-    )
+    manifest = write(context, done[-1], folder / "model", settings, measure=measure, gates=["rank_agreement", *rated])
     figures["bytes"]["delivered"] = manifest["delivery_bytes"]
     figures["parameters_by_block"] = {"teacher": blocks_of(teacher.backbone), "student": blocks_of(student)}
-    write_card(folder / "model", manifest, **sources_of(context))
     if recipe.index:
         passages = islice((row for _, row in read_rows(recipe.index.passages)), recipe.index.limit)
         options = {"progress": lambda done, total: say(f"export: {done:,} of {total:,} passages indexed")}
@@ -88,33 +75,29 @@ def export_embedder(
     return figures
 
 
-def export_task(context: Context, task: Task, settings: ExportSettings, origin: dict) -> dict:
+def export_task(context: Context, task: Task, settings: ExportSettings) -> dict:
     """Delivers a task's fine-tuned model, measured on its validation rows."""
-    source, folder = context.folder_of("finetune") / task.name, context.folder / task.name
+    source = context.folder_of("finetune") / task.name
     rows, before = task.splits["validation"], read_json(source / "metrics.json")["validation"]
 
     def measure(delivered: Path) -> dict:
         after = score(task, outputs_of(load(delivered), task, rows), "validation")
         return {metric: {"trained": before[metric], "delivered": after[metric]} for metric in after}
 
-    manifest = export_model(
-        source / "model",
-        folder,
-        replace(settings, task="tokens" if task.kind == "tokens" else "classification"),
-        measure=measure,
-        manifest=origin | {"trained_for": task.name, "pairs": rows.second is not None},
-    )
-    write_card(folder, manifest, **sources_of(context))
+    settings = replace(settings, task="tokens" if task.kind == "tokens" else "classification")
+    of_task = {"trained_for": task.name, "pairs": rows.second is not None}
+    manifest = write(context, source / "model", context.folder / task.name, settings, measure=measure, manifest=of_task)
     return {"bytes": manifest["delivery_bytes"]} | manifest["quality"]
 
 
-def sources_of(context: Context) -> dict:
-    """Where a delivery comes from, as `write_card` takes it."""
-    return {
-        "teacher": context.recipe.teacher.model,
-        "sources": [Path(source).name for source in context.recipe.corpus.sources],
-        "vocabulary": read_json(context.vocabulary / "comparison.json"),
-    }
+def write(context: Context, source: Path, folder: Path, settings: ExportSettings, *, manifest=None, **options) -> dict:
+    """`export_model`, whose manifest says which run the model is of, and the model card; the manifest."""
+    recipe, vocabulary = context.recipe, read_json(context.vocabulary / "comparison.json")
+    origin = {"recipe": recipe.name, "teacher_sha256": weights_sha256(inputs.teacher_folder(recipe))}
+    full = export_model(source, folder, settings, manifest=origin | (manifest or {}), **options)
+    sources = [Path(source).name for source in recipe.corpus.sources]
+    write_card(folder, full, teacher=recipe.teacher.model, sources=sources, vocabulary=vocabulary)
+    return full
 
 
 def outputs_of(model: Delivery, task: Task, rows: Rows) -> list[np.ndarray]:

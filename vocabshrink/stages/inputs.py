@@ -4,7 +4,6 @@ import os
 from itertools import islice
 from pathlib import Path
 
-import numpy as np
 import torch
 from tokenizers import Tokenizer
 from transformers import PreTrainedConfig
@@ -20,7 +19,6 @@ from vocabshrink.data.vectors import StoredVectors
 from vocabshrink.models.families import positions_of
 from vocabshrink.models.forward import ModuleSettings, module_settings
 from vocabshrink.models.loading import check_folder, load_config, resolve_model
-from vocabshrink.models.spelling import shared_pieces
 from vocabshrink.models.student import Start, build_student
 from vocabshrink.models.teacher import Teacher, load_head, load_teacher
 from vocabshrink.run.engine import Context
@@ -31,8 +29,7 @@ HELD_OUT = {"max_pieces": 126, "min_words": 4}  # of the segments that no traini
 
 def teacher_folder(recipe: Recipe) -> Path:
     """The teacher's folder, checked."""
-    folder = resolve_model(recipe.teacher.model, recipe.teacher.revision)
-    check_folder(folder, recipe.teacher.sha256)
+    check_folder(folder := resolve_model(recipe.teacher.model, recipe.teacher.revision), recipe.teacher.sha256)
     return folder
 
 
@@ -57,9 +54,7 @@ def teacher_modules(recipe: Recipe) -> ModuleSettings:
 
 def load_section(section: TeacherSection) -> Teacher:
     """The teacher that a section of the recipe describes, fresh from its folder, its hash checked."""
-    folder = resolve_model(section.model, section.revision)
-    if section.sha256:
-        check_folder(folder, section.sha256)
+    check_folder(folder := resolve_model(section.model, section.revision), section.sha256)
     return load_teacher(str(folder), pooling=section.pooling, normalize=section.normalize)
 
 
@@ -79,9 +74,8 @@ def read_words(context: Context) -> tuple[Lexicon, WordStream]:
 
 def read_stored_vectors(context: Context, stage: DistillStage) -> StoredVectors | None:
     """The teachers' sentence vectors in the shares of a stage; None where the recipe stores none."""
-    if not context.has("vectors"):
+    if (section := context.recipe.vectors) is None:
         return None
-    section = context.recipe.vectors
     shares = {name: share for name, share in stage.teachers.items() if share} or dict.fromkeys(section.names, 1.0)
     return StoredVectors.load(context.folder_of("vectors"), shares, section.centered)
 
@@ -91,18 +85,12 @@ def read_tokenizers(context: Context) -> tuple[Tokenizer, Tokenizer]:
     return load_tokenizer(context.vocabulary), load_tokenizer(teacher_folder(context.recipe))
 
 
-def read_shared_pieces(context: Context) -> np.ndarray:
-    """See `shared_pieces`."""
-    return shared_pieces(*read_tokenizers(context))
-
-
 def start_student(context: Context, teacher: Teacher) -> Start:
     """`build_student` by the recipe; what extraction by importance measures, it measures on the corpus."""
-    recipe, source, batch = context.recipe, teacher, None
+    recipe, source = context.recipe, teacher
     if recipe.student.start:
         source = load_teacher(recipe.student.start, pooling=teacher.pooling, normalize=teacher.normalize)
-    if recipe.student.initialize == "extract_importance":
-        batch = pieces_of_corpus(recipe, source)
+    batch = pieces_of_corpus(recipe, source) if recipe.student.initialize == "extract_importance" else None
     started = build_student(recipe.student, source, context.vocabulary, batch=batch, seed=recipe.seed)
     # the way back to another model's width is not the way to the teacher's
     return started if source is teacher else started._replace(directions=None, table_directions=None)
@@ -121,10 +109,8 @@ def pieces_of_corpus(recipe: Recipe, source: Teacher) -> Pieces:
 
 
 def start_directions(context: Context) -> torch.Tensor | None:
-    """The directions of `start_student`, for those that load a student which was trained meanwhile.
-
-    torch's generator stays as it was, so that a new head is the same whichever task comes first.
-    """
+    """The directions of `start_student`, for those that load a student which was trained meanwhile. torch's generator
+    stays as it was, so that a new head is the same whichever task comes first."""
     with torch.random.fork_rng(devices=[]):
         return start_student(context, read_teacher(context)).directions
 
@@ -132,8 +118,8 @@ def start_directions(context: Context) -> torch.Tensor | None:
 def read_held_out(context: Context) -> HeldOut:
     """Sentences of lines that no training batch holds, and near ones of each."""
     recipe, (lexicon, stream) = context.recipe, read_words(context)
-    limits = HELD_OUT | {"held_out_every": recipe.corpus.held_out_every}
-    _, segments = cut_segments(stream, lexicon, unit="sentence", **limits)
+    limits = HELD_OUT | {"held_out_every": recipe.corpus.held_out_every, "unit": "sentence"}
+    _, segments = cut_segments(stream, lexicon, **limits)
     return held_out_texts(stream, lexicon, segments, recipe.evaluation.sentences, recipe.seed)
 
 

@@ -1,14 +1,13 @@
 """What a recipe will cost, before anything is trained: parameters, bytes of every format, tokens, FLOPs, hours.
 
-Parameters and bytes are those of the very shape (delivery/size.py); tokens are guessed from the sequence length. Hours
-come from a matrix product timed here and now, times the share of that speed that training reached on the machines it
-was measured on: good to a factor of two, not more.
+Parameters and bytes are exact (delivery/size.py); tokens are guessed from the sequence length. Hours come from a matrix
+product timed here and now, times the share of that speed that training reached: good to a factor of two, not more.
 """
 
 import copy
-import time
+import timeit
 
-from rich.table import Table
+import torch
 from transformers import PreTrainedConfig
 
 from tokenizer_build.errors import InputError
@@ -27,10 +26,8 @@ GUESSED_FILL = 0.5  # of max_length, by text
 
 def shapes(recipe: Recipe) -> tuple[PreTrainedConfig, PreTrainedConfig]:
     """The student's shape, and its teacher's as a BERT. Raises InputError for a folder that cannot be a teacher's."""
-    folder = resolve_model(recipe.teacher.model, recipe.teacher.revision)
-    teacher = check_folder(folder)
-    student = student_shape(recipe, teacher)
-    return student, student_config(StudentSection(), teacher, teacher.vocab_size)
+    teacher = check_folder(resolve_model(recipe.teacher.model, recipe.teacher.revision))
+    return student_shape(recipe, teacher), student_config(StudentSection(), teacher, teacher.vocab_size)
 
 
 def student_shape(recipe: Recipe, teacher: PreTrainedConfig) -> PreTrainedConfig:
@@ -48,20 +45,17 @@ def delivered_config(recipe: Recipe, student: PreTrainedConfig) -> PreTrainedCon
 
 
 def check_budget(recipe: Recipe) -> None:
-    """Refuses a recipe whose deliveries cannot meet their size budget, saying what to change. Raises InputError.
-
-    Tasks whose labels stand only in their files count as having two: a label is a row, and a row is nothing.
-    """
+    """Refuses a recipe whose deliveries cannot meet their size budget, saying what to change. Raises InputError. Tasks
+    whose labels stand only in their files count as having two: a label is a row, and a row is nothing."""
     if recipe.delivery is None:
         return
     embedder = delivered_config(recipe, shapes(recipe)[0])
-    delivered = {recipe.name: (embedder, "embedding")}
+    delivered = [(recipe.name, embedder, "embedding")]
     for name, task in recipe.tasks.items() if recipe.finetune and recipe.finetune.save_models else ():
-        head = copy.copy(embedder)
+        head, kind = copy.copy(embedder), "tokens" if task.kind == "tokens" else "classification"
         head.num_labels = len(task.labels or ()) or 2
-        kind = "tokens" if task.kind == "tokens" else "classification"
-        delivered[f"{recipe.name} with its head for {name}"] = head, kind
-    for name, (config, kind) in delivered.items():
+        delivered.append((f"{recipe.name} with its head for {name}", head, kind))
+    for name, config, kind in delivered:
         if sentence := refusal(config, recipe.delivery.budget, recipe.delivery.weights, recipe=name, task=kind):
             raise InputError(sentence)
 
@@ -73,30 +67,17 @@ def flops_per_piece(config: PreTrainedConfig, length: int) -> int:
 
 def matrix_speed() -> float:
     """FLOP/s of a bfloat16 matrix product on this machine's device, measured for about a second."""
-    import torch
-
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    size = 8192 if device == "cuda" else 1536
+    device, size = ("cuda", 8192) if torch.cuda.is_available() else ("cpu", 1536)
     a = torch.randn(size, size, dtype=torch.bfloat16, device=device)
-    best = 0.0
-    for _ in range(5):
-        started = time.perf_counter()
-        float((a @ a)[0, 0])
-        best = max(best, 2 * size**3 / (time.perf_counter() - started))
-    return best
+    return 2 * size**3 / min(timeit.repeat(lambda: float((a @ a)[0, 0]), number=1, repeat=5))
 
 
 def stage_costs(recipe: Recipe) -> list[tuple[str, int, int]]:
     """(stage, tokens, FLOPs) of each training stage on text."""
     student, teacher = shapes(recipe)
-    mode = recipe.dual.mode if recipe.dual else None
-    passes = {  # forward passes for a token, (teacher's, student's): with gradients they count three times
-        "masked_lm_head": (1, 0),
-        "dual": {"two_stage": (3, 0), "joint": (3, 3)}.get(mode, (4, 0)),
-        "distill": (1, 3),
-    }
-    costs = []
-    for name, each in passes.items():
+    # forward passes for a token, (teacher's, student's): with gradients they count three times
+    of_dual, costs = {"two_stage": (3, 0), "joint": (3, 3)}.get(recipe.dual and recipe.dual.mode, (4, 0)), []
+    for name, each in {"masked_lm_head": (1, 0), "dual": of_dual, "distill": (1, 3)}.items():
         if section := getattr(recipe, name):
             length = int(section.max_length * GUESSED_FILL)
             tokens = section.steps * section.batch_size * length
@@ -105,27 +86,25 @@ def stage_costs(recipe: Recipe) -> list[tuple[str, int, int]]:
     return costs
 
 
-def plan_tables(recipe: Recipe, run: RunDir) -> list[Table]:
-    """The plan as tables for a terminal or a log."""
+def plan_tables(recipe: Recipe, run: RunDir) -> list[tuple]:
+    """(title, heads, rows) of each of the plan's tables."""
     student, teacher = shapes(recipe)
     delivery, delivered = recipe.delivery or DeliverySection(), delivered_config(recipe, student)
-    blocks = Table("parameters", "teacher", "student", title=f"{recipe.name}: parameters by block")
-    of_teacher = parameters(teacher)
-    for name, count in parameters(student).items():
-        blocks.add_row(name, f"{of_teacher[name]:,}", f"{count:,}")
+    of_both = zip(parameters(teacher).items(), parameters(student).values(), strict=True)
+    blocks = [(name, f"{of_teacher:,}", f"{count:,}") for (name, of_teacher), count in of_both]
     tokenizer = run.stage("vocab") / "tokenizer.json"
     if tokenizer.is_file():
         delivered.vocab_size = load_tokenizer(tokenizer).get_vocab_size()
-    of_budget = f"of {delivery.budget:,}"
-    sizes = Table("format", "weights", "tokenizer", "all files", of_budget, title="bytes of every delivery")
-    known = (*SAFETENSORS, *GRAPH_FORMATS)
-    for name in (*known, *([] if delivery.weights in known else [delivery.weights])):
+    known, sizes = [*SAFETENSORS, *GRAPH_FORMATS], []
+    for name in known + [delivery.weights] * (delivery.weights not in known):
         size = delivery_bytes(delivered, name)
-        mark = " (chosen)" if name == delivery.weights else ""
         figures = (f"{size[key]:,}" for key in ("weights", "tokenizer", "total"))
-        sizes.add_row(describe(name) + mark, *figures, f"{size['total'] / delivery.budget:.0%}")
-    costs = Table("stage", "tokens", "FLOPs", "hours here", title="training")
-    speed = matrix_speed() * EFFICIENCY
-    for name, tokens, flops in stage_costs(recipe):
-        costs.add_row(name, f"{tokens:,} (guess)", f"{flops:.2e}", f"{flops / speed / 3600:.2f}")
-    return [blocks, sizes, costs]
+        mark = " (chosen)" * (name == delivery.weights)
+        sizes.append((describe(name) + mark, *figures, f"{size['total'] / delivery.budget:.0%}"))
+    speed = 3600 * matrix_speed() * EFFICIENCY
+    costs = [(name, f"{tokens:,} (guess)", f"{f:.2e}", f"{f / speed:.2f}") for name, tokens, f in stage_costs(recipe)]
+    return [
+        (f"{recipe.name}: parameters by block", ("parameters", "teacher", "student"), blocks),
+        ("bytes of every delivery", ("format", "weights", "tokenizer", "all files", f"of {delivery.budget:,}"), sizes),
+        ("training", ("stage", "tokens", "FLOPs", "hours here"), costs),
+    ]

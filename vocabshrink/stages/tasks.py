@@ -1,12 +1,9 @@
 """The stages of labelled tasks: `task_teacher` fine-tunes the teacher, `augment` adds rows, `finetune` trains students.
 
 The unit of work is one training: a task, a setting of the grid, a seed. Its folder is under the stage's `checkpoints/`,
-which an unfinished stage keeps, and ends with `metrics.json`: a stage that is started again skips finished trainings,
-so that a crash costs at most the steps since the last checkpoint. At its end the stage puts the results where readers
-look: `TASK/seed-N/metrics.json`, `TASK/model`.
-
-The grid is searched as the papers do: every setting with the first seed, the best on validation with all seeds. A seed
-decides the new head, whatever of the student starts at random, and the order of rows.
+which an unfinished stage keeps, and ends with `metrics.json`: a stage that is started again skips finished trainings.
+At its end it puts the results where readers look. The grid is searched as the papers do: every setting with the first
+seed, the best on validation with all. A seed decides the new head, what else starts at random, and the order of rows.
 """
 
 import hashlib
@@ -16,7 +13,7 @@ import shutil
 import statistics
 from collections.abc import Callable
 from dataclasses import replace
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 
 import torch
@@ -36,7 +33,6 @@ from vocabshrink.models.student import read_student, save_model
 from vocabshrink.models.task_model import load_task_model, student_model
 from vocabshrink.run.engine import Context, saying_millions, settings_of
 from vocabshrink.run.folder import RunDir
-from vocabshrink.run.recipe import Phase
 from vocabshrink.stages import inputs
 from vocabshrink.training.augment import augment_task, augmented_rows
 from vocabshrink.training.finetune import fit, logits_of, phases_of, write_logits
@@ -54,29 +50,10 @@ def task_teacher(context: Context) -> dict:
     TASK/metrics.json. Returns {task: its metrics on validation}, "average".
     """
     recipe, units, results = context.recipe, context.folder / "checkpoints", {}
-    folder = inputs.teacher_folder(recipe)
     for name, task in inputs.read_tasks(recipe).items():
-        if not recipe.tasks[name].trains_teacher:
-            continue
-        unit, phases = units / name, phases_of([recipe.finetune.teacher], recipe.tasks[name])
-        mark = mark_of(context, name, "", TEACHER_SEED)
-
-        def make(name=name, task=task, unit=unit, phases=phases, mark=mark) -> dict:
-            with PartialState().main_process_first():
-                encoded = encode_task(task, folder, folder, unit / "encoded")
-            torch.manual_seed(TEACHER_SEED)
-            model = load_task_model(str(folder), task, trained=False)
-            job = Job(RunDir(unit), name, mark, "finetune.teacher")
-            result = fit(TaskTraining(model, task.kind), encoded, phases, job, TEACHER_SEED)
-            if PartialState().is_main_process:
-                logits = {split: logits_of(model, encoded, split, phases[-1]) for split in task.splits}
-                result |= {split: score(task, logits[split], split) for split in task.splits if split != "train"}
-                save_model(unit / "model", model, folder)
-                if task.kind != "tokens":
-                    write_logits(unit / "logits.safetensors", logits)
-            return result
-
-        results[name] = once(unit, mark, make)
+        if recipe.tasks[name].trains_teacher:
+            mark = mark_of(context, name, "", TEACHER_SEED)
+            results[name] = once(units / name, mark, partial(train_teacher, context, task, units / name, mark))
     PartialState().wait_for_everyone()  # all have read what is about to go
     if PartialState().is_main_process:
         for name in results:
@@ -84,6 +61,25 @@ def task_teacher(context: Context) -> dict:
         shutil.rmtree(units, ignore_errors=True)
     validation = {name: result["validation"] for name, result in results.items()}
     return validation | {"average": statistics.fmean(map(headline, validation.values()))}
+
+
+def train_teacher(context: Context, task: Task, unit: Path, mark: str) -> dict:
+    """Fine-tunes the teacher on one task, in the folder `unit`, and returns what was measured."""
+    folder = inputs.teacher_folder(context.recipe)
+    phases = phases_of([context.recipe.finetune.teacher], context.recipe.tasks[task.name])
+    with PartialState().main_process_first():
+        encoded = encode_task(task, folder, folder, unit / "encoded")
+    torch.manual_seed(TEACHER_SEED)
+    model = load_task_model(str(folder), task, trained=False)
+    job = Job(RunDir(unit), task.name, mark, "finetune.teacher")
+    result = fit(TaskTraining(model, task.kind), encoded, phases, job, TEACHER_SEED)
+    if PartialState().is_main_process:
+        logits = {split: logits_of(model, encoded, split, phases[-1]) for split in task.splits}
+        result |= {split: score(task, logits[split], split) for split in task.splits if split != "train"}
+        save_model(unit / "model", model, folder)
+        if task.kind != "tokens":
+            write_logits(unit / "logits.safetensors", logits)
+    return result
 
 
 def augment(context: Context) -> dict:
@@ -99,15 +95,14 @@ def augment(context: Context) -> dict:
 def finetune(context: Context) -> dict:
     """Fine-tunes the student on every task, for every seed, at the grid's best setting.
 
-    Writes TASK/seed-N/metrics.json and metrics.jsonl, TASK/grid.json (headline on validation by setting) where there is
-    a grid, and TASK/model, the median seed's, where the recipe saves models. Returns {task: {metric: {"median", "min",
-    "max", "seeds"}}} on validation; "test" and "rounded" of the same form; "average" (of the tasks' median headlines),
-    "seconds_per_step", "tokens" (of one seed's trainings). Raises InputError: see `load_task_model`, `read_logits`.
+    Writes TASK/seed-N/metrics.json and metrics.jsonl, TASK/grid.json (headline by setting) where there is a grid, and
+    TASK/model, the median seed's, where the recipe saves models. Returns {task: {metric: {"median", "min", "max",
+    "seeds"}}} on validation; "test" and "rounded" of the same form; "average", "seconds_per_step", "tokens".
     """
     stage, folder, found = context.recipe.finetune, context.folder, {}
     for name, task in inputs.read_tasks(context.recipe).items():
         trainings, tried = TaskTrainings(context, task), {}
-        settings = list(trainings.settings)
+        settings = list(stage.points(trainings.phases))
         if len(settings) > 1:
             tried = {setting: headline(trainings.train(setting, stage.seeds[0])["validation"]) for setting in settings}
         best = max(settings, key=lambda setting: tried.get(setting, 0.0))
@@ -143,11 +138,6 @@ class TaskTrainings:
             made = context.folder_of("augment") / f"{self.name}.jsonl"
             self.task = replace(task, splits=task.splits | {"train": augmented_rows(task, made)})
 
-    @property
-    def settings(self) -> dict[str, list[Phase]]:
-        """The grid's settings: name -> phases."""
-        return self.stage.points(self.phases)
-
     def unit(self, setting: str, seed: int) -> Path:
         """The folder of one training."""
         return self.folder / setting / f"seed-{seed}"
@@ -167,16 +157,13 @@ class TaskTrainings:
     @cached_property
     def teacher(self) -> nn.Module | None:
         """The fine-tuned teacher, where a phase runs it."""
-        if not live_teacher(self.reads, stored=self.logits is not None):
-            return None
-        return load_task_model(self.tuned_folder, self.task, trained=True)
+        live = live_teacher(self.reads, stored=self.logits is not None)
+        return load_task_model(self.tuned_folder, self.task, trained=True) if live else None
 
     @cached_property
     def logits(self) -> torch.Tensor | None:
         """[rows, C]: the teacher's logits of the training rows, read where they are stored, else made once and kept.
-
-        None where no phase reads them, and for token tasks, whose teacher is run in training.
-        """
+        None where no phase reads them, and for token tasks, whose teacher is run in training."""
         if not readers(self.reads, "teacher logits") or self.task.kind == "tokens":
             return None
         path = self.folder / "logits.safetensors"
@@ -196,21 +183,19 @@ class TaskTrainings:
     def train(self, setting: str, seed: int) -> dict:
         """One training's metrics, made now or before."""
         unit, mark = self.unit(setting, seed), mark_of(self.context, self.name, setting, seed)
-        return once(unit, mark, lambda: self._train(setting, seed, unit, mark))
+        return once(unit, mark, partial(self._train, setting, seed, unit, mark))
 
     def _train(self, setting: str, seed: int, unit: Path, mark: str) -> dict:
         torch.manual_seed(seed)
         body, directions = self._student()
-        phases, said = self.settings[setting], inputs.teacher_modules(self.context.recipe)
-        model = student_model(body, self.task, self.teacher_folder)
+        phases, said = self.stage.points(self.phases)[setting], inputs.teacher_modules(self.context.recipe)
         options = {"teacher": self.teacher, "logits": self.logits, "directions": directions}
         options |= {"pooling": said.pooling, "normalize": said.normalize}
-        training = TaskTraining(model, self.task.kind, **options)
+        training = TaskTraining(student_model(body, self.task, self.teacher_folder), self.task.kind, **options)
         tokenizers = map(load_tokenizer, (self.context.vocabulary, self.reader))
         shared = None if self.teacher is None else shared_pieces(*tokenizers)
-        options = {"shared": shared, "rounding": self.stage.rounded}
         job = Job(RunDir(unit), self.name, mark, "finetune.phases.{}")
-        result = fit(training, self.encoded, phases, job, seed, **options)
+        result = fit(training, self.encoded, phases, job, seed, shared=shared, rounding=self.stage.rounded)
         if PartialState().is_main_process:
 
             def measure(split: str) -> dict:
@@ -226,11 +211,11 @@ class TaskTrainings:
 
     def _student(self) -> tuple[PreTrainedModel, torch.Tensor | None]:
         """The body as the stages before left it, and the directions that its projections start from."""
-        if not self.context.students:
-            student, directions, *_ = inputs.start_student(self.context, inputs.read_teacher(self.context))
-        else:
-            student = read_student([*self.context.students.values()][-1])
+        if before := [*self.context.students.values()]:
+            student = read_student(before[-1])
             directions = None if self.teacher is None else inputs.start_directions(self.context)
+        else:
+            student, directions, *_ = inputs.start_student(self.context, inputs.read_teacher(self.context))
         another = load_tokenizer(self.reader).get_vocab() != load_tokenizer(self.teacher_folder).get_vocab()
         return student, None if another else directions  # which say nothing of another model's dimensions
 
@@ -238,8 +223,7 @@ class TaskTrainings:
 def mark_of(context: Context, name: str, setting: str, seed: int) -> str:
     """The hash of what decides one training. Other tasks, seeds and settings do not: they may come later."""
     settings = settings_of(context.recipe, context.stage.name)
-    section = settings.get("finetune", {})
-    own = {key: section[key] for key in ("phases", "rounded") if key in section}
+    own = {key: value for key, value in settings.get("finetune", {}).items() if key in ("phases", "rounded")}
     settings |= {"tasks": settings["tasks"][name], "finetune": own}
     return hashlib.sha256(json.dumps([settings, setting, seed], sort_keys=True).encode()).hexdigest()
 
@@ -267,8 +251,7 @@ def deliver(unit: Path, folder: Path, *names: str) -> None:
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)
     for name in ("metrics.json", "metrics.jsonl", *names):
-        source = unit / name
-        if source.is_dir():
+        if (source := unit / name).is_dir():
             shutil.copytree(source, folder / name)
         elif source.is_file():
             shutil.copy(source, folder / name)
@@ -280,22 +263,12 @@ def summary_of(units: dict[str, list[dict]]) -> dict:
     for (split, found), (name, results) in itertools.product(splits.items(), units.items()):
         if metrics := results[0].get(split):
             found[name] = {metric: spread([result[split][metric] for result in results]) for metric in metrics}
-    every = list(itertools.chain(*units.values()))
-
-    def average(split: str) -> float:
-        return statistics.fmean(
-            statistics.median(headline(result[split]) for result in results) for results in units.values()
-        )
-
-    if splits["rounded"]:
-        splits["rounded"]["average"] = average("rounded")
-    return splits["validation"] | {
-        "average": average("validation"),
-        "seconds_per_step": sum(result["seconds"] for result in every) / sum(result["steps"] for result in every),
-        "tokens": sum(results[0]["tokens"] for results in units.values()),
-        "test": splits["test"],
-        "rounded": splits["rounded"],
-    }
+    for split in ("validation", "rounded") if splits["rounded"] else ("validation",):
+        medians = [statistics.median(headline(result[split]) for result in results) for results in units.values()]
+        splits[split]["average"] = statistics.fmean(medians)
+    steps, seconds = (sum(result[key] for one in units.values() for result in one) for key in ("steps", "seconds"))
+    costs = {"seconds_per_step": seconds / steps, "tokens": sum(results[0]["tokens"] for results in units.values())}
+    return splits.pop("validation") | costs | splits
 
 
 def spread(values: list[float]) -> dict:

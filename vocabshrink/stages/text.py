@@ -18,10 +18,8 @@ from vocabshrink.stages.inputs import given_tokenizer, teacher_folder
 def count(context: Context) -> dict:
     """Counts the words of the corpus, streamed and in parallel."""
     corpus = context.recipe.corpus
-    options = {"column": corpus.column, "lowercase": reads_lowercase(context.recipe)}
-    counts = count_words(
-        corpus.sources, **options, processes=corpus.processes, progress=saying_millions("count", "words", every=10)
-    )
+    options = {"column": corpus.column, "lowercase": reads_lowercase(context.recipe), "processes": corpus.processes}
+    counts = count_words(corpus.sources, **options, progress=saying_millions("count", "words", every=10))
     write_counts(counts, context.folder / "counts.parquet")
     return {"words": sum(counts.values()), "distinct_words": len(counts)}
 
@@ -67,12 +65,6 @@ def segmentation_examples(counts: dict[str, int], teacher: Tokenizer, student: T
 
 def encode(context: Context) -> dict:
     """Reads the corpus once into word ids and a lexicon of each word's pieces in both vocabularies."""
-    corpus = context.recipe.corpus
-    return encode_corpus(
-        read_blocks(corpus.sources, corpus.column),
-        teacher_folder(context.recipe),
-        context.folder_of("vocab"),
-        context.folder,
-        processes=corpus.processes,
-        progress=saying_millions("encode", "words", every=10),
-    )
+    corpus, tokenizers = context.recipe.corpus, (teacher_folder(context.recipe), context.vocabulary)
+    blocks, progress = read_blocks(corpus.sources, corpus.column), saying_millions("encode", "words", every=10)
+    return encode_corpus(blocks, *tokenizers, context.folder, processes=corpus.processes, progress=progress)

@@ -10,23 +10,16 @@ from accelerate import Accelerator, PartialState
 from torch import nn
 
 from tokenizer_build.files import read_json, write_json
+from vocabshrink.data import vectors as stored
 from vocabshrink.data.batches import Batcher, Segments, cut_segments
 from vocabshrink.data.held_out import read_rated_pairs
 from vocabshrink.data.lexicon import Lexicon, WordStream, encode_corpus
 from vocabshrink.data.pieces import PieceTable
-from vocabshrink.data.vectors import (
-    SAMPLE,
-    StoredVectors,
-    draw_sentences,
-    read_sentences,
-    store_vectors,
-    write_sentences,
-)
 from vocabshrink.models.forward import module_settings, torch_embedder
 from vocabshrink.models.loading import load_model
 from vocabshrink.models.projection import narrowing
 from vocabshrink.models.rounding import bake, quantization_aware
-from vocabshrink.models.spelling import spellings
+from vocabshrink.models.spelling import shared_pieces, spellings
 from vocabshrink.models.student import load_student, new_student_head, save_student
 from vocabshrink.models.teacher import Teacher, load_head, new_head, save_head
 from vocabshrink.run.engine import Context, main_process, say, saying_left, wait_for_everyone
@@ -41,12 +34,11 @@ from vocabshrink.training.task import Distillation, DualTraining, HeadTraining, 
 def masked_lm_head(context: Context) -> dict:
     """Trains a masked-LM head on a teacher that has none."""
     stage, teacher = context.recipe.masked_lm_head, inputs.read_teacher(context)
-    torch.manual_seed(context.recipe.seed)
-    accelerator = make_accelerator(stage, context.dir)
+    accelerator, run = begin(context, stage)
     teacher.head = new_head(teacher.backbone)
     task = HeadTraining(teacher, {"teacher_masked_lm": Weighted()})
     batcher = make_batcher(context, stage, teacher, ("teacher",), accelerator)
-    result = train_stage(context, task, batcher, stage, accelerator)
+    result = run(task, batcher)
     if accelerator.is_main_process:
         save_head(context.folder / "head", teacher.head)
     return result
@@ -56,14 +48,14 @@ def vectors(context: Context) -> dict:
     """Stores the teachers' sentence vectors, so that distillation costs the student alone."""
     recipe, stage, work = context.recipe, context.recipe.vectors, context.folder / "checkpoints"
     work.mkdir(exist_ok=True)
-    drawn = {"fingerprint": context.fingerprint}  # a killed run goes on, another recipe's does not
-    if not (work / "drawn.json").is_file() or read_json(work / "drawn.json") != drawn:
+    drawn, mark = {"fingerprint": context.fingerprint}, work / "drawn.json"
+    if not mark.is_file() or read_json(mark) != drawn:  # a killed run goes on, another recipe's does not
         say("vectors: drawing sentences from the corpus")
         for entry in work.iterdir():
             entry.unlink()
-        write_sentences(work, draw_sentences(recipe.corpus, stage, recipe.seed))
-        write_json(work / "drawn.json", drawn)
-    sentences, found = read_sentences(work), {}
+        stored.write_sentences(work, stored.draw_sentences(recipe.corpus, stage, recipe.seed))
+        write_json(mark, drawn)
+    sentences, found = stored.read_sentences(work), {}
     for name, section in ({"teacher": recipe.teacher} | stage.teachers).items():
         teacher = inputs.load_section(section)
         backbone = teacher.backbone.to(PartialState().device, torch.bfloat16)
@@ -71,7 +63,7 @@ def vectors(context: Context) -> dict:
         prompt = said.prompts.get(said.default_prompt) if section.prompt is None else section.prompt
         options = {"max_length": stage.max_length, "batch_size": stage.batch_size, "prompt": prompt}
         embed = torch_embedder(backbone, teacher.folder, teacher.pooling, False, **options)
-        store_vectors(work, name, sentences, embed, partial(saying_left, f"vectors of {name}", len(sentences)))
+        stored.store_vectors(work, name, sentences, embed, partial(saying_left, f"vectors of {name}", len(sentences)))
         found[name] = teacher.config.hidden_size
     for entry in (work / "sentences.jsonl", *work.glob("*.npy")):
         entry.rename(context.folder / entry.name)
@@ -81,28 +73,25 @@ def vectors(context: Context) -> dict:
 
 def dual(context: Context) -> dict:
     """Dual training in the recipe's mode: the teacher reads both vocabularies."""
-    recipe, stage, teacher = context.recipe, context.recipe.dual, inputs.read_teacher(context)
-    torch.manual_seed(recipe.seed)
-    accelerator = make_accelerator(stage, context.dir)
+    stage, teacher = context.recipe.dual, inputs.read_teacher(context)
+    accelerator, run = begin(context, stage)
     student, directions, table_directions, report = inputs.start_student(context, teacher)
     evaluate = evaluator(context, teacher, accelerator)  # moves the teacher, of which the student is made before
     say(f"dual: student embeddings {report['embeddings']}; layers {report['layers']}")
     head = new_student_head(student, teacher) if stage.mode == "joint" else None
     # in match mode the teacher stands on both sides, so the map is of its layers to its own
     depth = (teacher if stage.mode == "match" else student).config.num_hidden_layers
-    pairs = layer_pairs(stage.layer_map, depth, teacher.config.num_hidden_layers, seed=recipe.seed)
+    pairs = layer_pairs(stage.layer_map, depth, teacher.config.num_hidden_layers, seed=context.recipe.seed)
     options = {"student_head": head, "directions": directions, "table_directions": table_directions}
     task = DualTraining(stage, teacher, student, pairs, **options)
     sides = {"joint": ("mixed", "student"), "two_stage": ("mixed",), "match": ("mixed", "teacher")}[stage.mode]
-    end = stage.p if stage.p_end is None else stage.p_end
-    micro_steps = stage.steps * stage.gradient_accumulation
+    micro_steps, rise = stage.steps * stage.gradient_accumulation, 0.0 if stage.p_end is None else stage.p_end - stage.p
     masking = stage if readers(stage.losses, "masked words") else stage.model_copy(update={"mask": 0.0})
-    options = {"p": lambda index: stage.p + (end - stage.p) * min(1.0, index / micro_steps)}
+    options = {"p": lambda index: stage.p + rise * min(1.0, index / micro_steps)}
     batcher = make_batcher(context, masking, teacher, sides, accelerator, **options)
-    result = train_stage(context, task, batcher, stage, accelerator, evaluate)
+    result = run(task, batcher, evaluate=evaluate)
     if accelerator.is_main_process:
-        pooled = teacher.pooling, teacher.normalize
-        save_student(context.folder / "student", student, head, context.vocabulary, *pooled)
+        save_student(context.folder / "student", student, head, context.vocabulary, teacher.pooling, teacher.normalize)
         if any(p.requires_grad for p in teacher.backbone.parameters()):
             teacher.backbone.save_pretrained(context.folder / "teacher")
             if teacher.head is not None:
@@ -123,8 +112,7 @@ def recovery(context: Context) -> dict:
 def distil_into_student(context: Context, stage: DistillStage, formats=None) -> dict:
     """One distillation, from the student of the stage before, through the rounding to `formats` where given."""
     teacher = inputs.read_teacher(context)
-    torch.manual_seed(context.recipe.seed)
-    accelerator = make_accelerator(stage, context.dir)
+    accelerator, run = begin(context, stage)
     student, directions, _, report = inputs.start_student(context, teacher)
     evaluate = evaluator(context, teacher, accelerator)  # moves the teacher, of which the student is made before
     head = new_student_head(student, teacher) if readers(stage.losses, "student head") else None
@@ -137,80 +125,58 @@ def distil_into_student(context: Context, stage: DistillStage, formats=None) -> 
         quantization_aware(student, formats)
     options = {"head": head, "directions": directions}
     if (vectors := inputs.read_stored_vectors(context, stage)) is not None:
-        options["stored"] = bring_to_student(context, vectors, student, teacher)
+        texts = stored.read_sentences(context.folder_of("vectors"))[: stored.SAMPLE // 4]
+        embed = torch_embedder(student, context.vocabulary, teacher.pooling, teacher.normalize, max_length=128)
+        bank = torch.from_numpy(vectors.rows(slice(stored.SAMPLE)))
+        narrow = narrowing(bank, torch.from_numpy(embed(texts)))  # brings them to where the student stands
+        options["stored"] = Stored(bank, narrow, nn.functional.normalize(bank @ narrow, dim=-1))
     task = make_distillation(context, stage, teacher, student, **options)
     sides = ("student",) if task.teacher is None else ("student", "teacher")
     batcher = make_batcher(context, stage, teacher, sides, accelerator, vectors=vectors)
-    result = train_stage(context, task, batcher, stage, accelerator, evaluate)
+    result = run(task, batcher, evaluate=evaluate)
     if accelerator.is_main_process:
         if formats:
             bake(student)
-        pooled = teacher.pooling, teacher.normalize
-        save_student(context.folder / "student", student, head, context.vocabulary, *pooled)
+        save_student(context.folder / "student", student, head, context.vocabulary, teacher.pooling, teacher.normalize)
     return result | {"start": report}
 
 
-def make_distillation(
-    context: Context, stage: DistillStage, teacher: Teacher, student: nn.Module, **options
-) -> Distillation:
+def make_distillation(context: Context, stage: DistillStage, teacher: Teacher, student, **options) -> Distillation:
     """The task of a stage, with what its losses must know of the two vocabularies. options: of `Distillation`."""
     layers = student.config.num_hidden_layers, teacher.config.num_hidden_layers
     pairs = layer_pairs(stage.layer_map, *layers, seed=context.recipe.seed)
     if readers(stage.losses, "both vocabularies"):
-        options["shared"] = torch.from_numpy(inputs.read_shared_pieces(context))
-        options["spelling"] = torch.from_numpy(spellings(*inputs.read_tokenizers(context)))
+        for name, compare in (("shared", shared_pieces), ("spelling", spellings)):
+            options[name] = torch.from_numpy(compare(*inputs.read_tokenizers(context)))
     return Distillation(stage, teacher, student, pairs, **options)
-
-
-def bring_to_student(context: Context, vectors: StoredVectors, student: nn.Module, teacher: Teacher) -> Stored:
-    """A bank of the stored vectors, and the map that brings them to where the student stands."""
-    texts = read_sentences(context.folder_of("vectors"))[: SAMPLE // 4]
-    embed = torch_embedder(student, context.vocabulary, teacher.pooling, teacher.normalize, max_length=128)
-    bank = torch.from_numpy(vectors.rows(slice(SAMPLE)))
-    narrow = narrowing(bank, torch.from_numpy(embed(texts)))
-    return Stored(bank, narrow, nn.functional.normalize(bank @ narrow, dim=-1))
 
 
 def read_trained_teacher(context: Context, teacher: Teacher) -> None:
     """Puts the body and head that dual training left into the teacher, where it trained them."""
-    if not context.has("dual"):
-        return
-    folder = context.folder_of("dual")
-    if (folder / "teacher").is_dir():
-        teacher.backbone.load_state_dict(load_model(folder / "teacher").state_dict(), strict=False)
-    if (folder / "teacher_head").is_dir():
-        teacher.head = load_head(folder / "teacher_head", teacher.backbone)
+    if context.has("dual") and (body := context.folder_of("dual") / "teacher").is_dir():
+        teacher.backbone.load_state_dict(load_model(body).state_dict(), strict=False)
+        if (head := body.with_name("teacher_head")).is_dir():
+            teacher.head = load_head(head, teacher.backbone)
 
 
-def train_stage(
-    context: Context, task, batcher, stage: TrainingSection, accelerator: Accelerator, evaluate: Callable | None = None
-) -> dict:
-    """`train` under the stage's own name and fingerprint."""
-    job = Job(context.dir, context.stage.name, context.fingerprint)
-    return train(task, batcher, stage, job, accelerator, evaluate)
+def begin(context: Context, stage: TrainingSection) -> tuple[Accelerator, Callable[..., dict]]:
+    """Seeds torch. The stage's accelerator, and `train` under the stage's own name and fingerprint."""
+    torch.manual_seed(context.recipe.seed)
+    accelerator, job = make_accelerator(stage, context.dir), Job(context.dir, context.stage.name, context.fingerprint)
+    return accelerator, partial(train, settings=stage, job=job, accelerator=accelerator)
 
 
 def make_batcher(
-    context: Context,
-    stage: TrainingSection,
-    teacher: Teacher,
-    sides: tuple[str, ...],
-    accelerator: Accelerator,
-    *,
-    vectors: StoredVectors | None = None,
-    **options,
+    context: Context, stage: TrainingSection, teacher: Teacher, sides: tuple, accelerator, *, vectors=None, **options
 ) -> Batcher:
-    """The batches of a stage, of one accumulation step: of the corpus or, where `vectors` are given, of the sentences
-    that they are of. options: more of `Batcher`'s.
-
-    Raises InputError: a batch_size that processes, accumulation steps and groups do not divide.
-    """
+    """The batches of a stage, of one accumulation step: of the corpus, or of the sentences of stored `vectors`.
+    options: more of `Batcher`'s. Raises InputError: see `micro_batch`."""
     lexicon, stream = inputs.read_words(context) if vectors is None else encode_sentences(context)
-    table = PieceTable(lexicon, teacher.table.num_embeddings, inputs.read_shared_pieces(context))
-    limits = inputs.HELD_OUT | {"max_pieces": stage.max_length - 2, "unit": getattr(stage, "unit", "line")}
-    limits |= {"held_out_every": context.recipe.corpus.held_out_every, "sides": sides}
+    table = PieceTable(lexicon, teacher.table.num_embeddings, shared_pieces(*inputs.read_tokenizers(context)))
+    common = {"max_pieces": stage.max_length - 2, "sides": sides}
     if vectors is None:
-        training, _ = cut_segments(stream, lexicon, **limits)
+        limits = inputs.HELD_OUT | common | {"held_out_every": context.recipe.corpus.held_out_every}
+        training, _ = cut_segments(stream, lexicon, unit=getattr(stage, "unit", "line"), **limits)
     else:
         lengths = np.diff(stream.line_offsets)
         written = np.flatnonzero(lengths)  # a line of signs that neither tokenizer keeps has no words
@@ -218,15 +184,14 @@ def make_batcher(
         options["vectors"] = lambda chosen: vectors.rows(written[chosen])
     group = getattr(stage, "group_size", 1)
     options |= {"batch_size": micro_batch(stage, accelerator, context.stage.name, group), "group_size": group}
-    options |= {"seed": context.recipe.seed, "mask": stage.mask, "max_pieces": stage.max_length - 2, "sides": sides}
-    return Batcher(table, stream, lexicon, training, **options)
+    return Batcher(table, stream, lexicon, training, seed=context.recipe.seed, mask=stage.mask, **common, **options)
 
 
 def encode_sentences(context: Context) -> tuple[Lexicon, WordStream]:
     """The sentences of the `vectors` stage as words, in the stage's own folder."""
     folder = context.folder / "sentences"
     if main_process():
-        sentences = read_sentences(context.folder_of("vectors"))
+        sentences = stored.read_sentences(context.folder_of("vectors"))
         blocks = (sentences[start : start + 10_000] for start in range(0, len(sentences), 10_000))
         tokenizers = inputs.teacher_folder(context.recipe), context.vocabulary
         encode_corpus(blocks, *tokenizers, folder, processes=context.recipe.corpus.processes)
@@ -235,30 +200,23 @@ def encode_sentences(context: Context) -> tuple[Lexicon, WordStream]:
 
 
 def evaluator(context: Context, teacher: Teacher, accelerator: Accelerator) -> Callable | None:
-    """Evaluation during training: rank agreement with the teacher as it is now, and the recipe's rated pairs.
-
-    Made before training, which may change the teacher; None where there is nothing to measure, and on the processes
-    that do not evaluate.
-    """
+    """Evaluation during training: rank agreement with the teacher as it is now, before training may change it, and the
+    recipe's rated pairs. None where there is nothing to measure, and on the processes that do not evaluate."""
     recipe = context.recipe
     if not accelerator.is_main_process or not (recipe.evaluation.sentences or recipe.evaluation.stsb):
         return None
     held_out = inputs.read_held_out(context) if recipe.evaluation.sentences else None
     rated = {name: read_rated_pairs(path) for name, path in recipe.evaluation.stsb.items()}
     pooled = {"pooling": teacher.pooling, "normalize": teacher.normalize, "max_length": 128}
-    backbone, vocabulary = teacher.backbone.to(accelerator.device), context.vocabulary
-    embed = torch_embedder(backbone, inputs.teacher_folder(recipe), **pooled)
+    embed = torch_embedder(teacher.backbone.to(accelerator.device), inputs.teacher_folder(recipe), **pooled)
     of_teacher = embed(held_out.texts) if held_out else None
 
     def evaluate(task) -> dict:
-        embed = torch_embedder(task.student, vocabulary, **pooled)
-        figures = {name: pairs.spearman(embed) for name, pairs in rated.items()}
-        if held_out is None:
-            return figures
-        vectors = embed(held_out.texts)
-        return {
-            "rank_agreement": held_out.rank_agreement(vectors, of_teacher),
-            "neighbour_overlap": held_out.neighbour_overlap(vectors, of_teacher),
-        } | figures
+        embed, figures = torch_embedder(task.student, context.vocabulary, **pooled), {}
+        if held_out:
+            vectors = embed(held_out.texts)
+            figures["rank_agreement"] = held_out.rank_agreement(vectors, of_teacher)
+            figures["neighbour_overlap"] = held_out.neighbour_overlap(vectors, of_teacher)
+        return figures | {name: pairs.spearman(embed) for name, pairs in rated.items()}
 
     return evaluate
