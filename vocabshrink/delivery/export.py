@@ -55,12 +55,10 @@ CONFIG_KEYS += " hidden_act type_vocab_size layer_norm_eps pad_token_id embeddin
 @dataclass(frozen=True)
 class ExportSettings:
     """What to write.
-
     formats: of the graph's weights. pooling to default_prompt: of an embedder, see `ModuleSettings`. kernel: one of
     KERNELS, for int8 weights. safetensors: "fp16" or "fp32" adds files for AutoModel and, for embedders,
     SentenceTransformer. budget_bytes: of what onnxruntime needs. tolerance: how far a delivered figure may fall below
-    the trained one. force: failures are written down instead of raised.
-    """
+    the trained one. force: failures are written down instead of raised."""
 
     task: str
     formats: Formats
@@ -98,14 +96,12 @@ def export_model(
     manifest: dict | None = None,
 ) -> dict:
     """Write the delivery of a model folder and return its manifest (also in MANIFEST.json).
-
     measure: called with the complete folder, gives {figure: {system: value}}, kept as "quality"; a figure in `gates`
     (None: each one) whose "delivered" is more than the tolerance under its "trained" is a failure. manifest: more keys.
     Added: the settings, "files" {name: {"bytes", "sha256"}}, "loaders" {name: {"files", "bytes"}}, "delivery_bytes"
     (what onnxruntime needs, the manifest too), "check": least agreement with torch, see LIMITS. Raises InputError for a
     model that it cannot write, and for a failure, which `force` only notes in "failures": over budget, disagreement
-    with torch, lost quality.
-    """
+    with torch, lost quality."""
     out_folder, failures = Path(out_folder), []
     model = _load_model(Path(model_folder), settings)
     taken = out_folder.is_file() or out_folder.is_dir() and any(out_folder.iterdir())
@@ -239,9 +235,7 @@ def _compare(model: nn.Module, graph: Path, settings: ExportSettings) -> tuple[d
 
 def agreement(graph: bytes | Path, feeds: list[Feed], model: nn.Module, settings: ExportSettings) -> float:
     """Least cosine of what the graph gives for the feeds with what torch gives; -1 where anything is not finite.
-
-    Logits are centred (a softmax does not see their mean) and compared all at once: near ties have no direction.
-    """
+    Logits are centred (a softmax does not see their mean) and compared all at once: near ties have no direction."""
     options, task = onnxruntime.SessionOptions(), settings.task
     options.intra_op_num_threads, options.log_severity_level = 1, 3
     session = onnxruntime.InferenceSession(graph, options, providers=["CPUExecutionProvider"])

@@ -27,9 +27,7 @@ def measure_systems(
     held_out: HeldOut, rated: dict[str, RatedPairs], folders: dict[str, Path], *, pooling: str, normalize: bool
 ) -> dict[str, dict[str, float]]:
     """{"bytes", "rank_agreement", "neighbour_overlap", "latency_ms", each rated set}: {system: figure}.
-
-    folders: of "teacher", "untrained", "trained" and "delivered".
-    """
+    folders: of "teacher", "untrained", "trained" and "delivered"."""
     delivery, teacher, embedders = load(folders["delivered"]), folders["teacher"], {}
     for name in ("teacher", "untrained", "trained"):
         backbone, folder = load_model(folders[name]).to(PartialState().device), folders[name]

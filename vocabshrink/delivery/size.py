@@ -64,9 +64,7 @@ def delivery_bytes(
     config: PreTrainedConfig, formats: Formats, task: str = "embedding", tokenizer: Path | None = None
 ) -> dict[str, int]:
     """Bytes by file, with "total": weights, tokenizer.json (measured where the file is given), small files.
-
-    formats: of a graph; or a key of SAFETENSORS: a training folder, vocab.txt included. config: of the delivery.
-    """
+    formats: of a graph; or a key of SAFETENSORS: a training folder, vocab.txt included. config: of the delivery."""
     if isinstance(formats, str) and formats in SAFETENSORS:
         headers = HEADER_BYTES * (7 + 16 * config.num_hidden_layers)
         weights, (first, per_piece) = parameters(config)["total"] * SAFETENSORS[formats] + headers, TRAINING_TOKENIZER

@@ -30,7 +30,6 @@ from vocabshrink.run.recipe import POOLINGS
 @dataclass
 class Pass:
     """What a backbone's pass gave. hidden: all hidden states [B, T, D], embedding output first, or the last one only.
-
     queries, keys, values: of each layer [B, T, D], heads side by side, in the dtype of the pass; None if not asked for.
     """
 
@@ -60,9 +59,7 @@ def run_backbone(
     backbone: nn.Module, side: Pieces, *, embeddings: Tensor | None = None, layers: bool = False, qkv: bool = False
 ) -> Pass:
     """A pass over ids, or over embeddings [B, T, D_E] made outside: all hidden states (`layers`) or the last only.
-
-    A large batch of which a fifth or more is padding is run in chunks of similar length.
-    """
+    A large batch of which a fifth or more is padding is run in chunks of similar length."""
     size, width = side.ids.shape
     projections = [[*dict.fromkeys(layer_modules(backbone, part))] for part in PARTS[:3] * qkv]
     tensors = {"input_ids": side.ids} if embeddings is None else {"inputs_embeds": embeddings}
@@ -121,10 +118,8 @@ MODES |= {"mean_sqrt": "mean_sqrt_len_tokens"}
 @dataclass(frozen=True)
 class ModuleSettings:
     """What a sentence-transformers folder says of itself; a folder without modules.json is pooled by the defaults.
-
     max_seq_length: in pieces, None where the folder does not say. prompts: {name: what stands before each text};
-    default_prompt: the name of the one that is used unasked. dense: folders of the linear layers behind the pooling.
-    """
+    default_prompt: the name of the one that is used unasked. dense: folders of the linear layers behind the pooling."""
 
     pooling: str = POOLINGS[0]
     normalize: bool = True
@@ -137,10 +132,8 @@ class ModuleSettings:
 
 def module_settings(folder: Path, pooling: str | None = None, normalize: bool | None = None) -> ModuleSettings:
     """Reads what a folder says beside its model; `pooling` and `normalize`, where given, win over it.
-
     Raises InputError for files of another form, for other modules than Transformer, Pooling, Dense and Normalize, for
-    several poolings joined, and for a dense layer that changes the width or adds a residual.
-    """
+    several poolings joined, and for a dense layer that changes the width or adds a residual."""
 
     def read(name: str) -> dict | list:
         return read_json(folder / name) if (folder / name).is_file() else {}
@@ -217,9 +210,7 @@ def torch_embedder(
 ) -> Embed:
     """Texts -> [n, D] float32 by a model and a folder's tokenizer, which cuts at `max_length` or the model's positions.
     prompt: put before each text.
-
-    Sorted by length, texts need little padding; bfloat16's error is far below the differences between models.
-    """
+    Sorted by length, texts need little padding; bfloat16's error is far below the differences between models."""
     config, tokenizer = backbone.config, load_tokenizer(tokenizer_folder)
     positions = getattr(config, "max_position_embeddings", None)
     tokenizer.enable_truncation(min(max_length, positions - first_position(config)) if positions else max_length)
@@ -246,9 +237,7 @@ def torch_embedder(
 
 def pool_units(hidden: Tensor, units: Tensor, count: int, *, total: bool = False) -> Tensor:
     """Mean (`total`: sum) of each unit's pieces; zero where it has none.
-
-    hidden [B, T, D], units [B, T] (-1 at padding), count U -> [B, U, D] float32.
-    """
+    hidden [B, T, D], units [B, T] (-1 at padding), count U -> [B, U, D] float32."""
     size, _, width = hidden.shape
     slot = torch.where(units >= 0, units, count) + torch.arange(size, device=units.device).unsqueeze(1) * (count + 1)
     pooled = torch.zeros(size * (count + 1), width, device=hidden.device)
@@ -261,10 +250,8 @@ def pool_units(hidden: Tensor, units: Tensor, count: int, *, total: bool = False
 
 def pool_attention(maps: Tensor, units: Tensor, count: int, *, scores: bool = False) -> Tensor:
     """Attention between pieces as attention between units. maps [B, h, T, T], units [B, T] -> [B, h, U, U] float32.
-
     A unit attends with the mean over its pieces and to the sum over the target's, so that rows still sum to one; for
-    `scores` (before the softmax) to their mean.
-    """
+    `scores` (before the softmax) to their mean."""
 
     def pool(maps, total):  # [B, h, T, X] -> [B, h, X, U]
         pooled = pool_units(maps.transpose(1, 2).flatten(2), units, count, total=total)

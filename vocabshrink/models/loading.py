@@ -123,9 +123,7 @@ def check_folder(folder: Path, sha256: str | None = None):
 
 def weight_files(folder: Path) -> list[Path]:
     """What transformers loads from a folder: model.safetensors, or the shards that its index names, in order of name.
-
-    Raises InputError where there is neither, and for shards that are missing or outside the folder.
-    """
+    Raises InputError where there is neither, and for shards that are missing or outside the folder."""
     if (folder / "model.safetensors").is_file():
         return [folder / "model.safetensors"]
     index = folder / "model.safetensors.index.json"

@@ -54,10 +54,8 @@ def widen(student_width: int, teacher_width: int, directions: Tensor | None = No
 
 class ParameterProjection(nn.Module):
     """Shared projections of model parameters, one pair per shape of variable; vectors use one matrix.
-
     `down: MSE(U θ_t V, θ_s)`, `up: MSE(θ_t, U' θ_s V')` (Zhao et al. 2019, equations 1 and 2). Variables are matched by
-    the layer map and by name; piece tables are left out, since the vocabularies differ.
-    """
+    the layer map and by name; piece tables are left out, since the vocabularies differ."""
 
     def __init__(self, student: nn.Module, teacher: nn.Module, pairs: Pairs, direction: str):
         super().__init__()
@@ -149,13 +147,11 @@ def check_extraction(how: str, config: BertConfig, theirs) -> None:
 @torch.no_grad()
 def scores_of(teacher: Teacher, how: str, batch: Pieces | None, seed: int) -> dict:
     """A number for everything that can be kept: random by `seed`, or its importance in one pass over `batch`.
-
     Importance is what a part adds to the output, averaged over real positions, as activations tell it without gradients
     (Muralidharan et al. 2024, Minitron, arXiv 2407.14679): of a head the norm of its share of the attention output; of
     a value dimension and a neuron mean |activation| times the norm of its outgoing weights; of a dimension of queries
     and keys the product of their mean |activation|; of a hidden dimension its mean |value| over all hidden states.
-    Returns: {"dims": [D], "layers": [{"heads": [h], "queries": [h, D / h], "values": [h, D / h], "neurons": [F]}]}.
-    """
+    Returns: {"dims": [D], "layers": [{"heads": [h], "queries": [h, D / h], "values": [h, D / h], "neurons": [F]}]}."""
     config, heads = teacher.config, teacher.config.num_attention_heads
     modules = {part: list(layer_modules(teacher.backbone, part)) for part in PARTS}
     if how == "extract_random":

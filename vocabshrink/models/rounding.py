@@ -34,9 +34,7 @@ class Quantized:
 
 def fit_scales(weight: Tensor, format: str) -> Tensor:
     """weight [rows, columns] -> scales [rows, groups] float32, each a value of float16.
-
-    int8: extreme / 127. 4 bits: the one of least squared error among extreme / DIVISORS, of either sign.
-    """
+    int8: extreme / 127. 4 bits: the one of least squared error among extreme / DIVISORS, of either sign."""
     at_once = max(1, 2**17 // max(weight.shape[1], 1))  # rows that stay in a processor's cache: three times as fast
     if len(weight) > at_once and weight.device.type == "cpu":
         return torch.cat([fit_scales(part, format) for part in weight.split(at_once)])
@@ -70,9 +68,7 @@ def _codes(blocks: Tensor, scales: Tensor, bits: int) -> Tensor:
 
 def quantize(weight: np.ndarray, format: str) -> Quantized:
     """weight [rows, columns] -> codes and scales. |error| <= 0.51 |scale|, except where cutting a 4-bit extreme pays.
-
-    Raises ValueError for what is no matrix or not finite.
-    """
+    Raises ValueError for what is no matrix or not finite."""
     if weight.ndim != 2 or not np.isfinite(weight).all():
         raise ValueError(f"a matrix of finite values is needed: this has shape {weight.shape} or values that are not")
     bits, size = bits_and_group(format, weight.shape[1])
@@ -107,7 +103,6 @@ class Rounding(nn.Module):
 
 def quantization_aware(model: nn.Module, formats: Formats) -> nn.Module:
     """Makes, in place, every matrix of the model one that is rounded whenever it is used, training included.
-
     The optimiser must be made after this, and the model saved after `bake`: until then its state_dict has other names.
     """
     for name, module in list(model.named_modules()):

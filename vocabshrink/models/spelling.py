@@ -76,9 +76,7 @@ def wordpieces(word: str, tokenizer: Tokenizer, inside: bool) -> list[int]:
 
 def shared_pieces(student_tokenizer: Tokenizer, teacher_tokenizer: Tokenizer) -> np.ndarray:
     """[V_S] int64: the teacher's id of the same piece, -1 where it has none; one to one.
-
-    The same is the same text in the same place of a word, whatever marks that place. Special tokens agree by role.
-    """
+    The same is the same text in the same place of a word, whatever marks that place. Special tokens agree by role."""
     shared = np.full(max(student_tokenizer.get_vocab().values()) + 1, -1, np.int64)
     for piece, index in student_tokenizer.get_vocab().items():
         ids = spell(piece, teacher_tokenizer)
@@ -89,9 +87,7 @@ def shared_pieces(student_tokenizer: Tokenizer, teacher_tokenizer: Tokenizer) ->
 
 def spellings(student_tokenizer: Tokenizer, teacher_tokenizer: Tokenizer) -> np.ndarray:
     """[V_T, K] int64: the student's ids that spell each teacher piece, -1 behind them; K is at most 8.
-
-    All -1: special tokens, parts of characters, characters that the student does not know, and longer spellings.
-    """
+    All -1: special tokens, parts of characters, characters that the student does not know, and longer spellings."""
     unknown = student_tokenizer.token_to_id("[UNK]")
     rows: list[list[int]] = [[] for _ in range(max(teacher_tokenizer.get_vocab().values()) + 1)]
     for piece, index in teacher_tokenizer.get_vocab().items():

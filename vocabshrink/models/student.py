@@ -45,9 +45,7 @@ from vocabshrink.run.recipe import StudentSection
 
 def student_config(section: StudentSection, source, vocab_size: int) -> PreTrainedConfig:
     """The student's shape: the recipe's numbers, else those of `source`, the config of the model that it starts from.
-
-    Raises InputError for a width that the heads do not divide, and for a number that neither of them gives.
-    """
+    Raises InputError for a width that the heads do not divide, and for a number that neither of them gives."""
     names = ["hidden_size", "num_attention_heads", "num_hidden_layers", "intermediate_size", "max_position_embeddings"]
     theirs = {name: getattr(source, name, None) for name in names}
     theirs |= {"intermediate_size": neurons_of(source), "max_position_embeddings": positions_of(source)}
@@ -83,11 +81,9 @@ def build_student(
     section: StudentSection, source: Teacher, tokenizer_folder: Path, *, batch: Pieces | None = None, seed: int = 0
 ) -> Start:
     """A student and how it was started from `source`: the teacher, or another model.
-
     batch: text in the source's pieces, from which `extract_importance` measures. seed: of `extract_random` and of the
     layer map `random`; what stays random altogether comes from torch's own generator. Raises InputError for a shape
-    that the source cannot fill, and for extraction from a model without BERT's layers.
-    """
+    that the source cannot fill, and for extraction from a model without BERT's layers."""
     tokenizer, how = load_tokenizer(tokenizer_folder), section.initialize
     wanted = config = student_config(section, source.config, tokenizer.get_vocab_size())
     table = source.table.weight.detach()
@@ -128,12 +124,10 @@ def build_student(
 @torch.no_grad()
 def factorise(student: BertModel, config: ElectraConfig) -> tuple[ElectraModel, Tensor]:
     """The same encoder with its embeddings in fewer columns, and their orthonormal basis [D_S, E].
-
     BERT normalises w + p + t in the layers' width, ELECTRA in the table's and projects the result up. The two agree for
     what lies in the basis if this maps the vector of ones, which a layer norm takes away, to a vector of ones: then the
     norms differ by the constant sqrt(D_S / E), and the projection takes over BERT's gain and shift. The rest of the
-    basis are the principal directions of pieces and positions.
-    """
+    basis are the principal directions of pieces and positions."""
     new, old, columns = new_encoder(config), student.embeddings, config.embedding_size
     tables = {name: getattr(old, f"{name}_embeddings").weight for name in ("word", "position", "token_type")}
     width = config.hidden_size
@@ -156,10 +150,8 @@ def factorise(student: BertModel, config: ElectraConfig) -> tuple[ElectraModel, 
 
 def source_layers(layer_map: str | list, student: PreTrainedModel, teacher: Teacher, seed: int) -> dict[int, int]:
     """Student layer -> the teacher layer that it starts from, both 0-based: the last of those that it learns from.
-
     A layer that the map passes over (`skip`, `last_only`) or gives all of the teacher's (`emd`) starts as in the map
-    `uniform`. In a student deeper than its teacher, each of the first is the teacher's own.
-    """
+    `uniform`. In a student deeper than its teacher, each of the first is the teacher's own."""
     small, large = student.config.num_hidden_layers, teacher.config.num_hidden_layers
     start = layer_pairs("uniform" if small <= large else [(m, m) for m in range(1, large + 1)], small, large)
     chosen = layer_map != "emd" and (small <= large or not isinstance(layer_map, str))
@@ -172,11 +164,9 @@ UPDATES = ("attention.output.dense", "output.dense")  # what a layer adds to the
 
 def copy_body(student: PreTrainedModel, teacher: Teacher, source_layer: dict[int, int], kept: dict | None) -> str:
     """Copies every variable but the piece table whose shape agrees, or what `kept` cuts out of it, layers by the map.
-
     Of a teacher layer that several student layers start from, each adds 1 / sqrt(copies) of the update to the residual
     stream: all-MiniLM-L6-v2 with every layer twice keeps 0.921 of 0.926 on 500 pairs of STS-B untrained (whole updates
-    0.904, halves 0.911). Returns what was done.
-    """
+    0.904, halves 0.911). Returns what was done."""
     source, shape = as_bert(teacher.backbone), student.config
     other_heads = kept is None and shape.num_attention_heads != teacher.config.num_attention_heads
     copies = Counter(source_layer.values())

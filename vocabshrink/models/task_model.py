@@ -47,11 +47,9 @@ def label_names(task: Task) -> dict:
 
 def load_task_model(model: str, task: Task, *, trained: bool) -> nn.Module:
     """A teacher's folder (or package:, or hub name) as a model of the task, in float32 and eval mode.
-
     trained: the folder holds a fine-tuned model, whose labels must be the task's; else the head is new and random.
     Raises InputError: see `check_folder`; a fine-tuned model with other labels, in another order or without a head; a
-    family that has no entry in `CLASSIFIERS`.
-    """
+    family that has no entry in `CLASSIFIERS`."""
     config = check_folder(folder := resolve_model(model))
     unit = "Token" if task.kind == "tokens" else "Sequence"
     if config.model_type not in CLASSIFIERS:
