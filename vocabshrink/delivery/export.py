@@ -1,8 +1,7 @@
 """Write a model as a folder that onnxruntime and transformers.js load, and transformers too where asked; check it.
 
-A folder appears whole or not at all: it is written beside its place, loaded back in onnxruntime, compared with torch on
-awkward inputs, weighed, measured, and only then moved. It replaces an earlier delivery of the same name together with
-that delivery's index, which no other model can read. The model card says only what the manifest and the run say.
+A folder is written beside its place, loaded back in onnxruntime, compared with torch on awkward inputs, weighed,
+measured, and only then moved. It replaces an earlier delivery together with its index, which no other model can read.
 """
 
 import json
@@ -32,8 +31,7 @@ from vocabshrink.runtime.kinds import KINDS
 Feed = dict[str, np.ndarray]  # a graph's inputs, int64 [batch, sequence]
 # By the kind of the coarsest weights: the name by which transformers.js finds such a graph; the least agreement with
 # torch's model of the same rounded weights, below which the graph is wrong or int8's rounding of activations collapsed;
-# and, as a guard against collapse, the least with the unrounded model. The inputs are random pieces, far from any
-# training text: there 4 bits of all-MiniLM give 0.90 to 0.93, on sentences 0.96.
+# the least with the unrounded model. On these random pieces 4 bits of all-MiniLM give 0.90 to 0.93, on sentences 0.96.
 LIMITS = {
     "int4": ("onnx/model_q4.onnx", 0.99, 0.70),
     "int8": ("onnx/model_quantized.onnx", 0.97, 0.90),
@@ -54,11 +52,10 @@ CONFIG_KEYS += " hidden_act type_vocab_size layer_norm_eps pad_token_id embeddin
 
 @dataclass(frozen=True)
 class ExportSettings:
-    """What to write.
-    formats: of the graph's weights. pooling to default_prompt: of an embedder, see `ModuleSettings`. kernel: one of
-    KERNELS, for int8 weights. safetensors: "fp16" or "fp32" adds files for AutoModel and, for embedders,
-    SentenceTransformer. budget_bytes: of what onnxruntime needs. tolerance: how far a delivered figure may fall below
-    the trained one. force: failures are written down instead of raised."""
+    """What to write. formats: of the graph's weights. pooling to default_prompt: see `ModuleSettings`. kernel: one of
+    KERNELS, for int8 weights. safetensors: "fp16" or "fp32" adds files for AutoModel and SentenceTransformer.
+    budget_bytes: of what onnxruntime needs. tolerance: how far a delivered figure may fall below the trained one.
+    force: failures are written down instead of raised."""
 
     task: str
     formats: Formats
@@ -99,11 +96,9 @@ def export_model(
     measure: called with the complete folder, gives {figure: {system: value}}, kept as "quality"; a figure in `gates`
     (None: each one) whose "delivered" is more than the tolerance under its "trained" is a failure. manifest: more keys.
     Added: the settings, "files" {name: {"bytes", "sha256"}}, "loaders" {name: {"files", "bytes"}}, "delivery_bytes"
-    (what onnxruntime needs, the manifest too), "check": least agreement with torch, see LIMITS. Raises InputError for a
-    model that it cannot write, and for a failure, which `force` only notes in "failures": over budget, disagreement
-    with torch, lost quality."""
-    out_folder, failures = Path(out_folder), []
-    model = _load_model(Path(model_folder), settings)
+    (what onnxruntime needs), "check": least agreement with torch. Raises InputError for a model that it cannot write
+    and for failures, which `force` only notes: over budget, disagreement with torch, lost quality."""
+    model, out_folder, failures = _load_model(Path(model_folder), settings), Path(out_folder), []
     taken = out_folder.is_file() or out_folder.is_dir() and any(out_folder.iterdir())
     if taken and not (out_folder / "MANIFEST.json").is_file():
         raise InputError(f"{out_folder} exists and is no earlier delivery: give another place or remove it")
@@ -124,15 +119,11 @@ def export_model(
         note(disagreements + _weigh(full, place / "MANIFEST.json", settings))
         if measure:
             full["quality"], allowed = measure(place), settings.tolerance
-            note(
-                [
-                    f"{name} is {row['delivered']}, more than the tolerance of {allowed} below {row['trained']}: use "
-                    "smaller groups, more bits, or train through the rounding"
-                    for name, row in full["quality"].items()
-                    if gates is None or name in gates
-                    if row.get("trained", 0) - row.get("delivered", np.inf) > allowed
-                ]
-            )
+            for name, row in full["quality"].items():
+                lost = row.get("trained", 0) - row.get("delivered", np.inf) > allowed
+                if lost and (gates is None or name in gates):
+                    fall = f"{row['delivered']}, more than the tolerance of {allowed} below {row['trained']}"
+                    note([f"{name} is {fall}: use smaller groups, more bits, or train through the rounding"])
         if failures:
             full["failures"] = failures
         _weigh(full, place / "MANIFEST.json", settings)
@@ -172,8 +163,8 @@ def _write_files(model: nn.Module, model_folder: Path, place: Path, settings: Ex
     """Every file but the manifest; the manifest's keys that say what they are."""
     config, task = model.config, settings.task
     _write_tokenizer(model_folder, place, config.vocab_size, settings.max_positions)
-    keys = {"graph": LIMITS[settings.coarsest][0], "task": task, "formats": settings.formats}
-    keys |= {"max_positions": settings.max_positions}
+    said = {key: getattr(settings, key) for key in ("task", "formats", "max_positions")}
+    keys = {"graph": LIMITS[settings.coarsest][0]} | said
     pooled = {"pooling": settings.pooling, "normalize": settings.normalize}
     prompts = {"prompts": settings.prompts, "default_prompt": settings.default_prompt}
     if task == "embedding":
@@ -221,14 +212,13 @@ def _compare(model: nn.Module, graph: Path, settings: ExportSettings) -> tuple[d
     check = {"fp32": agreement(graph, feeds, model, settings)}
     fake_quantize_(model, settings.formats)
     check["same_weights"] = agreement(graph, feeds, model, settings)
-    _, least_same, least_whole = LIMITS[settings.coarsest]
-    limits = {
-        "same_weights": (least_same, "choose kernel: float, which rounds no activations, or other weights"),
-        "fp32": (least_whole, "use a smaller group size or weights of more bits"),
+    remedies = {
+        "same_weights": "choose kernel: float, which rounds no activations, or other weights",
+        "fp32": "use a smaller group size or weights of more bits",
     }
     return check, [
         f"the {settings.coarsest} graph's cosine with torch ({name}) is {check[name]}, under {least}: {remedy}"
-        for name, (least, remedy) in limits.items()
+        for (name, remedy), least in zip(remedies.items(), LIMITS[settings.coarsest][1:], strict=True)
         if check[name] < least
     ]
 
@@ -266,8 +256,7 @@ def awkward_inputs(vocab_size: int, longest: int, types: int = 2) -> list[Feed]:
 
 @torch.no_grad()
 def torch_outputs(model: nn.Module, feed: Feed, settings: ExportSettings) -> np.ndarray:
-    """What the graph should give, float32: embeddings [batch, hidden], logits [batch, labels], or those of real pieces,
-    [pieces, labels]."""
+    """What the graph should give, float32: embeddings [batch, hidden], logits [batch, labels] or [real pieces, labels]."""
     tensors = {name: torch.from_numpy(values) for name, values in feed.items()}
     result, mask = model(**tensors), tensors["attention_mask"]
     if settings.task != "embedding":
@@ -283,8 +272,8 @@ def _weigh(manifest: dict, path: Path, settings: ExportSettings) -> list[str]:
     needed = {name: files for name, files in needed.items() if set(files) <= set(sizes)}
     for _ in range(4):  # the manifest holds the sums that it belongs to: their digits settle at once
         weighed = {name: {"files": files, "bytes": sum(map(sizes.get, files))} for name, files in needed.items()}
-        manifest["loaders"] = weighed
-        total = manifest["delivery_bytes"] = weighed["onnxruntime"]["bytes"]
+        total = weighed["onnxruntime"]["bytes"]
+        manifest |= {"loaders": weighed, "delivery_bytes": total}
         path.write_text(json.dumps(manifest, ensure_ascii=False, indent=1) + "\n", encoding="utf-8")
         sizes["MANIFEST.json"] = path.stat().st_size
     if (budget := settings.budget_bytes) is None or total <= budget:
@@ -304,11 +293,6 @@ def write_card(folder: Path, manifest: dict, *, teacher: str, sources: list[str]
     """Writes README.md beside a delivery's MANIFEST.json. vocabulary: comparison.json of the run's `vocab` stage."""
     quality = {name: row for name, row in manifest.get("quality", {}).items() if isinstance(row, dict)}
     facts = {"manifest": manifest, "teacher": teacher, "sources": sources, "vocabulary": vocabulary, "quality": quality}
-    write_page(
-        folder / "README.md",
-        "card.md",
-        name=folder.name if folder.name != "model" else manifest["recipe"],
-        kind=KINDS[manifest["task"]],
-        systems=list(dict.fromkeys(system for row in quality.values() for system in row)),
-        **facts,
-    )
+    facts["name"] = folder.name if folder.name != "model" else manifest["recipe"]
+    facts["systems"] = list(dict.fromkeys(system for row in quality.values() for system in row))
+    write_page(folder / "README.md", "card.md", kind=KINDS[manifest["task"]], **facts)

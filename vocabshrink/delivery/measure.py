@@ -1,7 +1,6 @@
 """The headline table: teacher, untrained student, trained student and delivery, side by side, on held-out text.
 
-The delivery is measured as its users run it: from text, through its own tokenizer and graph, without torch. Latency is
-of teacher (where it can be exported) and delivery in onnxruntime, one sentence at a time, on one thread.
+The delivery is measured as its users run it: from text, through its own tokenizer and graph, without torch.
 """
 
 import statistics
@@ -49,7 +48,7 @@ def measure_systems(
 
 
 def teacher_latency(folder: Path, texts: list[str], pooling: str, normalize: bool) -> dict[str, float]:
-    """{"teacher": milliseconds} of the teacher as a float32 graph; {} and a word on stderr where it cannot be one."""
+    """{"teacher": milliseconds} as a float32 graph; {} and a word on stderr where it cannot be exported."""
     with tempfile.TemporaryDirectory() as place:
         try:
             positions = min(LONGEST, load_config(folder).max_position_embeddings)

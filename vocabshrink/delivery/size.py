@@ -1,7 +1,6 @@
 """What a BERT shape weighs, before anything is trained: parameters by block, and the bytes of every delivery.
 
-A graph's bytes are those of the graph itself, built on zeros by the code that writes the delivery: exact but for a few
-bytes, in tens of milliseconds. Where there is no tokenizer yet, its file is estimated from the number of pieces.
+A graph is built on zeros by the code that writes the delivery: exact but for a few bytes, in tens of milliseconds.
 """
 
 import copy
@@ -20,8 +19,8 @@ from vocabshrink.runtime.kinds import KINDS
 SAFETENSORS = {"fp32-safetensors": 4, "fp16-safetensors": 2}  # bytes of a value in a training folder's weights
 GRAPH_FORMATS = ("fp32", "int8", "int4-32", "int4-64", "int4-128")  # of a whole graph, from the largest to the smallest
 HEADER_BYTES = 116  # of a safetensors file, for each tensor
-# Bytes of tokenizer.json, (at all, per piece). Delivered without white space: 13.4 a piece at 5,000 English pieces and
-# 13.6 at 6,500. In training folders it is indented, with a vocab.txt.
+# Bytes of tokenizer.json, (at all, per piece), measured at 5,000 and 6,500 English pieces; in training folders it is
+# indented, with a vocab.txt
 DELIVERED_TOKENIZER = (1_300, 13.7)
 TRAINING_TOKENIZER = (2_600, 28.0)
 SMALL_FILES = 2_800  # config.json, tokenizer_config.json and a MANIFEST.json with quality figures
@@ -42,12 +41,8 @@ def parameters(config: PreTrainedConfig) -> dict[str, int]:
         "layers": "encoder",
         "total": "",
     }
-    found = {place: module for place, module in model.named_modules() if place in blocks.values()}
-    return {
-        name: sum(parameter.numel() for parameter in found[place].parameters())
-        for name, place in blocks.items()
-        if place in found
-    }
+    found = dict(model.named_modules())
+    return {name: sum(p.numel() for p in found[place].parameters()) for name, place in blocks.items() if place in found}
 
 
 def graph_bytes(config: PreTrainedConfig, formats: Formats, task: str = "embedding") -> int:
@@ -63,8 +58,8 @@ def graph_bytes(config: PreTrainedConfig, formats: Formats, task: str = "embeddi
 def delivery_bytes(
     config: PreTrainedConfig, formats: Formats, task: str = "embedding", tokenizer: Path | None = None
 ) -> dict[str, int]:
-    """Bytes by file, with "total": weights, tokenizer.json (measured where the file is given), small files.
-    formats: of a graph; or a key of SAFETENSORS: a training folder, vocab.txt included. config: of the delivery."""
+    """Bytes by file, with "total": weights, tokenizer.json (estimated where the file is not given), small files.
+    formats: of a graph; or a key of SAFETENSORS: a training folder, vocab.txt included."""
     if isinstance(formats, str) and formats in SAFETENSORS:
         headers = HEADER_BYTES * (7 + 16 * config.num_hidden_layers)
         weights, (first, per_piece) = parameters(config)["total"] * SAFETENSORS[formats] + headers, TRAINING_TOKENIZER

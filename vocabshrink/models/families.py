@@ -85,12 +85,11 @@ def names_of_layer(config: PreTrainedConfig, number: int) -> dict[str, str]:
 def as_bert(backbone: nn.Module) -> dict[str, nn.Parameter]:
     """A backbone's parameters under BERT's names (ELECTRA's for a projection behind the table); without layers where
     the family is none of LAYERS, since half a layer is worth less than a random one."""
-    config, found = backbone.config, dict(backbone.named_parameters())
-    named = {name: value for name, value in found.items() if name.startswith("embeddings")}
-    named |= {
-        name.replace("encoder.embedding_hidden_mapping_in", "embeddings_project"): value  # ALBERT's
+    config, found, albert = backbone.config, dict(backbone.named_parameters()), "encoder.embedding_hidden_mapping_in"
+    named = {
+        name.replace(albert, "embeddings_project"): value
         for name, value in found.items()
-        if name.startswith("encoder.embedding_hidden_mapping_in")
+        if name.startswith(("embeddings", albert))
     }
     for number in range(config.num_hidden_layers) if config.model_type in LAYERS else ():
         for ours, theirs in names_of_layer(config, number).items():

@@ -23,7 +23,7 @@ from tokenizer_build.files import read_json
 from tokenizer_build.tokenizer import load_tokenizer
 from vocabshrink.data.held_out import Embed
 from vocabshrink.data.pieces import Pieces
-from vocabshrink.models.families import PARTS, first_position, layer_modules
+from vocabshrink.models.families import PARTS, layer_modules, positions_of
 from vocabshrink.run.recipe import POOLINGS
 
 
@@ -131,9 +131,9 @@ class ModuleSettings:
 
 
 def module_settings(folder: Path, pooling: str | None = None, normalize: bool | None = None) -> ModuleSettings:
-    """Reads what a folder says beside its model; `pooling` and `normalize`, where given, win over it.
-    Raises InputError for files of another form, for other modules than Transformer, Pooling, Dense and Normalize, for
-    several poolings joined, and for a dense layer that changes the width or adds a residual."""
+    """Reads what a folder says beside its model; `pooling` and `normalize`, where given, win over it. Raises InputError
+    for files of another form, other modules, poolings joined, a dense layer that changes the width or adds a residual.
+    """
 
     def read(name: str) -> dict | list:
         return read_json(folder / name) if (folder / name).is_file() else {}
@@ -151,9 +151,7 @@ def module_settings(folder: Path, pooling: str | None = None, normalize: bool | 
     form = re.fullmatch("Transformer Pooling( Dense)*( Normalize)?", " ".join(kinds))
     if modules and (not form or modules[0][0]):
         what = f"its modules are {', '.join(kinds)}"
-        raise InputError(
-            f"{folder}: {what}: only a Transformer beside modules.json, Pooling, Dense, Normalize are known"
-        )
+        raise InputError(f"{folder}: {what}: known: only a Transformer beside modules.json, Pooling, Dense, Normalize")
     residual = any(part.get("use_residual") for part in options)
     if wrong := [f"{width} to {other} dimensions" for width, other in widths if width != other or residual]:
         raise InputError(f"{folder}: a Dense module of {wrong[0]} cannot be learnt: take another model")
@@ -173,7 +171,7 @@ def module_settings(folder: Path, pooling: str | None = None, normalize: bool | 
 def _pooling_of(options: dict, folder: Path) -> str:
     """The one of POOLINGS that a Pooling module's config means, whose keys changed in sentence-transformers 5."""
     flags = [key.removeprefix("pooling_mode_") for key, on in options.items() if key.startswith("pooling_mode_") and on]
-    named = options.get("pooling_mode") or flags or MODES["mean"]
+    named = options.get("pooling_mode") or flags or [MODES["mean"]]
     named = [named] if isinstance(named, str) else named
     known = {name: pooling for pooling, mode in MODES.items() for name in (mode, pooling)}
     if len(named) > 1 or named[0] not in known or not options.get("include_prompt", True):
@@ -199,22 +197,14 @@ def module_files(width: int, positions: int, pooling: str, normalize: bool, prom
 
 
 def torch_embedder(
-    backbone,
-    tokenizer_folder: Path,
-    pooling: str,
-    normalize: bool,
-    *,
-    max_length: int,
-    batch_size: int = 64,
-    prompt: str | None = None,
+    backbone, tokenizer_folder: Path, pooling: str, normalize: bool, *, max_length: int, batch_size=64, prompt=None
 ) -> Embed:
     """Texts -> [n, D] float32 by a model and a folder's tokenizer, which cuts at `max_length` or the model's positions.
     prompt: put before each text.
-    Sorted by length, texts need little padding; bfloat16's error is far below the differences between models."""
-    config, tokenizer = backbone.config, load_tokenizer(tokenizer_folder)
-    positions = getattr(config, "max_position_embeddings", None)
-    tokenizer.enable_truncation(min(max_length, positions - first_position(config)) if positions else max_length)
-    tokenizer.enable_padding(pad_id=config.pad_token_id or 0)
+    bfloat16's error is far below the differences between models."""
+    tokenizer = load_tokenizer(tokenizer_folder)
+    tokenizer.enable_truncation(min(max_length, positions_of(backbone.config) or max_length))
+    tokenizer.enable_padding(pad_id=backbone.config.pad_token_id or 0)
 
     @torch.no_grad()
     def embed(texts: list[str]) -> np.ndarray:
@@ -249,7 +239,7 @@ def pool_units(hidden: Tensor, units: Tensor, count: int, *, total: bool = False
 
 
 def pool_attention(maps: Tensor, units: Tensor, count: int, *, scores: bool = False) -> Tensor:
-    """Attention between pieces as attention between units. maps [B, h, T, T], units [B, T] -> [B, h, U, U] float32.
+    """Attention between pieces, maps [B, h, T, T], as attention between units [B, T] -> [B, h, U, U] float32.
     A unit attends with the mean over its pieces and to the sum over the target's, so that rows still sum to one; for
     `scores` (before the softmax) to their mean."""
 

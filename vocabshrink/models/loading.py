@@ -1,9 +1,8 @@
 """Loading: the one way from a folder to a config, a model or its tensors.
 
 Teachers are strangers' files. So every model is read from safetensors alone (unpickling can run code), none of a
-folder's own code is run, nobody is asked anything on stdin, the network is used by `resolve_model` alone, and whatever
-transformers stumbles over becomes one sentence. Weights are float32 whatever their files hold: half precision comes
-from autocast. `check_folder` judges what can be seen without reading the weights, which takes milliseconds.
+folder's own code is run, the network is used by `resolve_model` alone, and whatever transformers stumbles over becomes
+one sentence. Weights are float32 whatever their files hold: half precision comes from autocast.
 """
 
 import hashlib
@@ -62,9 +61,8 @@ def refusing(place: Path) -> Iterator[None]:
         yield
     except Exception as error:  # of any kind: OSError, KeyError, TypeError, SafetensorError, StrictDataclassError ...
         reason = f"{type(error).__name__}: {shorten(str(error), 200, placeholder=' ...')}"
-        raise InputError(
-            f"{place}: cannot be loaded: {reason}: download it again, or save it with save_pretrained"
-        ) from error
+        remedy = "download it again, or save it with save_pretrained"
+        raise InputError(f"{place}: cannot be loaded: {reason}: {remedy}") from error
 
 
 def load_config(folder: Path):
@@ -87,8 +85,7 @@ def load_model(folder: Path, loader=AutoModel, **options):
         return loader.from_pretrained(
             folder,
             dtype=torch.float32,
-            # whichever trains faster: eager is 1.6 times as fast on a CPU in bf16. On a GPU transformers chooses sdpa
-            # for those that have it; MPNet and DeBERTa, which add relative positions, have not, and would refuse it
+            # eager trains 1.6 times as fast on a CPU in bf16; on a GPU transformers chooses sdpa for those that have it
             attn_implementation=None if torch.cuda.is_available() else "eager",
             use_safetensors=True,
             trust_remote_code=False,
@@ -98,7 +95,8 @@ def load_model(folder: Path, loader=AutoModel, **options):
 
 
 def check_folder(folder: Path, sha256: str | None = None):
-    """The config of a model's folder. Raises InputError for missing parts, another hash, and sizes that disagree."""
+    """The config of a model's folder, judged without reading the weights (unless for `sha256`), in milliseconds.
+    Raises InputError for missing parts, another hash, and sizes that disagree."""
     for name in ("config.json", "tokenizer.json"):
         if not (folder / name).is_file():
             raise InputError(f"{folder}: not a model folder: {name} is missing: save model and tokenizer there")
@@ -140,7 +138,7 @@ def weight_files(folder: Path) -> list[Path]:
 
 
 def weights_sha256(folder: Path) -> str:
-    """The hash of all weights that would be loaded: of one file's bytes, or of all shards' in order of name."""
+    """The hash of all weights that would be loaded, shard by shard."""
     digest = hashlib.sha256()
     for path in weight_files(folder):
         with path.open("rb") as file:

@@ -39,7 +39,7 @@ class MaskedLMHead(nn.Module):
 
 @dataclass
 class Teacher:
-    """A loaded teacher. backbone gives hidden states; head is None where the checkpoint has none."""
+    """A loaded teacher; head is None where the checkpoint has none."""
 
     backbone: nn.Module
     head: MaskedLMHead | None
@@ -57,8 +57,8 @@ class Teacher:
 
 
 def load_teacher(model: str, *, pooling: str | None = None, normalize: bool | None = None) -> Teacher:
-    """Backbone and masked-LM head in eval mode. Raises InputError: see `resolve_model`, `check_folder` and
-    `module_settings`, which says how it pools where the arguments do not."""
+    """Backbone and head in eval mode. Raises InputError: see `resolve_model`, `check_folder` and `module_settings`,
+    which says how it pools where the arguments do not."""
     check_folder(folder := resolve_model(model))
     said = module_settings(folder, pooling, normalize)
     backbone = load_model(folder)
