@@ -256,7 +256,7 @@ def awkward_inputs(vocab_size: int, longest: int, types: int = 2) -> list[Feed]:
 
 @torch.no_grad()
 def torch_outputs(model: nn.Module, feed: Feed, settings: ExportSettings) -> np.ndarray:
-    """What the graph should give, float32: embeddings [batch, hidden], logits [batch, labels] or [real pieces, labels]."""
+    """What the graph should give, float32: embeddings [batch, hidden], logits [batch, labels] or [pieces, labels]."""
     tensors = {name: torch.from_numpy(values) for name, values in feed.items()}
     result, mask = model(**tensors), tensors["attention_mask"]
     if settings.task != "embedding":

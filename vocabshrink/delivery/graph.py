@@ -1,6 +1,6 @@
 """The ONNX graph of a BERT encoder, written node by node from its weights.
 
-So the file holds weights and almost nothing else (21 KB of nodes for six layers, where torch's exporter leaves 340 KB of
+So the file holds weights and almost nothing else (21 KB of nodes for six layers; torch's exporter leaves 340 KB of
 metadata), and the codes are exactly those of `quantize`. Nothing is rounded across texts, so a text's answer does not
 depend on its batch or on padding. Vectors and scales are float16 behind a Cast, which onnxruntime folds while loading.
 
@@ -22,7 +22,7 @@ from vocabshrink.run.formats import format_of
 
 # hidden_act of the config -> Gelu's attribute "approximate"; None is Relu
 ACTIVATIONS = {"gelu": "none", "gelu_new": "tanh", "gelu_pytorch_tanh": "tanh", "relu": None}
-# How int8 products are computed; the weights' values are the same. "unsigned" and "signed" codes: both round activations
+# How int8 products are computed, of the same weights. "unsigned" and "signed" codes: both round activations
 # to 8 bits with one scale for each piece of a text. Signed ones run twice as fast on processors with VNNI (1.13 against
 # 2.15 ms for 32 pieces of a 6 x 256 encoder), but may saturate on those without. "float" multiplies unrounded
 # activations by the dequantised weights (2.44 ms), for models with activations so extreme that the others vanish in 8

@@ -1,10 +1,9 @@
 """A pass through a backbone, and the pooling of what it gives: pieces into units (words), pieces into a sentence.
 
-Losses of attention need each layer's queries, keys and values. They are read by hooks on the layers that compute them,
-so that transformers' fast attention stays in use, which never shows its scores. Student and teacher cut words into
-different pieces, so whatever is compared is pooled into units first, in float32 under autocast too. Sums over pieces
-are `index_add`s, whose order a GPU does not fix: units of three pieces or more differ there in the last bit from run to
-run, unless torch.use_deterministic_algorithms is on.
+Queries, keys and values are read by hooks on the layers that compute them, so that transformers' fast attention stays
+in use, which never shows its scores. Whatever is compared is pooled into units first, in float32 under autocast too.
+Sums over pieces are `index_add`s, whose order a GPU does not fix: units of three pieces or more differ there in the
+last bit from run to run, unless torch.use_deterministic_algorithms is on.
 """
 
 import re
@@ -118,8 +117,8 @@ MODES |= {"mean_sqrt": "mean_sqrt_len_tokens"}
 @dataclass(frozen=True)
 class ModuleSettings:
     """What a sentence-transformers folder says of itself; a folder without modules.json is pooled by the defaults.
-    max_seq_length: in pieces, None where the folder does not say. prompts: {name: what stands before each text};
-    default_prompt: the name of the one that is used unasked. dense: folders of the linear layers behind the pooling."""
+    max_seq_length: in pieces. prompts: {name: what stands before each text}; default_prompt: the name of the one that
+    is used unasked. dense: folders of the linear layers behind the pooling."""
 
     pooling: str = POOLINGS[0]
     normalize: bool = True
@@ -172,10 +171,10 @@ def _pooling_of(options: dict, folder: Path) -> str:
     """The one of POOLINGS that a Pooling module's config means, whose keys changed in sentence-transformers 5."""
     flags = [key.removeprefix("pooling_mode_") for key, on in options.items() if key.startswith("pooling_mode_") and on]
     named = options.get("pooling_mode") or flags or [MODES["mean"]]
-    named = [named] if isinstance(named, str) else named
+    named, bare = [named] if isinstance(named, str) else named, not options.get("include_prompt", True)
     known = {name: pooling for pooling, mode in MODES.items() for name in (mode, pooling)}
-    if len(named) > 1 or named[0] not in known or not options.get("include_prompt", True):
-        what = " and ".join(named) + " without the prompt" * (not options.get("include_prompt", True))
+    if len(named) > 1 or named[0] not in known or bare:
+        what = " and ".join(named) + " without the prompt" * bare
         remedy = f"give teacher.pooling, one of {', '.join(POOLINGS)}, or another model"
         raise InputError(f"{folder}: pooling by {what} cannot be learnt: {remedy}")
     return known[named[0]]

@@ -1,8 +1,8 @@
 """Pieces of one vocabulary in the other's: the pieces that both have, and how one spells what the other has.
 
-Here every piece is written as WordPiece writes it, the student's form: `##` marks a piece inside a word, where
-byte-level BPE and SentencePiece mark one at its start with `Ġ` or `▁`. The other tokenizer is asked wherever it can be;
-only a WordPiece model cannot be asked about text inside a word.
+Every piece is written as WordPiece writes it, the student's form: `##` marks a piece inside a word, where byte-level
+BPE and SentencePiece mark one at its start with `Ġ` or `▁`. Only a WordPiece model cannot be asked about text inside a
+word.
 """
 
 import re
@@ -75,8 +75,8 @@ def wordpieces(word: str, tokenizer: Tokenizer, inside: bool) -> list[int]:
 
 
 def shared_pieces(student_tokenizer: Tokenizer, teacher_tokenizer: Tokenizer) -> np.ndarray:
-    """[V_S] int64: the teacher's id of the same piece, -1 where it has none; one to one.
-    The same is the same text in the same place of a word, whatever marks that place. Special tokens agree by role."""
+    """[V_S] int64: the teacher's id of the same piece (the same text in the same place of a word; special tokens agree
+    by role), -1 where it has none; one to one."""
     shared = np.full(max(student_tokenizer.get_vocab().values()) + 1, -1, np.int64)
     for piece, index in student_tokenizer.get_vocab().items():
         ids = spell(piece, teacher_tokenizer)

@@ -3,11 +3,9 @@ where its piece table is factorised (see `factorise`).
 
 Pieces start as the mean of the teacher's pieces that spell them (Gee et al. 2022, Fast Vocabulary Transfer); for a
 narrower student these means are turned onto the teacher table's principal directions, whose transpose is the way back
-up. Layers are copied by the layer map, variable by variable where shapes agree (BERT, RoBERTa, XLM-R bodies), else they
-are random, or cut out of the teacher's (`extract_*`); the returned report says which.
-
-Dropout is never active in training: distillation has a target for every position, and on a CPU the random numbers alone
-cost a third of a step. The saved config keeps BERT's usual 0.1 for whoever fine-tunes the student.
+up. Layers are copied by the layer map, variable by variable where shapes agree, else they are random, or cut out of the
+teacher's (`extract_*`). Dropout is never active in training: distillation has a target for every position, and on a CPU
+the random numbers alone cost a third of a step. The saved config keeps BERT's 0.1 for whoever fine-tunes the student.
 """
 
 import shutil
@@ -46,7 +44,7 @@ from vocabshrink.run.recipe import StudentSection
 def student_config(section: StudentSection, source, vocab_size: int) -> PreTrainedConfig:
     """The student's shape: the recipe's numbers, else those of `source`, the config of the model that it starts from.
     Raises InputError for a width that the heads do not divide, and for a number that neither of them gives."""
-    names = ["hidden_size", "num_attention_heads", "num_hidden_layers", "intermediate_size", "max_position_embeddings"]
+    names = ("hidden_size", "num_attention_heads", "num_hidden_layers")
     theirs = {name: getattr(source, name, None) for name in names}
     theirs |= {"intermediate_size": neurons_of(source), "max_position_embeddings": positions_of(source)}
     shape = {name: getattr(section, name) or value for name, value in theirs.items()}
@@ -67,9 +65,9 @@ def student_config(section: StudentSection, source, vocab_size: int) -> PreTrain
 
 
 class Start(NamedTuple):
-    """A student as it starts. directions [D, D_S]: of the source's hidden states, from which `widen` starts (principal,
-    or the columns of the kept dimensions); table_directions [D, E]: the same of its piece table. None: of equal widths.
-    report: {"embeddings": ..., "layers": ...}, what was done, for the log."""
+    """A student as it starts. directions [D, D_S]: of the source's hidden states, from which `widen` starts;
+    table_directions [D, E]: of its piece table. None: of equal widths. report: {"embeddings", "layers"}, for the
+    log."""
 
     model: PreTrainedModel
     directions: Tensor | None
@@ -80,10 +78,10 @@ class Start(NamedTuple):
 def build_student(
     section: StudentSection, source: Teacher, tokenizer_folder: Path, *, batch: Pieces | None = None, seed: int = 0
 ) -> Start:
-    """A student and how it was started from `source`: the teacher, or another model.
-    batch: text in the source's pieces, from which `extract_importance` measures. seed: of `extract_random` and of the
-    layer map `random`; what stays random altogether comes from torch's own generator. Raises InputError for a shape
-    that the source cannot fill, and for extraction from a model without BERT's layers."""
+    """A student and how it was started from `source`: the teacher, or another model. batch: text in the source's
+    pieces, from which `extract_importance` measures. seed: of `extract_random` and of the layer map `random`; else
+    torch's own generator is used. Raises InputError for a shape that the source cannot fill, and see
+    `check_extraction`."""
     tokenizer, how = load_tokenizer(tokenizer_folder), section.initialize
     wanted = config = student_config(section, source.config, tokenizer.get_vocab_size())
     table = source.table.weight.detach()
@@ -149,9 +147,8 @@ def factorise(student: BertModel, config: ElectraConfig) -> tuple[ElectraModel, 
 
 
 def source_layers(layer_map: str | list, student: PreTrainedModel, teacher: Teacher, seed: int) -> dict[int, int]:
-    """Student layer -> the teacher layer that it starts from, both 0-based: the last of those that it learns from.
-    A layer that the map passes over (`skip`, `last_only`) or gives all of the teacher's (`emd`) starts as in the map
-    `uniform`. In a student deeper than its teacher, each of the first is the teacher's own."""
+    """Student layer -> the teacher layer that it starts from, both 0-based: the last of those that it learns from, or
+    as in the map `uniform`; in a student deeper than its teacher, each of the first is the teacher's own."""
     small, large = student.config.num_hidden_layers, teacher.config.num_hidden_layers
     start = layer_pairs("uniform" if small <= large else [(m, m) for m in range(1, large + 1)], small, large)
     chosen = layer_map != "emd" and (small <= large or not isinstance(layer_map, str))
@@ -163,10 +160,9 @@ UPDATES = ("attention.output.dense", "output.dense")  # what a layer adds to the
 
 
 def copy_body(student: PreTrainedModel, teacher: Teacher, source_layer: dict[int, int], kept: dict | None) -> str:
-    """Copies every variable but the piece table whose shape agrees, or what `kept` cuts out of it, layers by the map.
-    Of a teacher layer that several student layers start from, each adds 1 / sqrt(copies) of the update to the residual
-    stream: all-MiniLM-L6-v2 with every layer twice keeps 0.921 of 0.926 on 500 pairs of STS-B untrained (whole updates
-    0.904, halves 0.911). Returns what was done."""
+    """Copies every variable but the piece table whose shape agrees, or what `kept` cuts out of it. Of several copies of
+    a layer each adds 1 / sqrt(copies) of its update: all-MiniLM-L6-v2 with every layer twice keeps 0.921 of 0.926 on
+    500 pairs of STS-B untrained (whole updates 0.904, halves 0.911). Returns what was done."""
     source, shape = as_bert(teacher.backbone), student.config
     other_heads = kept is None and shape.num_attention_heads != teacher.config.num_attention_heads
     copies = Counter(source_layer.values())
@@ -223,13 +219,8 @@ def load_student(folder: Path, student: PreTrainedModel, head: MaskedLMHead | No
 
 
 def save_student(
-    folder: Path,
-    student: PreTrainedModel,
-    head: MaskedLMHead | None,
-    tokenizer_folder: Path,
-    pooling: str,
-    normalize: bool,
-) -> None:
+    folder: Path, student, head: MaskedLMHead | None, tokenizer_folder: Path, pooling: str, normalize: bool
+):
     """Writes a model folder that AutoModel (and, by its module list, SentenceTransformer) loads unchanged."""
     model: nn.Module = student
     if head is not None:

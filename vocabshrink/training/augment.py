@@ -1,21 +1,17 @@
 """Data augmentation of a task's training rows, as TinyBERT does it (Jiao et al. 2020, algorithm 1).
 
 Every word of a row is replaced, with probability p, by one of K candidates. A word that is one piece of the teacher's
-vocabulary is masked, and the teacher's masked-LM head names the K most probable words in its place. A word of several
-pieces takes the K words nearest to their mean in the teacher's own table (the paper downloads GloVe), each piece
-weighted by its letters. Such a mean knows what `movie ##go ##ers` is near to, but nothing of `un ##fu ##nn ##y`, so a
-word whose first piece has less than half of its letters is masked as a whole instead, or left as it is by a teacher
-without a head, which gives nearest words only. A word is a run of letters. Numbers, signs and what touches an
-apostrophe (`n't`, `'s`) stay, because they decide labels; so does what the teacher does not read as one word: runs of
-Chinese, letters with combining marks.
-Cost: each word of one piece is masked alone, so a sentence of L words costs the teacher L passes over it, once, however
-many copies are drawn. Not done: weighting of candidates by their probability (the paper draws evenly), and the other
-sentence of a pair as context (the masked word would be copied from it). The file grows by blocks of rows, and a
-progress file beside it holds how many rows and bytes are good, so a killed run goes on after the last whole block.
+vocabulary is masked, alone, and the teacher's masked-LM head names the K most probable words in its place. A word of
+several pieces takes the K words nearest to their mean in the teacher's own table (the paper downloads GloVe), each
+piece weighted by its letters. Such a mean knows what `movie ##go ##ers` is near to, but nothing of `un ##fu ##nn ##y`,
+so a word whose first piece has less than half of its letters is masked as a whole instead; a teacher without a head
+leaves it. Numbers, signs and what touches an apostrophe (`n't`, `'s`) stay, because they decide labels; so does what
+the teacher does not read as one word: runs of Chinese, letters with combining marks. Not done: the other sentence of a
+pair as context, from which the masked word would be copied. A progress file holds how many rows and bytes of the file
+are good, so a killed run goes on after the last whole block.
 """
 
 import hashlib
-import itertools
 import json
 import os
 import re
@@ -51,18 +47,12 @@ Sentence = tuple[str, ...]  # one text, or the tokens of a token task
 
 
 def augment_task(
-    task: Task,
-    teacher: Teacher,
-    out: Path,
-    section: AugmentSection,
-    progress: Callable[[int], None] = lambda rows: None,
+    task: Task, teacher: Teacher, out: Path, section: AugmentSection, progress: Callable = lambda rows: None
 ) -> dict:
     """Writes up to `section.copies` changed copies of every training row to `out`, going on where a former call ended.
     progress: given the rows of each finished block. A row of `out` is {"sentence1", "sentence2" for pairs, "label",
-    "source"} or, for token tasks, {"tokens", "slots" (the labels), "source"}, where source is the number of the
-    training row, from 0.
-    Returns {"rows", "written", "words", "masked" (words whose candidates are the head's), "candidates" (in words)}.
-    Raises InputError for a full disk, or a progress file that is not JSON."""
+    "source" (the training row, from 0)} or, for token tasks, {"tokens", "slots" (the labels), "source"}.
+    Returns {"rows", "written", "words", "masked" (words whose candidates are the head's), "candidates" (in words)}."""
     rows, head, progress_file = task.splits["train"], teacher.head is not None, out.with_suffix(".progress.json")
     settings = section.model_dump() | {"head": head, "rows": rows_sha256(rows)}
     done = read_json(progress_file) if progress_file.is_file() and out.is_file() else {}
@@ -80,10 +70,9 @@ def augment_task(
             file.write("".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines).encode())
             file.flush()
             os.fsync(file.fileno())
-            words = list(itertools.chain(*found.values()))
+            masked = [word.masked for words in found.values() for word in words]
             done |= {"rows": block.stop, "bytes": file.tell(), "written": done["written"] + len(lines)}
-            done["words"] += len(words)
-            done["masked"] += sum(word.masked for word in words)
+            done |= {"words": done["words"] + len(masked), "masked": done["masked"] + sum(masked)}
             write_json(progress_file, done)
             progress(len(block))
     kinds = "masked words, else nearest words" if head else "nearest words only: the teacher has no masked-LM head"
@@ -119,8 +108,8 @@ def sentences_of(rows: Rows, row: int) -> list[Sentence]:
 
 @dataclass
 class Word:
-    """A word of a sentence: text[start:end] of one part. pieces: its ids, from index `first` of the sentence's on, none
-    where the teacher does not read it as one word; letters: how many each piece has."""
+    """A word: text[start:end] of one part of a sentence. pieces: its ids, from index `first` of the sentence's on; none
+    where the teacher does not read it as one word. letters: of each piece."""
 
     part: int
     start: int
@@ -140,11 +129,11 @@ def copies_of(task: Task, row: int, found: dict[Sentence, list[Word]], section: 
     chosen = random.random((section.copies, len(words))) < section.p
     draws = random.integers(np.array([len(word.candidates) for _, word in words], np.int64), size=chosen.shape)
     distinct = {}
-    for copy in range(section.copies):
+    for places, drawn in zip(chosen, draws, strict=True):
         changes = [[] for _ in sentences]
-        for place in np.flatnonzero(chosen[copy]):
+        for place in np.flatnonzero(places):
             number, word = words[place]
-            changes[number].append((word, word.candidates[draws[copy, place]]))
+            changes[number].append((word, word.candidates[drawn[place]]))
         distinct[tuple(map(replace, sentences, changes))] = True
     distinct.pop(tuple(sentences), None)
     if task.kind == "tokens":
@@ -167,9 +156,8 @@ def replace(sentence: Sentence, replacements: list[tuple[Word, str]]) -> Sentenc
 
 
 class CandidateFinder:
-    """Finds what may stand for each word of a sentence: the masked-LM head's words, or the nearest in the piece table.
-    The teacher is moved to the accelerator's device, where it runs; nearest words are found on the CPU. Candidates are
-    whole words of at least two letters."""
+    """Finds what may stand for each word of a sentence: whole words of two letters or more. The teacher is moved to the
+    accelerator's device; nearest words are found on the CPU, in float64, where no rounding decides."""
 
     def __init__(self, teacher: Teacher, count: int):
         self.teacher, self.count, self.device = teacher, count, PartialState().device
@@ -181,10 +169,9 @@ class CandidateFinder:
         self.positions = positions_of(teacher.config)
         texts = {i: as_wordpiece(piece, self.tokenizer) for piece, i in self.tokenizer.get_vocab().items()}
         words = {i: text for i, text in sorted(texts.items()) if text and text.isalpha() and len(text) > 1}
-        # of the W pieces that are whole words
         self.ids, self.words = torch.tensor(list(words), dtype=torch.long).to(self.device), list(words.values())
         self.near: dict[tuple[int, ...], list[str]] = {}
-        # [V, D_E], and its rows of whole words [W, D_E] at length one; in float64, where no rounding decides
+        # [V, D_E], and its rows of whole words [W, D_E] at length one
         self.table = teacher.table.weight.detach().cpu().double()
         self.whole = F.normalize(self.table[list(words)], dim=-1)
 
@@ -211,7 +198,7 @@ class CandidateFinder:
         return found
 
     def predict(self, masked: list[tuple[list[int], Word]]) -> None:
-        """Gives each word the most probable words in its place. masked: (the sentence's pieces, the word)."""
+        """Gives each word of (sentence's pieces, word) the most probable words in its place."""
         waiting = sorted(masked, key=lambda item: len(item[0]))
         while waiting:  # long ones first: what does not fit in memory fails at once
             size = max(PIECES_IN_PASS // len(waiting[-1][0]), 1)
@@ -243,9 +230,8 @@ class CandidateFinder:
 
 
 def words_of(sentence: Sentence, encoding: Encoding) -> list[Word]:
-    """The words of a sentence in order. encoding: of its parts with spaces between.
-    A word has no pieces where one reaches over its edges or the tokenizer's own words begin inside it: no mask and no
-    mean stands for it then."""
+    """The words of a sentence in order. encoding: of its parts with spaces between. A word has no pieces where one
+    reaches over its edges or the tokenizer's own words begin inside it: no mask and no mean stands for it then."""
     text, ids, numbers, words, begin = " ".join(sentence), encoding.ids, encoding.word_ids, [], 0
     # of each piece, without the space that some families count to it; special tokens span nothing
     spans = [(end - len(text[start:end].lstrip()), end) for start, end in encoding.offsets]

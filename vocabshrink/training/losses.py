@@ -1,13 +1,12 @@
 """Losses: pure functions of what one step saw, chosen and weighted by the recipe.
 
 Every loss is `f(forward, **arguments) -> scalar`, and its signature is the schema of its arguments. It is zero at
-agreement, ignores padding, is logged unweighted, and is computed in float32: in bfloat16, similarities near 1 are 0.004
-apart. Vocabularies that differ cut a sentence into different numbers of pieces, so teacher and student are compared by
-units (see batches.py): a unit's hidden state is the mean over its pieces, and so are its queries, keys and values. A
-score is a product, so its mean over the pieces of two units is the product of two means. Only attention distributions
-are pooled as maps, since their softmax is over pieces. Where units are pieces, each loss is the papers' own.
-Shapes: B sequences, T pieces, U units, D width (D_S student, D_T teacher), h heads, n units or pieces of the batch that
-count, V_S and V_T pieces in the vocabularies, C classes.
+agreement, ignores padding, and is computed in float32: in bfloat16, similarities near 1 are 0.004 apart. Teacher and
+student are compared by units (see batches.py): a unit's hidden state is the mean over its pieces, and so are its
+queries, keys and values. A score is a product, so its mean over the pieces of two units is the product of two means.
+Only attention distributions are pooled as maps, since their softmax is over pieces. Where units are pieces, each loss
+is the papers' own. Shapes: B sequences, T pieces, U units, D width (D_S student, D_T teacher), h heads, n units or
+pieces of the batch that count, V_S and V_T pieces in the vocabularies, C classes.
 """
 
 import inspect
@@ -289,12 +288,12 @@ def sentence_cosine(forward: Forward) -> Tensor:
 
 
 def bank_similarity(forward: Forward, temperature: Positive = 0.05, size: Count = 4096) -> Tensor:
-    """KL of softmax(t · b_j / τ) and softmax(s · b'_j / τ) over a bank of `size` stored teacher vectors b_j [K, D], and
-    b'_j [K, D_S], the same in the student's width. As good as a batch of K, for the price of a product (after Fang et
-    al. 2021, SEED, arXiv 2101.04731, eq. 3, with a fixed bank instead of a queue)."""
-    bank = forward.bank
-    student = F.normalize(forward.student.sentence, dim=-1) @ bank.student[:size].mT
-    return kl(student / temperature, forward.batch.vectors @ bank.teacher[:size].mT / temperature).mean()
+    """KL of softmax(t · b_j / τ) and softmax(s · b'_j / τ) over `size` stored teacher vectors b_j [K, D], and b'_j
+    [K, D_S], the same in the student's width: as good as a batch of K, for the price of a product (after Fang et al.
+    2021, SEED, arXiv 2101.04731, eq. 3, with a fixed bank instead of a queue)."""
+    theirs, ours = (vectors[:size].mT for vectors in forward.bank)
+    student = F.normalize(forward.student.sentence, dim=-1) @ ours
+    return kl(student / temperature, forward.batch.vectors @ theirs / temperature).mean()
 
 
 def similarity_mse(student: Tensor, teacher: Tensor) -> Tensor:

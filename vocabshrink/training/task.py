@@ -1,17 +1,14 @@
 """What the training loop trains: tasks, each of which gives named losses of a batch.
 
 A task is a module of models and of helpers (projections, heads) that are learned with them and never ship. Each model
-reads its own segmentation of the same words, and only what the chosen losses read is computed: masked words alone do
-not run the teacher. In `Distillation` (from text) and `TaskTraining` (from a labelled task's rows) a student learns
-from a frozen teacher.
+reads its own segmentation of the same words, and only what the chosen losses read is computed.
 In `DualTraining` the teacher itself learns the student's pieces (Zhao et al., arXiv 1909.11687, both versions). Each
 word of its input is segmented with the student's vocabulary with probability p, else with the teacher's. Student pieces
 are embedded by the student's table and, where widths differ, an affine map up; they enter the unchanged teacher beside
 its own pieces, as `inputs_embeds`, so its own objective pulls them into its space. Modes: `joint` (version 1: the
 student trains alongside, with parameter projections), `two_stage` (version 2: the teacher alone; distillation follows),
 and `match` for teachers without a masked-LM head: mixed input must give, unit by unit, what the teacher gives on its
-own segmentation, and only the new embeddings move. There the teacher on mixed input takes the student's seat, so every
-loss between student and teacher can be used.
+own segmentation, and only the new embeddings move; the teacher on mixed input takes the student's seat in the losses.
 """
 
 import inspect
@@ -32,9 +29,9 @@ from vocabshrink.models.rounding import refit
 from vocabshrink.models.task_model import task_logits
 from vocabshrink.models.teacher import Teacher
 from vocabshrink.run.layer_map import Pairs
-from vocabshrink.run.recipe import DualStage, Losses
+from vocabshrink.run.recipe import Losses
 from vocabshrink.training.losses import ATTENTION, LOSSES, PLACES, masked_lm_loss, readers, unanswered
-from vocabshrink.training.views import Bank, Forward, View
+from vocabshrink.training.views import Forward, View
 
 STEPS_OF_SCALES = 50  # after which the scales of a rounded student are fitted to its weights again
 
@@ -127,8 +124,8 @@ class TrainingTask(nn.Module):
 
 
 class Stored(NamedTuple):
-    """Stored sentence vectors as a distillation reads them: a bank of them [K, D], the map to the student's width
-    [D, D_S] (see `projection.narrowing`), and the bank in that width [K, D_S], of unit length."""
+    """Stored sentence vectors: a bank of them [K, D], the map to the student's width [D, D_S] (see
+    `projection.narrowing`), and the bank in that width [K, D_S], of unit length."""
 
     bank: Tensor
     narrow: Tensor
@@ -139,23 +136,13 @@ class Distillation(TrainingTask):
     """Student and frozen teacher, each on its own segmentation of the same words."""
 
     def __init__(
-        self,
-        stage,
-        teacher: Teacher,
-        student: nn.Module,
-        pairs: Pairs,
-        head=None,
-        directions=None,
-        shared=None,
-        spelling=None,
-        stored: Stored | None = None,
+        self, stage, teacher, student, pairs, head=None, directions=None, shared=None, spelling=None, stored=None
     ):
         """head: the student's, for masked-LM losses. directions: see `build_student`. shared, spelling: see `Forward`.
-        stored: takes the place of the teacher's sentence embeddings, and of its pass where no loss reads more.
+        stored: a `Stored`, in place of the teacher's sentence embeddings, and of its pass where no loss reads more.
         Raises InputError: a loss between vocabularies that have nothing in common."""
         super().__init__()
-        self.losses, self.pairs = stage.losses, pairs
-        self.student, self.head = student, head
+        self.losses, self.pairs, self.student, self.head = stage.losses, pairs, student, head
         self.stored = stored is not None
         live = readers(unanswered(self.losses, stored=self.stored), "teacher")
         self.teacher = teacher.backbone.requires_grad_(False) if live else None
@@ -179,7 +166,7 @@ class Distillation(TrainingTask):
             forward.teacher = forward.teacher or View(None, None)
             with torch.autocast(batch.vectors.device.type, enabled=False):
                 forward.teacher.sentence = F.normalize(batch.vectors @ self.narrow, dim=-1)
-            forward.bank = Bank(self.bank, self.bank_narrow)
+            forward.bank = self.bank, self.bank_narrow
         forward.shared, forward.spelling = self.shared, self.spelling
         if self.head is not None:
             forward.student.predict = partial(self.head, table=self.student.get_input_embeddings().weight)
@@ -251,15 +238,7 @@ class DualTraining(TrainingTask):
     """The teacher on mixed input and, in joint mode, the student beside it."""
 
     def __init__(
-        self,
-        stage: DualStage,
-        teacher: Teacher,
-        student: nn.Module,
-        pairs: Pairs,
-        *,
-        student_head=None,
-        directions=None,
-        table_directions=None,
+        self, stage, teacher: Teacher, student, pairs, *, student_head=None, directions=None, table_directions=None
     ):
         """student_head: for masked-LM losses in joint mode. directions, table_directions: see `student.Start`."""
         super().__init__()

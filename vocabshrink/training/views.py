@@ -1,16 +1,15 @@
 """What the losses of one step see: each model's pass over its side of the batch, and what is pooled from it.
 
-A `View` is one model on its own pieces, and makes of its hidden states, queries, keys and values what can be compared
-across vocabularies: means over units (batches.py), products of such means, sentence embeddings; each when a loss first
-asks for it, and once however many losses read it. Everything comes out in float32; only the passes themselves may be in
-bfloat16. Distributions of attention alone cost maps between pieces, [B, h, T, T] a layer.
+A `View` makes of one model's hidden states, queries, keys and values what can be compared across vocabularies: means
+over units (batches.py), products of such means, sentence embeddings; each when a loss first asks for it, once, and in
+float32. Distributions of attention alone cost maps between pieces, [B, h, T, T] a layer.
 """
 
 import math
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field, replace
 from functools import cached_property
-from typing import Literal, NamedTuple
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
@@ -52,9 +51,8 @@ def products(left: Tensor, right: Tensor, heads: int) -> Tensor:
 
 @dataclass
 class View:
-    """One model's pass over one side of the batch.
-    unit_count: U. heads: of the model's attention. logits: a task's where they were stored, [B, C], or [B, T, C] of a
-    token task. predict: last hidden states -> the model's own logits: of pieces [n, D] -> [n, V], or a task's."""
+    """One model's pass over one side of the batch. unit_count: U. logits: a task's where they were stored, [B, C], or
+    [B, T, C] of a token task. predict: last hidden states -> the model's own logits, [n, D] -> [n, V], or a task's."""
 
     side: Pieces | None
     passed: Pass | None
@@ -71,7 +69,7 @@ class View:
         return self.passed.hidden  # [B, T, D] each, in the dtype of the pass
 
     def detached(self) -> "View":
-        """The same view as a target: no gradient goes back through it."""
+        """The same view without a gradient."""
         parts = (part and tuple(tensor.detach() for tensor in part) for part in vars(self.passed).values())
         return replace(self, passed=Pass(*parts))
 
@@ -128,21 +126,15 @@ class View:
         return self.hidden[-1].flatten(0, 1).index_select(0, places).float()
 
 
-class Bank(NamedTuple):
-    """The same stored sentence vectors, of unit length: the teachers' [K, D], and in the student's width [K, D_S]."""
-
-    teacher: Tensor
-    student: Tensor
-
-
 @dataclass
 class Forward:
     """What one step saw. A view that a stage does not run is None.
     student: the student on its pieces; in match mode, the teacher on mixed input takes its seat. teacher: the target:
     the teacher on its own pieces or, in joint training, on mixed ones; its view carries no gradient.
     up [D_S -> D_T] and down [D_T -> D_S]: shared projections of hidden states. shared [V_S]: the teacher's id of the
-    same piece, or -1. spelling [V_T, K]: student pieces that spell a teacher piece, then -1. bank: where the teacher's
-    sentence vectors are stored ones. given: loss name -> function giving it, of losses that read more than views."""
+    same piece, or -1. spelling [V_T, K]: student pieces that spell a teacher piece, then -1. bank: stored sentence
+    vectors of unit length, the teachers' [K, D] and the same in the student's width [K, D_S], where they are used.
+    given: loss name -> function giving it, of losses that read more than views."""
 
     batch: Batch
     pairs: Pairs
@@ -152,14 +144,12 @@ class Forward:
     teacher: View | None = None
     shared: Tensor | None = None
     spelling: Tensor | None = None
-    bank: Bank | None = None
+    bank: tuple[Tensor, Tensor] | None = None
     given: dict[str, Callable[[], Tensor]] = field(default_factory=dict)
     made: dict = field(default_factory=dict, init=False, repr=False)
 
     @once
-    def _states(
-        self, side: Literal["student", "teacher"], layers: Layers, direction: Direction, units: Units
-    ) -> Tensor:
+    def _states(self, side: str, layers: Layers, direction: Direction, units: Units) -> Tensor:
         found = getattr(self, side).states(layers)
         found = found[:, 0] if units == "cls" else found.flatten(0, 1).index_select(0, self.batch.counted)
         if (side, direction) == ("student", "up"):
@@ -167,6 +157,6 @@ class Forward:
         return self.down(found) if (side, direction) == ("teacher", "down") else found
 
     def aligned(self, m: int, block: Layers, direction: Direction, units: Units = "all") -> tuple[Tensor, Tensor]:
-        """States of a pair of layers in one width, the student's brought up or the teacher's down: [n, D] twice; of all
-        units that count or, for `units` "cls", of [CLS] alone, [B, D]."""
+        """States of a pair of layers in one width, the student's brought up or the teacher's down: [n, D] twice, of all
+        units that count; or of [CLS] alone, [B, D]."""
         return self._states("student", (m,), direction, units), self._states("teacher", block, direction, units)
