@@ -23,6 +23,7 @@ from vocabshrink.models.families import student_class, without_pooler
 from vocabshrink.models.forward import module_files, pool_sentence
 from vocabshrink.models.loading import check_folder, load_model
 from vocabshrink.models.rounding import fake_quantize_
+from vocabshrink.models.teacher import eps_and_activation
 from vocabshrink.pages.page import write_page
 from vocabshrink.run.formats import Formats, formats_of, kind_of
 from vocabshrink.run.recipe import POOLINGS
@@ -110,20 +111,21 @@ def export_model(
 
     with replacing_folder(out_folder) as place:
         full = (manifest or {}) | _write_files(model, Path(model_folder), place, settings)
-        contents = {path: path.read_bytes() for path in sorted(place.rglob("*")) if path.is_file()}
-        full["files"] = {
-            path.relative_to(place).as_posix(): {"bytes": len(data), "sha256": sha256(data).hexdigest()}
-            for path, data in contents.items()
-        }
+        full["files"] = {}
+        for path in filter(Path.is_file, sorted(place.rglob("*"))):
+            facts = {"bytes": path.stat().st_size, "sha256": sha256(path.read_bytes()).hexdigest()}
+            full["files"][path.relative_to(place).as_posix()] = facts
         full["check"], disagreements = _compare(model, place / full["graph"], settings)
         note(disagreements + _weigh(full, place / "MANIFEST.json", settings))
         if measure:
             full["quality"], allowed = measure(place), settings.tolerance
-            for name, row in full["quality"].items():
-                lost = row.get("trained", 0) - row.get("delivered", np.inf) > allowed
-                if lost and (gates is None or name in gates):
-                    fall = f"{row['delivered']}, more than the tolerance of {allowed} below {row['trained']}"
-                    note([f"{name} is {fall}: use smaller groups, more bits, or train through the rounding"])
+            gated = {name: row for name, row in full["quality"].items() if gates is None or name in gates}
+            below = (
+                "{} is {delivered}, more than the tolerance of {} below {trained}: use smaller groups, more bits, or "
+            )
+            below += "train through the rounding"
+            lost = {n: r for n, r in gated.items() if r.get("trained", 0) - r.get("delivered", np.inf) > allowed}
+            note([below.format(name, allowed, **row) for name, row in lost.items()])
         if failures:
             full["failures"] = failures
         _weigh(full, place / "MANIFEST.json", settings)
@@ -132,8 +134,7 @@ def export_model(
 
 def check_activation(config, where: str = "the model") -> None:
     """Raises InputError for a config whose activation the graph cannot compute. where: the config's file or key."""
-    activation = getattr(config, "hidden_act", None) or getattr(config, "activation", None)
-    if activation not in ACTIVATIONS:
+    if (activation := eps_and_activation(config)[1]) not in ACTIVATIONS:
         raise InputError(f"{where}: hidden_act {activation!r} cannot be delivered: use one of {list(ACTIVATIONS)}")
 
 
@@ -152,9 +153,8 @@ def _load_model(folder: Path, settings: ExportSettings) -> nn.Module:
     if task == "fill-mask" and not config.tie_word_embeddings:
         raise InputError(f"{folder}: the masked-LM decoder is not tied to the embeddings, which alone can be exported")
     model = load_model(folder, loader, **(without_pooler(config) if task == "embedding" else {}))
-    embeddings = model.base_model.embeddings
-    kept = embeddings.position_embeddings.weight.detach()[: settings.max_positions].clone()
-    embeddings.position_embeddings = nn.Embedding.from_pretrained(kept, freeze=False)
+    table = model.base_model.embeddings.position_embeddings.weight
+    table.data = table.data[: settings.max_positions].clone()
     model.config.max_position_embeddings = settings.max_positions
     return model.requires_grad_(False)
 

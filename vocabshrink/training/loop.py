@@ -84,7 +84,7 @@ def rate_at(step: int, settings: TrainingSection) -> float:
 
 
 def parameter_groups(task: TrainingTask, settings: TrainingSection) -> list[dict]:
-    """Embeddings at their own rate, everything else at the stage's; no decay on vectors. Frozen ones are left out."""
+    """Embeddings at their own rate, everything else at the stage's; no decay on vectors and embeddings."""
     embeddings = {id(p) for p in task.embedding_parameters()}
     groups: dict[tuple[float, float], list] = {}
     for parameter in (parameter for parameter in task.parameters() if parameter.requires_grad):
@@ -109,11 +109,10 @@ def make_accelerator(settings: TrainingSection, run: RunDir) -> Accelerator:
         log_with=settings.trackers or None,
         project_dir=str(run.path),
         gradient_accumulation_steps=settings.gradient_accumulation,
-        # buffers (stored logits, spellings, scales) are the same in every process
+        # buffers are the same in every process
         kwargs_handlers=[DistributedDataParallelKwargs(broadcast_buffers=False)],
     )
     if (launched := int(os.environ.get("WORLD_SIZE", "1"))) != accelerator.num_processes:
-        # without a GPU, Accelerate does not connect processes unless told to; they would write into one folder
         remedy = "without a GPU, set ACCELERATE_USE_CPU=true before accelerate launch --multi_gpu"
         raise InputError(f"{launched} processes were started and each sees {accelerator.num_processes}: {remedy}")
     return accelerator
@@ -172,10 +171,10 @@ def train(
     clock: Callable[[], float] = time.monotonic,
 ) -> dict:
     """Trains the task in place for `settings.steps` optimizer steps, resuming from the job's checkpoint.
-    Accumulation step a of a step is the batcher's batch step * accumulation + a, of which each process takes its part,
-    so a step is the same on any number of processes; `batcher` must be made for `micro_batch`. clock: in seconds.
-    Returns {"steps", "tokens", "seconds", "losses"} and, where there is any, the last "evaluation". Raises InputError
-    for a checkpoint of another recipe, a loss or parameters that are not finite (the last good checkpoint stays)."""
+    Accumulation step a of a step is the batcher's batch step * accumulation + a (of `micro_batch` sequences), of which
+    each process takes its part, so a step is the same on any number of processes. clock: in seconds. Returns {"steps",
+    "tokens", "seconds", "losses"} and, where there is any, the last "evaluation". Raises InputError for a checkpoint of
+    another recipe, a loss or parameters that are not finite (the last good checkpoint stays)."""
     optimizer = OPTIMIZERS[settings.optimizer](parameter_groups(task, settings))
     # to look for parameters without a gradient, DDP walks through every step's graph
     accelerator.ddp_handler.find_unused_parameters = not task.reads_all
@@ -235,10 +234,10 @@ def train(
 
 def resume(task: nn.Module, optimizer, job: Job, accelerator: Accelerator) -> State:
     """Puts the job's checkpoint back where there is one, and drops the metrics of steps after it."""
-    meta, state = read_meta(job.checkpoint), State()
-    if meta and meta["fingerprint"] != job.fingerprint:
-        raise InputError(f"{job.checkpoint}: checkpoint of another recipe: delete it, or give the run another name")
-    if meta:
+    state = State()
+    if meta := read_meta(job.checkpoint):
+        if meta["fingerprint"] != job.fingerprint:
+            raise InputError(f"{job.checkpoint}: checkpoint of another recipe: delete it, or give the run another name")
         load_checkpoint(job.checkpoint, task, optimizer.optimizer, meta, accelerator.scaler)
         state = State(**{key: meta[key] for key in vars(state)})
     if accelerator.is_main_process:
@@ -287,7 +286,6 @@ class Log:
         self.before = replace(state)
 
     def evaluation(self, state: State, measured: dict[str, float]) -> None:
-        """Writes and prints the metrics of an evaluation."""
         row = {"stage": self.job.stage, "step": state.step, "tokens": state.tokens, "kind": "evaluation"}
         self.job.run.append_metrics(row | {"metrics": measured})
         self.accelerator.log({f"evaluation/{name}": value for name, value in measured.items()}, step=state.step)
@@ -296,7 +294,7 @@ class Log:
 
 
 def trained_state(task: nn.Module) -> dict[str, torch.Tensor]:
-    """What training changes: the parameters with a gradient, shared ones once, and the scales of roundings."""
+    """What training changes: parameters with a gradient, shared ones once, and the scales of roundings."""
     trained = {name: value.detach() for name, value in task.named_parameters() if value.requires_grad}
     return trained | {name: tensor for name, tensor in task.state_dict().items() if name.endswith(".scales")}
 
@@ -321,7 +319,7 @@ def save_checkpoint(folder: Path, task: nn.Module, optimizer, meta: dict, scaler
 
 
 def sum_of(meta: dict) -> int:
-    """A checksum of a checkpoint's meta, as it is once it was JSON."""
+    """A checksum of a checkpoint's meta."""
     return zlib.crc32(json.dumps(plain(meta), sort_keys=True).encode())
 
 

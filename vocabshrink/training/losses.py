@@ -49,15 +49,14 @@ def one_minus_cosine(left: Tensor, right: Tensor) -> Tensor:
 
 
 def kl(student: Tensor, teacher: Tensor, temperature: float = 1.0) -> Tensor:
-    """T² KL(teacher || student) of the softmaxes of logits / T over the last axis, [..., C] twice -> [...]. The factor
-    keeps the gradients' size whatever T (Hinton et al. 2015, section 2)."""
+    """T² KL(teacher || student) of softmax(logits / T), [..., C] twice -> [...] (Hinton et al. 2015, section 2)."""
     student, teacher = (F.log_softmax(logits / temperature, dim=-1) for logits in (student, teacher))
     return (teacher.exp() * (teacher - student)).sum(-1) * temperature**2
 
 
 def kl_between_units(forward: Forward, student: Tensor, teacher: Tensor) -> Tensor:
     """KL(teacher || student) of rows of logits [B, h, U, U], mean over heads and units that count. Other units are left
-    out of the rows too: a word that only one side can write would take its share of attention there alone."""
+    out of the rows too: only one side can write them."""
     counts = forward.batch.unit_mask
     # finite, since infinity minus infinity is not a number; the softmax makes it exactly zero
     lowest = torch.finfo(torch.float32).min / 2
@@ -66,8 +65,7 @@ def kl_between_units(forward: Forward, student: Tensor, teacher: Tensor) -> Tens
 
 
 def transport(costs: Tensor) -> Tensor:
-    """The cheapest flow [M, N] between M and N layers of equal weight, by linear programming on the CPU: the one loss
-    for which a step reads from a GPU."""
+    """The cheapest flow [M, N] between M and N layers of equal weight, by linear programming, for which a GPU waits."""
     rows, columns = costs.shape
     constraints = np.vstack([np.kron(np.eye(rows), np.ones(columns)), np.kron(np.ones(rows), np.eye(columns))])
     weights = np.concatenate([np.full(rows, 1 / rows), np.full(columns, 1 / columns)])
@@ -78,8 +76,7 @@ def transport(costs: Tensor) -> Tensor:
 
 def over_layers(forward: Forward, cost: Callable[[int, Layers], Tensor], *, attention: bool = False) -> Tensor:
     """The mean of cost(m, block) over the map's pairs; under the map `emd`, the cost of the cheapest transport
-    (BERT-EMD, Li et al. 2020, section 3), with uniform layer weights and no gradient through the flow.
-    attention: leaves out pairs with layer 0, which has none. Raises InputError if no pair is left."""
+    (BERT-EMD, Li et al. 2020, section 3). attention: leaves out pairs with layer 0, which has none."""
     pairs = [(m, block) for m, block in forward.pairs if not attention or (m and all(block))]
     if not pairs:
         raise InputError("layer_map: every pair in it has layer 0, where there is no attention: add a pair of layers")
@@ -99,9 +96,8 @@ def places_by_vocabulary(batch: Batch, sizes: Sequence[int]) -> tuple[Tensor, ..
 
 
 def masked_lm_loss(batch: Batch, view: View, head: MaskedLMHead, tables: list[Tensor], biases: list[Tensor]) -> Tensor:
-    """Cross-entropy at masked pieces, one softmax per vocabulary (Zhao et al. 2019, section 3.2).
-    The view's labels [B, T] are in the combined numbering, -100 where not masked; tables [V_k, D_E]; biases [V_k]. The
-    table of the vocabulary that segmented the word predicts it."""
+    """Cross-entropy at masked pieces, one softmax per vocabulary: the one that segmented the word predicts it (Zhao et
+    al. 2019, section 3.2). The view's labels are in the combined numbering; tables [V_k, D_E]; biases [V_k]."""
     states, labels = head.transform(view.at(view.side.labelled)), view.side.labels.flatten()[view.side.labelled]
     places = batch.once("teacher_masked_lm", places_by_vocabulary, [len(table) for table in tables])
     total, first = states.sum() * 0.0, 0
@@ -125,8 +121,8 @@ def teacher_masked_lm(forward: Forward) -> Tensor:
 
 
 def places_to_match(batch: Batch, shared: Tensor) -> tuple[Tensor, ...]:
-    """Where units that are the same one masked piece on each side stand on the student's side [n] and the teacher's
-    [n]; and the pieces that both vocabularies have, by the student's ids [K] and by the teacher's [K]."""
+    """Where units that are the same one masked piece on both sides stand on the student's [n] and the teacher's [n];
+    the pieces that both vocabularies have, by their ids [K] and [K]."""
     mine, my_units, my_counts = batch.student.masked(batch.unit_mask.shape[1])
     theirs, their_units, their_counts = batch.teacher.masked(batch.unit_mask.shape[1])
     alone = (my_counts == 1) & (their_counts == 1)
@@ -138,9 +134,8 @@ def places_to_match(batch: Batch, shared: Tensor) -> tuple[Tensor, ...]:
 
 
 def masked_lm_match(forward: Forward, temperature: Positive = 1.0) -> Tensor:
-    """T² KL(p_T || p_S) at masked pieces that both vocabularies write alike, over the pieces that both have.
-    Logits [n, V_S] and [n, V_T] at units that are the same one masked piece on each side (Kolesnikova et al. 2022,
-    arXiv 2205.02340, "match"; with one vocabulary it is DistilBERT's L_ce)."""
+    """T² KL(p_T || p_S) at masked pieces that both vocabularies write alike, over the pieces that both have
+    (Kolesnikova et al. 2022, arXiv 2205.02340, "match"; with one vocabulary it is DistilBERT's L_ce)."""
     student, teacher = forward.student, forward.teacher
     mine, theirs, columns, their_columns = forward.batch.once("masked_lm_match", places_to_match, forward.shared)
     logits, target = student.predict(student.at(mine)), teacher.predict(teacher.at(theirs))
@@ -148,9 +143,9 @@ def masked_lm_match(forward: Forward, temperature: Positive = 1.0) -> Tensor:
 
 
 def places_to_reduce(batch: Batch, spelling: Tensor) -> tuple[Tensor, ...]:
-    """Of the n words that the teacher has masked as one piece: where the m masked pieces of the student's side stand
-    [m], which word each is of [m], how many a word has [n], where the teacher's stand [n]; and which of the teacher's
-    pieces have a spelling [K]."""
+    """Of the n words that the teacher has masked as one piece: where the student's m masked pieces stand [m], which
+    word each is of [m], how many a word has [n], where the teacher's stand [n]; which teacher pieces have a spelling
+    [K]."""
     _, my_units, my_counts = batch.student.masked(batch.unit_mask.shape[1])
     _, their_units, their_counts = batch.teacher.masked(batch.unit_mask.shape[1])
     chosen = (their_counts == 1) & (my_counts > 0)
@@ -160,10 +155,9 @@ def places_to_reduce(batch: Batch, spelling: Tensor) -> tuple[Tensor, ...]:
 
 
 def masked_lm_reduce(forward: Forward, temperature: Positive = 1.0) -> Tensor:
-    """T² KL(p_T || p_S) over the teacher's pieces, at words that the teacher has masked as one piece.
-    The student's score of a teacher piece is the mean of its log-probabilities of the pieces that spell it, averaged
-    over the word's masked pieces; teacher pieces without a spelling are left out of both softmaxes (after Kolesnikova
-    et al. 2022, arXiv 2205.02340, "reduce-map")."""
+    """T² KL(p_T || p_S) over the teacher's pieces, at words that the teacher has masked as one piece. The student's
+    score of a teacher piece is the mean of its log-probabilities of the pieces that spell it, averaged over the word's
+    masked pieces; pieces without a spelling are left out (after Kolesnikova et al. 2022, arXiv 2205.02340)."""
     student, teacher = forward.student, forward.teacher
     mine, word, counts, theirs, spelt = forward.batch.once("masked_lm_reduce", places_to_reduce, forward.spelling)
     scores = F.log_softmax(student.predict(student.at(mine)), dim=-1)
@@ -211,9 +205,8 @@ def hidden_normalized(forward: Forward, direction: Direction = "up", states: Uni
 def hidden_contrastive(
     forward: Forward, direction: Direction = "up", temperature: Positive = 0.1, limit: Count = 1024
 ) -> Tensor:
-    """KL of softmax(t · t_j / τ) and softmax(s · t_j / τ): a unit's state is told from those of the batch's others.
-    InfoNCE (van den Oord et al. 2018, eq. 4) with the teacher's own similarities as targets, so that near units are no
-    errors. s, t: L2-normalised states [n, D]; j over at most `limit` units, evenly spaced, because the cost is n²."""
+    """KL of softmax(t · t_j / τ) and softmax(s · t_j / τ), s, t L2-normalised unit states, j over at most `limit`
+    units. InfoNCE (van den Oord et al. 2018, eq. 4) with the teacher's own similarities as targets."""
 
     def distance(student: Tensor, teacher: Tensor) -> Tensor:
         every = -(-len(teacher) // limit)
@@ -229,8 +222,7 @@ def embedding_mse(forward: Forward) -> Tensor:
 
 
 def between_maps(forward: Forward, read: Callable[[View, Layers], Tensor], distance: Distance) -> Tensor:
-    """The distance of maps [B, h, U, U] over the matched layers, head by head or, where the models have different
-    numbers of heads, of their means over heads."""
+    """The distance of maps [B, h, U, U] over the matched layers: by head, or of means where numbers of heads differ."""
 
     def cost(m: int, block: Layers) -> Tensor:
         student, teacher = read(forward.student, (m,)), read(forward.teacher, block)
@@ -266,7 +258,7 @@ def relations_kl(forward: Forward, kind: Kind, heads: int | None) -> Tensor:
 
 def query_relations(forward: Forward, heads: Count | None = None) -> Tensor:
     """KL of the relations between queries, softmax(Q Q^T / sqrt(d_r)) (MiniLMv2, Wang et al. 2021).
-    heads: A_r, which must divide both widths, whatever the models' own numbers of heads; None: the teacher's."""
+    heads: A_r, which must divide both widths; None: the teacher's."""
     return relations_kl(forward, "queries", heads)
 
 
@@ -281,8 +273,8 @@ def value_relations(forward: Forward, heads: Count | None = None) -> Tensor:
 
 
 def sentence_cosine(forward: Forward) -> Tensor:
-    """One minus cosine of the sentence embeddings, the student's brought up to the teacher's width; of stored vectors,
-    which come in the student's width, one minus cosine as they are."""
+    """One minus cosine of the sentence embeddings, the student's brought up to the teacher's width, unless the vectors
+    are stored ones, which come in the student's."""
     student = forward.student.sentence
     return one_minus_cosine(student if forward.bank is not None else forward.up(student), forward.teacher.sentence)
 
@@ -327,8 +319,7 @@ def labels(forward: Forward) -> Tensor:
 
 def soft_labels(forward: Forward, temperature: Positive = 1.0, divergence: Literal["kl", "ce"] = "kl") -> Tensor:
     """T² KL(p_T || p_S) of softmax(z / T), z [B, C] or [n, C] at labelled pieces (Hinton et al. 2015, eq. 1).
-    divergence ce: T² times the cross-entropy (TinyBERT, eq. 10, with T = 1), larger by the teacher's entropy: the same
-    gradients, and not zero at agreement. Regression has no distribution: `phases_of` gives it `logits_mse`."""
+    divergence ce: T² times the cross-entropy (TinyBERT, eq. 10, with T = 1), larger by the teacher's entropy."""
     student, teacher = forward.student.task_logits, forward.teacher.task_logits
     found = kl(student, teacher, temperature)
     if divergence == "ce":
@@ -359,11 +350,9 @@ class Loss:
     function: Callable[..., Tensor]
     # "hidden" (states of all layers), "queries", "keys", "values", "teacher" (its states), "sentence" (embeddings of
     # both, the teacher's perhaps a stored one), "teacher logits", "task logits", "masked words", "student head" and
-    # "teacher head" (of masked LM), "both vocabularies" (which pieces they share), "up" (the projection, whatever the
-    # arguments), "groups" (near sentences)
+    # "teacher head" (of masked LM), "both vocabularies" (which pieces they share), "up", "groups" (near sentences)
     reads: Set[str]
-    # the modes of dual training, "distill" (recovery too), "finetune", "task teacher" (of its fine-tuning)
-    stands_in: Set[str]
+    stands_in: Set[str]  # the modes of dual training, "distill" (recovery too), "finetune", "task teacher"
 
 
 COMPARED = frozenset({"joint", "match", "distill", "finetune"})  # where a student and a teacher see the same words
@@ -408,8 +397,8 @@ def unanswered(losses: Iterable[str], *, stored: bool) -> list[str]:
 
 
 def check_losses(section: str, stage: TrainingSection, place: str) -> None:
-    """Raises InputError, naming the key, for losses that a stage cannot compute: unknown, out of place, with wrong
-    arguments, without what they read. section: the stage's key in the recipe. place: see `Loss`."""
+    """Raises InputError, naming the key, for losses that a stage cannot compute. section: the stage's key in the
+    recipe. place: see `Loss`."""
     for name, chosen in stage.losses.items():
         key = f"{section}.losses.{name}"
         if name not in LOSSES:

@@ -48,8 +48,8 @@ class TrainingTask(nn.Module):
     tables: dict[str, Any] = {}  # {loss: on the host, what its lists of places are made from besides the batch}
 
     def forward(self, batch: Batch) -> dict[str, Tensor]:
-        """Unweighted losses by name, each a scalar. The models run under the caller's autocast, the losses and all that
-        is pooled for them in float32."""
+        """Unweighted losses by name, each a scalar. The models run under the caller's autocast, the losses in
+        float32."""
         forward = self.view(batch)
         with torch.autocast(batch.unit_mask.device.type, enabled=False):
             return {name: LOSSES[name].function(forward, **chosen.arguments) for name, chosen in self.losses.items()}
@@ -65,12 +65,11 @@ class TrainingTask(nn.Module):
 
     @property
     def reads_all(self) -> bool:
-        """Whether the losses surely give every trained parameter a gradient: one reads a part of each of `needed`."""
+        """Whether every trained parameter surely gets a gradient: some loss reads a part of each of `needed`."""
         return all(readers(self.losses, *parts) for parts in self.needed)
 
     def run(self, backbone: nn.Module, side: Pieces, batch: Batch, embeddings: Tensor | None = None) -> View:
-        """One model's pass, keeping what the losses read: all layers, queries, keys and values, or the last states.
-        embeddings [B, T, D_E]: instead of ids."""
+        """One model's pass, keeping what the losses read. embeddings [B, T, D_E]: instead of ids."""
         layers, qkv = bool(readers(self.losses, "hidden")), bool(readers(self.losses, *ATTENTION))
         passed = run_backbone(backbone, side, embeddings=embeddings, layers=layers, qkv=qkv)
         heads, units = backbone.config.num_attention_heads, batch.unit_mask.shape[1]
@@ -96,8 +95,7 @@ class TrainingTask(nn.Module):
         return list(self.student.get_input_embeddings().parameters())  # also where the weight is a rounded view of it
 
     def before_step(self, step: int) -> None:
-        """Fits the scales of a rounded student to its weights, at steps that their number alone decides, so that a
-        resumed run does the same."""
+        """Fits the scales of a rounded student to its weights at steps that a resumed run shares."""
         if step % STEPS_OF_SCALES == 0:
             refit(self)
 
@@ -105,10 +103,9 @@ class TrainingTask(nn.Module):
         return super().train(False)
 
     def project_hidden(self, student: nn.Module, teacher: nn.Module, directions: Tensor | None) -> None:
-        """Gives the task its shared maps of hidden states, up to the teacher's width and down. directions: of
-        `build_student`. ALBERT's are of a table narrower than its hidden states, and say nothing about them."""
+        """Gives the task its shared maps of hidden states, up to the teacher's width and down."""
         small, large = student.config.hidden_size, teacher.config.hidden_size
-        if directions is not None and len(directions) != large:
+        if directions is not None and len(directions) != large:  # ALBERT's, of a table narrower than its hidden states
             directions = None
         self.up = widen(small, large, directions)
         self.down = widen(large, small, None if directions is None else directions.T)
@@ -176,8 +173,7 @@ class Distillation(TrainingTask):
 
 
 class TaskTraining(TrainingTask):
-    """A task model on its own pieces and, where a loss reads it, a frozen fine-tuned teacher on the teacher's.
-    `begin` opens each phase: models and projections stay, so that a later phase starts where the one before ended."""
+    """A task model on its own pieces and, where a loss reads it, a frozen fine-tuned teacher on the teacher's."""
 
     def __init__(
         self, model: nn.Module, kind: str, *, teacher=None, logits=None, directions=None, pooling="mean", normalize=True
@@ -192,7 +188,7 @@ class TaskTraining(TrainingTask):
         self.register_buffer("logits", logits, persistent=False)
 
     def begin(self, losses: Losses, pairs: Pairs) -> None:
-        """Opens a phase: its losses, its layer map, and what of the model they train."""
+        """Opens a phase, which starts where the one before ended: its losses, its layer map, and what they train."""
         self.losses, self.pairs = losses, pairs
         self.live = live_teacher(losses, stored=self.logits is not None)
         self.freeze_unread()
@@ -219,8 +215,8 @@ def live_teacher(losses: Losses, *, stored: bool) -> bool:
 
 
 class MixedEmbedding(nn.Module):
-    """Embeds combined ids [B, T] as [B, T, D_T]: below V_T by the teacher's table, from V_T on by the student's and the
-    affine map up."""
+    """Embeds combined ids [B, T] as [B, T, D_T]: below V_T by the teacher's table, else by the student's and a map
+    up."""
 
     def __init__(self, teacher_table: nn.Embedding, student_table: nn.Embedding, directions: Tensor | None):
         super().__init__()
@@ -247,19 +243,16 @@ class DualTraining(TrainingTask):
         self.pooling, self.normalize = teacher.pooling, teacher.normalize
         self.embedding = MixedEmbedding(teacher.table, student.get_input_embeddings(), table_directions)
         self.project_hidden(student, teacher, directions)
-        small = student.config.hidden_size
-        if teacher.table.embedding_dim == teacher.config.hidden_size and table_width(student.config) == small:
+        if all(table_width(model.config) == model.config.hidden_size for model in (student, teacher)):
             self.up = self.embedding.up  # one map up of this width
         self.teacher_head, self.head = teacher.head, student_head
         self.student_bias = nn.Parameter(torch.zeros(student.config.vocab_size))  # of the teacher's second softmax
-        self.projections = nn.ModuleDict()
-        for direction in ("down", "up"):
-            if f"parameters_{direction}" in self.losses:
-                self.projections[direction] = ParameterProjection(student, teacher.backbone, pairs, direction)
+        chosen = [direction for direction in ("down", "up") if f"parameters_{direction}" in self.losses]
+        made = {way: ParameterProjection(student, teacher.backbone, pairs, way) for way in chosen}
+        self.projections = nn.ModuleDict(made)
         self.freeze_unread()
-        if self.mode == "match":  # both sides are the teacher, in its own width
-            self.up.requires_grad_(False)
-            self.down.requires_grad_(False)
+        for part in (self.up, self.down) if self.mode == "match" else ():  # both sides are the teacher
+            part.requires_grad_(False)
         self.embedding.up.requires_grad_(True)
         # only masked LM moves the teacher; in match mode its own reading is the target and must stay
         reads_head = bool(readers(self.losses, "teacher head"))
@@ -292,13 +285,12 @@ class DualTraining(TrainingTask):
         return forward
 
     def masked_lm(self, batch: Batch, mixed: View) -> Tensor:
-        """Over both tables in the teacher's width, [V_T, D_T] and [V_S, D_T]."""
         tables = [self.embedding.teacher_table.weight, self.embedding.up(self.embedding.student_table.weight)]
         return masked_lm_loss(batch, mixed, self.teacher_head, tables, [self.teacher_head.bias, self.student_bias])
 
 
 class HeadTraining(TrainingTask):
-    """Trains a masked-LM head on a teacher that has none. The body stays as it is: its embeddings are the target."""
+    """Trains a masked-LM head on a teacher that has none, whose body stays as it is."""
 
     def __init__(self, teacher: Teacher, losses: Losses):
         super().__init__()
