@@ -1,11 +1,9 @@
 """Write a model as a folder that onnxruntime and transformers.js load, and transformers too where asked; check it.
 
 A folder is written beside its place, loaded back in onnxruntime, compared with torch on awkward inputs, weighed,
-measured, and only then moved. It replaces an earlier delivery together with its index, which no other model can read.
-"""
+measured, and only then moved. It replaces an earlier delivery together with its index."""
 
 import json
-from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from hashlib import sha256
 from pathlib import Path
@@ -85,13 +83,7 @@ class ExportSettings:
 
 
 def export_model(
-    model_folder: str | Path,
-    out_folder: str | Path,
-    settings: ExportSettings,
-    *,
-    measure: Callable[[Path], dict[str, dict[str, float]]] | None = None,
-    gates: Iterable[str] | None = None,
-    manifest: dict | None = None,
+    model_folder: str | Path, out: str | Path, settings: ExportSettings, *, measure=None, gates=None, manifest=None
 ) -> dict:
     """Write the delivery of a model folder and return its manifest (also in MANIFEST.json).
     measure: called with the complete folder, gives {figure: {system: value}}, kept as "quality"; a figure in `gates`
@@ -99,7 +91,7 @@ def export_model(
     Added: the settings, "files" {name: {"bytes", "sha256"}}, "loaders" {name: {"files", "bytes"}}, "delivery_bytes"
     (what onnxruntime needs), "check": least agreement with torch. Raises InputError for a model that it cannot write
     and for failures, which `force` only notes: over budget, disagreement with torch, lost quality."""
-    model, out_folder, failures = _load_model(Path(model_folder), settings), Path(out_folder), []
+    model, out_folder, failures = _load_model(Path(model_folder), settings), Path(out), []
     taken = out_folder.is_file() or out_folder.is_dir() and any(out_folder.iterdir())
     if taken and not (out_folder / "MANIFEST.json").is_file():
         raise InputError(f"{out_folder} exists and is no earlier delivery: give another place or remove it")
@@ -147,8 +139,8 @@ def _load_model(folder: Path, settings: ExportSettings) -> nn.Module:
     if not 2 < settings.max_positions <= (most := config.max_position_embeddings):
         raise InputError(f"max_positions {settings.max_positions} is not possible: give 3 to {most:,} (the model's)")
     loader = student_class(config, KINDS[task].architecture.removeprefix("Bert"))
-    name, found = loader.__name__, (config.architectures or ["a model without a head"])[0]
-    if task != "embedding" and name != found:
+    found = (config.architectures or ["a model without a head"])[0]
+    if task != "embedding" and found != (name := loader.__name__):
         raise InputError(f"{folder} holds {found}, which has no head for {task}: give the folder of a {name}")
     if task == "fill-mask" and not config.tie_word_embeddings:
         raise InputError(f"{folder}: the masked-LM decoder is not tied to the embeddings, which alone can be exported")
@@ -177,11 +169,11 @@ def _write_files(model: nn.Module, model_folder: Path, place: Path, settings: Ex
     (place / "onnx").mkdir()
     (place / keys["graph"]).write_bytes(graph.SerializeToString(deterministic=True))
     kept = CONFIG_KEYS.split() + ["id2label", "label2id", "problem_type"] * KINDS[task].labelled
-    values = {"architectures": [type(model).__name__], "model_type": config.model_type}
-    values |= {name: getattr(config, name) for name in kept if getattr(config, name, None) is not None}
-    _write_json(place / "config.json", values)
+    values = {name: getattr(config, name) for name in kept if getattr(config, name, None) is not None}
+    named = {"architectures": [type(model).__name__], "model_type": config.model_type}
+    _write_json(place / "config.json", named | values)
     if settings.safetensors:
-        dtype = torch.float16 if settings.safetensors == "fp16" else torch.float32
+        dtype = {"fp16": torch.float16, "fp32": torch.float32}[settings.safetensors]
         tensors = {name: value.to(dtype).contiguous() for name, value in model.named_parameters()}  # tied ones once
         save_file(tensors, place / "model.safetensors", {"format": "pt"})
         (place / "model.safetensors").chmod(0o644)  # safetensors' are for their owner alone
@@ -224,8 +216,8 @@ def _compare(model: nn.Module, graph: Path, settings: ExportSettings) -> tuple[d
 
 
 def agreement(graph: bytes | Path, feeds: list[Feed], model: nn.Module, settings: ExportSettings) -> float:
-    """Least cosine of what the graph gives for the feeds with what torch gives; -1 where anything is not finite.
-    Logits are centred (a softmax does not see their mean) and compared all at once: near ties have no direction."""
+    """Least cosine of what the graph and torch give for the feeds; -1 where anything is not finite. Logits are centred,
+    as a softmax does not see their mean, and compared all at once: near ties have no direction."""
     options, task = onnxruntime.SessionOptions(), settings.task
     options.intra_op_num_threads, options.log_severity_level = 1, 3
     session = onnxruntime.InferenceSession(graph, options, providers=["CPUExecutionProvider"])

@@ -5,9 +5,8 @@ metadata), and the codes are exactly those of `quantize`. Nothing is rounded acr
 depend on its batch or on padding. Vectors and scales are float16 behind a Cast, which onnxruntime folds while loading.
 
 Inputs input_ids, attention_mask, token_type_ids: int64 [batch, sequence], sequence <= max_positions. Outputs, float32:
-sentence_embedding [batch, hidden] (pooled, normalised) and last_hidden_state [batch, sequence, hidden] for embedders;
-logits [batch, labels], [batch, sequence, labels] or [batch, sequence, pieces] for the others.
-"""
+sentence_embedding [batch, hidden] and last_hidden_state [batch, sequence, hidden] for embedders; logits [batch,
+labels], [batch, sequence, labels] or [batch, sequence, pieces] for the others."""
 
 from dataclasses import dataclass
 
@@ -103,9 +102,8 @@ class Graph:
         factors = self.node("Unsqueeze", [self.cast(self.node("Gather", [scales, ids])), last])
         rows = self.node("Mul", [self.node("Sub", [rows, self.number(8.0)]), factors])
         rows = self.node("Reshape", [rows, self.integers(*kept, groups * size)])
-        if columns % size:
-            rows = self.node("Slice", [rows, self.integers(0), self.integers(columns), self.integers(-1)])
-        return rows
+        ends = [self.integers(0), self.integers(columns), last] if columns % size else []
+        return self.node("Slice", [rows, *ends]) if ends else rows
 
     def codes(self, quantized: Quantized) -> np.ndarray:
         """8 bits: [rows, columns]. 4 bits, where 8 stands for zero: two in a byte, the first one low; whole groups."""
@@ -223,10 +221,8 @@ class Encoder:
             hidden = self.graph.linear("word_embeddings", table, bias, hidden)
         elif task == "classification":
             hidden = self.graph.node("Gather", [hidden, self.graph.number(0, "s")], axis=1)
-            if electra:
-                hidden = self.graph.node("Gelu", [self.linear("classifier.dense", hidden)])
-            else:
-                hidden = self.graph.node("Tanh", [self.linear("pooler.dense", hidden)])
+            dense, function = ("classifier.dense", "Gelu") if electra else ("pooler.dense", "Tanh")
+            hidden = self.graph.node(function, [self.linear(dense, hidden)])
             hidden = self.linear("classifier.out_proj" if electra else "classifier", hidden)
         else:
             hidden = self.linear("classifier", hidden)
@@ -234,16 +230,16 @@ class Encoder:
 
 
 def build_graph(
-    state: dict[str, np.ndarray],
+    state: dict,
     config: PreTrainedConfig,
     *,
     task: str,
-    formats: dict[str, str],
-    pooling: str = "mean",
-    normalize: bool = True,
-    kernel: str = KERNELS[0],
+    formats: dict,
+    pooling="mean",
+    normalize=True,
+    kernel=KERNELS[0],
 ) -> onnx.ModelProto:
-    """The ONNX model of a BERT with the parameters `state`, see `Encoder`."""
+    """The ONNX model of a BERT with the parameters `state`, see `Encoder`. formats: {class of tensor: format}."""
     encoder = Encoder(graph := Graph(formats, kernel), state, config)
     hidden, mask = encoder.embeddings(), graph.cast("attention_mask")
     bias = graph.node("Mul", [graph.node("Sub", [mask, graph.number(1.0)]), graph.number(1e9)])

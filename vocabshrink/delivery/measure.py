@@ -1,7 +1,6 @@
 """The headline table: teacher, untrained student, trained student and delivery, side by side, on held-out text.
 
-The delivery is measured as its users run it: from text, through its own tokenizer and graph, without torch.
-"""
+The delivery is measured as its users run it: from text, through its own tokenizer and graph, without torch."""
 
 import statistics
 import sys
@@ -29,8 +28,8 @@ def measure_systems(
     folders: of "teacher", "untrained", "trained" and "delivered"."""
     delivery, teacher, embedders = load(folders["delivered"]), folders["teacher"], {}
     for name in ("teacher", "untrained", "trained"):
-        backbone, folder = load_model(folders[name]).to(PartialState().device), folders[name]
-        embedders[name] = torch_embedder(backbone, folder, pooling, normalize, max_length=LONGEST)
+        backbone = load_model(folders[name]).to(PartialState().device)
+        embedders[name] = torch_embedder(backbone, folders[name], pooling, normalize, max_length=LONGEST)
     embedders["delivered"] = partial(delivery.embed, prompt="")  # none of the systems gets a prompt
     vectors = {name: embed(held_out.texts) for name, embed in embedders.items()}
     target = vectors.pop("teacher")

@@ -1,7 +1,6 @@
 """What a BERT shape weighs, before anything is trained: parameters by block, and the bytes of every delivery.
 
-A graph is built on zeros by the code that writes the delivery: exact but for a few bytes, in tens of milliseconds.
-"""
+A graph is built on zeros by the code that writes the delivery: exact but for a few bytes, in tens of milliseconds."""
 
 import copy
 from bisect import bisect_right
@@ -30,17 +29,10 @@ def parameters(config: PreTrainedConfig) -> dict[str, int]:
     """Parameters by block; "total" counts every layer and, of a BERT, the pooler."""
     with torch.device("meta"):
         model = student_class(config)(config)
-    blocks = {
-        "pieces": "embeddings.word_embeddings",
-        "positions": "embeddings.position_embeddings",
-        "types": "embeddings.token_type_embeddings",
-        "embedding_layernorm": "embeddings.LayerNorm",
-        "embedding_projection": "embeddings_project",
-        "per_layer": "encoder.layer.0",
-        "pooler": "pooler",
-        "layers": "encoder",
-        "total": "",
-    }
+    blocks = {"pieces": "embeddings.word_embeddings", "positions": "embeddings.position_embeddings"}
+    blocks |= {"types": "embeddings.token_type_embeddings", "embedding_layernorm": "embeddings.LayerNorm"}
+    blocks |= {"embedding_projection": "embeddings_project", "per_layer": "encoder.layer.0", "pooler": "pooler"}
+    blocks |= {"layers": "encoder", "total": ""}
     found = dict(model.named_modules())
     return {name: sum(p.numel() for p in found[place].parameters()) for name, place in blocks.items() if place in found}
 
@@ -70,9 +62,7 @@ def delivery_bytes(
     return sizes | {"total": sum(sizes.values())}
 
 
-def refusal(
-    config: PreTrainedConfig, budget_bytes: int, formats: Formats, *, recipe: str, task: str = "embedding"
-) -> str | None:
+def refusal(config, budget_bytes: int, formats: Formats, *, recipe: str, task: str = "embedding") -> str | None:
     """None where the delivery fits its budget, else one sentence that says by how much and what to change."""
 
     def total(pieces: int = config.vocab_size, formats: Formats = formats) -> int:
@@ -83,7 +73,7 @@ def refusal(
     if (needed := total()) <= budget_bytes:
         return None
     fewer = bisect_right(range(1, config.vocab_size), budget_bytes, key=total)
-    remedies = [f"vocabulary.size <= {fewer:,}"] if fewer > 0 else []
+    remedies = [f"vocabulary.size <= {fewer:,}"] * (fewer > 0)
     remedies += [describe(other) for other in GRAPH_FORMATS if total(formats=other) <= budget_bytes][:1]
     advice = ", or ".join(remedies) or "fewer layers or a smaller hidden_size (no vocabulary and no format fits)"
     over = f"over the budget of {_megabytes(budget_bytes)} by {_megabytes(needed - budget_bytes)}"

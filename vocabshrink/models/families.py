@@ -3,8 +3,7 @@
 A family that is not in the table (DeBERTa, ModernBERT, NomicBERT) still teaches: hidden states, sentence vectors and
 its piece table need no names. Its layers have no counterpart in a BERT, so a student starts with random ones. A student
 is a BERT or, with a factorised piece table (`student.embedding_size`), an ELECTRA: the same layers behind a projection
-from the table's width, in a class that transformers and transformers.js know.
-"""
+from the table's width, in a class that transformers and transformers.js know."""
 
 from collections.abc import Iterator
 
@@ -20,16 +19,14 @@ PARTS = (
     *("intermediate.dense", "output.dense", "output.LayerNorm"),
 )
 # model_type -> (where a layer stands, the names there of PARTS)
+DISTILBERT = ("sa_layer_norm", "ffn.lin1", "ffn.lin2", "output_layer_norm")
 LAYERS: dict[str, tuple[str, tuple[str, ...]]] = dict.fromkeys(
     ("bert", "roberta", "xlm-roberta", "camembert", "electra"), ("encoder.layer.{}", PARTS)
 ) | {
     "mpnet": ("encoder.layer.{}", (*(f"attention.attn.{name}" for name in "qkvo"), "attention.LayerNorm", *PARTS[5:])),
     "distilbert": (
         "transformer.layer.{}",
-        (
-            *(f"attention.{name}_lin" for name in ("q", "k", "v", "out")),
-            *("sa_layer_norm", "ffn.lin1", "ffn.lin2", "output_layer_norm"),
-        ),
+        (*(f"attention.{name}_lin" for name in ("q", "k", "v", "out")), *DISTILBERT),
     ),
     "albert": (  # one layer, used again and again
         "encoder.albert_layer_groups.0.albert_layers.0",
@@ -65,8 +62,7 @@ def table_width(config: PreTrainedConfig) -> int:
 
 
 def check_attention(config: PreTrainedConfig, *, scores: bool = False) -> None:
-    """Raises InputError where it is not known where the family computes queries, keys and values or, for losses of
-    `scores`, where these are not the whole of its attention."""
+    """Raises InputError where the family's queries, keys and values (`scores`: and all else in them) are not known."""
     known = [family for family in LAYERS if not (scores and family in RELATIVE)]
     if config.model_type not in known or getattr(config, "inner_group_num", 1) != 1:  # ALBERT's layers in a layer
         remedy = f"choose losses of hidden states, or a model among {', '.join(known)}"
@@ -81,8 +77,7 @@ def names_of_layer(config: PreTrainedConfig, number: int) -> dict[str, str]:
 
 
 def as_bert(backbone: nn.Module) -> dict[str, nn.Parameter]:
-    """A backbone's parameters under BERT's names (ELECTRA's for a projection behind the table); without layers where
-    the family is none of LAYERS, since half a layer is worth less than a random one."""
+    """A backbone's parameters under BERT's and ELECTRA's names; without layers where the family is none of LAYERS."""
     config, found, albert = backbone.config, dict(backbone.named_parameters()), "encoder.embedding_hidden_mapping_in"
     named = {
         name.replace(albert, "embeddings_project"): value

@@ -3,8 +3,7 @@
 Queries, keys and values are read by hooks on the layers that compute them, so that transformers' fast attention stays
 in use, which never shows its scores. Whatever is compared is pooled into units first, in float32 under autocast too.
 Sums over pieces are `index_add`s, whose order a GPU does not fix: units of three pieces or more differ there in the
-last bit from run to run, unless torch.use_deterministic_algorithms is on.
-"""
+last bit from run to run, unless torch.use_deterministic_algorithms is on."""
 
 import re
 from collections.abc import Iterable, Iterator
@@ -29,8 +28,7 @@ from vocabshrink.run.recipe import POOLINGS
 @dataclass
 class Pass:
     """What a backbone's pass gave. hidden: all hidden states [B, T, D], embedding output first, or the last one only.
-    queries, keys, values: of each layer [B, T, D], heads side by side, in the dtype of the pass; None if not asked for.
-    """
+    queries, keys, values: of each layer [B, T, D], heads side by side, in the pass's dtype; None if not asked for."""
 
     hidden: tuple[Tensor, ...]
     queries: tuple[Tensor, ...] | None = None
@@ -40,7 +38,7 @@ class Pass:
 
 @contextmanager
 def hooked(modules: Iterable[nn.Module], *, inputs: bool = False) -> Iterator[list[Tensor]]:
-    """A list that fills with each module's output, or its first input, in the order in which they run."""
+    """A list that fills with each module's output, or its first input, as they run."""
     found: list[Tensor] = []
     with ExitStack() as handles:
         for module in modules:
@@ -131,8 +129,7 @@ class ModuleSettings:
 
 def module_settings(folder: Path, pooling: str | None = None, normalize: bool | None = None) -> ModuleSettings:
     """Reads what a folder says beside its model; `pooling` and `normalize`, where given, win over it. Raises InputError
-    for files of another form, other modules, poolings joined, a dense layer that changes the width or adds a residual.
-    """
+    for files of another form, other modules, poolings joined, a dense layer of another width or with a residual."""
 
     def read(name: str) -> dict | list:
         return read_json(folder / name) if (folder / name).is_file() else {}
@@ -156,15 +153,11 @@ def module_settings(folder: Path, pooling: str | None = None, normalize: bool | 
         raise InputError(f"{folder}: a Dense module of {wrong[0]} cannot be learnt: take another model")
     if modules and pooling is None:
         pooling = _pooling_of(options[1], folder)
-    return ModuleSettings(
-        pooling or POOLINGS[0],
-        (not kinds or "Normalize" in kinds) if normalize is None else normalize,
-        limits.get("max_seq_length"),
-        bool(limits.get("do_lower_case")),
-        {name: text or "" for name, text in prompts.items()},
-        default,
-        tuple(folder / path for path, kind in modules if kind == "Dense"),
-    )
+    normalize = (not kinds or "Normalize" in kinds) if normalize is None else normalize
+    limits = limits.get("max_seq_length"), bool(limits.get("do_lower_case"))
+    dense = tuple(folder / path for path, kind in modules if kind == "Dense")
+    prompts = {name: text or "" for name, text in prompts.items()}
+    return ModuleSettings(pooling or POOLINGS[0], normalize, *limits, prompts, default, dense)
 
 
 def _pooling_of(options: dict, folder: Path) -> str:
@@ -182,12 +175,11 @@ def _pooling_of(options: dict, folder: Path) -> str:
 
 def module_files(width: int, positions: int, pooling: str, normalize: bool, prompts=None, default_prompt=None) -> dict:
     """{file: JSON content} beside a model of `width` dimensions that reads `positions` pieces; see `ModuleSettings`."""
-    modules = [("", "Transformer"), ("1_Pooling", "Pooling")] + [("2_Normalize", "Normalize")] * normalize
+    paths = ["", "1_Pooling", "2_Normalize"][: 2 + normalize]
+    kinds = [f"sentence_transformers.models.{path[2:] or 'Transformer'}" for path in paths]
+    modules = enumerate(zip(paths, kinds, strict=True))
     return {
-        "modules.json": [
-            {"idx": i, "name": str(i), "path": path, "type": f"sentence_transformers.models.{kind}"}
-            for i, (path, kind) in enumerate(modules)
-        ],
+        "modules.json": [{"idx": i, "name": str(i), "path": path, "type": kind} for i, (path, kind) in modules],
         "sentence_bert_config.json": {"max_seq_length": positions, "do_lower_case": False},
         "1_Pooling/config.json": {"word_embedding_dimension": width}
         | {f"pooling_mode_{mode}": pooling == name for name, mode in MODES.items()},

@@ -2,8 +2,7 @@
 
 Teachers are strangers' files. So every model is read from safetensors alone (unpickling can run code), none of a
 folder's own code is run, the network is used by `resolve_model` alone, and whatever transformers stumbles over becomes
-one sentence. Weights are float32 whatever their files hold: half precision comes from autocast.
-"""
+one sentence. Weights are float32 whatever their files hold: half precision comes from autocast."""
 
 import hashlib
 import importlib.util
@@ -27,8 +26,8 @@ transformers_logging.disable_progress_bar()
 
 
 def resolve_model(model: str, revision: str | None = None) -> Path:
-    """The folder of a model: a local folder, `package:NAME/SUBFOLDER`, or a hub name (the only use of the network), for
-    which `revision` may name a branch, tag or commit. Raises InputError where there is no such model."""
+    """The folder of a model: a local folder, `package:NAME/SUBFOLDER`, or a hub name, for which `revision` may name a
+    branch, tag or commit. Raises InputError where there is no such model."""
     folder = Path(model).expanduser()
     if model.startswith("package:"):
         name, _, inner = model.removeprefix("package:").partition("/")
@@ -120,8 +119,8 @@ def check_folder(folder: Path, sha256: str | None = None):
 
 
 def weight_files(folder: Path) -> list[Path]:
-    """What transformers loads from a folder: model.safetensors, or the shards that its index names, in order of name.
-    Raises InputError where there is neither, and for shards that are missing or outside the folder."""
+    """What transformers loads: model.safetensors, or the shards that its index names, in order of name. Raises
+    InputError where there is neither, and for shards that are missing or outside the folder."""
     if (folder / "model.safetensors").is_file():
         return [folder / "model.safetensors"]
     index = folder / "model.safetensors.index.json"

@@ -1,9 +1,7 @@
 """Pieces of one vocabulary in the other's: the pieces that both have, and how one spells what the other has.
 
 Every piece is written as WordPiece writes it, the student's form: `##` marks a piece inside a word, where byte-level
-BPE and SentencePiece mark one at its start with `Ġ` or `▁`. Only a WordPiece model cannot be asked about text inside a
-word.
-"""
+BPE and SentencePiece mark one at its start with `Ġ` or `▁`."""
 
 import re
 
@@ -30,7 +28,7 @@ MARKED = re.compile(r"\[\w+\]|<[\w/|]+>")  # [CLS], <s>, [unused1]: no text spel
 
 
 def spell(piece: str, tokenizer: Tokenizer) -> list[int]:
-    """The teacher's ids for a student piece, `##` meaning "inside a word" in whatever way the teacher marks that."""
+    """The teacher's ids for a student piece."""
     if piece in SPECIAL and (role := first_known(tokenizer, piece, SPECIAL[piece])) is not None:
         return [role]
     unknown = first_known(tokenizer, "[UNK]", "<unk>") or 0
@@ -38,8 +36,8 @@ def spell(piece: str, tokenizer: Tokenizer) -> list[int]:
     is_wordpiece = isinstance(tokenizer.model, models.WordPiece)
     if is_wordpiece and (known := tokenizer.token_to_id(piece)) is not None:
         return [known]
-    # Elsewhere the space belongs to the word: `the` is `Ġthe` or `▁the`, while a teacher's own `the` is the end of
-    # `bathe`. A full stop follows its word without a space, so that the mark is taken off it as off `##` pieces.
+    # Elsewhere the space belongs to the word: `the` is `Ġthe` or `▁the`, and a teacher's `the` is the end of `bathe`. A
+    # full stop follows its word without a space, so that the mark is taken off it as off `##` pieces.
     follows = inside or not any(map(str.isalnum, text))
     text = text if follows or is_wordpiece else " " + text
     if tokenizer.normalizer is not None:  # an uncased teacher reads `Berlin` as `berlin`
@@ -48,10 +46,10 @@ def spell(piece: str, tokenizer: Tokenizer) -> list[int]:
     for number, (word, _) in enumerate(tokenizer.pre_tokenizer.pre_tokenize_str(text)):
         if is_wordpiece:
             ids += wordpieces(word, tokenizer, inside and number == 0) or [unknown]
-        else:
-            if follows and number == 0:
-                word = word.removeprefix("▁").removeprefix("Ġ")
-            ids += [token.id for token in tokenizer.model.tokenize(word)] if word else []
+            continue
+        if follows and number == 0:
+            word = word.removeprefix("▁").removeprefix("Ġ")
+        ids += [token.id for token in tokenizer.model.tokenize(word)] if word else []
     return ids or [unknown]
 
 
@@ -61,7 +59,7 @@ def first_known(tokenizer: Tokenizer, *names: str) -> int | None:
 
 
 def wordpieces(word: str, tokenizer: Tokenizer, inside: bool) -> list[int]:
-    """Greedy longest match, also from inside a word, for which the model itself cannot be asked; empty if unknown."""
+    """Greedy longest match, also from inside a word; empty if unknown."""
     ids: list[int] = []
     while word:
         marked = "##" * bool(inside or ids) + word

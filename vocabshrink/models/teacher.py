@@ -1,9 +1,7 @@
 """The teacher: any encoder with an embedding table that AutoModel loads, and a masked-LM head of one form.
 
 The head of every family of the BERT line is dense, activation, layer norm, then the embedding table as decoder. So
-one module, `MaskedLMHead`, serves them all: taken from the checkpoint, or trained by the `masked_lm_head` stage, and
-asked for the logits of either vocabulary, because the table is an argument.
-"""
+`MaskedLMHead` serves them all, and gives the logits of either vocabulary, because the table is an argument."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -90,13 +88,11 @@ def find_head(folder: Path) -> dict[str, str] | None:
 
 def head_names(config) -> dict[str, str]:
     """{`MaskedLMHead`'s name: the checkpoint's} of the head that a student's class has."""
-    bias = {"bert": "cls.predictions.bias", "electra": "generator_lm_head.bias"}[config.model_type]
-    return next(names for names in HEAD_NAMES if names["bias"] == bias)
+    return HEAD_NAMES[{"bert": 0, "electra": 8}[config.model_type]]
 
 
 def eps_and_activation(config) -> tuple[float, str]:
-    """A family's layer norm epsilon and activation. DistilBERT fixes the one and has its own name for the other, and
-    ModernBERT has other names for both."""
+    """A family's layer norm epsilon (DistilBERT's is fixed) and activation, under whatever names."""
     names = ("hidden_act", "activation", "hidden_activation", "activation_function")
     activation = next((found for name in names if (found := getattr(config, name, None))), "gelu")
     return getattr(config, "layer_norm_eps", None) or getattr(config, "norm_eps", 1e-12), activation

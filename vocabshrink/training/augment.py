@@ -8,8 +8,7 @@ so a word whose first piece has less than half of its letters is masked as a who
 leaves it. Numbers, signs and what touches an apostrophe (`n't`, `'s`) stay, because they decide labels; so does what
 the teacher does not read as one word: runs of Chinese, letters with combining marks. Not done: the other sentence of a
 pair as context, from which the masked word would be copied. A progress file holds how many rows and bytes of the file
-are good, so a killed run goes on after the last whole block.
-"""
+are good, so a killed run goes on after the last whole block."""
 
 import hashlib
 import json
@@ -96,7 +95,6 @@ def augmented_rows(task: Task, path: Path) -> Rows:
 
 
 def rows_sha256(rows: Rows) -> str:
-    """Tells whether a file holds copies of these rows."""
     targets = [np.asarray(target).tolist() for target in rows.targets]
     return hashlib.sha256(json.dumps([list(rows.first), rows.second, targets]).encode()).hexdigest()
 
@@ -122,7 +120,7 @@ class Word:
 
 
 def copies_of(task: Task, row: int, found: dict[Sentence, list[Word]], section: AugmentSection) -> list[dict]:
-    """The distinct changed copies of one training row, as rows of the file."""
+    """The distinct changed copies of a training row, as rows of the file."""
     rows, random = task.splits["train"], np.random.default_rng((0, row))
     sentences, target = sentences_of(rows, row), rows.targets[row]
     words = [(number, w) for number, sentence in enumerate(sentences) for w in found[sentence] if w.candidates]
@@ -163,11 +161,9 @@ class CandidateFinder:
         self.teacher, self.count, self.device = teacher, count, PartialState().device
         for module in filter(None, (teacher.backbone, teacher.head)):
             module.to(self.device)
-        self.tokenizer = load_tokenizer(teacher.folder)
-        self.mask = first_known(self.tokenizer, "[MASK]", "<mask>")
-        self.unknown = first_known(self.tokenizer, "[UNK]", "<unk>")
-        self.positions = positions_of(teacher.config)
-        texts = {i: as_wordpiece(piece, self.tokenizer) for piece, i in self.tokenizer.get_vocab().items()}
+        self.tokenizer = tokenizer = load_tokenizer(teacher.folder)
+        self.mask, self.unknown = first_known(tokenizer, "[MASK]", "<mask>"), first_known(tokenizer, "[UNK]", "<unk>")
+        texts = {i: as_wordpiece(piece, tokenizer) for piece, i in tokenizer.get_vocab().items()}
         words = {i: text for i, text in sorted(texts.items()) if text and text.isalpha() and len(text) > 1}
         self.ids, self.words = torch.tensor(list(words), dtype=torch.long).to(self.device), list(words.values())
         self.near: dict[tuple[int, ...], list[str]] = {}
@@ -180,9 +176,9 @@ class CandidateFinder:
         """The words of each sentence, in order, with their candidates."""
         encodings = self.tokenizer.encode_batch([" ".join(sentence) for sentence in sentences])
         found = [words_of(sentence, encoding) for sentence, encoding in zip(sentences, encodings, strict=True)]
-        nearest, masked = [], []
+        nearest, masked, most = [], [], positions_of(self.teacher.config)
         for encoding, words in zip(encodings, found, strict=True):
-            head = self.teacher.head and self.mask is not None and len(encoding.ids) <= self.positions
+            head = self.teacher.head and self.mask is not None and len(encoding.ids) <= most
             for word in (word for word in words if word.pieces):
                 spelt = self.unknown not in word.pieces and 2 * word.letters[0] >= sum(word.letters)
                 if head and (len(word.pieces) == 1 or not spelt):

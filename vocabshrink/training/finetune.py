@@ -1,7 +1,6 @@
 """Fine-tuning on one task: phases one after the other, and the model's logits of a split.
 
-A phase is an ordinary training (loop.py) of a `TaskTraining`, so it resumes like any other.
-"""
+A phase is an ordinary training (loop.py) of a `TaskTraining`, so it resumes like any other."""
 
 import math
 from pathlib import Path
@@ -25,8 +24,8 @@ EVALUATION_BATCH = 128  # sequences of like length in a forward pass
 
 
 def phases_of(phases: list[Phase], section: TaskSection) -> list[Phase]:
-    """The phases as a task asks for them: with its own epochs and, for scores, which have no distribution, with
-    `logits_mse` in place of `soft_labels` (as TinyBERT and patient KD do on STS-B)."""
+    """The phases with a task's own epochs and, for scores, which have no distribution, with `logits_mse` in place of
+    `soft_labels` (as TinyBERT and patient KD do on STS-B)."""
     found = []
     for phase in phases:
         losses = dict(phase.losses)

@@ -1,8 +1,7 @@
 """The one training loop, over Accelerate: from a laptop's CPU to several GPUs.
 
 A task (task.py) gives named, unweighted losses; a batcher gives the batch of a step. The learning rate is a function of
-the step, and so is the batch, so a resumed run is the run that was not stopped.
-"""
+the step, and so is the batch, so a resumed run is the run that was not stopped."""
 
 import json
 import math
@@ -10,7 +9,7 @@ import os
 import sys
 import time
 import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
@@ -26,7 +25,7 @@ from torch.nn.utils import get_total_norm
 
 from tokenizer_build.errors import InputError
 from tokenizer_build.files import checksum, parse_json, plain, replacing_folder, write_json
-from vocabshrink.data.batches import Batch, Batcher, prefetch
+from vocabshrink.data.batches import Batch, prefetch
 from vocabshrink.data.pieces import mapped
 from vocabshrink.run.folder import RunDir
 from vocabshrink.run.recipe import TrainingSection
@@ -47,9 +46,9 @@ class Lamb(torch.optim.Optimizer):
             parameters = [parameter for parameter in group["params"] if parameter.grad is not None]
             gradients, states = [p.grad.float() for p in parameters], [self.state[p] for p in parameters]
             for state, gradient in zip(states, gradients, strict=True):
-                if not state:
+                if not state:  # "step" on the CPU, so that nobody waits for it
                     state |= {name: torch.zeros_like(gradient) for name in ("exp_avg", "exp_avg_sq")}
-                    state["step"] = torch.zeros(())  # on the CPU, so that nobody waits for it
+                    state["step"] = torch.zeros(())
                 state["step"] += 1
             if not parameters:
                 continue
@@ -162,13 +161,7 @@ class State:
 
 
 def train(
-    task: TrainingTask,
-    batcher: Batcher,
-    settings: TrainingSection,
-    job: Job,
-    accelerator: Accelerator,
-    evaluate: Callable[[TrainingTask], dict] | None = None,
-    clock: Callable[[], float] = time.monotonic,
+    task: TrainingTask, batcher, settings: TrainingSection, job: Job, accelerator, evaluate=None, clock=time.monotonic
 ) -> dict:
     """Trains the task in place for `settings.steps` optimizer steps, resuming from the job's checkpoint.
     Accumulation step a of a step is the batcher's batch step * accumulation + a (of `micro_batch` sequences), of which
@@ -300,8 +293,7 @@ def trained_state(task: nn.Module) -> dict[str, torch.Tensor]:
 
 
 def save_checkpoint(folder: Path, task: nn.Module, optimizer, meta: dict, scaler=None) -> None:
-    """Puts a checkpoint in the place of the one before. meta: JSON. Raises InputError for a full disk; the one
-    before is whole then."""
+    """Puts a checkpoint in the place of the one before. meta: JSON. Raises InputError for a full disk."""
     states = optimizer.state_dict()["state"]
     files = {
         "model": trained_state(task),

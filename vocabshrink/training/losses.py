@@ -6,14 +6,12 @@ student are compared by units (see batches.py): a unit's hidden state is the mea
 queries, keys and values. A score is a product, so its mean over the pieces of two units is the product of two means.
 Only attention distributions are pooled as maps, since their softmax is over pieces. Where units are pieces, each loss
 is the papers' own. Shapes: B sequences, T pieces, U units, D width (D_S student, D_T teacher), h heads, n units or
-pieces of the batch that count, V_S and V_T pieces in the vocabularies, C classes.
-"""
+pieces of the batch that count, V_S and V_T pieces in the vocabularies, C classes."""
 
 import inspect
 from collections.abc import Callable, Iterable, Sequence, Set
 from dataclasses import dataclass
 from functools import partial
-from itertools import pairwise
 from typing import Annotated, Literal
 
 import numpy as np
@@ -89,10 +87,10 @@ def over_layers(forward: Forward, cost: Callable[[int, Layers], Tensor], *, atte
 
 def places_by_vocabulary(batch: Batch, sizes: Sequence[int]) -> tuple[Tensor, ...]:
     """Which of the teacher's labels each vocabulary has [n_k], in the combined numbering (k follows k - 1)."""
-    side, ends = batch.mixed or batch.teacher, np.cumsum(sizes).tolist()
+    side = batch.mixed or batch.teacher
     labels = side.labels.flatten()[side.labelled]
-    mine = ((labels >= first) & (labels < end) for first, end in pairwise([0, *ends]))
-    return tuple(chosen.nonzero().squeeze(1) for chosen in mine)
+    vocabulary = torch.bucketize(labels, torch.tensor(sizes, device=labels.device).cumsum(0), right=True)
+    return tuple((vocabulary == k).nonzero().squeeze(1) for k in range(len(sizes)))
 
 
 def masked_lm_loss(batch: Batch, view: View, head: MaskedLMHead, tables: list[Tensor], biases: list[Tensor]) -> Tensor:
@@ -144,8 +142,7 @@ def masked_lm_match(forward: Forward, temperature: Positive = 1.0) -> Tensor:
 
 def places_to_reduce(batch: Batch, spelling: Tensor) -> tuple[Tensor, ...]:
     """Of the n words that the teacher has masked as one piece: where the student's m masked pieces stand [m], which
-    word each is of [m], how many a word has [n], where the teacher's stand [n]; which teacher pieces have a spelling
-    [K]."""
+    word each is of [m], how many a word has [n], where the teacher's stand [n]; which teacher pieces are spelt [K]."""
     _, my_units, my_counts = batch.student.masked(batch.unit_mask.shape[1])
     _, their_units, their_counts = batch.teacher.masked(batch.unit_mask.shape[1])
     chosen = (their_counts == 1) & (my_counts > 0)
@@ -163,12 +160,10 @@ def masked_lm_reduce(forward: Forward, temperature: Positive = 1.0) -> Tensor:
     scores = F.log_softmax(student.predict(student.at(mine)), dim=-1)
     words = scores.new_zeros(len(counts), scores.shape[1]).index_add(0, word, scores) / counts.unsqueeze(1)
     # mean over each spelling: bags of rows of [V_S + 1, n], of which the last stands for no piece
-    spelling = forward.spelling[spelt]
-    bags = spelling.where(spelling >= 0, words.shape[1])
-    by_piece = F.pad(words.T, (0, 0, 0, 1))
-    reduced = F.embedding_bag(bags, by_piece, mode="mean", padding_idx=words.shape[1]).T
-    target = teacher.predict(teacher.at(theirs))
-    return mean(kl(reduced, target[:, spelt], temperature))
+    spelling, nothing = forward.spelling[spelt], words.shape[1]
+    bags, by_piece = spelling.where(spelling >= 0, nothing), F.pad(words.T, (0, 0, 0, 1))
+    reduced = F.embedding_bag(bags, by_piece, mode="mean", padding_idx=nothing).T
+    return mean(kl(reduced, teacher.predict(teacher.at(theirs))[:, spelt], temperature))
 
 
 def between_states(forward: Forward, distance: Distance, direction: Direction, units: Units = "all") -> Tensor:
@@ -291,15 +286,14 @@ def bank_similarity(forward: Forward, temperature: Positive = 0.05, size: Count 
 def similarity_mse(student: Tensor, teacher: Tensor) -> Tensor:
     """Mean squared error of two cosine-similarity matrices off the diagonal. [..., n, D_S], [..., n, D_T]."""
     student, teacher = F.normalize(student, dim=-1), F.normalize(teacher, dim=-1)
-    size = student.shape[-2]
-    difference = student @ student.mT - teacher @ teacher.mT  # the diagonal is 1 - 1
+    size, difference = student.shape[-2], student @ student.mT - teacher @ teacher.mT  # the diagonal is 1 - 1
     return difference.pow(2).sum((-1, -2)).mean() / max(size * (size - 1), 1)
 
 
 def group_similarity(forward: Forward, size: Literal[2, 4] = 4) -> Tensor:
     """MSE of the similarities inside each group of near sentences: what keeps rare words apart (docs/log.md)."""
-    student, teacher = forward.student.sentence, forward.teacher.sentence
-    return similarity_mse(student.unflatten(0, (-1, size)), teacher.unflatten(0, (-1, size)))
+    sides = forward.student, forward.teacher
+    return similarity_mse(*(side.sentence.unflatten(0, (-1, size)) for side in sides))
 
 
 def batch_similarity(forward: Forward) -> Tensor:
@@ -397,8 +391,8 @@ def unanswered(losses: Iterable[str], *, stored: bool) -> list[str]:
 
 
 def check_losses(section: str, stage: TrainingSection, place: str) -> None:
-    """Raises InputError, naming the key, for losses that a stage cannot compute. section: the stage's key in the
-    recipe. place: see `Loss`."""
+    """Raises InputError, naming the key, for losses that a stage cannot compute. section: its key. place: see
+    `Loss`."""
     for name, chosen in stage.losses.items():
         key = f"{section}.losses.{name}"
         if name not in LOSSES:

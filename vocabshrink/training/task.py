@@ -8,8 +8,7 @@ are embedded by the student's table and, where widths differ, an affine map up; 
 its own pieces, as `inputs_embeds`, so its own objective pulls them into its space. Modes: `joint` (version 1: the
 student trains alongside, with parameter projections), `two_stage` (version 2: the teacher alone; distillation follows),
 and `match` for teachers without a masked-LM head: mixed input must give, unit by unit, what the teacher gives on its
-own segmentation, and only the new embeddings move; the teacher on mixed input takes the student's seat in the losses.
-"""
+own segmentation, and only the new embeddings move; the teacher on mixed input takes the student's seat in losses."""
 
 import inspect
 from functools import partial
@@ -48,8 +47,7 @@ class TrainingTask(nn.Module):
     tables: dict[str, Any] = {}  # {loss: on the host, what its lists of places are made from besides the batch}
 
     def forward(self, batch: Batch) -> dict[str, Tensor]:
-        """Unweighted losses by name, each a scalar. The models run under the caller's autocast, the losses in
-        float32."""
+        """Unweighted losses by name, each a scalar. Models run under the caller's autocast, losses in float32."""
         forward = self.view(batch)
         with torch.autocast(batch.unit_mask.device.type, enabled=False):
             return {name: LOSSES[name].function(forward, **chosen.arguments) for name, chosen in self.losses.items()}
@@ -154,7 +152,7 @@ class Distillation(TrainingTask):
         self.project_hidden(student, teacher, directions)
         self.freeze_unread()
         for name in across:
-            if not bool(((shared if name == "masked_lm_match" else spelling) >= 0).any()):
+            if not (self.tables[name] >= 0).any():
                 raise InputError(f"losses.{name}: the vocabularies have no piece in common: leave this loss out")
 
     def view(self, batch: Batch) -> Forward:
@@ -200,9 +198,8 @@ class TaskTraining(TrainingTask):
     def view(self, batch: Batch) -> Forward:
         teacher = self.teacher.base_model if self.live else None
         forward = self.both(batch, self.student.base_model, teacher)
-        forward.student.predict = partial(task_logits, self.student, kind=self.kind)
-        if self.live:
-            forward.teacher.predict = partial(task_logits, self.teacher, kind=self.kind)
+        for view, model in ((forward.student, self.student), (forward.teacher, self.teacher))[: 1 + self.live]:
+            view.predict = partial(task_logits, model, kind=self.kind)
         if self.logits is not None and readers(self.losses, "teacher logits"):
             forward.teacher = forward.teacher or View(None, None)
             forward.teacher.logits = self.logits[batch.rows]
@@ -215,8 +212,7 @@ def live_teacher(losses: Losses, *, stored: bool) -> bool:
 
 
 class MixedEmbedding(nn.Module):
-    """Embeds combined ids [B, T] as [B, T, D_T]: below V_T by the teacher's table, else by the student's and a map
-    up."""
+    """Embeds combined ids [B, T] as [B, T, D_T]: below V_T by the teacher's table, else by the student's and a map."""
 
     def __init__(self, teacher_table: nn.Embedding, student_table: nn.Embedding, directions: Tensor | None):
         super().__init__()
@@ -254,7 +250,7 @@ class DualTraining(TrainingTask):
         for part in (self.up, self.down) if self.mode == "match" else ():  # both sides are the teacher
             part.requires_grad_(False)
         self.embedding.up.requires_grad_(True)
-        # only masked LM moves the teacher; in match mode its own reading is the target and must stay
+        # in match mode the teacher's own reading is the target and must stay
         reads_head = bool(readers(self.losses, "teacher head"))
         self.student_bias.requires_grad_(reads_head)
         for part in filter(None, (self.teacher, self.teacher_head)):
@@ -264,8 +260,7 @@ class DualTraining(TrainingTask):
         self.needed = (*self.needed, ("teacher head",)) if self.mode == "joint" else ()
         self.tables = {"teacher_masked_lm": [teacher.table.num_embeddings, student.config.vocab_size]}
         if self.mode != "joint":
-            self.student.requires_grad_(False)
-            self.student.get_input_embeddings().requires_grad_(True)
+            self.student.requires_grad_(False).get_input_embeddings().requires_grad_(True)
 
     def view(self, batch: Batch) -> Forward:
         mixed = self.run(self.teacher, batch.mixed, batch, self.embedding(batch.mixed.ids))
@@ -273,7 +268,7 @@ class DualTraining(TrainingTask):
             with torch.no_grad():
                 own = self.run(self.teacher, batch.teacher, batch)
             return Forward(batch, self.pairs, nn.Identity(), nn.Identity(), mixed, own)
-        # the student learns from the teacher, not the teacher from the student: only masked LM moves the teacher
+        # only masked LM moves the teacher
         forward = Forward(batch, self.pairs, self.up, self.down, teacher=mixed.detached())
         if self.teacher_head is not None:
             forward.given["teacher_masked_lm"] = partial(self.masked_lm, batch, mixed)
