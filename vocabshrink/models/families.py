@@ -19,15 +19,12 @@ PARTS = (
     *("intermediate.dense", "output.dense", "output.LayerNorm"),
 )
 # model_type -> (where a layer stands, the names there of PARTS)
-DISTILBERT = ("sa_layer_norm", "ffn.lin1", "ffn.lin2", "output_layer_norm")
+DISTIL = ("sa_layer_norm", "ffn.lin1", "ffn.lin2", "output_layer_norm")
 LAYERS: dict[str, tuple[str, tuple[str, ...]]] = dict.fromkeys(
     ("bert", "roberta", "xlm-roberta", "camembert", "electra"), ("encoder.layer.{}", PARTS)
 ) | {
     "mpnet": ("encoder.layer.{}", (*(f"attention.attn.{name}" for name in "qkvo"), "attention.LayerNorm", *PARTS[5:])),
-    "distilbert": (
-        "transformer.layer.{}",
-        (*(f"attention.{name}_lin" for name in ("q", "k", "v", "out")), *DISTILBERT),
-    ),
+    "distilbert": ("transformer.layer.{}", (*(f"attention.{name}_lin" for name in ("q", "k", "v", "out")), *DISTIL)),
     "albert": (  # one layer, used again and again
         "encoder.albert_layer_groups.0.albert_layers.0",
         (
