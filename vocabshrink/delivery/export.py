@@ -1,5 +1,4 @@
 """Write a model as a folder that onnxruntime and transformers.js load, and transformers too where asked; check it.
-
 A folder is written beside its place, loaded back in onnxruntime, compared with torch on awkward inputs, weighed,
 measured, and only then moved. It replaces an earlier delivery together with its index."""
 

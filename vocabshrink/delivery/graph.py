@@ -1,5 +1,4 @@
 """The ONNX graph of a BERT encoder, written node by node from its weights.
-
 So the file holds weights and almost nothing else (21 KB of nodes for six layers; torch's exporter leaves 340 KB of
 metadata), and the codes are exactly those of `quantize`. Nothing is rounded across texts, so a text's answer does not
 depend on its batch or on padding. Vectors and scales are float16 behind a Cast, which onnxruntime folds while loading.

@@ -1,5 +1,4 @@
 """The headline table: teacher, untrained student, trained student and delivery, side by side, on held-out text.
-
 The delivery is measured as its users run it: from text, through its own tokenizer and graph, without torch."""
 
 import statistics
@@ -41,8 +40,7 @@ def measure_systems(
         "neighbour_overlap": {name: held_out.neighbour_overlap(found, target) for name, found in vectors.items()},
         "latency_ms": times | {"delivered": latency(delivery.embed, held_out.texts)},
     }
-    for name, pairs in rated.items():
-        figures[name] = {system: pairs.spearman(embed) for system, embed in embedders.items()}
+    figures |= {name: {of: pairs.spearman(embed) for of, embed in embedders.items()} for name, pairs in rated.items()}
     return {key: {name: round(value, 4) for name, value in row.items()} for key, row in figures.items()}
 
 

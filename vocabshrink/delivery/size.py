@@ -1,5 +1,4 @@
 """What a BERT shape weighs, before anything is trained: parameters by block, and the bytes of every delivery.
-
 A graph is built on zeros by the code that writes the delivery: exact but for a few bytes, in tens of milliseconds."""
 
 import copy

@@ -1,5 +1,4 @@
 """Where each family of encoders keeps what BERT keeps, and which class a student of either shape is.
-
 A family that is not in the table (DeBERTa, ModernBERT, NomicBERT) still teaches: hidden states, sentence vectors and
 its piece table need no names. Its layers have no counterpart in a BERT, so a student starts with random ones. A student
 is a BERT or, with a factorised piece table (`student.embedding_size`), an ELECTRA: the same layers behind a projection
@@ -20,6 +19,7 @@ PARTS = (
 )
 # model_type -> (where a layer stands, the names there of PARTS)
 DISTIL = ("sa_layer_norm", "ffn.lin1", "ffn.lin2", "output_layer_norm")
+ALBERT = ("ffn", "ffn_output", "full_layer_layer_norm")
 LAYERS: dict[str, tuple[str, tuple[str, ...]]] = dict.fromkeys(
     ("bert", "roberta", "xlm-roberta", "camembert", "electra"), ("encoder.layer.{}", PARTS)
 ) | {
@@ -27,10 +27,7 @@ LAYERS: dict[str, tuple[str, tuple[str, ...]]] = dict.fromkeys(
     "distilbert": ("transformer.layer.{}", (*(f"attention.{name}_lin" for name in ("q", "k", "v", "out")), *DISTIL)),
     "albert": (  # one layer, used again and again
         "encoder.albert_layer_groups.0.albert_layers.0",
-        (
-            *(f"attention.{name}" for name in ("query", "key", "value", "dense", "LayerNorm")),
-            *("ffn", "ffn_output", "full_layer_layer_norm"),
-        ),
+        (*(f"attention.{name}" for name in ("query", "key", "value", "dense", "LayerNorm")), *ALBERT),
     ),
 }
 RELATIVE = ("mpnet",)  # adds learned biases to the scores Q K^T / sqrt(d); what lies outside LAYERS may rotate them too

@@ -1,5 +1,4 @@
 """A pass through a backbone, and the pooling of what it gives: pieces into units (words), pieces into a sentence.
-
 Queries, keys and values are read by hooks on the layers that compute them, so that transformers' fast attention stays
 in use, which never shows its scores. Whatever is compared is pooled into units first, in float32 under autocast too.
 Sums over pieces are `index_add`s, whose order a GPU does not fix: units of three pieces or more differ there in the

@@ -1,5 +1,4 @@
 """Loading: the one way from a folder to a config, a model or its tensors.
-
 Teachers are strangers' files. So every model is read from safetensors alone (unpickling can run code), none of a
 folder's own code is run, the network is used by `resolve_model` alone, and whatever transformers stumbles over becomes
 one sentence. Weights are float32 whatever their files hold: half precision comes from autocast."""
@@ -105,11 +104,9 @@ def check_folder(folder: Path, sha256: str | None = None):
     with refusing(folder), torch.device("meta"):  # nothing is allocated
         model = AutoModel.from_config(config)
     stored = {name.removeprefix(f"{model.base_model_prefix}."): shape for name, (_, shape) in tensors.items()}
-    wrong = [
-        f"config.json gives {name} the shape {tuple(value.shape)}, the weights have {stored[name]}"
-        for name, value in model.named_parameters()
-        if stored.get(name, value.shape) != value.shape
-    ]
+    shapes = {name: tuple(value.shape) for name, value in model.named_parameters()}
+    other = [name for name, shape in shapes.items() if stored.get(name, shape) != shape]
+    wrong = [f"config.json gives {name} the shape {shapes[name]}, the weights have {stored[name]}" for name in other]
     pieces = load_tokenizer(folder).get_vocab_size()
     if pieces > (rows := getattr(config, "vocab_size", pieces)):
         wrong.append(f"the tokenizer has {pieces} pieces, the model's table only {rows} rows")

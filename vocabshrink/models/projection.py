@@ -1,5 +1,4 @@
 """Between the teacher's width and the student's: extraction, principal directions and shared projections.
-
 Extraction cuts a student out of the teacher's own layers (Chen et al. 2021, Extract-then-Distill): some heads of every
 layer, some dimensions of every head (one choice for queries and keys, which meet in a product, and one for values),
 some feed-forward neurons, and one choice of hidden dimensions, because the residual stream is one. Where heads are cut

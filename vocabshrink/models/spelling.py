@@ -1,5 +1,4 @@
 """Pieces of one vocabulary in the other's: the pieces that both have, and how one spells what the other has.
-
 Every piece is written as WordPiece writes it, the student's form: `##` marks a piece inside a word, where byte-level
 BPE and SentencePiece mark one at its start with `Ġ` or `▁`."""
 

@@ -1,5 +1,4 @@
 """Task models: classifiers, regressors and taggers around a student's or a teacher's body.
-
 The models are transformers' own, so that what is trained loads unchanged; here each is a body and a head, because the
 losses compare bodies word by word. Heads run in float32: scores equal in bfloat16 are ties to a rank correlation."""
 

@@ -1,5 +1,4 @@
 """The teacher: any encoder with an embedding table that AutoModel loads, and a masked-LM head of one form.
-
 The head of every family of the BERT line is dense, activation, layer norm, then the embedding table as decoder. So
 `MaskedLMHead` serves them all, and gives the logits of either vocabulary, because the table is an argument."""
 

@@ -1,5 +1,4 @@
 """Data augmentation of a task's training rows, as TinyBERT does it (Jiao et al. 2020, algorithm 1).
-
 Every word of a row is replaced, with probability p, by one of K candidates. A word that is one piece of the teacher's
 vocabulary is masked, alone, and the teacher's masked-LM head names the K most probable words in its place. A word of
 several pieces takes the K words nearest to their mean in the teacher's own table (the paper downloads GloVe), each

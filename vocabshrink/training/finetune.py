@@ -1,5 +1,4 @@
 """Fine-tuning on one task: phases one after the other, and the model's logits of a split.
-
 A phase is an ordinary training (loop.py) of a `TaskTraining`, so it resumes like any other."""
 
 import math

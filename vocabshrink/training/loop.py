@@ -1,5 +1,4 @@
 """The one training loop, over Accelerate: from a laptop's CPU to several GPUs.
-
 A task (task.py) gives named, unweighted losses; a batcher gives the batch of a step. The learning rate is a function of
 the step, and so is the batch, so a resumed run is the run that was not stopped."""
 
@@ -73,8 +72,7 @@ OPTIMIZERS = {"adamw": partial(torch.optim.AdamW, fused=True), "lamb": Lamb}
 
 def rate_at(step: int, settings: TrainingSection) -> float:
     """Share of the peak learning rate at a step (0-based): linear warm-up, then the recipe's decay to zero."""
-    warmup = round(settings.warmup * settings.steps)
-    if step < warmup:
+    if step < (warmup := round(settings.warmup * settings.steps)):
         return (step + 1) / warmup
     if settings.decay == "constant":
         return 1.0
@@ -122,9 +120,8 @@ def micro_batch(settings: TrainingSection, accelerator: Accelerator, section: st
     where processes cannot share it in whole groups: rounding would change what a step is."""
     processes, accumulation = accelerator.num_processes, settings.gradient_accumulation
     if settings.batch_size % (unit := processes * accumulation * group):
-        shares = f"{processes} processes, {accumulation} accumulation steps and groups of {group}"
-        size = f"{section}.batch_size {settings.batch_size}"
-        raise InputError(f"{size} cannot be shared by {shares}: make it a multiple of {unit}")
+        what = f"cannot be shared by {processes} processes, {accumulation} accumulation steps and groups of {group}"
+        raise InputError(f"{section}.batch_size {settings.batch_size} {what}: make it a multiple of {unit}")
     return settings.batch_size // accumulation
 
 
@@ -271,11 +268,17 @@ class Log:
         self.job.run.append_metrics(row | {"seconds": round(state.seconds, 2)})
         losses = {f"losses/{name}": value for name, value in state.losses.items()}
         self.accelerator.log({"loss": numbers["loss"], "lr": numbers["lr"]} | losses, step=state.step)
-        pace = (state.seconds - self.began.seconds) / (state.step - self.began.step)
-        note = f"{self.job.stage} step {state.step}/{self.steps}  loss {numbers['loss']:.4f}  {speed:,} tokens/s"
         if aloud or sys.stderr.isatty():
-            left = f"{pace * (self.steps - state.step) / 60:.1f} min left"
-            print(f"{note}  {left}", end="\n" if aloud else "\r", file=sys.stderr, flush=True)
+            left = (
+                (state.seconds - self.began.seconds) / (state.step - self.began.step) * (self.steps - state.step) / 60
+            )
+            note = f"{self.job.stage} step {state.step}/{self.steps}  loss {numbers['loss']:.4f}  {speed:,} tokens/s"
+            print(
+                f"{note}  {pace * (self.steps - state.step):.1f} min left",
+                end="\n" if aloud else "\r",
+                file=sys.stderr,
+                flush=True,
+            )
         self.before = replace(state)
 
     def evaluation(self, state: State, measured: dict[str, float]) -> None:

@@ -1,5 +1,4 @@
 """Losses: pure functions of what one step saw, chosen and weighted by the recipe.
-
 Every loss is `f(forward, **arguments) -> scalar`, and its signature is the schema of its arguments. It is zero at
 agreement, ignores padding, and is computed in float32: in bfloat16, similarities near 1 are 0.004 apart. Teacher and
 student are compared by units (see batches.py): a unit's hidden state is the mean over its pieces, and so are its
@@ -391,8 +390,7 @@ def unanswered(losses: Iterable[str], *, stored: bool) -> list[str]:
 
 
 def check_losses(section: str, stage: TrainingSection, place: str) -> None:
-    """Raises InputError, naming the key, for losses that a stage cannot compute. section: its key. place: see
-    `Loss`."""
+    """Raises InputError, naming the key, for losses that a stage cannot compute. place: see `Loss`."""
     for name, chosen in stage.losses.items():
         key = f"{section}.losses.{name}"
         if name not in LOSSES:

@@ -1,5 +1,4 @@
 """What the training loop trains: tasks, each of which gives named losses of a batch.
-
 A task is a module of models and of helpers (projections, heads) that are learned with them and never ship. Each model
 reads its own segmentation of the same words, and only what the chosen losses read is computed.
 In `DualTraining` the teacher itself learns the student's pieces (Zhao et al., arXiv 1909.11687, both versions). Each
@@ -119,8 +118,8 @@ class TrainingTask(nn.Module):
 
 
 class Stored(NamedTuple):
-    """Stored sentence vectors: a bank of them [K, D], the map to the student's width [D, D_S] (see
-    `projection.narrowing`), and the bank in that width [K, D_S], of unit length."""
+    """Stored sentence vectors: a bank of them [K, D], the map of `narrowing`, and the bank
+    there."""
 
     bank: Tensor
     narrow: Tensor
@@ -207,7 +206,7 @@ class TaskTraining(TrainingTask):
 
 
 def live_teacher(losses: Losses, *, stored: bool) -> bool:
-    """Whether a phase with these losses runs the teacher; stored: its logits of the training rows are at hand."""
+    """Whether a phase with these losses runs the teacher; stored: its logits are at hand."""
     return bool(readers(losses, "teacher") or (readers(losses, "teacher logits") and not stored))
 
 

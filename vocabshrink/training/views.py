@@ -1,5 +1,4 @@
 """What the losses of one step see: each model's pass over its side of the batch, and what is pooled from it.
-
 A `View` makes of one model's hidden states, queries, keys and values what can be compared across vocabularies: means
 over units (batches.py), products of such means, sentence embeddings; each when a loss first asks for it, once, and in
 float32. Distributions of attention alone cost maps between pieces, [B, h, T, T] a layer."""
