@@ -269,9 +269,7 @@ class Log:
         losses = {f"losses/{name}": value for name, value in state.losses.items()}
         self.accelerator.log({"loss": numbers["loss"], "lr": numbers["lr"]} | losses, step=state.step)
         if aloud or sys.stderr.isatty():
-            left = (
-                (state.seconds - self.began.seconds) / (state.step - self.began.step) * (self.steps - state.step) / 60
-            )
+            pace = (state.seconds - self.began.seconds) / (state.step - self.began.step) / 60
             note = f"{self.job.stage} step {state.step}/{self.steps}  loss {numbers['loss']:.4f}  {speed:,} tokens/s"
             print(
                 f"{note}  {pace * (self.steps - state.step):.1f} min left",

@@ -118,8 +118,7 @@ class TrainingTask(nn.Module):
 
 
 class Stored(NamedTuple):
-    """Stored sentence vectors: a bank of them [K, D], the map of `narrowing`, and the bank
-    there."""
+    """Stored sentence vectors: a bank of them [K, D], the map of `narrowing` [D, D_S], and the bank under it [K, D_S]."""
 
     bank: Tensor
     narrow: Tensor
