@@ -90,17 +90,17 @@ def export_model(
     Added: the settings, "files" {name: {"bytes", "sha256"}}, "loaders" {name: {"files", "bytes"}}, "delivery_bytes"
     (what onnxruntime needs), "check": least agreement with torch. Raises InputError for a model that it cannot write
     and for failures, which `force` only notes: over budget, disagreement with torch, lost quality."""
-    model, out_folder, failures = _load_model(Path(model_folder), settings), Path(out), []
-    taken = out_folder.is_file() or out_folder.is_dir() and any(out_folder.iterdir())
-    if taken and not (out_folder / "MANIFEST.json").is_file():
-        raise InputError(f"{out_folder} exists and is no earlier delivery: give another place or remove it")
+    model, out, failures = _load_model(Path(model_folder), settings), Path(out), []
+    taken = out.is_file() or out.is_dir() and any(out.iterdir())
+    if taken and not (out / "MANIFEST.json").is_file():
+        raise InputError(f"{out} exists and is no earlier delivery: give another place or remove it")
 
     def note(found: list[str]) -> None:
         failures.extend(found)
         if failures and not settings.force:
-            raise InputError(f"{out_folder}: {'; '.join(failures)}")
+            raise InputError(f"{out}: {'; '.join(failures)}")
 
-    with replacing_folder(out_folder) as place:
+    with replacing_folder(out) as place:
         full = (manifest or {}) | _write_files(model, Path(model_folder), place, settings)
         full["files"] = {}
         for path in filter(Path.is_file, sorted(place.rglob("*"))):

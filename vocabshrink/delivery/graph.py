@@ -62,17 +62,15 @@ class Graph:
         return self.node("Cast", [name], to=TensorProto.FLOAT)
 
     def vector(self, name: str, values: np.ndarray) -> str:
-        if format_of(name, 1, self.formats) == "fp32":
-            return self.array(name, values)
-        return self.cast(self.array(name, values.astype(np.float16)))
+        exact = format_of(name, 1, self.formats) == "fp32"
+        return self.array(name, values) if exact else self.cast(self.array(name, values.astype(np.float16)))
 
     def stored(self, name: str, values: np.ndarray, shape: tuple[int, ...] | None = None) -> str:
         """The array `name`, made of `values` unless `gather` has stored it already; in `shape`, or else transposed."""
         if name not in self.known:
             return self.array(name, values.reshape(shape) if shape else values.T)
-        if shape:
-            return self.node("Reshape", [name, self.integers(*shape)])
-        return self.node("Transpose", [name], perm=[1, 0])
+        known = [name, self.integers(*shape)] if shape else [name]
+        return self.node("Reshape", known) if shape else self.node("Transpose", known, perm=[1, 0])
 
     def scales(self, name: str, quantized: Quantized) -> str:
         return self.cast(self.stored(name + ".s", quantized.scales, (-1,)))
@@ -229,14 +227,7 @@ class Encoder:
 
 
 def build_graph(
-    state: dict,
-    config: PreTrainedConfig,
-    *,
-    task: str,
-    formats: dict,
-    pooling="mean",
-    normalize=True,
-    kernel=KERNELS[0],
+    state, config: PreTrainedConfig, *, task: str, formats: dict, pooling="mean", normalize=True, kernel=KERNELS[0]
 ) -> onnx.ModelProto:
     """The ONNX model of a BERT with the parameters `state`, see `Encoder`. formats: {class of tensor: format}."""
     encoder = Encoder(graph := Graph(formats, kernel), state, config)

@@ -119,8 +119,8 @@ def check_extraction(how: str, config: BertConfig, theirs) -> None:
     """Raises InputError for a teacher (config `theirs`) with other layers than BERT's or smaller than the student."""
     # where the table is narrower than the layers, no choice of dimensions fits both
     if theirs.model_type not in LAYERS or theirs.model_type == "albert" or table_width(theirs) != theirs.hidden_size:
-        other = f"a {theirs.model_type} teacher does not have BERT's layers"
-        raise InputError(f"student.initialize {how}: {other}: choose teacher or random")
+        other = f"student.initialize {how}: a {theirs.model_type} teacher does not have BERT's layers"
+        raise InputError(f"{other}: choose teacher or random")
     sizes = {name: (getattr(config, name), getattr(theirs, name)) for name in ("hidden_size", "num_attention_heads")}
     sizes["intermediate_size"] = (config.intermediate_size, neurons_of(theirs))
     sizes["hidden_size / num_attention_heads"] = (head_size(config), head_size(theirs))

@@ -42,10 +42,8 @@ def student_config(section: StudentSection, source, vocab_size: int) -> PreTrain
     }
     shape = {name: getattr(section, name) or value for name, value in theirs.items()}
     if missing := [name for name, value in shape.items() if not value]:
-        nothing = f"the {source.model_type} model has no such number"
-        raise InputError(f"student.{missing[0]}: {nothing}: write it in the recipe")
-    hidden, heads = shape["hidden_size"], shape["num_attention_heads"]
-    if hidden % heads:
+        raise InputError(f"student.{missing[0]}: {source.model_type} has no such number: write it in the recipe")
+    if (hidden := shape["hidden_size"]) % (heads := shape["num_attention_heads"]):
         raise InputError(f"student: num_attention_heads {heads} does not divide hidden_size {hidden}: choose a divisor")
     eps, activation = eps_and_activation(source)
     shape |= {"vocab_size": vocab_size, "type_vocab_size": getattr(source, "type_vocab_size", 0) or 1}

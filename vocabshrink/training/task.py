@@ -82,10 +82,8 @@ class TrainingTask(nn.Module):
 
     def weights(self, progress: float) -> dict[str, float]:
         """Weight of each loss at this share of the run: linear from `start`, if given, to `weight`."""
-        return {
-            name: chosen.weight if chosen.start is None else chosen.start + (chosen.weight - chosen.start) * progress
-            for name, chosen in self.losses.items()
-        }
+        ends = {name: (chosen.start, chosen.weight) for name, chosen in self.losses.items()}
+        return {n: end if start is None else start + (end - start) * progress for n, (start, end) in ends.items()}
 
     def embedding_parameters(self) -> list[nn.Parameter]:
         """The piece embeddings, which take a learning rate of their own."""
@@ -118,7 +116,7 @@ class TrainingTask(nn.Module):
 
 
 class Stored(NamedTuple):
-    """Stored sentence vectors: a bank of them [K, D], the map of `narrowing` [D, D_S], and the bank under it [K, D_S]."""
+    """Stored sentence vectors: a bank of them [K, D], the map of `narrowing` [D, D_S], the bank under it [K, D_S]."""
 
     bank: Tensor
     narrow: Tensor
