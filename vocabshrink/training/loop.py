@@ -272,8 +272,7 @@ class Log:
             pace = (state.seconds - self.began.seconds) / (state.step - self.began.step) / 60
             note = f"{self.job.stage} step {state.step}/{self.steps}  loss {numbers['loss']:.4f}  {speed:,} tokens/s"
             note += f"  {pace * (self.steps - state.step):.1f} min left"
-            print(note, end="
-" if aloud else "", file=sys.stderr, flush=True)
+            print(note, end="\n" if aloud else "\r", file=sys.stderr, flush=True)
         self.before = replace(state)
 
     def evaluation(self, state: State, measured: dict[str, float]) -> None:
