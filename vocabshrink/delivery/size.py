@@ -17,8 +17,7 @@ from vocabshrink.runtime.kinds import KINDS
 SAFETENSORS = {"fp32-safetensors": 4, "fp16-safetensors": 2}  # bytes of a value in a training folder's weights
 GRAPH_FORMATS = ("fp32", "int8", "int4-32", "int4-64", "int4-128")  # of a whole graph, from the largest to the smallest
 HEADER_BYTES = 116  # of a safetensors file, for each tensor
-# Bytes of tokenizer.json, (at all, per piece), measured at 5,000 and 6,500 English pieces; in training folders it is
-# indented, with a vocab.txt
+# Bytes of tokenizer.json, (at all, per piece), of 5,000 English pieces; in training folders indented, with a vocab.txt
 DELIVERED_TOKENIZER = (1_300, 13.7)
 TRAINING_TOKENIZER = (2_600, 28.0)
 SMALL_FILES = 2_800  # config.json, tokenizer_config.json and a MANIFEST.json with quality figures

@@ -46,7 +46,7 @@ def positions_of(config: PreTrainedConfig) -> int | None:
 
 
 def neurons_of(config: PreTrainedConfig) -> int | None:
-    """Width of the feed-forward layers, whatever the family calls it; None where there is no such number."""
+    """Width of the feed-forward layers; None where there is no such number."""
     return getattr(config, "intermediate_size", None) or getattr(config, "hidden_dim", None)
 
 

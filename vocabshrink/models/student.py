@@ -42,9 +42,7 @@ def student_config(section: StudentSection, source, vocab_size: int) -> PreTrain
     }
     shape = {name: getattr(section, name) or value for name, value in theirs.items()}
     if missing := [name for name, value in shape.items() if not value]:
-        raise InputError(
-            f"student.{missing[0]}: the {source.model_type} model has no such number: write it in the recipe"
-        )
+        raise InputError(f"student.{missing[0]}: the {source.model_type} model has no such number: write it down")
     if (hidden := shape["hidden_size"]) % (heads := shape["num_attention_heads"]):
         raise InputError(f"student: num_attention_heads {heads} does not divide hidden_size {hidden}: choose a divisor")
     eps, activation = eps_and_activation(source)

@@ -78,8 +78,7 @@ def augment_task(
 
 
 def augmented_rows(task: Task, path: Path) -> Rows:
-    """The training rows of a task, then their copies in the order of the file that `augment_task` wrote.
-    Raises InputError for a missing file, or one of other training rows."""
+    """The training rows of a task, then their copies in a file of `augment_task`. Raises InputError for other rows'."""
     rows, progress = task.splits["train"], read_json(path.with_suffix(".progress.json"))
     if progress["settings"]["rows"] != rows_sha256(rows) or progress["rows"] != len(rows):
         raise InputError(f"{path} does not hold copies of all rows of task {task.name}: run the augment stage again")

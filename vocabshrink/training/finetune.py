@@ -72,8 +72,7 @@ def fit(
 
 def longest(phase: Phase, *models: nn.Module | None) -> int:
     """Pieces of a sequence without its two special ones: the phase's, or what fits the model with fewest positions."""
-    configs = [model.config for model in models if model is not None]
-    return min(phase.max_length, *map(positions_of, configs)) - 2
+    return min(phase.max_length, *(positions_of(model.config) for model in models if model is not None)) - 2
 
 
 def logits_of(model: nn.Module, encoded: EncodedTask, split: str, phase: Phase, *, side: str = "student"):

@@ -116,8 +116,7 @@ def make_accelerator(settings: TrainingSection, run: RunDir) -> Accelerator:
 
 
 def micro_batch(settings: TrainingSection, accelerator: Accelerator, section: str, group: int = 1) -> int:
-    """Sequences of an accumulation step, of all processes. section: the settings' key in the recipe. Raises InputError
-    where processes cannot share it in whole groups: rounding would change what a step is."""
+    """Sequences of an accumulation step, of all processes. Raises InputError where they cannot share whole groups."""
     processes, accumulation = accelerator.num_processes, settings.gradient_accumulation
     if settings.batch_size % (unit := processes * accumulation * group):
         what = f"cannot be shared by {processes} processes, {accumulation} accumulation steps and groups of {group}"

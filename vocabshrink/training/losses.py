@@ -52,8 +52,7 @@ def kl(student: Tensor, teacher: Tensor, temperature: float = 1.0) -> Tensor:
 
 
 def kl_between_units(forward: Forward, student: Tensor, teacher: Tensor) -> Tensor:
-    """KL(teacher || student) of rows of logits [B, h, U, U], mean over heads and units that count. Other units are left
-    out of the rows too: only one side can write them."""
+    """KL(teacher || student) of rows of logits [B, h, U, U], mean over heads and units that count, of these alone."""
     counts = forward.batch.unit_mask
     # finite, since infinity minus infinity is not a number; the softmax makes it exactly zero
     lowest = torch.finfo(torch.float32).min / 2
@@ -251,8 +250,7 @@ def relations_kl(forward: Forward, kind: Kind, heads: int | None) -> Tensor:
 
 
 def query_relations(forward: Forward, heads: Count | None = None) -> Tensor:
-    """KL of the relations between queries, softmax(Q Q^T / sqrt(d_r)) (MiniLMv2, Wang et al. 2021).
-    heads: A_r, which must divide both widths; None: the teacher's."""
+    """KL of the relations between queries (MiniLMv2, Wang et al. 2021). heads: A_r, a divisor of both widths."""
     return relations_kl(forward, "queries", heads)
 
 
@@ -267,8 +265,8 @@ def value_relations(forward: Forward, heads: Count | None = None) -> Tensor:
 
 
 def sentence_cosine(forward: Forward) -> Tensor:
-    """One minus cosine of the sentence embeddings, the student's brought up to the teacher's width, unless the vectors
-    are stored ones, which come in the student's."""
+    """One minus cosine of the sentence embeddings, the student's brought up to the teacher's width (stored: as it
+    is)."""
     student = forward.student.sentence
     return one_minus_cosine(student if forward.bank is not None else forward.up(student), forward.teacher.sentence)
 
