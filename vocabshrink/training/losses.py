@@ -265,8 +265,7 @@ def value_relations(forward: Forward, heads: Count | None = None) -> Tensor:
 
 
 def sentence_cosine(forward: Forward) -> Tensor:
-    """One minus cosine of the sentence embeddings, the student's brought up to the teacher's width (stored: as it
-    is)."""
+    """One minus cosine of the sentence embeddings, the student's brought up to the teacher's width unless stored."""
     student = forward.student.sentence
     return one_minus_cosine(student if forward.bank is not None else forward.up(student), forward.teacher.sentence)
 
