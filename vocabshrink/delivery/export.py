@@ -1,12 +1,8 @@
 """Write a model as a folder that onnxruntime and transformers.js load, and transformers too where asked; check it.
-
-A folder appears whole or not at all: it is written beside its place, loaded back in onnxruntime, compared with torch on
-awkward inputs, weighed, measured, and only then moved. It replaces an earlier delivery of the same name together with
-that delivery's index, which no other model can read. The model card says only what the manifest and the run say.
-"""
+A folder is written beside its place, loaded back in onnxruntime, compared with torch on awkward inputs, weighed,
+measured, and only then moved. It replaces an earlier delivery together with its index."""
 
 import json
-from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from hashlib import sha256
 from pathlib import Path
@@ -24,6 +20,7 @@ from vocabshrink.models.families import student_class, without_pooler
 from vocabshrink.models.forward import module_files, pool_sentence
 from vocabshrink.models.loading import check_folder, load_model
 from vocabshrink.models.rounding import fake_quantize_
+from vocabshrink.models.teacher import eps_and_activation
 from vocabshrink.pages.page import write_page
 from vocabshrink.run.formats import Formats, formats_of, kind_of
 from vocabshrink.run.recipe import POOLINGS
@@ -32,8 +29,7 @@ from vocabshrink.runtime.kinds import KINDS
 Feed = dict[str, np.ndarray]  # a graph's inputs, int64 [batch, sequence]
 # By the kind of the coarsest weights: the name by which transformers.js finds such a graph; the least agreement with
 # torch's model of the same rounded weights, below which the graph is wrong or int8's rounding of activations collapsed;
-# and, as a guard against collapse, the least with the unrounded model. The inputs are random pieces, far from any
-# training text: there 4 bits of all-MiniLM give 0.90 to 0.93, on sentences 0.96.
+# the least with the unrounded model. On these random pieces 4 bits of all-MiniLM give 0.90 to 0.93, on sentences 0.96.
 LIMITS = {
     "int4": ("onnx/model_q4.onnx", 0.99, 0.70),
     "int8": ("onnx/model_quantized.onnx", 0.97, 0.90),
@@ -54,13 +50,10 @@ CONFIG_KEYS += " hidden_act type_vocab_size layer_norm_eps pad_token_id embeddin
 
 @dataclass(frozen=True)
 class ExportSettings:
-    """What to write.
-
-    formats: of the graph's weights. pooling to default_prompt: of an embedder, see `ModuleSettings`. kernel: one of
-    KERNELS, for int8 weights. safetensors: "fp16" or "fp32" adds files for AutoModel and, for embedders,
-    SentenceTransformer. budget_bytes: of what onnxruntime needs. tolerance: how far a delivered figure may fall below
-    the trained one. force: failures are written down instead of raised.
-    """
+    """What to write. formats: of the graph's weights. pooling to default_prompt: see `ModuleSettings`. kernel: one of
+    KERNELS, for int8 weights. safetensors: "fp16" or "fp32" adds files for AutoModel and SentenceTransformer.
+    budget_bytes: of what onnxruntime needs. tolerance: how far a delivered figure may fall below the trained one.
+    force: failures are written down instead of raised."""
 
     task: str
     formats: Formats
@@ -89,54 +82,41 @@ class ExportSettings:
 
 
 def export_model(
-    model_folder: str | Path,
-    out_folder: str | Path,
-    settings: ExportSettings,
-    *,
-    measure: Callable[[Path], dict[str, dict[str, float]]] | None = None,
-    gates: Iterable[str] | None = None,
-    manifest: dict | None = None,
+    model_folder: str | Path, out: str | Path, settings: ExportSettings, *, measure=None, gates=None, manifest=None
 ) -> dict:
     """Write the delivery of a model folder and return its manifest (also in MANIFEST.json).
-
     measure: called with the complete folder, gives {figure: {system: value}}, kept as "quality"; a figure in `gates`
     (None: each one) whose "delivered" is more than the tolerance under its "trained" is a failure. manifest: more keys.
     Added: the settings, "files" {name: {"bytes", "sha256"}}, "loaders" {name: {"files", "bytes"}}, "delivery_bytes"
-    (what onnxruntime needs, the manifest too), "check": least agreement with torch, see LIMITS. Raises InputError for a
-    model that it cannot write, and for a failure, which `force` only notes in "failures": over budget, disagreement
-    with torch, lost quality.
-    """
-    out_folder, failures = Path(out_folder), []
-    model = _load_model(Path(model_folder), settings)
-    taken = out_folder.is_file() or out_folder.is_dir() and any(out_folder.iterdir())
-    if taken and not (out_folder / "MANIFEST.json").is_file():
-        raise InputError(f"{out_folder} exists and is no earlier delivery: give another place or remove it")
+    (what onnxruntime needs), "check": least agreement with torch. Raises InputError for a model that it cannot write
+    and for failures, which `force` only notes: over budget, disagreement with torch, lost quality."""
+    model, out, failures = _load_model(Path(model_folder), settings), Path(out), []
+    taken = out.is_file() or out.is_dir() and any(out.iterdir())
+    if taken and not (out / "MANIFEST.json").is_file():
+        raise InputError(f"{out} exists and is no earlier delivery: give another place or remove it")
 
     def note(found: list[str]) -> None:
         failures.extend(found)
         if failures and not settings.force:
-            raise InputError(f"{out_folder}: {'; '.join(failures)}")
+            raise InputError(f"{out}: {'; '.join(failures)}")
 
-    with replacing_folder(out_folder) as place:
+    with replacing_folder(out) as place:
         full = (manifest or {}) | _write_files(model, Path(model_folder), place, settings)
-        contents = {path: path.read_bytes() for path in sorted(place.rglob("*")) if path.is_file()}
-        full["files"] = {
-            path.relative_to(place).as_posix(): {"bytes": len(data), "sha256": sha256(data).hexdigest()}
-            for path, data in contents.items()
-        }
+        full["files"] = {}
+        for path in filter(Path.is_file, sorted(place.rglob("*"))):
+            facts = {"bytes": path.stat().st_size, "sha256": sha256(path.read_bytes()).hexdigest()}
+            full["files"][path.relative_to(place).as_posix()] = facts
         full["check"], disagreements = _compare(model, place / full["graph"], settings)
         note(disagreements + _weigh(full, place / "MANIFEST.json", settings))
         if measure:
             full["quality"], allowed = measure(place), settings.tolerance
-            note(
-                [
-                    f"{name} is {row['delivered']}, more than the tolerance of {allowed} below {row['trained']}: use "
-                    "smaller groups, more bits, or train through the rounding"
-                    for name, row in full["quality"].items()
-                    if gates is None or name in gates
-                    if row.get("trained", 0) - row.get("delivered", np.inf) > allowed
-                ]
+            gated = {name: row for name, row in full["quality"].items() if gates is None or name in gates}
+            below = (
+                "{} is {delivered}, more than the tolerance of {} below {trained}: use smaller groups, more bits, or "
             )
+            below += "train through the rounding"
+            lost = {n: r for n, r in gated.items() if r.get("trained", 0) - r.get("delivered", np.inf) > allowed}
+            note([below.format(name, allowed, **row) for name, row in lost.items()])
         if failures:
             full["failures"] = failures
         _weigh(full, place / "MANIFEST.json", settings)
@@ -145,8 +125,7 @@ def export_model(
 
 def check_activation(config, where: str = "the model") -> None:
     """Raises InputError for a config whose activation the graph cannot compute. where: the config's file or key."""
-    activation = getattr(config, "hidden_act", None) or getattr(config, "activation", None)
-    if activation not in ACTIVATIONS:
+    if (activation := eps_and_activation(config)[1]) not in ACTIVATIONS:
         raise InputError(f"{where}: hidden_act {activation!r} cannot be delivered: use one of {list(ACTIVATIONS)}")
 
 
@@ -159,15 +138,14 @@ def _load_model(folder: Path, settings: ExportSettings) -> nn.Module:
     if not 2 < settings.max_positions <= (most := config.max_position_embeddings):
         raise InputError(f"max_positions {settings.max_positions} is not possible: give 3 to {most:,} (the model's)")
     loader = student_class(config, KINDS[task].architecture.removeprefix("Bert"))
-    name, found = loader.__name__, (config.architectures or ["a model without a head"])[0]
-    if task != "embedding" and name != found:
+    found = (config.architectures or ["a model without a head"])[0]
+    if task != "embedding" and found != (name := loader.__name__):
         raise InputError(f"{folder} holds {found}, which has no head for {task}: give the folder of a {name}")
     if task == "fill-mask" and not config.tie_word_embeddings:
         raise InputError(f"{folder}: the masked-LM decoder is not tied to the embeddings, which alone can be exported")
     model = load_model(folder, loader, **(without_pooler(config) if task == "embedding" else {}))
-    embeddings = model.base_model.embeddings
-    kept = embeddings.position_embeddings.weight.detach()[: settings.max_positions].clone()
-    embeddings.position_embeddings = nn.Embedding.from_pretrained(kept, freeze=False)
+    table = model.base_model.embeddings.position_embeddings.weight
+    table.data = table.data[: settings.max_positions].clone()
     model.config.max_position_embeddings = settings.max_positions
     return model.requires_grad_(False)
 
@@ -176,8 +154,8 @@ def _write_files(model: nn.Module, model_folder: Path, place: Path, settings: Ex
     """Every file but the manifest; the manifest's keys that say what they are."""
     config, task = model.config, settings.task
     _write_tokenizer(model_folder, place, config.vocab_size, settings.max_positions)
-    keys = {"graph": LIMITS[settings.coarsest][0], "task": task, "formats": settings.formats}
-    keys |= {"max_positions": settings.max_positions}
+    said = {key: getattr(settings, key) for key in ("task", "formats", "max_positions")}
+    keys = {"graph": LIMITS[settings.coarsest][0]} | said
     pooled = {"pooling": settings.pooling, "normalize": settings.normalize}
     prompts = {"prompts": settings.prompts, "default_prompt": settings.default_prompt}
     if task == "embedding":
@@ -190,11 +168,11 @@ def _write_files(model: nn.Module, model_folder: Path, place: Path, settings: Ex
     (place / "onnx").mkdir()
     (place / keys["graph"]).write_bytes(graph.SerializeToString(deterministic=True))
     kept = CONFIG_KEYS.split() + ["id2label", "label2id", "problem_type"] * KINDS[task].labelled
-    values = {"architectures": [type(model).__name__], "model_type": config.model_type}
-    values |= {name: getattr(config, name) for name in kept if getattr(config, name, None) is not None}
-    _write_json(place / "config.json", values)
+    values = {name: getattr(config, name) for name in kept if getattr(config, name, None) is not None}
+    named = {"architectures": [type(model).__name__], "model_type": config.model_type}
+    _write_json(place / "config.json", named | values)
     if settings.safetensors:
-        dtype = torch.float16 if settings.safetensors == "fp16" else torch.float32
+        dtype = {"fp16": torch.float16, "fp32": torch.float32}[settings.safetensors]
         tensors = {name: value.to(dtype).contiguous() for name, value in model.named_parameters()}  # tied ones once
         save_file(tensors, place / "model.safetensors", {"format": "pt"})
         (place / "model.safetensors").chmod(0o644)  # safetensors' are for their owner alone
@@ -225,23 +203,20 @@ def _compare(model: nn.Module, graph: Path, settings: ExportSettings) -> tuple[d
     check = {"fp32": agreement(graph, feeds, model, settings)}
     fake_quantize_(model, settings.formats)
     check["same_weights"] = agreement(graph, feeds, model, settings)
-    _, least_same, least_whole = LIMITS[settings.coarsest]
-    limits = {
-        "same_weights": (least_same, "choose kernel: float, which rounds no activations, or other weights"),
-        "fp32": (least_whole, "use a smaller group size or weights of more bits"),
+    remedies = {
+        "same_weights": "choose kernel: float, which rounds no activations, or other weights",
+        "fp32": "use a smaller group size or weights of more bits",
     }
     return check, [
         f"the {settings.coarsest} graph's cosine with torch ({name}) is {check[name]}, under {least}: {remedy}"
-        for name, (least, remedy) in limits.items()
+        for (name, remedy), least in zip(remedies.items(), LIMITS[settings.coarsest][1:], strict=True)
         if check[name] < least
     ]
 
 
 def agreement(graph: bytes | Path, feeds: list[Feed], model: nn.Module, settings: ExportSettings) -> float:
-    """Least cosine of what the graph gives for the feeds with what torch gives; -1 where anything is not finite.
-
-    Logits are centred (a softmax does not see their mean) and compared all at once: near ties have no direction.
-    """
+    """Least cosine of what the graph and torch give for the feeds; -1 where anything is not finite. Logits are centred,
+    as a softmax does not see their mean, and compared all at once: near ties have no direction."""
     options, task = onnxruntime.SessionOptions(), settings.task
     options.intra_op_num_threads, options.log_severity_level = 1, 3
     session = onnxruntime.InferenceSession(graph, options, providers=["CPUExecutionProvider"])
@@ -272,8 +247,7 @@ def awkward_inputs(vocab_size: int, longest: int, types: int = 2) -> list[Feed]:
 
 @torch.no_grad()
 def torch_outputs(model: nn.Module, feed: Feed, settings: ExportSettings) -> np.ndarray:
-    """What the graph should give, float32: embeddings [batch, hidden], logits [batch, labels], or those of real pieces,
-    [pieces, labels]."""
+    """What the graph should give, float32: embeddings [batch, hidden], logits [batch, labels] or [pieces, labels]."""
     tensors = {name: torch.from_numpy(values) for name, values in feed.items()}
     result, mask = model(**tensors), tensors["attention_mask"]
     if settings.task != "embedding":
@@ -289,8 +263,8 @@ def _weigh(manifest: dict, path: Path, settings: ExportSettings) -> list[str]:
     needed = {name: files for name, files in needed.items() if set(files) <= set(sizes)}
     for _ in range(4):  # the manifest holds the sums that it belongs to: their digits settle at once
         weighed = {name: {"files": files, "bytes": sum(map(sizes.get, files))} for name, files in needed.items()}
-        manifest["loaders"] = weighed
-        total = manifest["delivery_bytes"] = weighed["onnxruntime"]["bytes"]
+        total = weighed["onnxruntime"]["bytes"]
+        manifest |= {"loaders": weighed, "delivery_bytes": total}
         path.write_text(json.dumps(manifest, ensure_ascii=False, indent=1) + "\n", encoding="utf-8")
         sizes["MANIFEST.json"] = path.stat().st_size
     if (budget := settings.budget_bytes) is None or total <= budget:
@@ -310,11 +284,6 @@ def write_card(folder: Path, manifest: dict, *, teacher: str, sources: list[str]
     """Writes README.md beside a delivery's MANIFEST.json. vocabulary: comparison.json of the run's `vocab` stage."""
     quality = {name: row for name, row in manifest.get("quality", {}).items() if isinstance(row, dict)}
     facts = {"manifest": manifest, "teacher": teacher, "sources": sources, "vocabulary": vocabulary, "quality": quality}
-    write_page(
-        folder / "README.md",
-        "card.md",
-        name=folder.name if folder.name != "model" else manifest["recipe"],
-        kind=KINDS[manifest["task"]],
-        systems=list(dict.fromkeys(system for row in quality.values() for system in row)),
-        **facts,
-    )
+    facts["name"] = folder.name if folder.name != "model" else manifest["recipe"]
+    facts["systems"] = list(dict.fromkeys(system for row in quality.values() for system in row))
+    write_page(folder / "README.md", "card.md", kind=KINDS[manifest["task"]], **facts)

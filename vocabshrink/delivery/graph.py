@@ -1,14 +1,11 @@
 """The ONNX graph of a BERT encoder, written node by node from its weights.
-
-A layer is some forty nodes, so the file holds weights and almost nothing else (21 KB of nodes for six layers, where
-torch's exporter leaves 340 KB of metadata), and the codes are exactly those of `quantize`. The price is generality:
-only BERT encoders with absolute positions can be written. Nothing is rounded across texts, so a text's answer does not
+So the file holds weights and almost nothing else (21 KB of nodes for six layers; torch's exporter leaves 340 KB of
+metadata), and the codes are exactly those of `quantize`. Nothing is rounded across texts, so a text's answer does not
 depend on its batch or on padding. Vectors and scales are float16 behind a Cast, which onnxruntime folds while loading.
 
 Inputs input_ids, attention_mask, token_type_ids: int64 [batch, sequence], sequence <= max_positions. Outputs, float32:
-sentence_embedding [batch, hidden] (pooled, normalised) and last_hidden_state [batch, sequence, hidden] for embedders;
-logits [batch, labels], [batch, sequence, labels] or [batch, sequence, pieces] for the others.
-"""
+sentence_embedding [batch, hidden] and last_hidden_state [batch, sequence, hidden] for embedders; logits [batch,
+labels], [batch, sequence, labels] or [batch, sequence, pieces] for the others."""
 
 from dataclasses import dataclass
 
@@ -23,14 +20,12 @@ from vocabshrink.run.formats import format_of
 
 # hidden_act of the config -> Gelu's attribute "approximate"; None is Relu
 ACTIVATIONS = {"gelu": "none", "gelu_new": "tanh", "gelu_pytorch_tanh": "tanh", "relu": None}
-# How int8 products are computed; the weights' values are the same. "unsigned" and "signed" say how the weights' codes
-# are stored; both round activations to 8 bits with one scale for each row (a piece of a text). Signed codes run twice
-# as fast on processors with VNNI, but may saturate on those without, so they must be asked for. "float" multiplies
-# unrounded activations by the dequantised weights, at the speed and memory of fp32, for models with activations so
-# extreme that the others vanish in 8 bits. Median ms of a 6 x 256 encoder at 16 / 32 / 64 / 128 pieces on one thread
-# with VNNI: signed 0.69 / 1.13 / 2.18 / 8.5, unsigned 1.13 / 2.15 / 7.6 / 13.2, float 1.15 / 2.44 / 7.4 / 12.0. One
-# scale for the whole tensor (DynamicQuantizeLinear: signed 0.52 / 0.87 / 1.61 / 6.9) made a text's vector depend on
-# its batch by up to 0.02 a component; so did MatMulNBits at accuracy level 4, by 0.0007, and it was as slow as float.
+# How int8 products are computed, of the same weights. "unsigned" and "signed" codes: both round activations
+# to 8 bits with one scale for each piece of a text. Signed ones run twice as fast on processors with VNNI (1.13 against
+# 2.15 ms for 32 pieces of a 6 x 256 encoder), but may saturate on those without. "float" multiplies unrounded
+# activations by the dequantised weights (2.44 ms), for models with activations so extreme that the others vanish in 8
+# bits. One scale for the whole tensor (0.87 ms) made a text's vector depend on its batch by up to 0.02 a component; so
+# did MatMulNBits at accuracy level 4, by 0.0007.
 KERNELS = ("unsigned", "signed", "float")
 FLOATS = {"fp32": np.float32, "fp16": np.float16}
 
@@ -67,17 +62,15 @@ class Graph:
         return self.node("Cast", [name], to=TensorProto.FLOAT)
 
     def vector(self, name: str, values: np.ndarray) -> str:
-        if format_of(name, 1, self.formats) == "fp32":
-            return self.array(name, values)
-        return self.cast(self.array(name, values.astype(np.float16)))
+        exact = format_of(name, 1, self.formats) == "fp32"
+        return self.array(name, values) if exact else self.cast(self.array(name, values.astype(np.float16)))
 
     def stored(self, name: str, values: np.ndarray, shape: tuple[int, ...] | None = None) -> str:
         """The array `name`, made of `values` unless `gather` has stored it already; in `shape`, or else transposed."""
         if name not in self.known:
             return self.array(name, values.reshape(shape) if shape else values.T)
-        if shape:
-            return self.node("Reshape", [name, self.integers(*shape)])
-        return self.node("Transpose", [name], perm=[1, 0])
+        known = [name, self.integers(*shape)] if shape else [name]
+        return self.node("Reshape", known) if shape else self.node("Transpose", known, perm=[1, 0])
 
     def scales(self, name: str, quantized: Quantized) -> str:
         return self.cast(self.stored(name + ".s", quantized.scales, (-1,)))
@@ -106,9 +99,8 @@ class Graph:
         factors = self.node("Unsqueeze", [self.cast(self.node("Gather", [scales, ids])), last])
         rows = self.node("Mul", [self.node("Sub", [rows, self.number(8.0)]), factors])
         rows = self.node("Reshape", [rows, self.integers(*kept, groups * size)])
-        if columns % size:
-            rows = self.node("Slice", [rows, self.integers(0), self.integers(columns), self.integers(-1)])
-        return rows
+        ends = [self.integers(0), self.integers(columns), last] if columns % size else []
+        return self.node("Slice", [rows, *ends]) if ends else rows
 
     def codes(self, quantized: Quantized) -> np.ndarray:
         """8 bits: [rows, columns]. 4 bits, where 8 stands for zero: two in a byte, the first one low; whole groups."""
@@ -127,8 +119,8 @@ class Graph:
         elif format == "int8":
             product = self.product_of_8_bits(name, quantize(weight, format), hidden)
         else:
-            # Accuracy level 0, the default, does not round activations. At level 4 native kernels do and WebAssembly's
-            # do not: browser and server would differ by 0.009 a component, and a vector by what shares its batch.
+            # at accuracy level 0, the default: at 4, native kernels round activations and WebAssembly's do not, so that
+            # browser and server differ by 0.009 a component
             quantized, (rows, columns) = quantize(weight, format), weight.shape
             size, scales = quantized.group_size, self.scales(name, quantized)
             inputs = [hidden, self.stored(name, self.codes(quantized), (rows, -(-columns // size), size // 2)), scales]
@@ -194,12 +186,10 @@ class Encoder:
             shape = graph.integers(0, 0, heads, width // heads)
             return graph.node("Transpose", [graph.node("Reshape", [states, shape])], perm=order)
 
-        # Rows are rounded one by one, so the three matrices become one product without a change of value.
-        weight, offset = (
-            np.concatenate([self.state[f"{name}.self.{part}.{kind}"] for part in ("query", "key", "value")])
-            for kind in ("weight", "bias")
-        )
-        joint = graph.linear(f"{name}.self", weight, offset, hidden)
+        # rows are rounded one by one, so the three matrices become one product without a change of value
+        names = [f"{name}.self.{part}" for part in ("query", "key", "value")]
+        joint = [np.concatenate([self.state[f"{one}.{kind}"] for one in names]) for kind in ("weight", "bias")]
+        joint = graph.linear(f"{name}.self", *joint, hidden)
         query, key, value = (f"{len(graph.nodes)}{suffix}" for suffix in ("", "_1", "_2"))
         graph.node("Split", [joint], [query, key, value], axis=-1, num_outputs=3)
         query = heads_of(graph.node("Mul", [query, scale]), [0, 2, 1, 3])
@@ -228,10 +218,8 @@ class Encoder:
             hidden = self.graph.linear("word_embeddings", table, bias, hidden)
         elif task == "classification":
             hidden = self.graph.node("Gather", [hidden, self.graph.number(0, "s")], axis=1)
-            if electra:
-                hidden = self.graph.node("Gelu", [self.linear("classifier.dense", hidden)])
-            else:
-                hidden = self.graph.node("Tanh", [self.linear("pooler.dense", hidden)])
+            dense, function = ("classifier.dense", "Gelu") if electra else ("pooler.dense", "Tanh")
+            hidden = self.graph.node(function, [self.linear(dense, hidden)])
             hidden = self.linear("classifier.out_proj" if electra else "classifier", hidden)
         else:
             hidden = self.linear("classifier", hidden)
@@ -239,16 +227,9 @@ class Encoder:
 
 
 def build_graph(
-    state: dict[str, np.ndarray],
-    config: PreTrainedConfig,
-    *,
-    task: str,
-    formats: dict[str, str],
-    pooling: str = "mean",
-    normalize: bool = True,
-    kernel: str = KERNELS[0],
+    state, config: PreTrainedConfig, *, task: str, formats: dict, pooling="mean", normalize=True, kernel=KERNELS[0]
 ) -> onnx.ModelProto:
-    """The ONNX model of a BERT with the parameters `state`, see `Encoder`."""
+    """The ONNX model of a BERT with the parameters `state`, see `Encoder`. formats: {class of tensor: format}."""
     encoder = Encoder(graph := Graph(formats, kernel), state, config)
     hidden, mask = encoder.embeddings(), graph.cast("attention_mask")
     bias = graph.node("Mul", [graph.node("Sub", [mask, graph.number(1.0)]), graph.number(1e9)])

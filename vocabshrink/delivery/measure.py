@@ -1,8 +1,5 @@
 """The headline table: teacher, untrained student, trained student and delivery, side by side, on held-out text.
-
-The delivery is measured as its users run it: from text, through its own tokenizer and graph, without torch. Latency is
-of teacher (where it can be exported) and delivery in onnxruntime, one sentence at a time, on one thread.
-"""
+The delivery is measured as its users run it: from text, through its own tokenizer and graph, without torch."""
 
 import statistics
 import sys
@@ -27,13 +24,11 @@ def measure_systems(
     held_out: HeldOut, rated: dict[str, RatedPairs], folders: dict[str, Path], *, pooling: str, normalize: bool
 ) -> dict[str, dict[str, float]]:
     """{"bytes", "rank_agreement", "neighbour_overlap", "latency_ms", each rated set}: {system: figure}.
-
-    folders: of "teacher", "untrained", "trained" and "delivered".
-    """
+    folders: of "teacher", "untrained", "trained" and "delivered"."""
     delivery, teacher, embedders = load(folders["delivered"]), folders["teacher"], {}
     for name in ("teacher", "untrained", "trained"):
-        backbone, folder = load_model(folders[name]).to(PartialState().device), folders[name]
-        embedders[name] = torch_embedder(backbone, folder, pooling, normalize, max_length=LONGEST)
+        backbone = load_model(folders[name]).to(PartialState().device)
+        embedders[name] = torch_embedder(backbone, folders[name], pooling, normalize, max_length=LONGEST)
     embedders["delivered"] = partial(delivery.embed, prompt="")  # none of the systems gets a prompt
     vectors = {name: embed(held_out.texts) for name, embed in embedders.items()}
     target = vectors.pop("teacher")
@@ -45,13 +40,12 @@ def measure_systems(
         "neighbour_overlap": {name: held_out.neighbour_overlap(found, target) for name, found in vectors.items()},
         "latency_ms": times | {"delivered": latency(delivery.embed, held_out.texts)},
     }
-    for name, pairs in rated.items():
-        figures[name] = {system: pairs.spearman(embed) for system, embed in embedders.items()}
+    figures |= {name: {of: pairs.spearman(embed) for of, embed in embedders.items()} for name, pairs in rated.items()}
     return {key: {name: round(value, 4) for name, value in row.items()} for key, row in figures.items()}
 
 
 def teacher_latency(folder: Path, texts: list[str], pooling: str, normalize: bool) -> dict[str, float]:
-    """{"teacher": milliseconds} of the teacher as a float32 graph; {} and a word on stderr where it cannot be one."""
+    """{"teacher": milliseconds} as a float32 graph; {} and a word on stderr where it cannot be exported."""
     with tempfile.TemporaryDirectory() as place:
         try:
             positions = min(LONGEST, load_config(folder).max_position_embeddings)

@@ -1,8 +1,5 @@
 """What a BERT shape weighs, before anything is trained: parameters by block, and the bytes of every delivery.
-
-A graph's bytes are those of the graph itself, built on zeros by the code that writes the delivery: exact but for a few
-bytes, in tens of milliseconds. Where there is no tokenizer yet, its file is estimated from the number of pieces.
-"""
+A graph is built on zeros by the code that writes the delivery: exact but for a few bytes, in tens of milliseconds."""
 
 import copy
 from bisect import bisect_right
@@ -20,8 +17,7 @@ from vocabshrink.runtime.kinds import KINDS
 SAFETENSORS = {"fp32-safetensors": 4, "fp16-safetensors": 2}  # bytes of a value in a training folder's weights
 GRAPH_FORMATS = ("fp32", "int8", "int4-32", "int4-64", "int4-128")  # of a whole graph, from the largest to the smallest
 HEADER_BYTES = 116  # of a safetensors file, for each tensor
-# Bytes of tokenizer.json, (at all, per piece). Delivered without white space: 13.4 a piece at 5,000 English pieces and
-# 13.6 at 6,500. In training folders it is indented, with a vocab.txt.
+# Bytes of tokenizer.json, (at all, per piece), of 5,000 English pieces; in training folders indented, with a vocab.txt
 DELIVERED_TOKENIZER = (1_300, 13.7)
 TRAINING_TOKENIZER = (2_600, 28.0)
 SMALL_FILES = 2_800  # config.json, tokenizer_config.json and a MANIFEST.json with quality figures
@@ -31,23 +27,12 @@ def parameters(config: PreTrainedConfig) -> dict[str, int]:
     """Parameters by block; "total" counts every layer and, of a BERT, the pooler."""
     with torch.device("meta"):
         model = student_class(config)(config)
-    blocks = {
-        "pieces": "embeddings.word_embeddings",
-        "positions": "embeddings.position_embeddings",
-        "types": "embeddings.token_type_embeddings",
-        "embedding_layernorm": "embeddings.LayerNorm",
-        "embedding_projection": "embeddings_project",
-        "per_layer": "encoder.layer.0",
-        "pooler": "pooler",
-        "layers": "encoder",
-        "total": "",
-    }
-    found = {place: module for place, module in model.named_modules() if place in blocks.values()}
-    return {
-        name: sum(parameter.numel() for parameter in found[place].parameters())
-        for name, place in blocks.items()
-        if place in found
-    }
+    blocks = {"pieces": "embeddings.word_embeddings", "positions": "embeddings.position_embeddings"}
+    blocks |= {"types": "embeddings.token_type_embeddings", "embedding_layernorm": "embeddings.LayerNorm"}
+    blocks |= {"embedding_projection": "embeddings_project", "per_layer": "encoder.layer.0", "pooler": "pooler"}
+    blocks |= {"layers": "encoder", "total": ""}
+    found = dict(model.named_modules())
+    return {name: sum(p.numel() for p in found[place].parameters()) for name, place in blocks.items() if place in found}
 
 
 def graph_bytes(config: PreTrainedConfig, formats: Formats, task: str = "embedding") -> int:
@@ -63,10 +48,8 @@ def graph_bytes(config: PreTrainedConfig, formats: Formats, task: str = "embeddi
 def delivery_bytes(
     config: PreTrainedConfig, formats: Formats, task: str = "embedding", tokenizer: Path | None = None
 ) -> dict[str, int]:
-    """Bytes by file, with "total": weights, tokenizer.json (measured where the file is given), small files.
-
-    formats: of a graph; or a key of SAFETENSORS: a training folder, vocab.txt included. config: of the delivery.
-    """
+    """Bytes by file, with "total": weights, tokenizer.json (estimated where the file is not given), small files.
+    formats: of a graph; or a key of SAFETENSORS: a training folder, vocab.txt included."""
     if isinstance(formats, str) and formats in SAFETENSORS:
         headers = HEADER_BYTES * (7 + 16 * config.num_hidden_layers)
         weights, (first, per_piece) = parameters(config)["total"] * SAFETENSORS[formats] + headers, TRAINING_TOKENIZER
@@ -77,9 +60,7 @@ def delivery_bytes(
     return sizes | {"total": sum(sizes.values())}
 
 
-def refusal(
-    config: PreTrainedConfig, budget_bytes: int, formats: Formats, *, recipe: str, task: str = "embedding"
-) -> str | None:
+def refusal(config, budget_bytes: int, formats: Formats, *, recipe: str, task: str = "embedding") -> str | None:
     """None where the delivery fits its budget, else one sentence that says by how much and what to change."""
 
     def total(pieces: int = config.vocab_size, formats: Formats = formats) -> int:
@@ -90,7 +71,7 @@ def refusal(
     if (needed := total()) <= budget_bytes:
         return None
     fewer = bisect_right(range(1, config.vocab_size), budget_bytes, key=total)
-    remedies = [f"vocabulary.size <= {fewer:,}"] if fewer > 0 else []
+    remedies = [f"vocabulary.size <= {fewer:,}"] * (fewer > 0)
     remedies += [describe(other) for other in GRAPH_FORMATS if total(formats=other) <= budget_bytes][:1]
     advice = ", or ".join(remedies) or "fewer layers or a smaller hidden_size (no vocabulary and no format fits)"
     over = f"over the budget of {_megabytes(budget_bytes)} by {_megabytes(needed - budget_bytes)}"

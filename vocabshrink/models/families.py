@@ -1,12 +1,8 @@
 """Where each family of encoders keeps what BERT keeps, and which class a student of either shape is.
-
-One table of names serves copying and cutting layers, parameter projections and the hooks of attention losses. A family
-that is not in it (DeBERTa, ModernBERT, NomicBERT) still teaches: hidden states, sentence vectors and its piece table
-need no names. Its layers have no counterpart in a BERT, so a student starts with random ones.
-
-A student is a BERT or, with a factorised piece table (`student.embedding_size`), an ELECTRA: the same layers, and a
-projection from the table's width to theirs, in a class that transformers and transformers.js know.
-"""
+A family that is not in the table (DeBERTa, ModernBERT, NomicBERT) still teaches: hidden states, sentence vectors and
+its piece table need no names. Its layers have no counterpart in a BERT, so a student starts with random ones. A student
+is a BERT or, with a factorised piece table (`student.embedding_size`), an ELECTRA: the same layers behind a projection
+from the table's width, in a class that transformers and transformers.js know."""
 
 from collections.abc import Iterator
 
@@ -22,23 +18,16 @@ PARTS = (
     *("intermediate.dense", "output.dense", "output.LayerNorm"),
 )
 # model_type -> (where a layer stands, the names there of PARTS)
+DISTIL = ("sa_layer_norm", "ffn.lin1", "ffn.lin2", "output_layer_norm")
+ALBERT = ("ffn", "ffn_output", "full_layer_layer_norm")
 LAYERS: dict[str, tuple[str, tuple[str, ...]]] = dict.fromkeys(
     ("bert", "roberta", "xlm-roberta", "camembert", "electra"), ("encoder.layer.{}", PARTS)
 ) | {
     "mpnet": ("encoder.layer.{}", (*(f"attention.attn.{name}" for name in "qkvo"), "attention.LayerNorm", *PARTS[5:])),
-    "distilbert": (
-        "transformer.layer.{}",
-        (
-            *(f"attention.{name}_lin" for name in ("q", "k", "v", "out")),
-            *("sa_layer_norm", "ffn.lin1", "ffn.lin2", "output_layer_norm"),
-        ),
-    ),
+    "distilbert": ("transformer.layer.{}", (*(f"attention.{name}_lin" for name in ("q", "k", "v", "out")), *DISTIL)),
     "albert": (  # one layer, used again and again
         "encoder.albert_layer_groups.0.albert_layers.0",
-        (
-            *(f"attention.{name}" for name in ("query", "key", "value", "dense", "LayerNorm")),
-            *("ffn", "ffn_output", "full_layer_layer_norm"),
-        ),
+        (*(f"attention.{name}" for name in ("query", "key", "value", "dense", "LayerNorm")), *ALBERT),
     ),
 }
 RELATIVE = ("mpnet",)  # adds learned biases to the scores Q K^T / sqrt(d); what lies outside LAYERS may rotate them too
@@ -57,7 +46,7 @@ def positions_of(config: PreTrainedConfig) -> int | None:
 
 
 def neurons_of(config: PreTrainedConfig) -> int | None:
-    """Width of the feed-forward layers, whatever the family calls it; None where there is no such number."""
+    """Width of the feed-forward layers; None where there is no such number."""
     return getattr(config, "intermediate_size", None) or getattr(config, "hidden_dim", None)
 
 
@@ -67,8 +56,7 @@ def table_width(config: PreTrainedConfig) -> int:
 
 
 def check_attention(config: PreTrainedConfig, *, scores: bool = False) -> None:
-    """Raises InputError where it is not known where the family computes queries, keys and values or, for losses of
-    `scores`, where these are not the whole of its attention."""
+    """Raises InputError where the family's queries, keys and values (`scores`: and all else in them) are not known."""
     known = [family for family in LAYERS if not (scores and family in RELATIVE)]
     if config.model_type not in known or getattr(config, "inner_group_num", 1) != 1:  # ALBERT's layers in a layer
         remedy = f"choose losses of hidden states, or a model among {', '.join(known)}"
@@ -83,14 +71,12 @@ def names_of_layer(config: PreTrainedConfig, number: int) -> dict[str, str]:
 
 
 def as_bert(backbone: nn.Module) -> dict[str, nn.Parameter]:
-    """A backbone's parameters under BERT's names (ELECTRA's for a projection behind the table); without layers where
-    the family is none of LAYERS, since half a layer is worth less than a random one."""
-    config, found = backbone.config, dict(backbone.named_parameters())
-    named = {name: value for name, value in found.items() if name.startswith("embeddings")}
-    named |= {
-        name.replace("encoder.embedding_hidden_mapping_in", "embeddings_project"): value  # ALBERT's
+    """A backbone's parameters under BERT's and ELECTRA's names; without layers where the family is none of LAYERS."""
+    config, found, albert = backbone.config, dict(backbone.named_parameters()), "encoder.embedding_hidden_mapping_in"
+    named = {
+        name.replace(albert, "embeddings_project"): value
         for name, value in found.items()
-        if name.startswith("encoder.embedding_hidden_mapping_in")
+        if name.startswith(("embeddings", albert))
     }
     for number in range(config.num_hidden_layers) if config.model_type in LAYERS else ():
         for ours, theirs in names_of_layer(config, number).items():

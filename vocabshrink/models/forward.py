@@ -1,11 +1,8 @@
 """A pass through a backbone, and the pooling of what it gives: pieces into units (words), pieces into a sentence.
-
-Losses of attention need each layer's queries, keys and values. They are read by hooks on the layers that compute them,
-so that transformers' fast attention stays in use, which never shows its scores. Student and teacher cut words into
-different pieces, so whatever is compared is pooled into units first, in float32 under autocast too. Sums over pieces
-are `index_add`s, whose order a GPU does not fix: units of three pieces or more differ there in the last bit from run to
-run, unless torch.use_deterministic_algorithms is on.
-"""
+Queries, keys and values are read by hooks on the layers that compute them, so that transformers' fast attention stays
+in use, which never shows its scores. Whatever is compared is pooled into units first, in float32 under autocast too.
+Sums over pieces are `index_add`s, whose order a GPU does not fix: units of three pieces or more differ there in the
+last bit from run to run, unless torch.use_deterministic_algorithms is on."""
 
 import re
 from collections.abc import Iterable, Iterator
@@ -23,16 +20,14 @@ from tokenizer_build.files import read_json
 from tokenizer_build.tokenizer import load_tokenizer
 from vocabshrink.data.held_out import Embed
 from vocabshrink.data.pieces import Pieces
-from vocabshrink.models.families import PARTS, first_position, layer_modules
+from vocabshrink.models.families import PARTS, layer_modules, positions_of
 from vocabshrink.run.recipe import POOLINGS
 
 
 @dataclass
 class Pass:
     """What a backbone's pass gave. hidden: all hidden states [B, T, D], embedding output first, or the last one only.
-
-    queries, keys, values: of each layer [B, T, D], heads side by side, in the dtype of the pass; None if not asked for.
-    """
+    queries, keys, values: of each layer [B, T, D], heads side by side, in the pass's dtype; None if not asked for."""
 
     hidden: tuple[Tensor, ...]
     queries: tuple[Tensor, ...] | None = None
@@ -42,7 +37,7 @@ class Pass:
 
 @contextmanager
 def hooked(modules: Iterable[nn.Module], *, inputs: bool = False) -> Iterator[list[Tensor]]:
-    """A list that fills with each module's output, or its first input, in the order in which they run."""
+    """A list that fills with each module's output, or its first input, as they run."""
     found: list[Tensor] = []
     with ExitStack() as handles:
         for module in modules:
@@ -60,9 +55,7 @@ def run_backbone(
     backbone: nn.Module, side: Pieces, *, embeddings: Tensor | None = None, layers: bool = False, qkv: bool = False
 ) -> Pass:
     """A pass over ids, or over embeddings [B, T, D_E] made outside: all hidden states (`layers`) or the last only.
-
-    A large batch of which a fifth or more is padding is run in chunks of similar length.
-    """
+    A large batch of which a fifth or more is padding is run in chunks of similar length."""
     size, width = side.ids.shape
     projections = [[*dict.fromkeys(layer_modules(backbone, part))] for part in PARTS[:3] * qkv]
     tensors = {"input_ids": side.ids} if embeddings is None else {"inputs_embeds": embeddings}
@@ -121,10 +114,8 @@ MODES |= {"mean_sqrt": "mean_sqrt_len_tokens"}
 @dataclass(frozen=True)
 class ModuleSettings:
     """What a sentence-transformers folder says of itself; a folder without modules.json is pooled by the defaults.
-
-    max_seq_length: in pieces, None where the folder does not say. prompts: {name: what stands before each text};
-    default_prompt: the name of the one that is used unasked. dense: folders of the linear layers behind the pooling.
-    """
+    max_seq_length: in pieces. prompts: {name: what stands before each text}; default_prompt: the name of the one that
+    is used unasked. dense: folders of the linear layers behind the pooling."""
 
     pooling: str = POOLINGS[0]
     normalize: bool = True
@@ -136,11 +127,8 @@ class ModuleSettings:
 
 
 def module_settings(folder: Path, pooling: str | None = None, normalize: bool | None = None) -> ModuleSettings:
-    """Reads what a folder says beside its model; `pooling` and `normalize`, where given, win over it.
-
-    Raises InputError for files of another form, for other modules than Transformer, Pooling, Dense and Normalize, for
-    several poolings joined, and for a dense layer that changes the width or adds a residual.
-    """
+    """Reads what a folder says beside its model; `pooling` and `normalize`, where given, win over it. Raises InputError
+    for files of another form, other modules, poolings joined, a dense layer of another width or with a residual."""
 
     def read(name: str) -> dict | list:
         return read_json(folder / name) if (folder / name).is_file() else {}
@@ -158,33 +146,27 @@ def module_settings(folder: Path, pooling: str | None = None, normalize: bool | 
     form = re.fullmatch("Transformer Pooling( Dense)*( Normalize)?", " ".join(kinds))
     if modules and (not form or modules[0][0]):
         what = f"its modules are {', '.join(kinds)}"
-        raise InputError(
-            f"{folder}: {what}: only a Transformer beside modules.json, Pooling, Dense, Normalize are known"
-        )
+        raise InputError(f"{folder}: {what}: known: only a Transformer beside modules.json, Pooling, Dense, Normalize")
     residual = any(part.get("use_residual") for part in options)
     if wrong := [f"{width} to {other} dimensions" for width, other in widths if width != other or residual]:
         raise InputError(f"{folder}: a Dense module of {wrong[0]} cannot be learnt: take another model")
     if modules and pooling is None:
         pooling = _pooling_of(options[1], folder)
-    return ModuleSettings(
-        pooling or POOLINGS[0],
-        (not kinds or "Normalize" in kinds) if normalize is None else normalize,
-        limits.get("max_seq_length"),
-        bool(limits.get("do_lower_case")),
-        {name: text or "" for name, text in prompts.items()},
-        default,
-        tuple(folder / path for path, kind in modules if kind == "Dense"),
-    )
+    normalize = (not kinds or "Normalize" in kinds) if normalize is None else normalize
+    limits = limits.get("max_seq_length"), bool(limits.get("do_lower_case"))
+    dense = tuple(folder / path for path, kind in modules if kind == "Dense")
+    prompts = {name: text or "" for name, text in prompts.items()}
+    return ModuleSettings(pooling or POOLINGS[0], normalize, *limits, prompts, default, dense)
 
 
 def _pooling_of(options: dict, folder: Path) -> str:
     """The one of POOLINGS that a Pooling module's config means, whose keys changed in sentence-transformers 5."""
     flags = [key.removeprefix("pooling_mode_") for key, on in options.items() if key.startswith("pooling_mode_") and on]
-    named = options.get("pooling_mode") or flags or MODES["mean"]
-    named = [named] if isinstance(named, str) else named
+    named = options.get("pooling_mode") or flags or [MODES["mean"]]
+    named, bare = [named] if isinstance(named, str) else named, not options.get("include_prompt", True)
     known = {name: pooling for pooling, mode in MODES.items() for name in (mode, pooling)}
-    if len(named) > 1 or named[0] not in known or not options.get("include_prompt", True):
-        what = " and ".join(named) + " without the prompt" * (not options.get("include_prompt", True))
+    if len(named) > 1 or named[0] not in known or bare:
+        what = " and ".join(named) + " without the prompt" * bare
         remedy = f"give teacher.pooling, one of {', '.join(POOLINGS)}, or another model"
         raise InputError(f"{folder}: pooling by {what} cannot be learnt: {remedy}")
     return known[named[0]]
@@ -192,12 +174,11 @@ def _pooling_of(options: dict, folder: Path) -> str:
 
 def module_files(width: int, positions: int, pooling: str, normalize: bool, prompts=None, default_prompt=None) -> dict:
     """{file: JSON content} beside a model of `width` dimensions that reads `positions` pieces; see `ModuleSettings`."""
-    modules = [("", "Transformer"), ("1_Pooling", "Pooling")] + [("2_Normalize", "Normalize")] * normalize
+    paths = ["", "1_Pooling", "2_Normalize"][: 2 + normalize]
+    kinds = [f"sentence_transformers.models.{path[2:] or 'Transformer'}" for path in paths]
+    modules = enumerate(zip(paths, kinds, strict=True))
     return {
-        "modules.json": [
-            {"idx": i, "name": str(i), "path": path, "type": f"sentence_transformers.models.{kind}"}
-            for i, (path, kind) in enumerate(modules)
-        ],
+        "modules.json": [{"idx": i, "name": str(i), "path": path, "type": kind} for i, (path, kind) in modules],
         "sentence_bert_config.json": {"max_seq_length": positions, "do_lower_case": False},
         "1_Pooling/config.json": {"word_embedding_dimension": width}
         | {f"pooling_mode_{mode}": pooling == name for name, mode in MODES.items()},
@@ -206,24 +187,14 @@ def module_files(width: int, positions: int, pooling: str, normalize: bool, prom
 
 
 def torch_embedder(
-    backbone,
-    tokenizer_folder: Path,
-    pooling: str,
-    normalize: bool,
-    *,
-    max_length: int,
-    batch_size: int = 64,
-    prompt: str | None = None,
+    backbone, tokenizer_folder: Path, pooling: str, normalize: bool, *, max_length: int, batch_size=64, prompt=None
 ) -> Embed:
     """Texts -> [n, D] float32 by a model and a folder's tokenizer, which cuts at `max_length` or the model's positions.
     prompt: put before each text.
-
-    Sorted by length, texts need little padding; bfloat16's error is far below the differences between models.
-    """
-    config, tokenizer = backbone.config, load_tokenizer(tokenizer_folder)
-    positions = getattr(config, "max_position_embeddings", None)
-    tokenizer.enable_truncation(min(max_length, positions - first_position(config)) if positions else max_length)
-    tokenizer.enable_padding(pad_id=config.pad_token_id or 0)
+    bfloat16's error is far below the differences between models."""
+    tokenizer = load_tokenizer(tokenizer_folder)
+    tokenizer.enable_truncation(min(max_length, positions_of(backbone.config) or max_length))
+    tokenizer.enable_padding(pad_id=backbone.config.pad_token_id or 0)
 
     @torch.no_grad()
     def embed(texts: list[str]) -> np.ndarray:
@@ -246,9 +217,7 @@ def torch_embedder(
 
 def pool_units(hidden: Tensor, units: Tensor, count: int, *, total: bool = False) -> Tensor:
     """Mean (`total`: sum) of each unit's pieces; zero where it has none.
-
-    hidden [B, T, D], units [B, T] (-1 at padding), count U -> [B, U, D] float32.
-    """
+    hidden [B, T, D], units [B, T] (-1 at padding), count U -> [B, U, D] float32."""
     size, _, width = hidden.shape
     slot = torch.where(units >= 0, units, count) + torch.arange(size, device=units.device).unsqueeze(1) * (count + 1)
     pooled = torch.zeros(size * (count + 1), width, device=hidden.device)
@@ -260,11 +229,9 @@ def pool_units(hidden: Tensor, units: Tensor, count: int, *, total: bool = False
 
 
 def pool_attention(maps: Tensor, units: Tensor, count: int, *, scores: bool = False) -> Tensor:
-    """Attention between pieces as attention between units. maps [B, h, T, T], units [B, T] -> [B, h, U, U] float32.
-
+    """Attention between pieces, maps [B, h, T, T], as attention between units [B, T] -> [B, h, U, U] float32.
     A unit attends with the mean over its pieces and to the sum over the target's, so that rows still sum to one; for
-    `scores` (before the softmax) to their mean.
-    """
+    `scores` (before the softmax) to their mean."""
 
     def pool(maps, total):  # [B, h, T, X] -> [B, h, X, U]
         pooled = pool_units(maps.transpose(1, 2).flatten(2), units, count, total=total)

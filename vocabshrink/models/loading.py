@@ -1,10 +1,7 @@
 """Loading: the one way from a folder to a config, a model or its tensors.
-
 Teachers are strangers' files. So every model is read from safetensors alone (unpickling can run code), none of a
-folder's own code is run, nobody is asked anything on stdin, the network is used by `resolve_model` alone, and whatever
-transformers stumbles over becomes one sentence. Weights are float32 whatever their files hold: half precision comes
-from autocast. `check_folder` judges what can be seen without reading the weights, which takes milliseconds.
-"""
+folder's own code is run, the network is used by `resolve_model` alone, and whatever transformers stumbles over becomes
+one sentence. Weights are float32 whatever their files hold: half precision comes from autocast."""
 
 import hashlib
 import importlib.util
@@ -28,8 +25,8 @@ transformers_logging.disable_progress_bar()
 
 
 def resolve_model(model: str, revision: str | None = None) -> Path:
-    """The folder of a model: a local folder, `package:NAME/SUBFOLDER`, or a hub name (the only use of the network), for
-    which `revision` may name a branch, tag or commit. Raises InputError where there is no such model."""
+    """The folder of a model: a local folder, `package:NAME/SUBFOLDER`, or a hub name, for which `revision` may name a
+    branch, tag or commit. Raises InputError where there is no such model."""
     folder = Path(model).expanduser()
     if model.startswith("package:"):
         name, _, inner = model.removeprefix("package:").partition("/")
@@ -62,9 +59,8 @@ def refusing(place: Path) -> Iterator[None]:
         yield
     except Exception as error:  # of any kind: OSError, KeyError, TypeError, SafetensorError, StrictDataclassError ...
         reason = f"{type(error).__name__}: {shorten(str(error), 200, placeholder=' ...')}"
-        raise InputError(
-            f"{place}: cannot be loaded: {reason}: download it again, or save it with save_pretrained"
-        ) from error
+        remedy = "download it again, or save it with save_pretrained"
+        raise InputError(f"{place}: cannot be loaded: {reason}: {remedy}") from error
 
 
 def load_config(folder: Path):
@@ -87,8 +83,7 @@ def load_model(folder: Path, loader=AutoModel, **options):
         return loader.from_pretrained(
             folder,
             dtype=torch.float32,
-            # whichever trains faster: eager is 1.6 times as fast on a CPU in bf16. On a GPU transformers chooses sdpa
-            # for those that have it; MPNet and DeBERTa, which add relative positions, have not, and would refuse it
+            # eager trains 1.6 times as fast on a CPU in bf16; on a GPU transformers chooses sdpa for those that have it
             attn_implementation=None if torch.cuda.is_available() else "eager",
             use_safetensors=True,
             trust_remote_code=False,
@@ -98,7 +93,8 @@ def load_model(folder: Path, loader=AutoModel, **options):
 
 
 def check_folder(folder: Path, sha256: str | None = None):
-    """The config of a model's folder. Raises InputError for missing parts, another hash, and sizes that disagree."""
+    """The config of a model's folder, judged without reading the weights (unless for `sha256`), in milliseconds.
+    Raises InputError for missing parts, another hash, and sizes that disagree."""
     for name in ("config.json", "tokenizer.json"):
         if not (folder / name).is_file():
             raise InputError(f"{folder}: not a model folder: {name} is missing: save model and tokenizer there")
@@ -108,11 +104,9 @@ def check_folder(folder: Path, sha256: str | None = None):
     with refusing(folder), torch.device("meta"):  # nothing is allocated
         model = AutoModel.from_config(config)
     stored = {name.removeprefix(f"{model.base_model_prefix}."): shape for name, (_, shape) in tensors.items()}
-    wrong = [
-        f"config.json gives {name} the shape {tuple(value.shape)}, the weights have {stored[name]}"
-        for name, value in model.named_parameters()
-        if stored.get(name, value.shape) != value.shape
-    ]
+    shapes = {name: tuple(value.shape) for name, value in model.named_parameters()}
+    other = [name for name, shape in shapes.items() if stored.get(name, shape) != shape]
+    wrong = [f"config.json gives {name} the shape {shapes[name]}, the weights have {stored[name]}" for name in other]
     pieces = load_tokenizer(folder).get_vocab_size()
     if pieces > (rows := getattr(config, "vocab_size", pieces)):
         wrong.append(f"the tokenizer has {pieces} pieces, the model's table only {rows} rows")
@@ -122,10 +116,8 @@ def check_folder(folder: Path, sha256: str | None = None):
 
 
 def weight_files(folder: Path) -> list[Path]:
-    """What transformers loads from a folder: model.safetensors, or the shards that its index names, in order of name.
-
-    Raises InputError where there is neither, and for shards that are missing or outside the folder.
-    """
+    """What transformers loads: model.safetensors, or the shards that its index names, in order of name. Raises
+    InputError where there is neither, and for shards that are missing or outside the folder."""
     if (folder / "model.safetensors").is_file():
         return [folder / "model.safetensors"]
     index = folder / "model.safetensors.index.json"
@@ -142,7 +134,7 @@ def weight_files(folder: Path) -> list[Path]:
 
 
 def weights_sha256(folder: Path) -> str:
-    """The hash of all weights that would be loaded: of one file's bytes, or of all shards' in order of name."""
+    """The hash of all weights that would be loaded, shard by shard."""
     digest = hashlib.sha256()
     for path in weight_files(folder):
         with path.open("rb") as file:

@@ -1,14 +1,9 @@
 """Between the teacher's width and the student's: extraction, principal directions and shared projections.
-
 Extraction cuts a student out of the teacher's own layers (Chen et al. 2021, Extract-then-Distill): some heads of every
 layer, some dimensions of every head (one choice for queries and keys, which meet in a product, and one for values),
 some feed-forward neurons, and one choice of hidden dimensions, because the residual stream is one. Where heads are cut
 inside, queries are multiplied by sqrt(d_T / d_S): scores are sums of d_S products divided by sqrt(d_S). Spearman on 300
-pairs of STS-B before training, all-MiniLM-L6-v2 cut by importance to width 192 and 96: 0.868, 0.750; unscaled 0.861,
-0.717; the teacher 0.933; piece means in a random body 192 wide 0.60.
-
-Projections belong to the training task and are dropped after it (Zhao et al. 2019, section 3.3).
-"""
+pairs of STS-B before training, all-MiniLM-L6-v2 cut by importance to width 192: 0.868, unscaled 0.861."""
 
 import torch
 from torch import Tensor, nn
@@ -30,9 +25,9 @@ def principal_directions(table: Tensor, width: int) -> Tensor:
 
 def narrowing(teacher: Tensor, student: Tensor) -> Tensor:
     """The map [D, D_S] under which teacher vectors [N, D] keep their products best in the student's width, turned onto
-    the student's own vectors [n, D_S] of the first n sentences: principal directions, then the rotation of least
-    squares (orthogonal Procrustes, Schönemann 1966). So a student learns the teacher's similarities without a head, and
-    from where it stands. In a student wider than the teacher, D dimensions are filled before the turn."""
+    the student's own vectors [n, D_S] of the first n sentences: principal directions (or, in a wider student, D filled
+    dimensions), then the rotation of least squares (orthogonal Procrustes, Schönemann 1966). So a student learns the
+    teacher's similarities without a head, and from where it stands."""
     width, whole = student.shape[1], teacher.shape[1]
     directions = principal_directions(teacher, width) if width < whole else torch.eye(whole, width)
     left, _, right = torch.linalg.svd((teacher[: len(student)] @ directions).T @ student.float())
@@ -45,24 +40,17 @@ def widen(student_width: int, teacher_width: int, directions: Tensor | None = No
         return nn.Identity()
     up = nn.Linear(student_width, teacher_width)
     nn.init.zeros_(up.bias)
-    if directions is None:
-        nn.init.xavier_uniform_(up.weight)
-    else:
-        up.weight.data.copy_(directions)
+    nn.init.xavier_uniform_(up.weight) if directions is None else up.weight.data.copy_(directions)
     return up
 
 
 class ParameterProjection(nn.Module):
-    """Shared projections of model parameters, one pair per shape of variable; vectors use one matrix.
-
-    `down: MSE(U θ_t V, θ_s)`, `up: MSE(θ_t, U' θ_s V')` (Zhao et al. 2019, equations 1 and 2). Variables are matched by
-    the layer map and by name; piece tables are left out, since the vocabularies differ.
-    """
+    """Shared projections of model parameters, one pair per shape of variable; vectors use one matrix. They are dropped
+    after training. `down: MSE(U θ_t V, θ_s)`, `up: MSE(θ_t, U' θ_s V')` (Zhao et al. 2019, equations 1 and 2)."""
 
     def __init__(self, student: nn.Module, teacher: nn.Module, pairs: Pairs, direction: str):
         super().__init__()
-        self.direction = direction
-        self.matched = match_parameters(student, teacher, pairs)
+        self.direction, self.matched = direction, match_parameters(student, teacher, pairs)
         if not self.matched:
             raise InputError("losses: parameter projections need teacher and student of one architecture (BERT)")
         self.left, self.right = nn.ParameterDict(), nn.ParameterDict()
@@ -76,32 +64,28 @@ class ParameterProjection(nn.Module):
         """(name of the pair of shapes, variable to project, variable to meet) for all that is matched."""
         small, large = dict(student.named_parameters()), as_bert(teacher)
         sides = [(small[ours], large[theirs]) for ours, theirs in self.matched]
-        if self.direction == "down":
-            sides = [(theirs, ours) for ours, theirs in sides]
+        sides = [side[::-1] for side in sides] if self.direction == "down" else sides
         return [("_to_".join("x".join(map(str, v.shape)) for v in side), *side) for side in sides]
 
     def forward(self, student: nn.Module, teacher: nn.Module) -> Tensor:
         """The mean over matched variables of the squared error after projection, a scalar."""
-        total = torch.zeros((), device=next(iter(self.left.values())).device)
+        errors = []
         for key, source, target in self.moves(student, teacher):
             moved = self.left[key] @ source
-            if source.ndim == 2:
-                moved = moved @ self.right[key]
-            total = total + (moved - target).float().pow(2).mean()
-        return total / len(self.matched)
+            moved = moved @ self.right[key] if source.ndim == 2 else moved
+            errors.append((moved - target).float().pow(2).mean())
+        return sum(errors) / len(errors)
 
 
 def layer_and_tail(name: str) -> tuple[int | None, str]:
     """A BERT parameter's layer, 0-based, and its name there: (3, "output.dense.bias"); (None, name) outside layers."""
-    if not name.startswith("encoder.layer."):
-        return None, name
     number, _, tail = name.removeprefix("encoder.layer.").partition(".")
-    return int(number), tail
+    return (int(number), tail) if number.isdigit() else (None, name)
 
 
 def match_parameters(student: nn.Module, teacher: nn.Module, pairs: Pairs) -> list[tuple[str, str]]:
-    """(student name, teacher's name in `as_bert`) of the variables of one role: layers by the map (1-based; of a block
-    the last), the rest by name. Raises InputError for the map `emd`."""
+    """(student name, teacher's name in `as_bert`) of the variables of one role: layers by the map (of a block the
+    last), the rest by name, without piece tables. Raises InputError for the map `emd`."""
     if isinstance(pairs, SoftPairs):
         raise InputError("layer_map: emd has no one teacher layer for parameter projections: choose another map")
     theirs = as_bert(teacher)
@@ -135,8 +119,8 @@ def check_extraction(how: str, config: BertConfig, theirs) -> None:
     """Raises InputError for a teacher (config `theirs`) with other layers than BERT's or smaller than the student."""
     # where the table is narrower than the layers, no choice of dimensions fits both
     if theirs.model_type not in LAYERS or theirs.model_type == "albert" or table_width(theirs) != theirs.hidden_size:
-        other = f"a {theirs.model_type} teacher does not have BERT's layers"
-        raise InputError(f"student.initialize {how}: {other}: choose teacher or random")
+        other = f"student.initialize {how}: a {theirs.model_type} teacher does not have BERT's layers"
+        raise InputError(f"{other}: choose teacher or random")
     sizes = {name: (getattr(config, name), getattr(theirs, name)) for name in ("hidden_size", "num_attention_heads")}
     sizes["intermediate_size"] = (config.intermediate_size, neurons_of(theirs))
     sizes["hidden_size / num_attention_heads"] = (head_size(config), head_size(theirs))
@@ -148,24 +132,19 @@ def check_extraction(how: str, config: BertConfig, theirs) -> None:
 
 @torch.no_grad()
 def scores_of(teacher: Teacher, how: str, batch: Pieces | None, seed: int) -> dict:
-    """A number for everything that can be kept: random by `seed`, or its importance in one pass over `batch`.
-
-    Importance is what a part adds to the output, averaged over real positions, as activations tell it without gradients
-    (Muralidharan et al. 2024, Minitron, arXiv 2407.14679): of a head the norm of its share of the attention output; of
-    a value dimension and a neuron mean |activation| times the norm of its outgoing weights; of a dimension of queries
-    and keys the product of their mean |activation|; of a hidden dimension its mean |value| over all hidden states.
-    Returns: {"dims": [D], "layers": [{"heads": [h], "queries": [h, D / h], "values": [h, D / h], "neurons": [F]}]}.
-    """
+    """A number for everything that can be kept: random by `seed`, or its importance in one pass over `batch`, as
+    activations tell it (Muralidharan et al. 2024, Minitron, arXiv 2407.14679): of a head the norm of its share of the
+    attention output; of a value dimension and a neuron mean |activation| times the norm of its outgoing weights; of a
+    dimension of queries and keys the product of their mean |activation|; of a hidden dimension its mean |value|.
+    Returns: {"dims": [D], "layers": [{"heads": [h], "queries": [h, D / h], "values": [h, D / h], "neurons": [F]}]}."""
     config, heads = teacher.config, teacher.config.num_attention_heads
-    modules = {part: list(layer_modules(teacher.backbone, part)) for part in PARTS}
     if how == "extract_random":
         generator, inside = torch.Generator().manual_seed(seed), (heads, head_size(config))
         shapes = {"heads": (heads,), "queries": inside, "values": inside, "neurons": (neurons_of(config),)}
-        dims = torch.rand(config.hidden_size, generator=generator)
-        layers = range(config.num_hidden_layers)
+        dims, layers = torch.rand(config.hidden_size, generator=generator), range(config.num_hidden_layers)
         draws = [{name: torch.rand(shape, generator=generator) for name, shape in shapes.items()} for _ in layers]
         return {"dims": dims, "layers": draws}
-    mask = batch.attention_mask
+    modules, mask = {part: list(layer_modules(teacher.backbone, part)) for part in PARTS}, batch.attention_mask
 
     def mean_size(state: Tensor) -> Tensor:  # [B, T, n] -> [n]
         return state[mask.bool()].float().abs().mean(0)
@@ -183,21 +162,15 @@ def scores_of(teacher: Teacher, how: str, batch: Pieces | None, seed: int) -> di
         outgoing = out[0].weight.float().unflatten(1, (heads, -1))  # [D, h, d]
         parts = context[mask.bool()].float().unflatten(1, (heads, -1))  # [n, h, d]
         shares = [(parts[:, h] @ outgoing[:, h].T).norm(dim=-1).mean() for h in range(heads)]  # of [n, D]
-        scores.append(
-            {
-                "heads": torch.stack(shares),
-                "queries": (mean_size(query) * mean_size(key)).unflatten(0, (heads, -1)),
-                "values": parts.abs().mean(0) * outgoing.norm(dim=0),
-                "neurons": mean_size(neuron) * out[1].weight.float().norm(dim=0),
-            }
-        )
+        layer = {"heads": torch.stack(shares), "values": parts.abs().mean(0) * outgoing.norm(dim=0)}
+        layer["queries"] = (mean_size(query) * mean_size(key)).unflatten(0, (heads, -1))
+        scores.append(layer | {"neurons": mean_size(neuron) * out[1].weight.float().norm(dim=0)})
     return {"dims": torch.stack([mean_size(state) for state in states]).mean(0), "layers": scores}
 
 
 def keep(scores: dict, config: BertConfig) -> dict:
-    """The indices of the highest scores, as many as the student's shape has, in rising order: {"dims": [D_S], "layers":
-    [{"queries": [D_S], "values": [D_S], "neurons": [F_S]}], "scale": of the queries}, where queries and values are
-    numbered through all heads, as rows of their matrices are."""
+    """The indices of the highest scores, as many as the student's shape has, rising: {"dims": [D_S], "layers":
+    [{"queries": [D_S], "values": [D_S], "neurons": [F_S]}], "scale": of the queries}; queries and values are rows."""
 
     def highest(values: Tensor, count: int) -> Tensor:
         return values.topk(count, dim=-1).indices.sort(dim=-1).values
@@ -213,7 +186,7 @@ def keep(scores: dict, config: BertConfig) -> dict:
 
 
 def cut(kept: dict, layer: int | None, name: str, value: Tensor) -> Tensor:
-    """What `kept` leaves of a variable [rows, columns] or [rows] of a layer (0-based), or of a table [n, D]."""
+    """What `kept` leaves of a layer's variable [rows, columns] or [rows], or of a table [n, D]."""
     choice = {"dims": kept["dims"]} | ({} if layer is None else kept["layers"][layer])
     rows, columns = CUTS.get(name.rpartition(".")[0], ("dims", "dims"))
     if name.startswith("embeddings.") and value.ndim == 2:

@@ -1,9 +1,6 @@
 """Pieces of one vocabulary in the other's: the pieces that both have, and how one spells what the other has.
-
-Here every piece is written as WordPiece writes it, the student's form: `##` marks a piece inside a word, where
-byte-level BPE and SentencePiece mark one at its start with `Ġ` or `▁`. The other tokenizer is asked wherever it can be;
-only a WordPiece model cannot be asked about text inside a word.
-"""
+Every piece is written as WordPiece writes it, the student's form: `##` marks a piece inside a word, where byte-level
+BPE and SentencePiece mark one at its start with `Ġ` or `▁`."""
 
 import re
 
@@ -30,7 +27,7 @@ MARKED = re.compile(r"\[\w+\]|<[\w/|]+>")  # [CLS], <s>, [unused1]: no text spel
 
 
 def spell(piece: str, tokenizer: Tokenizer) -> list[int]:
-    """The teacher's ids for a student piece, `##` meaning "inside a word" in whatever way the teacher marks that."""
+    """The teacher's ids for a student piece."""
     if piece in SPECIAL and (role := first_known(tokenizer, piece, SPECIAL[piece])) is not None:
         return [role]
     unknown = first_known(tokenizer, "[UNK]", "<unk>") or 0
@@ -38,8 +35,8 @@ def spell(piece: str, tokenizer: Tokenizer) -> list[int]:
     is_wordpiece = isinstance(tokenizer.model, models.WordPiece)
     if is_wordpiece and (known := tokenizer.token_to_id(piece)) is not None:
         return [known]
-    # Elsewhere the space belongs to the word: `the` is `Ġthe` or `▁the`, while a teacher's own `the` is the end of
-    # `bathe`. A full stop follows its word without a space, so that the mark is taken off it as off `##` pieces.
+    # Elsewhere the space belongs to the word: `the` is `Ġthe` or `▁the`, and a teacher's `the` is the end of `bathe`. A
+    # full stop follows its word without a space, so that the mark is taken off it as off `##` pieces.
     follows = inside or not any(map(str.isalnum, text))
     text = text if follows or is_wordpiece else " " + text
     if tokenizer.normalizer is not None:  # an uncased teacher reads `Berlin` as `berlin`
@@ -48,10 +45,10 @@ def spell(piece: str, tokenizer: Tokenizer) -> list[int]:
     for number, (word, _) in enumerate(tokenizer.pre_tokenizer.pre_tokenize_str(text)):
         if is_wordpiece:
             ids += wordpieces(word, tokenizer, inside and number == 0) or [unknown]
-        else:
-            if follows and number == 0:
-                word = word.removeprefix("▁").removeprefix("Ġ")
-            ids += [token.id for token in tokenizer.model.tokenize(word)] if word else []
+            continue
+        if follows and number == 0:
+            word = word.removeprefix("▁").removeprefix("Ġ")
+        ids += [token.id for token in tokenizer.model.tokenize(word)] if word else []
     return ids or [unknown]
 
 
@@ -61,7 +58,7 @@ def first_known(tokenizer: Tokenizer, *names: str) -> int | None:
 
 
 def wordpieces(word: str, tokenizer: Tokenizer, inside: bool) -> list[int]:
-    """Greedy longest match, also from inside a word, for which the model itself cannot be asked; empty if unknown."""
+    """Greedy longest match, also from inside a word; empty if unknown."""
     ids: list[int] = []
     while word:
         marked = "##" * bool(inside or ids) + word
@@ -75,10 +72,8 @@ def wordpieces(word: str, tokenizer: Tokenizer, inside: bool) -> list[int]:
 
 
 def shared_pieces(student_tokenizer: Tokenizer, teacher_tokenizer: Tokenizer) -> np.ndarray:
-    """[V_S] int64: the teacher's id of the same piece, -1 where it has none; one to one.
-
-    The same is the same text in the same place of a word, whatever marks that place. Special tokens agree by role.
-    """
+    """[V_S] int64: the teacher's id of the same piece (the same text in the same place of a word; special tokens agree
+    by role), -1 where it has none; one to one."""
     shared = np.full(max(student_tokenizer.get_vocab().values()) + 1, -1, np.int64)
     for piece, index in student_tokenizer.get_vocab().items():
         ids = spell(piece, teacher_tokenizer)
@@ -89,9 +84,7 @@ def shared_pieces(student_tokenizer: Tokenizer, teacher_tokenizer: Tokenizer) ->
 
 def spellings(student_tokenizer: Tokenizer, teacher_tokenizer: Tokenizer) -> np.ndarray:
     """[V_T, K] int64: the student's ids that spell each teacher piece, -1 behind them; K is at most 8.
-
-    All -1: special tokens, parts of characters, characters that the student does not know, and longer spellings.
-    """
+    All -1: special tokens, parts of characters, characters that the student does not know, and longer spellings."""
     unknown = student_tokenizer.token_to_id("[UNK]")
     rows: list[list[int]] = [[] for _ in range(max(teacher_tokenizer.get_vocab().values()) + 1)]
     for piece, index in teacher_tokenizer.get_vocab().items():

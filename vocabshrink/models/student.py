@@ -3,12 +3,9 @@ where its piece table is factorised (see `factorise`).
 
 Pieces start as the mean of the teacher's pieces that spell them (Gee et al. 2022, Fast Vocabulary Transfer); for a
 narrower student these means are turned onto the teacher table's principal directions, whose transpose is the way back
-up. Layers are copied by the layer map, variable by variable where shapes agree (BERT, RoBERTa, XLM-R bodies), else they
-are random, or cut out of the teacher's (`extract_*`); the returned report says which.
-
-Dropout is never active in training: distillation has a target for every position, and on a CPU the random numbers alone
-cost a third of a step. The saved config keeps BERT's usual 0.1 for whoever fine-tunes the student.
-"""
+up. Layers are copied by the layer map, variable by variable where shapes agree, else they are random, or cut out of the
+teacher's (`extract_*`). Dropout is never active in training: distillation has a target for every position, and on a CPU
+the random numbers alone cost a third of a step. The saved config keeps BERT's 0.1 for fine-tuning."""
 
 import shutil
 from collections import Counter
@@ -23,17 +20,8 @@ from tokenizer_build.errors import InputError
 from tokenizer_build.files import replacing_folder, write_json
 from tokenizer_build.tokenizer import load_tokenizer
 from vocabshrink.data.pieces import Pieces
-from vocabshrink.models.families import (
-    RELATIVE,
-    as_bert,
-    first_position,
-    neurons_of,
-    new_encoder,
-    positions_of,
-    student_class,
-    table_width,
-    without_pooler,
-)
+from vocabshrink.models import families
+from vocabshrink.models.families import RELATIVE, new_encoder, student_class, table_width, without_pooler
 from vocabshrink.models.forward import module_files
 from vocabshrink.models.loading import load_config, load_model
 from vocabshrink.models.projection import check_extraction, cut, keep, layer_and_tail, principal_directions, scores_of
@@ -45,18 +33,17 @@ from vocabshrink.run.recipe import StudentSection
 
 def student_config(section: StudentSection, source, vocab_size: int) -> PreTrainedConfig:
     """The student's shape: the recipe's numbers, else those of `source`, the config of the model that it starts from.
-
-    Raises InputError for a width that the heads do not divide, and for a number that neither of them gives.
-    """
-    names = ["hidden_size", "num_attention_heads", "num_hidden_layers", "intermediate_size", "max_position_embeddings"]
+    Raises InputError for a width that the heads do not divide, and for a number that neither of them gives."""
+    names = ("hidden_size", "num_attention_heads", "num_hidden_layers")
     theirs = {name: getattr(source, name, None) for name in names}
-    theirs |= {"intermediate_size": neurons_of(source), "max_position_embeddings": positions_of(source)}
+    theirs |= {
+        "intermediate_size": families.neurons_of(source),
+        "max_position_embeddings": families.positions_of(source),
+    }
     shape = {name: getattr(section, name) or value for name, value in theirs.items()}
     if missing := [name for name, value in shape.items() if not value]:
-        nothing = f"the {source.model_type} model has no such number"
-        raise InputError(f"student.{missing[0]}: {nothing}: write it in the recipe")
-    hidden, heads = shape["hidden_size"], shape["num_attention_heads"]
-    if hidden % heads:
+        raise InputError(f"student.{missing[0]}: the {source.model_type} model has no such number: write it down")
+    if (hidden := shape["hidden_size"]) % (heads := shape["num_attention_heads"]):
         raise InputError(f"student: num_attention_heads {heads} does not divide hidden_size {hidden}: choose a divisor")
     eps, activation = eps_and_activation(source)
     shape |= {"vocab_size": vocab_size, "type_vocab_size": getattr(source, "type_vocab_size", 0) or 1}
@@ -69,9 +56,8 @@ def student_config(section: StudentSection, source, vocab_size: int) -> PreTrain
 
 
 class Start(NamedTuple):
-    """A student as it starts. directions [D, D_S]: of the source's hidden states, from which `widen` starts (principal,
-    or the columns of the kept dimensions); table_directions [D, E]: the same of its piece table. None: of equal widths.
-    report: {"embeddings": ..., "layers": ...}, what was done, for the log."""
+    """A student as it starts. directions [D, D_S]: of the source's hidden states, from which `widen` starts;
+    table_directions [D, E]: of its piece table. None: of equal widths. report: {"embeddings", "layers"} in words."""
 
     model: PreTrainedModel
     directions: Tensor | None
@@ -82,12 +68,9 @@ class Start(NamedTuple):
 def build_student(
     section: StudentSection, source: Teacher, tokenizer_folder: Path, *, batch: Pieces | None = None, seed: int = 0
 ) -> Start:
-    """A student and how it was started from `source`: the teacher, or another model.
-
-    batch: text in the source's pieces, from which `extract_importance` measures. seed: of `extract_random` and of the
-    layer map `random`; what stays random altogether comes from torch's own generator. Raises InputError for a shape
-    that the source cannot fill, and for extraction from a model without BERT's layers.
-    """
+    """A student and how it was started from `source`: the teacher, or another model. batch: text in the source's
+    pieces, from which `extract_importance` measures. seed: of `extract_random` and of the layer map `random`; else
+    torch's own generator is used. Raises InputError for a shape that the source cannot fill."""
     tokenizer, how = load_tokenizer(tokenizer_folder), section.initialize
     wanted = config = student_config(section, source.config, tokenizer.get_vocab_size())
     table = source.table.weight.detach()
@@ -128,12 +111,9 @@ def build_student(
 @torch.no_grad()
 def factorise(student: BertModel, config: ElectraConfig) -> tuple[ElectraModel, Tensor]:
     """The same encoder with its embeddings in fewer columns, and their orthonormal basis [D_S, E].
-
     BERT normalises w + p + t in the layers' width, ELECTRA in the table's and projects the result up. The two agree for
-    what lies in the basis if this maps the vector of ones, which a layer norm takes away, to a vector of ones: then the
-    norms differ by the constant sqrt(D_S / E), and the projection takes over BERT's gain and shift. The rest of the
-    basis are the principal directions of pieces and positions.
-    """
+    what lies in the basis if this maps the vector of ones to a vector of ones: then the norms differ by the constant
+    sqrt(D_S / E). The rest of the basis are the principal directions of pieces and positions."""
     new, old, columns = new_encoder(config), student.embeddings, config.embedding_size
     tables = {name: getattr(old, f"{name}_embeddings").weight for name in ("word", "position", "token_type")}
     width = config.hidden_size
@@ -155,11 +135,8 @@ def factorise(student: BertModel, config: ElectraConfig) -> tuple[ElectraModel, 
 
 
 def source_layers(layer_map: str | list, student: PreTrainedModel, teacher: Teacher, seed: int) -> dict[int, int]:
-    """Student layer -> the teacher layer that it starts from, both 0-based: the last of those that it learns from.
-
-    A layer that the map passes over (`skip`, `last_only`) or gives all of the teacher's (`emd`) starts as in the map
-    `uniform`. In a student deeper than its teacher, each of the first is the teacher's own.
-    """
+    """Student layer -> the teacher layer that it starts from, both 0-based: the last of those that it learns from, or
+    as in the map `uniform`; in a student deeper than its teacher, each of the first is the teacher's own."""
     small, large = student.config.num_hidden_layers, teacher.config.num_hidden_layers
     start = layer_pairs("uniform" if small <= large else [(m, m) for m in range(1, large + 1)], small, large)
     chosen = layer_map != "emd" and (small <= large or not isinstance(layer_map, str))
@@ -171,14 +148,11 @@ UPDATES = ("attention.output.dense", "output.dense")  # what a layer adds to the
 
 
 def copy_body(student: PreTrainedModel, teacher: Teacher, source_layer: dict[int, int], kept: dict | None) -> str:
-    """Copies every variable but the piece table whose shape agrees, or what `kept` cuts out of it, layers by the map.
-
-    Of a teacher layer that several student layers start from, each adds 1 / sqrt(copies) of the update to the residual
-    stream: all-MiniLM-L6-v2 with every layer twice keeps 0.921 of 0.926 on 500 pairs of STS-B untrained (whole updates
-    0.904, halves 0.911). Returns what was done.
-    """
-    source, shape = as_bert(teacher.backbone), student.config
-    other_heads = kept is None and shape.num_attention_heads != teacher.config.num_attention_heads
+    """Copies every variable but the piece table whose shape agrees, or what `kept` cuts out of it. Of several copies of
+    a layer each adds 1 / sqrt(copies) of its update: all-MiniLM-L6-v2 with every layer twice keeps 0.921 of 0.926 on
+    500 pairs of STS-B untrained (whole updates 0.904, halves 0.911). Returns what was done."""
+    source = families.as_bert(teacher.backbone)
+    other_heads = kept is None and student.config.num_attention_heads != teacher.config.num_attention_heads
     copies = Counter(source_layer.values())
     in_layers, copied = 0, Counter()  # copied: how many inside (True) and outside (False) of layers
     for name, target in student.named_parameters():
@@ -189,7 +163,7 @@ def copy_body(student: PreTrainedModel, teacher: Teacher, source_layer: dict[int
         if value is None or "word_embeddings" in name or (other_heads and tail.startswith("attention.self.")):
             continue
         if "position_embeddings" in name:  # a shorter student takes the first ones
-            value = value[first_position(teacher.config) :][: len(target)]
+            value = value[families.first_position(teacher.config) :][: len(target)]
         if kept is not None:
             value = cut(kept, layer, tail, value)
         if inside and tail.startswith(UPDATES):
@@ -201,8 +175,7 @@ def copy_body(student: PreTrainedModel, teacher: Teacher, source_layer: dict[int
         student.embeddings.token_type_embeddings.weight.data.zero_()
     if not copied[True]:
         return f"random: no layer of the teacher has this shape ({copied[False]} other variables copied)"
-    size = f"{shape.hidden_size} wide, {shape.num_attention_heads} heads, {shape.intermediate_size} neurons"
-    how = "teacher's" if kept is None else f"cut out of the teacher's to {size}"
+    how = "teacher's" if kept is None else "cut out of the teacher's"
     pairs = [(m + 1, n + 1) for m, n in sorted(source_layer.items())]
     lost = ", without its relative positions" * (teacher.config.model_type in RELATIVE)
     of = f"{copied[True]} of {in_layers} variables of layers copied, {copied[False]} others"
@@ -226,26 +199,17 @@ def read_student(folder: Path) -> PreTrainedModel:
 def load_student(folder: Path, student: PreTrainedModel, head: MaskedLMHead | None = None) -> dict:
     """Puts a saved student (and head) into a built one, in place. Returns where from, for the log."""
     student.load_state_dict(read_student(folder).state_dict())
-    saved = load_head(folder, student)
-    if head is not None and saved is not None:
+    if (saved := load_head(folder, student)) is not None and head is not None:
         head.load_state_dict(saved.state_dict())
     return {"folder": folder.name, "head": saved is not None}
 
 
-def save_student(
-    folder: Path,
-    student: PreTrainedModel,
-    head: MaskedLMHead | None,
-    tokenizer_folder: Path,
-    pooling: str,
-    normalize: bool,
-) -> None:
-    """Writes a model folder that AutoModel (and, by its module list, SentenceTransformer) loads unchanged."""
+def save_student(folder: Path, student, head, tokenizer_folder: Path, pooling: str, normalize: bool) -> None:
+    """Writes a model folder that AutoModel and SentenceTransformer load unchanged. head: a masked-LM head, or None."""
     model: nn.Module = student
     if head is not None:
-        model = student_class(student.config, "ForMaskedLM")(student.config)
+        model, names = student_class(student.config, "ForMaskedLM")(student.config), head_names(student.config)
         values = {f"{model.base_model_prefix}.{name}": value for name, value in student.state_dict().items()}
-        names = head_names(student.config)
         values |= {names[name]: value for name, value in head.state_dict().items()}
         model.load_state_dict(values, strict=False)  # the decoder is the piece table
         model.tie_weights()

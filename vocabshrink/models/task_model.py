@@ -1,9 +1,6 @@
 """Task models: classifiers, regressors and taggers around a student's or a teacher's body.
-
-The models are transformers' own, so that what is trained loads unchanged. Here a model is a body and a head, because
-the losses compare bodies word by word; `CLASSIFIERS` says how each family gets from the last hidden states to logits.
-The head runs in float32 whatever the precision: scores that are equal in bfloat16 would be ties to a rank correlation.
-"""
+The models are transformers' own, so that what is trained loads unchanged; here each is a body and a head, because the
+losses compare bodies word by word. Heads run in float32: scores equal in bfloat16 are ties to a rank correlation."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -47,11 +44,8 @@ def label_names(task: Task) -> dict:
 
 def load_task_model(model: str, task: Task, *, trained: bool) -> nn.Module:
     """A teacher's folder (or package:, or hub name) as a model of the task, in float32 and eval mode.
-
-    trained: the folder holds a fine-tuned model, whose labels must be the task's; else the head is new and random.
-    Raises InputError: see `check_folder`; a fine-tuned model with other labels, in another order or without a head; a
-    family that has no entry in `CLASSIFIERS`.
-    """
+    trained: it is a fine-tuned one; else the head is new and random. Raises InputError: see `check_folder`; a
+    fine-tuned model with other labels, in another order or without a head; a family that is not in CLASSIFIERS."""
     config = check_folder(folder := resolve_model(model))
     unit = "Token" if task.kind == "tokens" else "Sequence"
     if config.model_type not in CLASSIFIERS:
@@ -75,11 +69,11 @@ def student_model(student: PreTrainedModel, task: Task, teacher_folder: Path) ->
     model = student_class(config, f"For{unit}Classification")(config)
     model.base_model.load_state_dict(student.state_dict(), strict=False)
     if (pooler := getattr(model.base_model, "pooler", None)) is not None:
-        tensors = tensors_in(teacher_folder)
+        own = {name.removeprefix("bert."): name for name in tensors_in(teacher_folder) if "pooler.dense." in name}
+        found = read_tensors(teacher_folder, own)
         for kind, target in pooler.dense.named_parameters():
-            for name in (f"pooler.dense.{kind}", f"bert.pooler.dense.{kind}"):
-                if name in tensors and tensors[name][1] == target.shape:
-                    target.data.copy_(read_tensors(teacher_folder, {kind: name})[kind])
+            if (value := found.get(f"pooler.dense.{kind}")) is not None and value.shape == target.shape:
+                target.data.copy_(value)
     return model.eval()
 
 

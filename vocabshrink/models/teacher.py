@@ -1,9 +1,6 @@
 """The teacher: any encoder with an embedding table that AutoModel loads, and a masked-LM head of one form.
-
 The head of every family of the BERT line is dense, activation, layer norm, then the embedding table as decoder. So
-one module, `MaskedLMHead`, serves them all: taken from the checkpoint, or trained by the `masked_lm_head` stage, and
-asked for the logits of either vocabulary, because the table is an argument.
-"""
+`MaskedLMHead` serves them all, and gives the logits of either vocabulary, because the table is an argument."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -39,7 +36,7 @@ class MaskedLMHead(nn.Module):
 
 @dataclass
 class Teacher:
-    """A loaded teacher. backbone gives hidden states; head is None where the checkpoint has none."""
+    """A loaded teacher; head is None where the checkpoint has none."""
 
     backbone: nn.Module
     head: MaskedLMHead | None
@@ -57,8 +54,8 @@ class Teacher:
 
 
 def load_teacher(model: str, *, pooling: str | None = None, normalize: bool | None = None) -> Teacher:
-    """Backbone and masked-LM head in eval mode. Raises InputError: see `resolve_model`, `check_folder` and
-    `module_settings`, which says how it pools where the arguments do not."""
+    """Backbone and head in eval mode. Raises InputError: see `resolve_model`, `check_folder` and `module_settings`,
+    which says how it pools where the arguments do not."""
     check_folder(folder := resolve_model(model))
     said = module_settings(folder, pooling, normalize)
     backbone = load_model(folder)
@@ -90,13 +87,11 @@ def find_head(folder: Path) -> dict[str, str] | None:
 
 def head_names(config) -> dict[str, str]:
     """{`MaskedLMHead`'s name: the checkpoint's} of the head that a student's class has."""
-    bias = {"bert": "cls.predictions.bias", "electra": "generator_lm_head.bias"}[config.model_type]
-    return next(names for names in HEAD_NAMES if names["bias"] == bias)
+    return HEAD_NAMES[{"bert": 0, "electra": 8}[config.model_type]]
 
 
 def eps_and_activation(config) -> tuple[float, str]:
-    """A family's layer norm epsilon and activation. DistilBERT fixes the one and has its own name for the other, and
-    ModernBERT has other names for both."""
+    """A family's layer norm epsilon (DistilBERT's is fixed) and activation, under whatever names."""
     names = ("hidden_act", "activation", "hidden_activation", "activation_function")
     activation = next((found for name in names if (found := getattr(config, name, None))), "gelu")
     return getattr(config, "layer_norm_eps", None) or getattr(config, "norm_eps", 1e-12), activation

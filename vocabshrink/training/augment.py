@@ -1,21 +1,15 @@
 """Data augmentation of a task's training rows, as TinyBERT does it (Jiao et al. 2020, algorithm 1).
-
 Every word of a row is replaced, with probability p, by one of K candidates. A word that is one piece of the teacher's
-vocabulary is masked, and the teacher's masked-LM head names the K most probable words in its place. A word of several
-pieces takes the K words nearest to their mean in the teacher's own table (the paper downloads GloVe), each piece
-weighted by its letters. Such a mean knows what `movie ##go ##ers` is near to, but nothing of `un ##fu ##nn ##y`, so a
-word whose first piece has less than half of its letters is masked as a whole instead, or left as it is by a teacher
-without a head, which gives nearest words only. A word is a run of letters. Numbers, signs and what touches an
-apostrophe (`n't`, `'s`) stay, because they decide labels; so does what the teacher does not read as one word: runs of
-Chinese, letters with combining marks.
-Cost: each word of one piece is masked alone, so a sentence of L words costs the teacher L passes over it, once, however
-many copies are drawn. Not done: weighting of candidates by their probability (the paper draws evenly), and the other
-sentence of a pair as context (the masked word would be copied from it). The file grows by blocks of rows, and a
-progress file beside it holds how many rows and bytes are good, so a killed run goes on after the last whole block.
-"""
+vocabulary is masked, alone, and the teacher's masked-LM head names the K most probable words in its place. A word of
+several pieces takes the K words nearest to their mean in the teacher's own table (the paper downloads GloVe), each
+piece weighted by its letters. Such a mean knows what `movie ##go ##ers` is near to, but nothing of `un ##fu ##nn ##y`,
+so a word whose first piece has less than half of its letters is masked as a whole instead; a teacher without a head
+leaves it. Numbers, signs and what touches an apostrophe (`n't`, `'s`) stay, because they decide labels; so does what
+the teacher does not read as one word: runs of Chinese, letters with combining marks. Not done: the other sentence of a
+pair as context, from which the masked word would be copied. A progress file holds how many rows and bytes of the file
+are good, so a killed run goes on after the last whole block."""
 
 import hashlib
-import itertools
 import json
 import os
 import re
@@ -51,18 +45,12 @@ Sentence = tuple[str, ...]  # one text, or the tokens of a token task
 
 
 def augment_task(
-    task: Task,
-    teacher: Teacher,
-    out: Path,
-    section: AugmentSection,
-    progress: Callable[[int], None] = lambda rows: None,
+    task: Task, teacher: Teacher, out: Path, section: AugmentSection, progress: Callable = lambda rows: None
 ) -> dict:
     """Writes up to `section.copies` changed copies of every training row to `out`, going on where a former call ended.
     progress: given the rows of each finished block. A row of `out` is {"sentence1", "sentence2" for pairs, "label",
-    "source"} or, for token tasks, {"tokens", "slots" (the labels), "source"}, where source is the number of the
-    training row, from 0.
-    Returns {"rows", "written", "words", "masked" (words whose candidates are the head's), "candidates" (in words)}.
-    Raises InputError for a full disk, or a progress file that is not JSON."""
+    "source" (the training row, from 0)} or, for token tasks, {"tokens", "slots" (the labels), "source"}.
+    Returns {"rows", "written", "words", "masked" (words whose candidates are the head's), "candidates" (in words)}."""
     rows, head, progress_file = task.splits["train"], teacher.head is not None, out.with_suffix(".progress.json")
     settings = section.model_dump() | {"head": head, "rows": rows_sha256(rows)}
     done = read_json(progress_file) if progress_file.is_file() and out.is_file() else {}
@@ -80,10 +68,9 @@ def augment_task(
             file.write("".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines).encode())
             file.flush()
             os.fsync(file.fileno())
-            words = list(itertools.chain(*found.values()))
+            masked = [word.masked for words in found.values() for word in words]
             done |= {"rows": block.stop, "bytes": file.tell(), "written": done["written"] + len(lines)}
-            done["words"] += len(words)
-            done["masked"] += sum(word.masked for word in words)
+            done |= {"words": done["words"] + len(masked), "masked": done["masked"] + sum(masked)}
             write_json(progress_file, done)
             progress(len(block))
     kinds = "masked words, else nearest words" if head else "nearest words only: the teacher has no masked-LM head"
@@ -91,8 +78,7 @@ def augment_task(
 
 
 def augmented_rows(task: Task, path: Path) -> Rows:
-    """The training rows of a task, then their copies in the order of the file that `augment_task` wrote.
-    Raises InputError for a missing file, or one of other training rows."""
+    """The training rows of a task, then their copies in a file of `augment_task`. Raises InputError for other rows'."""
     rows, progress = task.splits["train"], read_json(path.with_suffix(".progress.json"))
     if progress["settings"]["rows"] != rows_sha256(rows) or progress["rows"] != len(rows):
         raise InputError(f"{path} does not hold copies of all rows of task {task.name}: run the augment stage again")
@@ -107,7 +93,6 @@ def augmented_rows(task: Task, path: Path) -> Rows:
 
 
 def rows_sha256(rows: Rows) -> str:
-    """Tells whether a file holds copies of these rows."""
     targets = [np.asarray(target).tolist() for target in rows.targets]
     return hashlib.sha256(json.dumps([list(rows.first), rows.second, targets]).encode()).hexdigest()
 
@@ -119,8 +104,8 @@ def sentences_of(rows: Rows, row: int) -> list[Sentence]:
 
 @dataclass
 class Word:
-    """A word of a sentence: text[start:end] of one part. pieces: its ids, from index `first` of the sentence's on, none
-    where the teacher does not read it as one word; letters: how many each piece has."""
+    """A word: text[start:end] of one part of a sentence. pieces: its ids, from index `first` of the sentence's on; none
+    where the teacher does not read it as one word. letters: of each piece."""
 
     part: int
     start: int
@@ -133,18 +118,18 @@ class Word:
 
 
 def copies_of(task: Task, row: int, found: dict[Sentence, list[Word]], section: AugmentSection) -> list[dict]:
-    """The distinct changed copies of one training row, as rows of the file."""
+    """The distinct changed copies of a training row, as rows of the file."""
     rows, random = task.splits["train"], np.random.default_rng((0, row))
     sentences, target = sentences_of(rows, row), rows.targets[row]
     words = [(number, w) for number, sentence in enumerate(sentences) for w in found[sentence] if w.candidates]
     chosen = random.random((section.copies, len(words))) < section.p
     draws = random.integers(np.array([len(word.candidates) for _, word in words], np.int64), size=chosen.shape)
     distinct = {}
-    for copy in range(section.copies):
+    for places, drawn in zip(chosen, draws, strict=True):
         changes = [[] for _ in sentences]
-        for place in np.flatnonzero(chosen[copy]):
+        for place in np.flatnonzero(places):
             number, word = words[place]
-            changes[number].append((word, word.candidates[draws[copy, place]]))
+            changes[number].append((word, word.candidates[drawn[place]]))
         distinct[tuple(map(replace, sentences, changes))] = True
     distinct.pop(tuple(sentences), None)
     if task.kind == "tokens":
@@ -167,24 +152,20 @@ def replace(sentence: Sentence, replacements: list[tuple[Word, str]]) -> Sentenc
 
 
 class CandidateFinder:
-    """Finds what may stand for each word of a sentence: the masked-LM head's words, or the nearest in the piece table.
-    The teacher is moved to the accelerator's device, where it runs; nearest words are found on the CPU. Candidates are
-    whole words of at least two letters."""
+    """Finds what may stand for each word of a sentence: whole words of two letters or more. The teacher is moved to the
+    accelerator's device; nearest words are found on the CPU, in float64, where no rounding decides."""
 
     def __init__(self, teacher: Teacher, count: int):
         self.teacher, self.count, self.device = teacher, count, PartialState().device
         for module in filter(None, (teacher.backbone, teacher.head)):
             module.to(self.device)
-        self.tokenizer = load_tokenizer(teacher.folder)
-        self.mask = first_known(self.tokenizer, "[MASK]", "<mask>")
-        self.unknown = first_known(self.tokenizer, "[UNK]", "<unk>")
-        self.positions = positions_of(teacher.config)
-        texts = {i: as_wordpiece(piece, self.tokenizer) for piece, i in self.tokenizer.get_vocab().items()}
+        self.tokenizer = tokenizer = load_tokenizer(teacher.folder)
+        self.mask, self.unknown = first_known(tokenizer, "[MASK]", "<mask>"), first_known(tokenizer, "[UNK]", "<unk>")
+        texts = {i: as_wordpiece(piece, tokenizer) for piece, i in tokenizer.get_vocab().items()}
         words = {i: text for i, text in sorted(texts.items()) if text and text.isalpha() and len(text) > 1}
-        # of the W pieces that are whole words
         self.ids, self.words = torch.tensor(list(words), dtype=torch.long).to(self.device), list(words.values())
         self.near: dict[tuple[int, ...], list[str]] = {}
-        # [V, D_E], and its rows of whole words [W, D_E] at length one; in float64, where no rounding decides
+        # [V, D_E], and its rows of whole words [W, D_E] at length one
         self.table = teacher.table.weight.detach().cpu().double()
         self.whole = F.normalize(self.table[list(words)], dim=-1)
 
@@ -193,9 +174,9 @@ class CandidateFinder:
         """The words of each sentence, in order, with their candidates."""
         encodings = self.tokenizer.encode_batch([" ".join(sentence) for sentence in sentences])
         found = [words_of(sentence, encoding) for sentence, encoding in zip(sentences, encodings, strict=True)]
-        nearest, masked = [], []
+        nearest, masked, most = [], [], positions_of(self.teacher.config)
         for encoding, words in zip(encodings, found, strict=True):
-            head = self.teacher.head and self.mask is not None and len(encoding.ids) <= self.positions
+            head = self.teacher.head and self.mask is not None and len(encoding.ids) <= most
             for word in (word for word in words if word.pieces):
                 spelt = self.unknown not in word.pieces and 2 * word.letters[0] >= sum(word.letters)
                 if head and (len(word.pieces) == 1 or not spelt):
@@ -211,7 +192,7 @@ class CandidateFinder:
         return found
 
     def predict(self, masked: list[tuple[list[int], Word]]) -> None:
-        """Gives each word the most probable words in its place. masked: (the sentence's pieces, the word)."""
+        """Gives each word of (sentence's pieces, word) the most probable words in its place."""
         waiting = sorted(masked, key=lambda item: len(item[0]))
         while waiting:  # long ones first: what does not fit in memory fails at once
             size = max(PIECES_IN_PASS // len(waiting[-1][0]), 1)
@@ -243,9 +224,8 @@ class CandidateFinder:
 
 
 def words_of(sentence: Sentence, encoding: Encoding) -> list[Word]:
-    """The words of a sentence in order. encoding: of its parts with spaces between.
-    A word has no pieces where one reaches over its edges or the tokenizer's own words begin inside it: no mask and no
-    mean stands for it then."""
+    """The words of a sentence in order. encoding: of its parts with spaces between. A word has no pieces where one
+    reaches over its edges or the tokenizer's own words begin inside it: no mask and no mean stands for it then."""
     text, ids, numbers, words, begin = " ".join(sentence), encoding.ids, encoding.word_ids, [], 0
     # of each piece, without the space that some families count to it; special tokens span nothing
     spans = [(end - len(text[start:end].lstrip()), end) for start, end in encoding.offsets]

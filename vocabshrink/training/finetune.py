@@ -1,8 +1,5 @@
 """Fine-tuning on one task: phases one after the other, and the model's logits of a split.
-
-A phase is an ordinary training (loop.py) of a `TaskTraining`, so it resumes like any other. Rows are batched by length;
-the same cut of long rows serves training and evaluation.
-"""
+A phase is an ordinary training (loop.py) of a `TaskTraining`, so it resumes like any other."""
 
 import math
 from pathlib import Path
@@ -26,8 +23,8 @@ EVALUATION_BATCH = 128  # sequences of like length in a forward pass
 
 
 def phases_of(phases: list[Phase], section: TaskSection) -> list[Phase]:
-    """The phases as a task asks for them: with its own epochs and, for scores, which have no distribution, with
-    `logits_mse` in place of `soft_labels` (as TinyBERT and patient KD do on STS-B)."""
+    """The phases with a task's own epochs and, for scores, which have no distribution, with `logits_mse` in place of
+    `soft_labels` (as TinyBERT and patient KD do on STS-B)."""
     found = []
     for phase in phases:
         losses = dict(phase.losses)
@@ -38,14 +35,7 @@ def phases_of(phases: list[Phase], section: TaskSection) -> list[Phase]:
 
 
 def fit(
-    training: TaskTraining,
-    encoded: EncodedTask,
-    phases: list[Phase],
-    job: Job,
-    seed: int,
-    *,
-    shared=None,
-    rounding=None,
+    training: TaskTraining, encoded: EncodedTask, phases: list[Phase], job: Job, seed: int, shared=None, rounding=None
 ) -> dict:
     """Trains phase after phase, each from where the one before ended; a phase that was cut off resumes.
     job: of all phases; in its section, {} stands for a phase's number. shared: see `PieceTable`. rounding: the formats
@@ -61,7 +51,7 @@ def fit(
         training.begin(phase.losses, pairs)
         accelerator = make_accelerator(phase, job.run)
         options = {"batch_size": micro_batch(phase, accelerator, section), "seed": seed, "shared": shared}
-        options["sides"] = ("student", "teacher") if training.live else ("student",)
+        options["sides"] = ("student", "teacher")[: 1 + training.live]
         options["max_pieces"] = longest(phase, training.student, training.teacher)
         batcher = TaskBatcher(encoded, "train", **options)
 
@@ -82,12 +72,11 @@ def fit(
 
 def longest(phase: Phase, *models: nn.Module | None) -> int:
     """Pieces of a sequence without its two special ones: the phase's, or what fits the model with fewest positions."""
-    configs = [model.config for model in models if model is not None]
-    return min(phase.max_length, *map(positions_of, configs)) - 2
+    return min(phase.max_length, *(positions_of(model.config) for model in models if model is not None)) - 2
 
 
 def logits_of(model: nn.Module, encoded: EncodedTask, split: str, phase: Phase, *, side: str = "student"):
-    """The model's logits of a split, cut as in training (see `predict`)."""
+    """The model's logits of a split, its rows cut as in training (see `predict`)."""
     options = {"batch_size": EVALUATION_BATCH, "seed": 0, "sides": (side,), "max_pieces": longest(phase, model)}
     return predict(model, TaskBatcher(encoded, split, **options), side=side, precision=phase.precision)
 

@@ -1,21 +1,14 @@
 """The one training loop, over Accelerate: from a laptop's CPU to several GPUs.
-
-A task (task.py) gives named, unweighted losses; a batcher gives the batch of a step. The loop does the rest: precision,
-accumulation, clipping, schedule, evaluation, logging, checkpoints and resuming. The learning rate is a function of the
-step, and so is the batch, so a resumed run is the run that was not stopped.
-A checkpoint, in safetensors and JSON, is written beside the one before, which steps aside as `.before` until the new
-one has its name: whenever the process is killed, `read_meta` finds a whole one. The names are fixed, not random as in
-`replacing_folder`, so that it can.
-"""
+A task (task.py) gives named, unweighted losses; a batcher gives the batch of a step. The learning rate is a function of
+the step, and so is the batch, so a resumed run is the run that was not stopped."""
 
 import json
 import math
 import os
-import shutil
 import sys
 import time
 import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
@@ -25,16 +18,13 @@ import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 from accelerate.utils import DistributedDataParallelKwargs
-from rich.console import Console
-from rich.progress import Progress, TaskID, TextColumn
-from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import nn
 from torch.nn.utils import get_total_norm
 
 from tokenizer_build.errors import InputError
-from tokenizer_build.files import checksum, naming_bad_disk, parse_json, plain, sync, write_json
-from vocabshrink.data.batches import Batch, Batcher, prefetch
+from tokenizer_build.files import checksum, parse_json, plain, replacing_folder, write_json
+from vocabshrink.data.batches import Batch, prefetch
 from vocabshrink.data.pieces import mapped
 from vocabshrink.run.folder import RunDir
 from vocabshrink.run.recipe import TrainingSection
@@ -43,7 +33,7 @@ from vocabshrink.training.task import TrainingTask
 
 class Lamb(torch.optim.Optimizer):
     """LAMB (You et al. 2020, algorithm 2), for batches of thousands: Adam's direction, each tensor's step scaled by its
-    norm. torch has none. Every operation is one kernel over all tensors of a group."""
+    norm. Every operation is one kernel over all tensors of a group."""
 
     def __init__(self, params, lr=1e-3, betas=(0.9, 0.999), eps=1e-6, weight_decay=0.0):
         super().__init__(params, {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay})
@@ -55,9 +45,9 @@ class Lamb(torch.optim.Optimizer):
             parameters = [parameter for parameter in group["params"] if parameter.grad is not None]
             gradients, states = [p.grad.float() for p in parameters], [self.state[p] for p in parameters]
             for state, gradient in zip(states, gradients, strict=True):
-                if not state:
+                if not state:  # "step" on the CPU, so that nobody waits for it
                     state |= {name: torch.zeros_like(gradient) for name in ("exp_avg", "exp_avg_sq")}
-                    state["step"] = torch.zeros(())  # on the CPU, so that nobody waits for it
+                    state["step"] = torch.zeros(())
                 state["step"] += 1
             if not parameters:
                 continue
@@ -82,8 +72,7 @@ OPTIMIZERS = {"adamw": partial(torch.optim.AdamW, fused=True), "lamb": Lamb}
 
 def rate_at(step: int, settings: TrainingSection) -> float:
     """Share of the peak learning rate at a step (0-based): linear warm-up, then the recipe's decay to zero."""
-    warmup = round(settings.warmup * settings.steps)
-    if step < warmup:
+    if step < (warmup := round(settings.warmup * settings.steps)):
         return (step + 1) / warmup
     if settings.decay == "constant":
         return 1.0
@@ -92,7 +81,7 @@ def rate_at(step: int, settings: TrainingSection) -> float:
 
 
 def parameter_groups(task: TrainingTask, settings: TrainingSection) -> list[dict]:
-    """Embeddings at their own rate, everything else at the stage's; no decay on vectors. Frozen ones are left out."""
+    """Embeddings at their own rate, everything else at the stage's; no decay on vectors and embeddings."""
     embeddings = {id(p) for p in task.embedding_parameters()}
     groups: dict[tuple[float, float], list] = {}
     for parameter in (parameter for parameter in task.parameters() if parameter.requires_grad):
@@ -117,34 +106,28 @@ def make_accelerator(settings: TrainingSection, run: RunDir) -> Accelerator:
         log_with=settings.trackers or None,
         project_dir=str(run.path),
         gradient_accumulation_steps=settings.gradient_accumulation,
-        # buffers (stored logits, spellings, scales) are the same in every process
+        # buffers are the same in every process
         kwargs_handlers=[DistributedDataParallelKwargs(broadcast_buffers=False)],
     )
     if (launched := int(os.environ.get("WORLD_SIZE", "1"))) != accelerator.num_processes:
-        # without a GPU, Accelerate does not connect processes unless told to; they would write into one folder
-        raise InputError(
-            f"{launched} processes were started and each sees {accelerator.num_processes}: without a GPU, set "
-            "ACCELERATE_USE_CPU=true before accelerate launch --multi_gpu"
-        )
+        remedy = "without a GPU, set ACCELERATE_USE_CPU=true before accelerate launch --multi_gpu"
+        raise InputError(f"{launched} processes were started and each sees {accelerator.num_processes}: {remedy}")
     return accelerator
 
 
 def micro_batch(settings: TrainingSection, accelerator: Accelerator, section: str, group: int = 1) -> int:
-    """Sequences of an accumulation step, of all processes. section: the settings' key in the recipe. Raises InputError
-    where processes cannot share it in whole groups: rounding would change what a step is."""
+    """Sequences of an accumulation step, of all processes. Raises InputError where they cannot share whole groups."""
     processes, accumulation = accelerator.num_processes, settings.gradient_accumulation
-    if settings.batch_size % (processes * accumulation * group):
-        raise InputError(
-            f"{section}.batch_size {settings.batch_size} cannot be shared by {processes} processes, {accumulation} "
-            f"accumulation steps and groups of {group}: make it a multiple of {processes * accumulation * group}"
-        )
+    if settings.batch_size % (unit := processes * accumulation * group):
+        what = f"cannot be shared by {processes} processes, {accumulation} accumulation steps and groups of {group}"
+        raise InputError(f"{section}.batch_size {settings.batch_size} {what}: make it a multiple of {unit}")
     return settings.batch_size // accumulation
 
 
 @dataclass(frozen=True)
 class Job:
-    """A training as its files and messages know it. stage: its name in metrics, and its folder's in `run`. fingerprint:
-    of all that decides its outcome. section: the recipe's key of its settings, where that is not the stage's name."""
+    """A training as its files and messages know it. stage: its name in metrics, and its folder's. fingerprint: of all
+    that decides its outcome. section: the recipe's key of its settings, where that is not the stage's name."""
 
     run: RunDir
     stage: str
@@ -174,19 +157,13 @@ class State:
 
 
 def train(
-    task: TrainingTask,
-    batcher: Batcher,
-    settings: TrainingSection,
-    job: Job,
-    accelerator: Accelerator,
-    evaluate: Callable[[TrainingTask], dict] | None = None,
-    clock: Callable[[], float] = time.monotonic,
+    task: TrainingTask, batcher, settings: TrainingSection, job: Job, accelerator, evaluate=None, clock=time.monotonic
 ) -> dict:
     """Trains the task in place for `settings.steps` optimizer steps, resuming from the job's checkpoint.
-    Accumulation step a of a step is the batcher's batch step * accumulation + a, of which each process takes its part,
-    so a step is the same on any number of processes; `batcher` must be made for `micro_batch`. clock: in seconds.
-    Returns {"steps", "tokens", "seconds", "losses"} and, where there is any, the last "evaluation". Raises InputError
-    for a checkpoint of another recipe, a loss or parameters that are not finite (the last good checkpoint stays)."""
+    Accumulation step a of a step is the batcher's batch step * accumulation + a (of `micro_batch` sequences), of which
+    each process takes its part, so a step is the same on any number of processes. clock: in seconds. Returns {"steps",
+    "tokens", "seconds", "losses"} and, where there is any, the last "evaluation". Raises InputError for a checkpoint of
+    another recipe, a loss or parameters that are not finite (the last good checkpoint stays)."""
     optimizer = OPTIMIZERS[settings.optimizer](parameter_groups(task, settings))
     # to look for parameters without a gradient, DDP walks through every step's graph
     accelerator.ddp_handler.find_unused_parameters = not task.reads_all
@@ -203,39 +180,38 @@ def train(
         return mapped(batch, torch.Tensor.pin_memory) if accelerator.device.type == "cuda" else batch
 
     batches = prefetch(batcher, iter(range(state.step * each, settings.steps * each)), prepare)
-    with log.bar:
-        while state.step < settings.steps:
-            task.before_step(state.step)
-            weights, rate = task.weights(state.step / settings.steps), rate_at(state.step, settings)
-            for group in optimizer.param_groups:
-                group["lr"] = group["peak"] * rate
-            losses, norm, tokens = take_step(wrapped, optimizer, batches, weights, settings.clip, accelerator)
-            state.step, state.tokens, state.seconds = state.step + 1, state.tokens + tokens, clock() - started
-            last = state.step == settings.steps
-            logged = last or state.step == 1 or state.step % log_every == 0
-            due = last or (main and clock() - saved_at > 60 * settings.checkpoint_minutes)
-            if logged or due or on_cpu:  # not at each step of a GPU, which would have to wait for the numbers
-                if logged or on_cpu:  # all processes together; a checkpoint is due by the main process's clock alone
-                    losses = {name: accelerator.reduce(value, "mean") for name, value in losses.items()}
-                state.losses = {name: float(value) for name, value in losses.items()}
-                total = sum(weights[name] * value for name, value in state.losses.items())
-                scaled = accelerator.scaler is not None  # fp16 skips a step whose gradient overflows by itself
-                if not math.isfinite(total) or not (scaled or math.isfinite(norm)):
-                    job.refuse(f"the loss is {total} at step {state.step} (gradient norm {norm:.3g})", settings)
-            # a norm is one fused sum, and also finds values too large to compute on
-            if due and not get_total_norm(p.detach() for p in task.parameters() if p.requires_grad).isfinite():
-                job.refuse(f"the parameters are not finite after step {state.step}", settings)
-            if main and logged:
-                numbers = {"loss": total, "lr": optimizer.param_groups[0]["lr"], "grad_norm": float(norm)}
-                log.step(state, numbers, aloud=last or state.step == 1 or state.step % (10 * log_every) == 0)
-            if evaluate and main and state.step in evaluate_at:
-                measured = evaluate(task)
-                log.evaluation(state, measured)
-            if due:
-                if main:
-                    meta = {"stage": job.stage, "fingerprint": job.fingerprint} | vars(state)
-                    save_checkpoint(job.checkpoint, task, optimizer.optimizer, meta, accelerator.scaler)
-                saved_at = clock()
+    while state.step < settings.steps:
+        task.before_step(state.step)
+        weights, rate = task.weights(state.step / settings.steps), rate_at(state.step, settings)
+        for group in optimizer.param_groups:
+            group["lr"] = group["peak"] * rate
+        losses, norm, tokens = take_step(wrapped, optimizer, batches, weights, settings.clip, accelerator)
+        state.step, state.tokens, state.seconds = state.step + 1, state.tokens + tokens, clock() - started
+        last = state.step == settings.steps
+        logged = last or state.step == 1 or state.step % log_every == 0
+        due = last or (main and clock() - saved_at > 60 * settings.checkpoint_minutes)
+        if logged or due or on_cpu:  # not at each step of a GPU, which would have to wait for the numbers
+            if logged or on_cpu:  # all processes together; a checkpoint is due by the main process's clock alone
+                losses = {name: accelerator.reduce(value, "mean") for name, value in losses.items()}
+            state.losses = {name: float(value) for name, value in losses.items()}
+            total = sum(weights[name] * value for name, value in state.losses.items())
+            scaled = accelerator.scaler is not None  # fp16 skips a step whose gradient overflows by itself
+            if not math.isfinite(total) or not (scaled or math.isfinite(norm)):
+                job.refuse(f"the loss is {total} at step {state.step} (gradient norm {norm:.3g})", settings)
+        # a norm is one fused sum, and also finds values too large to compute on
+        if due and not get_total_norm(p.detach() for p in task.parameters() if p.requires_grad).isfinite():
+            job.refuse(f"the parameters are not finite after step {state.step}", settings)
+        if main and logged:
+            numbers = {"loss": total, "lr": optimizer.param_groups[0]["lr"], "grad_norm": float(norm)}
+            log.step(state, numbers, aloud=last or state.step == 1 or state.step % (10 * log_every) == 0)
+        if evaluate and main and state.step in evaluate_at:
+            measured = evaluate(task)
+            log.evaluation(state, measured)
+        if due:
+            if main:
+                meta = {"stage": job.stage, "fingerprint": job.fingerprint} | vars(state)
+                save_checkpoint(job.checkpoint, task, optimizer.optimizer, meta, accelerator.scaler)
+            saved_at = clock()
     accelerator.wait_for_everyone()
     for tracker in accelerator.trackers:
         tracker.finish()
@@ -247,10 +223,10 @@ def train(
 
 def resume(task: nn.Module, optimizer, job: Job, accelerator: Accelerator) -> State:
     """Puts the job's checkpoint back where there is one, and drops the metrics of steps after it."""
-    meta, state = read_meta(job.checkpoint), State()
-    if meta and meta["fingerprint"] != job.fingerprint:
-        raise InputError(f"{job.checkpoint}: checkpoint of another recipe: delete it, or give the run another name")
-    if meta:
+    state = State()
+    if meta := read_meta(job.checkpoint):
+        if meta["fingerprint"] != job.fingerprint:
+            raise InputError(f"{job.checkpoint}: checkpoint of another recipe: delete it, or give the run another name")
         load_checkpoint(job.checkpoint, task, optimizer.optimizer, meta, accelerator.scaler)
         state = State(**{key: meta[key] for key in vars(state)})
     if accelerator.is_main_process:
@@ -278,50 +254,42 @@ def take_step(wrapped, optimizer, batches: Iterator[Batch], weights: dict, clip:
 
 
 class Log:
-    """What a training tells of itself: rows of metrics, trackers, and a bar on a terminal or lines in a file."""
+    """What the main process tells of a training: rows of metrics, trackers, and lines on stderr."""
 
     def __init__(self, job: Job, steps: int, accelerator: Accelerator, state: State):
         self.job, self.steps, self.accelerator = job, steps, accelerator
         self.began = self.before = replace(state)  # at the start, and at the last row
-        console = Console(stderr=True, quiet=not accelerator.is_main_process)
-        columns = (*Progress.get_default_columns(), TextColumn("{task.fields[note]}"))
-        self.bar = Progress(*columns, console=console, disable=console.quiet or not sys.stderr.isatty())
-        self.bar.add_task(job.stage, total=steps, completed=state.step, note="")
 
     def step(self, state: State, numbers: dict[str, float], *, aloud: bool) -> None:
-        """Writes a row of metrics. aloud: without a terminal, prints a line too."""
+        """Writes a row of metrics. aloud: prints a line that stays; on a terminal, other rows overwrite each other."""
         speed = round((state.tokens - self.before.tokens) / max(state.seconds - self.before.seconds, 1e-9))
         row = {"stage": self.job.stage, "kind": "train", "tokens_per_second": speed} | vars(state) | numbers
         self.job.run.append_metrics(row | {"seconds": round(state.seconds, 2)})
         losses = {f"losses/{name}": value for name, value in state.losses.items()}
         self.accelerator.log({"loss": numbers["loss"], "lr": numbers["lr"]} | losses, step=state.step)
-        note = f"step {state.step}/{self.steps}  loss {numbers['loss']:.4f}  {speed:,} tokens/s"
-        self.bar.update(TaskID(0), completed=state.step, note=note)
-        if self.bar.disable and aloud:
-            pace = (state.seconds - self.began.seconds) / (state.step - self.began.step)
-            left = f"{pace * (self.steps - state.step) / 60:.1f} min left"
-            print(f"{self.job.stage} {note}  {left}", file=sys.stderr, flush=True)
+        if aloud or sys.stderr.isatty():
+            pace = (state.seconds - self.began.seconds) / (state.step - self.began.step) / 60
+            note = f"{self.job.stage} step {state.step}/{self.steps}  loss {numbers['loss']:.4f}  {speed:,} tokens/s"
+            note += f"  {pace * (self.steps - state.step):.1f} min left"
+            print(note, end="\n" if aloud else "\r", file=sys.stderr, flush=True)
         self.before = replace(state)
 
     def evaluation(self, state: State, measured: dict[str, float]) -> None:
-        """Writes and prints the metrics of an evaluation."""
         row = {"stage": self.job.stage, "step": state.step, "tokens": state.tokens, "kind": "evaluation"}
         self.job.run.append_metrics(row | {"metrics": measured})
         self.accelerator.log({f"evaluation/{name}": value for name, value in measured.items()}, step=state.step)
         figures = "  ".join(f"{name} {value:.4f}" for name, value in measured.items())
-        self.bar.console.print(f"{self.job.stage} step {state.step}: {figures}", soft_wrap=True)
+        print(f"{self.job.stage} step {state.step}: {figures}", file=sys.stderr, flush=True)
 
 
 def trained_state(task: nn.Module) -> dict[str, torch.Tensor]:
-    """What training changes: the parameters with a gradient, shared ones once, and the scales of roundings."""
-    parameters = dict(task.named_parameters())
-    trained = {name: parameter.detach() for name, parameter in parameters.items() if parameter.requires_grad}
+    """What training changes: parameters with a gradient, shared ones once, and the scales of roundings."""
+    trained = {name: value.detach() for name, value in task.named_parameters() if value.requires_grad}
     return trained | {name: tensor for name, tensor in task.state_dict().items() if name.endswith(".scales")}
 
 
 def save_checkpoint(folder: Path, task: nn.Module, optimizer, meta: dict, scaler=None) -> None:
-    """Writes folder anew. meta: JSON. Raises InputError if the disk is full; the checkpoint before is untouched."""
-    temporary, before = folder.with_name(folder.name + ".partial"), folder.with_name(folder.name + ".before")
+    """Puts a checkpoint in the place of the one before. meta: JSON. Raises InputError for a full disk."""
     states = optimizer.state_dict()["state"]
     files = {
         "model": trained_state(task),
@@ -330,38 +298,21 @@ def save_checkpoint(folder: Path, task: nn.Module, optimizer, meta: dict, scaler
     }
     if torch.cuda.is_available():
         files["random"]["cuda"] = torch.cuda.get_rng_state()
-    shutil.rmtree(temporary, ignore_errors=True)
-    try:
-        temporary.mkdir(parents=True)
+    with replacing_folder(folder) as new:
         for name, tensors in files.items():
-            cpu = {key: tensor.cpu().contiguous() for key, tensor in tensors.items()}
-            save_file(cpu, temporary / f"{name}.safetensors")
-            sync(temporary / f"{name}.safetensors")
-        meta = meta | {"scaler": scaler.state_dict() if scaler else None}
-        meta["sums"] = {name: checksum(temporary / f"{name}.safetensors") for name in files}
-        write_json(temporary / "meta.json", meta | {"sum": sum_of(meta)})
-    except (OSError, SafetensorError, InputError) as error:
-        shutil.rmtree(temporary, ignore_errors=True)
-        with naming_bad_disk(folder):
-            raise error
-    if folder.exists():
-        shutil.rmtree(before, ignore_errors=True)
-        folder.rename(before)
-    temporary.rename(folder)
-    sync(folder.parent)
-    shutil.rmtree(before, ignore_errors=True)
+            save_file({key: tensor.cpu().contiguous() for key, tensor in tensors.items()}, new / f"{name}.safetensors")
+        sums = {name: checksum(new / f"{name}.safetensors") for name in files}
+        meta = meta | {"scaler": scaler.state_dict() if scaler else None, "sums": sums}
+        write_json(new / "meta.json", meta | {"sum": sum_of(meta)})
 
 
 def sum_of(meta: dict) -> int:
-    """A checksum of a checkpoint's meta, as it is once it was JSON."""
+    """A checksum of a checkpoint's meta."""
     return zlib.crc32(json.dumps(plain(meta), sort_keys=True).encode())
 
 
 def read_meta(folder: Path) -> dict | None:
-    """The newest whole checkpoint's meta, or None. Finishes a rename that a crash cut off."""
-    before = folder.with_name(folder.name + ".before")
-    if not folder.exists() and before.exists():
-        before.rename(folder)
+    """The checkpoint's meta, or None where there is none. Raises InputError for a damaged one."""
     if not folder.exists():
         return None
     try:
@@ -375,14 +326,10 @@ def read_meta(folder: Path) -> dict | None:
 
 def load_checkpoint(folder: Path, task: nn.Module, optimizer, meta: dict, scaler=None) -> None:
     """Puts a checkpoint back, in place. Raises InputError if files are damaged or belong to other shapes."""
-    paths = {name: folder / f"{name}.safetensors" for name in ("model", "optimizer", "random")}
-    try:
-        reason = "".join(f"{name} is altered " for name in paths if checksum(paths[name]) != meta["sums"][name])
-        saved, state, random = map(load_file, paths.values())
-    except (OSError, SafetensorError) as error:
-        reason = str(error)
-    if reason:
-        raise InputError(f"{folder}: damaged checkpoint ({reason.strip()}): delete the folder to train anew")
+    paths = [folder / f"{name}.safetensors" for name in meta["sums"]]
+    if wrong := [path.stem for path in paths if not path.is_file() or checksum(path) != meta["sums"][path.stem]]:
+        raise InputError(f"{folder}: damaged checkpoint ({wrong[0]} is altered): delete the folder to train anew")
+    saved, state, random = map(load_file, paths)
     current = trained_state(task)
     if {n: t.shape for n, t in saved.items()} != {n: t.shape for n, t in current.items()}:
         raise InputError(f"{folder}: of another recipe (shapes differ): delete it, or give the run another name")

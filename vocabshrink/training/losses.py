@@ -1,20 +1,16 @@
 """Losses: pure functions of what one step saw, chosen and weighted by the recipe.
-
 Every loss is `f(forward, **arguments) -> scalar`, and its signature is the schema of its arguments. It is zero at
-agreement, ignores padding, is logged unweighted, and is computed in float32: in bfloat16, similarities near 1 are 0.004
-apart. Vocabularies that differ cut a sentence into different numbers of pieces, so teacher and student are compared by
-units (see batches.py): a unit's hidden state is the mean over its pieces, and so are its queries, keys and values. A
-score is a product, so its mean over the pieces of two units is the product of two means. Only attention distributions
-are pooled as maps, since their softmax is over pieces. Where units are pieces, each loss is the papers' own.
-Shapes: B sequences, T pieces, U units, D width (D_S student, D_T teacher), h heads, n units or pieces of the batch that
-count, V_S and V_T pieces in the vocabularies, C classes.
-"""
+agreement, ignores padding, and is computed in float32: in bfloat16, similarities near 1 are 0.004 apart. Teacher and
+student are compared by units (see batches.py): a unit's hidden state is the mean over its pieces, and so are its
+queries, keys and values. A score is a product, so its mean over the pieces of two units is the product of two means.
+Only attention distributions are pooled as maps, since their softmax is over pieces. Where units are pieces, each loss
+is the papers' own. Shapes: B sequences, T pieces, U units, D width (D_S student, D_T teacher), h heads, n units or
+pieces of the batch that count, V_S and V_T pieces in the vocabularies, C classes."""
 
 import inspect
 from collections.abc import Callable, Iterable, Sequence, Set
 from dataclasses import dataclass
 from functools import partial
-from itertools import pairwise
 from typing import Annotated, Literal
 
 import numpy as np
@@ -50,15 +46,13 @@ def one_minus_cosine(left: Tensor, right: Tensor) -> Tensor:
 
 
 def kl(student: Tensor, teacher: Tensor, temperature: float = 1.0) -> Tensor:
-    """T² KL(teacher || student) of the softmaxes of logits / T over the last axis, [..., C] twice -> [...]. The factor
-    keeps the gradients' size whatever T (Hinton et al. 2015, section 2)."""
+    """T² KL(teacher || student) of softmax(logits / T), [..., C] twice -> [...] (Hinton et al. 2015, section 2)."""
     student, teacher = (F.log_softmax(logits / temperature, dim=-1) for logits in (student, teacher))
     return (teacher.exp() * (teacher - student)).sum(-1) * temperature**2
 
 
 def kl_between_units(forward: Forward, student: Tensor, teacher: Tensor) -> Tensor:
-    """KL(teacher || student) of rows of logits [B, h, U, U], mean over heads and units that count. Other units are left
-    out of the rows too: a word that only one side can write would take its share of attention there alone."""
+    """KL(teacher || student) of rows of logits [B, h, U, U], mean over heads and units that count, of these alone."""
     counts = forward.batch.unit_mask
     # finite, since infinity minus infinity is not a number; the softmax makes it exactly zero
     lowest = torch.finfo(torch.float32).min / 2
@@ -67,8 +61,7 @@ def kl_between_units(forward: Forward, student: Tensor, teacher: Tensor) -> Tens
 
 
 def transport(costs: Tensor) -> Tensor:
-    """The cheapest flow [M, N] between M and N layers of equal weight, by linear programming on the CPU: the one loss
-    for which a step reads from a GPU."""
+    """The cheapest flow [M, N] between M and N layers of equal weight, by linear programming, for which a GPU waits."""
     rows, columns = costs.shape
     constraints = np.vstack([np.kron(np.eye(rows), np.ones(columns)), np.kron(np.ones(rows), np.eye(columns))])
     weights = np.concatenate([np.full(rows, 1 / rows), np.full(columns, 1 / columns)])
@@ -79,8 +72,7 @@ def transport(costs: Tensor) -> Tensor:
 
 def over_layers(forward: Forward, cost: Callable[[int, Layers], Tensor], *, attention: bool = False) -> Tensor:
     """The mean of cost(m, block) over the map's pairs; under the map `emd`, the cost of the cheapest transport
-    (BERT-EMD, Li et al. 2020, section 3), with uniform layer weights and no gradient through the flow.
-    attention: leaves out pairs with layer 0, which has none. Raises InputError if no pair is left."""
+    (BERT-EMD, Li et al. 2020, section 3). attention: leaves out pairs with layer 0, which has none."""
     pairs = [(m, block) for m, block in forward.pairs if not attention or (m and all(block))]
     if not pairs:
         raise InputError("layer_map: every pair in it has layer 0, where there is no attention: add a pair of layers")
@@ -93,16 +85,15 @@ def over_layers(forward: Forward, cost: Callable[[int, Layers], Tensor], *, atte
 
 def places_by_vocabulary(batch: Batch, sizes: Sequence[int]) -> tuple[Tensor, ...]:
     """Which of the teacher's labels each vocabulary has [n_k], in the combined numbering (k follows k - 1)."""
-    side, ends = batch.mixed or batch.teacher, np.cumsum(sizes).tolist()
+    side = batch.mixed or batch.teacher
     labels = side.labels.flatten()[side.labelled]
-    mine = ((labels >= first) & (labels < end) for first, end in pairwise([0, *ends]))
-    return tuple(chosen.nonzero().squeeze(1) for chosen in mine)
+    vocabulary = torch.bucketize(labels, torch.tensor(sizes, device=labels.device).cumsum(0), right=True)
+    return tuple((vocabulary == k).nonzero().squeeze(1) for k in range(len(sizes)))
 
 
 def masked_lm_loss(batch: Batch, view: View, head: MaskedLMHead, tables: list[Tensor], biases: list[Tensor]) -> Tensor:
-    """Cross-entropy at masked pieces, one softmax per vocabulary (Zhao et al. 2019, section 3.2).
-    The view's labels [B, T] are in the combined numbering, -100 where not masked; tables [V_k, D_E]; biases [V_k]. The
-    table of the vocabulary that segmented the word predicts it."""
+    """Cross-entropy at masked pieces, one softmax per vocabulary: the one that segmented the word predicts it (Zhao et
+    al. 2019, section 3.2). The view's labels are in the combined numbering; tables [V_k, D_E]; biases [V_k]."""
     states, labels = head.transform(view.at(view.side.labelled)), view.side.labels.flatten()[view.side.labelled]
     places = batch.once("teacher_masked_lm", places_by_vocabulary, [len(table) for table in tables])
     total, first = states.sum() * 0.0, 0
@@ -126,8 +117,8 @@ def teacher_masked_lm(forward: Forward) -> Tensor:
 
 
 def places_to_match(batch: Batch, shared: Tensor) -> tuple[Tensor, ...]:
-    """Where units that are the same one masked piece on each side stand on the student's side [n] and the teacher's
-    [n]; and the pieces that both vocabularies have, by the student's ids [K] and by the teacher's [K]."""
+    """Where units that are the same one masked piece on both sides stand on the student's [n] and the teacher's [n];
+    the pieces that both vocabularies have, by their ids [K] and [K]."""
     mine, my_units, my_counts = batch.student.masked(batch.unit_mask.shape[1])
     theirs, their_units, their_counts = batch.teacher.masked(batch.unit_mask.shape[1])
     alone = (my_counts == 1) & (their_counts == 1)
@@ -139,9 +130,8 @@ def places_to_match(batch: Batch, shared: Tensor) -> tuple[Tensor, ...]:
 
 
 def masked_lm_match(forward: Forward, temperature: Positive = 1.0) -> Tensor:
-    """T² KL(p_T || p_S) at masked pieces that both vocabularies write alike, over the pieces that both have.
-    Logits [n, V_S] and [n, V_T] at units that are the same one masked piece on each side (Kolesnikova et al. 2022,
-    arXiv 2205.02340, "match"; with one vocabulary it is DistilBERT's L_ce)."""
+    """T² KL(p_T || p_S) at masked pieces that both vocabularies write alike, over the pieces that both have
+    (Kolesnikova et al. 2022, arXiv 2205.02340, "match"; with one vocabulary it is DistilBERT's L_ce)."""
     student, teacher = forward.student, forward.teacher
     mine, theirs, columns, their_columns = forward.batch.once("masked_lm_match", places_to_match, forward.shared)
     logits, target = student.predict(student.at(mine)), teacher.predict(teacher.at(theirs))
@@ -149,9 +139,8 @@ def masked_lm_match(forward: Forward, temperature: Positive = 1.0) -> Tensor:
 
 
 def places_to_reduce(batch: Batch, spelling: Tensor) -> tuple[Tensor, ...]:
-    """Of the n words that the teacher has masked as one piece: where the m masked pieces of the student's side stand
-    [m], which word each is of [m], how many a word has [n], where the teacher's stand [n]; and which of the teacher's
-    pieces have a spelling [K]."""
+    """Of the n words that the teacher has masked as one piece: where the student's m masked pieces stand [m], which
+    word each is of [m], how many a word has [n], where the teacher's stand [n]; which teacher pieces are spelt [K]."""
     _, my_units, my_counts = batch.student.masked(batch.unit_mask.shape[1])
     _, their_units, their_counts = batch.teacher.masked(batch.unit_mask.shape[1])
     chosen = (their_counts == 1) & (my_counts > 0)
@@ -161,21 +150,18 @@ def places_to_reduce(batch: Batch, spelling: Tensor) -> tuple[Tensor, ...]:
 
 
 def masked_lm_reduce(forward: Forward, temperature: Positive = 1.0) -> Tensor:
-    """T² KL(p_T || p_S) over the teacher's pieces, at words that the teacher has masked as one piece.
-    The student's score of a teacher piece is the mean of its log-probabilities of the pieces that spell it, averaged
-    over the word's masked pieces; teacher pieces without a spelling are left out of both softmaxes (after Kolesnikova
-    et al. 2022, arXiv 2205.02340, "reduce-map")."""
+    """T² KL(p_T || p_S) over the teacher's pieces, at words that the teacher has masked as one piece. The student's
+    score of a teacher piece is the mean of its log-probabilities of the pieces that spell it, averaged over the word's
+    masked pieces; pieces without a spelling are left out (after Kolesnikova et al. 2022, arXiv 2205.02340)."""
     student, teacher = forward.student, forward.teacher
     mine, word, counts, theirs, spelt = forward.batch.once("masked_lm_reduce", places_to_reduce, forward.spelling)
     scores = F.log_softmax(student.predict(student.at(mine)), dim=-1)
     words = scores.new_zeros(len(counts), scores.shape[1]).index_add(0, word, scores) / counts.unsqueeze(1)
     # mean over each spelling: bags of rows of [V_S + 1, n], of which the last stands for no piece
-    spelling = forward.spelling[spelt]
-    bags = spelling.where(spelling >= 0, words.shape[1])
-    by_piece = F.pad(words.T, (0, 0, 0, 1))
-    reduced = F.embedding_bag(bags, by_piece, mode="mean", padding_idx=words.shape[1]).T
-    target = teacher.predict(teacher.at(theirs))
-    return mean(kl(reduced, target[:, spelt], temperature))
+    spelling, nothing = forward.spelling[spelt], words.shape[1]
+    bags, by_piece = spelling.where(spelling >= 0, nothing), F.pad(words.T, (0, 0, 0, 1))
+    reduced = F.embedding_bag(bags, by_piece, mode="mean", padding_idx=nothing).T
+    return mean(kl(reduced, teacher.predict(teacher.at(theirs))[:, spelt], temperature))
 
 
 def between_states(forward: Forward, distance: Distance, direction: Direction, units: Units = "all") -> Tensor:
@@ -212,9 +198,8 @@ def hidden_normalized(forward: Forward, direction: Direction = "up", states: Uni
 def hidden_contrastive(
     forward: Forward, direction: Direction = "up", temperature: Positive = 0.1, limit: Count = 1024
 ) -> Tensor:
-    """KL of softmax(t · t_j / τ) and softmax(s · t_j / τ): a unit's state is told from those of the batch's others.
-    InfoNCE (van den Oord et al. 2018, eq. 4) with the teacher's own similarities as targets, so that near units are no
-    errors. s, t: L2-normalised states [n, D]; j over at most `limit` units, evenly spaced, because the cost is n²."""
+    """KL of softmax(t · t_j / τ) and softmax(s · t_j / τ), s, t L2-normalised unit states, j over at most `limit`
+    units. InfoNCE (van den Oord et al. 2018, eq. 4) with the teacher's own similarities as targets."""
 
     def distance(student: Tensor, teacher: Tensor) -> Tensor:
         every = -(-len(teacher) // limit)
@@ -230,8 +215,7 @@ def embedding_mse(forward: Forward) -> Tensor:
 
 
 def between_maps(forward: Forward, read: Callable[[View, Layers], Tensor], distance: Distance) -> Tensor:
-    """The distance of maps [B, h, U, U] over the matched layers, head by head or, where the models have different
-    numbers of heads, of their means over heads."""
+    """The distance of maps [B, h, U, U] over the matched layers: by head, or of means where numbers of heads differ."""
 
     def cost(m: int, block: Layers) -> Tensor:
         student, teacher = read(forward.student, (m,)), read(forward.teacher, block)
@@ -266,8 +250,7 @@ def relations_kl(forward: Forward, kind: Kind, heads: int | None) -> Tensor:
 
 
 def query_relations(forward: Forward, heads: Count | None = None) -> Tensor:
-    """KL of the relations between queries, softmax(Q Q^T / sqrt(d_r)) (MiniLMv2, Wang et al. 2021).
-    heads: A_r, which must divide both widths, whatever the models' own numbers of heads; None: the teacher's."""
+    """KL of the relations between queries (MiniLMv2, Wang et al. 2021). heads: A_r, a divisor of both widths."""
     return relations_kl(forward, "queries", heads)
 
 
@@ -282,33 +265,31 @@ def value_relations(forward: Forward, heads: Count | None = None) -> Tensor:
 
 
 def sentence_cosine(forward: Forward) -> Tensor:
-    """One minus cosine of the sentence embeddings, the student's brought up to the teacher's width; of stored vectors,
-    which come in the student's width, one minus cosine as they are."""
+    """One minus cosine of the sentence embeddings, the student's brought up to the teacher's width unless stored."""
     student = forward.student.sentence
     return one_minus_cosine(student if forward.bank is not None else forward.up(student), forward.teacher.sentence)
 
 
 def bank_similarity(forward: Forward, temperature: Positive = 0.05, size: Count = 4096) -> Tensor:
-    """KL of softmax(t · b_j / τ) and softmax(s · b'_j / τ) over a bank of `size` stored teacher vectors b_j [K, D], and
-    b'_j [K, D_S], the same in the student's width. As good as a batch of K, for the price of a product (after Fang et
-    al. 2021, SEED, arXiv 2101.04731, eq. 3, with a fixed bank instead of a queue)."""
-    bank = forward.bank
-    student = F.normalize(forward.student.sentence, dim=-1) @ bank.student[:size].mT
-    return kl(student / temperature, forward.batch.vectors @ bank.teacher[:size].mT / temperature).mean()
+    """KL of softmax(t · b_j / τ) and softmax(s · b'_j / τ) over `size` stored teacher vectors b_j [K, D], and b'_j
+    [K, D_S], the same in the student's width: as good as a batch of K, for the price of a product (after Fang et al.
+    2021, SEED, arXiv 2101.04731, eq. 3, with a fixed bank instead of a queue)."""
+    theirs, ours = (vectors[:size].mT for vectors in forward.bank)
+    student = F.normalize(forward.student.sentence, dim=-1) @ ours
+    return kl(student / temperature, forward.batch.vectors @ theirs / temperature).mean()
 
 
 def similarity_mse(student: Tensor, teacher: Tensor) -> Tensor:
     """Mean squared error of two cosine-similarity matrices off the diagonal. [..., n, D_S], [..., n, D_T]."""
     student, teacher = F.normalize(student, dim=-1), F.normalize(teacher, dim=-1)
-    size = student.shape[-2]
-    difference = student @ student.mT - teacher @ teacher.mT  # the diagonal is 1 - 1
+    size, difference = student.shape[-2], student @ student.mT - teacher @ teacher.mT  # the diagonal is 1 - 1
     return difference.pow(2).sum((-1, -2)).mean() / max(size * (size - 1), 1)
 
 
 def group_similarity(forward: Forward, size: Literal[2, 4] = 4) -> Tensor:
     """MSE of the similarities inside each group of near sentences: what keeps rare words apart (docs/log.md)."""
-    student, teacher = forward.student.sentence, forward.teacher.sentence
-    return similarity_mse(student.unflatten(0, (-1, size)), teacher.unflatten(0, (-1, size)))
+    sides = forward.student, forward.teacher
+    return similarity_mse(*(side.sentence.unflatten(0, (-1, size)) for side in sides))
 
 
 def batch_similarity(forward: Forward) -> Tensor:
@@ -328,8 +309,7 @@ def labels(forward: Forward) -> Tensor:
 
 def soft_labels(forward: Forward, temperature: Positive = 1.0, divergence: Literal["kl", "ce"] = "kl") -> Tensor:
     """T² KL(p_T || p_S) of softmax(z / T), z [B, C] or [n, C] at labelled pieces (Hinton et al. 2015, eq. 1).
-    divergence ce: T² times the cross-entropy (TinyBERT, eq. 10, with T = 1), larger by the teacher's entropy: the same
-    gradients, and not zero at agreement. Regression has no distribution: `phases_of` gives it `logits_mse`."""
+    divergence ce: T² times the cross-entropy (TinyBERT, eq. 10, with T = 1), larger by the teacher's entropy."""
     student, teacher = forward.student.task_logits, forward.teacher.task_logits
     found = kl(student, teacher, temperature)
     if divergence == "ce":
@@ -360,11 +340,9 @@ class Loss:
     function: Callable[..., Tensor]
     # "hidden" (states of all layers), "queries", "keys", "values", "teacher" (its states), "sentence" (embeddings of
     # both, the teacher's perhaps a stored one), "teacher logits", "task logits", "masked words", "student head" and
-    # "teacher head" (of masked LM), "both vocabularies" (which pieces they share), "up" (the projection, whatever the
-    # arguments), "groups" (near sentences)
+    # "teacher head" (of masked LM), "both vocabularies" (which pieces they share), "up", "groups" (near sentences)
     reads: Set[str]
-    # the modes of dual training, "distill" (recovery too), "finetune", "task teacher" (of its fine-tuning)
-    stands_in: Set[str]
+    stands_in: Set[str]  # the modes of dual training, "distill" (recovery too), "finetune", "task teacher"
 
 
 COMPARED = frozenset({"joint", "match", "distill", "finetune"})  # where a student and a teacher see the same words
@@ -409,8 +387,7 @@ def unanswered(losses: Iterable[str], *, stored: bool) -> list[str]:
 
 
 def check_losses(section: str, stage: TrainingSection, place: str) -> None:
-    """Raises InputError, naming the key, for losses that a stage cannot compute: unknown, out of place, with wrong
-    arguments, without what they read. section: the stage's key in the recipe. place: see `Loss`."""
+    """Raises InputError, naming the key, for losses that a stage cannot compute. place: see `Loss`."""
     for name, chosen in stage.losses.items():
         key = f"{section}.losses.{name}"
         if name not in LOSSES:

@@ -1,18 +1,13 @@
 """What the training loop trains: tasks, each of which gives named losses of a batch.
-
 A task is a module of models and of helpers (projections, heads) that are learned with them and never ship. Each model
-reads its own segmentation of the same words, and only what the chosen losses read is computed: masked words alone do
-not run the teacher. In `Distillation` (from text) and `TaskTraining` (from a labelled task's rows) a student learns
-from a frozen teacher.
+reads its own segmentation of the same words, and only what the chosen losses read is computed.
 In `DualTraining` the teacher itself learns the student's pieces (Zhao et al., arXiv 1909.11687, both versions). Each
 word of its input is segmented with the student's vocabulary with probability p, else with the teacher's. Student pieces
 are embedded by the student's table and, where widths differ, an affine map up; they enter the unchanged teacher beside
 its own pieces, as `inputs_embeds`, so its own objective pulls them into its space. Modes: `joint` (version 1: the
 student trains alongside, with parameter projections), `two_stage` (version 2: the teacher alone; distillation follows),
 and `match` for teachers without a masked-LM head: mixed input must give, unit by unit, what the teacher gives on its
-own segmentation, and only the new embeddings move. There the teacher on mixed input takes the student's seat, so every
-loss between student and teacher can be used.
-"""
+own segmentation, and only the new embeddings move; the teacher on mixed input takes the student's seat in losses."""
 
 import inspect
 from functools import partial
@@ -32,9 +27,9 @@ from vocabshrink.models.rounding import refit
 from vocabshrink.models.task_model import task_logits
 from vocabshrink.models.teacher import Teacher
 from vocabshrink.run.layer_map import Pairs
-from vocabshrink.run.recipe import DualStage, Losses
+from vocabshrink.run.recipe import Losses
 from vocabshrink.training.losses import ATTENTION, LOSSES, PLACES, masked_lm_loss, readers, unanswered
-from vocabshrink.training.views import Bank, Forward, View
+from vocabshrink.training.views import Forward, View
 
 STEPS_OF_SCALES = 50  # after which the scales of a rounded student are fitted to its weights again
 
@@ -51,8 +46,7 @@ class TrainingTask(nn.Module):
     tables: dict[str, Any] = {}  # {loss: on the host, what its lists of places are made from besides the batch}
 
     def forward(self, batch: Batch) -> dict[str, Tensor]:
-        """Unweighted losses by name, each a scalar. The models run under the caller's autocast, the losses and all that
-        is pooled for them in float32."""
+        """Unweighted losses by name, each a scalar. Models run under the caller's autocast, losses in float32."""
         forward = self.view(batch)
         with torch.autocast(batch.unit_mask.device.type, enabled=False):
             return {name: LOSSES[name].function(forward, **chosen.arguments) for name, chosen in self.losses.items()}
@@ -68,12 +62,11 @@ class TrainingTask(nn.Module):
 
     @property
     def reads_all(self) -> bool:
-        """Whether the losses surely give every trained parameter a gradient: one reads a part of each of `needed`."""
+        """Whether every trained parameter surely gets a gradient: some loss reads a part of each of `needed`."""
         return all(readers(self.losses, *parts) for parts in self.needed)
 
     def run(self, backbone: nn.Module, side: Pieces, batch: Batch, embeddings: Tensor | None = None) -> View:
-        """One model's pass, keeping what the losses read: all layers, queries, keys and values, or the last states.
-        embeddings [B, T, D_E]: instead of ids."""
+        """One model's pass, keeping what the losses read. embeddings [B, T, D_E]: instead of ids."""
         layers, qkv = bool(readers(self.losses, "hidden")), bool(readers(self.losses, *ATTENTION))
         passed = run_backbone(backbone, side, embeddings=embeddings, layers=layers, qkv=qkv)
         heads, units = backbone.config.num_attention_heads, batch.unit_mask.shape[1]
@@ -89,18 +82,15 @@ class TrainingTask(nn.Module):
 
     def weights(self, progress: float) -> dict[str, float]:
         """Weight of each loss at this share of the run: linear from `start`, if given, to `weight`."""
-        return {
-            name: chosen.weight if chosen.start is None else chosen.start + (chosen.weight - chosen.start) * progress
-            for name, chosen in self.losses.items()
-        }
+        ends = {name: (chosen.start, chosen.weight) for name, chosen in self.losses.items()}
+        return {n: end if start is None else start + (end - start) * progress for n, (start, end) in ends.items()}
 
     def embedding_parameters(self) -> list[nn.Parameter]:
         """The piece embeddings, which take a learning rate of their own."""
         return list(self.student.get_input_embeddings().parameters())  # also where the weight is a rounded view of it
 
     def before_step(self, step: int) -> None:
-        """Fits the scales of a rounded student to its weights, at steps that their number alone decides, so that a
-        resumed run does the same."""
+        """Fits the scales of a rounded student to its weights at steps that a resumed run shares."""
         if step % STEPS_OF_SCALES == 0:
             refit(self)
 
@@ -108,10 +98,9 @@ class TrainingTask(nn.Module):
         return super().train(False)
 
     def project_hidden(self, student: nn.Module, teacher: nn.Module, directions: Tensor | None) -> None:
-        """Gives the task its shared maps of hidden states, up to the teacher's width and down. directions: of
-        `build_student`. ALBERT's are of a table narrower than its hidden states, and say nothing about them."""
+        """Gives the task its shared maps of hidden states, up to the teacher's width and down."""
         small, large = student.config.hidden_size, teacher.config.hidden_size
-        if directions is not None and len(directions) != large:
+        if directions is not None and len(directions) != large:  # ALBERT's, of a table narrower than its hidden states
             directions = None
         self.up = widen(small, large, directions)
         self.down = widen(large, small, None if directions is None else directions.T)
@@ -127,8 +116,7 @@ class TrainingTask(nn.Module):
 
 
 class Stored(NamedTuple):
-    """Stored sentence vectors as a distillation reads them: a bank of them [K, D], the map to the student's width
-    [D, D_S] (see `projection.narrowing`), and the bank in that width [K, D_S], of unit length."""
+    """Stored sentence vectors: a bank of them [K, D], the map of `narrowing` [D, D_S], the bank under it [K, D_S]."""
 
     bank: Tensor
     narrow: Tensor
@@ -139,23 +127,13 @@ class Distillation(TrainingTask):
     """Student and frozen teacher, each on its own segmentation of the same words."""
 
     def __init__(
-        self,
-        stage,
-        teacher: Teacher,
-        student: nn.Module,
-        pairs: Pairs,
-        head=None,
-        directions=None,
-        shared=None,
-        spelling=None,
-        stored: Stored | None = None,
+        self, stage, teacher, student, pairs, head=None, directions=None, shared=None, spelling=None, stored=None
     ):
         """head: the student's, for masked-LM losses. directions: see `build_student`. shared, spelling: see `Forward`.
-        stored: takes the place of the teacher's sentence embeddings, and of its pass where no loss reads more.
+        stored: a `Stored`, in place of the teacher's sentence embeddings, and of its pass where no loss reads more.
         Raises InputError: a loss between vocabularies that have nothing in common."""
         super().__init__()
-        self.losses, self.pairs = stage.losses, pairs
-        self.student, self.head = student, head
+        self.losses, self.pairs, self.student, self.head = stage.losses, pairs, student, head
         self.stored = stored is not None
         live = readers(unanswered(self.losses, stored=self.stored), "teacher")
         self.teacher = teacher.backbone.requires_grad_(False) if live else None
@@ -170,7 +148,7 @@ class Distillation(TrainingTask):
         self.project_hidden(student, teacher, directions)
         self.freeze_unread()
         for name in across:
-            if not bool(((shared if name == "masked_lm_match" else spelling) >= 0).any()):
+            if not (self.tables[name] >= 0).any():
                 raise InputError(f"losses.{name}: the vocabularies have no piece in common: leave this loss out")
 
     def view(self, batch: Batch) -> Forward:
@@ -179,7 +157,7 @@ class Distillation(TrainingTask):
             forward.teacher = forward.teacher or View(None, None)
             with torch.autocast(batch.vectors.device.type, enabled=False):
                 forward.teacher.sentence = F.normalize(batch.vectors @ self.narrow, dim=-1)
-            forward.bank = Bank(self.bank, self.bank_narrow)
+            forward.bank = self.bank, self.bank_narrow
         forward.shared, forward.spelling = self.shared, self.spelling
         if self.head is not None:
             forward.student.predict = partial(self.head, table=self.student.get_input_embeddings().weight)
@@ -189,8 +167,7 @@ class Distillation(TrainingTask):
 
 
 class TaskTraining(TrainingTask):
-    """A task model on its own pieces and, where a loss reads it, a frozen fine-tuned teacher on the teacher's.
-    `begin` opens each phase: models and projections stay, so that a later phase starts where the one before ended."""
+    """A task model on its own pieces and, where a loss reads it, a frozen fine-tuned teacher on the teacher's."""
 
     def __init__(
         self, model: nn.Module, kind: str, *, teacher=None, logits=None, directions=None, pooling="mean", normalize=True
@@ -205,7 +182,7 @@ class TaskTraining(TrainingTask):
         self.register_buffer("logits", logits, persistent=False)
 
     def begin(self, losses: Losses, pairs: Pairs) -> None:
-        """Opens a phase: its losses, its layer map, and what of the model they train."""
+        """Opens a phase, which starts where the one before ended: its losses, its layer map, and what they train."""
         self.losses, self.pairs = losses, pairs
         self.live = live_teacher(losses, stored=self.logits is not None)
         self.freeze_unread()
@@ -217,9 +194,8 @@ class TaskTraining(TrainingTask):
     def view(self, batch: Batch) -> Forward:
         teacher = self.teacher.base_model if self.live else None
         forward = self.both(batch, self.student.base_model, teacher)
-        forward.student.predict = partial(task_logits, self.student, kind=self.kind)
-        if self.live:
-            forward.teacher.predict = partial(task_logits, self.teacher, kind=self.kind)
+        for view, model in ((forward.student, self.student), (forward.teacher, self.teacher))[: 1 + self.live]:
+            view.predict = partial(task_logits, model, kind=self.kind)
         if self.logits is not None and readers(self.losses, "teacher logits"):
             forward.teacher = forward.teacher or View(None, None)
             forward.teacher.logits = self.logits[batch.rows]
@@ -227,13 +203,12 @@ class TaskTraining(TrainingTask):
 
 
 def live_teacher(losses: Losses, *, stored: bool) -> bool:
-    """Whether a phase with these losses runs the teacher; stored: its logits of the training rows are at hand."""
+    """Whether a phase with these losses runs the teacher; stored: its logits are at hand."""
     return bool(readers(losses, "teacher") or (readers(losses, "teacher logits") and not stored))
 
 
 class MixedEmbedding(nn.Module):
-    """Embeds combined ids [B, T] as [B, T, D_T]: below V_T by the teacher's table, from V_T on by the student's and the
-    affine map up."""
+    """Embeds combined ids [B, T] as [B, T, D_T]: below V_T by the teacher's table, else by the student's and a map."""
 
     def __init__(self, teacher_table: nn.Embedding, student_table: nn.Embedding, directions: Tensor | None):
         super().__init__()
@@ -251,15 +226,7 @@ class DualTraining(TrainingTask):
     """The teacher on mixed input and, in joint mode, the student beside it."""
 
     def __init__(
-        self,
-        stage: DualStage,
-        teacher: Teacher,
-        student: nn.Module,
-        pairs: Pairs,
-        *,
-        student_head=None,
-        directions=None,
-        table_directions=None,
+        self, stage, teacher: Teacher, student, pairs, *, student_head=None, directions=None, table_directions=None
     ):
         """student_head: for masked-LM losses in joint mode. directions, table_directions: see `student.Start`."""
         super().__init__()
@@ -268,21 +235,18 @@ class DualTraining(TrainingTask):
         self.pooling, self.normalize = teacher.pooling, teacher.normalize
         self.embedding = MixedEmbedding(teacher.table, student.get_input_embeddings(), table_directions)
         self.project_hidden(student, teacher, directions)
-        small = student.config.hidden_size
-        if teacher.table.embedding_dim == teacher.config.hidden_size and table_width(student.config) == small:
+        if all(table_width(model.config) == model.config.hidden_size for model in (student, teacher)):
             self.up = self.embedding.up  # one map up of this width
         self.teacher_head, self.head = teacher.head, student_head
         self.student_bias = nn.Parameter(torch.zeros(student.config.vocab_size))  # of the teacher's second softmax
-        self.projections = nn.ModuleDict()
-        for direction in ("down", "up"):
-            if f"parameters_{direction}" in self.losses:
-                self.projections[direction] = ParameterProjection(student, teacher.backbone, pairs, direction)
+        chosen = [direction for direction in ("down", "up") if f"parameters_{direction}" in self.losses]
+        made = {way: ParameterProjection(student, teacher.backbone, pairs, way) for way in chosen}
+        self.projections = nn.ModuleDict(made)
         self.freeze_unread()
-        if self.mode == "match":  # both sides are the teacher, in its own width
-            self.up.requires_grad_(False)
-            self.down.requires_grad_(False)
+        for part in (self.up, self.down) if self.mode == "match" else ():  # both sides are the teacher
+            part.requires_grad_(False)
         self.embedding.up.requires_grad_(True)
-        # only masked LM moves the teacher; in match mode its own reading is the target and must stay
+        # in match mode the teacher's own reading is the target and must stay
         reads_head = bool(readers(self.losses, "teacher head"))
         self.student_bias.requires_grad_(reads_head)
         for part in filter(None, (self.teacher, self.teacher_head)):
@@ -292,8 +256,7 @@ class DualTraining(TrainingTask):
         self.needed = (*self.needed, ("teacher head",)) if self.mode == "joint" else ()
         self.tables = {"teacher_masked_lm": [teacher.table.num_embeddings, student.config.vocab_size]}
         if self.mode != "joint":
-            self.student.requires_grad_(False)
-            self.student.get_input_embeddings().requires_grad_(True)
+            self.student.requires_grad_(False).get_input_embeddings().requires_grad_(True)
 
     def view(self, batch: Batch) -> Forward:
         mixed = self.run(self.teacher, batch.mixed, batch, self.embedding(batch.mixed.ids))
@@ -301,7 +264,7 @@ class DualTraining(TrainingTask):
             with torch.no_grad():
                 own = self.run(self.teacher, batch.teacher, batch)
             return Forward(batch, self.pairs, nn.Identity(), nn.Identity(), mixed, own)
-        # the student learns from the teacher, not the teacher from the student: only masked LM moves the teacher
+        # only masked LM moves the teacher
         forward = Forward(batch, self.pairs, self.up, self.down, teacher=mixed.detached())
         if self.teacher_head is not None:
             forward.given["teacher_masked_lm"] = partial(self.masked_lm, batch, mixed)
@@ -313,13 +276,12 @@ class DualTraining(TrainingTask):
         return forward
 
     def masked_lm(self, batch: Batch, mixed: View) -> Tensor:
-        """Over both tables in the teacher's width, [V_T, D_T] and [V_S, D_T]."""
         tables = [self.embedding.teacher_table.weight, self.embedding.up(self.embedding.student_table.weight)]
         return masked_lm_loss(batch, mixed, self.teacher_head, tables, [self.teacher_head.bias, self.student_bias])
 
 
 class HeadTraining(TrainingTask):
-    """Trains a masked-LM head on a teacher that has none. The body stays as it is: its embeddings are the target."""
+    """Trains a masked-LM head on a teacher that has none, whose body stays as it is."""
 
     def __init__(self, teacher: Teacher, losses: Losses):
         super().__init__()

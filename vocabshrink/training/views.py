@@ -1,16 +1,13 @@
 """What the losses of one step see: each model's pass over its side of the batch, and what is pooled from it.
-
-A `View` is one model on its own pieces, and makes of its hidden states, queries, keys and values what can be compared
-across vocabularies: means over units (batches.py), products of such means, sentence embeddings; each when a loss first
-asks for it, and once however many losses read it. Everything comes out in float32; only the passes themselves may be in
-bfloat16. Distributions of attention alone cost maps between pieces, [B, h, T, T] a layer.
-"""
+A `View` makes of one model's hidden states, queries, keys and values what can be compared across vocabularies: means
+over units (batches.py), products of such means, sentence embeddings; each when a loss first asks for it, once, and in
+float32. Distributions of attention alone cost maps between pieces, [B, h, T, T] a layer."""
 
 import math
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field, replace
 from functools import cached_property
-from typing import Literal, NamedTuple
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
@@ -28,7 +25,7 @@ Kind = Literal["queries", "keys", "values"]
 
 
 def once(method: Callable[..., Tensor]) -> Callable[..., Tensor]:
-    """Keeps a method's results with the instance, by their arguments; functools.cache would keep the instance too."""
+    """Keeps a method's results with the instance (functools.cache would keep the instance too), by their arguments."""
 
     def kept(self, *arguments) -> Tensor:
         key = method.__name__, *arguments
@@ -52,9 +49,8 @@ def products(left: Tensor, right: Tensor, heads: int) -> Tensor:
 
 @dataclass
 class View:
-    """One model's pass over one side of the batch.
-    unit_count: U. heads: of the model's attention. logits: a task's where they were stored, [B, C], or [B, T, C] of a
-    token task. predict: last hidden states -> the model's own logits: of pieces [n, D] -> [n, V], or a task's."""
+    """One model's pass over one side of the batch. unit_count: U. logits: a task's where they were stored, [B, C], or
+    [B, T, C] of a token task. predict: last hidden states -> the model's own logits, [n, D] -> [n, V], or a task's."""
 
     side: Pieces | None
     passed: Pass | None
@@ -66,18 +62,14 @@ class View:
     predict: Callable[[Tensor], Tensor] | None = None
     made: dict = field(default_factory=dict, init=False, repr=False)
 
-    @property
-    def hidden(self) -> tuple[Tensor, ...]:
-        return self.passed.hidden  # [B, T, D] each, in the dtype of the pass
-
     def detached(self) -> "View":
-        """The same view as a target: no gradient goes back through it."""
+        """The same view without a gradient."""
         parts = (part and tuple(tensor.detach() for tensor in part) for part in vars(self.passed).values())
         return replace(self, passed=Pass(*parts))
 
     @once
     def _units(self, kind: str, layer: int) -> Tensor:
-        """Hidden states, queries, keys or values (fields of `Pass`) of a layer, as means over units [B, U, D]."""
+        """A layer's hidden states, queries, keys or values (fields of `Pass`), as means over units [B, U, D]."""
         states = getattr(self.passed, kind)[layer if kind == "hidden" else layer - 1]
         return pool_units(states, self.side.units, self.unit_count)
 
@@ -101,8 +93,7 @@ class View:
         return mean_of(self._products("queries", "keys", self.heads, layer) for layer in layers)
 
     def relations(self, layers: Layers, kind: Kind, heads: int) -> Tensor:
-        """X X^T / sqrt(D / heads) between units before the softmax, [B, heads, U, U]; X is `kind`, split anew. Raises
-        InputError if the heads do not divide the width."""
+        """X X^T / sqrt(D / heads) between units before the softmax, [B, heads, U, U]; X is `kind`, split anew."""
         width = getattr(self.passed, kind)[0].shape[-1]
         if width % heads:
             raise InputError(f"losses: {heads} relation heads do not divide a width of {width}: set heads of the loss")
@@ -114,35 +105,27 @@ class View:
 
     @cached_property
     def sentence(self) -> Tensor:
-        """[B, D]"""
-        return pool_sentence(self.hidden[-1], self.side.attention_mask, self.pooling, self.normalize)
+        return pool_sentence(self.passed.hidden[-1], self.side.attention_mask, self.pooling, self.normalize)
 
     @cached_property
     def task_logits(self) -> Tensor:
         """A task's logits, [B, C], or [n, C] at the labelled pieces, which are as many on every side."""
-        logits = self.predict(self.hidden[-1]) if self.logits is None else self.logits
+        logits = self.predict(self.passed.hidden[-1]) if self.logits is None else self.logits
         return (logits.flatten(0, 1).index_select(0, self.side.labelled) if logits.ndim == 3 else logits).float()
 
     def at(self, places: Tensor) -> Tensor:
         """Last hidden states in float32 at places of the flattened side, [n] -> [n, D]."""
-        return self.hidden[-1].flatten(0, 1).index_select(0, places).float()
-
-
-class Bank(NamedTuple):
-    """The same stored sentence vectors, of unit length: the teachers' [K, D], and in the student's width [K, D_S]."""
-
-    teacher: Tensor
-    student: Tensor
+        return self.passed.hidden[-1].flatten(0, 1).index_select(0, places).float()
 
 
 @dataclass
 class Forward:
-    """What one step saw. A view that a stage does not run is None.
-    student: the student on its pieces; in match mode, the teacher on mixed input takes its seat. teacher: the target:
-    the teacher on its own pieces or, in joint training, on mixed ones; its view carries no gradient.
+    """What one step saw. student: the student on its pieces; in match mode, the teacher on mixed input takes its seat.
+    teacher: the target: the teacher on its own pieces or, in joint training, on mixed ones, without a gradient.
     up [D_S -> D_T] and down [D_T -> D_S]: shared projections of hidden states. shared [V_S]: the teacher's id of the
-    same piece, or -1. spelling [V_T, K]: student pieces that spell a teacher piece, then -1. bank: where the teacher's
-    sentence vectors are stored ones. given: loss name -> function giving it, of losses that read more than views."""
+    same piece, or -1. spelling [V_T, K]: student pieces that spell a teacher piece, then -1. bank: stored sentence
+    vectors of unit length, the teachers' [K, D] and the same in the student's width [K, D_S], where they are used.
+    given: loss name -> function giving it, of losses that read more than views."""
 
     batch: Batch
     pairs: Pairs
@@ -152,21 +135,18 @@ class Forward:
     teacher: View | None = None
     shared: Tensor | None = None
     spelling: Tensor | None = None
-    bank: Bank | None = None
+    bank: tuple[Tensor, Tensor] | None = None
     given: dict[str, Callable[[], Tensor]] = field(default_factory=dict)
     made: dict = field(default_factory=dict, init=False, repr=False)
 
     @once
-    def _states(
-        self, side: Literal["student", "teacher"], layers: Layers, direction: Direction, units: Units
-    ) -> Tensor:
+    def _states(self, side: str, layers: Layers, direction: Direction, units: Units) -> Tensor:
         found = getattr(self, side).states(layers)
         found = found[:, 0] if units == "cls" else found.flatten(0, 1).index_select(0, self.batch.counted)
-        if (side, direction) == ("student", "up"):
-            return self.up(found)
-        return self.down(found) if (side, direction) == ("teacher", "down") else found
+        moved = {("student", "up"): self.up, ("teacher", "down"): self.down}.get((side, direction))
+        return moved(found) if moved else found
 
     def aligned(self, m: int, block: Layers, direction: Direction, units: Units = "all") -> tuple[Tensor, Tensor]:
-        """States of a pair of layers in one width, the student's brought up or the teacher's down: [n, D] twice; of all
-        units that count or, for `units` "cls", of [CLS] alone, [B, D]."""
+        """States of a pair of layers in one width, the student's brought up or the teacher's down: [n, D] twice, of all
+        units that count; or of [CLS] alone, [B, D]."""
         return self._states("student", (m,), direction, units), self._states("teacher", block, direction, units)
