@@ -147,7 +147,7 @@ class TestEveryLoss:
         nn.init.orthogonal_(up.weight)
         down.weight.data.copy_(up.weight.T)
         student, teacher = (make_view(pieces(COUNTS), width=width, heads=2) for width in (4, WIDTH))
-        teacher.passed.hidden = tuple(map(up, student.passed.hidden))
+        teacher.passed.hidden = tuple(map(up, student.hidden))
         forward = make_forward(student, teacher, up=up, down=down)
         assert LOSSES[name](forward).item() == pytest.approx(0, abs=1e-6)
         if name in HIDDEN:
@@ -239,7 +239,7 @@ class TestOnePieceAUnit:
     def tokens(self, forward, layer):
         """(student's, teacher's) states of real tokens, [CLS] and [SEP] among them."""
         inside = forward.student.side.attention_mask.bool()
-        return forward.student.passed.hidden[layer][inside], forward.teacher.passed.hidden[layer][inside]
+        return forward.student.hidden[layer][inside], forward.teacher.hidden[layer][inside]
 
     def maps(self, view, left, right, layer, heads):
         """Scaled products [h, L, L] of each sentence."""
@@ -280,7 +280,7 @@ class TestOnePieceAUnit:
     def test_normalized_of_cls_is_patient_kd(self, case):
         expected = [
             (F.normalize(s[:, 0], dim=-1) - F.normalize(t[:, 0], dim=-1)).square().sum(-1).mean()
-            for s, t in zip(case.student.passed.hidden[1:], case.teacher.passed.hidden[1:], strict=True)
+            for s, t in zip(case.student.hidden[1:], case.teacher.hidden[1:], strict=True)
         ]
         torch.testing.assert_close(LOSSES["hidden_normalized"](case, states="cls"), sum(expected) / 2)
 
@@ -319,9 +319,7 @@ class TestOnePieceAUnit:
         side = pieces([[1] * 4, [1] * 4], masked={(0, 0), (0, 1), (1, 3)})
         forward = make_forward(*(make_view(side, seed) for seed in (0, 1)), mask=unit_mask([[1] * 4] * 2))
         where = side.labels >= 0
-        student, teacher = (
-            v.predict(v.passed.hidden[-1][where]) / temperature for v in (forward.student, forward.teacher)
-        )
+        student, teacher = (v.predict(v.hidden[-1][where]) / temperature for v in (forward.student, forward.teacher))
         expected = F.kl_div(student.log_softmax(-1), teacher.softmax(-1), reduction="batchmean") * temperature**2
         torch.testing.assert_close(LOSSES[name](forward, temperature=temperature), expected)
 
@@ -586,7 +584,7 @@ class TestMaskedWords:
     def log_probabilities(self, view, row, word):
         """Of each piece of a word, [pieces, PIECES]."""
         where = view.side.units[row] == word + 1
-        return view.predict(view.passed.hidden[-1][row, where]).log_softmax(-1)
+        return view.predict(view.hidden[-1][row, where]).log_softmax(-1)
 
     def test_match(self, forward):
         ours, theirs = [0, 2, 3, 5, 6], [1, 3, 0, 4, 2]
@@ -619,7 +617,7 @@ class TestMaskedWords:
     @pytest.mark.parametrize("name", sorted(ACROSS_VOCABULARIES))
     def test_a_batch_without_such_words_is_worth_nothing_and_has_a_graph(self, name, forward):
         forward.student.side.labels.fill_(-100)
-        state = forward.student.passed.hidden[-1].requires_grad_()
+        state = forward.student.hidden[-1].requires_grad_()
         loss = LOSSES[name](forward)
         loss.backward()
         assert loss.item() == 0 and state.grad.abs().sum() == 0

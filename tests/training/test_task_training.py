@@ -277,7 +277,7 @@ def test_stored_logits_go_before_those_of_a_teacher_that_runs(lines, tiny_teache
     batch = batcher_of(task, tiny_teacher, vocabulary, tmp_path).batch(0)
     forward = training.view(batch)
     assert torch.equal(forward.teacher.logits, logits[batch.rows])
-    assert len(forward.teacher.passed.hidden) == 5
+    assert len(forward.teacher.hidden) == 5
 
 
 def test_a_later_phase_starts_where_the_one_before_ended(lines, tiny_teacher, vocabulary):

@@ -1,5 +1,4 @@
-"""Fine-tuning on one task: phases one after the other, and the model's logits of a split.
-A phase is an ordinary training (loop.py) of a `TaskTraining`, so it resumes like any other."""
+"""Fine-tuning on one task: phases one after the other, each a training (loop.py) that resumes, and a split's logits."""
 
 import math
 from pathlib import Path

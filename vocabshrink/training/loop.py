@@ -106,7 +106,6 @@ def make_accelerator(settings: TrainingSection, run: RunDir) -> Accelerator:
         log_with=settings.trackers or None,
         project_dir=str(run.path),
         gradient_accumulation_steps=settings.gradient_accumulation,
-        # buffers are the same in every process
         kwargs_handlers=[DistributedDataParallelKwargs(broadcast_buffers=False)],
     )
     if (launched := int(os.environ.get("WORLD_SIZE", "1"))) != accelerator.num_processes:
@@ -307,7 +306,6 @@ def save_checkpoint(folder: Path, task: nn.Module, optimizer, meta: dict, scaler
 
 
 def sum_of(meta: dict) -> int:
-    """A checksum of a checkpoint's meta."""
     return zlib.crc32(json.dumps(plain(meta), sort_keys=True).encode())
 
 

@@ -236,8 +236,7 @@ def attention_scores(forward: Forward) -> Tensor:
 
 
 def attention_kl(forward: Forward) -> Tensor:
-    """KL(A_T || A_S) of the attention distributions between units (MiniLM, Wang et al. 2020, section 3.1).
-    There it is of the last layer; arXiv 2308.13958 replaces TinyBERT's MSE by it. See `between_maps`."""
+    """KL(A_T || A_S) of the attention distributions between units (MiniLM, section 3.1; of all: arXiv 2308.13958)."""
     return between_maps(
         forward, View.attention, lambda *maps: kl_between_units(forward, *(m.clamp_min(1e-30).log() for m in maps))
     )

@@ -62,6 +62,10 @@ class View:
     predict: Callable[[Tensor], Tensor] | None = None
     made: dict = field(default_factory=dict, init=False, repr=False)
 
+    @property
+    def hidden(self) -> tuple[Tensor, ...]:
+        return self.passed.hidden  # [B, T, D] each, in the dtype of the pass
+
     def detached(self) -> "View":
         """The same view without a gradient."""
         parts = (part and tuple(tensor.detach() for tensor in part) for part in vars(self.passed).values())
@@ -105,17 +109,17 @@ class View:
 
     @cached_property
     def sentence(self) -> Tensor:
-        return pool_sentence(self.passed.hidden[-1], self.side.attention_mask, self.pooling, self.normalize)
+        return pool_sentence(self.hidden[-1], self.side.attention_mask, self.pooling, self.normalize)
 
     @cached_property
     def task_logits(self) -> Tensor:
         """A task's logits, [B, C], or [n, C] at the labelled pieces, which are as many on every side."""
-        logits = self.predict(self.passed.hidden[-1]) if self.logits is None else self.logits
+        logits = self.predict(self.hidden[-1]) if self.logits is None else self.logits
         return (logits.flatten(0, 1).index_select(0, self.side.labelled) if logits.ndim == 3 else logits).float()
 
     def at(self, places: Tensor) -> Tensor:
         """Last hidden states in float32 at places of the flattened side, [n] -> [n, D]."""
-        return self.passed.hidden[-1].flatten(0, 1).index_select(0, places).float()
+        return self.hidden[-1].flatten(0, 1).index_select(0, places).float()
 
 
 @dataclass
