@@ -46,7 +46,9 @@ class System:
         """What its loader needs."""
         if self.kind == "static":
             return [path for path in sorted(self.folder.rglob("*")) if path.is_file() and path.suffix != ".md"]
-        return [self.folder / name for name in load(self.folder).manifest["loaders"]["onnxruntime"]["files"]]
+        manifest = load(self.folder).manifest
+        whole = {"onnxruntime": {"files": [*manifest["files"], "MANIFEST.json"]}}  # older deliveries name no loaders
+        return [self.folder / name for name in manifest.get("loaders", whole)["onnxruntime"]["files"]]
 
     def measure(self, threads: int, **asked) -> dict:
         """What `answer_here` says in a process of its own, and its "cold_start_seconds". Raises InputError."""

@@ -19,6 +19,7 @@ import onnxruntime
 import optuna
 import pandas as pd
 import yaml
+from optuna.storages import RDBStorage, RetryHeartbeatStaleTrialCallback
 from optuna.trial import TrialState
 from pydantic import Field, model_validator
 from sqlalchemy.exc import SQLAlchemyError
@@ -225,13 +226,12 @@ def explore(tuner: Tuner) -> optuna.Study:
     decides = [run.dir.stage(run.stages[-1]).name for run in runs]  # each ends in the hash of its settings
     decides += [tuning.model_dump(include={"tasks", "map", "ordered", "genes", "objectives", "sampler"})]
     decides += [tuner.recipe.evaluation.stsb, (tuner.recipe.delivery or DeliverySection()).budget]
-    # a trial whose process died shows by its heartbeat, and is tried again
-    retry = {"heartbeat_stale_trial_callback": optuna.storages.RetryHeartbeatStaleTrialCallback()}
+    retry = {"heartbeat_stale_trial_callback": RetryHeartbeatStaleTrialCallback()}  # of a trial whose process died
     with claimed(tuner.root / "study.lock", wait=True):  # two processes would make the tables of one file twice
         try:
             study = optuna.create_study(
                 study_name=f"{tuning.name}-{genome_of(decides)}",
-                storage=optuna.storages.RDBStorage(url, heartbeat_interval=30, grace_period=120, **retry),
+                storage=RDBStorage(url, heartbeat_interval=30, grace_period=120, **retry),
                 load_if_exists=True,
                 directions=["maximize" if objective == "quality" else "minimize" for objective in tuning.objectives],
                 pruner=optuna.pruners.PercentilePruner(100 * (1 - tuning.give_up), n_startup_trials=tuning.population),

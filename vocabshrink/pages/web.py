@@ -4,8 +4,7 @@ The page asks no other host for anything: models, transformers.js and onnxruntim
 int8 vectors (a cosine moves by 0.003 at most). Browsers forbid a page opened from a disk to read the files beside it,
 so standalone.html holds all of them, compressed, in its own text: 14 MB where the folder has 22. transformers.js
 imports onnxruntime-web's WebGPU build, whose CPU kernels lack GatherBlockQuantized; an import map gives it the
-WebAssembly build (14 MB, 3.7 MB as sent), which runs every graph that `export` writes. One thread: more need headers of
-the server's.
+WebAssembly build (14 MB, 3.7 MB as sent), which runs every graph that `export` writes. One thread: more need headers.
 """
 
 import base64
@@ -99,10 +98,9 @@ def _write_passages(place: Path, folder: Path, model: Delivery, passages: Path |
         if not isinstance(row.get("text"), str) or not row["text"].strip():
             raise InputError(f'{source}, line {number} has no "text": write {{"text": ...}}')
         records.append({key: row[key] for key in ("text", "source") if isinstance(row.get(key), str)})
-    if not records:
+    if (total := len(records)) == 0:
         raise InputError(f"{source} has 0 passages: give 1 or more")
-    total, records = len(records), records[:MOST_PASSAGES]
-    if total > len(records):
+    if total > len(records := records[:MOST_PASSAGES]):
         print(f"{source} has {total:,} passages: the page takes the first {len(records):,}", file=sys.stderr)
     if passages is None and matrix.is_file():
         vectors = np.load(matrix, mmap_mode="r", allow_pickle=False)[: len(records)].astype(np.float32)
