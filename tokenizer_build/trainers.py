@@ -1,8 +1,7 @@
 """The vocabulary trainers: word counts -> a WordPiece vocabulary.
 
 Every vocabulary holds the special tokens, then what is required (the corpus's alphabet and the user's words), then what
-the trainer chose; at most `size` pieces, fewer where the corpus has no more to offer. All are functions of the counts
-alone: no thread, process count or hash seed changes a byte.
+the trainer chose; fewer than `size` pieces where the corpus has no more to offer. All are functions of the counts alone.
 
 SentencePiece's BPE learns 30,000 candidates from a word-count table in a second on one thread. `wordpiece` is computed
 by it too: `tokenizers.WordPieceTrainer` reads running text only and gives another vocabulary on every run. Unigram's
@@ -121,9 +120,9 @@ def teacher_pieces(vocabulary: Iterable[str]) -> list[str]:
 def learned_pieces(words: Words, size: int, model: str, marked: bool = True) -> list[str]:
     """Train SentencePiece (`bpe` or `unigram`) on word counts; its pieces as WordPiece, best first.
 
-    With `marked`, a word's start is a symbol of its own that merges like any other, as in SentencePiece. Without, a
-    start letter is another letter than the same one inside a word, as in WordPieceTrainer. Words that hold one of these
-    marks (`▁` and private-use characters, one per letter) themselves are left out.
+    With `marked`, a word's start is a symbol of its own, as in SentencePiece; without, a start letter is another letter
+    than the same one inside a word, as in WordPieceTrainer. Words that hold such a mark themselves (`▁`, private-use
+    characters) are left out.
     """
     characters = sorted({c for word, _ in words for c in word})
     starts = {c: chr(0xF0000 + number) for number, c in enumerate(characters)}
