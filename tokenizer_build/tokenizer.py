@@ -86,12 +86,13 @@ def save_tokenizer(
 
 
 def parse_tokenizer(content: bytes, origin: str | Path) -> Tokenizer:
-    """The tokenizer of a tokenizer.json's content; it neither pads nor truncates. Raises InputError, naming the origin,
-    for what is none, and for what the tokenizers library breaks on."""
+    """The tokenizer of a tokenizer.json's content; it neither pads nor truncates, and special tokens that stand in a
+    text are text. Raises InputError, naming the origin, for what is none or breaks the tokenizers library."""
     try:
         tokenizer = Tokenizer.from_buffer(content)
         tokenizer.no_padding()  # all-MiniLM-L6-v2's file pads every input to 128 pieces
         tokenizer.no_truncation()
+        tokenizer.encode_special_tokens = True
         tokenizer.encode("", "")  # a post-processor of unknown pieces breaks only here
     except (KeyboardInterrupt, SystemExit):
         raise
@@ -101,8 +102,8 @@ def parse_tokenizer(content: bytes, origin: str | Path) -> Tokenizer:
 
 
 def load_tokenizer(path: str | Path) -> Tokenizer:
-    """The tokenizer of a folder (tokenizer.json, or a BERT vocab.txt) or of a JSON file, of any family; it neither pads
-    nor truncates. Raises InputError naming the file where there is none or it cannot be read."""
+    """The tokenizer of a folder (tokenizer.json, or a BERT vocab.txt) or of a JSON file, of any family, as of
+    `parse_tokenizer`. Raises InputError naming the file where there is none or it cannot be read."""
     path = Path(os.path.expanduser(path))
     file = path / "tokenizer.json" if path.is_dir() else path
     if file.is_file():

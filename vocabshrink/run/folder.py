@@ -1,9 +1,8 @@
 """The folder of one run: where each stage writes, and how a finished stage differs from a crashed one.
 
-A stage owns one folder and writes `DONE` into it last. An unfinished attempt is thrown away when the stage starts
-again, except its `checkpoints/`, from which training resumes. Every file appears whole or not at all. `DONE` holds the
-checksums of the stage's files, which later stages verify before they read them. Two runs in one folder at once are
-refused (`alone`), and of several processes of one run only the main one may write here.
+A stage owns one folder and writes `DONE` into it last, with the checksums of its files, which later stages verify. An
+unfinished attempt is thrown away when the stage starts again, except its `checkpoints/`, from which training resumes.
+Every file appears whole or not at all. Of several processes of one run only the main one may write here.
 """
 
 import hashlib
@@ -77,11 +76,10 @@ class RunDir:
         folder, sums = self.stage(name), {}
         write_json(folder / "summary.json", summary)
         for path in sorted(folder.rglob("*")):
-            if path.is_file() and "checkpoints" not in (inside := path.relative_to(folder)).parts:
-                sums[inside.as_posix()] = checksum(path)
+            if "checkpoints" not in (inside := path.relative_to(folder)).parts:
+                sums |= {inside.as_posix(): checksum(path)} if path.is_file() else {}
                 sync(path)
-        for path in [*(path for path in folder.rglob("*") if path.is_dir()), folder]:
-            sync(path)
+        sync(folder)
         write_json(folder / "DONE", sums)
 
     def verify(self, name: str) -> None:
@@ -89,10 +87,8 @@ class RunDir:
         folder = self.stage(name)
         for inside, found in read_json(folder / "DONE").items() if (folder / "DONE").stat().st_size else ():
             if not (folder / inside).is_file() or checksum(folder / inside) != found:
-                remedy = f"delete {folder} to have the stage done again"
-                raise InputError(
-                    f"{folder / inside} is damaged, altered or missing since stage {name} wrote it: {remedy}"
-                )
+                what = f"{folder / inside} is damaged, altered or missing since stage {name} wrote it"
+                raise InputError(f"{what}: delete {folder} to have the stage done again")
 
     @contextmanager
     def alone(self) -> Iterator[None]:
@@ -122,16 +118,16 @@ class RunDir:
         """Drops the rows that `stage` wrote after `step`: a resumed stage will write them again."""
         if (self.path / "metrics.jsonl").is_file():
             rows = [row for row in self.metrics() if row.get("stage") != stage or row.get("step", 0) <= step]
-            text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
-            write_text(self.path / "metrics.jsonl", text)
+            write_text(self.path / "metrics.jsonl", "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
 
     def write_environment(self) -> None:
         """Writes environment.json: what a reader needs to judge a figure, and nothing about who ran it."""
         torch = sys.modules.get("torch")  # only where the caller has loaded it: this layer is free of torch
         gpus = range(torch.cuda.device_count()) if torch else ()
+        packages = [name for name in PACKAGES if any(metadata.Distribution.discover(name=name))]
         environment = {
             "date": datetime.now(UTC).strftime("%Y-%m-%d"),
-            "versions": {"python": platform.python_version()} | installed(PACKAGES),
+            "versions": {"python": platform.python_version()} | {name: metadata.version(name) for name in packages},
             "platform": f"{platform.system()} {platform.machine()}",
             "cpu": processor(),
             "cpu_count": os.cpu_count(),
@@ -143,11 +139,9 @@ class RunDir:
 
 @dataclass(frozen=True)
 class SharedRunDir(RunDir):
-    """A run whose stages are in `shared`, a folder of many runs, each under the hash of the settings that decide it.
-
-    So what two runs have in common is made once. settings_of: stage name -> those settings. At `path` are only the
-    run's own files: recipe, environment, and the metrics of the stages that it made itself.
-    """
+    """A run whose stages are in `shared`, a folder of many runs, each under the hash of the settings that decide it
+    (settings_of: stage name -> those settings), so that what two runs have in common is made once. At `path` are the
+    run's own files: recipe, environment, and the metrics of the stages that it made itself."""
 
     shared: Path
     settings_of: Callable[[str], dict]
@@ -168,11 +162,6 @@ def task_rows(tasks: dict) -> list[tuple[str, ...]]:
         for metric, figures in tasks[task].items()
     ]
     return [*sorted(rows), ("average", "", f"{tasks['average']:.4f}", "", "")]
-
-
-def installed(packages: tuple[str, ...]) -> dict[str, str]:
-    """{package: version} of those that are installed, by their metadata: importing torch to ask it takes seconds."""
-    return {name: metadata.version(name) for name in packages if any(metadata.Distribution.discover(name=name))}
 
 
 def processor() -> str:

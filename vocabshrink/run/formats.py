@@ -2,8 +2,7 @@
 
 A format is a name: `fp32`, `fp16`, `int8` (one scale a row) or `int4-G` (one scale for every G values of a row).
 Formats can be mixed by class of tensor: {"embeddings": "int4-64", "attention": "int8", ...}. Positions (with token
-types and the projection of a factorised piece table) and heads are int8 unless told otherwise, which costs all-MiniLM's
-128 positions 25 KB. Biases, layer norms and
+types and the projection of a factorised piece table) and heads are int8 unless told otherwise. Biases, layer norms and
 scales are float16.
 """
 

@@ -1,10 +1,9 @@
 """Which teacher layers does each student layer learn from.
 
-A map is a tuple of pairs (student layer, block of teacher layers), 1-based, where 0 is the embedding output, that is
-the index into transformers' `hidden_states`; of a block of several layers the mean is the target. What each map
-promises about the last layers is tested, because a peer whose `all` map silently missed the last layer is why this
-module exists: `uniform`, `last`, `block_mean` and `last_only` end on (last student layer, last teacher layer); `first`
-and `random` end on the last student layer; `skip` leaves the last layers out, as its paper does.
+A map is a tuple of pairs (student layer, block of teacher layers), indices into transformers' `hidden_states`, where 0
+is the embedding output; of a block of several layers the mean is the target. What each promises about the last layers
+is tested, because a peer's `all` map silently missed the last: `uniform`, `last`, `block_mean` and `last_only` end on
+(last student layer, last teacher layer); `first` and `random` on the last student layer; `skip` leaves both out.
 """
 
 from random import Random
@@ -73,10 +72,8 @@ def layer_pairs(layer_map: str | list, student_layers: int, teacher_layers: int,
         if layer_map not in LAYER_MAPS:
             raise InputError(f"layer_map: unknown map {layer_map}: known maps are {', '.join(LAYER_MAPS)}, or pairs")
         if student_layers > teacher_layers:
-            raise InputError(
-                f"layer_map: the student has {student_layers} layers and the teacher only {teacher_layers}: "
-                "write explicit pairs or a shallower student"
-            )
+            what = f"the student has {student_layers} layers and the teacher only {teacher_layers}"
+            raise InputError(f"layer_map: {what}: write explicit pairs or a shallower student")
         options = {"seed": seed} if layer_map == "random" else {}
         pairs = LAYER_MAPS[layer_map](student_layers, teacher_layers, **options)
     else:
@@ -85,8 +82,6 @@ def layer_pairs(layer_map: str | list, student_layers: int, teacher_layers: int,
         raise InputError(f"layer_map: {layer_map} gives a student layer no teacher layer, or no pair at all: name one")
     for m, n in ((m, n) for m, block in pairs for n in block):
         if not (0 <= m <= student_layers and 0 <= n <= teacher_layers):
-            raise InputError(
-                f"layer_map: pair ({m}, {n}) is outside the student's {student_layers} and the teacher's "
-                f"{teacher_layers} layers (0 is the embedding output)"
-            )
+            layers = f"the student's {student_layers} and the teacher's {teacher_layers} layers"
+            raise InputError(f"layer_map: pair ({m}, {n}) is outside {layers} (0 is the embedding output)")
     return pairs

@@ -17,10 +17,10 @@ if TYPE_CHECKING:
 class Stage:
     """One step from text to artifact: the function of its name in `vocabshrink.stages.MODULE`, Context -> summary.
 
-    needs: the stages whose files it reads, those of them that the recipe asks for. reads: the settings that decide what
-    it makes, beside those that decide the stages it needs (`alone`: nothing beside its own). section: the part of the
-    recipe without which it is not asked for; None: it always is. trains: every process of a launcher runs it, not the
-    main one alone. student: it leaves one, in the folder `student`, from which later stages go on.
+    needs: the stages whose files it reads, where the recipe asks for them. reads: the settings that decide what it makes,
+    beside those that decide the stages it needs (`alone`: its own only). section: the part of the recipe without which
+    it is not asked for. trains: every process of a launcher runs it, not the main one alone. student: it leaves one, in
+    the folder `student`.
     """
 
     name: str
@@ -53,7 +53,8 @@ def functions_of(module: str) -> dict[str, ast.FunctionDef]:
 
 HEAD = {"section": "masked_lm_head", "trains": True, "alone": True}  # in the teacher's pieces, whatever the student's
 STUDENT = {"trains": True, "student": True}
-LAST = "encode masked_lm_head vectors dual distill"
+BEFORE = "encode masked_lm_head vectors dual"
+LAST = f"{BEFORE} distill"
 STAGES = {
     stage.name: stage
     for stage in (
@@ -63,14 +64,7 @@ STAGES = {
         Stage("masked_lm_head", "training", "encode", "corpus teacher masked_lm_head seed", **HEAD),
         Stage("vectors", "training", "", "corpus teacher vectors seed", "vectors"),
         Stage("dual", "training", "encode masked_lm_head", "student dual seed corpus", "dual", **STUDENT),
-        Stage(
-            "distill",
-            "training",
-            "encode masked_lm_head vectors dual",
-            "student distill seed corpus",
-            "distill",
-            **STUDENT,
-        ),
+        Stage("distill", "training", BEFORE, "student distill seed corpus", "distill", **STUDENT),
         Stage("recovery", "training", LAST, "recovery delivery.weights", "recovery", **STUDENT),
         Stage("task_teacher", "tasks", "", "teacher tasks finetune.teacher", "finetune.teacher", trains=True),
         Stage("augment", "tasks", "masked_lm_head", "teacher tasks finetune.augment", "finetune.augment"),

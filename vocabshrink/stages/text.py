@@ -10,7 +10,7 @@ from tokenizer_build.files import write_json
 from tokenizer_build.tokenizer import adopt_tokenizer, load_tokenizer, lowercases, make_tokenizer, save_tokenizer
 from tokenizer_build.trainers import train_vocabulary
 from vocabshrink.data.lexicon import encode_corpus
-from vocabshrink.run.engine import Context, saying_millions
+from vocabshrink.run.engine import Context, saying
 from vocabshrink.run.recipe import Recipe
 from vocabshrink.stages.inputs import given_tokenizer, teacher_folder
 
@@ -20,7 +20,7 @@ def count(context: Context) -> dict:
     corpus = context.recipe.corpus
     options = {"column": corpus.column, "lowercase": reads_lowercase(context.recipe)}
     counts = count_words(
-        corpus.sources, **options, processes=corpus.processes, progress=saying_millions("count", "words", every=10)
+        corpus.sources, **options, processes=corpus.processes, progress=saying("count: words", 10_000_000)
     )
     write_counts(counts, context.folder / "counts.parquet")
     return {"words": sum(counts.values()), "distinct_words": len(counts)}
@@ -74,5 +74,5 @@ def encode(context: Context) -> dict:
         context.folder_of("vocab"),
         context.folder,
         processes=corpus.processes,
-        progress=saying_millions("encode", "words", every=10),
+        progress=saying("encode: words", 10_000_000),
     )
