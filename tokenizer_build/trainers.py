@@ -1,7 +1,7 @@
 """The vocabulary trainers: word counts -> a WordPiece vocabulary.
 
 Every vocabulary holds the special tokens, then what is required (the corpus's alphabet and the user's words), then what
-the trainer chose; fewer than `size` pieces where the corpus has no more to offer. All are functions of the counts alone.
+the trainer chose; fewer than `size` where the corpus has no more to offer. All are functions of the counts alone.
 
 SentencePiece's BPE learns 30,000 candidates from a word-count table in a second on one thread. `wordpiece` is computed
 by it too: `tokenizers.WordPieceTrainer` reads running text only and gives another vocabulary on every run. Unigram's
