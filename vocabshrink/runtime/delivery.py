@@ -191,7 +191,7 @@ class Delivery:
 
 
 def load(folder: str | Path, threads: int = 1) -> Delivery:
-    """The model of a delivered folder, on `threads` processor threads. Raises InputError where the manifest or a file is
+    """The model of a delivered folder, on `threads` processor threads. Raises InputError where manifest or file are
     missing, altered, outside the folder or of another model."""
     if threads < 1:
         raise InputError(f"threads is {threads}: give 1 or more")
