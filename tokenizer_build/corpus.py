@@ -36,12 +36,10 @@ KNOWN = {".txt", ".text", ".md", ".rst", *RECORDS}  # what is read from a folder
 
 
 def read_lines(sources: Sequence[str | Path], column: str = "text") -> Iterator[str]:
-    """Yield the non-empty lines of all sources, in order, each at most LONGEST_LINE characters.
-
-    A source is a file (of text, where its suffix is unknown), a folder (every corpus file below it), a glob, or
-    `datasets:NAME[:CONFIG]:SPLIT` for a hub data set. `column` names the field of records that holds the text. Raises
-    InputError, naming the file and the row or byte, for what the module refuses, and where there is no text at all.
-    """
+    """Yield the non-empty lines of all sources, in order, each at most LONGEST_LINE characters. A source is a file (of
+    text, where its suffix is unknown), a folder (every corpus file below it), a glob, or `datasets:NAME[:CONFIG]:SPLIT`
+    for a hub data set. `column` names the field of records that holds the text. Raises InputError, naming the file and
+    the row or byte, for what the module refuses, and where there is no text at all."""
     empty = True
     for source in expand(sources):
         for place, text in _texts(source, column):

@@ -40,12 +40,10 @@ def train_vocabulary(
     teacher_vocabulary: Iterable[str] = (),
     lowercase: bool = True,
 ) -> list[str]:
-    """The pieces, in order of their ids, that one of TRAINERS chooses for the word counts.
-
-    `required` words become one piece each, written as a tokenizer with `lowercase` (lower case and no accents) sees
-    them; `teacher_vocabulary` is of any family. Raises InputError for counts without words, for a required word that
-    cannot be one piece, and where `size` cannot hold the special tokens, the alphabet and the required words.
-    """
+    """The pieces, in order of their ids, that one of TRAINERS chooses for the word counts. `required` words become one
+    piece each, written as a tokenizer with `lowercase` (lower case and no accents) sees them; `teacher_vocabulary` is
+    of any family. Raises InputError for counts without words, for a required word that cannot be one piece, and where
+    `size` cannot hold the special tokens, the alphabet and the required words."""
     if not counts:
         raise InputError("there are no words to learn a vocabulary from: count a corpus with text in it")
     required, teacher = [one_word(word, lowercase) for word in required], teacher_pieces(teacher_vocabulary)
@@ -84,10 +82,8 @@ def one_word(word: str, lowercase: bool) -> str:
 
 
 def alphabet(counts: Mapping[str, int]) -> list[str]:
-    """Characters that are at least LEAST_SHARE of the corpus (in a small one: all that occur), sorted.
-
-    Words with a rarer character become unknown: 1 word in 7,000 of English Wikipedia, books and reviews.
-    """
+    """Characters that are at least LEAST_SHARE of the corpus (in a small one: all that occur), sorted. Words with a
+    rarer character become unknown: 1 word in 7,000 of English Wikipedia, books and reviews."""
     seen: Counter[str] = Counter()
     for word, count in counts.items():
         for character in word:
@@ -103,11 +99,9 @@ def alphabet_pieces(characters: Iterable[str]) -> list[str]:
 
 
 def teacher_pieces(vocabulary: Iterable[str]) -> list[str]:
-    """A vocabulary of any family, less its special tokens, as WordPiece (`start`, `##inside`), in order.
-
-    Families are told by their mark: `▁` (SentencePiece) and `Ġ` (byte-level BPE) open a word. Byte-level pieces beyond
-    ASCII are left out: they may be parts of characters.
-    """
+    """A vocabulary of any family, less its special tokens, as WordPiece (`start`, `##inside`), in order. Families are
+    told by their mark: `▁` (SentencePiece) and `Ġ` (byte-level BPE) open a word. Byte-level pieces beyond ASCII are
+    left out: they may be parts of characters."""
     pieces = list(vocabulary)
     for mark in "▁Ġ":
         if sum(piece.startswith(mark) for piece in pieces) > len(pieces) / 10:
@@ -118,12 +112,10 @@ def teacher_pieces(vocabulary: Iterable[str]) -> list[str]:
 
 
 def learned_pieces(words: Words, size: int, model: str, marked: bool = True) -> list[str]:
-    """Train SentencePiece (`bpe` or `unigram`) on word counts; its pieces as WordPiece, best first.
-
-    With `marked`, a word's start is a symbol of its own, as in SentencePiece; without, a start letter is another letter
-    than the same one inside a word, as in WordPieceTrainer. Words that hold such a mark themselves (`▁`, private-use
-    characters) are left out.
-    """
+    """Train SentencePiece (`bpe` or `unigram`) on word counts; its pieces as WordPiece, best first. With `marked`, a
+    word's start is a symbol of its own, as in SentencePiece; without, a start letter is another letter than the same
+    one inside a word, as in WordPieceTrainer. Words that hold such a mark themselves (`▁`, private-use characters) are
+    left out."""
     characters = sorted({c for word, _ in words for c in word})
     starts = {c: chr(0xF0000 + number) for number, c in enumerate(characters)}
     letters = {mark: c for c, mark in starts.items()} | {"▁": ""}

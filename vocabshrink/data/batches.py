@@ -355,10 +355,8 @@ class TaskBatcher:
 
     def predict(self, model: Callable[[Batch], torch.Tensor], side: str = "student") -> np.ndarray | list[np.ndarray]:
         """A model's outputs in the order of the rows, as `score` takes them: [R, C], or [tokens, C] for each row.
-
         model: batch -> [B, C], or [B, T, C] for the pieces of `side`. A token that was cut off, or that has no piece,
-        is answered O (the first label if there is no O).
-        """
+        is answered O (the first label if there is no O)."""
         order, found, labels = np.argsort(self.sizes, kind="stable"), [None] * self.rows, self.task.labels
         outside = np.array([label == ("O" if "O" in labels else labels[0]) for label in labels], np.float32)
         for rows in np.split(order, range(self.order.per_batch, self.rows, self.order.per_batch)):

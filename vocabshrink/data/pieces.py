@@ -146,13 +146,10 @@ class PieceTable:
         rng: np.random.Generator | None = None,
         combined: bool = False,
     ) -> Pieces:
-        """Pads the words' pieces into sequences.
-
-        from_student [n] bool (or one bool): which words are segmented with the student's vocabulary. labels [n]: a
-        task's label of each word, or -100; it stands at the first piece, of words that both vocabularies can write.
-        masked [n] bool: words to predict, see `_mask`. combined: ids of the combined numbering, under the teacher's
-        special tokens; otherwise the vocabulary's own.
-        """
+        """Pads the words' pieces into sequences. from_student [n] bool (or one bool): which words are segmented with
+        the student's vocabulary. labels [n]: a task's label of each word, or -100; it stands at the first piece, of
+        words that both vocabularies can write. masked [n] bool: words to predict, see `_mask`. combined: ids of the
+        combined numbering, under the teacher's special tokens; otherwise the vocabulary's own."""
         words, count, second = sequences.words, sequences.count, sequences.second
         rows = words + np.asarray(from_student) * self.words
         lengths = self.lengths[rows]

@@ -39,11 +39,8 @@ PREFIXES = set("".join(SCHEMES))
 
 @dataclass(frozen=True)
 class Rows:
-    """One split.
-
-    targets: [R] int64 labels, [R] float64 scores, or an int64 array of labels for each row of tokens; UNLABELLED (NaN
-    for scores) where a test row has none.
-    """
+    """One split. targets: [R] int64 labels, [R] float64 scores, or an int64 array of labels for each row of tokens;
+    UNLABELLED (NaN for scores) where a test row has none."""
 
     first: list[str] | list[list[str]]  # a sentence each, or its tokens
     second: list[str] | None  # a pair's other sentence; None without pairs
@@ -67,12 +64,10 @@ class Task:
 
 
 def read_task(section: TaskSection, name: str) -> Task:
-    """Reads and checks the files of `tasks.<name>`. Raises InputError for anything that could not be meant.
-
-    Labels are named by the section, else by the meta.json beside the train file ("labels", or the label field's name),
-    else by the training rows, sorted. A row gives its label by name, or by its number in meta.json's order, else in the
-    section's. The task is of pairs if the recipe names two fields, or none while the first training row has both.
-    """
+    """Reads and checks the files of `tasks.<name>`. Raises InputError for anything that could not be meant. Labels are
+    named by the section, else by the meta.json beside the train file ("labels", or the label field's name), else by the
+    training rows, sorted. A row gives its label by name, or by its number in meta.json's order, else in the section's.
+    The task is of pairs if the recipe names two fields, or none while the first training row has both."""
     paths = {split: path for split in ("train", "validation", "test") if (path := getattr(section, split))}
     rows = {split: list(read_rows(path)) for split, path in paths.items()}
     for split in paths:

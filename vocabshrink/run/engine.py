@@ -198,10 +198,8 @@ def run_stage(run: Run, name: str) -> bool:
 
 
 def summarise(run: Run, since: float | None = None) -> dict:
-    """Writes and returns summary.json of the run: what delivery and tasks measured, and the minutes.
-
-    since: the Unix time from which they are counted; None: those of the stages are added up.
-    """
+    """Writes and returns summary.json of the run: what delivery and tasks measured, and the minutes. since: the Unix
+    time from which they are counted; None: those of the stages are added up."""
     done = {n: read_json(run.dir.stage(n) / "summary.json") for n in stages_of(run.recipe) if run.dir.is_done(n)}
     minutes = sum(s["minutes"] for s in done.values()) if since is None else (time.time() - since) / 60
     summary = {"minutes": round(minutes, 2)} | {k: v for k, v in done.get("export", {}).items() if isinstance(v, dict)}

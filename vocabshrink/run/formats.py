@@ -51,10 +51,8 @@ def tensor_class(name: str) -> str:
 
 
 def formats_of(formats: Formats) -> dict[str, str]:
-    """{class: format} for every class, from one name or from a dict that may leave out positions and head.
-
-    Raises InputError for an unknown class or format and for a class without one.
-    """
+    """{class: format} for every class, from one name or from a dict that may leave out positions and head. Raises
+    InputError for an unknown class or format and for a class without one."""
     spare = formats if isinstance(formats, str) and is_float(formats) else "int8"
     given = dict.fromkeys(LARGE_CLASSES, formats) if isinstance(formats, str) else formats
     full = dict.fromkeys(CLASSES) | {"positions": spare, "head": spare} | given

@@ -211,11 +211,9 @@ class VectorsStage(Section):
 
 
 class DualStage(ComparingStage):
-    """Dual training: the teacher reads each word in the student's pieces with probability p.
-
-    joint: version 1 of the paper, teacher and student together. two_stage: version 2, the teacher alone, before
-    `distill`. match: without a masked-LM head, mixed input must give what the teacher gives on its own segmentation.
-    """
+    """Dual training: the teacher reads each word in the student's pieces with probability p. joint: version 1 of the
+    paper, teacher and student together. two_stage: version 2, the teacher alone, before `distill`. match: without a
+    masked-LM head, mixed input must give what the teacher gives on its own segmentation."""
 
     mode: Literal["joint", "two_stage", "match"] = "joint"
     p: Share = 0.5

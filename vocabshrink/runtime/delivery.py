@@ -32,11 +32,9 @@ QUERY, PASSAGE = ("query",), ("passage", "document")  # names of the prompts for
 
 class Delivery:
     """A loaded delivery: its `manifest`, `task` (a key of KINDS), `labels` ([] where it has none), `dimension` and
-    `prompts` ({name: what stands before each text}, {} where it was trained without).
-
-    A text is cut at `longest` pieces. Texts of similar length share a batch of `batch_size`; answers come in the order
-    of the texts. Each method raises InputError for a model of another task and for what is not a text (`check_text`).
-    """
+    `prompts` ({name: what stands before each text}, {} where it was trained without). A text is cut at `longest`
+    pieces. Texts of similar length share a batch of `batch_size`; answers come in the order of the texts. Each method
+    raises InputError for a model of another task and for what is not a text (`check_text`)."""
 
     def __init__(self, session, tokenizer, manifest: dict, labels: list[str]):
         self.session, self.tokenizer, self.manifest, self.labels = session, tokenizer, manifest, labels
