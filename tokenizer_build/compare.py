@@ -1,8 +1,7 @@
 """How well tokenizers of any family fit a corpus, measured on its word counts.
 
-Every word is encoded once, after a space, by the tokenizer itself and weighted by its count. For tokenizers that look
-at words alone (BERT's) that is exact; those that mark spaces (byte-level BPE, SentencePiece) see every word,
-punctuation too, as if it followed a space, which is close but not the running text.
+Every word is encoded once, after a space, and weighted by its count: exact for tokenizers that look at words alone
+(BERT's), close for those that mark spaces, which see punctuation as if it followed one.
 """
 
 import json

@@ -1,8 +1,7 @@
 """The corpus as a stream of lines, whatever files it lies in.
 
-A line (in most corpora a paragraph) is the unit of everything downstream. Text, JSONL, CSV/TSV and parquet files are
-streamed, so memory does not grow with the corpus (a JSON file that is one array is read whole). Folders and globs are
-sorted: the same stream on every machine.
+A line (in most corpora a paragraph) is the unit of everything downstream. Files are streamed, so memory does not grow
+with the corpus (a JSON file that is one array is read whole). Folders and globs are sorted.
 
 Refused rather than guessed at: bytes that are not UTF-8, NUL bytes (binary files, UTF-16), records without the column,
 rows with other numbers of cells than their header, and more than LONGEST_LINE ASCII characters without white space

@@ -1,9 +1,8 @@
 """Word counts of a corpus of any size: exactly the words that BertNormalizer + BertPreTokenizer see.
 
-The text is split at ASCII white space, and only the distinct chunks of a block are normalised and split further: ASCII
-ones by a regular expression, all others by `tokenizers` itself. That is exact because both steps of a BERT tokenizer
-work on each character or combining sequence alone, and none crosses white space. (`str.split()` would also split at
-\\x1c-\\x1f and \\x85, which BertNormalizer deletes.) Special tokens written out are text.
+The text is split at ASCII white space, and only a block's distinct chunks further: ASCII ones by a regular expression,
+all others by `tokenizers` itself. That is exact because both steps of a BERT tokenizer work on each character or
+combining sequence alone. (`str.split()` would also split at \\x1c-\\x1f and \\x85, which BertNormalizer deletes.)
 
 Memory: two blocks per process and the counts. Once there are more than `maximum` distinct words (10 M, about 1.5 GB),
 the rarest are dropped until half is left (lossy counting, Manku & Motwani 2002); frequent words stay exact.

@@ -250,7 +250,7 @@ WRONG = {
     "surrogate": (
         '{"sentence1": "a", "label": 0}\n{"sentence1": "\\ud800", "label": 1}',
         {},
-        "row 2: sentence1 has a lone surrogate: mend its encoding",
+        "row 2 is not a JSON object .*surrogates not allowed",
     ),
     "score a word": (changed(SINGLE, label="high"), {"kind": "regression"}, "row 2: label 'high' is no score: wri"),
     "score a boolean": (changed(SINGLE, label=True), {"kind": "regression"}, "row 2: label True is no score"),

@@ -11,8 +11,7 @@ tokenised by the real tokenizers, and its pieces are only grouped. `check_family
 cannot be promised, and the first lines of every corpus are compared with the pieces of whole lines.
 
 Cost: one look-up per chunk (about 2 million words per second and core once warm) and one call of each tokenizer per
-distinct chunk; memory holds one block, a bounded cache of chunks and the lexicon. Not done: tokenizers that read whole
-sentences (no split at spaces), dropping words seen once.
+distinct chunk. Not done: tokenizers that read whole sentences, dropping words seen once.
 """
 
 import hashlib

@@ -6,8 +6,7 @@ both vocabularies word by word, and segmenting it is one gather.
 
 Hidden states and attention of two models are compared unit by unit. A word is one unit where the vocabularies spell it
 differently, and as many units as pieces where they spell it alike: equal vocabularies are compared piece by piece, as
-in the papers. [CLS] is unit 0, the separators are the last units. Not done: units finer than a word for words of which
-only some pieces agree.
+in the papers. [CLS] is unit 0, the separators are the last units.
 
 Shapes: B sequences, T pieces in a padded sequence, U units in a padded sequence, n words of all sequences.
 """

@@ -3,8 +3,7 @@
 A task is a source of rows per split (`corpus.read_rows`). Whatever could silently train on nonsense is refused while
 reading, with the file, the row and the remedy. The order of the labels travels with the task, because the commonest
 defect of distilled classifiers is a teacher that counts its classes in another order: `check_label_order` and
-`check_agreement` refuse it. Metrics are scikit-learn's and scipy's; only spans are counted here, as CoNLL does. Not
-done: confidence intervals, strict spans (that lack their B- or E-), files that do not fit in memory.
+`check_agreement` refuse it. Spans are counted as CoNLL does. Not done: confidence intervals, strict spans.
 
 Shapes: R rows of a split, C labels (1 for scores).
 """
@@ -30,7 +29,7 @@ from tokenizer_build.files import parse_json
 from vocabshrink.run.recipe import TaskSection
 
 UNLABELLED = -1
-ORDER = "write this order in tasks.{}.labels (rows that number their labels keep meta.json's)"
+ORDER = "write its order in tasks.{}.labels (rows that number their labels keep meta.json's)"
 LOGITS = "make them from the task's file, row for row, labels in its order"
 INTEGER = re.compile(r"-?\d+")
 SCHEMES = ("BI", "BIES", "BILU", "BMES")  # first letters of the tags beside O: IOB1 and IOB2, BIOES, BILOU, BMES

@@ -19,8 +19,8 @@ class SoftPairs(tuple):
 
 LAYER_MAPS = {
     "uniform": "TinyBERT's g(m) = m · N / M, rounded up when M does not divide N; the last meets the last.",
-    "last": 'The teacher\'s top layers, in order (TinyBERT\'s "top").',
-    "first": 'The teacher\'s bottom layers, in order (TinyBERT\'s "bottom").',
+    "last": "The teacher's top layers, in order (TinyBERT's \"top\").",
+    "first": "The teacher's bottom layers, in order (TinyBERT's \"bottom\").",
     "last_only": "Only the last layers (MiniLM).",
     "skip": "Every k-th layer and no last one: the prediction speaks for it (patient KD's PKD-skip, {2, 4, 6, 8, 10}).",
     "random": "As many teacher layers as the student has, drawn without replacement (arXiv 2308.13958's random).",

@@ -69,8 +69,7 @@ class TeacherSection(Section):
     model: str  # a local folder, a hub name, or package:NAME/SUBFOLDER for a model inside an installed package
     revision: Later[str | None] = None  # a branch, tag or commit of a hub model
     sha256: str | None = None  # of the weights, all shards in order of name; checked before anything is built on them
-    # of the sentence embedding, matched or delivered; None: as its folder says, else mean and normalised
-    pooling: Literal[*POOLINGS] | None = None
+    pooling: Literal[*POOLINGS] | None = None  # of the sentence embedding; None: its folder's, else mean and normalised
     normalize: bool | None = None
     prompt: Later[str | None] = None  # put before every text whose vector is stored, as `query: ` of the e5 family
 
@@ -78,8 +77,7 @@ class TeacherSection(Section):
 class CorpusSection(Section):
     sources: list[str]
     column: str = "text"
-    # every n-th line is kept from training, for rank agreement and neighbours
-    held_out_every: Annotated[int, Number, Field(ge=2)] = 50
+    held_out_every: Annotated[int, Number, Field(ge=2)] = 50  # every n-th line is kept from training
     processes: Positive = Field(default_factory=lambda: os.cpu_count() or 1)
 
 
@@ -88,8 +86,7 @@ class VocabularySection(Section):
     trainer: Literal["fewest", "wordpiece", "bpe", "unigram", "prune"] = "fewest"
     lowercase: bool | None = None  # None: as the teacher's tokenizer
     required: list[str] = []  # words that must be one piece, whatever the counts say
-    # a folder whose WordPiece vocabulary is taken as it is, instead of training one; `teacher`: the teacher's own;
-    # `start`: that of student.start
+    # a folder whose WordPiece vocabulary is taken as it is; `teacher`: the teacher's; `start`: that of student.start
     tokenizer: str | None = None
 
 
@@ -126,8 +123,7 @@ class TrainingSection(Section):
     decay: Literal["linear", "cosine", "constant"] = "linear"
     clip: Rate = 1.0
     precision: Literal["no", "bf16", "fp16"] = "bf16"
-    # during training, evenly spaced, besides the one at its end
-    evaluations: Count = 5
+    evaluations: Count = 5  # during training, evenly spaced, besides the one at its end
     checkpoint_minutes: Rate = 5
     threads: Positive | None = None  # of torch on a CPU; None leaves torch's choice
     trackers: list[Literal["tensorboard", "wandb", "mlflow", "trackio"]] = []
@@ -324,8 +320,7 @@ class TaskSection(Section):
 
 
 class DeliverySection(Section):
-    # of the graph: one format, or one for each class of tensor
-    weights: WeightFormats = "int4-128"
+    weights: WeightFormats = "int4-128"  # of the graph: one format, or one for each class of tensor
     kernel: Literal["unsigned", "signed", "float"] = "unsigned"  # of int8 products; see graph.py
     safetensors: Literal["fp16", "fp32"] | None = None  # adds weights for AutoModel and SentenceTransformer
     max_positions: Positive = 128  # of the delivery
@@ -347,8 +342,7 @@ class IndexSection(Section):
 
 
 class EvaluationSection(Section):
-    # held-out sentences for rank agreement and neighbour overlap; 0 leaves these out
-    sentences: Count = 1000
+    sentences: Count = 1000  # held-out ones, for rank agreement and neighbour overlap; 0 leaves these out
     stsb: dict[str, str] = {}  # name -> rows with sentence1, sentence2, label; scored by Spearman
 
 
@@ -363,10 +357,8 @@ class Recipe(Section):
     vectors: VectorsStage | None = None
     dual: DualStage | None = None
     distill: DistillStage | None = None
-    # trains on through the rounding of delivery.weights (straight-through)
-    recovery: DistillStage | None = None
-    # the folder that relative paths of tasks and of rated pairs start from; once read, they have it in them
-    data: str = "."
+    recovery: DistillStage | None = None  # trains on through the rounding of delivery.weights (straight-through)
+    data: str = "."  # where relative paths of tasks and of rated pairs start from; once read, they have it in them
     tasks: dict[Name, TaskSection] = {}
     finetune: FinetuneStage | None = None
     delivery: DeliverySection | None = DeliverySection()  # null: no artifact is wanted

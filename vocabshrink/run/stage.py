@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import ast
 from dataclasses import dataclass
-from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -39,14 +38,9 @@ class Stage:
     @property
     def about(self) -> str:
         """The first line of its function's docstring, read without importing what it does."""
-        return ast.get_docstring(functions_of(self.module)[self.name]).split("\n")[0]
-
-
-@cache
-def functions_of(module: str) -> dict[str, ast.FunctionDef]:
-    """{name: syntax tree} of the functions of a module of `vocabshrink.stages`."""
-    source = Path(__file__).parents[1].joinpath("stages", f"{module}.py").read_text(encoding="utf-8")
-    return {node.name: node for node in ast.parse(source).body if isinstance(node, ast.FunctionDef)}
+        source = Path(__file__).parents[1].joinpath("stages", f"{self.module}.py").read_text(encoding="utf-8")
+        functions = {node.name: node for node in ast.parse(source).body if isinstance(node, ast.FunctionDef)}
+        return ast.get_docstring(functions[self.name]).split("\n")[0]
 
 
 HEAD = {"section": "masked_lm_head", "trains": True, "alone": True}  # in the teacher's pieces, whatever the student's

@@ -1,8 +1,7 @@
 """Use a delivered model without torch: embed, classify, label words, fill a mask.
 
-Needs numpy, onnxruntime and tokenizers, and imports the last two only when a folder is loaded: a first answer takes
-0.3 s and 80 MB where torch and transformers take 4 s and 415 MB. Whatever is read is first checked against
-MANIFEST.json, and nothing outside the folder is read.
+Imports onnxruntime and tokenizers only when a folder is loaded: a first answer takes 0.3 s and 80 MB where torch and
+transformers take 4 s and 415 MB. Whatever is read is checked against MANIFEST.json, and nothing outside the folder is.
 
     model = load("artifacts/minilm-l6-7mb")
     model.embed(["a text", "another"])            # [2, 384] float32
@@ -25,6 +24,7 @@ CHARACTERS_A_PIECE = 32  # of a long text at first: a text is tokenised no furth
 # A graph's inputs and the tokenizer's names for them; the last may be missing.
 INPUTS = {"input_ids": "ids", "attention_mask": "attention_mask", "token_type_ids": "type_ids"}
 Text = str | tuple[str, str]
+Prompt = str | Sequence[str] | None  # a name, or several of which the first that is known counts
 # Options of sentence-transformers' encode that change what it gives, and the only value of each that is possible here
 USUAL = {"convert_to_tensor": False, "output_value": "sentence_embedding", "precision": "float32"}
 QUERY, PASSAGE = ("query",), ("passage", "document")  # names of the prompts for what searches and for what is searched
@@ -46,39 +46,26 @@ class Delivery:
         self.columns: int = {"embedding": self.dimension, "fill-mask": pieces}.get(self.task, len(labels))
 
     def embed(
-        self,
-        texts: Sequence[str],
-        batch_size: int = 32,
-        *,
-        prompt: str | Sequence[str] | None = None,
-        dimensions: int | None = None,
+        self, texts: Sequence[str], batch_size: int = 32, *, prompt: Prompt = None, dimensions: int | None = None
     ) -> np.ndarray:
         """Embeddings [len(texts), dimension] float32. prompt: see `prefix`. dimensions: only so many of the first, at
         unit length if the whole is; of a model that was trained for it."""
         return self._embed(self.prefix(prompt), self._texts("embed", texts), batch_size, dimensions)
 
     def encode(
-        self,
-        sentences: str | Sequence[str],
-        prompt_name: str | None = None,
-        prompt: str | None = None,
-        batch_size: int = 32,
-        show_progress_bar: bool | None = None,
-        convert_to_numpy: bool = True,
-        normalize_embeddings: bool = False,
-        **others,
+        self, sentences: str | Sequence[str], prompt_name: str | None = None, prompt: str | None = None, **others
     ) -> np.ndarray:
         """`embed` under the signature of `SentenceTransformer.encode`: float32 [len(sentences), dimension], or
         [dimension] of a single text; a text may be empty. prompt_name: of `prompts`. prompt: the words themselves.
-        truncate_dim: `dimensions`. Others are ignored; those that ask for other than float32 arrays raise InputError.
-        """
+        Others: batch_size, normalize_embeddings, and truncate_dim (`dimensions`); those that ask for other than float32
+        arrays raise InputError, and the rest is ignored."""
         for name, usual in USUAL.items():
             if others.get(name, usual) != usual:
                 raise InputError(f"encode(..., {name}={others[name]!r}): only {usual!r} is possible: leave it out")
         texts = self._texts("embed", [sentences] if isinstance(sentences, str) else sentences, empty=True)
         before = self.prefix(prompt_name) if prompt is None else prompt
-        vectors = self._embed(before, texts, batch_size, others.get("truncate_dim"))
-        vectors = unit(vectors) if normalize_embeddings else vectors
+        vectors = self._embed(before, texts, others.get("batch_size", 32), others.get("truncate_dim"))
+        vectors = unit(vectors) if others.get("normalize_embeddings") else vectors
         return vectors[0] if isinstance(sentences, str) else vectors
 
     def _embed(self, before: str, texts: list[str], batch_size: int, dimensions: int | None) -> np.ndarray:
@@ -135,7 +122,7 @@ class Delivery:
                 out[i].append({"piece": name, "score": float(scores[piece]), "text": filled + after})
         return out
 
-    def prefix(self, prompt: str | Sequence[str] | None = None) -> str:
+    def prefix(self, prompt: Prompt = None) -> str:
         """What stands before each text: the prompt of this name, or of the first of these names that the model has;
         its default prompt for None, and for names of which it has none. Raises InputError for an unknown name."""
         if isinstance(prompt, str) and prompt not in {"", *self.prompts}:

@@ -58,10 +58,9 @@ class Index:
     def __init__(self, folder: str | Path, threads: int = 1):
         place = Path(folder) / "index"
         for name in (*FILES, "index.json"):
-            if not (place / name).is_file():
-                raise InputError(f"{folder} has no index, or not a whole one: build the index again (`build_index`)")
-            if not (place / name).resolve().is_relative_to(Path(folder).resolve()):
-                raise InputError(f"{place / name} is a link out of the folder: build the index again (`build_index`)")
+            if not (place / name).is_file() or not (place / name).resolve().is_relative_to(Path(folder).resolve()):
+                fault = f"has no index, or not a whole one ({name} is missing, or a link out of the folder)"
+                raise InputError(f"{folder} {fault}: build the index again (`build_index`)")
         self.embedder = load(folder, threads)
         if read_json(place / "index.json") != _sums(place, self.embedder):
             raise InputError(f"{place}: a file was altered or is another model's: build the index again")
