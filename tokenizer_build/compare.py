@@ -20,9 +20,9 @@ FORMATS = [",d", ".4f", ".2%", ".2%", ".2%"]  # of the measures, in the order of
 
 
 def compare(counts: Mapping[str, int], tokenizers: Mapping[str, str | Path]) -> dict[str, dict[str, float]]:
-    """Measure tokenizers (name -> folder or tokenizer.json) on the same counts. Each gets what `measure` gives; `size`,
-    the pieces in its vocabulary; and `overlap_with_first`, the share of its pieces, special tokens left out and all
-    families written alike, that the first has too."""
+    """Measure tokenizers (name -> folder or tokenizer.json) on the same counts: `measure`; `size`, the pieces in its
+    vocabulary; and `overlap_with_first`, the share of its pieces, all families written alike, that the first has
+    too."""
     if not counts or not tokenizers:
         raise InputError("nothing to compare: give word counts with words in them and at least one tokenizer")
     measured, first = {}, set()

@@ -1,12 +1,10 @@
 """The corpus as a stream of lines, whatever files it lies in.
 
-A line (in most corpora a paragraph) is the unit of everything downstream. Files are streamed, so memory does not grow
-with the corpus (a JSON file that is one array is read whole). Folders and globs are sorted.
-
-Refused rather than guessed at: bytes that are not UTF-8, NUL bytes (binary files, UTF-16), records without the column,
-rows with other numbers of cells than their header, and more than LONGEST_LINE ASCII characters without white space
-(base64, a minified program), which no language has. Other long lines are cut. Not done: guessing encodings, archives,
-cells of TSV that span lines.
+A line (in most corpora a paragraph) is the unit of everything downstream. Files are streamed (a JSON file that is one
+array is read whole); folders and globs are sorted. Refused rather than guessed at: bytes that are not UTF-8, NUL bytes
+(binary files, UTF-16), records without the column, rows with other numbers of cells than their header, and more than
+LONGEST_LINE ASCII characters without white space (base64, a minified program), which no language has. Other long lines
+are cut. Not done: guessing encodings, archives, cells of TSV that span lines.
 """
 
 import csv
@@ -88,8 +86,7 @@ def _format(path: str | Path) -> tuple[str, str]:
 
 
 def read_rows(source: str | Path) -> Iterator[tuple[str, dict]]:
-    """Yield (place for messages, record) of each row of a source of records. Raises InputError as `read_lines` does,
-    and for a text file."""
+    """Yield (place for messages, record) of each row of a source of records; InputError for what is none."""
     for file in expand([source]):
         if not file.startswith("datasets:") and _format(file)[0] not in RECORDS:
             raise InputError(f"{file}: not one of {' '.join(sorted(RECORDS))}: write the rows in one of these formats")

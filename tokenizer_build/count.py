@@ -45,9 +45,8 @@ def count_words(
     maximum: int = 10_000_000,
     progress: Callable[[int], None] = lambda words: None,
 ) -> Counter[str]:
-    """Count the words of `sources` (see `corpus.read_lines`); the result is the same on any number of processes, which
-    are spawned: a script that asks for several needs its `if __name__ == "__main__":`. `maximum` bounds the distinct
-    words kept; `progress` is called with the words of each block counted."""
+    """Count the words of `sources` (see `corpus.read_lines`); the result is the same on any number of processes.
+    `maximum` bounds the distinct words kept; `progress` is called with the words of each block counted."""
     counts: Counter[str] = Counter()
     blocks = read_blocks(sources, column)
     for words in map_in_order(partial(count_block, lowercase=lowercase), blocks, processes):
@@ -57,9 +56,8 @@ def count_words(
 
 
 def map_in_order(function: Callable, items: Iterable, processes: int) -> Iterator:
-    """Yield `function(item)` of every item, in order, computed by `processes` processes (1: by this one). At most two
-    items per process are in flight. Processes are spawned (so `function` must be importable), not forked: the caller
-    may have threads, and forking those can hang."""
+    """Yield `function(item)` of every item, in order, computed by `processes` processes (1: by this one). They are
+    spawned (so a script needs its `if __name__ == "__main__":`), since forking a process that has threads can hang."""
     if processes <= 1:
         yield from map(function, items)
         return

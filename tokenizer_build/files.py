@@ -26,8 +26,8 @@ LARGEST_RECORD = 256_000_000  # bytes of one JSONL or CSV line; the only thing t
 
 @contextmanager
 def replacing(path: str | Path) -> Iterator[Path]:
-    """Yield a temporary path beside `path`; sync and rename it to `path` if the block succeeds. Raises InputError when
-    the disk is full or the folder cannot be written."""
+    """Yield a temporary path beside `path`; sync and rename it to `path` if the block succeeds. See
+    `naming_bad_disk`."""
     path = Path(path)
     with naming_bad_disk(path):
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -43,8 +43,7 @@ def replacing(path: str | Path) -> Iterator[Path]:
 
 @contextmanager
 def replacing_folder(folder: str | Path) -> Iterator[Path]:
-    """Yield an empty temporary folder beside `folder`; put it in its place if the block succeeds; else the old one
-    stays. Raises InputError as `replacing` does."""
+    """Yield an empty temporary folder beside `folder`; put it in its place if the block succeeds."""
     folder = Path(folder)
     with naming_bad_disk(folder):
         folder.parent.mkdir(parents=True, exist_ok=True)
@@ -195,10 +194,9 @@ def read_json(path: str | Path):
 
 
 def read_jsonl(path: str | Path, opened: BinaryIO | None = None) -> Iterator[tuple[int, dict]]:
-    """Yield (line number, object) of a JSONL file with one object per line, skipping empty lines. A file that is one
-    array of objects gives them too, numbered from 1; it is read whole. `opened` is the file's content where `path`
-    itself is compressed. Raises InputError naming file and line for bytes that are not UTF-8 and for a line that is no
-    object."""
+    """Yield (line number, object) of a JSONL file with one object per line, or of one array of them (read whole,
+    numbered from 1). `opened` is the file's content where `path` itself is compressed. Raises InputError naming file
+    and line for bytes that are not UTF-8 and for a line that is no object."""
     lines = enumerate(text_lines(path, opened), 1)
     for number, line in lines:
         if line.isspace():

@@ -1,7 +1,6 @@
 """A tokenizer folder made from a list of pieces, for `tokenizers`, AutoTokenizer and BertTokenizerFast alike.
 
-It is built from its vocabulary and never from a trainer's leftovers: trainers leave the single characters behind as
-added tokens, which would be cut out of the text before normalisation.
+Never from a trainer's leftovers: trainers leave the single characters behind as added tokens.
 """
 
 import os

@@ -1,9 +1,8 @@
 """Batches of the corpus and of labelled tasks, out of word ids: no tokenizer in the loop.
 
-A batch is a pure function of (seed, step); each of several processes draws it whole and takes every n-th sequence. No
-iterator has a state, so a resumed run sees exactly the batches that it would have seen. A task's splits are encoded
-once into one lexicon, a sentence (or a token) per line, so that teacher and student see the same words cut at the same
-places. Not done: splits whose words do not fit in memory.
+A batch is a pure function of (seed, step); each of several processes draws it whole and takes every n-th sequence. A
+task's splits are encoded once into one lexicon, a sentence (or a token) per line, so that teacher and student see the
+same words cut at the same places. Not done: splits whose words do not fit in memory.
 
 How words become pieces and units, and the shapes B, T, U and n: see pieces.py. S segments, R rows of a split.
 """

@@ -105,10 +105,10 @@ def encode_corpus(
     progress: Callable[[int], None] = lambda words: None,
 ) -> dict:
     """Writes the lexicon and word stream of `blocks` (lists of lines) into `folder`; returns the totals: lines, words,
-    distinct_words, and the stream's teacher_pieces and student_pieces. Tokenizers are folders or tokenizer.json files.
-    Words are numbered by first occurrence, so that the files do not depend on processes and blocks. `progress` is
-    called with the number of words of each block written. A run that fails leaves the earlier files. Raises InputError
-    for a tokenizer that cannot be handled exactly and for no words."""
+    distinct_words, and the stream's teacher_pieces and student_pieces. Words are numbered by first occurrence, so that
+    the files do not depend on processes and blocks. `progress` is called with the words of each block written. A run
+    that fails leaves the earlier files. Raises InputError for a tokenizer that cannot be handled exactly and for no
+    words."""
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # one thread a process; and spawn inherits it
     paths = tokenizer_file(teacher_tokenizer), tokenizer_file(student_tokenizer)
     teacher, student = map(describe_tokenizer, paths)

@@ -65,8 +65,8 @@ class Task:
 def read_task(section: TaskSection, name: str) -> Task:
     """Reads and checks the files of `tasks.<name>`. Raises InputError for anything that could not be meant. Labels are
     named by the section, else by the meta.json beside the train file ("labels", or the label field's name), else by the
-    training rows, sorted. A row gives its label by name, or by its number in meta.json's order, else in the section's.
-    The task is of pairs if the recipe names two fields, or none while the first training row has both."""
+    training rows, sorted; rows give them by name, or by number in meta.json's order, else in the section's. The task is
+    of pairs if the recipe names two fields, or none while the first training row has both."""
     paths = {split: path for split in ("train", "validation", "test") if (path := getattr(section, split))}
     rows = {split: list(read_rows(path)) for split, path in paths.items()}
     for split in paths:
@@ -195,8 +195,8 @@ def check_label_order(task: Task, id2label: dict, origin: str | Path) -> bool:
 
 
 def check_agreement(task: Task, logits_by_row: np.ndarray | list[np.ndarray], origin: str | Path) -> None:
-    """Raises InputError for outputs that mean the task's labels in another order, as the training rows tell: they would
-    be right on a fifth more of the rows, and on two more a label, which chance hardly gives."""
+    """Raises InputError for outputs that mean the task's labels in another order: they would be right on a fifth more
+    of the training rows, and on two more a label, which chance hardly gives."""
     if task.kind == "regression":
         return
     said = np.concatenate([np.atleast_1d(np.argmax(row, -1)) for row in logits_by_row])

@@ -1,11 +1,9 @@
 """Sentences drawn from a corpus and teachers' vectors of them, written once and read for as many epochs as wanted.
 
-A distillation that compares sentence vectors alone then costs the student's passes and nothing else. Vectors of several
-teachers are joined into one whose products are the weighted mean of the teachers' cosine similarities.
-
-Sentences come from the text itself, not from the word stream, because every teacher has a tokenizer of its own; lines
-that are held out give none. Vectors are float16 and memory-mapped, [N, D] a teacher; a killed run goes on with the
-block that it was at. Not done: near sentences made on the fly (`group_size`), whose vectors nobody has stored.
+Vectors of several teachers are joined into one whose products are the weighted mean of the teachers' cosine
+similarities. Sentences come from the text itself, not from the word stream, because every teacher has a tokenizer of
+its own; lines that are held out give none. Vectors are float16 and memory-mapped, [N, D] a teacher. Not done: near
+sentences made on the fly (`group_size`), whose vectors nobody has stored.
 """
 
 import json
@@ -31,8 +29,7 @@ SAMPLE = 8192  # stored vectors that the mean, the principal directions and the 
 
 
 def draw_sentences(corpus: CorpusSection, section: VectorsStage, seed: int) -> list[str]:
-    """Distinct sentences (or lines) of the training lines, each source's share drawn evenly, in random order. Raises
-    InputError for a corpus without text."""
+    """Distinct sentences (or lines) of the training lines, each source's share drawn evenly, in random order."""
     found: dict[str, None] = {}
     numbers = iter(range(1, 2**63))  # of lines through all sources, as the word stream counts them
     shares = section.shares or [1.0] * len(corpus.sources)
@@ -115,8 +112,7 @@ class StoredVectors:
         return len(self.arrays[0])
 
     def rows(self, chosen: np.ndarray | slice) -> np.ndarray:
-        """[n, D] float32 of unit length, D the sum of the teachers' widths: products of two are the weighted mean of
-        the teachers' cosine similarities."""
+        """[n, D] float32 of unit length, D the sum of the teachers' widths; products are the weighted mean cosines."""
         parts = []
         for array, mean, weight in zip(self.arrays, self.means, self.weights, strict=True):
             vectors = array[chosen].astype(np.float32) - mean

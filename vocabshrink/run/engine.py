@@ -1,7 +1,6 @@
 """The engine that runs stages: a finished one is skipped, an unfinished training stage resumes.
 
-A stage reads files of the stages it needs and writes its own folder, `DONE` last. A finished stage made under other
-settings is refused, with the first setting that differs, rather than silently reused or overwritten.
+A finished stage made under other settings is refused, with the first setting that differs.
 """
 
 import importlib
@@ -114,8 +113,7 @@ def first_difference(before: Any, now: Any, path: str = "") -> str | None:
 
 
 def files_of(recipe: Recipe, name: str) -> dict[str, list[int]]:
-    """What tells the content of each file outside of the run that a stage's own settings name: {path: [bytes, checksum
-    of samples]}, without those that are not there."""
+    """{path: [bytes, checksum of samples]} of the files outside of the run that a stage's own settings name."""
     named, found = [setting(recipe, path) for path in FILES.get(name, "").split()], {}
     while named:
         value = named.pop()

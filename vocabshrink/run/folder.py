@@ -140,8 +140,7 @@ class RunDir:
 @dataclass(frozen=True)
 class SharedRunDir(RunDir):
     """A run whose stages are in `shared`, a folder of many runs, each under the hash of the settings that decide it
-    (settings_of: stage name -> those settings), so that what two runs have in common is made once. At `path` are the
-    run's own files: recipe, environment, and the metrics of the stages that it made itself."""
+    (settings_of: stage name -> those settings): what two runs have in common is made once. The rest is at `path`."""
 
     shared: Path
     settings_of: Callable[[str], dict]

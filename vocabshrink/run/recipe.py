@@ -1,8 +1,5 @@
-"""A recipe is the whole specification of a run: one YAML file over typed defaults, and every default lives here.
-
-Strict on purpose: an unknown key is refused with the nearest known one, and a contradiction when the recipe is read,
-not three hours into training.
-"""
+"""A recipe is the whole specification of a run: one YAML file over typed defaults, and every default lives here. Strict
+on purpose: an unknown key is refused with the nearest known one, and a contradiction when the recipe is read."""
 
 import difflib
 import itertools

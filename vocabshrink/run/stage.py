@@ -17,8 +17,7 @@ class Stage:
     """One step from text to artifact: the function of its name in `vocabshrink.stages.MODULE`, Context -> summary.
     needs: the stages whose files it reads, where the recipe asks for them. reads: the settings that decide what it
     makes, beside those that decide the stages it needs (`alone`: its own only). section: the part of the recipe without
-    which it is not asked for. trains: every process of a launcher runs it, not the main one alone. student: it leaves
-    one, in the folder `student`."""
+    which it is not asked for. trains: every process runs it. student: it leaves one, in the folder `student`."""
 
     name: str
     module: str

@@ -32,9 +32,9 @@ QUERY, PASSAGE = ("query",), ("passage", "document")  # names of the prompts for
 
 class Delivery:
     """A loaded delivery: its `manifest`, `task` (a key of KINDS), `labels` ([] where it has none), `dimension` and
-    `prompts` ({name: what stands before each text}, {} where it was trained without). A text is cut at `longest`
-    pieces. Texts of similar length share a batch of `batch_size`; answers come in the order of the texts. Each method
-    raises InputError for a model of another task and for what is not a text (`check_text`)."""
+    `prompts` ({name: what stands before each text}). A text is cut at `longest` pieces; `batch_size` texts of like
+    length share a batch. Methods raise InputError for a model of another task and for what is not a text
+    (`check_text`)."""
 
     def __init__(self, session, tokenizer, manifest: dict, labels: list[str]):
         self.session, self.tokenizer, self.manifest, self.labels = session, tokenizer, manifest, labels
@@ -56,9 +56,9 @@ class Delivery:
         self, sentences: str | Sequence[str], prompt_name: str | None = None, prompt: str | None = None, **others
     ) -> np.ndarray:
         """`embed` under the signature of `SentenceTransformer.encode`: float32 [len(sentences), dimension], or
-        [dimension] of a single text; a text may be empty. prompt_name: of `prompts`. prompt: the words themselves.
-        Others: batch_size, normalize_embeddings, and truncate_dim (`dimensions`); those that ask for other than float32
-        arrays raise InputError, and the rest is ignored."""
+        [dimension] of a single text; a text may be empty. prompt: the words themselves. Others: batch_size,
+        normalize_embeddings, truncate_dim (`dimensions`); InputError for those that ask for other than float32 arrays;
+        the rest is ignored."""
         for name, usual in USUAL.items():
             if others.get(name, usual) != usual:
                 raise InputError(f"encode(..., {name}={others[name]!r}): only {usual!r} is possible: leave it out")
@@ -88,9 +88,9 @@ class Delivery:
         return [self.labels[best] for best in scores.argmax(axis=1)], scores
 
     def label_tokens(self, texts: Sequence[str | Sequence[str]], batch_size: int = 32) -> list[list[dict]]:
-        """For each text (split at white space) or list of words one {"word", "label", "score"} a word, in order. The
-        label is that of the word's first piece; a word without one, or beyond the cut, is labelled O (the first label
-        if there is no O) with a score of 0."""
+        """For each text (split at white space) or list of words one {"word", "label", "score"} a word, in order, of its
+        first piece; a word without one, or beyond the cut, is labelled O (the first label if there is no O), score
+        0."""
         words = [text.split() if isinstance(text, str) else list(text) for text in self._texts("label_tokens", texts)]
         # A word is a piece or more, so words beyond max_positions are never seen: they need not be tokenised.
         encodings = self.tokenizer.encode_batch([row[: self.longest] for row in words], is_pretokenized=True)

@@ -1,7 +1,6 @@
-"""An index of passages beside a delivered embedder, and exact search in it.
+"""An index of passages beside a delivered embedder, and exact search in it: 20 ms for 10,000 passages.
 
-A query is one product with a plain float16 matrix: 20 ms for 10,000 passages. The folder is replaced whole, by one
-builder at a time, and index.json holds the sha256 of its files and of the graph: all are always of one build.
+The folder is replaced whole, by one builder at a time; index.json holds the sha256 of its files and of the graph.
 """
 
 import hashlib
