@@ -166,8 +166,7 @@ def _table(path: str, lines: Iterator[str], suffix: str) -> Iterator[tuple[int, 
         raise InputError(f"{path}: the header names a column twice: {', '.join(header)}: rename one")
     for number, cells in numbered:
         if len(cells) != len(header):
-            remedy = "quote those that hold a delimiter, or write JSONL"
-            raise InputError(f"{path}: row {number} has {len(cells)} cells, the header {len(header)}: {remedy}")
+            raise InputError(f"{path}: row {number} has {len(cells)} cells, the header {len(header)}: quote delimiters")
         yield number, dict(zip(header, cells, strict=True))
 
 
@@ -215,5 +214,4 @@ def _break(text: str, place: str) -> int:
     for end in range(len(text) - 1, max(0, len(text) - 300), -1):
         if not text[end - 1].isascii() and unicodedata.category(text[end])[0] != "M":
             return end
-    fault = f"more than {LONGEST_LINE} characters without white space are no text"
-    raise InputError(f"{place}: {fault}: remove them or break them up")
+    raise InputError(f"{place}: over {LONGEST_LINE} characters without white space are no text: remove them")

@@ -137,8 +137,7 @@ def cut_segments(
         found.append((begin[keep] + offsets[0], length[keep].astype(np.int32), line[keep] % held_out_every == 0))
     starts, lengths, held_out = map(np.concatenate, zip(*found, strict=True))
     if held_out.all():
-        what = f"corpus: no run of at least {min_words} words fits {max_pieces} pieces"
-        raise InputError(f"{what}: give more text or a larger max_length")
+        raise InputError(f"corpus: no run of at least {min_words} words fits {max_pieces} pieces: give more text")
     return Segments(starts[~held_out], lengths[~held_out]), Segments(starts[held_out], lengths[held_out])
 
 

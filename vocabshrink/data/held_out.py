@@ -46,8 +46,7 @@ def held_out_texts(stream: WordStream, lexicon: Lexicon, segments: Segments, cou
     """Draws sentences of 4 to 40 words and makes their near ones. Raises InputError if there are too few."""
     fitting = np.flatnonzero((segments.lengths >= 4) & (segments.lengths <= 40))
     if len(fitting) < LEAST_SENTENCES:
-        what = f"corpus: only {len(fitting)} held-out sentences of 4 to 40 words"
-        raise InputError(f"{what}: give more text or a smaller corpus.held_out_every")
+        raise InputError(f"corpus: only {len(fitting)} held-out sentences of 4 to 40 words: give more text")
     rng = np.random.default_rng((seed, 2))
     chosen = np.sort(rng.permutation(fitting)[:count])
     near = near_groups(gather_words(stream, segments, chosen), rare_words(lexicon), rng)

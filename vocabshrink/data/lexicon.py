@@ -293,8 +293,7 @@ class _Encoder:
             for side, (path, tokenizer) in enumerate(zip(self.paths, self.tokenizers, strict=True)):
                 pieces = list(chain.from_iterable(word[side] for word in words))
                 if tokenizer.encode(line, add_special_tokens=False).ids != pieces:
-                    fault = f"{path} gives the words of {line[:200]!r} other pieces alone than in the line"
-                    raise InputError(f"{fault}; choose another teacher")
+                    raise InputError(f"{path} cuts {line[:200]!r} unlike its words alone; choose another teacher")
             characters += len(line)
             if characters > CHECKED_CHARACTERS:
                 break

@@ -152,13 +152,11 @@ class _Reader:
                 raise InputError(f"{place}: {field} is {text!r:.80}, not text: {remedy}")
         if section.kind != "tokens":
             if last not in texts and row.get(last) is not None:
-                fault = f"it has {last} and the first training row has none"
-                raise InputError(f"{place}: {fault}: give it in all rows or in none")
+                raise InputError(f"{place}: it has {last} and the first training row not: give it in all or none")
             return *texts.values(), self._target(place, label, blind)
         labels = labels or [None] * len(tokens) * blind
         if len(labels) != len(tokens):
-            fault = f"{len(tokens)} {section.tokens} and {len(labels)} {self.field}"
-            raise InputError(f"{place}: {fault}: give each token one")
+            raise InputError(f"{place}: {len(tokens)} {section.tokens} and {len(labels)} {self.field}: give each one")
         return tokens, np.array([self._target(place, label, blind) for label in labels], np.int64)
 
     def _target(self, place: str, value, blind: bool) -> int | float:

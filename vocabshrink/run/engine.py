@@ -142,8 +142,7 @@ def refuse_changed(folder: Path, files: dict[str, list[int]]) -> None:
     before = read_json(folder / "settings.json").get("files", {})
     changed = sorted(path for path in before.keys() | files.keys() if before.get(path) != files.get(path))
     if changed and before.keys() & files.keys():
-        remedy = "put back what was there, or give the run another name"
-        raise InputError(f"{changed[0]} is not what it was when {folder} was made from it: {remedy}")
+        raise InputError(f"{changed[0]} is not what it was when {folder} was made from it: put back what was there")
 
 
 def context_of(run: Run, name: str) -> Context:
@@ -157,15 +156,12 @@ def run_stage(run: Run, name: str) -> bool:
     stage, folder = STAGES[name], run.dir.stage(name)
     missing = [n for n in stage.needs.split() if STAGES[n].asked(run.recipe) and not run.dir.is_done(n)]
     if missing:
-        raise InputError(
-            f"{run.dir.path}: stage {name} needs {missing[0]} first: vocabshrink {missing[0]} RECIPE, or run"
-        )
+        raise InputError(f"{run.dir.path}: stage {name} needs {missing[0]} first: run that, or all by `run`")
     settings = settings_of(run.recipe, name)
     if run.dir.is_done(name) and name != "report":  # a report is cheap, and stale as soon as any stage ran again
         before = {key: value for key, value in read_json(folder / "settings.json").items() if key != "files"}
         if different := first_difference(before, settings):
-            remedy = "give the run another name, or delete the folder"
-            raise InputError(f"{folder}: made by another recipe: {different}: {remedy}")
+            raise InputError(f"{folder}: made by another recipe: {different}: give the run another name, or delete it")
         if main_process():
             refuse_changed(folder, files_of(run.recipe, name))
         say(f"{name}: done before")

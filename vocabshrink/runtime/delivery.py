@@ -203,8 +203,7 @@ def load(folder: str | Path, threads: int = 1) -> Delivery:
         config = {} | parse_json(contents["config.json"])
         names = {str(key): str(name) for key, name in (config.get("id2label") or {}).items()}
     except Exception as error:  # onnxruntime's have no common class but this
-        remedy = "update onnxruntime, or export the model again"
-        raise InputError(f"{reading} cannot be read ({error}): {remedy}") from error
+        raise InputError(f"{reading} cannot be read ({error}): update onnxruntime, or export again") from error
     tokenizer = parse_tokenizer(contents["tokenizer.json"], folder / "tokenizer.json")
     tokenizer.enable_truncation(manifest["max_positions"])
     tokenizer.encode_special_tokens = manifest["task"] != "fill-mask"  # a [SEP] in a text is text, as in training
@@ -227,8 +226,7 @@ def check_text(name: str, text: str, empty: bool = False) -> None:
     if not (empty or text.strip()):
         raise InputError(f"{name} is empty: leave it out")
     if half := re.search(r"[\ud800-\udfff]", text):
-        fault = f"has a lone surrogate ({half[0]!r}, character {half.start()})"
-        raise InputError(f"{name} {fault}: decode it again with errors='replace'")
+        raise InputError(f"{name} has a lone surrogate ({half[0]!r}, character {half.start()}): mend its encoding")
 
 
 def unit(vectors: np.ndarray) -> np.ndarray:

@@ -58,8 +58,7 @@ class Index:
         place = Path(folder) / "index"
         for name in (*FILES, "index.json"):
             if not (place / name).is_file() or not (place / name).resolve().is_relative_to(Path(folder).resolve()):
-                fault = f"has no index, or not a whole one ({name} is missing, or a link out of the folder)"
-                raise InputError(f"{folder} {fault}: build the index again (`build_index`)")
+                raise InputError(f"{folder} has no index, or not a whole one within it ({name}): build the index again")
         self.embedder = load(folder, threads)
         if read_json(place / "index.json") != _sums(place, self.embedder):
             raise InputError(f"{place}: a file was altered or is another model's: build the index again")
