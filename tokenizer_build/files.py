@@ -26,55 +26,50 @@ LARGEST_RECORD = 256_000_000  # bytes of one JSONL or CSV line; the only thing t
 
 @contextmanager
 def replacing(path: str | Path) -> Iterator[Path]:
-    """Yield a temporary path beside `path`; sync and rename it to `path` if the block succeeds. See
-    `naming_bad_disk`."""
+    """Yield a temporary path beside `path`; sync the file or folder that the block makes there, and rename it to `path`
+    if the block succeeds. See `naming_bad_disk`."""
     path = Path(path)
     with naming_bad_disk(path):
         path.parent.mkdir(parents=True, exist_ok=True)
-        temporary = _temporary_beside(path)
+        new, old = _temporary_beside(path, "new"), _temporary_beside(path, "old")
+        _remove(new, old)
         try:
-            yield temporary
-            sync(temporary)
-            os.replace(temporary, path)
+            yield new
+            for made in [*new.rglob("*"), new]:
+                sync(made)
+            if new.is_dir() and path.exists():
+                os.replace(path, old)
+            os.replace(new, path)
             sync(path.parent)
         finally:
-            temporary.unlink(missing_ok=True)
+            if old.exists() and not path.exists():
+                os.replace(old, path)
+            _remove(new, old)
 
 
 @contextmanager
 def replacing_folder(folder: str | Path) -> Iterator[Path]:
     """Yield an empty temporary folder beside `folder`; put it in its place if the block succeeds."""
-    folder = Path(folder)
-    with naming_bad_disk(folder):
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        place = _temporary_beside(folder)
-        new, old = place / "new", place / "old"
-        try:
-            shutil.rmtree(place, ignore_errors=True)
-            new.mkdir(parents=True)
-            yield new
-            for path in [*new.rglob("*"), new]:
-                sync(path)
-            if folder.exists():
-                os.replace(folder, old)
-            os.replace(new, folder)
-            sync(folder.parent)
-        finally:
-            if old.exists() and not folder.exists():
-                os.replace(old, folder)
-            shutil.rmtree(place, ignore_errors=True)
+    with replacing(folder) as new:
+        new.mkdir()
+        yield new
 
 
-def _temporary_beside(path: Path) -> Path:
+def _temporary_beside(path: Path, role: str) -> Path:
     """This process's temporary name for `path`. What killed processes of this machine left under theirs is removed."""
     for left in path.parent.glob(f".{glob.escape(path.name)}.*.tmp") if fcntl else ():
         try:
             os.kill(int(left.name.split(".")[-2]), 0)
         except (ProcessLookupError, OverflowError):
-            shutil.rmtree(left) if left.is_dir() else left.unlink(missing_ok=True)
+            _remove(left)
         except (PermissionError, ValueError):  # another user's; none of ours
             pass
-    return path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    return path.with_name(f".{path.name}.{role}.{os.getpid()}.tmp")
+
+
+def _remove(*paths: Path) -> None:
+    for path in paths:
+        shutil.rmtree(path, ignore_errors=True) if path.is_dir() else path.unlink(missing_ok=True)
 
 
 def sync(path: Path) -> None:

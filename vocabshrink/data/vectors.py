@@ -35,7 +35,10 @@ def draw_sentences(corpus: CorpusSection, section: VectorsStage, seed: int) -> l
     shares = section.shares or [1.0] * len(corpus.sources)
     for place, (source, share) in enumerate(zip(corpus.sources, shares, strict=True)):
         rng, kept, room = random.Random(f"{seed} {place}"), [], math.ceil(section.sentences * share / sum(shares))
-        for seen, sentence in enumerate(_sentences(source, corpus, numbers, section.unit == "line")):
+        lines = zip(read_lines([source], corpus.column), numbers, strict=False)
+        training = (line for line, number in lines if number % corpus.held_out_every)
+        drawn = (text for line in training for text in sentences_of(line, whole=section.unit == "line"))
+        for seen, sentence in enumerate(drawn):
             if seen < room:
                 kept.append(sentence)
             elif (at := rng.randrange(seen + 1)) < room:  # Vitter's algorithm R: each has the same chance
@@ -46,12 +49,6 @@ def draw_sentences(corpus: CorpusSection, section: VectorsStage, seed: int) -> l
     sentences = list(found)
     random.Random(seed).shuffle(sentences)
     return sentences[: section.sentences]
-
-
-def _sentences(source: str, corpus: CorpusSection, numbers: Iterator[int], whole_lines: bool) -> Iterator[str]:
-    for line, number in zip(read_lines([source], corpus.column), numbers, strict=False):
-        if number % corpus.held_out_every:
-            yield from sentences_of(line, whole=whole_lines)
 
 
 def sentences_of(line: str, *, whole: bool = False) -> Iterator[str]:

@@ -104,11 +104,8 @@ def material(value: Any) -> Any:
 def first_difference(before: Any, now: Any, path: str = "") -> str | None:
     """The first key whose value differs, as `key (before -> now)`."""
     if isinstance(before, dict) and isinstance(now, dict):
-        for key in before | now:
-            found = first_difference(before.get(key), now.get(key), f"{path}.{key}" if path else key)
-            if found:
-                return found
-        return None
+        found = (first_difference(before.get(k), now.get(k), f"{path}.{k}".lstrip(".")) for k in before | now)
+        return next(filter(None, found), None)
     return None if before == now else f"{path} ({json.dumps(before)} -> {json.dumps(now)})"
 
 

@@ -398,9 +398,8 @@ class Recipe(Section):
         if self.finetune and not self.tasks:
             raise ValueError("finetune: there is no task: add a tasks section")
         phases = self.finetune.phases if self.finetune else []
-        taught = [
-            f"phases.{i}.losses.{loss}" for i, one in enumerate(phases) for loss in one.losses if loss != "labels"
-        ]
+        losses = [f"phases.{number}.losses.{loss}" for number, phase in enumerate(phases) for loss in phase.losses]
+        taught = [loss for loss in losses if not loss.endswith(".labels")]
         for name, task in self.tasks.items() if taught else ():
             if not self.finetune.teacher and task.trains_teacher:
                 mends = f"finetune.teacher, tasks.{name}.teacher or tasks.{name}.logits"

@@ -196,9 +196,8 @@ def load(folder: str | Path, threads: int = 1) -> Delivery:
     options.add_session_config_entry("session.model_external_initializers_file_folder_path", nowhere)
     reading = folder / manifest["graph"]
     try:
-        session = onnxruntime.InferenceSession(
-            contents[manifest["graph"]], options, providers=["CPUExecutionProvider"], enable_fallback=0
-        )
+        graph = contents[manifest["graph"]]
+        session = onnxruntime.InferenceSession(graph, options, providers=["CPUExecutionProvider"], enable_fallback=0)
         reading = folder / "config.json"
         config = {} | parse_json(contents["config.json"])
         names = {str(key): str(name) for key, name in (config.get("id2label") or {}).items()}
