@@ -1,8 +1,7 @@
 """How well tokenizers of any family fit a corpus, measured on its word counts.
 
-Every word is encoded once, after a space, by the tokenizer itself and weighted by its count. For tokenizers that look
-at words alone (BERT's) that is exact; those that mark spaces (byte-level BPE, SentencePiece) see every word,
-punctuation too, as if it followed a space, which is close but not the running text.
+Every word is encoded once, after a space, and weighted by its count: exact for tokenizers that look at words alone
+(BERT's), close for those that mark spaces, which see punctuation as if it followed one.
 """
 
 import json
@@ -21,11 +20,9 @@ FORMATS = [",d", ".4f", ".2%", ".2%", ".2%"]  # of the measures, in the order of
 
 
 def compare(counts: Mapping[str, int], tokenizers: Mapping[str, str | Path]) -> dict[str, dict[str, float]]:
-    """Measure tokenizers (name -> folder or tokenizer.json) on the same counts.
-
-    Each gets what `measure` gives; `size`, the pieces in its vocabulary; and `overlap_with_first`, the share of its
-    pieces, special tokens left out and all families written alike, that the first has too.
-    """
+    """Measure tokenizers (name -> folder or tokenizer.json) on the same counts: `measure`; `size`, the pieces in its
+    vocabulary; and `overlap_with_first`, the share of its pieces, all families written alike, that the first has
+    too."""
     if not counts or not tokenizers:
         raise InputError("nothing to compare: give word counts with words in them and at least one tokenizer")
     measured, first = {}, set()
@@ -40,8 +37,7 @@ def compare(counts: Mapping[str, int], tokenizers: Mapping[str, str | Path]) -> 
 
 def measure(counts: Mapping[str, int], tokenizer: Tokenizer) -> dict[str, float]:
     """Over all occurrences of all words: `pieces_per_word`, where an unknown word counts as the pieces it yields (1 for
-    WordPiece); `coverage`, the share that are one known piece; `unknown_rate`, the share with an unknown piece.
-    """
+    WordPiece); `coverage`, the share that are one known piece; `unknown_rate`, the share with an unknown piece."""
     model = json.loads(tokenizer.to_str())["model"]
     unknown = model.get("unk_id")  # unigram's; the other families name a piece
     if unknown is None and model.get("unk_token"):

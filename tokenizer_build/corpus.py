@@ -1,13 +1,10 @@
 """The corpus as a stream of lines, whatever files it lies in.
 
-A line (in most corpora a paragraph) is the unit of everything downstream. Text, JSONL, CSV/TSV and parquet files are
-streamed, so memory does not grow with the corpus (a JSON file that is one array is read whole). Folders and globs are
-sorted: the same stream on every machine.
-
-Refused rather than guessed at: bytes that are not UTF-8, NUL bytes (binary files, UTF-16), records without the column,
-rows with other numbers of cells than their header, and more than LONGEST_LINE ASCII characters without white space
-(base64, a minified program): that is no language, and costs every later stage memory. Longer lines are cut at white
-space, or in a script that writes none. Not done: guessing encodings, archives, cells of TSV that span lines.
+A line (in most corpora a paragraph) is the unit of everything downstream. Files are streamed (a JSON file that is one
+array is read whole); folders and globs are sorted. Refused rather than guessed at: bytes that are not UTF-8, NUL bytes
+(binary files, UTF-16), records without the column, rows with other numbers of cells than their header, and more than
+LONGEST_LINE ASCII characters without white space (base64, a minified program), which no language has. Other long lines
+are cut. Not done: guessing encodings, archives, cells of TSV that span lines.
 """
 
 import csv
@@ -33,28 +30,23 @@ TABLE = {".csv", ".tsv"}
 JSONL = {".jsonl", ".ndjson", ".json"}
 RECORDS = {".parquet", *JSONL, *TABLE}  # what has rows with fields
 KNOWN = {".txt", ".text", ".md", ".rst", *RECORDS}  # what is read from a folder
-NO_WHITE_SPACE = f"more than {LONGEST_LINE} characters without white space are no text: remove them or break them up"
 
 
 def read_lines(sources: Sequence[str | Path], column: str = "text") -> Iterator[str]:
-    """Yield the non-empty lines of all sources, in order, each at most LONGEST_LINE characters.
-
-    A source is a file, a folder (every corpus file below it, sorted by path), a glob, or `datasets:NAME[:CONFIG]:SPLIT`
-    for a hub data set, which is streamed. `column` names the field of JSONL, CSV, parquet and hub records that holds
-    the text. A file with an unknown suffix is read as text. Raises InputError, naming the file and the row or byte, for
-    whatever the module docstring refuses, and when there is no text in any source.
-    """
+    """Yield the non-empty lines of all sources, in order, each at most LONGEST_LINE characters. A source is a file (of
+    text, where its suffix is unknown), a folder (every corpus file below it), a glob, or `datasets:NAME[:CONFIG]:SPLIT`
+    for a hub data set. `column` names the field of records that holds the text. Raises InputError, naming the file and
+    the row or byte, for what the module refuses, and where there is no text at all."""
     empty = True
     for source in expand(sources):
         for place, text in _texts(source, column):
             for line in text.split("\n"):
                 if line and not line.isspace():
                     empty = False
-                    yield from (line,) if len(line) <= LONGEST_LINE else _cut(line, place)
+                    yield from _cut(line, place)
     if empty:
-        raise InputError(
-            f"there is no text in {', '.join(map(str, sources)) or 'an empty list'}: give a file with text"
-        )
+        named = ", ".join(map(str, sources)) or "an empty list"
+        raise InputError(f"there is no text in {named}: give a file with text")
 
 
 def read_blocks(sources: Sequence[str | Path], column: str = "text", length: int = 4_000_000) -> Iterator[list[str]]:
@@ -94,8 +86,7 @@ def _format(path: str | Path) -> tuple[str, str]:
 
 
 def read_rows(source: str | Path) -> Iterator[tuple[str, dict]]:
-    """Yield (place for messages, record) of each row of a JSONL, CSV, TSV or parquet file, a glob or a folder. Raises
-    InputError as `read_lines` does, and for a text file."""
+    """Yield (place for messages, record) of each row of a source of records; InputError for what is none."""
     for file in expand([source]):
         if not file.startswith("datasets:") and _format(file)[0] not in RECORDS:
             raise InputError(f"{file}: not one of {' '.join(sorted(RECORDS))}: write the rows in one of these formats")
@@ -115,10 +106,8 @@ def _texts(source: str, column: str) -> Iterator[tuple[str, str]]:
         if column not in record:
             raise InputError(f"{place} has no column {column!r}: choose one of {', '.join(map(str, record))}")
         text = "" if record[column] is None else record[column]
-        try:
-            str.encode(text)
-        except (TypeError, UnicodeEncodeError):  # the latter: half a surrogate pair, which JSON can write
-            raise InputError(f"{place}: {ascii(text):.60} is no text: correct it or choose another column") from None
+        if not isinstance(text, str):
+            raise InputError(f"{place}: {ascii(text):.60} is no text: correct it or choose another column")
         yield place, text
 
 
@@ -139,16 +128,14 @@ def _records(source: str, column: str | None) -> Iterator[tuple[str, dict]]:
         for number, record in records:
             yield f"{source}: {unit} {number}", record
     except (OSError, EOFError, csv.Error, lzma.LZMAError, pyarrow.ArrowInvalid, UnicodeDecodeError) as error:
-        what = f"{source} cannot be read after {unit} {number} ({error})"
         remedy = "double the quotes inside quotes" if isinstance(error, csv.Error) else "check that it is whole"
-        raise InputError(f"{what}: {remedy}") from error
+        raise InputError(f"{source} cannot be read after {unit} {number} ({error}): {remedy}") from error
 
 
 def _open(path: str, compression: str):
     if compression == ".xz":
         return lzma.open(path)
-    # pyarrow decompresses the others; the buffer, unlike its stream, reads lines
-    return io.BufferedReader(pyarrow.input_stream(path, compression=COMPRESSED.get(compression)))
+    return io.BufferedReader(pyarrow.input_stream(path, compression=COMPRESSED.get(compression)))  # which reads lines
 
 
 def _text_chunks(path: str, opened, column: str) -> Iterator[tuple[int, dict]]:
@@ -165,11 +152,8 @@ def _text_chunks(path: str, opened, column: str) -> Iterator[tuple[int, dict]]:
 
 
 def _table(path: str, lines: Iterator[str], suffix: str) -> Iterator[tuple[int, dict]]:
-    """(row number, record) of a CSV or TSV file; row 1 is the header.
-
-    A CSV file's delimiter is the likeliest of its header. A TSV file's lines are its rows, whatever quotes they hold,
-    since most writers of TSV leave quotes as they are: so an unpaired one costs no row.
-    """
+    """(row number, record) of a CSV or TSV file; row 1 is the header. A CSV file's delimiter is the likeliest of its
+    header. A TSV file's lines are its rows, whatever quotes they hold: most writers of TSV leave those as they are."""
     if suffix == ".tsv":
         rows = (_tsv_cells(line.rstrip("\r\n")) if line.strip() else [] for line in lines)
     else:
@@ -182,8 +166,7 @@ def _table(path: str, lines: Iterator[str], suffix: str) -> Iterator[tuple[int, 
         raise InputError(f"{path}: the header names a column twice: {', '.join(header)}: rename one")
     for number, cells in numbered:
         if len(cells) != len(header):
-            fault = f"row {number} has {len(cells)} cells, the header {len(header)}"
-            raise InputError(f"{path}: {fault}: quote those that hold a delimiter, or write JSONL")
+            raise InputError(f"{path}: row {number} has {len(cells)} cells, the header {len(header)}: quote delimiters")
         yield number, dict(zip(header, cells, strict=True))
 
 
@@ -215,21 +198,20 @@ def _hub_records(source: str) -> Iterator[dict]:
 
 
 def _cut(line: str, place: str) -> Iterator[str]:
-    """Cut a long line into parts of at most LONGEST_LINE characters; see `_break`."""
-    start = 0
-    while len(line) - start > LONGEST_LINE:
-        end = start + _break(line[start : start + LONGEST_LINE], place)
-        yield line[start:end]
-        start = end
-    yield line[start:]
+    """Cut a line into parts of at most LONGEST_LINE characters; see `_break`."""
+    while len(line) > LONGEST_LINE:
+        end = _break(line[:LONGEST_LINE], place)
+        yield line[:end]
+        line = line[end:]
+    yield line
 
 
 def _break(text: str, place: str) -> int:
-    """Where to cut a text: behind its last ASCII white space (a word's end in every tokenizer), or between two of its
-    last characters where they are of a script that may write none; not before a combining mark."""
+    """Where to cut a text: behind its last ASCII white space, or between two of its last characters where their script
+    may write none; not before a combining mark."""
     if end := max(map(text.rfind, " \t\r\n")) + 1:
         return end
     for end in range(len(text) - 1, max(0, len(text) - 300), -1):
         if not text[end - 1].isascii() and unicodedata.category(text[end])[0] != "M":
             return end
-    raise InputError(f"{place}: {NO_WHITE_SPACE}")
+    raise InputError(f"{place}: over {LONGEST_LINE} characters without white space are no text: remove them")

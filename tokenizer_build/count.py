@@ -1,13 +1,11 @@
 """Word counts of a corpus of any size: exactly the words that BertNormalizer + BertPreTokenizer see.
 
-The text is split at ASCII white space in C, and only the distinct chunks of a block are normalised and split further:
-ASCII ones by a regular expression, all others by `tokenizers` itself. That is exact because both steps of a BERT
-tokenizer work on each character or combining sequence alone and no such sequence crosses white space. `str.split()`
-would not be: it splits at \\x1c-\\x1f and \\x85, which BertNormalizer deletes. Special tokens written out are text.
+The text is split at ASCII white space, and only a block's distinct chunks further: ASCII ones by a regular expression,
+all others by `tokenizers` itself. That is exact because both steps of a BERT tokenizer work on each character or
+combining sequence alone. (`str.split()` would also split at \\x1c-\\x1f and \\x85, which BertNormalizer deletes.)
 
 Memory: two blocks per process and the counts. Once there are more than `maximum` distinct words (10 M, about 1.5 GB),
-the rarest are dropped (lossy counting, Manku & Motwani 2002): words counted once, then twice, ... until half of the
-maximum is left. A word that survives is undercounted by at most what was dropped of it; frequent words are exact.
+the rarest are dropped until half is left (lossy counting, Manku & Motwani 2002); frequent words stay exact.
 """
 
 import os
@@ -48,10 +46,7 @@ def count_words(
     progress: Callable[[int], None] = lambda words: None,
 ) -> Counter[str]:
     """Count the words of `sources` (see `corpus.read_lines`); the result is the same on any number of processes.
-
-    `maximum` bounds the distinct words kept; `progress` is called with the words of each block counted. Processes
-    are spawned, so a script that asks for several needs its `if __name__ == "__main__":`.
-    """
+    `maximum` bounds the distinct words kept; `progress` is called with the words of each block counted."""
     counts: Counter[str] = Counter()
     blocks = read_blocks(sources, column)
     for words in map_in_order(partial(count_block, lowercase=lowercase), blocks, processes):
@@ -61,11 +56,8 @@ def count_words(
 
 
 def map_in_order(function: Callable, items: Iterable, processes: int) -> Iterator:
-    """Yield `function(item)` of every item, in order, computed by `processes` processes (1: by this one).
-
-    At most two items per process are in flight, so a stream is read no faster than it is worked on. Processes are
-    spawned (so `function` must be importable), not forked: the caller may have threads, and forking those can hang.
-    """
+    """Yield `function(item)` of every item, in order, computed by `processes` processes (1: by this one). They are
+    spawned (so a script needs its `if __name__ == "__main__":`), since forking a process that has threads can hang."""
     if processes <= 1:
         yield from map(function, items)
         return
@@ -104,8 +96,7 @@ def split_chunk(chunk: str, lowercase: bool = True) -> Sequence[str]:
     """The words of a chunk that holds no space, tab, newline or carriage return."""
     if not chunk.isascii():
         return _split_unicode(chunk, lowercase)
-    if lowercase:
-        chunk = chunk.lower()
+    chunk = chunk.lower() if lowercase else chunk
     if chunk.isalnum():
         return (chunk,)
     return ASCII_WORDS.findall(chunk if chunk.isprintable() else chunk.translate(ASCII_CONTROL))
@@ -120,7 +111,7 @@ def fold(counts: Counter[str], words: Mapping[str, int], maximum: int) -> None:
     """Add a block's words to the counts; beyond `maximum` words keep the most frequent half of it."""
     counts.update(words)
     threshold = 0
-    while len(counts) > (maximum if threshold == 0 else maximum // 2):
+    while len(counts) > (maximum // 2 if threshold else maximum):
         threshold += 1
         for word in [word for word, count in counts.items() if count == threshold]:
             del counts[word]

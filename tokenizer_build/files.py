@@ -1,6 +1,5 @@
 """Files that appear whole or not at all, and readers that say in one sentence what is wrong with a file."""
 
-import ctypes
 import errno
 import glob
 import json
@@ -27,79 +26,54 @@ LARGEST_RECORD = 256_000_000  # bytes of one JSONL or CSV line; the only thing t
 
 @contextmanager
 def replacing(path: str | Path) -> Iterator[Path]:
-    """Yield a temporary path beside `path`; sync and rename it to `path` if the block succeeds.
-
-    Raises InputError when the disk is full or the folder cannot be written.
-    """
+    """Yield a temporary path beside `path`; sync the file or folder that the block makes there, and rename it to `path`
+    if the block succeeds. See `naming_bad_disk`."""
     path = Path(path)
     with naming_bad_disk(path):
         path.parent.mkdir(parents=True, exist_ok=True)
-        temporary = _temporary_beside(path)
+        new, old = _temporary_beside(path, "new"), _temporary_beside(path, "old")
+        _remove(new, old)
         try:
-            yield temporary
-            sync(temporary)
-            os.replace(temporary, path)
+            yield new
+            for made in [*new.rglob("*"), new]:
+                sync(made)
+            if new.is_dir() and path.exists():
+                os.replace(path, old)
+            os.replace(new, path)
             sync(path.parent)
         finally:
-            temporary.unlink(missing_ok=True)
+            if old.exists() and not path.exists():
+                os.replace(old, path)
+            _remove(new, old)
 
 
 @contextmanager
 def replacing_folder(folder: str | Path) -> Iterator[Path]:
-    """Yield an empty temporary folder beside `folder`; put it in its place if the block succeeds.
-
-    Where the system can exchange two names in one step (Linux), there is no moment without the old folder or the new.
-    Raises InputError as `replacing` does.
-    """
-    folder = Path(folder)
-    with naming_bad_disk(folder):
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        place = _temporary_beside(folder)
-        new, old = place / "new", place / "old"
-        try:
-            shutil.rmtree(place, ignore_errors=True)
-            new.mkdir(parents=True)
-            yield new
-            for path in [*new.rglob("*"), new]:
-                sync(path)
-            if not folder.exists() or not _exchanged(new, folder):
-                if folder.exists():
-                    os.replace(folder, old)
-                try:
-                    os.replace(new, folder)
-                except OSError:
-                    if old.exists():
-                        os.replace(old, folder)
-                    raise
-            sync(folder.parent)
-        finally:
-            shutil.rmtree(place, ignore_errors=True)
+    """Yield an empty temporary folder beside `folder`; put it in its place if the block succeeds."""
+    with replacing(folder) as new:
+        new.mkdir()
+        yield new
 
 
-def _temporary_beside(path: Path) -> Path:
+def _temporary_beside(path: Path, role: str) -> Path:
     """This process's temporary name for `path`. What killed processes of this machine left under theirs is removed."""
     for left in path.parent.glob(f".{glob.escape(path.name)}.*.tmp") if fcntl else ():
         try:
             os.kill(int(left.name.split(".")[-2]), 0)
         except (ProcessLookupError, OverflowError):
-            shutil.rmtree(left) if left.is_dir() else left.unlink(missing_ok=True)
+            _remove(left)
         except (PermissionError, ValueError):  # another user's; none of ours
             pass
-    return path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    return path.with_name(f".{path.name}.{role}.{os.getpid()}.tmp")
 
 
-def _exchanged(first: Path, second: Path) -> bool:
-    """Exchange two names in one step; False where the system, or the file system, cannot."""
-    try:
-        renameat2 = ctypes.CDLL(None).renameat2
-    except (OSError, AttributeError, TypeError):
-        return False
-    here, exchange = -100, 2  # AT_FDCWD, RENAME_EXCHANGE
-    return renameat2(here, os.fsencode(first), here, os.fsencode(second), exchange) == 0
+def _remove(*paths: Path) -> None:
+    for path in paths:
+        shutil.rmtree(path, ignore_errors=True) if path.is_dir() else path.unlink(missing_ok=True)
 
 
 def sync(path: Path) -> None:
-    """Have a file, or the names in a folder, on the disk: a power cut may otherwise leave a new name on no content."""
+    """Have a file, or the names in a folder, on the disk, so that no power cut leaves a new name on no content."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -110,10 +84,7 @@ def sync(path: Path) -> None:
 @contextmanager
 def claimed(lock: str | Path, *, wait: bool = False) -> Iterator[bool]:
     """Whether what the file `lock` stands for is this process's alone until the block ends; False where another holds
-    it, unless this one waits for it. While it is held, the file says by whom.
-
-    The lock is the kernel's, so it dies with its process and is never stale.
-    """
+    it, unless this one waits. The file says who holds it; the lock is the kernel's and dies with its process."""
     lock = Path(lock)
     with naming_bad_disk(lock):
         lock.parent.mkdir(parents=True, exist_ok=True)
@@ -137,12 +108,11 @@ def _locked(lock: Path, wait: bool) -> int | None:
         try:
             if fcntl:
                 fcntl.flock(descriptor, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
-        except OSError as error:
-            if isinstance(error, BlockingIOError):
-                os.close(descriptor)
-                return None
-            if error.errno not in (errno.ENOLCK, errno.ENOTSUP, errno.ENOSYS):  # of a file system without locks
-                raise
+        except BlockingIOError:
+            os.close(descriptor)
+            return None
+        except OSError:  # of a file system without locks
+            pass
         with suppress(FileNotFoundError):  # where its last holder has just removed it
             if os.path.samestat(os.fstat(descriptor), os.stat(lock)):
                 return descriptor
@@ -163,8 +133,6 @@ def naming_bad_disk(path: str | Path) -> Iterator[None]:
     """Turn "no space left" and "may not be written" while writing `path` into an InputError of one sentence."""
     try:
         yield
-    except InputError:
-        raise
     except Exception as error:  # of any kind: safetensors has an exception of its own, with the system's number in it
         number = getattr(error, "errno", None) or int((re.findall(r"\(os error (\d+)\)", str(error)) or ["0"])[0])
         if number in (errno.ENOSPC, errno.EDQUOT):
@@ -199,9 +167,13 @@ def plain(value):
 
 
 def parse_json(text: str | bytes):
-    """The value of a JSON text. Raises ValueError for what is none, and for one nested too deeply."""
+    """The value of a JSON text. Raises ValueError for what is none, for one nested too deeply, and for half of a
+    surrogate pair, which JSON can write and no tokenizer can read."""
     try:
-        return json.loads(text)
+        value = json.loads(text)
+        if (b"\\u" if isinstance(text, bytes) else "\\u") in text:
+            json.dumps(value, ensure_ascii=False).encode()
+        return value
     except RecursionError:
         raise ValueError("it is nested too deeply") from None
 
@@ -217,30 +189,22 @@ def read_json(path: str | Path):
 
 
 def read_jsonl(path: str | Path, opened: BinaryIO | None = None) -> Iterator[tuple[int, dict]]:
-    """Yield (line number, object) of a JSONL file with one object per line, skipping empty lines.
-
-    A file that is one array of objects gives them too, numbered from 1; it is read whole. `opened` is the file's
-    content where `path` itself is compressed; one line is held in memory at a time. Raises InputError naming file and
-    line for a missing file, bytes that are not UTF-8 and a line that is no object.
-    """
-    try:
-        lines = enumerate(text_lines(path, opened), 1)
-        for number, line in lines:
-            if not line.isspace():
-                row, why = None, ""
-                array = number == 1 and line.lstrip().startswith("[")
-                try:
-                    row = parse_json(line + "".join(rest for _, rest in lines) if array else line.rstrip("\r\n"))
-                except ValueError as error:
-                    why = f" ({str(error).replace('line 1 ', '')})"
-                for place, item in enumerate(row, 1) if array and isinstance(row, list) else [(number, row)]:
-                    if not isinstance(item, dict):
-                        raise InputError(f"{path}: row {place} is not a JSON object{why}: write one object per line")
-                    yield place, item
-    except OSError as error:
-        missing = isinstance(error, FileNotFoundError)
-        what = "no such file" if missing else f"cannot be read ({error.strerror or error})"
-        raise InputError(f"{path}: {what}: correct its path") from None
+    """Yield (line number, object) of a JSONL file with one object per line, or of one array of them (read whole,
+    numbered from 1). `opened` is the file's content where `path` itself is compressed. Raises InputError naming file
+    and line for bytes that are not UTF-8 and for a line that is no object."""
+    lines = enumerate(text_lines(path, opened), 1)
+    for number, line in lines:
+        if line.isspace():
+            continue
+        row, why, array = None, "", number == 1 and line.lstrip().startswith("[")
+        try:
+            row = parse_json(line + "".join(rest for _, rest in lines) if array else line.rstrip("\r\n"))
+        except ValueError as error:
+            why = f" ({str(error).replace('line 1 ', '')})"
+        for place, item in enumerate(row, 1) if array and isinstance(row, list) else [(number, row)]:
+            if not isinstance(item, dict):
+                raise InputError(f"{path}: row {place} is not a JSON object{why}: write one object per line")
+            yield place, item
 
 
 def text_lines(path: str | Path, opened: BinaryIO | None = None) -> Iterator[str]:
@@ -255,10 +219,8 @@ def text_lines(path: str | Path, opened: BinaryIO | None = None) -> Iterator[str
 
 
 def decode(raw: bytes, path: str | Path, offset: int = 0) -> str:
-    """Decode UTF-8 that starts at byte `offset` of the file `path` (of its content, where that is compressed).
-
-    Raises InputError naming the byte that is NUL or not UTF-8, and for a Git LFS pointer in the file's place.
-    """
+    """Decode UTF-8 that starts at byte `offset` of the content of the file `path`. Raises InputError naming the byte
+    that is NUL or not UTF-8, and for a Git LFS pointer in the file's place."""
     if not offset and raw.startswith(b"version https://git-lfs"):
         raise InputError(f"{path} is a Git LFS pointer, not the file itself: fetch it, as by `git lfs pull`")
     bad = raw.find(b"\0")  # in binary and UTF-16 files

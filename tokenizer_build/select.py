@@ -3,11 +3,7 @@
 This is what arXiv 1909.11687 calls WordPiece. Choosing the best subset is NP-hard, so candidates are dropped in rounds,
 cheapest first. A candidate's cost is what its removal adds: in early rounds an estimate, its uses times (the pieces its
 text would be cut into, less one); in the last rounds exact, word by word, because the match that replaces a piece may
-run past that piece's end. Rounds that swap in what was dropped too early close the selection. Against estimates of
-plain counts alone that saves 1 % of all pieces at 5,000, and on small corpora much more.
-
-Only the MOST_WORDS most frequent words are looked at (99 % of English text); about 8 seconds on one core. Ties are
-broken by the piece's text. Not done: minimising anything but the number of pieces, such as likelihood.
+run past that piece's end. Rounds that swap in what was dropped too early close the selection. 8 seconds on one core.
 """
 
 import re
@@ -26,12 +22,9 @@ PREFERENCE = 1.2  # a preferred piece wins against one that saves 20 % more: +1.
 def fewest_pieces(
     words: Words, candidates: Iterable[str], required: Iterable[str], size: int, preferred: Iterable[str] = ()
 ) -> list[str]:
-    """Return at most `size` of `candidates` and `required`, the most frequent first; all of `required`.
-
-    Every word must be spelt by the single characters among `required` (`c` at its start, `##c` inside); candidates that
-    are not are ignored, and those that no word uses are left out even where there is room. `preferred` (the teacher's
-    pieces, which bring their embeddings along) win against others that save slightly more.
-    """
+    """Return at most `size` of `candidates` and `required` (all of these), the most frequent first. Every word must be
+    spelt by the single characters among `required` (`c` at its start, `##c` inside). Candidates that are not, or that
+    no word uses, are left out. `preferred` (the teacher's pieces) win against others that save slightly more."""
     required, preferred = set(required), set(preferred)
     characters = set(map(_text, required))
     spelt = (piece for piece in candidates if characters.issuperset(re.findall("(?s) ?.", _text(piece))))
@@ -63,12 +56,10 @@ def _text(piece: str) -> str:
 
 
 class Segmentation:
-    """Words cut by greedy longest match with a vocabulary that shrinks and grows.
-
-    Pieces are numbered in the order of `names`; `alive` is the vocabulary of the moment, `counts[piece]` how often the
-    weighted words use it and `ends` where each word is cut. Both `words` and `texts` have a space before a word's first
-    letter, so that one `table` (text -> alive piece) serves for its start and its inside.
-    """
+    """Words cut by greedy longest match with a vocabulary that shrinks and grows. Pieces are numbered in the order of
+    `names`; `alive` is the vocabulary of the moment, `counts[piece]` how often the weighted words use it and `ends`
+    where each word is cut. Both `words` and `texts` have a space before a word's first letter, so that one `table`
+    (text -> alive piece) serves for its start and its inside."""
 
     def __init__(self, words: Words, names: Sequence[str]):
         self.words = [f" {word}" for word, _ in words]
@@ -95,11 +86,9 @@ class Segmentation:
             self.ends.append(ends)
 
     def estimated_costs(self) -> list[float]:
-        """By piece: pieces added if each of its uses were cut as its text alone would be without it.
-
-        A piece's uses include HEIRLOOM of the uses of every longer piece that would be cut into it, since many of those
-        are going to be dropped. Without that, building blocks vanish while whole words still hide them.
-        """
+        """By piece: pieces added if each of its uses were cut as its text alone would be without it. Its uses include
+        HEIRLOOM of those of every longer piece that would be cut into it: else building blocks vanish while whole words
+        still hide them."""
         costs = [0.0] * len(self.names)
         uses = [float(count) for count in self.counts]
         lengths = {piece: len(self.texts[piece].lstrip(" ")) for piece in self.alive}

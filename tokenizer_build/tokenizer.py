@@ -1,7 +1,6 @@
 """A tokenizer folder made from a list of pieces, for `tokenizers`, AutoTokenizer and BertTokenizerFast alike.
 
-The Tokenizer is built from its vocabulary and never from a trainer's leftovers: trainers leave the single characters
-behind as added tokens, which would be cut out of the text before normalisation.
+Never from a trainer's leftovers: trainers leave the single characters behind as added tokens.
 """
 
 import os
@@ -70,11 +69,8 @@ def lowercases(tokenizer: Tokenizer) -> bool:
 def save_tokenizer(
     pieces: Sequence[str] | Tokenizer, folder: str | Path, *, lowercase: bool = True, max_length: int = 512
 ) -> None:
-    """Write tokenizer.json, tokenizer_config.json and vocab.txt into `folder`, which may hold other files.
-
-    `pieces` are BERT's (see `make_tokenizer`), or those of a tokenizer. `max_length` is the longest input, in pieces,
-    that the model accepts. Each file appears whole or not at all.
-    """
+    """Write tokenizer.json, tokenizer_config.json and vocab.txt into `folder`. `pieces` are BERT's (`make_tokenizer`),
+    or a tokenizer's; `max_length` is the longest input, in pieces, that the model accepts."""
     tokenizer = pieces if isinstance(pieces, Tokenizer) else make_tokenizer(pieces, lowercase=lowercase)
     folder, normalizer, settings = Path(folder), tokenizer.normalizer, {"tokenizer_class": "PreTrainedTokenizerFast"}
     bert = isinstance(normalizer, BertNormalizer) and isinstance(tokenizer.pre_tokenizer, BertPreTokenizer)
@@ -89,8 +85,8 @@ def save_tokenizer(
 
 
 def parse_tokenizer(content: bytes, origin: str | Path) -> Tokenizer:
-    """The tokenizer of a tokenizer.json's content; it neither pads nor truncates. Raises InputError, naming the origin,
-    for what is none, and for what the tokenizers library breaks on."""
+    """The tokenizer of a tokenizer.json's content; it neither pads nor truncates, and special tokens that stand in a
+    text are text. Raises InputError, naming the origin, for what is none or breaks the tokenizers library."""
     try:
         tokenizer = Tokenizer.from_buffer(content)
         tokenizer.no_padding()  # all-MiniLM-L6-v2's file pads every input to 128 pieces
@@ -105,11 +101,8 @@ def parse_tokenizer(content: bytes, origin: str | Path) -> Tokenizer:
 
 
 def load_tokenizer(path: str | Path) -> Tokenizer:
-    """The tokenizer of a folder (tokenizer.json, or a BERT vocab.txt) or of a JSON file, of any family.
-
-    It neither pads nor truncates, and special tokens that stand in a text are text, as in training. Raises InputError
-    naming the file where there is none or it cannot be read.
-    """
+    """The tokenizer of a folder (tokenizer.json, or a BERT vocab.txt) or of a JSON file, of any family, as of
+    `parse_tokenizer`. Raises InputError naming the file where there is none or it cannot be read."""
     path = Path(os.path.expanduser(path))
     file = path / "tokenizer.json" if path.is_dir() else path
     if file.is_file():

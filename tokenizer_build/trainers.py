@@ -1,12 +1,8 @@
 """The vocabulary trainers: word counts -> a WordPiece vocabulary.
 
 Every vocabulary holds the special tokens, then what is required (the corpus's alphabet and the user's words), then what
-the trainer chose; at most `size` pieces, fewer where the corpus has no more to offer. All are functions of the counts
-alone: no thread, process count or hash seed changes a byte.
-
-SentencePiece's BPE learns 30,000 candidates from a word-count table in a second on one thread. `wordpiece` is computed
-by it too: `tokenizers.WordPieceTrainer` reads running text only and gives another vocabulary on every run. Unigram's
-probabilities are not kept, since WordPiece always takes the longest match, and that costs it pieces per word.
+the trainer chose. All are functions of the counts alone. SentencePiece's BPE learns 30,000 candidates in a second;
+`wordpiece` is computed by it too, since `tokenizers.WordPieceTrainer` gives another vocabulary on every run.
 """
 
 import io
@@ -41,12 +37,9 @@ def train_vocabulary(
     teacher_vocabulary: Iterable[str] = (),
     lowercase: bool = True,
 ) -> list[str]:
-    """The pieces, in order of their ids, that one of TRAINERS chooses for the word counts.
-
-    `required` words become one piece each, written as a tokenizer with `lowercase` (lower case and no accents) sees
-    them; `teacher_vocabulary` is of any family. Raises InputError for counts without words, for a required word that
-    cannot be one piece, and where `size` cannot hold the special tokens, the alphabet and the required words.
-    """
+    """The pieces, in order of their ids, that one of TRAINERS chooses for the word counts. `required` words become one
+    piece each, as a tokenizer with `lowercase` sees them; `teacher_vocabulary` is of any family. Raises InputError for
+    no words, for a required word that cannot be one piece, and where `size` cannot hold what is required."""
     if not counts:
         raise InputError("there are no words to learn a vocabulary from: count a corpus with text in it")
     required, teacher = [one_word(word, lowercase) for word in required], teacher_pieces(teacher_vocabulary)
@@ -85,10 +78,8 @@ def one_word(word: str, lowercase: bool) -> str:
 
 
 def alphabet(counts: Mapping[str, int]) -> list[str]:
-    """Characters that are at least LEAST_SHARE of the corpus (in a small one: all that occur), sorted.
-
-    Words with a rarer character become unknown: 1 word in 7,000 of English Wikipedia, books and reviews.
-    """
+    """Characters that are at least LEAST_SHARE of the corpus (in a small one: all that occur), sorted. Words with a
+    rarer character become unknown: 1 word in 7,000 of English Wikipedia, books and reviews."""
     seen: Counter[str] = Counter()
     for word, count in counts.items():
         for character in word:
@@ -104,11 +95,9 @@ def alphabet_pieces(characters: Iterable[str]) -> list[str]:
 
 
 def teacher_pieces(vocabulary: Iterable[str]) -> list[str]:
-    """A vocabulary of any family, less its special tokens, as WordPiece (`start`, `##inside`), in order.
-
-    Families are told by their mark: `▁` (SentencePiece) and `Ġ` (byte-level BPE) open a word. Byte-level pieces beyond
-    ASCII are left out: they may be parts of characters.
-    """
+    """A vocabulary of any family, less its special tokens, as WordPiece (`start`, `##inside`), in order. `▁`
+    (SentencePiece) and `Ġ` (byte-level BPE) open a word. Byte-level pieces beyond ASCII may be parts of characters:
+    left out."""
     pieces = list(vocabulary)
     for mark in "▁Ġ":
         if sum(piece.startswith(mark) for piece in pieces) > len(pieces) / 10:
@@ -119,12 +108,9 @@ def teacher_pieces(vocabulary: Iterable[str]) -> list[str]:
 
 
 def learned_pieces(words: Words, size: int, model: str, marked: bool = True) -> list[str]:
-    """Train SentencePiece (`bpe` or `unigram`) on word counts; its pieces as WordPiece, best first.
-
-    With `marked`, a word's start is a symbol of its own that merges like any other, as in SentencePiece. Without, a
-    start letter is another letter than the same one inside a word, as in WordPieceTrainer. Words that hold one of these
-    marks (`▁` and private-use characters, one per letter) themselves are left out.
-    """
+    """Train SentencePiece (`bpe` or `unigram`) on word counts; its pieces as WordPiece, best first. With `marked`, a
+    word's start is a symbol of its own, as in SentencePiece; without, a start letter is another letter than the same
+    one inside a word, as in WordPieceTrainer. Words that hold such a mark themselves are left out."""
     characters = sorted({c for word, _ in words for c in word})
     starts = {c: chr(0xF0000 + number) for number, c in enumerate(characters)}
     letters = {mark: c for c, mark in starts.items()} | {"▁": ""}

@@ -156,7 +156,7 @@ def list_parts(kind: Annotated[str, typer.Argument(help="stages, trainers, losse
 
     kinds = {"stages": {name: stage.about for name, stage in STAGES.items()}, "trainers": TRAINERS}
     kinds["losses"] = {name: loss.function.__doc__ for name, loss in LOSSES.items()}
-    kinds["maps"] = {name: layer_map.__doc__ for name, layer_map in LAYER_MAPS.items()}
+    kinds["maps"] = LAYER_MAPS
     if kind and kind not in kinds:
         raise InputError(f"{kind}: there is no such list: choose from {', '.join(kinds)}")
     for title in [kind] if kind else kinds:

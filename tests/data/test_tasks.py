@@ -250,7 +250,7 @@ WRONG = {
     "surrogate": (
         '{"sentence1": "a", "label": 0}\n{"sentence1": "\\ud800", "label": 1}',
         {},
-        "row 2: sentence1 has a lone surrogate: mend its encoding",
+        "row 2 is not a JSON object .*surrogates not allowed",
     ),
     "score a word": (changed(SINGLE, label="high"), {"kind": "regression"}, "row 2: label 'high' is no score: wri"),
     "score a boolean": (changed(SINGLE, label=True), {"kind": "regression"}, "row 2: label True is no score"),
@@ -325,7 +325,7 @@ class TestRefusals:
         ("text", "message"),
         [
             ("kalo mine,0\nru,1\n", r"row 2: sentence1 is None, .*\(of kalo mine, 0; a CSV needs a header\)"),
-            ("sentence1,label\nkalo,mine,0\n", "row 2 has 3 cells, the header 2: quote those that hold a delimiter"),
+            ("sentence1,label\nkalo,mine,0\n", "row 2 has 3 cells, the header 2: quote delimiters"),
             (
                 'sentence1,label\n"kalo "mine"",0\n',
                 r"cannot be read after row 0 \(.*\): double the quotes inside quotes",

@@ -320,8 +320,8 @@ def test_an_index_of_another_model_is_refused(delivery, packages, tmp_path):
     "content,words",
     [
         ("{", "row 1 is not a JSON object"),
-        ('{"text": "a"}\n{"body": "a"}', 'line 2 has no "text"'),
-        ('{"text": " "}', 'line 1 has no "text"'),
+        ('{"text": "a"}\n{"body": "a"}', 'row 2 has no "text"'),
+        ('{"text": " "}', 'row 1 has no "text"'),
         ("\n", "has 0 passages"),
     ],
 )

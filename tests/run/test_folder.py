@@ -29,7 +29,7 @@ def test_a_stage_is_done_only_after_finish(run):
 
 def test_done_is_written_after_the_summary(run, monkeypatch):
     run.start("vocab")
-    monkeypatch.setattr("vocabshrink.run.folder.write_json", lambda path, value: 1 / 0)
+    monkeypatch.setattr("vocabshrink.run.folder.files.write_json", lambda path, value: 1 / 0)
     with pytest.raises(ZeroDivisionError):
         run.finish("vocab", {})
     assert not run.is_done("vocab")

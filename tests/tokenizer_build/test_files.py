@@ -11,7 +11,6 @@ import numpy as np
 import pytest
 import torch
 
-from tokenizer_build import files
 from tokenizer_build.errors import InputError
 from tokenizer_build.files import (
     claimed,
@@ -103,7 +102,7 @@ def test_a_folder_is_replaced_whole(tmp_path):
     folder = tmp_path / "deep" / "model"
     for name in ("old", "new"):
         with replacing_folder(folder) as new:
-            assert list(new.iterdir()) == [] and new.parent.parent == folder.parent
+            assert list(new.iterdir()) == [] and new.parent == folder.parent
             (new / name).write_text(name)
             assert not folder.exists() or listing(folder) == ["old"]
     assert listing(tmp_path) == ["deep", "deep/model", "deep/model/new"]
@@ -127,12 +126,11 @@ def test_a_failed_folder_leaves_the_old_one_and_nothing_else(tmp_path, monkeypat
     replace = os.replace
 
     def refuse_the_new(source, target):
-        if Path(source).name == "new":
+        if ".new." in Path(source).name:
             raise PermissionError(13, "refused")
         replace(source, target)
 
     monkeypatch.setattr(os, "replace", refuse_the_new)
-    monkeypatch.setattr(files, "_exchanged", lambda *names: False)  # as where the system cannot
     with pytest.raises(InputError, match="model cannot be written .*: choose another place"), replacing_folder(folder):
         pass
     assert listing(tmp_path) == ["model", "model/old"] and (folder / "old").read_text() == "old"
@@ -152,6 +150,7 @@ def test_bad_jsonl_is_named_with_the_row(tmp_path):
         b'{"b": 1': r"x\.jsonl: row 2 is not a JSON object \(.*column 8.*\): write one object per line",
         b"[1]": r"row 2 is not a JSON object: write",
         b"[" * 100_000: "row 2 is not a JSON object",
+        b'{"half": "\\ud83d"}': r"row 2 is not a JSON object \(.*surrogates not allowed\)",
         b'{"n": ' + b"9" * 5000 + b"}": "row 2 is not a JSON object",
         b"\xff": r"x\.jsonl: not UTF-8 text at byte 9 \(0xff\)",
         b"\0": r"x\.jsonl: not UTF-8 text at byte 9 \(0x00\)",
@@ -162,10 +161,6 @@ def test_bad_jsonl_is_named_with_the_row(tmp_path):
         assert next(read) == (1, {"a": 1})
         with pytest.raises(InputError, match=sentence):
             next(read)
-    with pytest.raises(InputError, match="absent.jsonl: no such file"):
-        list(read_jsonl(tmp_path / "absent.jsonl"))
-    with pytest.raises(InputError, match="cannot be read"):
-        list(read_jsonl(tmp_path))
 
 
 @pytest.fixture
@@ -181,20 +176,15 @@ def events(monkeypatch) -> list[str]:
 
 def test_content_is_on_the_disk_before_its_name_and_then_the_name(tmp_path, events):
     write_text(tmp_path / "x.txt", "x")
-    assert events == [f".x.txt.{os.getpid()}.tmp", "to x.txt", tmp_path.name]
+    assert events == [f".x.txt.new.{os.getpid()}.tmp", "to x.txt", tmp_path.name]
     del events[:]
     with replacing_folder(tmp_path / "model") as new:
         (new / "inner").mkdir()
         (new / "inner" / "weights").write_text("w")
-    assert sorted(events[:3]) == ["inner", "new", "weights"] and events[3:] == ["to model", tmp_path.name]
-
-
-def test_a_folder_is_exchanged_in_one_step(tmp_path, events):
-    """Where the system can: no rename leaves a moment without either."""
-    for content in ("old", "new"):
-        with replacing_folder(tmp_path / "model") as new:
-            (new / "x").write_text(content)
-    assert events.count("to model") == 1 and (tmp_path / "model" / "x").read_text() == "new"
+    assert sorted(events[:3]) == [f".model.new.{os.getpid()}.tmp", "inner", "weights"] and events[3:] == [
+        "to model",
+        tmp_path.name,
+    ]
 
 
 def hold(lock, ready):

@@ -1,12 +1,10 @@
 """Batches of the corpus and of labelled tasks, out of word ids: no tokenizer in the loop.
 
-A batch is a pure function of (seed, step); each of several processes draws it whole and takes every n-th sequence.
-Nothing is shuffled on disk and no iterator has a state, so the position in the data is the step number and a resumed
-run sees exactly the batches that it would have seen. A task's splits are encoded once into one lexicon, a sentence (or
-a token) per line, so that teacher and student see the same words cut at the same places. Cost: a split's words in
-memory, as int64. Not done: splits that do not fit there.
+A batch is a pure function of (seed, step); each of several processes draws it whole and takes every n-th sequence. A
+task's splits are encoded once into one lexicon, a sentence (or a token) per line, so that teacher and student see the
+same words cut at the same places. Not done: splits whose words do not fit in memory.
 
-How words become pieces and units: see pieces.py, also for the shapes B, T, U and n. S segments, R rows of a split.
+How words become pieces and units, and the shapes B, T, U and n: see pieces.py. S segments, R rows of a split.
 """
 
 import hashlib
@@ -29,6 +27,7 @@ from vocabshrink.data.pieces import Pieces, PieceTable, Sequences, mapped
 from vocabshrink.data.tasks import UNLABELLED, Task
 
 BLOCK_LINES = 50_000  # lines cut into segments at a time, so that memory does not grow with the corpus
+PER_ROW = ("targets", "rows", "vectors")  # what a batch has of each of its sequences, if anything
 POOL_BATCHES = 64  # batches sorted by length together: little padding, and still shuffled
 
 
@@ -74,12 +73,10 @@ class Batch:
             return self
         groups = torch.arange(len(self.unit_mask)).view(-1, self.group)
         rows = (groups[rank::processes] if rank < len(groups) else groups[:1]).flatten()
-        sides = {name: side.part(rows) for name, side in self.sides.items()}
-        units = 1 + max(int(side.units.max()) for side in sides.values())
-        given = {
-            name: value[rows] for name in ("targets", "rows", "vectors") if (value := getattr(self, name)) is not None
-        }
-        return replace(self, unit_mask=self.unit_mask[rows, :units], lists={}, **sides, **given)
+        parts = {name: side.part(rows) for name, side in self.sides.items()}
+        units = 1 + max(int(side.units.max()) for side in parts.values())
+        parts |= {name: value[rows] for name in PER_ROW if (value := getattr(self, name)) is not None}
+        return replace(self, unit_mask=self.unit_mask[rows, :units], lists={}, **parts)
 
     def to(self, device) -> "Batch":
         return mapped(self, lambda tensor: tensor.to(device, non_blocking=True))
@@ -110,11 +107,8 @@ def cut_segments(
     sides: tuple[str, ...] = ("mixed",),
 ) -> tuple[Segments, Segments]:
     """(training, held-out) segments, which never share a line: lines, or sentences if `unit` says so, cut where they
-    exceed `max_pieces`. Raises InputError if the corpus leaves nothing to train on.
-
-    Pieces are counted in the vocabulary that needs more of them, so that any mixture fits; in the teacher's if only the
-    teacher reads, so that what it learns does not depend on the student's.
-    """
+    exceed `max_pieces` in the vocabulary that needs more of them; in the teacher's if only the teacher reads, so that
+    what it learns does not depend on the student's. Raises InputError if the corpus leaves nothing to train on."""
     cost_of_word = np.diff(lexicon.teacher_offsets)
     if sides != ("teacher",):
         cost_of_word = np.maximum(cost_of_word, np.diff(lexicon.student_offsets))
@@ -143,8 +137,7 @@ def cut_segments(
         found.append((begin[keep] + offsets[0], length[keep].astype(np.int32), line[keep] % held_out_every == 0))
     starts, lengths, held_out = map(np.concatenate, zip(*found, strict=True))
     if held_out.all():
-        fault = f"no run of at least {min_words} words fits {max_pieces} pieces"
-        raise InputError(f"corpus: {fault}: give more text or a larger max_length")
+        raise InputError(f"corpus: no run of at least {min_words} words fits {max_pieces} pieces: give more text")
     return Segments(starts[~held_out], lengths[~held_out]), Segments(starts[held_out], lengths[held_out])
 
 
@@ -230,11 +223,8 @@ def rare_words(lexicon: Lexicon) -> np.ndarray:
 
 
 def near_groups(sequences: Sequences, rare: np.ndarray, rng: np.random.Generator) -> Sequences:
-    """Each sentence beside three near ones: the distinctions that piece means lose are those between near sentences.
-
-    Sequence 4 i + j is variant j of sentence i: itself; one of its rare words swapped for another; one or two words
-    dropped; its first or second half, or a rotation.
-    """
+    """Each sentence beside three near ones, whose distinctions piece means lose: sequence 4 i + j is variant j of
+    sentence i: itself; one of its rare words swapped; one or two words dropped; a half of it, or a rotation."""
     words, sequence, count = sequences.words, sequences.numbers, sequences.count
     lengths = np.bincount(sequence, minlength=count)
     first, position = np.cumsum(lengths) - lengths, within_rows(lengths)
@@ -274,11 +264,8 @@ class EncodedTask:
 
 
 def encode_task(task: Task, teacher: str | Path, student: str | Path, folder: Path) -> EncodedTask:
-    """Encodes all splits into one lexicon in `folder`, or reads it if the same rows were encoded before.
-
-    teacher, student: folders of tokenizers. Tokens from the second on stand behind a space, so that byte-level
-    vocabularies read them as in the sentence.
-    """
+    """Encodes all splits into one lexicon in `folder`, or reads it if the same rows were encoded before. Tokens but
+    the first stand behind a space, so that byte-level vocabularies read them as in the sentence."""
     lines, starts = [], {}
     for split, rows in task.splits.items():
         if task.kind == "tokens":
@@ -366,10 +353,8 @@ class TaskBatcher:
 
     def predict(self, model: Callable[[Batch], torch.Tensor], side: str = "student") -> np.ndarray | list[np.ndarray]:
         """A model's outputs in the order of the rows, as `score` takes them: [R, C], or [tokens, C] for each row.
-
-        model: batch -> [B, C], or [B, T, C] for the pieces of `side`. Rows of like length go together. A token that was
-        cut off, or that has no piece, is answered O (the first label if there is no O).
-        """
+        model: batch -> [B, C], or [B, T, C] for the pieces of `side`. A token that was cut off, or that has no piece,
+        is answered O (the first label if there is no O)."""
         order, found, labels = np.argsort(self.sizes, kind="stable"), [None] * self.rows, self.task.labels
         outside = np.array([label == ("O" if "O" in labels else labels[0]) for label in labels], np.float32)
         for rows in np.split(order, range(self.order.per_batch, self.rows, self.order.per_batch)):

@@ -1,9 +1,8 @@
 """How near is a model to its teacher: rank agreement, neighbour overlap, and human-rated similarity.
 
 Held-out sentences come from lines that no training batch has seen. Rank agreement is the Spearman correlation of two
-models' cosine similarities over pairs: for each sentence three near pairs (a rare word swapped, words dropped, half or
-rotation) and one random pair, since near pairs are where small vocabularies fail. Everything goes through text, so
-that a delivered ONNX graph is measured on the path its users take. Not done: confidence intervals, paraphrases.
+models' cosine similarities over pairs: for each sentence three near pairs (see `near_groups`), where small vocabularies
+fail, and one random pair. Everything goes through text, the path that a delivery's users take.
 """
 
 from collections.abc import Callable
@@ -47,8 +46,7 @@ def held_out_texts(stream: WordStream, lexicon: Lexicon, segments: Segments, cou
     """Draws sentences of 4 to 40 words and makes their near ones. Raises InputError if there are too few."""
     fitting = np.flatnonzero((segments.lengths >= 4) & (segments.lengths <= 40))
     if len(fitting) < LEAST_SENTENCES:
-        fault = f"only {len(fitting)} held-out sentences of 4 to 40 words"
-        raise InputError(f"corpus: {fault}: give more text or a smaller corpus.held_out_every")
+        raise InputError(f"corpus: only {len(fitting)} held-out sentences of 4 to 40 words: give more text")
     rng = np.random.default_rng((seed, 2))
     chosen = np.sort(rng.permutation(fitting)[:count])
     near = near_groups(gather_words(stream, segments, chosen), rare_words(lexicon), rng)

@@ -8,12 +8,10 @@ segmentations: "The" and "the" are one word if both vocabularies are uncased.
 This is exact by construction: lines are cut into chunks only where neither tokenizer can see across the cut (before a
 space that follows a visible character; for two BERT tokenizers also beside ASCII punctuation), each distinct chunk is
 tokenised by the real tokenizers, and its pieces are only grouped. `check_family` refuses tokenizers for which that
-cannot be promised, and the first lines of every corpus are compared with the pieces of whole lines (special tokens in
-the text are read as text).
+cannot be promised, and the first lines of every corpus are compared with the pieces of whole lines.
 
-Cost: one dictionary look-up per chunk (about 2 million words per second and core once warm) and one call of each
-tokenizer per distinct chunk. Memory holds one block, a bounded cache of chunks and the lexicon; only the lexicon
-grows. Not done: tokenizers that read whole sentences (no split at spaces), dropping words seen once.
+Cost: one look-up per chunk (about 2 million words per second and core once warm) and one call of each tokenizer per
+distinct chunk. Not done: tokenizers that read whole sentences, dropping words seen once.
 """
 
 import hashlib
@@ -26,12 +24,12 @@ from array import array
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from functools import cache
-from itertools import accumulate, chain, filterfalse, pairwise
+from itertools import accumulate, chain, filterfalse
 from pathlib import Path
 
 import numpy as np
 from safetensors.numpy import load_file, save_file
-from tokenizers import Encoding, Tokenizer
+from tokenizers import Encoding
 from tokenizers.normalizers import BertNormalizer
 from tokenizers.pre_tokenizers import BertPreTokenizer
 
@@ -106,14 +104,11 @@ def encode_corpus(
     processes: int = 1,
     progress: Callable[[int], None] = lambda words: None,
 ) -> dict:
-    """Writes the lexicon and word stream of `blocks` (lists of lines) into `folder`; returns the totals.
-
-    Tokenizers are folders or tokenizer.json files. Words are numbered by first occurrence, so that the files do not
-    depend on processes and blocks. An empty line stays as a line without words. `progress` is called with the number of
-    words of each block written. Other files in `folder` stay, and a run that fails leaves the earlier ones. Totals:
-    lines, words, distinct_words, teacher_pieces, student_pieces (both over the whole stream). Raises InputError for a
-    tokenizer that cannot be handled exactly, a corpus without words, a full disk.
-    """
+    """Writes the lexicon and word stream of `blocks` (lists of lines) into `folder`; returns the totals: lines, words,
+    distinct_words, and the stream's teacher_pieces and student_pieces. Words are numbered by first occurrence, so that
+    the files do not depend on processes and blocks. `progress` is called with the words of each block written. A run
+    that fails leaves the earlier files. Raises InputError for a tokenizer that cannot be handled exactly and for no
+    words."""
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # one thread a process; and spawn inherits it
     paths = tokenizer_file(teacher_tokenizer), tokenizer_file(student_tokenizer)
     teacher, student = map(describe_tokenizer, paths)
@@ -188,16 +183,9 @@ def _reasons(spec: dict, encoder: "_Encoder") -> Iterator[str]:
         yield "its normalizer changes a word by what stands beside it"
 
 
-def _load(path: Path) -> Tokenizer:
-    """The tokenizer as it segments plain text: special tokens are text, and nothing is cut, padded or added."""
-    tokenizer = load_tokenizer(path)
-    tokenizer.post_processor = None  # offsets of byte-level pieces keep their space, and nothing overlaps
-    return tokenizer
-
-
 def describe_tokenizer(path: Path) -> dict:
     """What meta.json says of a tokenizer.json; special: ids of pad, unk, cls, sep, mask. Raises: `check_family`."""
-    family, tokenizer, config_file = check_family(path), _load(path), path.with_name("tokenizer_config.json")
+    family, tokenizer, config_file = check_family(path), load_tokenizer(path), path.with_name("tokenizer_config.json")
     config, special = read_json(config_file) if config_file.is_file() else {}, {}
     for role, name in ROLES.items():
         named = config.get(f"{role}_token")
@@ -219,17 +207,17 @@ def _encoder_of_worker(*paths: Path) -> "_Encoder":
 
 
 class _Encoder:
-    """One process' tokenizers and caches: blocks of lines to word ids, numbered as this process met them.
-
-    A word's key is the bytes of int32 [number of teacher pieces, *teacher pieces, *student pieces].
-    """
+    """One process' tokenizers and caches: blocks of lines to word ids, numbered as this process met them. A word's key
+    is the bytes of int32 [number of teacher pieces, *teacher pieces, *student pieces]."""
 
     def __reduce__(self):
         return _encoder_of_worker, self.paths  # what is sent to another process is that process' own encoder
 
     def __init__(self, *paths: Path):
-        loaded = {path: _load(path) for path in paths}  # XLM-R's takes seconds
+        loaded = {path: load_tokenizer(path) for path in paths}  # XLM-R's takes seconds
         self.paths, self.tokenizers = paths, [loaded[path] for path in paths]  # of teacher and student
+        for tokenizer in self.tokenizers:
+            tokenizer.post_processor = None  # offsets of byte-level pieces keep their space, and nothing overlaps
         self.normalizers = [t.normalizer for t in self.tokenizers if t.normalizer is not None]
         self.words: dict[bytes, int] = {}
         self.known: dict[str, bool] = {}  # what `safe` said
@@ -243,8 +231,7 @@ class _Encoder:
 
     def safe(self, character: str) -> bool:
         """Whether a line may be cut between this character and a following space: it must be visible, since
-        tokenizers differ in what is white space, and normalising each side must equal normalising the whole.
-        """
+        tokenizers differ in what is white space, and normalising each side must equal normalising the whole."""
         if character not in self.known:
             self.known[character] = unicodedata.category(character)[0] in "LNPS" and all(
                 n.normalize_str(f"a{character} b") == n.normalize_str(f"a{character}") + n.normalize_str(" b")
@@ -261,8 +248,8 @@ class _Encoder:
             return chunks
         unsafe = {c for c in set(DOUBTFUL.findall(line)) if not self.safe(c)}
         groups = chunks[:1]
-        for before, chunk in pairwise(chunks):
-            if before[-1] in unsafe:
+        for chunk in chunks[1:]:
+            if groups[-1][-1] in unsafe:
                 groups[-1] += chunk
             else:
                 groups.append(chunk)
@@ -286,11 +273,7 @@ class _Encoder:
 
     def _learn(self, chunks: list[str]) -> Iterator[tuple[bytes, str]]:
         """Caches the chunks' words; yields those that are new."""
-        try:
-            pairs = [tokenizer.encode_batch(chunks, add_special_tokens=False) for tokenizer in self.tokenizers]
-        except TypeError:  # what the library raises for a lone surrogate
-            wrong = next(c for c in chunks if re.search(r"[\ud800-\udfff]", c))[:80]
-            raise InputError(f"the corpus has a lone surrogate in {wrong!r}; mend its encoding") from None
+        pairs = [tokenizer.encode_batch(chunks, add_special_tokens=False) for tokenizer in self.tokenizers]
         for chunk, teacher, student in zip(chunks, *pairs, strict=True):
             numbers = []
             for left, right, surface in _words(chunk, teacher, student):
@@ -310,18 +293,15 @@ class _Encoder:
             for side, (path, tokenizer) in enumerate(zip(self.paths, self.tokenizers, strict=True)):
                 pieces = list(chain.from_iterable(word[side] for word in words))
                 if tokenizer.encode(line, add_special_tokens=False).ids != pieces:
-                    fault = f"{path} gives the words of {line[:200]!r} other pieces alone than in the line"
-                    raise InputError(f"{fault}; choose another teacher")
+                    raise InputError(f"{path} cuts {line[:200]!r} unlike its words alone; choose another teacher")
             characters += len(line)
             if characters > CHECKED_CHARACTERS:
                 break
 
 
 def _words(chunk: str, teacher: Encoding, student: Encoding) -> Iterator[tuple[list[int], list[int], str]]:
-    """The words of a chunk as (teacher pieces, student pieces, surface): cut wherever both tokenizers cut.
-
-    A side has no pieces of what its normalizer removes, and of white space.
-    """
+    """The words of a chunk as (teacher pieces, student pieces, surface): cut wherever both tokenizers cut. A side has
+    no pieces of what its normalizer removes, and of white space."""
     if chunk.isascii() and chunk.removeprefix(" ").isalpha():  # most chunks, and one word to every family
         yield teacher.ids, student.ids, chunk.strip()
         return
@@ -340,11 +320,8 @@ def _words(chunk: str, teacher: Encoding, student: Encoding) -> Iterator[tuple[l
 
 
 def _cuts(encoding: Encoding, length: int) -> list[tuple[int, int, int]]:
-    """Where this tokenizer cuts the chunk: (pieces before the cut, lowest, highest position of the cut).
-
-    The positions differ where the cut lies in text without pieces, such as a space. Pre-tokens that share a character
-    (a normalizer made several of one) have no cut between them.
-    """
+    """Where this tokenizer cuts the chunk: (pieces before the cut, lowest, highest position of the cut), which differ
+    in text without pieces, such as a space. Pre-tokens that share a character have no cut between them."""
     offsets, pre_tokens = encoding.offsets, encoding.word_ids
     edges = [0, *(k for k in range(1, len(offsets)) if pre_tokens[k] != pre_tokens[k - 1]), len(offsets)]
     lows = list(accumulate((end for _, end in offsets), max, initial=0))  # lows[k]: end of the first k pieces

@@ -6,8 +6,7 @@ both vocabularies word by word, and segmenting it is one gather.
 
 Hidden states and attention of two models are compared unit by unit. A word is one unit where the vocabularies spell it
 differently, and as many units as pieces where they spell it alike: equal vocabularies are compared piece by piece, as
-in the papers, and different ones wherever they can be. [CLS] is unit 0, the separators are the last units. Not done:
-units finer than a word for words of which only some pieces agree. Cost: two int64 arrays of all words' pieces.
+in the papers. [CLS] is unit 0, the separators are the last units.
 
 Shapes: B sequences, T pieces in a padded sequence, U units in a padded sequence, n words of all sequences.
 """
@@ -40,8 +39,8 @@ def mapped(part, function: Callable[[torch.Tensor], torch.Tensor]):
 
 @dataclass
 class Pieces:
-    """One model's side of a batch: tensors [B, T], int64. Its lists of places and lengths are made when they are first
-    asked for, and kept: made on the host, before `to`, they cost a step nothing; on a GPU they make it wait."""
+    """One model's side of a batch: tensors [B, T], int64. Its lists of places and lengths are made when first asked
+    for, and kept: on the host, before `to`, they cost a step nothing; on a GPU they make it wait."""
 
     ids: torch.Tensor  # in mixed input, student pieces are offset by the teacher's vocabulary size
     attention_mask: torch.Tensor
@@ -66,8 +65,8 @@ class Pieces:
         return (self.labels.flatten() >= 0).nonzero().squeeze(1)
 
     def masked(self, unit_count: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """The n masked pieces: the true ones [n], their units numbered through the batch [n], and how many of them each
-        unit has [B U]."""
+        """Of the n masked pieces the true ones [n], and their units numbered through the batch [n]; how many of them
+        each unit has [B U]."""
         first = torch.arange(len(self.units), device=self.units.device).unsqueeze(1) * unit_count
         labels, units = (values.flatten()[self.labelled] for values in (self.labels, self.units + first))
         return labels, units, units.new_zeros(len(first) * unit_count).index_add(0, units, torch.ones_like(units))
@@ -105,8 +104,7 @@ Special = namedtuple("Special", ["cls", "sep", "pad", "mask", "between"])  # bet
 
 def special_tokens(lexicon: Lexicon, side: str) -> Special:
     """Ids of the "teacher" or "student" vocabulary's special tokens, and the number of separators between the sentences
-    of a pair: 1 as in BERT, 2 as in RoBERTa, which has no token types. Raises InputError if the tokenizer lacks one.
-    """
+    of a pair: 1 as in BERT, 2 as in RoBERTa, which has no token types. Raises InputError if the tokenizer lacks one."""
     meta = lexicon.meta[side]
     found = {role: meta["special"].get(role) for role in Special._fields[:4]}
     if lacking := [role for role, number in found.items() if number is None]:
@@ -147,13 +145,10 @@ class PieceTable:
         rng: np.random.Generator | None = None,
         combined: bool = False,
     ) -> Pieces:
-        """Pads the words' pieces into sequences.
-
-        from_student [n] bool (or one bool): which words are segmented with the student's vocabulary. labels [n]: a
-        task's label of each word, or -100; it stands at the first piece, and words that one vocabulary cannot write
-        lose it on every side, so that all sides have the same labels. masked [n] bool: words to predict, see `_mask`.
-        combined: ids of the combined numbering, under the teacher's special tokens; otherwise the vocabulary's own.
-        """
+        """Pads the words' pieces into sequences. from_student [n] bool (or one bool): which words are segmented with
+        the student's vocabulary. labels [n]: a task's label of each word, or -100; it stands at the first piece, of
+        words that both vocabularies can write. masked [n] bool: words to predict, see `_mask`. combined: ids of the
+        combined numbering, under the teacher's special tokens; otherwise the vocabulary's own."""
         words, count, second = sequences.words, sequences.count, sequences.second
         rows = words + np.asarray(from_student) * self.words
         lengths = self.lengths[rows]

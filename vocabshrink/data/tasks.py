@@ -1,19 +1,16 @@
 """Labelled tasks: a user's files as checked rows, and a model's outputs as predictions and scores.
 
-A task is a JSONL, CSV, TSV or parquet file per split, or several of them (a glob). Whatever could silently train on
-nonsense is refused while reading, with the file, the row and the remedy, even where the task samples its rows. The
-names and the order of the labels travel with the task, because the commonest defect of distilled classifiers is a
-teacher that counts its classes in another order: `check_label_order` and `check_agreement` refuse it. Metrics are
-scikit-learn's and scipy's; only spans are counted here, as CoNLL does. Not done: confidence intervals, strict spans
-(that lack their B- or E-), files that do not fit in memory.
+A task is a source of rows per split (`corpus.read_rows`). Whatever could silently train on nonsense is refused while
+reading, with the file, the row and the remedy. The order of the labels travels with the task, because the commonest
+defect of distilled classifiers is a teacher that counts its classes in another order: `check_label_order` and
+`check_agreement` refuse it. Spans are counted as CoNLL does. Not done: confidence intervals, strict spans.
 
 Shapes: R rows of a split, C labels (1 for scores).
 """
 
 import math
 import re
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -32,6 +29,8 @@ from tokenizer_build.files import parse_json
 from vocabshrink.run.recipe import TaskSection
 
 UNLABELLED = -1
+ORDER = "write its order in tasks.{}.labels (rows that number their labels keep meta.json's)"
+LOGITS = "make them from the task's file, row for row, labels in its order"
 INTEGER = re.compile(r"-?\d+")
 SCHEMES = ("BI", "BIES", "BILU", "BMES")  # first letters of the tags beside O: IOB1 and IOB2, BIOES, BILOU, BMES
 PREFIXES = set("".join(SCHEMES))
@@ -39,11 +38,8 @@ PREFIXES = set("".join(SCHEMES))
 
 @dataclass(frozen=True)
 class Rows:
-    """One split.
-
-    targets: [R] int64 labels, [R] float64 scores, or an int64 array of labels for each row of tokens; UNLABELLED (NaN
-    for scores) where a test row has none.
-    """
+    """One split. targets: [R] int64 labels, [R] float64 scores, or an int64 array of labels for each row of tokens;
+    UNLABELLED (NaN for scores) where a test row has none."""
 
     first: list[str] | list[list[str]]  # a sentence each, or its tokens
     second: list[str] | None  # a pair's other sentence; None without pairs
@@ -67,13 +63,10 @@ class Task:
 
 
 def read_task(section: TaskSection, name: str) -> Task:
-    """Reads and checks the files of `tasks.<name>`. Raises InputError for anything that could not be meant.
-
-    Labels are named by the section, else by the meta.json beside the train file ("labels", or the label field's own
-    name), else they are the distinct labels of the training rows, sorted. A row gives its label by name, or by number:
-    the position in meta.json's order, else in the section's. The task is of pairs if the recipe names two fields, or
-    none while the first training row has both usual ones.
-    """
+    """Reads and checks the files of `tasks.<name>`. Raises InputError for anything that could not be meant. Labels are
+    named by the section, else by the meta.json beside the train file ("labels", or the label field's name), else by the
+    training rows, sorted; rows give them by name, or by number in meta.json's order, else in the section's. The task is
+    of pairs if the recipe names two fields, or none while the first training row has both."""
     paths = {split: path for split in ("train", "validation", "test") if (path := getattr(section, split))}
     rows = {split: list(read_rows(path)) for split, path in paths.items()}
     for split in paths:
@@ -88,15 +81,6 @@ def read_task(section: TaskSection, name: str) -> Task:
     metrics = section.metrics or reader.meta.get("metrics")
     metrics = choose_metrics(metrics, section.kind, reader.labels, f"tasks.{name}.metrics")
     return Task(name, section.kind, reader.labels, splits, metrics)
-
-
-@contextmanager
-def _refusing(place: str, remedy: str = "") -> Iterator[None]:
-    """Puts the file and the row before a refusal."""
-    try:
-        yield
-    except InputError as error:
-        raise InputError(": ".join(filter(None, (f"{place} {error}", remedy)))) from None
 
 
 def _listed(value) -> list:
@@ -141,10 +125,8 @@ class _Reader:
 
     def split(self, rows: list[tuple[str, dict]], split: str) -> Rows:
         """The rows of a split, all of them checked before sampling, so that a broken one is reported in any case."""
-        section, numbers, read = self.section, None, []
-        for place, row in rows:
-            with _refusing(f"{place}:"):
-                read.append(self._row(row, split == "test"))
+        section, numbers = self.section, None
+        read = [self._row(place, row, split == "test") for place, row in rows]
         limit = section.train_rows if split == "train" else section.evaluation_rows
         if limit and limit < len(rows):
             numbers = np.sort(np.random.default_rng(0).permutation(len(rows))[:limit])
@@ -156,32 +138,28 @@ class _Reader:
             targets = np.full(len(read), np.nan)
         return Rows(first, *second or [None], targets, numbers, len(rows))
 
-    def _row(self, row: dict, blind: bool) -> tuple:
+    def _row(self, place: str, row: dict, blind: bool) -> tuple:
         """The columns of a row: its text, a pair's other text, the target. blind: it may lack its label."""
         section, label = self.section, row.get(self.field)
         if section.kind == "tokens":
             tokens, labels, key = _listed(row.get(section.tokens)), _listed(label), "tokens"
-            texts = {f"{section.tokens}[{place}]": token for place, token in enumerate(tokens or [None])}
+            texts = {f"{section.tokens}[{number}]": token for number, token in enumerate(tokens or [None])}
         else:
             texts, key, last = {text: row.get(text) for text in section.text[: 1 + self.pair]}, "text", section.text[-1]
         for field, text in texts.items():
             if not isinstance(text, str) or not text.strip():
-                remedy = f"write it, or name its field in {self.key}.{key}"
-                raise InputError(
-                    f"{field} is {text!r:.80}, not text: {remedy} (of {', '.join(row)}; a CSV needs a header)"
-                )
-            if re.search("[\ud800-\udfff]", text):
-                raise InputError(f"{field} has a lone surrogate: mend its encoding")
+                remedy = f"write it, or name its field in {self.key}.{key} (of {', '.join(row)}; a CSV needs a header)"
+                raise InputError(f"{place}: {field} is {text!r:.80}, not text: {remedy}")
         if section.kind != "tokens":
             if last not in texts and row.get(last) is not None:
-                raise InputError(f"it has {last} and the first training row has none: give it in all rows or in none")
-            return *texts.values(), self._target(label, blind)
+                raise InputError(f"{place}: it has {last} and the first training row not: give it in all or none")
+            return *texts.values(), self._target(place, label, blind)
         labels = labels or [None] * len(tokens) * blind
         if len(labels) != len(tokens):
-            raise InputError(f"{len(tokens)} {section.tokens} and {len(labels)} {self.field}: give each token one")
-        return tokens, np.array([self._target(label, blind) for label in labels], np.int64)
+            raise InputError(f"{place}: {len(tokens)} {section.tokens} and {len(labels)} {self.field}: give each one")
+        return tokens, np.array([self._target(place, label, blind) for label in labels], np.int64)
 
-    def _target(self, value, blind: bool) -> int | float:
+    def _target(self, place: str, value, blind: bool) -> int | float:
         """The score, or the output of a label as written."""
         if self.section.kind == "regression":
             try:
@@ -196,33 +174,27 @@ class _Reader:
             code = self.codes.get(_written(value), unknown)
             if code is not None:
                 return code
-            names = ", ".join(self.labels[:12]) + ", ..." * (len(self.labels) > 12)
-            fault = f"none of {names}" if names else "no single name or number"
+            fault = f"none of {', '.join(self.labels):.200}" if self.labels else "no single name or number"
             remedy = f"correct it, name its field in {self.key}.label, or add it to {self.key}.labels"
-        raise InputError(f"{self.field} {value!r:.80} is {fault}: {remedy} (scores need kind: regression)")
+        raise InputError(f"{place}: {self.field} {value!r:.80} is {fault}: {remedy} (scores need kind: regression)")
 
 
 def check_label_order(task: Task, id2label: dict, origin: str | Path) -> bool:
     """Raises InputError for a teacher whose outputs mean other labels than the task's, or the same in another order.
-
-    id2label: of a transformers config; case does not count. Returns whether it names its outputs: LABEL_0, LABEL_1, ...
-    of transformers say nothing and pass.
-    """
+    id2label: of a transformers config; case does not count. Whether it names its outputs: LABEL_0, ... say nothing."""
     theirs = [str(label) for _, label in sorted((int(number), label) for number, label in id2label.items())]
     unnamed = theirs == [f"LABEL_{number}" for number in range(len(theirs))] or not task.labels
     left, right = (list(map(str.casefold, labels)) for labels in (theirs, task.labels))
     if len(theirs) != (len(task.labels) or 1) or not (unnamed or left == right):
         ours = ", ".join(task.labels) or "a score"
-        raise InputError(
-            f"{origin}: its outputs are {', '.join(theirs)} and those of task {task.name} {ours}: write its order in "
-            f"tasks.{task.name}.labels (rows that number their labels keep meta.json's), or choose another teacher"
-        )
+        fault = f"its outputs are {', '.join(theirs)} and those of task {task.name} {ours}"
+        raise InputError(f"{origin}: {fault}: {ORDER.format(task.name)}, or choose another teacher")
     return not unnamed
 
 
 def check_agreement(task: Task, logits_by_row: np.ndarray | list[np.ndarray], origin: str | Path) -> None:
-    """Raises InputError for outputs that mean the task's labels in another order, as the training rows tell: they would
-    be right on a fifth more of the rows, and on two more a label, which chance hardly gives."""
+    """Raises InputError for outputs that mean the task's labels in another order: they would be right on a fifth more
+    of the training rows, and on two more a label, which chance hardly gives."""
     if task.kind == "regression":
         return
     said = np.concatenate([np.atleast_1d(np.argmax(row, -1)) for row in logits_by_row])
@@ -233,45 +205,39 @@ def check_agreement(task: Task, logits_by_row: np.ndarray | list[np.ndarray], or
     _, outputs = linear_sum_assignment(table, maximize=True)
     if table[range(len(table)), outputs].sum() - table.trace() > max(known.sum() / 5, 2 * len(table)):
         order = ", ".join(task.labels[label] for label in np.argsort(outputs))
-        raise InputError(
-            f"{origin}: its outputs agree with the training rows in the order {order}, not as task {task.name} has it: "
-            f"write this order in tasks.{task.name}.labels (rows that number their labels keep meta.json's)"
-        )
+        fault = f"its outputs agree with the training rows in the order {order}, not as task {task.name} has it"
+        raise InputError(f"{origin}: {fault}: {ORDER.format(task.name)}")
 
 
 def read_logits(path: str | Path, task: Task) -> dict[str, np.ndarray]:
-    """A teacher's stored outputs, {split: [R, C] float32}, for the rows that the task has.
-
-    The safetensors file has `train.logits`, or `train`, and so on: a row for each of the split's file or, if the task
-    sampled it, of the sample. Raises InputError if it does not fit the task, also if its `train.labels` do not.
-    """
+    """A teacher's stored outputs, {split: [R, C] float32}, for the rows that the task has. The safetensors file has
+    `train.logits`, or `train`, and so on: a row for each of the split's file, or of the task's sample of it.
+    Raises InputError if it does not fit the task, also if its `train.labels` do not."""
     if task.kind == "tokens":
         raise InputError(f"{path}: stored logits serve one label a row, not tokens: name tasks.{task.name}.teacher")
     try:
         tensors = load_file(path)
     except (SafetensorError, OSError, ValueError) as error:
         raise InputError(f"{path}: no logits to read ({error}): correct tasks.{task.name}.logits") from None
-    remedy = "make them from the task's file, row for row, labels in its order"
+    if not {"train", "train.logits"} & tensors.keys():
+        raise InputError(f"{path}: train.logits is not in it (but {', '.join(tensors)}): {LOGITS}")
     found = {}
     for split, rows in task.splits.items():
         logits, labels = tensors.get(f"{split}.logits", tensors.get(split)), tensors.get(f"{split}.labels")
-        with _refusing(f"{path}: {split}.logits", remedy):
-            if logits is not None:
-                found[split] = _logits_of_rows(task, rows, logits, labels)
-            elif split == "train":
-                raise InputError(f"is not in it (but {', '.join(tensors)})")
+        if logits is not None:
+            found[split] = _logits_of_rows(task, rows, logits, labels, f"{path}: {split}.logits")
     check_agreement(task, found["train"], path)
     return found
 
 
-def _logits_of_rows(task: Task, rows: Rows, logits: np.ndarray, labels: np.ndarray | None) -> np.ndarray:
+def _logits_of_rows(task: Task, rows: Rows, logits: np.ndarray, labels: np.ndarray | None, what: str) -> np.ndarray:
     """The logits [R, C] float32 of the task's rows, out of those of the split's file or of the sample."""
     total, width = rows.file_rows or len(rows), len(task.labels) or 1
     numbers = np.arange(total) if rows.numbers is None else rows.numbers
     logits = logits[:, None] if logits.ndim == width == 1 else logits
     if logits.ndim != 2 or len(logits) not in (total, len(rows)) or logits.shape[1] != width:
-        names = ", ".join(task.labels) or "a score"
-        raise InputError(f"has shape {list(logits.shape)} and the task {total} rows of {width} ({names})")
+        needed = f"the task {total} rows of {width} ({', '.join(task.labels) or 'a score'})"
+        raise InputError(f"{what} has shape {list(logits.shape)} and {needed}: {LOGITS}")
     logits = (logits[numbers] if len(logits) == total else logits).astype(np.float32)
     faults = {"is not finite": ~np.isfinite(logits).all(1)}
     if labels is not None and task.kind == "classification" and len(labels) in (total, len(rows)):
@@ -279,15 +245,13 @@ def _logits_of_rows(task: Task, rows: Rows, logits: np.ndarray, labels: np.ndarr
         faults["has another label than the task's"] = (labels != rows.targets) & (rows.targets != UNLABELLED)
     for fault, wrong in faults.items():
         if wrong.any():
-            raise InputError(f"row {1 + numbers[wrong][0]} {fault}")
+            raise InputError(f"{what} row {1 + numbers[wrong][0]} {fault}: {LOGITS}")
     return logits
 
 
 def predictions(task: Task, logits_by_row: np.ndarray | list[np.ndarray]) -> list:
-    """What the outputs say, row by row: a label's name, a score, or the names for the tokens.
-
-    logits_by_row: [R, C], [R, 1] or [R] for scores, [tokens, C] for each row of tokens. Raises InputError for NaN.
-    """
+    """What the outputs ([R, C], [R, 1] or [R] of scores, [tokens, C] for each row of tokens) say, row by row: a label's
+    name, a score, or the names for the tokens. Raises InputError for NaN."""
     if not all(np.isfinite(row).all() for row in logits_by_row):
         raise InputError(f"task {task.name}: the model's outputs are not finite: lower the learning rate")
     if task.kind == "regression":
@@ -315,8 +279,8 @@ def score(task: Task, logits_by_row: np.ndarray | list[np.ndarray], split: str) 
 
 
 def spans(tags: list[str]) -> set[tuple[str, int, int]]:
-    """(kind, first token, one past the last) of every span in tags of one of SCHEMES; an I- after another kind begins
-    one, as in CoNLL, and so do I-, M-, E- and L- outside of spans."""
+    """(kind, first token, one past the last) of every span in tags of one of SCHEMES; an I- after another kind, or
+    outside of spans, begins one, as in CoNLL."""
     found, begun = set(), None
     for index, tag in enumerate([*tags, "O"]):
         prefix, _, kind = tag.partition("-")
@@ -333,8 +297,7 @@ def spans(tags: list[str]) -> set[tuple[str, int, int]]:
 
 
 def marks_spans(labels: list[str], remedy: str) -> bool:
-    """Whether the labels are tags of one of SCHEMES; not where they are plain (parts of speech). Raises InputError with
-    the remedy for a mixture."""
+    """Whether the labels are tags of one of SCHEMES, or plain (parts of speech). Raises InputError for a mixture."""
     prefixes = {label[0] if label[1:2] in ("-", "") else "" for label in labels if label != "O"}
     if prefixes & {"B", "I"} and not any(prefixes <= set(scheme) for scheme in SCHEMES):
         raise InputError(f"the labels {', '.join(labels)} are tags of no scheme (B- and I-, and E- and S-): {remedy}")
@@ -369,13 +332,11 @@ def choose_metrics(asked: list[str] | None, kind: str, labels: list[str], where:
     fitting = [metric for metric in METRICS[kind] if metric != "f1" or len(labels) == 2]
     if kind == "tokens" and (not asked or "slot_f1" in asked) and not marks_spans(labels, f"name {where}: [accuracy]"):
         fitting.remove("slot_f1")
-    if not asked:
-        return fitting if kind == "regression" else fitting[:1]
+    asked = asked or (fitting if kind == "regression" else fitting[0])
     asked = asked if isinstance(asked, list) else [asked]
-    for metric in asked:
-        if metric not in fitting:
-            kind = f"{kind} of {len(labels)} labels" if labels else kind
-            raise InputError(f"{where} (or meta.json's): {metric!r} is no metric of {kind}: list {', '.join(fitting)}")
+    if wrong := [metric for metric in asked if metric not in fitting]:
+        kind = f"{kind} of {len(labels)} labels" if labels else kind
+        raise InputError(f"{where} (or meta.json's): {wrong[0]!r} is no metric of {kind}: list {', '.join(fitting)}")
     return asked
 
 

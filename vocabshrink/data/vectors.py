@@ -1,13 +1,9 @@
 """Sentences drawn from a corpus and teachers' vectors of them, written once and read for as many epochs as wanted.
 
-A distillation that compares sentence vectors alone then costs the student's passes and nothing else. Vectors of several
-teachers are joined into one whose products are the weighted mean of the teachers' cosine similarities, so everything
-that follows sees one teacher.
-
-Sentences come from the text itself, not from the word stream, because every teacher cuts them with a tokenizer of its
-own. Lines that are held out give none. Vectors are float16 and memory-mapped, [N, D] a teacher; a killed run goes on
-with the block that it was at. Cost: the sentences in memory, about 150 bytes each. Not done: near sentences made on the
-fly (`group_size`), whose vectors nobody has stored.
+Vectors of several teachers are joined into one whose products are the weighted mean of the teachers' cosine
+similarities. Sentences come from the text itself, not from the word stream, because every teacher has a tokenizer of
+its own; lines that are held out give none. Vectors are float16 and memory-mapped, [N, D] a teacher. Not done: near
+sentences made on the fly (`group_size`), whose vectors nobody has stored.
 """
 
 import json
@@ -33,16 +29,16 @@ SAMPLE = 8192  # stored vectors that the mean, the principal directions and the 
 
 
 def draw_sentences(corpus: CorpusSection, section: VectorsStage, seed: int) -> list[str]:
-    """Distinct sentences (or lines) of the training lines, each source's share drawn evenly, in random order.
-
-    Raises InputError for a corpus without text.
-    """
+    """Distinct sentences (or lines) of the training lines, each source's share drawn evenly, in random order."""
     found: dict[str, None] = {}
     numbers = iter(range(1, 2**63))  # of lines through all sources, as the word stream counts them
     shares = section.shares or [1.0] * len(corpus.sources)
     for place, (source, share) in enumerate(zip(corpus.sources, shares, strict=True)):
         rng, kept, room = random.Random(f"{seed} {place}"), [], math.ceil(section.sentences * share / sum(shares))
-        for seen, sentence in enumerate(_sentences(source, corpus, numbers, section.unit == "line")):
+        lines = zip(read_lines([source], corpus.column), numbers, strict=False)
+        training = (line for line, number in lines if number % corpus.held_out_every)
+        drawn = (text for line in training for text in sentences_of(line, whole=section.unit == "line"))
+        for seen, sentence in enumerate(drawn):
             if seen < room:
                 kept.append(sentence)
             elif (at := rng.randrange(seen + 1)) < room:  # Vitter's algorithm R: each has the same chance
@@ -53,12 +49,6 @@ def draw_sentences(corpus: CorpusSection, section: VectorsStage, seed: int) -> l
     sentences = list(found)
     random.Random(seed).shuffle(sentences)
     return sentences[: section.sentences]
-
-
-def _sentences(source: str, corpus: CorpusSection, numbers: Iterator[int], whole_lines: bool) -> Iterator[str]:
-    for line, number in zip(read_lines([source], corpus.column), numbers, strict=False):
-        if number % corpus.held_out_every:
-            yield from sentences_of(line, whole=whole_lines)
 
 
 def sentences_of(line: str, *, whole: bool = False) -> Iterator[str]:
@@ -82,10 +72,8 @@ def read_sentences(folder: Path) -> list[str]:
 def store_vectors(
     folder: Path, name: str, sentences: list[str], embed: Embed, saying: Callable[[int], Callable[[int], None]]
 ) -> None:
-    """Writes `embed` of the sentences to folder/NAME.npy, [N, D] float16, going on where a killed run stopped.
-
-    saying: called with the number of those that are there; gives what is called with the number of each block's.
-    """
+    """Writes `embed` of the sentences to folder/NAME.npy, [N, D] float16, going on where a killed run stopped. saying:
+    of the number of those that are there gives what is called with the number of each block's."""
     path, state = folder / f"{name}.npy", folder / f"{name}.json"
     done = read_json(state)["done"] if state.is_file() else 0
     progress = saying(done)
@@ -113,18 +101,15 @@ class StoredVectors:
     def load(cls, folder: Path, shares: dict[str, float], centered: set[str]) -> "StoredVectors":
         """shares: {name of a teacher: its weight}. centered: the teachers whose mean is taken off."""
         arrays = [np.load(folder / f"{name}.npy", mmap_mode="r") for name in shares]
-        means = [
-            array[:SAMPLE].astype(np.float32).mean(0) * (name in centered)
-            for name, array in zip(shares, arrays, strict=True)
-        ]
+        samples = zip(shares, (array[:SAMPLE].astype(np.float32) for array in arrays), strict=True)
+        means = [sample.mean(0) * (name in centered) for name, sample in samples]
         return cls(arrays, means, [share / sum(shares.values()) for share in shares.values()])
 
     def __len__(self) -> int:
         return len(self.arrays[0])
 
     def rows(self, chosen: np.ndarray | slice) -> np.ndarray:
-        """[n, D] float32 of unit length, D the sum of the teachers' widths: products of two are the weighted mean of
-        the teachers' cosine similarities."""
+        """[n, D] float32 of unit length, D the sum of the teachers' widths; products are the weighted mean cosines."""
         parts = []
         for array, mean, weight in zip(self.arrays, self.means, self.weights, strict=True):
             vectors = array[chosen].astype(np.float32) - mean

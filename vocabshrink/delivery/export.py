@@ -138,9 +138,9 @@ def _load_model(folder: Path, settings: ExportSettings) -> nn.Module:
     if not 2 < settings.max_positions <= (most := config.max_position_embeddings):
         raise InputError(f"max_positions {settings.max_positions} is not possible: give 3 to {most:,} (the model's)")
     loader = student_class(config, KINDS[task].architecture.removeprefix("Bert"))
-    found = (config.architectures or ["a model without a head"])[0]
+    found = (config.architectures or ["model"])[0]
     if task != "embedding" and found != (name := loader.__name__):
-        raise InputError(f"{folder} holds {found}, which has no head for {task}: give the folder of a {name}")
+        raise InputError(f"{folder} holds a {found}, which has no head for {task}: give the folder of a {name}")
     if task == "fill-mask" and not config.tie_word_embeddings:
         raise InputError(f"{folder}: the masked-LM decoder is not tied to the embeddings, which alone can be exported")
     model = load_model(folder, loader, **(without_pooler(config) if task == "embedding" else {}))

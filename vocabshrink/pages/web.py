@@ -17,8 +17,9 @@ from pathlib import Path
 
 import numpy as np
 
+from tokenizer_build.corpus import read_rows
 from tokenizer_build.errors import InputError
-from tokenizer_build.files import read_json, read_jsonl, replacing_folder
+from tokenizer_build.files import read_json, replacing_folder
 from vocabshrink.pages.page import write_page
 from vocabshrink.runtime.delivery import PASSAGE, QUERY, Delivery, load, name_of
 from vocabshrink.runtime.kinds import KINDS
@@ -94,9 +95,9 @@ def _write_passages(place: Path, folder: Path, model: Delivery, passages: Path |
     if passages is None and not source.is_file():
         return 0, 0
     records = []
-    for number, row in read_jsonl(source):
+    for where, row in read_rows(source):
         if not isinstance(row.get("text"), str) or not row["text"].strip():
-            raise InputError(f'{source}, line {number} has no "text": write {{"text": ...}}')
+            raise InputError(f'{where} has no "text": write {{"text": ...}}')
         records.append({key: row[key] for key in ("text", "source") if isinstance(row.get(key), str)})
     if (total := len(records)) == 0:
         raise InputError(f"{source} has 0 passages: give 1 or more")

@@ -1,7 +1,6 @@
 """The engine that runs stages: a finished one is skipped, an unfinished training stage resumes.
 
-A stage reads files of the stages it needs and writes its own folder, `DONE` last. A finished stage made under other
-settings is refused, with the first setting that differs, rather than silently reused or overwritten.
+A finished stage made under other settings is refused, with the first setting that differs.
 """
 
 import importlib
@@ -21,7 +20,7 @@ from pydantic import BaseModel
 
 from tokenizer_build.corpus import expand
 from tokenizer_build.errors import InputError
-from tokenizer_build.files import checksum, read_json, write_json, write_text
+from tokenizer_build.files import read_json, write_json, write_text
 from vocabshrink.run.folder import RunDir
 from vocabshrink.run.recipe import Recipe, TaskSection, dump_recipe
 from vocabshrink.run.stage import STAGES, Stage, needed, setting, stages_of
@@ -30,7 +29,7 @@ from vocabshrink.run.stage import STAGES, Stage, needed, setting, stages_of
 FILES = dict.fromkeys(("task_teacher", "augment", "finetune"), "tasks")
 FILES |= dict.fromkeys(("count", "vectors"), "corpus.sources")
 FILES["export"] = "evaluation.stsb index.passages"
-SAMPLES, SAMPLE = 64, 1 << 16  # of a file's content: their number, and the bytes of each
+SAMPLES, SAMPLE = 64, 1 << 16  # of a file's content: their number, about, and the bytes of each
 # Settings that change how fast or how visibly a run goes, but not what it makes.
 IMMATERIAL = {"processes", "threads", "trackers", "evaluations", "checkpoint_minutes"}
 
@@ -106,17 +105,14 @@ def material(value: Any) -> Any:
 def first_difference(before: Any, now: Any, path: str = "") -> str | None:
     """The first key whose value differs, as `key (before -> now)`."""
     if isinstance(before, dict) and isinstance(now, dict):
-        for key in before | now:
-            found = first_difference(before.get(key), now.get(key), f"{path}.{key}" if path else key)
-            if found:
-                return found
-        return None
+        found = (first_difference(before.get(k), now.get(k), f"{path}.{k}".lstrip(".")) for k in before | now)
+        return next(filter(None, found), None)
     return None if before == now else f"{path} ({json.dumps(before)} -> {json.dumps(now)})"
 
 
-def files_of(recipe: Recipe, name: str) -> list[str]:
-    """The files outside of the run that a stage's own settings name, without those that are not there."""
-    named, found = [setting(recipe, path) for path in FILES.get(name, "").split()], []
+def files_of(recipe: Recipe, name: str) -> dict[str, list[int]]:
+    """{path: [bytes, checksum of samples]} of the files outside of the run that a stage's own settings name."""
+    named, found = [setting(recipe, path) for path in FILES.get(name, "").split()], {}
     while named:
         value = named.pop()
         if isinstance(value, TaskSection):
@@ -125,31 +121,26 @@ def files_of(recipe: Recipe, name: str) -> list[str]:
             named += value.values() if isinstance(value, dict) else value
         elif value:
             with suppress(InputError):  # for what is not there, which the stage says that reads it
-                found += expand([value])
-    return sorted(path for path in found if Path(path).is_file())
+                found |= {path: content_of(path) for path in expand([value]) if Path(path).is_file()}
+    return found
 
 
-def facts_of(path: str, *, whole: bool = True) -> dict[str, int]:
-    """What tells a file's content from others: size, time of its last change, checksums of samples and of all."""
-    about, samples = os.stat(path), 0
+def content_of(path: str) -> list[int]:
+    """The bytes of a file, and a checksum of samples of its content."""
+    size, samples = os.path.getsize(path), 0
     with open(path, "rb") as file:
-        for start in range(0, about.st_size, max(SAMPLE, about.st_size // SAMPLES)):
+        for start in range(0, size, max(SAMPLE, size // SAMPLES)):
             file.seek(start)
             samples = zlib.crc32(file.read(SAMPLE), samples)
-    facts = {"bytes": about.st_size, "modified": about.st_mtime_ns, "samples": samples}
-    return facts | ({"checksum": checksum(Path(path))} if whole else {})
+    return [size, samples]
 
 
-def refuse_changed(folder: Path, files: list[str]) -> None:
+def refuse_changed(folder: Path, files: dict[str, list[int]]) -> None:
     """Raises InputError where a file that a stage read holds something else now. All gone say nothing."""
     before = read_json(folder / "settings.json").get("files", {})
-    changed = sorted(before.keys() ^ set(files)) if before.keys() & set(files) else []
-    for path in before.keys() & set(files) if not changed else ():
-        now = facts_of(path, whole=before[path]["modified"] != os.stat(path).st_mtime_ns)
-        changed += [path for key in now.keys() - {"modified"} if now[key] != before[path][key]]
-    if changed:
-        remedy = "put back what was there, or give the run another name"
-        raise InputError(f"{changed[0]} is not what it was when {folder} was made from it: {remedy}")
+    changed = sorted(path for path in before.keys() | files.keys() if before.get(path) != files.get(path))
+    if changed and before.keys() & files.keys():
+        raise InputError(f"{changed[0]} is not what it was when {folder} was made from it: put back what was there")
 
 
 def context_of(run: Run, name: str) -> Context:
@@ -158,19 +149,17 @@ def context_of(run: Run, name: str) -> Context:
 
 
 def run_stage(run: Run, name: str) -> bool:
-    """Runs one stage unless it is done. Returns whether it ran. Raises InputError where a stage that it needs is not
-    done or damaged, and where it is done under other settings or from other text."""
+    """Runs one stage unless it is done; whether it ran. Raises InputError where a stage that it needs is not done or is
+    damaged, and where one is done under other settings or from other text."""
     stage, folder = STAGES[name], run.dir.stage(name)
     missing = [n for n in stage.needs.split() if STAGES[n].asked(run.recipe) and not run.dir.is_done(n)]
     if missing:
-        remedy = f"vocabshrink {missing[0]} RECIPE, or run"
-        raise InputError(f"{run.dir.path}: stage {name} needs {missing[0]} first: {remedy}")
+        raise InputError(f"{run.dir.path}: stage {name} needs {missing[0]} first: run that, or all by `run`")
     settings = settings_of(run.recipe, name)
     if run.dir.is_done(name) and name != "report":  # a report is cheap, and stale as soon as any stage ran again
-        made_under = read_json(folder / "settings.json")
-        if different := first_difference({key: made_under[key] for key in made_under if key != "files"}, settings):
-            remedy = "give the run another name, or delete the folder"
-            raise InputError(f"{folder}: made by another recipe: {different}: {remedy}")
+        before = {key: value for key, value in read_json(folder / "settings.json").items() if key != "files"}
+        if different := first_difference(before, settings):
+            raise InputError(f"{folder}: made by another recipe: {different}: give the run another name, or delete it")
         if main_process():
             refuse_changed(folder, files_of(run.recipe, name))
         say(f"{name}: done before")
@@ -180,9 +169,9 @@ def run_stage(run: Run, name: str) -> bool:
             if STAGES[other].asked(run.recipe) and run.dir.is_done(other):
                 run.dir.verify(other)
                 refuse_changed(run.dir.stage(other), files_of(run.recipe, other))
-        files = {path: facts_of(path) for path in files_of(run.recipe, name)}
+        files = files_of(run.recipe, name)
         if (folder / "checkpoints").is_dir() and (folder / "settings.json").is_file():
-            refuse_changed(folder, files_of(run.recipe, name))  # from which training would go on
+            refuse_changed(folder, files)  # from which training would go on
         run.dir.start(name)
         write_json(folder / "settings.json", settings | ({"files": files} if files else {}))
         write_text(run.dir.path / "recipe.yaml", dump_recipe(run.recipe))
@@ -201,10 +190,8 @@ def run_stage(run: Run, name: str) -> bool:
 
 
 def summarise(run: Run, since: float | None = None) -> dict:
-    """Writes and returns summary.json of the run: what delivery and tasks measured, and the minutes.
-
-    since: the Unix time from which they are counted; None: those of the stages are added up.
-    """
+    """Writes and returns summary.json of the run: what delivery and tasks measured, and the minutes. since: the Unix
+    time from which they are counted; None: those of the stages are added up."""
     done = {n: read_json(run.dir.stage(n) / "summary.json") for n in stages_of(run.recipe) if run.dir.is_done(n)}
     minutes = sum(s["minutes"] for s in done.values()) if since is None else (time.time() - since) / 60
     summary = {"minutes": round(minutes, 2)} | {k: v for k, v in done.get("export", {}).items() if isinstance(v, dict)}
@@ -227,8 +214,7 @@ def wait_for_everyone() -> None:
 
         # The first of a process to be made decides what it sees: on CPUs nobody, unless told of them. Others wait here
         # while the main process counts words for hours; after ten minutes, NCCL would take them for dead.
-        options = {"cpu": parse_flag_from_env("ACCELERATE_USE_CPU"), "timeout": timedelta(days=7)}
-        PartialState(**options).wait_for_everyone()
+        PartialState(cpu=parse_flag_from_env("ACCELERATE_USE_CPU"), timeout=timedelta(days=7)).wait_for_everyone()
 
 
 def say(text: str) -> None:
@@ -237,28 +223,16 @@ def say(text: str) -> None:
         print(text, file=sys.stderr, flush=True)
 
 
-def saying_left(what: str, total: int, done: int = 0) -> Callable[[int], None]:
-    """A progress callback that adds up what it is given to `done`, and says how far of `total` that is and how long the
-    rest will take at this pace."""
+def saying(what: str, every: int, total: int = 0, done: int = 0) -> Callable[[int], None]:
+    """A progress callback that adds up what it is given to `done`, and says so at every `every`; where `total` says how
+    many there will be, also how long the rest will take at this pace."""
     started, begun = time.monotonic(), done
 
     def progress(more: int) -> None:
         nonlocal done
-        done += more
-        left = (time.monotonic() - started) / (done - begun) * (total - done) / 60
-        say(f"{what}: {done:,} of {total:,}, {left:.1f} min left")
-
-    return progress
-
-
-def saying_millions(stage: str, unit: str, every: int) -> Callable[[int], None]:
-    """A progress callback that adds up what it is given and says so every few millions."""
-    seen = 0
-
-    def progress(more: int) -> None:
-        nonlocal seen
-        before, seen = seen, seen + more
-        if seen // (every * 1_000_000) > before // (every * 1_000_000):
-            say(f"{stage}: {seen / 1e6:,.0f} M {unit}")
+        before, done = done, done + more
+        if done // every > before // every:
+            left = (time.monotonic() - started) / (done - begun) * (total - done) / 60
+            say(f"{what}: {done:,}" + (f" of {total:,}, {left:.1f} min left" if total else ""))
 
     return progress

@@ -1,9 +1,8 @@
 """The folder of one run: where each stage writes, and how a finished stage differs from a crashed one.
 
-A stage owns one folder and writes `DONE` into it last. An unfinished attempt is thrown away when the stage starts
-again, except its `checkpoints/`, from which training resumes. Every file appears whole or not at all. `DONE` holds the
-checksums of the stage's files, which later stages verify before they read them. Two runs in one folder at once are
-refused (`alone`), and of several processes of one run only the main one may write here.
+A stage owns one folder and writes `DONE` into it last, with the checksums of its files, which later stages verify. An
+unfinished attempt is thrown away when the stage starts again, except its `checkpoints/`, from which training resumes.
+Every file appears whole or not at all. Of several processes of one run only the main one may write here.
 """
 
 import hashlib
@@ -11,6 +10,7 @@ import io
 import json
 import os
 import platform
+import re
 import shutil
 import subprocess
 import sys
@@ -21,18 +21,8 @@ from datetime import UTC, datetime
 from importlib import metadata
 from pathlib import Path
 
+from tokenizer_build import files
 from tokenizer_build.errors import InputError
-from tokenizer_build.files import (
-    checksum,
-    claimed,
-    naming_bad_disk,
-    plain,
-    read_json,
-    read_jsonl,
-    sync,
-    write_json,
-    write_text,
-)
 
 # What a fine-tuning's summary says beside its tasks' names.
 OF_SUMMARY = {"average", "seconds_per_step", "tokens", "test", "rounded", "minutes"}
@@ -75,29 +65,26 @@ class RunDir:
     def finish(self, name: str, summary: dict) -> None:
         """Writes the stage's summary.json, sees that all of its files are on the disk, then writes `DONE`."""
         folder, sums = self.stage(name), {}
-        write_json(folder / "summary.json", summary)
+        files.write_json(folder / "summary.json", summary)
         for path in sorted(folder.rglob("*")):
-            if path.is_file() and "checkpoints" not in (inside := path.relative_to(folder)).parts:
-                sums[inside.as_posix()] = checksum(path)
-                sync(path)
-        for path in [*(path for path in folder.rglob("*") if path.is_dir()), folder]:
-            sync(path)
-        write_json(folder / "DONE", sums)
+            if "checkpoints" not in (inside := path.relative_to(folder)).parts:
+                sums |= {inside.as_posix(): files.checksum(path)} if path.is_file() else {}
+                files.sync(path)
+        files.sync(folder)
+        files.write_json(folder / "DONE", sums)
 
     def verify(self, name: str) -> None:
         """Raises InputError for a file of a finished stage that is not as the stage left it."""
         folder = self.stage(name)
-        for inside, found in read_json(folder / "DONE").items() if (folder / "DONE").stat().st_size else ():
-            if not (folder / inside).is_file() or checksum(folder / inside) != found:
-                remedy = f"delete {folder} to have the stage done again"
-                raise InputError(
-                    f"{folder / inside} is damaged, altered or missing since stage {name} wrote it: {remedy}"
-                )
+        for inside, found in files.read_json(folder / "DONE").items() if (folder / "DONE").stat().st_size else ():
+            if not (folder / inside).is_file() or files.checksum(folder / inside) != found:
+                what = f"{folder / inside} is damaged, altered or missing since stage {name} wrote it"
+                raise InputError(f"{what}: delete {folder} to have the stage done again")
 
     @contextmanager
     def alone(self) -> Iterator[None]:
         """Keeps other processes out of the run until the block ends. Raises InputError where one is in it already."""
-        with claimed(lock := self.path / ".lock") as mine:
+        with files.claimed(lock := self.path / ".lock") as mine:
             if not mine:
                 holder = lock.read_text(encoding="utf-8") or "another process"
                 raise InputError(f"{self.path}: {holder} is at work on this run: wait for it, or choose another name")
@@ -106,48 +93,46 @@ class RunDir:
     def append_metrics(self, row: dict) -> None:
         """Adds one row to metrics.jsonl; it is on its way to the disk when this returns."""
         path = self.path / "metrics.jsonl"
-        with naming_bad_disk(path):
+        with files.naming_bad_disk(path):
             path.parent.mkdir(parents=True, exist_ok=True)
             with path.open("a", encoding="utf-8") as file:
-                file.write(json.dumps(plain(row), ensure_ascii=False) + "\n")
+                file.write(json.dumps(files.plain(row), ensure_ascii=False) + "\n")
 
     def metrics(self) -> list[dict]:
         """All rows of metrics.jsonl, without a last line that a crash cut short."""
         path = self.path / "metrics.jsonl"
         content = path.read_bytes() if path.is_file() else b""
         whole = io.BytesIO(content[: content.rfind(b"\n") + 1])
-        return [row for _, row in read_jsonl(path, whole)]
+        return [row for _, row in files.read_jsonl(path, whole)]
 
     def truncate_metrics(self, stage: str, step: int) -> None:
         """Drops the rows that `stage` wrote after `step`: a resumed stage will write them again."""
         if (self.path / "metrics.jsonl").is_file():
             rows = [row for row in self.metrics() if row.get("stage") != stage or row.get("step", 0) <= step]
             text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
-            write_text(self.path / "metrics.jsonl", text)
+            files.write_text(self.path / "metrics.jsonl", text)
 
     def write_environment(self) -> None:
         """Writes environment.json: what a reader needs to judge a figure, and nothing about who ran it."""
         torch = sys.modules.get("torch")  # only where the caller has loaded it: this layer is free of torch
         gpus = range(torch.cuda.device_count()) if torch else ()
+        packages = [name for name in PACKAGES if any(metadata.Distribution.discover(name=name))]
         environment = {
             "date": datetime.now(UTC).strftime("%Y-%m-%d"),
-            "versions": {"python": platform.python_version()} | installed(PACKAGES),
+            "versions": {"python": platform.python_version()} | {name: metadata.version(name) for name in packages},
             "platform": f"{platform.system()} {platform.machine()}",
             "cpu": processor(),
             "cpu_count": os.cpu_count(),
             "gpus": [torch.cuda.get_device_name(index) for index in gpus],
             "git_commit": git_commit(),
         }
-        write_json(self.path / "environment.json", environment)
+        files.write_json(self.path / "environment.json", environment)
 
 
 @dataclass(frozen=True)
 class SharedRunDir(RunDir):
-    """A run whose stages are in `shared`, a folder of many runs, each under the hash of the settings that decide it.
-
-    So what two runs have in common is made once. settings_of: stage name -> those settings. At `path` are only the
-    run's own files: recipe, environment, and the metrics of the stages that it made itself.
-    """
+    """A run whose stages are in `shared`, a folder of many runs, each under the hash of the settings that decide it
+    (settings_of: stage name -> those settings): what two runs have in common is made once. The rest is at `path`."""
 
     shared: Path
     settings_of: Callable[[str], dict]
@@ -155,7 +140,7 @@ class SharedRunDir(RunDir):
 
     def stage(self, name: str) -> Path:
         if name not in self._stages:  # asked for thousands of times, and a recipe does not change
-            text = json.dumps(plain(self.settings_of(name)), sort_keys=True)
+            text = json.dumps(files.plain(self.settings_of(name)), sort_keys=True)
             self._stages[name] = Path(self.shared) / f"{name}-{hashlib.sha256(text.encode()).hexdigest()[:16]}"
         return self._stages[name]
 
@@ -170,17 +155,11 @@ def task_rows(tasks: dict) -> list[tuple[str, ...]]:
     return [*sorted(rows), ("average", "", f"{tasks['average']:.4f}", "", "")]
 
 
-def installed(packages: tuple[str, ...]) -> dict[str, str]:
-    """{package: version} of those that are installed, by their metadata: importing torch to ask it takes seconds."""
-    return {name: metadata.version(name) for name in packages if any(metadata.Distribution.discover(name=name))}
-
-
 def processor() -> str:
     """The processor's name."""
     cpuinfo = Path("/proc/cpuinfo")  # Linux
-    lines = cpuinfo.read_text().splitlines() if cpuinfo.is_file() else []
-    names = [line.partition(":")[2].strip() for line in lines if line.lower().startswith("model name")]
-    return next(iter(names), platform.processor() or platform.machine())
+    names = re.findall(r"(?im)^model name\s*:\s*(.+)", cpuinfo.read_text() if cpuinfo.is_file() else "")
+    return names[0] if names else platform.processor() or platform.machine()
 
 
 def git_commit() -> str | None:

@@ -1,10 +1,9 @@
 """Weight formats: how a delivery stores its weights. The only place that knows how a format's name is built.
 
-A format is a name: `fp32`, `fp16`, `int8` (one scale a row) or `int4-G` (one scale for every G values of a row).
-Formats can be mixed by class of tensor: {"embeddings": "int4-64", "attention": "int8", ...}. Positions (with token
-types and the projection of a factorised piece table) and heads are int8 unless told otherwise, which costs all-MiniLM's
-128 positions 25 KB. Biases, layer norms and
-scales are float16.
+A format is `fp32`, `fp16`, `int8` (one scale a row) or `int4-G` (one scale for every G values of a row), or one for
+each class of tensor: {"embeddings": "int4-64", "attention": "int8", ...}. Positions (with token types and the
+projection of a factorised piece table) and heads are int8 unless told otherwise; biases, layer norms and scales are
+float16.
 """
 
 from collections.abc import Mapping
@@ -52,10 +51,8 @@ def tensor_class(name: str) -> str:
 
 
 def formats_of(formats: Formats) -> dict[str, str]:
-    """{class: format} for every class, from one name or from a dict that may leave out positions and head.
-
-    Raises InputError for an unknown class or format and for a class without one.
-    """
+    """{class: format} for every class, from one name or from a dict that may leave out positions and head. Raises
+    InputError for an unknown class or format and for a class without one."""
     spare = formats if isinstance(formats, str) and is_float(formats) else "int8"
     given = dict.fromkeys(LARGE_CLASSES, formats) if isinstance(formats, str) else formats
     full = dict.fromkeys(CLASSES) | {"positions": spare, "head": spare} | given

@@ -1,16 +1,12 @@
-"""A recipe is the whole specification of a run: one YAML file over typed defaults, and every default lives here.
-
-Strict on purpose. An unknown key is refused with the nearest known one, a key written twice is refused, `1e-4`
-is a number and `no` is a word although YAML 1.1 reads them otherwise, and a contradiction is refused when the
-recipe is read, not three hours into training.
-"""
+"""A recipe is the whole specification of a run: one YAML file over typed defaults, and every default lives here. Strict
+on purpose: an unknown key is refused with the nearest known one, and a contradiction when the recipe is read."""
 
 import difflib
 import itertools
 import os
 import re
 from pathlib import Path
-from typing import Annotated, Any, Literal, get_args
+from typing import Annotated, Any, Literal, TypeVar, get_args
 
 import yaml
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_serializer, model_validator
@@ -30,31 +26,18 @@ def refuse_boolean(value: Any) -> Any:
     return value
 
 
-def check_layer_map(value: Any) -> Any:
-    """A known name, or pairs of layers; which layers there are is known only with the models (layer_map.py)."""
-    if isinstance(value, str):
-        good = value in LAYER_MAPS
-    else:
-        good = isinstance(value, list) and value and all(isinstance(p, list | tuple) and len(p) == 2 for p in value)
-    if not good:
-        raise ValueError(
-            f"write {', '.join(LAYER_MAPS)} or pairs of layers [[student, teacher], ...], or [student, [teacher, ...]] "
-            "for the mean of a block"
-        )
-    return value
-
-
 def parse_size(value: Any) -> Any:
     """Bytes from `7MB`, `7_000_000` or a number; MB is 10^6 bytes, MiB is 2^20."""
     if not isinstance(value, str):
         return value
-    match = re.fullmatch(r"\s*(\d[\d_]*(?:\.\d+)?)\s*(kB|KB|MB|GB|KiB|MiB|GiB|B)?\s*", value)
+    match = re.fullmatch(r"\s*(\d[\d_]*(?:\.\d+)?)\s*(?:([kKMG]?)(i?)B)?\s*", value)
     if not match:
         raise ValueError("write a size as 7MB or 7000000")
-    unit = {"kB": 1e3, "KB": 1e3, "MB": 1e6, "GB": 1e9, "KiB": 2**10, "MiB": 2**20, "GiB": 2**30}
-    return round(float(match[1].replace("_", "")) * unit.get(match[2], 1))
+    power = " KMG".index((match[2] or " ").upper())
+    return round(float(match[1].replace("_", "")) * (1024 if match[3] else 1000) ** power)
 
 
+Setting = TypeVar("Setting")
 POOLINGS = ("mean", "cls", "max", "last", "mean_sqrt")
 Number = BeforeValidator(refuse_boolean)
 # The upper bounds are far above whatever makes sense: they refuse slips, which would otherwise cost hours or memory.
@@ -67,7 +50,10 @@ LearningRate = Annotated[float, Number, Field(gt=0, le=10)]
 Count = Annotated[int, Number, Field(ge=0, le=2**32 - 1)]  # a seed too
 Weight = Annotated[float, Number, Field(ge=0, le=10**6)]
 Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9_][A-Za-z0-9._-]*$", max_length=100)]  # of a folder
-LayerMap = Annotated[str | list[tuple[int, int | list[int]]], BeforeValidator(check_layer_map)]
+# a name, or pairs of layers [[student, teacher], ...], or [student, [teacher, ...]] for the mean of a block
+LayerMap = Literal[*LAYER_MAPS] | Annotated[list[tuple[int, int | list[int]]], Field(min_length=1)]
+# Out of dumps where it is not set, so that what was made before there was such a setting stays finished.
+Later = Annotated[Setting, Field(exclude_if=lambda value: not value)]
 Format = Literal[*FORMATS]
 WeightFormats = Format | dict[Literal[*CLASSES], Format]
 
@@ -78,22 +64,18 @@ class Section(BaseModel):
 
 class TeacherSection(Section):
     model: str  # a local folder, a hub name, or package:NAME/SUBFOLDER for a model inside an installed package
-    # a branch, tag or commit of a hub model; out of dumps where it is not set, so that what was made before there was
-    # such a setting stays finished
-    revision: str | None = Field(default=None, exclude_if=lambda value: value is None)
+    revision: Later[str | None] = None  # a branch, tag or commit of a hub model
     sha256: str | None = None  # of the weights, all shards in order of name; checked before anything is built on them
-    # of the sentence embedding, matched or delivered; None: as its folder says, else mean and normalised
-    pooling: Literal[*POOLINGS] | None = None
+    pooling: Literal[*POOLINGS] | None = None  # of the sentence embedding; None: its folder's, else mean and normalised
     normalize: bool | None = None
     # put before every text whose vector is stored, as `query: ` of the e5 family; None: its folder's default prompt
-    prompt: str | None = Field(default=None, exclude_if=lambda value: value is None)
+    prompt: Later[str | None] = None
 
 
 class CorpusSection(Section):
     sources: list[str]
     column: str = "text"
-    # every n-th line is kept from training, for rank agreement and neighbours
-    held_out_every: Annotated[int, Number, Field(ge=2)] = 50
+    held_out_every: Annotated[int, Number, Field(ge=2)] = 50  # every n-th line is kept from training
     processes: Positive = Field(default_factory=lambda: os.cpu_count() or 1)
 
 
@@ -102,8 +84,7 @@ class VocabularySection(Section):
     trainer: Literal["fewest", "wordpiece", "bpe", "unigram", "prune"] = "fewest"
     lowercase: bool | None = None  # None: as the teacher's tokenizer
     required: list[str] = []  # words that must be one piece, whatever the counts say
-    # a folder whose WordPiece vocabulary is taken as it is, instead of training one; `teacher`: the teacher's own;
-    # `start`: that of student.start
+    # a folder whose WordPiece vocabulary is taken as it is; `teacher`: the teacher's; `start`: that of student.start
     tokenizer: str | None = None
 
 
@@ -116,10 +97,9 @@ class StudentSection(Section):
     intermediate_size: Size | None = None
     max_position_embeddings: Size | None = None
     # columns of a factorised piece table, pieces x this and this x hidden_size (ALBERT, ELECTRA); None: hidden_size, or
-    # the teacher's where its table is factorised. Out of dumps where it is not set
-    embedding_size: Size | None = Field(default=None, exclude_if=lambda value: value is None)
-    # another model than the teacher, whose layers and pieces the student starts from
-    start: str | None = Field(default=None, exclude_if=lambda value: value is None)
+    # the teacher's where its table is factorised
+    embedding_size: Later[Size | None] = None
+    start: Later[str | None] = None  # another model than the teacher, whose layers and pieces the student starts from
     # teacher: piece means, and layers copied where shapes agree. extract_*: also heads, feed-forward neurons and, for a
     # narrower student, hidden dimensions cut out of the teacher's (Extract-then-Distill)
     initialize: Literal["teacher", "random", "extract_random", "extract_importance"] = "teacher"
@@ -141,16 +121,15 @@ class TrainingSection(Section):
     decay: Literal["linear", "cosine", "constant"] = "linear"
     clip: Rate = 1.0
     precision: Literal["no", "bf16", "fp16"] = "bf16"
-    # during training, evenly spaced, besides the one at its end
-    evaluations: Count = 5
+    evaluations: Count = 5  # during training, evenly spaced, besides the one at its end
     checkpoint_minutes: Rate = 5
     threads: Positive | None = None  # of torch on a CPU; None leaves torch's choice
     trackers: list[Literal["tensorboard", "wandb", "mlflow", "trackio"]] = []
 
     @model_validator(mode="after")
     def divisible(self):
-        if self.batch_size % self.gradient_accumulation:
-            raise ValueError("batch_size must be a multiple of gradient_accumulation")
+        if self.batch_size % (self.gradient_accumulation * getattr(self, "group_size", 1)):
+            raise ValueError("batch_size must be a multiple of gradient_accumulation (times group_size)")
         return self
 
 
@@ -164,11 +143,11 @@ class Weighted(Section):
     @model_validator(mode="before")
     @classmethod
     def number_is_weight(cls, value):
-        if isinstance(value, cls):
-            return value
-        if not isinstance(value, dict):
+        if not isinstance(value, dict | cls):
             return {"weight": value}
-        if isinstance(value.get("arguments"), dict):  # this class's own form, which Python and model_dump use
+        if isinstance(value, cls) or isinstance(
+            value.get("arguments"), dict
+        ):  # this class's own form, as Python has it
             return value
         known = {key: value[key] for key in ("weight", "start") if key in value}
         return known | {"arguments": {k: v for k, v in value.items() if k not in known}}
@@ -196,12 +175,6 @@ class ComparingStage(TrainingSection):
     unit: Literal["sentence", "line"] = "line"
     group_size: Literal[1, 4] = 1  # 4: each sentence beside a rare-word swap, a dropped word, a half or rotation
     mask: Share = 0.0
-
-    @model_validator(mode="after")
-    def whole_groups(self):
-        if self.batch_size % (self.gradient_accumulation * self.group_size):
-            raise ValueError("batch_size must be a multiple of gradient_accumulation times group_size")
-        return self
 
 
 class VectorTeacher(TeacherSection):
@@ -232,12 +205,9 @@ class VectorsStage(Section):
 
 
 class DualStage(ComparingStage):
-    """Dual training: the teacher reads each word in the student's pieces with probability p.
-
-    joint: version 1 of the paper, teacher and student together. two_stage: version 2, the teacher alone, then
-    `distill` trains the student. match: for teachers without a masked-LM head, mixed input must give, word by word,
-    what the teacher gives on its own segmentation.
-    """
+    """Dual training: the teacher reads each word in the student's pieces with probability p. joint: version 1 of the
+    paper, teacher and student together. two_stage: version 2, the teacher alone, before `distill`. match: without a
+    masked-LM head, mixed input must give what the teacher gives on its own segmentation."""
 
     mode: Literal["joint", "two_stage", "match"] = "joint"
     p: Share = 0.5
@@ -262,8 +232,7 @@ class DualStage(ComparingStage):
 class DistillStage(ComparingStage):
     """Trains the student on its own vocabulary against the teacher on the teacher's, or against stored vectors."""
 
-    # {teacher of `vectors`: the share of its similarities}; {}: equal ones. Out of dumps where it is not set
-    teachers: dict[Name, Weight] = Field(default={}, exclude_if=lambda value: not value)
+    teachers: Later[dict[Name, Weight]] = {}  # {teacher of `vectors`: share of its similarities}; {}: equal ones
 
 
 class Phase(TrainingSection):
@@ -276,9 +245,8 @@ class Phase(TrainingSection):
     evaluations: Count = 0
     losses: Losses = {"labels": Weighted()}
     layer_map: LayerMap = "uniform"
-    # trains through finetune.rounded from here on (straight-through), so that the model is what its delivery holds;
-    # out of dumps where it is not set, so that what was trained before there was such a setting stays finished
-    through_rounding: bool = Field(default=False, exclude_if=lambda value: not value)
+    # trains through finetune.rounded from here on (straight-through), so that the model is what its delivery holds
+    through_rounding: Later[bool] = False
 
 
 class AugmentSection(Section):
@@ -350,8 +318,7 @@ class TaskSection(Section):
 
 
 class DeliverySection(Section):
-    # of the graph: one format, or one for each class of tensor
-    weights: WeightFormats = "int4-128"
+    weights: WeightFormats = "int4-128"  # of the graph: one format, or one for each class of tensor
     kernel: Literal["unsigned", "signed", "float"] = "unsigned"  # of int8 products; see graph.py
     safetensors: Literal["fp16", "fp32"] | None = None  # adds weights for AutoModel and SentenceTransformer
     max_positions: Positive = 128  # of the delivery
@@ -373,8 +340,7 @@ class IndexSection(Section):
 
 
 class EvaluationSection(Section):
-    # held-out sentences for rank agreement and neighbour overlap; 0 leaves these out
-    sentences: Count = 1000
+    sentences: Count = 1000  # held-out ones, for rank agreement and neighbour overlap; 0 leaves these out
     stsb: dict[str, str] = {}  # name -> rows with sentence1, sentence2, label; scored by Spearman
 
 
@@ -389,10 +355,8 @@ class Recipe(Section):
     vectors: VectorsStage | None = None
     dual: DualStage | None = None
     distill: DistillStage | None = None
-    # trains on through the rounding of delivery.weights (straight-through)
-    recovery: DistillStage | None = None
-    # the folder that relative paths of tasks and of rated pairs start from; once read, they have it in them
-    data: str = "."
+    recovery: DistillStage | None = None  # trains on through the rounding of delivery.weights (straight-through)
+    data: str = "."  # where relative paths of tasks and of rated pairs start from; once read, they have it in them
     tasks: dict[Name, TaskSection] = {}
     finetune: FinetuneStage | None = None
     delivery: DeliverySection | None = DeliverySection()  # null: no artifact is wanted
@@ -406,14 +370,12 @@ class Recipe(Section):
 
     @model_validator(mode="after")
     def find_task_files(self):
-        self.data = os.path.expanduser(self.data)
+        folder, stsb = Path(self.data).expanduser(), self.evaluation.stsb
         for task in self.tasks.values():
             for field in ("train", "validation", "test", "teacher", "logits"):
                 if (path := getattr(task, field)) is not None and not path.startswith("package:"):
-                    setattr(task, field, str(Path(self.data) / os.path.expanduser(path)))
-        if self.data != ".":
-            for name, path in self.evaluation.stsb.items():
-                self.evaluation.stsb[name] = str(Path(self.data) / os.path.expanduser(path))
+                    setattr(task, field, str(folder / os.path.expanduser(path)))
+        stsb |= {name: str(folder / os.path.expanduser(path)) for name, path in stsb.items() if self.data != "."}
         self.data = "."
         return self
 
@@ -437,12 +399,12 @@ class Recipe(Section):
         if self.finetune and not self.tasks:
             raise ValueError("finetune: there is no task: add a tasks section")
         phases = self.finetune.phases if self.finetune else []
-        named = [(number, name) for number, phase in enumerate(phases) for name in phase.losses]
-        taught = [f"finetune.phases.{number}.losses.{name}" for number, name in named if name != "labels"]
+        losses = [f"phases.{number}.losses.{loss}" for number, phase in enumerate(phases) for loss in phase.losses]
+        taught = [loss for loss in losses if not loss.endswith(".labels")]
         for name, task in self.tasks.items() if taught else ():
-            if not (self.finetune.teacher or task.teacher or task.logits):
+            if not self.finetune.teacher and task.trains_teacher:
                 mends = f"finetune.teacher, tasks.{name}.teacher or tasks.{name}.logits"
-                raise ValueError(f"{taught[0]} needs a fine-tuned teacher for task {name}: add {mends}")
+                raise ValueError(f"finetune.{taught[0]} needs a fine-tuned teacher for task {name}: add {mends}")
         longest = max((s.max_length for s in (self.dual, self.distill, self.recovery, *phases) if s), default=0)
         positions = self.student.max_position_embeddings
         if positions and longest > positions:
@@ -452,24 +414,19 @@ class Recipe(Section):
     def _check_vectors(self, name: str, stage: DistillStage) -> None:
         known = self.vectors.names if self.vectors else []
         if unknown := set(stage.teachers) - set(known):
-            raise ValueError(
-                f"{name}.teachers.{min(unknown)}: no such teacher in vectors: known are {', '.join(known) or 'none'}"
-            )
+            known = ", ".join(known) or "none"
+            raise ValueError(f"{name}.teachers.{min(unknown)}: no such teacher in vectors: known are {known}")
         if stage.teachers and not any(stage.teachers.values()):
             raise ValueError(f"{name}.teachers: every share is 0: give one teacher a share")
         if self.vectors and stage.group_size > 1:
-            raise ValueError(
-                f"{name}.group_size: near sentences have no stored vectors: leave group_size, or vectors, out"
-            )
+            raise ValueError(f"{name}.group_size: near sentences have no stored vectors: leave it, or vectors, out")
         if not self.vectors and "bank_similarity" in stage.losses:
             raise ValueError(f"{name}.losses.bank_similarity reads stored vectors: add a vectors section")
 
 
 def load_recipe(path: str | Path, overrides: list[str] | tuple[str, ...] = ()) -> Recipe:
-    """Reads a recipe and applies `a.b=value` overrides.
-
-    Raises InputError for a missing or malformed file, an unknown key (with the nearest known one), a wrong value.
-    """
+    """Reads a recipe and applies `a.b=value` overrides. Raises InputError for a missing or malformed file, an unknown
+    key, a wrong value."""
     data = read_yaml(Path(path), "a recipe")
     for override in overrides:
         key, value = parse_override(override)
@@ -493,8 +450,7 @@ def section_in(annotation: Any) -> type[BaseModel] | None:
 
 
 def explain(error: Any, root: type[BaseModel] = Recipe) -> str:
-    """One sentence for a pydantic error of a `root`: the key, what is wrong, and the nearest known key for a misspelt
-    one."""
+    """One sentence for a pydantic error of a `root`: the key, what is wrong, and the nearest known key."""
     where = ".".join(str(part) for part in error["loc"] if "[" not in str(part))  # not the name of a union's branch
     if error["type"] == "extra_forbidden":
         section: type[BaseModel] | None = root
@@ -505,9 +461,8 @@ def explain(error: Any, root: type[BaseModel] = Recipe) -> str:
         key = str(error["loc"][-1])
         renamed = [RENAMED[key]] if RENAMED.get(key) in known else []
         near = renamed or difflib.get_close_matches(key, known, 1, cutoff=0.5)
-        return f"unknown key {where}: " + (
-            f"did you mean {near[0]}?" if near else f"known keys are {', '.join(known) or 'none'}"
-        )
+        meant = f"did you mean {near[0]}?" if near else f"known keys are {', '.join(known) or 'none'}"
+        return f"unknown key {where}: {meant}"
     if error["type"] == "missing":
         return f"{where} is missing"
     message = error["msg"].removeprefix("Value error, ")

@@ -7,6 +7,7 @@ from typing import Any
 import yaml
 
 from tokenizer_build.errors import InputError
+from tokenizer_build.files import decode
 
 
 class RecipeLoader(yaml.SafeLoader):
@@ -18,12 +19,10 @@ class RecipeLoader(yaml.SafeLoader):
     }
 
     def construct_mapping(self, node, deep=False):
-        seen = set()
-        for key, _ in node.value:
-            name = str(key.value)
-            if name in seen:
-                raise yaml.MarkedYAMLError(problem=f"{name} is written twice", problem_mark=key.start_mark)
-            seen.add(name)
+        names = [str(key.value) for key, _ in node.value]
+        for place, (key, _) in enumerate(node.value):
+            if names[place] in names[:place]:
+                raise yaml.MarkedYAMLError(problem=f"{names[place]} is written twice", problem_mark=key.start_mark)
         return super().construct_mapping(node, deep)
 
 
@@ -31,13 +30,10 @@ class RecipeDumper(yaml.SafeDumper):
     """Quotes what `RecipeLoader` would not read back as a string."""
 
 
-RecipeLoader.add_implicit_resolver(
-    "tag:yaml.org,2002:bool", re.compile("(true|false|True|False|TRUE|FALSE)$"), list("tfTF")
-)
+BOOLEAN, NUMBER = re.compile("(true|false|True|False|TRUE|FALSE)$"), re.compile(r"[-+]?\d+(\.\d*)?[eE][-+]?\d+$")
+RecipeLoader.add_implicit_resolver("tag:yaml.org,2002:bool", BOOLEAN, list("tfTF"))
 for either in (RecipeLoader, RecipeDumper):
-    either.add_implicit_resolver(
-        "tag:yaml.org,2002:float", re.compile(r"[-+]?\d+(\.\d*)?[eE][-+]?\d+$"), list("-+0123456789")
-    )
+    either.add_implicit_resolver("tag:yaml.org,2002:float", NUMBER, list("-+0123456789"))
 
 
 def parse_yaml(text: str, origin: str) -> Any:
@@ -50,22 +46,17 @@ def parse_yaml(text: str, origin: str) -> Any:
         where = f" at line {mark.line + 1}" if mark else ""
         raise InputError(f"{origin}: not YAML{where}: {problem}") from None
     except (ValueError, RecursionError) as error:  # a number of thousands of digits; nested too deeply
-        raise InputError(
-            f"{origin}: cannot be read: {str(error).partition(';')[0]}: write it shorter or flatter"
-        ) from None
+        why = str(error).partition(";")[0]
+        raise InputError(f"{origin}: cannot be read: {why}: write it shorter or flatter") from None
 
 
 def read_yaml(path: Path, kind: str, *needed: str) -> dict:
     """The mapping in a YAML file. kind: what it should be, as "a recipe"; needed: the keys that tell it from others.
-
-    Raises InputError for a file that is missing, not UTF-8, not YAML, or not of its kind.
-    """
+    Raises InputError for a file that is missing, not UTF-8, not YAML, or not of its kind."""
     try:
-        data = parse_yaml(path.read_text(encoding="utf-8"), str(path))
+        data = parse_yaml(decode(path.read_bytes(), path), str(path))
     except FileNotFoundError:
         raise InputError(f"{path}: no such {kind.partition(' ')[2]}: correct its path") from None
-    except UnicodeDecodeError as error:
-        raise InputError(f"{path}: not UTF-8 text at byte {error.start}: write {kind} as UTF-8") from None
     except OSError as error:
         raise InputError(f"{path}: cannot be read as {kind}: {error.strerror}") from None
     if not isinstance(data, dict) or not data.keys() >= set(needed):

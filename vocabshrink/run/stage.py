@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import ast
 from dataclasses import dataclass
-from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -16,12 +15,9 @@ if TYPE_CHECKING:
 @dataclass(frozen=True)
 class Stage:
     """One step from text to artifact: the function of its name in `vocabshrink.stages.MODULE`, Context -> summary.
-
-    needs: the stages whose files it reads, those of them that the recipe asks for. reads: the settings that decide what
-    it makes, beside those that decide the stages it needs (`alone`: nothing beside its own). section: the part of the
-    recipe without which it is not asked for; None: it always is. trains: every process of a launcher runs it, not the
-    main one alone. student: it leaves one, in the folder `student`, from which later stages go on.
-    """
+    needs: the stages whose files it reads, where the recipe asks for them. reads: the settings that decide what it
+    makes, beside those that decide the stages it needs (`alone`: its own only). section: the part of the recipe without
+    which it is not asked for. trains: every process runs it. student: it leaves one, in the folder `student`."""
 
     name: str
     module: str
@@ -41,19 +37,15 @@ class Stage:
     @property
     def about(self) -> str:
         """The first line of its function's docstring, read without importing what it does."""
-        return ast.get_docstring(functions_of(self.module)[self.name]).split("\n")[0]
-
-
-@cache
-def functions_of(module: str) -> dict[str, ast.FunctionDef]:
-    """{name: syntax tree} of the functions of a module of `vocabshrink.stages`."""
-    source = Path(__file__).parents[1].joinpath("stages", f"{module}.py").read_text(encoding="utf-8")
-    return {node.name: node for node in ast.parse(source).body if isinstance(node, ast.FunctionDef)}
+        source = Path(__file__).parents[1].joinpath("stages", f"{self.module}.py").read_text(encoding="utf-8")
+        functions = {node.name: node for node in ast.parse(source).body if isinstance(node, ast.FunctionDef)}
+        return ast.get_docstring(functions[self.name]).split("\n")[0]
 
 
 HEAD = {"section": "masked_lm_head", "trains": True, "alone": True}  # in the teacher's pieces, whatever the student's
 STUDENT = {"trains": True, "student": True}
-LAST = "encode masked_lm_head vectors dual distill"
+BEFORE = "encode masked_lm_head vectors dual"
+LAST = f"{BEFORE} distill"
 STAGES = {
     stage.name: stage
     for stage in (
@@ -63,14 +55,7 @@ STAGES = {
         Stage("masked_lm_head", "training", "encode", "corpus teacher masked_lm_head seed", **HEAD),
         Stage("vectors", "training", "", "corpus teacher vectors seed", "vectors"),
         Stage("dual", "training", "encode masked_lm_head", "student dual seed corpus", "dual", **STUDENT),
-        Stage(
-            "distill",
-            "training",
-            "encode masked_lm_head vectors dual",
-            "student distill seed corpus",
-            "distill",
-            **STUDENT,
-        ),
+        Stage("distill", "training", BEFORE, "student distill seed corpus", "distill", **STUDENT),
         Stage("recovery", "training", LAST, "recovery delivery.weights", "recovery", **STUDENT),
         Stage("task_teacher", "tasks", "", "teacher tasks finetune.teacher", "finetune.teacher", trains=True),
         Stage("augment", "tasks", "masked_lm_head", "teacher tasks finetune.augment", "finetune.augment"),

@@ -1,8 +1,7 @@
 """Use a delivered model without torch: embed, classify, label words, fill a mask.
 
-Needs numpy, onnxruntime and tokenizers, and imports the last two only when a folder is loaded: a first answer takes
-0.3 s and 80 MB where torch and transformers take 4 s and 415 MB. Whatever is read from a folder is first checked
-against MANIFEST.json (10 ms for 7 MB), and nothing outside the folder is read.
+Imports onnxruntime and tokenizers only when a folder is loaded: a first answer takes 0.3 s and 80 MB where torch and
+transformers take 4 s and 415 MB. Whatever is read is checked against MANIFEST.json, and nothing outside the folder is.
 
     model = load("artifacts/minilm-l6-7mb")
     model.embed(["a text", "another"])            # [2, 384] float32
@@ -12,6 +11,7 @@ import hashlib
 import os
 import re
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
@@ -24,6 +24,7 @@ CHARACTERS_A_PIECE = 32  # of a long text at first: a text is tokenised no furth
 # A graph's inputs and the tokenizer's names for them; the last may be missing.
 INPUTS = {"input_ids": "ids", "attention_mask": "attention_mask", "token_type_ids": "type_ids"}
 Text = str | tuple[str, str]
+Prompt = str | Sequence[str] | None  # a name, or several of which the first that is known counts
 # Options of sentence-transformers' encode that change what it gives, and the only value of each that is possible here
 USUAL = {"convert_to_tensor": False, "output_value": "sentence_embedding", "precision": "float32"}
 QUERY, PASSAGE = ("query",), ("passage", "document")  # names of the prompts for what searches and for what is searched
@@ -31,12 +32,9 @@ QUERY, PASSAGE = ("query",), ("passage", "document")  # names of the prompts for
 
 class Delivery:
     """A loaded delivery: its `manifest`, `task` (a key of KINDS), `labels` ([] where it has none), `dimension` and
-    `prompts` ({name: what stands before each text}, {} where it was trained without).
-
-    A text is cut at `longest` pieces. Texts of similar length share a batch of `batch_size`, so that there is little
-    padding; answers come in the order of the texts. Each method raises InputError for a model of another task and for
-    what is not a text: not a string, empty, or with a lone surrogate.
-    """
+    `prompts` ({name: what stands before each text}). A text is cut at `longest` pieces; `batch_size` texts of like
+    length share a batch. Methods raise InputError for a model of another task and for what is not a text
+    (`check_text`)."""
 
     def __init__(self, session, tokenizer, manifest: dict, labels: list[str]):
         self.session, self.tokenizer, self.manifest, self.labels = session, tokenizer, manifest, labels
@@ -48,62 +46,41 @@ class Delivery:
         self.columns: int = {"embedding": self.dimension, "fill-mask": pieces}.get(self.task, len(labels))
 
     def embed(
-        self,
-        texts: Sequence[str],
-        batch_size: int = 32,
-        *,
-        prompt: str | Sequence[str] | None = None,
-        dimensions: int | None = None,
+        self, texts: Sequence[str], batch_size: int = 32, *, prompt: Prompt = None, dimensions: int | None = None
     ) -> np.ndarray:
-        """Embeddings [len(texts), dimension] float32.
-
-        prompt: see `prefix`. dimensions: only so many of the first, at unit length if the whole is; of a model that was
-        trained for it.
-        """
-        before = self.prefix(prompt)
-        return self._embed([before + text for text in self._texts("embed", texts)], batch_size, dimensions)
+        """Embeddings [len(texts), dimension] float32. prompt: see `prefix`. dimensions: only so many of the first, at
+        unit length if the whole is; of a model that was trained for it."""
+        return self._embed(self.prefix(prompt), self._texts("embed", texts), batch_size, dimensions)
 
     def encode(
-        self,
-        sentences: str | Sequence[str],
-        prompt_name: str | None = None,
-        prompt: str | None = None,
-        batch_size: int = 32,
-        show_progress_bar: bool | None = None,
-        convert_to_numpy: bool = True,
-        normalize_embeddings: bool = False,
-        **others,
+        self, sentences: str | Sequence[str], prompt_name: str | None = None, prompt: str | None = None, **others
     ) -> np.ndarray:
-        """`embed` under the signature of `SentenceTransformer.encode`, for what expects one: float32 [len(sentences),
-        dimension], or [dimension] of a single text; an empty text is none but special tokens.
-
-        prompt_name: of `prompts`. prompt: the words themselves. truncate_dim: `dimensions`. Others are ignored, but
-        those that ask for anything else than float32 arrays raise InputError.
-        """
+        """`embed` under the signature of `SentenceTransformer.encode`: float32 [len(sentences), dimension], or
+        [dimension] of a single text; a text may be empty. prompt: the words themselves. Others: batch_size,
+        normalize_embeddings, truncate_dim (`dimensions`); InputError for those that ask for other than float32 arrays;
+        the rest is ignored."""
         for name, usual in USUAL.items():
             if others.get(name, usual) != usual:
                 raise InputError(f"encode(..., {name}={others[name]!r}): only {usual!r} is possible: leave it out")
         texts = self._texts("embed", [sentences] if isinstance(sentences, str) else sentences, empty=True)
         before = self.prefix(prompt_name) if prompt is None else prompt
-        vectors = self._embed([before + text for text in texts], batch_size, others.get("truncate_dim"))
-        vectors = unit(vectors) if normalize_embeddings else vectors
+        vectors = self._embed(before, texts, others.get("batch_size", 32), others.get("truncate_dim"))
+        vectors = unit(vectors) if others.get("normalize_embeddings") else vectors
         return vectors[0] if isinstance(sentences, str) else vectors
 
-    def _embed(self, texts: list[str], batch_size: int, dimensions: int | None) -> np.ndarray:
+    def _embed(self, before: str, texts: list[str], batch_size: int, dimensions: int | None) -> np.ndarray:
         trained = self.manifest.get("dimensions", [])
         if dimensions is not None and dimensions not in trained:
             known = ", ".join(map(str, trained)) or f"{self.dimension}, all of them, so leave it out"
             raise InputError(f"dimensions is {dimensions}: this model was trained for {known}")
         out = np.empty((len(texts), dimensions or self.dimension), dtype=np.float32)
-        for i, row in self._run(self._encode(texts), batch_size):
+        for i, row in self._run(self._encode([before + text for text in texts]), batch_size):
             out[i] = row[:dimensions]
         return unit(out) if dimensions and self.manifest.get("normalize", True) else out
 
     def classify(self, texts: Sequence[Text], batch_size: int = 32) -> tuple[list[str], np.ndarray]:
-        """The likeliest label of each text or (first, second) pair, and scores [len(texts), len(labels)] float32.
-
-        Scores are probabilities in the order of `labels`, or the plain output of a model with one label.
-        """
+        """The likeliest label of each text or (first, second) pair, and scores [len(texts), len(labels)] float32:
+        probabilities in the order of `labels`, or the plain output of a model with one label."""
         texts = self._texts("classify", texts)
         scores = np.empty((len(texts), len(self.labels)), dtype=np.float32)
         for i, row in self._run(self._encode(texts), batch_size):
@@ -111,11 +88,9 @@ class Delivery:
         return [self.labels[best] for best in scores.argmax(axis=1)], scores
 
     def label_tokens(self, texts: Sequence[str | Sequence[str]], batch_size: int = 32) -> list[list[dict]]:
-        """For each text (or list of words) one {"word", "label", "score"} a word, in order.
-
-        A text is split at white space. A word's label is that of its first piece; one without a piece, or beyond the
-        cut, is labelled O (the first label if there is no O) with a score of 0.
-        """
+        """For each text (split at white space) or list of words one {"word", "label", "score"} a word, in order, of its
+        first piece; a word without one, or beyond the cut, is labelled O (the first label if there is no O), score
+        0."""
         words = [text.split() if isinstance(text, str) else list(text) for text in self._texts("label_tokens", texts)]
         # A word is a piece or more, so words beyond max_positions are never seen: they need not be tokenised.
         encodings = self.tokenizer.encode_batch([row[: self.longest] for row in words], is_pretokenized=True)
@@ -147,12 +122,9 @@ class Delivery:
                 out[i].append({"piece": name, "score": float(scores[piece]), "text": filled + after})
         return out
 
-    def prefix(self, prompt: str | Sequence[str] | None = None) -> str:
-        """What stands before each text: the prompt of this name, or of the first of these names that the model has.
-
-        None, and names of which it has none: its default prompt, if it has one; "": nothing. Raises InputError for a
-        name that it does not know.
-        """
+    def prefix(self, prompt: Prompt = None) -> str:
+        """What stands before each text: the prompt of this name, or of the first of these names that the model has;
+        its default prompt for None, and for names of which it has none. Raises InputError for an unknown name."""
         if isinstance(prompt, str) and prompt not in {"", *self.prompts}:
             raise InputError(f"prompt {prompt!r} is unknown: this model's are {', '.join(self.prompts) or 'none'}")
         names = [prompt] if isinstance(prompt, str) else [*(prompt or ()), self.manifest.get("default_prompt")]
@@ -200,18 +172,12 @@ class Delivery:
                 found = self.session.run([KINDS[self.task].output], feed)[0]
             except Exception as error:  # onnxruntime's have no common class but this
                 raise InputError(f"the graph cannot be run ({error}): export the model again") from error
-            words = [len(batch[-1].ids)] if self.task in ("tokens", "fill-mask") else []
-            if found.shape != (len(rows), *words, self.columns):
-                raise InputError(f"the graph's {KINDS[self.task].output} has the shape {found.shape}: export it again")
             yield from zip(rows, found, strict=True)
 
 
 def load(folder: str | Path, threads: int = 1) -> Delivery:
-    """The model of a delivered folder, on `threads` processor threads.
-
-    Raises InputError where the manifest or a file is missing, altered, outside the folder or of another model, and
-    where the graph's inputs and outputs are not what the manifest says.
-    """
+    """The model of a delivered folder, on `threads` processor threads. Raises InputError where manifest or file are
+    missing, altered, outside the folder or of another model."""
     if threads < 1:
         raise InputError(f"threads is {threads}: give 1 or more")
     folder = Path(folder)
@@ -230,21 +196,18 @@ def load(folder: str | Path, threads: int = 1) -> Delivery:
     options.add_session_config_entry("session.model_external_initializers_file_folder_path", nowhere)
     reading = folder / manifest["graph"]
     try:
-        session = onnxruntime.InferenceSession(
-            contents[manifest["graph"]], options, providers=["CPUExecutionProvider"], enable_fallback=0
-        )
+        graph = contents[manifest["graph"]]
+        session = onnxruntime.InferenceSession(graph, options, providers=["CPUExecutionProvider"], enable_fallback=0)
         reading = folder / "config.json"
         config = {} | parse_json(contents["config.json"])
         names = {str(key): str(name) for key, name in (config.get("id2label") or {}).items()}
     except Exception as error:  # onnxruntime's have no common class but this
-        raise InputError(
-            f"{reading} cannot be read ({error}): update onnxruntime, or export the model again"
-        ) from error
+        raise InputError(f"{reading} cannot be read ({error}): update onnxruntime, or export again") from error
     tokenizer = parse_tokenizer(contents["tokenizer.json"], folder / "tokenizer.json")
     tokenizer.enable_truncation(manifest["max_positions"])
     tokenizer.encode_special_tokens = manifest["task"] != "fill-mask"  # a [SEP] in a text is text, as in training
-    names = names if KINDS[manifest["task"]].labelled else {}
-    delivery = Delivery(session, tokenizer, manifest, [names.get(str(i)) for i in range(len(names))])
+    labels = [names.get(str(i)) for i in range(len(names))] if KINDS[manifest["task"]].labelled else []
+    delivery = Delivery(session, tokenizer, manifest, labels)
     if wrong := _misfit(delivery, config):
         raise InputError(f"{folder}: {wrong}: MANIFEST.json or config.json is another model's: export the model again")
     return delivery
@@ -262,8 +225,7 @@ def check_text(name: str, text: str, empty: bool = False) -> None:
     if not (empty or text.strip()):
         raise InputError(f"{name} is empty: leave it out")
     if half := re.search(r"[\ud800-\udfff]", text):
-        what = f"{name} has a lone surrogate ({half[0]!r}, character {half.start()})"
-        raise InputError(f"{what}: decode it again with errors='replace'")
+        raise InputError(f"{name} has a lone surrogate ({half[0]!r}, character {half.start()}): mend its encoding")
 
 
 def unit(vectors: np.ndarray) -> np.ndarray:
@@ -306,10 +268,9 @@ def _read(folder: Path) -> tuple[dict, dict[str, bytes]]:
     if inside[0].parent.name == "snapshots":  # the hub's cache, whose files are links to its repository's own blobs
         inside.append(inside[0].parents[1] / "blobs")
     for name in (manifest["graph"], *manifest["files"]):
-        try:
+        within = False
+        with suppress(OSError, ValueError, RuntimeError):  # too long; a NUL; a link to itself
             within = any((folder / name).resolve().is_relative_to(place) for place in inside)
-        except (OSError, ValueError, RuntimeError):  # too long; a NUL or half a character; a link to itself
-            within = False
         if not within:
             raise InputError(f"{path} names {name!r}, which lies outside the folder: it is not to be trusted")
     contents = {}

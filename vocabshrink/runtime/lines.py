@@ -16,13 +16,10 @@ ANSWERS = {"embed": ["embedding"], "classify": ["label", "scores"], "label_token
 def answer_lines(
     command: str, folder: str | Path, lines: Iterable[str | bytes], out: TextIO, *, threads: int = 1, **options
 ) -> int:
-    """Write an answer to `out` as JSONL for each line, in order; the number of lines.
-
+    """Write an answer to `out` as JSONL for each line of what may be an endless stream, in order; the number of lines.
     "embed" writes {"text", "embedding"}; "classify" a classifier's {"text", "label", "scores": {label: score}} or a
-    tagger's {"text", "words"}; all of them are null for an empty line. A line with exactly one tab is read as a pair
-    where the manifest says that the model was trained on pairs. `lines` may be an endless stream: it is read
-    LINES_AT_ONCE at a time. options: of `Delivery`'s method. Raises InputError with the line's number.
-    """
+    tagger's {"text", "words"}; all of them are null for an empty line. A line with exactly one tab is a pair where the
+    model was trained on pairs. options: of `Delivery`'s method. Raises InputError with the line's number."""
     model, lines, done = load(folder, threads), iter(lines), 0
     method = "label_tokens" if command == "classify" and model.task == "tokens" else command
     pairs = method == "classify" and model.manifest.get("pairs", False)

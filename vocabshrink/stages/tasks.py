@@ -31,7 +31,7 @@ from vocabshrink.models.rounding import fake_quantize_
 from vocabshrink.models.spelling import shared_pieces
 from vocabshrink.models.student import read_student, save_model
 from vocabshrink.models.task_model import load_task_model, student_model
-from vocabshrink.run.engine import Context, saying_millions, settings_of
+from vocabshrink.run.engine import Context, saying, settings_of
 from vocabshrink.run.folder import RunDir
 from vocabshrink.stages import inputs
 from vocabshrink.training.augment import augment_task, augmented_rows
@@ -85,7 +85,7 @@ def train_teacher(context: Context, task: Task, unit: Path, mark: str) -> dict:
 def augment(context: Context) -> dict:
     """Writes the augmented training rows of every task."""
     section, teacher = context.recipe.finetune.augment, inputs.read_teacher(context)
-    progress = saying_millions("augment", "rows", every=1)
+    progress = saying("augment: rows", 1_000_000)
     return {
         name: augment_task(task, teacher, context.folder / f"{name}.jsonl", section, progress)
         for name, task in inputs.read_tasks(context.recipe).items()

@@ -10,7 +10,7 @@ from tokenizer_build.files import write_json
 from tokenizer_build.tokenizer import adopt_tokenizer, load_tokenizer, lowercases, make_tokenizer, save_tokenizer
 from tokenizer_build.trainers import train_vocabulary
 from vocabshrink.data.lexicon import encode_corpus
-from vocabshrink.run.engine import Context, saying_millions
+from vocabshrink.run.engine import Context, saying
 from vocabshrink.run.recipe import Recipe
 from vocabshrink.stages.inputs import given_tokenizer, teacher_folder
 
@@ -19,7 +19,7 @@ def count(context: Context) -> dict:
     """Counts the words of the corpus, streamed and in parallel."""
     corpus = context.recipe.corpus
     options = {"column": corpus.column, "lowercase": reads_lowercase(context.recipe), "processes": corpus.processes}
-    counts = count_words(corpus.sources, **options, progress=saying_millions("count", "words", every=10))
+    counts = count_words(corpus.sources, **options, progress=saying("count: words", 10_000_000))
     write_counts(counts, context.folder / "counts.parquet")
     return {"words": sum(counts.values()), "distinct_words": len(counts)}
 
@@ -66,5 +66,5 @@ def segmentation_examples(counts: dict[str, int], teacher: Tokenizer, student: T
 def encode(context: Context) -> dict:
     """Reads the corpus once into word ids and a lexicon of each word's pieces in both vocabularies."""
     corpus, tokenizers = context.recipe.corpus, (teacher_folder(context.recipe), context.vocabulary)
-    blocks, progress = read_blocks(corpus.sources, corpus.column), saying_millions("encode", "words", every=10)
+    blocks, progress = read_blocks(corpus.sources, corpus.column), saying("encode: words", 10_000_000)
     return encode_corpus(blocks, *tokenizers, context.folder, processes=corpus.processes, progress=progress)

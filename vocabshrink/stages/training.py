@@ -22,7 +22,7 @@ from vocabshrink.models.rounding import bake, quantization_aware
 from vocabshrink.models.spelling import shared_pieces, spellings
 from vocabshrink.models.student import load_student, new_student_head, save_student
 from vocabshrink.models.teacher import Teacher, load_head, new_head, save_head
-from vocabshrink.run.engine import Context, main_process, say, saying_left, wait_for_everyone
+from vocabshrink.run.engine import Context, main_process, say, saying, wait_for_everyone
 from vocabshrink.run.layer_map import layer_pairs
 from vocabshrink.run.recipe import DistillStage, TrainingSection, Weighted
 from vocabshrink.stages import inputs
@@ -63,7 +63,7 @@ def vectors(context: Context) -> dict:
         prompt = said.prompts.get(said.default_prompt) if section.prompt is None else section.prompt
         options = {"max_length": stage.max_length, "batch_size": stage.batch_size, "prompt": prompt}
         embed = torch_embedder(backbone, teacher.folder, teacher.pooling, False, **options)
-        stored.store_vectors(work, name, sentences, embed, partial(saying_left, f"vectors of {name}", len(sentences)))
+        stored.store_vectors(work, name, sentences, embed, partial(saying, f"vectors of {name}", 1, len(sentences)))
         found[name] = teacher.config.hidden_size
     for entry in (work / "sentences.jsonl", *work.glob("*.npy")):
         entry.rename(context.folder / entry.name)
