@@ -156,7 +156,7 @@ class _Reader:
             return *texts.values(), self._target(place, label, blind)
         labels = labels or [None] * len(tokens) * blind
         if len(labels) != len(tokens):
-            raise InputError(f"{place}: {len(tokens)} {section.tokens} and {len(labels)} {self.field}: give each token one")
+            raise InputError(f"{place}: {len(tokens)} {section.tokens} and {len(labels)} {self.field}: give each one")
         return tokens, np.array([self._target(place, label, blind) for label in labels], np.int64)
 
     def _target(self, place: str, value, blind: bool) -> int | float:
