@@ -279,13 +279,13 @@ WRONG = {
     "more labels": (
         changed(TOKENS, slots=["O", "O"]),
         {"kind": "tokens"},
-        "row 2: 1 tokens and 2 slots: give each token one",
+        "row 2: 1 tokens and 2 slots: give each one",
     ),
     "labels no list": (changed(TOKENS, slots=7), {"kind": "tokens", "labels": ["O", "B-x"]}, "row 2: slots 7 is none"),
     "no token labels": (
         changed(TOKENS, slots=...),
         {"kind": "tokens", "labels": ["O", "B-x"]},
-        "row 2: 1 tokens and 0 slots: give each token one",
+        "row 2: 1 tokens and 0 slots: give each one",
     ),
     "metric of another kind": (
         SINGLE,

@@ -152,7 +152,7 @@ class _Reader:
                 raise InputError(f"{place}: {field} is {text!r:.80}, not text: {remedy}")
         if section.kind != "tokens":
             if last not in texts and row.get(last) is not None:
-                raise InputError(f"{place}: it has {last} and the first training row not: give it in all or none")
+                raise InputError(f"{place}: it has {last} and the first training row has none: give it in all or none")
             return *texts.values(), self._target(place, label, blind)
         labels = labels or [None] * len(tokens) * blind
         if len(labels) != len(tokens):
