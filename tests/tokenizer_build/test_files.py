@@ -5,6 +5,8 @@ import json
 import multiprocessing
 import os
 import signal
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -14,6 +16,7 @@ import torch
 from tokenizer_build.errors import InputError
 from tokenizer_build.files import (
     claimed,
+    clean,
     naming_bad_disk,
     read_json,
     read_jsonl,
@@ -130,6 +133,7 @@ def test_a_failed_folder_leaves_the_old_one_and_nothing_else(tmp_path, monkeypat
             raise PermissionError(13, "refused")
         replace(source, target)
 
+    monkeypatch.setattr("tokenizer_build.files._exchanged", lambda *_: False)  # as on file systems that cannot
     monkeypatch.setattr(os, "replace", refuse_the_new)
     with pytest.raises(InputError, match="model cannot be written .*: choose another place"), replacing_folder(folder):
         pass
@@ -222,3 +226,14 @@ def test_a_folder_that_may_not_be_written_is_named(error, tmp_path):
     named = pytest.raises(InputError, match=r"out.json cannot be written \(.*\): choose another place")
     with named, naming_bad_disk(tmp_path / "out.json"):
         raise error
+
+
+def test_a_folder_that_a_killed_process_had_moved_aside_comes_back(tmp_path):
+    """Where names cannot be exchanged in one step, there is a moment in which the folder has neither."""
+    child = subprocess.Popen([sys.executable, "-c", ""])
+    child.wait()
+    for role in ("old", "new"):
+        (tmp_path / f".last.{role}.{child.pid}.tmp").mkdir()
+        (tmp_path / f".last.{role}.{child.pid}.tmp" / "which").write_text(role)
+    clean(tmp_path / "last")
+    assert [path.name for path in tmp_path.iterdir()] == ["last"] and (tmp_path / "last/which").read_text() == "old"

@@ -34,6 +34,7 @@ ATTENTION = set(readers(LOSSES, "queries", "keys", "values"))
 ACROSS_VOCABULARIES = set(readers(LOSSES, "both vocabularies"))
 TASK = set(readers(LOSSES, "task logits"))
 SENTENCE = {"sentence_cosine", "group_similarity", "batch_similarity"}
+STORED = {"bank_similarity"}  # of stored vectors: test_distillation.py
 GIVEN = {"student_masked_lm", "teacher_masked_lm", "parameters_down", "parameters_up"}  # by functions; tested below
 OF_VIEWS = sorted(LAYERWISE | ATTENTION | SENTENCE | ACROSS_VOCABULARIES | TASK)
 RELATIONS = sorted(name for name in ATTENTION if name.endswith("relations"))
@@ -107,7 +108,7 @@ def certain(forward: Forward) -> Forward:
 
 
 def test_every_loss_is_tested():
-    assert sorted({*OF_VIEWS, *GIVEN}) == sorted(LOSSES)
+    assert sorted({*OF_VIEWS, *GIVEN, *STORED}) == sorted(LOSSES)
     assert all(loss.__doc__ and loss.__name__ == name for name, loss in LOSSES.items())
 
 
@@ -838,7 +839,7 @@ class TestCheckLosses:
             ("task teacher", {"labels"}),
             ("match", LAYERWISE | ATTENTION | SENTENCE),
             ("joint", LAYERWISE | ATTENTION | GIVEN | {"sentence_cosine", "batch_similarity"}),
-            ("distill", LAYERWISE | ATTENTION | SENTENCE | ACROSS_VOCABULARIES | {"student_masked_lm"}),
+            ("distill", LAYERWISE | ATTENTION | SENTENCE | STORED | ACROSS_VOCABULARIES | {"student_masked_lm"}),
             ("finetune", LAYERWISE | ATTENTION | TASK | {"sentence_cosine", "batch_similarity"}),
         ],
     )

@@ -14,7 +14,10 @@ from transformers import (
     AutoTokenizer,
     BertConfig,
     BertForSequenceClassification,
+    CamembertConfig,
     DistilBertConfig,
+    ElectraConfig,
+    MPNetConfig,
     RobertaConfig,
     XLMRobertaConfig,
 )
@@ -41,6 +44,9 @@ FAMILIES = {
     "bert": BertConfig(**SHAPE),
     "roberta": RobertaConfig(**SHAPE, max_position_embeddings=40),
     "xlm-roberta": XLMRobertaConfig(**SHAPE, max_position_embeddings=40),
+    "camembert": CamembertConfig(**SHAPE, max_position_embeddings=40),
+    "mpnet": MPNetConfig(**SHAPE, max_position_embeddings=40),
+    "electra": ElectraConfig(**SHAPE, embedding_size=8),
     "albert": AlbertConfig(**SHAPE, embedding_size=8),
     "distilbert": DistilBertConfig(dim=16, n_layers=2, n_heads=2, hidden_dim=24, vocab_size=40),
 }
@@ -183,12 +189,12 @@ def test_a_fine_tuned_teacher_is_checked(lines, tiny_teacher, tmp_path):
 
 
 def test_a_family_without_a_known_head_is_refused(lines, tiny_teacher, tmp_path):
-    from transformers import ElectraConfig, ElectraModel
+    from transformers import DebertaV2Config, DebertaV2Model
 
-    ElectraModel(ElectraConfig(**SHAPE | {"vocab_size": 300})).save_pretrained(tmp_path)
+    DebertaV2Model(DebertaV2Config(**SHAPE | {"vocab_size": 300})).save_pretrained(tmp_path)
     for name in ("tokenizer.json", "tokenizer_config.json"):
         (tmp_path / name).write_bytes((tiny_teacher / name).read_bytes())
-    with pytest.raises(InputError, match=r"electra cannot be a task teacher: use one of bert, roberta"):
+    with pytest.raises(InputError, match=r"deberta-v2 cannot be a task teacher: use one of bert, roberta"):
         load_task_model(str(tmp_path), a_task(lines), trained=False)
 
 

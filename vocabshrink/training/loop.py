@@ -23,7 +23,7 @@ from torch import nn
 from torch.nn.utils import get_total_norm
 
 from tokenizer_build.errors import InputError
-from tokenizer_build.files import checksum, parse_json, plain, replacing_folder, write_json
+from tokenizer_build.files import checksum, clean, parse_json, plain, replacing_folder, write_json
 from vocabshrink.data.batches import Batch, prefetch
 from vocabshrink.data.pieces import mapped
 from vocabshrink.run.folder import RunDir
@@ -311,6 +311,7 @@ def sum_of(meta: dict) -> int:
 
 def read_meta(folder: Path) -> dict | None:
     """The checkpoint's meta, or None where there is none. Raises InputError for a damaged one."""
+    clean(folder)
     if not folder.exists():
         return None
     try:
