@@ -1,4 +1,4 @@
-"""Draws docs/pareto.svg from artifacts/bench: bytes (delivery.json) against STS-B test (score.json).
+"""Draws docs/pareto.svg from artifacts/bench/score.json: bytes against STS-B test.
 
 The background is transparent and every colour is legible on white and on black, since README is shown on both.
 """
@@ -11,9 +11,9 @@ from matplotlib.figure import Figure
 
 DOCS = Path(__file__).parent
 OURS, PEER, INK, GRID = "#3b82f6", "#d1662a", "#7a828c", "#8b949e55"
-LABELS = {  # system in both files: label, where it stands beside its point
-    "minilm-l6-7mb": ("minilm-l6-7mb, 4 bits", (9, -3)),
-    "minilm-fast-7mb": ("minilm-fast-7mb, 8 bits", (9, -3)),
+LABELS = {  # system: label, where it stands beside its point
+    "mpnet-7mb": ("mpnet-7mb, 4 bits", (9, -3)),
+    "mpnet-fast-7mb": ("mpnet-fast-7mb, 8-bit products", (9, -3)),
     "model2vec": ("model2vec, static vectors", (9, -3)),
     "teacher-int8": ("all-MiniLM-L6-v2, int8", (0, 10)),
     "teacher-fp32": ("all-MiniLM-L6-v2, fp32", (0, 10)),
@@ -22,9 +22,10 @@ LABELS = {  # system in both files: label, where it stands beside its point
 
 def main() -> None:
     bench = DOCS.parent / "artifacts/bench"
-    systems = json.loads((bench / "delivery.json").read_text())["systems"]
-    scores = {
-        row["model"]: row["value"] for row in json.loads((bench / "score.json").read_text()) if row["task"] == "stsb"
+    points = {
+        row["model"]: (row["bytes"] / 1e6, row["value"])
+        for row in json.loads((bench / "score.json").read_text())
+        if row["task"] == "stsb"
     }
     style = {"svg.fonttype": "none", "svg.hashsalt": "pareto", "font.size": 10, "text.color": INK}
     style |= {"axes.labelcolor": INK, "xtick.color": INK, "ytick.color": INK, "axes.edgecolor": INK}
@@ -32,7 +33,7 @@ def main() -> None:
         figure = Figure(figsize=(7.2, 3.4), layout="constrained")
         axes = figure.subplots()
         for name, (label, offset) in LABELS.items():
-            point = (systems[name]["bytes"] / 1e6, scores[name])
+            point = points[name]
             ours = name.endswith("mb")
             axes.plot(*point, "o", color=OURS if ours else PEER, markersize=9 if ours else 7)
             shown = {"ha": "left" if offset[0] else "center", "color": OURS if ours else INK}

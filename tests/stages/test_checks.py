@@ -19,7 +19,7 @@ from vocabshrink.stages import checks
 from vocabshrink.stages.checks import check_recipe
 
 NARROW = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 32}
-ATTENTION = {"distill": TRAINING | {"losses": {"value_relations": 1}}}
+SCORES = {"distill": TRAINING | {"losses": {"attention_scores": 1}}}
 TASK = {"tasks": {"made_up": {"train": "none.jsonl", "validation": "none.jsonl"}}, "finetune": {}}
 
 # family of the teacher -> [(sections, what is said)]
@@ -38,9 +38,12 @@ REFUSED = {
         ({"delivery": {"budget": "20kB"}}, "over the budget"),
         ({"teacher_sha256": "0" * 64}, "teacher.sha256"),
     ],
+    "albert": [
+        ({"student": NARROW | {"initialize": "extract_importance"}}, "a albert teacher does not have BERT's layers"),
+    ],
     "mpnet": [
-        ({"student": NARROW | {"initialize": "extract_importance"}}, "a mpnet teacher does not have BERT's layers"),
-        (ATTENTION, "mpnet: where its attention is computed is not known"),
+        (SCORES, "mpnet: how its attention is computed is not known"),
+        ({"distill": DISTILL | {"max_length": 65}}, "distill.max_length 65 is over the student's 64 positions"),
     ],
 }
 
@@ -153,10 +156,10 @@ def test_a_folder_that_joins_poolings_needs_the_recipes_word(tiny_teacher, corpu
 
 @pytest.mark.parametrize("how", ["extract_random", "extract_importance"])
 def test_a_refused_extraction_leaves_no_stage_folder(how, folders, corpus_file, tmp_path, monkeypatch):
-    data = tiny_recipe(folders["mpnet"], corpus_file, "untrained", student={"initialize": how})
+    data = tiny_recipe(folders["albert"], corpus_file, "untrained", student={"initialize": how})
     monkeypatch.chdir(tmp_path)
     (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(data))
-    words = f"^student.initialize {how}: a mpnet teacher does not have BERT's layers: choose teacher or random$"
+    words = f"^student.initialize {how}: a albert teacher does not have BERT's layers: choose teacher or random$"
     with pytest.raises(InputError, match=words):
         app(["run", "recipe.yaml"], standalone_mode=False)
     assert not list(tmp_path.glob("artifacts/*/*"))
