@@ -138,8 +138,8 @@ def _load_model(folder: Path, settings: ExportSettings) -> nn.Module:
     if not 2 < settings.max_positions <= (most := config.max_position_embeddings):
         raise InputError(f"max_positions {settings.max_positions} is not possible: give 3 to {most:,} (the model's)")
     loader = student_class(config, KINDS[task].architecture.removeprefix("Bert"))
-    found = (config.architectures or ["a model without a head"])[0]
-    if task != "embedding" and found != (name := loader.__name__):
+    found = f"a {(config.architectures or ['model without a head'])[0]}"
+    if task != "embedding" and found != f"a {(name := loader.__name__)}":
         raise InputError(f"{folder} holds {found}, which has no head for {task}: give the folder of a {name}")
     if task == "fill-mask" and not config.tie_word_embeddings:
         raise InputError(f"{folder}: the masked-LM decoder is not tied to the embeddings, which alone can be exported")
