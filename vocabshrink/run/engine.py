@@ -136,9 +136,10 @@ def content_of(path: str) -> list[int]:
 
 
 def refuse_changed(folder: Path, files: dict[str, list[int]]) -> None:
-    """Raises InputError where a file that a stage read holds something else now. All gone say nothing."""
+    """Raises InputError where a file that a stage read holds something else now, or another came beside it. One that is
+    gone says nothing."""
     before = read_json(folder / "settings.json").get("files", {})
-    changed = sorted(path for path in before.keys() | files.keys() if before.get(path) != files.get(path))
+    changed = sorted(path for path in files if before.get(path) != files[path])
     if changed and before.keys() & files.keys():
         raise InputError(f"{changed[0]} is not what it was when {folder} was made from it: put back what was there")
 
