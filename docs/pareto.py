@@ -12,10 +12,10 @@ from matplotlib.figure import Figure
 DOCS = Path(__file__).parent
 OURS, PEER, INK, GRID = "#3b82f6", "#d1662a", "#7a828c", "#8b949e55"
 LABELS = {  # system: label, where it stands beside its point
-    "mpnet-7mb": ("mpnet-7mb, 4 bits", (9, -3)),
-    "mpnet-fast-7mb": ("mpnet-fast-7mb, 8-bit products", (9, -3)),
+    "mpnet-7mb": ("mpnet-7mb, 4 bits", (7, 6)),
+    "mpnet-fast-7mb": ("mpnet-fast-7mb, 8-bit products", (7, -15)),
     "model2vec": ("model2vec, static vectors", (9, -3)),
-    "teacher-int8": ("all-MiniLM-L6-v2, int8", (0, 10)),
+    "teacher-int8": ("all-MiniLM-L6-v2, int8", (9, -3)),
     "teacher-fp32": ("all-MiniLM-L6-v2, fp32", (0, 10)),
 }
 
