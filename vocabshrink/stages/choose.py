@@ -169,7 +169,7 @@ def choose_effort(look: Look, shape: Shape, minutes: float | None, tokens: int |
         seconds = 60 * minutes
         sentences = min(look.sentences, int(VECTORS * seconds * speeds[0] / length))
         left = (VECTORS + TRAINING + RECOVERY) * seconds - sentences * length / speeds[0]
-        trained = left * speeds[1] / 3.5  # a step is a pass forward, two backward, the optimizer and the losses
+        trained = left * speeds[1] / 5  # a step is a pass forward, two backward, the losses and the optimizer
     batch = next(size for size in (256, 128, 64, 32) if trained / length >= 300 * size or size == 32)
     steps = max(20, int(trained * (1 - share) / length / batch))
     return Effort(max(sentences, LEAST_SENTENCES), batch, steps, max(10, int(steps * share / (1 - share))), minutes)
