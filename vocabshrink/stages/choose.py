@@ -50,6 +50,7 @@ SHAPES = {
         (64, 6_000, 96, 4, 192, FAST, 1e-3),
     ),
 }
+ROOM = 0.99  # of the budget is filled: another model's tokenizer.json may be larger than is estimated
 VECTORS, TRAINING, RECOVERY = 0.3, 0.45, 0.1  # shares of the minutes, at most; the rest counts, encodes and measures
 
 
@@ -124,8 +125,8 @@ def choose_shape(look: Look, budget: int, goal: str) -> Shape:
 
         steps = range(32, neurons_of(source) + 1, 32)
         least = weigh(min(neurons, steps[-1]))
-        if least <= budget:
-            most = bisect_right(steps, budget, key=weigh) - 1
+        if least <= ROOM * budget:
+            most = bisect_right(steps, ROOM * budget, key=weigh) - 1
             chosen = steps[most] if goal == "quality" else min(neurons, steps[-1])
             section = StudentSection(intermediate_size=chosen, **shape)
             return Shape(section, count, own, format, rate, weigh(chosen))
