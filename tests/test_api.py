@@ -2,6 +2,7 @@
 
 import json
 import re
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -14,8 +15,11 @@ import vocabshrink
 from tokenizer_build.errors import InputError
 from tokenizer_build.tokenizer import load_tokenizer, save_tokenizer
 from vocabshrink.api import plan, spool
+from vocabshrink.delivery.size import tokenizer_bytes
+from vocabshrink.run.recipe import load_recipe
 from vocabshrink.runtime.delivery import load
 from vocabshrink.stages import choose
+from vocabshrink.training.losses import LOSSES
 
 TINY = {"tokens": 20_000, "budget": "60kB"}
 SHAPES = {"quality": ((24, 250, 32, 2, 32, "int4-32", 1e-3), (8, 150, 16, 2, 32, "int4-32", 1e-3))}
@@ -141,6 +145,76 @@ def test_the_pieces_make_a_model_by_hand(tiny_teacher, texts, tmp_path):
     assert any(not torch.equal(before[name], after[name]) for name in before)
     manifest = vocabshrink.export(trained, tmp_path / "delivery", weights="int8")
     assert manifest["task"] == "embedding" and load(tmp_path / "delivery").embed(["ka lo"]).shape == (1, 32)
+
+
+def test_a_function_is_a_loss_of_its_call_alone(tiny_teacher, texts, tmp_path):
+    """It neither takes a loss's place nor stays behind."""
+    vocabulary = vocabshrink.learn_vocabulary(texts, 150, out=tmp_path / "vocab")
+    student = vocabshrink.start_student(str(tiny_teacher), vocabulary, out=tmp_path / "student")
+
+    def sentence_cosine(forward):
+        return forward.student.sentence.sum()
+
+    known, options = set(LOSSES), {"steps": 1, "batch_size": 4}
+    with pytest.raises(InputError, match="losses: sentence_cosine is a loss of the library"):
+        vocabshrink.distill(
+            student, str(tiny_teacher), texts, out=tmp_path / "a", losses={sentence_cosine: 1}, **options
+        )
+    sentence_cosine.__name__ = "mine"
+    vocabshrink.distill(student, str(tiny_teacher), texts, out=tmp_path / "b", losses={sentence_cosine: 1}, **options)
+    assert set(LOSSES) == known
+
+
+def test_minutes_become_sentences_and_steps_by_the_machine_s_speed(tiny_teacher, texts, tmp_path, monkeypatch):
+    monkeypatch.setattr(choose, "sentences_per_second", lambda backbone, look: 40.0)
+    chosen = load_recipe(plan(str(tiny_teacher), texts, out=tmp_path / "m", minutes=1, budget="60kB"))
+    assert chosen.vectors.sentences == 720  # three tenths of a minute
+    read = 0.55 * 60 * 40 / choose.PASSES  # what is left for training and recovery
+    batch = chosen.distill.batch_size
+    assert (batch, chosen.distill.steps) == (32, max(20, int(read * 45 / 55 / batch)))
+    assert chosen.recovery.steps == max(10, int(chosen.distill.steps * 10 / 45))
+
+
+def test_a_given_tokenizer_is_weighed_as_it_is(tiny_teacher, texts, tmp_path, monkeypatch):
+    """Nothing is trained and then found too large: the delivery is within a few bytes of what was chosen."""
+    shapes = {"quality": ((24, 290, 32, 2, 32, "int4-32", 1e-3),)}
+    monkeypatch.setattr(choose, "SHAPES", shapes)
+    monkeypatch.setattr("vocabshrink.api.SHAPES", shapes)
+    look = choose.look_at(str(tiny_teacher), None, [str(spool(texts, tmp_path)[0])], "text")
+    shape = choose.choose_shape(look, 60_000, "quality")
+    assert shape.own_pieces and shape.pieces == 300
+    settings = {"delivery": {"tolerance": 2}, "distill": {"steps": 2}, "recovery": {"steps": 1}}
+    made = vocabshrink.compress(str(tiny_teacher), texts, out=tmp_path / "m", settings=settings, **TINY)
+    tokenizer = made.manifest["files"]["tokenizer.json"]["bytes"]
+    assert tokenizer == tokenizer_bytes(look.adopted, made.manifest["max_positions"])
+
+
+@pytest.mark.parametrize("kind", ["Dense", "do_lower_case"])
+def test_what_would_be_passed_over_in_silence_is_refused(kind, tiny_teacher, texts, tmp_path):
+    folder = shutil.copytree(tiny_teacher, tmp_path / "model")
+    tokenizer = json.loads((folder / "tokenizer.json").read_text())
+    tokenizer["normalizer"]["lowercase"] = False
+    (folder / "tokenizer.json").write_text(json.dumps(tokenizer))
+    modules = ["=Transformer", "1_Pooling=Pooling", *["2_Dense=Dense"] * (kind == "Dense")]
+    parts = [dict(zip(("path", "type"), part.split("="), strict=True)) for part in modules]
+    (folder / "modules.json").write_text(json.dumps(parts))
+    (folder / "sentence_bert_config.json").write_text(json.dumps({"do_lower_case": kind != "Dense"}))
+    with pytest.raises(InputError, match=f"model: .*{kind}.* cannot be learnt yet"):
+        plan(str(folder), texts, out=tmp_path / "r", **TINY)
+
+
+def test_a_student_is_finetuned_on_words(tiny_teacher, texts, tmp_path):
+    rows = [
+        {"tokens": text.split(), "slots": ["B-x" if "ka" in w else "O" for w in text.split()]} for text in texts[:60]
+    ]
+    for split, part in {"train": rows[:40], "validation": rows[40:]}.items():
+        (tmp_path / f"{split}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in part))
+    vocabulary = vocabshrink.learn_vocabulary(texts, 150, out=tmp_path / "vocab")
+    student = vocabshrink.start_student(str(tiny_teacher), vocabulary, out=tmp_path / "student")
+    task = {"kind": "tokens"} | {split: str(tmp_path / f"{split}.jsonl") for split in ("train", "validation")}
+    phases = [{"epochs": 1, "batch_size": 16, "max_length": 48}]
+    _, figures = vocabshrink.finetune(student, task, out=tmp_path / "tuned", phases=phases)
+    assert "slot_f1" in figures["task"]
 
 
 def test_a_student_is_finetuned_on_a_task(tiny_teacher, texts, tmp_path):

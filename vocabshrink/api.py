@@ -10,8 +10,8 @@ import glob
 import json
 import os
 import re
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from contextlib import nullcontext
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
 from itertools import chain
 from pathlib import Path
 from typing import Any, Literal
@@ -23,6 +23,7 @@ from tokenizer_build.errors import InputError
 from tokenizer_build.files import read_json, replacing, write_json, write_text
 from tokenizer_build.tokenizer import load_tokenizer, lowercases, save_tokenizer
 from tokenizer_build.trainers import train_vocabulary
+from vocabshrink.data.tasks import read_task
 from vocabshrink.delivery.export import ExportSettings, export_model
 from vocabshrink.models.families import positions_of
 from vocabshrink.models.forward import module_settings
@@ -31,7 +32,7 @@ from vocabshrink.models.student import build_student, save_student
 from vocabshrink.models.teacher import load_teacher
 from vocabshrink.run.engine import Run, main_process, run_stage, summarise
 from vocabshrink.run.folder import RunDir
-from vocabshrink.run.recipe import DeliverySection, Recipe, StudentSection, load_recipe, parse_recipe
+from vocabshrink.run.recipe import DeliverySection, Recipe, StudentSection, TaskSection, load_recipe, parse_recipe
 from vocabshrink.run.recipe_yaml import RecipeDumper, read_yaml
 from vocabshrink.run.stage import stages_of
 from vocabshrink.runtime.kinds import KINDS
@@ -91,8 +92,8 @@ def plan(
     if goal not in SHAPES:
         raise InputError(f"goal {goal!r} is unknown: choose {' or '.join(SHAPES)}")
     sources = spool(texts, out)
-    asked = {"model": model, "sources": sources, "budget": size, "minutes": minutes, "tokens": tokens, "goal": goal}
-    asked |= {"start": start, "column": column, "settings": settings}
+    names = {"model": model, "sources": sources, "column": column, "budget": size, "start": start}
+    asked = names | {"minutes": minutes, "tokens": tokens, "goal": goal, "settings": settings}
     recipe, before = out / "compress.yaml", out / "compress.json"
     if before.is_file():
         if read_json(before) == json.loads(json.dumps(asked)):
@@ -101,15 +102,8 @@ def plan(
     look = look_at(model, start, sources, column)
     shape = choose_shape(look, size, goal)
     effort = choose_effort(look, shape, minutes, tokens)
-    names = {
-        "name": re.sub(r"[^A-Za-z0-9._-]+|^[^A-Za-z0-9_]+", "_", out.name) or "model",
-        "model": model,
-        "sources": sources,
-        "column": column,
-        "budget": size,
-        "start": start,
-    }
-    write_text(recipe, recipe_text(look, shape, effort, **names))
+    name = re.sub(r"[^A-Za-z0-9._-]+|^[^A-Za-z0-9_]+", "_", out.name) or "model"
+    write_text(recipe, recipe_text(look, shape, effort, name=name, **names))
     if settings:
         values = merge(read_yaml(recipe, "a recipe"), settings)
         write_text(recipe, yaml.dump(values, Dumper=RecipeDumper, sort_keys=False, allow_unicode=True))
@@ -216,15 +210,29 @@ def distill(
     `vocabshrink list losses`, or a function of all hidden states (training.views.Forward): its weight}. vectors: how
     many sentences' teacher vectors are stored and trained on; None: the teacher runs in every step. training: of the
     recipe's distill section: steps, batch_size ... Raises InputError for losses and models that do not go together."""
-    for function in filter(callable, losses):
-        LOSSES[function.__name__] = Loss(function, frozenset({"hidden", "teacher"}), frozenset({"distill"}))
     models = [load_config(resolve_model(str(model))) for model in (student, teacher)]
     training = {"max_length": min(128, *(positions_of(config) or 128 for config in models))} | training
     named = {loss.__name__ if callable(loss) else loss: weight for loss, weight in losses.items()}
     values = {"student": {"start": str(student)}, "distill": {"losses": named} | training}
     if vectors:
         values["vectors"] = {"sentences": vectors}
-    return _run_section(values, teacher, student, texts, Path(out)) / "distill" / "student"
+    with _among_losses(filter(callable, losses)):
+        return _run_section(values, teacher, student, texts, Path(out)) / "distill" / "student"
+
+
+@contextmanager
+def _among_losses(functions: Iterable[Callable]) -> Iterator[None]:
+    """The functions are losses of distillation until the block ends."""
+    reads = frozenset({"hidden", "sentence", "teacher"})
+    own = {function.__name__: Loss(function, reads, frozenset({"distill"})) for function in functions}
+    if taken := sorted(own.keys() & LOSSES):
+        raise InputError(f"losses: {taken[0]} is a loss of the library: call your function something else")
+    LOSSES.update(own)
+    try:
+        yield
+    finally:
+        for name in own:
+            del LOSSES[name]
 
 
 def finetune(
@@ -233,17 +241,18 @@ def finetune(
     """Fine-tunes a student's folder on a labelled task; the folder of the trained model, and its figures. task: one of
     the recipe's tasks: {"train": file, "validation": file, "kind": ..., "teacher": folder ...}. settings: of its
     finetune section: phases, seeds, grid ... Raises InputError for rows or labels that do not go together."""
-    values = {"tasks": {"task": dict(task)}, "finetune": settings or {"phases": [{}]}}
-    values |= {"student": {"start": str(student)}, "corpus": {"column": (task.get("text") or ["sentence1"])[0]}}
-    folder = _run_section(values, str(student), student, [str(task["train"])], Path(out))
+    rows = read_task(parse_recipe(dict(task), "task", TaskSection), "task").splits["train"].first
+    texts = (row if isinstance(row, str) else " ".join(row) for row in rows)
+    values = {"tasks": {"task": dict(task)}, "finetune": settings, "student": {"start": str(student)}}
+    folder = _run_section(values, str(student), student, texts, Path(out))
     return folder / "finetune" / "task" / "model", read_json(folder / "finetune" / "summary.json")
 
 
 def _run_section(values: dict, teacher: str, student: str | os.PathLike, texts: Texts, out: Path) -> Path:
     """Runs a recipe that begins with a student as it is, and delivers nothing."""
     whole = {"name": out.name, "teacher": {"model": teacher}, "vocabulary": {"tokenizer": str(student)}}
-    whole |= {"corpus": {"sources": spool(texts, out)} | values.pop("corpus", {}), "delivery": None}
-    run_recipe(parse_recipe(whole | {"evaluation": {"sentences": 0}} | values, "distill"), RunDir(out))
+    whole |= {"corpus": {"sources": spool(texts, out)}, "delivery": None, "evaluation": {"sentences": 0}}
+    run_recipe(parse_recipe(whole | values, str(out)), RunDir(out))
     return out
 
 

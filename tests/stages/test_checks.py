@@ -39,7 +39,7 @@ REFUSED = {
         ({"teacher_sha256": "0" * 64}, "teacher.sha256"),
     ],
     "albert": [
-        ({"student": NARROW | {"initialize": "extract_importance"}}, "a albert teacher does not have BERT's layers"),
+        ({"student": NARROW | {"initialize": "extract_importance"}}, "a albert teacher does not have BERT's layers")
     ],
     "mpnet": [
         (SCORES, "mpnet: how its attention is computed is not known"),

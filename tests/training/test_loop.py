@@ -1,6 +1,8 @@
 """The loop: its optimizer against the paper's formulas, and stopped, split or shared runs against whole ones."""
 
 import itertools
+import re
+import sys
 from datetime import timedelta
 from types import SimpleNamespace
 from unittest.mock import MagicMock
@@ -314,6 +316,19 @@ def test_a_log_says_the_first_and_the_last_step_and_the_time_that_is_left(steps,
     assert lines[-1].endswith("  0.0 min left")
     # a step looks at the clock twice, and once more before the first
     assert lines[0].endswith(f"  {2 * (steps - 1) / 60:.1f} min left")
+
+
+def test_a_terminal_shows_a_bar_and_keeps_the_evaluations(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
+    monkeypatch.setenv("TERM", "xterm")
+    monkeypatch.setenv("COLUMNS", "160")
+    run_training(tmp_path, steps=6, evaluations=1, evaluate=lambda task: {"accuracy": 0.5})
+    shown = re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", capsys.readouterr().err).replace("\r", "\n").splitlines()
+    assert "distill step 6: accuracy 0.5000" in [line.rstrip() for line in shown]
+    assert re.match(
+        r"distill ━+ 100% 0:00:00 step 6/6  loss \d", next(line for line in reversed(shown) if line.strip())
+    )
+    assert not any("min left" in line for line in shown)  # those lines are for a file
 
 
 def test_a_batch_is_shared_evenly_or_not_at_all():

@@ -16,6 +16,7 @@ from torch import nn
 from tokenizer_build.errors import InputError
 from tokenizer_build.files import read_json, replacing_folder
 from vocabshrink.delivery.graph import ACTIVATIONS, FLOATS, KERNELS, build_graph
+from vocabshrink.delivery.size import tokenizer_json
 from vocabshrink.models.families import student_class, without_pooler
 from vocabshrink.models.forward import module_files, pool_sentence
 from vocabshrink.models.loading import check_folder, load_model
@@ -189,8 +190,7 @@ def _write_tokenizer(model_folder: Path, place: Path, vocab_size: int, max_posit
     if (pieces := len(tokenizer["model"]["vocab"])) != vocab_size:
         sizes = f"{pieces:,} pieces in tokenizer.json and {vocab_size:,} in its model"
         raise InputError(f"{model_folder} has {sizes}: save the two together again")
-    cut = {"direction": "Right", "max_length": max_positions, "strategy": "LongestFirst", "stride": 0}
-    _write_json(place / "tokenizer.json", tokenizer | {"truncation": cut, "padding": None})
+    (place / "tokenizer.json").write_text(tokenizer_json(tokenizer, max_positions), encoding="utf-8")
     path, settings = model_folder / "tokenizer_config.json", {"tokenizer_class": "BertTokenizer"}
     settings |= read_json(path) if path.is_file() else {}
     settings.pop("name_or_path", None)  # a path on the machine that trained it

@@ -2,11 +2,12 @@
 A graph is built on zeros by the code that writes the delivery: exact but for a few bytes, in tens of milliseconds."""
 
 import copy
+import json
 from bisect import bisect_right
-from pathlib import Path
 
 import numpy as np
 import torch
+from tokenizers import Tokenizer
 from transformers import PreTrainedConfig
 
 from vocabshrink.delivery.graph import build_graph
@@ -46,27 +47,41 @@ def graph_bytes(config: PreTrainedConfig, formats: Formats, task: str = "embeddi
 
 
 def delivery_bytes(
-    config: PreTrainedConfig, formats: Formats, task: str = "embedding", tokenizer: Path | None = None
+    config: PreTrainedConfig, formats: Formats, task: str = "embedding", tokenizer: int | None = None
 ) -> dict[str, int]:
-    """Bytes by file, with "total": weights, tokenizer.json (estimated where the file is not given), small files.
+    """Bytes by file, with "total": weights, tokenizer.json (estimated where its bytes are not given), small files.
     formats: of a graph; or a key of SAFETENSORS: a training folder, vocab.txt included."""
     if isinstance(formats, str) and formats in SAFETENSORS:
         headers = HEADER_BYTES * (7 + 16 * config.num_hidden_layers)
         weights, (first, per_piece) = parameters(config)["total"] * SAFETENSORS[formats] + headers, TRAINING_TOKENIZER
     else:
         weights, (first, per_piece) = graph_bytes(config, formats, task), DELIVERED_TOKENIZER
-    pieces = tokenizer.stat().st_size if tokenizer else first + round(per_piece * config.vocab_size)
+    pieces = tokenizer or first + round(per_piece * config.vocab_size)
     sizes = {"weights": weights, "tokenizer": pieces, "small_files": SMALL_FILES}
     return sizes | {"total": sum(sizes.values())}
 
 
-def refusal(config, budget_bytes: int, formats: Formats, *, recipe: str, task: str = "embedding") -> str | None:
-    """None where the delivery fits its budget, else one sentence that says by how much and what to change."""
+def tokenizer_json(spec: dict, max_positions: int) -> str:
+    """A delivery's tokenizer.json: without white space, which counts, cut to `max_positions` pieces, unpadded."""
+    cut = {"direction": "Right", "max_length": max_positions, "strategy": "LongestFirst", "stride": 0}
+    return json.dumps(spec | {"truncation": cut, "padding": None}, ensure_ascii=False, separators=(",", ":")) + "\n"
+
+
+def tokenizer_bytes(tokenizer: Tokenizer, max_positions: int) -> int:
+    """Bytes of `tokenizer_json`."""
+    return len(tokenizer_json(json.loads(tokenizer.to_str()), max_positions).encode())
+
+
+def refusal(
+    config, budget_bytes: int, formats: Formats, *, recipe: str, task: str = "embedding", tokenizer: int | None = None
+) -> str | None:
+    """None where the delivery fits its budget, else one sentence that says by how much and what to change. tokenizer:
+    bytes of its tokenizer.json, where that is given."""
 
     def total(pieces: int = config.vocab_size, formats: Formats = formats) -> int:
         smaller = copy.copy(config)
         smaller.vocab_size = pieces
-        return delivery_bytes(smaller, formats, task)["total"]
+        return delivery_bytes(smaller, formats, task, tokenizer if pieces == config.vocab_size else None)["total"]
 
     if (needed := total()) <= budget_bytes:
         return None

@@ -17,10 +17,17 @@ from vocabshrink.models.families import check_attention, positions_of
 from vocabshrink.models.loading import load_config, resolve_model
 from vocabshrink.models.projection import check_extraction
 from vocabshrink.models.task_model import load_task_model
-from vocabshrink.models.teacher import find_head
+from vocabshrink.models.teacher import find_head, teacher_settings
 from vocabshrink.run.layer_map import layer_pairs
 from vocabshrink.run.recipe import ComparingStage, Phase, Recipe, TaskSection
-from vocabshrink.stages.inputs import given_tokenizer, read_tasks, source_config, teacher_folder, teacher_modules
+from vocabshrink.stages.inputs import (
+    given_tokenizer,
+    read_tasks,
+    section_folder,
+    source_config,
+    teacher_folder,
+    teacher_modules,
+)
 from vocabshrink.stages.plan import check_budget, student_shape
 from vocabshrink.stages.text import reads_lowercase
 from vocabshrink.training.finetune import logits_of
@@ -42,6 +49,8 @@ def check_recipe(recipe: Recipe, *, force: bool = False) -> None:
     check_vocabulary(recipe)
     check_models(recipe, folder, load_config(folder))
     teacher_modules(recipe)
+    for section in recipe.vectors.teachers.values() if recipe.vectors else ():
+        teacher_settings(section_folder(section), section.pooling, section.normalize)
     if recipe.finetune:
         for name, task in read_tasks(recipe).items():
             check_task(task, recipe.tasks[name])

@@ -5,31 +5,33 @@ budget; its feed-forward neurons fill what is left. Minutes are shared between t
 steps by the speeds of the very models, timed here on the user's own text. The choice is an ordinary recipe.
 """
 
+import random
 import time
 from bisect import bisect_right
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from tokenizers.models import WordPiece
+from tokenizers import Tokenizer
 from torch import nn
 from transformers import PreTrainedConfig
 
 from tokenizer_build.corpus import read_lines
 from tokenizer_build.errors import InputError
-from tokenizer_build.tokenizer import load_tokenizer
+from tokenizer_build.tokenizer import adopt_tokenizer, load_tokenizer
 from vocabshrink.data.held_out import LEAST_SENTENCES as LEAST_EVALUATED
-from vocabshrink.data.pieces import Pieces
 from vocabshrink.data.vectors import sentences_of
-from vocabshrink.delivery.size import delivery_bytes
+from vocabshrink.delivery.size import delivery_bytes, tokenizer_bytes
 from vocabshrink.models.families import neurons_of, new_encoder, positions_of
-from vocabshrink.models.forward import run_backbone
+from vocabshrink.models.forward import torch_embedder
 from vocabshrink.models.loading import check_folder, load_model, resolve_model
 from vocabshrink.models.student import student_config
 from vocabshrink.pages.page import ENVIRONMENT
 from vocabshrink.run.recipe import StudentSection, WeightFormats
 
 SAMPLED = 2000  # lines of the text that are looked at
+LONGEST, TIMED = 128, 256  # pieces of a sentence, and sentences at a time, when models are timed
+PASSES = 5  # forward passes that a training step is worth: two more backward, the losses, the optimizer
 LEAST_SENTENCES = 400  # below this there is neither a training nor an evaluation
 MOST_UNKNOWN = 0.05  # share of unknown pieces: above it the teacher cannot write the text's script
 FINE = {"embeddings": "int4-32", "attention": "int4-64", "feed_forward": "int4-64"}  # of 96 columns, no half groups
@@ -50,19 +52,19 @@ SHAPES = {
         (64, 6_000, 96, 4, 192, FAST, 1e-3),
     ),
 }
-ROOM = 0.99  # of the budget is filled: another model's tokenizer.json may be larger than is estimated
 VECTORS, TRAINING, RECOVERY = 0.3, 0.45, 0.1  # shares of the minutes, at most; the rest counts, encodes and measures
 
 
 @dataclass(frozen=True)
 class Look:
-    """What was found. config: the teacher's; source, wordpiece, pieces: of the model that the student starts from.
-    sentences: in all the text, estimated. length: pieces of a sentence, on the average."""
+    """What was found. config: the teacher's; source: that of the model that the student starts from; pieces: those that
+    it has; adopted: its tokenizer as the student's, where that can be. sentences: in all the text, estimated. length:
+    pieces of a sentence, on the average. texts: a sample."""
 
     folder: Path
     config: PreTrainedConfig
     source: PreTrainedConfig
-    wordpiece: bool
+    adopted: Tokenizer | None
     pieces: int
     sentences: int
     lines: int
@@ -73,11 +75,13 @@ class Look:
 def look_at(model: str, start: str | None, sources: list[str], column: str) -> Look:
     """Reads the models' folders, and all of the text once. Raises InputError for what cannot be compressed."""
     config = check_folder(folder := resolve_model(model))
-    tokenizer, lines, characters, sample = load_tokenizer(folder), 0, 0, []
-    for line in read_lines(sources, column):
-        lines, characters = lines + 1, characters + len(line)
+    tokenizer, lines, characters, sample, rng = load_tokenizer(folder), 0, 0, [], random.Random(0)
+    for lines, line in enumerate(read_lines(sources, column), 1):
+        characters += len(line)
         if lines <= SAMPLED:
             sample.append(line)
+        elif (at := rng.randrange(lines)) < SAMPLED:  # from all of the text: files differ
+            sample[at] = line
     texts = [text for line in sample for text in sentences_of(line)]
     found = int(len(texts) * characters / max(sum(map(len, sample)), 1))
     if found < LEAST_SENTENCES:
@@ -89,8 +93,12 @@ def look_at(model: str, start: str | None, sources: list[str], column: str) -> L
         fault = f"{model} cannot write {share:.0%} of the text's pieces"
         raise InputError(f"{fault}: take a teacher that was trained on its language")
     source = check_folder(begin := resolve_model(start) if start else folder)
-    wordpiece, pieces = isinstance((own := load_tokenizer(begin)).model, WordPiece), own.get_vocab_size()
-    return Look(folder, config, source, wordpiece, pieces, found, lines, 2 + len(ids) / len(texts), texts)
+    try:
+        adopted = adopt_tokenizer(begin)
+    except InputError:  # of another family: pieces are learnt instead
+        adopted = None
+    pieces = load_tokenizer(begin).get_vocab_size()
+    return Look(folder, config, source, adopted, pieces, found, lines, 2 + len(ids) / len(texts), texts)
 
 
 @dataclass(frozen=True)
@@ -110,7 +118,7 @@ def choose_shape(look: Look, budget: int, goal: str) -> Shape:
     least possible, where none fits."""
     source, least = look.source, 0
     for columns, pieces, width, layers, neurons, format, rate in SHAPES[goal]:
-        own = look.wordpiece and look.pieces <= 1.1 * pieces
+        own = look.adopted is not None and look.pieces <= 1.1 * pieces
         width, layers = min(width, source.hidden_size), min(layers, source.num_hidden_layers)
         heads = source.num_attention_heads
         heads = next(h for h in range(heads, 0, -1) if width % h == 0 and width // h <= source.hidden_size // heads)
@@ -118,33 +126,31 @@ def choose_shape(look: Look, budget: int, goal: str) -> Shape:
         shape |= {"embedding_size": min(columns, width), "initialize": "extract_importance"}
         shape["max_position_embeddings"] = min(128, positions_of(source) or 128)
         count = look.pieces if own else min(pieces, look.pieces)
+        known = tokenizer_bytes(look.adopted, shape["max_position_embeddings"]) if own else None
 
-        def weigh(neurons: int, shape=shape, count=count, format=format) -> int:
+        def weigh(neurons: int, shape=shape, count=count, format=format, known=known) -> int:
             config = student_config(StudentSection(intermediate_size=neurons, **shape), source, count)
-            return delivery_bytes(config, format)["total"]
+            return delivery_bytes(config, format, tokenizer=known)["total"]
 
         steps = range(32, neurons_of(source) + 1, 32)
         least = weigh(min(neurons, steps[-1]))
-        if least <= ROOM * budget:
-            most = bisect_right(steps, ROOM * budget, key=weigh) - 1
+        if least <= budget:
+            most = bisect_right(steps, budget, key=weigh) - 1
             chosen = steps[most] if goal == "quality" else min(neurons, steps[-1])
             section = StudentSection(intermediate_size=chosen, **shape)
             return Shape(section, count, own, format, rate, weigh(chosen))
     raise InputError(f"budget: {budget:,} bytes are too few: the least is {least:,} bytes")
 
 
-@torch.no_grad()
-def pieces_per_second(backbone: nn.Module, length: int, *, seconds: float = 2.0) -> float:
-    """Real pieces that a forward pass in bfloat16 takes here, in sentences of `length`, timed for about `seconds`."""
-    ids = torch.ones(64, length, dtype=torch.int64)
-    side, passes = Pieces(ids, torch.ones_like(ids), ids), 0
-    with torch.autocast("cpu", torch.bfloat16):
-        run_backbone(backbone, side)  # the first is slower
-        started = time.perf_counter()
-        while (spent := time.perf_counter() - started) < seconds:
-            run_backbone(backbone, side)
-            passes += 1
-    return passes * ids.numel() / spent
+def sentences_per_second(backbone: nn.Module, look: Look, *, seconds: float = 3.0) -> float:
+    """How many of the sample's sentences a model embeds here, in the teacher's pieces, timed for about `seconds`."""
+    embed, done = torch_embedder(backbone, look.folder, "mean", False, max_length=LONGEST), 0
+    embed(look.texts[:64])  # the first are slower
+    started = time.perf_counter()
+    while (spent := time.perf_counter() - started) < seconds:
+        embed((look.texts * 2)[done % len(look.texts) :][:TIMED])
+        done += min(TIMED, len(look.texts))
+    return done / spent
 
 
 @dataclass(frozen=True)
@@ -160,19 +166,20 @@ class Effort:
 
 def choose_effort(look: Look, shape: Shape, minutes: float | None, tokens: int | None) -> Effort:
     """Steps for so many tokens, or for so many minutes at this machine's speed."""
-    length, share = round(look.length), RECOVERY / (RECOVERY + TRAINING)
+    share = RECOVERY / (RECOVERY + TRAINING)
     if minutes is None:
-        sentences, trained = min(look.sentences, max(int(tokens / length), LEAST_SENTENCES)), tokens
+        read = tokens / look.length
+        sentences = min(look.sentences, int(read))
     else:
-        config = student_config(shape.section, look.source, shape.pieces)
+        config = student_config(shape.section, look.source, look.config.vocab_size)  # of the pieces that it is timed on
         config._attn_implementation = "eager"
-        speeds = [pieces_per_second(backbone, length) for backbone in (load_model(look.folder), new_encoder(config))]
-        seconds = 60 * minutes
-        sentences = min(look.sentences, int(VECTORS * seconds * speeds[0] / length))
-        left = (VECTORS + TRAINING + RECOVERY) * seconds - sentences * length / speeds[0]
-        trained = left * speeds[1] / 5  # a step is a pass forward, two backward, the losses and the optimizer
-    batch = next(size for size in (256, 128, 64, 32) if trained / length >= 300 * size or size == 32)
-    steps = max(20, int(trained * (1 - share) / length / batch))
+        teacher, seconds = load_model(look.folder).to(torch.bfloat16), 60 * minutes
+        speed, of_student = (sentences_per_second(backbone, look) for backbone in (teacher, new_encoder(config)))
+        sentences = min(look.sentences, int(VECTORS * seconds * speed))
+        left = (VECTORS + TRAINING + RECOVERY) * seconds - sentences / speed
+        read = left * of_student / PASSES
+    batch = next(size for size in (256, 128, 64, 32) if read >= 300 * size or size == 32)
+    steps = max(20, int(read * (1 - share) / batch))
     return Effort(max(sentences, LEAST_SENTENCES), batch, steps, max(10, int(steps * share / (1 - share))), minutes)
 
 

@@ -17,20 +17,25 @@ from vocabshrink.data.pieces import Pieces
 from vocabshrink.data.tasks import Task, read_task
 from vocabshrink.data.vectors import StoredVectors
 from vocabshrink.models.families import positions_of
-from vocabshrink.models.forward import ModuleSettings, module_settings
+from vocabshrink.models.forward import ModuleSettings
 from vocabshrink.models.loading import check_folder, load_config, resolve_model
 from vocabshrink.models.student import Start, build_student
-from vocabshrink.models.teacher import Teacher, load_head, load_teacher
+from vocabshrink.models.teacher import Teacher, load_head, load_teacher, teacher_settings
 from vocabshrink.run.engine import Context
 from vocabshrink.run.recipe import DistillStage, Recipe, TeacherSection
 
 HELD_OUT = {"max_pieces": 126, "min_words": 4}  # of the segments that no training batch holds
 
 
+def section_folder(section: TeacherSection) -> Path:
+    """The folder of the teacher that a section of the recipe describes, checked."""
+    check_folder(folder := resolve_model(section.model, section.revision), section.sha256)
+    return folder
+
+
 def teacher_folder(recipe: Recipe) -> Path:
     """The teacher's folder, checked."""
-    check_folder(folder := resolve_model(recipe.teacher.model, recipe.teacher.revision), recipe.teacher.sha256)
-    return folder
+    return section_folder(recipe.teacher)
 
 
 def given_tokenizer(recipe: Recipe) -> Path | None:
@@ -49,13 +54,13 @@ def source_config(recipe: Recipe, teacher: PreTrainedConfig) -> PreTrainedConfig
 
 def teacher_modules(recipe: Recipe) -> ModuleSettings:
     """How the teacher pools, and its prompts: the recipe's own words, else its folder's."""
-    return module_settings(teacher_folder(recipe), recipe.teacher.pooling, recipe.teacher.normalize)
+    return teacher_settings(teacher_folder(recipe), recipe.teacher.pooling, recipe.teacher.normalize)
 
 
 def load_section(section: TeacherSection) -> Teacher:
     """The teacher that a section of the recipe describes, fresh from its folder, its hash checked."""
-    check_folder(folder := resolve_model(section.model, section.revision), section.sha256)
-    return load_teacher(str(folder), pooling=section.pooling, normalize=section.normalize)
+    named = ("revision", "sha256", "pooling", "normalize")
+    return load_teacher(section.model, **{key: getattr(section, key) for key in named})
 
 
 def read_teacher(context: Context) -> Teacher:

@@ -11,8 +11,8 @@ import torch
 from transformers import PreTrainedConfig
 
 from tokenizer_build.errors import InputError
-from tokenizer_build.tokenizer import load_tokenizer
-from vocabshrink.delivery.size import GRAPH_FORMATS, SAFETENSORS, delivery_bytes, parameters, refusal
+from tokenizer_build.tokenizer import adopt_tokenizer, load_tokenizer
+from vocabshrink.delivery.size import GRAPH_FORMATS, SAFETENSORS, delivery_bytes, parameters, refusal, tokenizer_bytes
 from vocabshrink.models.loading import check_folder, resolve_model
 from vocabshrink.models.student import student_config
 from vocabshrink.run.folder import RunDir
@@ -51,12 +51,14 @@ def check_budget(recipe: Recipe) -> None:
         return
     embedder = delivered_config(recipe, shapes(recipe)[0])
     delivered = [(recipe.name, embedder, "embedding")]
+    given, limits = given_tokenizer(recipe), recipe.delivery
+    size = tokenizer_bytes(adopt_tokenizer(given), limits.max_positions) if given else None
     for name, task in recipe.tasks.items() if recipe.finetune and recipe.finetune.save_models else ():
         head, kind = copy.copy(embedder), "tokens" if task.kind == "tokens" else "classification"
         head.num_labels = len(task.labels or ()) or 2
         delivered.append((f"{recipe.name} with its head for {name}", head, kind))
     for name, config, kind in delivered:
-        if sentence := refusal(config, recipe.delivery.budget, recipe.delivery.weights, recipe=name, task=kind):
+        if sentence := refusal(config, limits.budget, limits.weights, recipe=name, task=kind, tokenizer=size):
             raise InputError(sentence)
 
 

@@ -18,6 +18,8 @@ import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 from accelerate.utils import DistributedDataParallelKwargs
+from rich.console import Console
+from rich.progress import Progress, TaskID, TextColumn
 from safetensors.torch import load_file, save_file
 from torch import nn
 from torch.nn.utils import get_total_norm
@@ -179,38 +181,39 @@ def train(
         return mapped(batch, torch.Tensor.pin_memory) if accelerator.device.type == "cuda" else batch
 
     batches = prefetch(batcher, iter(range(state.step * each, settings.steps * each)), prepare)
-    while state.step < settings.steps:
-        task.before_step(state.step)
-        weights, rate = task.weights(state.step / settings.steps), rate_at(state.step, settings)
-        for group in optimizer.param_groups:
-            group["lr"] = group["peak"] * rate
-        losses, norm, tokens = take_step(wrapped, optimizer, batches, weights, settings.clip, accelerator)
-        state.step, state.tokens, state.seconds = state.step + 1, state.tokens + tokens, clock() - started
-        last = state.step == settings.steps
-        logged = last or state.step == 1 or state.step % log_every == 0
-        due = last or (main and clock() - saved_at > 60 * settings.checkpoint_minutes)
-        if logged or due or on_cpu:  # not at each step of a GPU, which would have to wait for the numbers
-            if logged or on_cpu:  # all processes together; a checkpoint is due by the main process's clock alone
-                losses = {name: accelerator.reduce(value, "mean") for name, value in losses.items()}
-            state.losses = {name: float(value) for name, value in losses.items()}
-            total = sum(weights[name] * value for name, value in state.losses.items())
-            scaled = accelerator.scaler is not None  # fp16 skips a step whose gradient overflows by itself
-            if not math.isfinite(total) or not (scaled or math.isfinite(norm)):
-                job.refuse(f"the loss is {total} at step {state.step} (gradient norm {norm:.3g})", settings)
-        # a norm is one fused sum, and also finds values too large to compute on
-        if due and not get_total_norm(p.detach() for p in task.parameters() if p.requires_grad).isfinite():
-            job.refuse(f"the parameters are not finite after step {state.step}", settings)
-        if main and logged:
-            numbers = {"loss": total, "lr": optimizer.param_groups[0]["lr"], "grad_norm": float(norm)}
-            log.step(state, numbers, aloud=last or state.step == 1 or state.step % (10 * log_every) == 0)
-        if evaluate and main and state.step in evaluate_at:
-            measured = evaluate(task)
-            log.evaluation(state, measured)
-        if due:
-            if main:
-                meta = {"stage": job.stage, "fingerprint": job.fingerprint} | vars(state)
-                save_checkpoint(job.checkpoint, task, optimizer.optimizer, meta, accelerator.scaler)
-            saved_at = clock()
+    with log.bar:
+        while state.step < settings.steps:
+            task.before_step(state.step)
+            weights, rate = task.weights(state.step / settings.steps), rate_at(state.step, settings)
+            for group in optimizer.param_groups:
+                group["lr"] = group["peak"] * rate
+            losses, norm, tokens = take_step(wrapped, optimizer, batches, weights, settings.clip, accelerator)
+            state.step, state.tokens, state.seconds = state.step + 1, state.tokens + tokens, clock() - started
+            last = state.step == settings.steps
+            logged = last or state.step == 1 or state.step % log_every == 0
+            due = last or (main and clock() - saved_at > 60 * settings.checkpoint_minutes)
+            if logged or due or on_cpu:  # not at each step of a GPU, which would have to wait for the numbers
+                if logged or on_cpu:  # all processes together; a checkpoint is due by the main process's clock alone
+                    losses = {name: accelerator.reduce(value, "mean") for name, value in losses.items()}
+                state.losses = {name: float(value) for name, value in losses.items()}
+                total = sum(weights[name] * value for name, value in state.losses.items())
+                scaled = accelerator.scaler is not None  # fp16 skips a step whose gradient overflows by itself
+                if not math.isfinite(total) or not (scaled or math.isfinite(norm)):
+                    job.refuse(f"the loss is {total} at step {state.step} (gradient norm {norm:.3g})", settings)
+            # a norm is one fused sum, and also finds values too large to compute on
+            if due and not get_total_norm(p.detach() for p in task.parameters() if p.requires_grad).isfinite():
+                job.refuse(f"the parameters are not finite after step {state.step}", settings)
+            if main and logged:
+                numbers = {"loss": total, "lr": optimizer.param_groups[0]["lr"], "grad_norm": float(norm)}
+                log.step(state, numbers, aloud=last or state.step == 1 or state.step % (10 * log_every) == 0)
+            if evaluate and main and state.step in evaluate_at:
+                measured = evaluate(task)
+                log.evaluation(state, measured)
+            if due:
+                if main:
+                    meta = {"stage": job.stage, "fingerprint": job.fingerprint} | vars(state)
+                    save_checkpoint(job.checkpoint, task, optimizer.optimizer, meta, accelerator.scaler)
+                saved_at = clock()
     accelerator.wait_for_everyone()
     for tracker in accelerator.trackers:
         tracker.finish()
@@ -253,24 +256,29 @@ def take_step(wrapped, optimizer, batches: Iterator[Batch], weights: dict, clip:
 
 
 class Log:
-    """What the main process tells of a training: rows of metrics, trackers, and lines on stderr."""
+    """What the main process tells of a training: rows of metrics, trackers, a bar on a terminal or lines in a file."""
 
     def __init__(self, job: Job, steps: int, accelerator: Accelerator, state: State):
         self.job, self.steps, self.accelerator = job, steps, accelerator
         self.began = self.before = replace(state)  # at the start, and at the last row
+        console = Console(stderr=True, quiet=not accelerator.is_main_process)
+        columns = (*Progress.get_default_columns(), TextColumn("{task.fields[note]}"))
+        self.bar = Progress(*columns, console=console, disable=console.quiet or not sys.stderr.isatty())
+        self.bar.add_task(job.stage, total=steps, completed=state.step, note="")
 
     def step(self, state: State, numbers: dict[str, float], *, aloud: bool) -> None:
-        """Writes a row of metrics. aloud: prints a line that stays; on a terminal, other rows overwrite each other."""
+        """Writes a row of metrics. aloud: without a terminal, prints a line too."""
         speed = round((state.tokens - self.before.tokens) / max(state.seconds - self.before.seconds, 1e-9))
         row = {"stage": self.job.stage, "kind": "train", "tokens_per_second": speed} | vars(state) | numbers
         self.job.run.append_metrics(row | {"seconds": round(state.seconds, 2)})
         losses = {f"losses/{name}": value for name, value in state.losses.items()}
         self.accelerator.log({"loss": numbers["loss"], "lr": numbers["lr"]} | losses, step=state.step)
-        if aloud or sys.stderr.isatty():
+        note = f"step {state.step}/{self.steps}  loss {numbers['loss']:.4f}  {speed:,} tokens/s"
+        self.bar.update(TaskID(0), completed=state.step, note=note)
+        if self.bar.disable and aloud:
             pace = (state.seconds - self.began.seconds) / (state.step - self.began.step) / 60
-            note = f"{self.job.stage} step {state.step}/{self.steps}  loss {numbers['loss']:.4f}  {speed:,} tokens/s"
-            note += f"  {pace * (self.steps - state.step):.1f} min left"
-            print(note, end="\n" if aloud else "\r", file=sys.stderr, flush=True)
+            left = f"{pace * (self.steps - state.step):.1f} min left"
+            print(f"{self.job.stage} {note}  {left}", file=sys.stderr, flush=True)
         self.before = replace(state)
 
     def evaluation(self, state: State, measured: dict[str, float]) -> None:
@@ -278,7 +286,7 @@ class Log:
         self.job.run.append_metrics(row | {"metrics": measured})
         self.accelerator.log({f"evaluation/{name}": value for name, value in measured.items()}, step=state.step)
         figures = "  ".join(f"{name} {value:.4f}" for name, value in measured.items())
-        print(f"{self.job.stage} step {state.step}: {figures}", file=sys.stderr, flush=True)
+        self.bar.console.print(f"{self.job.stage} step {state.step}: {figures}", soft_wrap=True)
 
 
 def trained_state(task: nn.Module) -> dict[str, torch.Tensor]:
