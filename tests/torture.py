@@ -21,13 +21,13 @@ from conftest import made_up_text, make_teacher, remove_head  # noqa: E402
 from test_combinations import PARTS, covering, run_combination, write_rows  # noqa: E402
 from test_pipeline import TRAINING  # noqa: E402
 
-from tokenizer_build.files import write_json  # noqa: E402
+from tokenizer_build.files import read_json, write_json  # noqa: E402
 from vocabshrink.run.engine import Run, run_stage  # noqa: E402
 from vocabshrink.run.folder import RunDir  # noqa: E402
 from vocabshrink.run.recipe import parse_recipe  # noqa: E402
 from vocabshrink.run.stage import stages_of  # noqa: E402
 
-SHIPPED = ("minilm-l6-7mb", "minilm-fast-7mb", "sst2-7mb", "snips-slots-3mb")
+NIGHT = ("kills", "fuzz", "batch_independence", "combinations", "soak")
 
 
 def told(text: str) -> None:
@@ -44,23 +44,34 @@ def used(folder: Path) -> dict[str, int]:
 
 def soak(target: Target, minutes: float) -> dict:
     """Short distillations with evaluations and checkpoints, one after the other for so long: what is used after a
-    tenth of them, and at the end."""
-    started, rounds, early = time.monotonic(), 0, None
+    tenth of the time, the most ever after, and at the end."""
+    started, passed, trainings, early, most = time.monotonic(), 0.0, 0, None, None
     training = TRAINING | {"steps": 200, "evaluations": 10, "checkpoint_minutes": 0.01, "losses": {"hidden_mse": 1}}
-    recipe = parse_recipe(
-        target.recipe | {"distill": training, "tasks": {}, "finetune": None, "delivery": None}, "soak"
-    )
-    run = Run(recipe, RunDir(target.folder / "soak"))
-    while (passed := (time.monotonic() - started) / 60) < minutes or rounds < 2:
-        for name in stages_of(recipe):
+    data = target.recipe | {"distill": training, "tasks": {}, "finetune": None, "delivery": None}
+    run = Run(parse_recipe(data, "soak"), RunDir(target.folder / "soak"))
+    while passed < minutes:
+        run.dir.start("distill")  # from nothing: what was done is done again
+        for name in stages_of(run.recipe):
             if name != "report":
                 run_stage(run, name)
-        (run.dir.stage("distill") / "DONE").unlink()  # and once more
-        run.dir.start("distill")
-        rounds += 1
-        early = early or (used(run.dir.path) if passed > minutes / 10 or rounds > 1 else None)
-        told(f"soak: {passed:.1f} of {minutes} minutes, {rounds} trainings")
-    return {"minutes": round(passed, 1), "trainings": rounds, "early": early, "end": used(run.dir.path)}
+        now, trainings, passed = used(run.dir.path), trainings + 1, (time.monotonic() - started) / 60
+        if passed > minutes / 10:
+            early = early or now
+            most = {key: max(value, (most or now)[key]) for key, value in now.items()}
+        told(f"soak: {passed:.1f} of {minutes} minutes, {trainings} trainings, {now}")
+    return {"minutes": round(passed, 1), "trainings": trainings, "early": early, "most": most, "end": now}
+
+
+def run_combinations(where: tuple, root: Path, most: int) -> list[int]:
+    """[tried, at their report] of recipes' parts."""
+    chosen, good = covering(PARTS, *where)[:most], 0
+    for number, one in enumerate(chosen):
+        try:
+            run_combination(one, where, root, number)
+            good += 1
+        except Exception as error:  # of any kind: it is told, and the next one follows
+            told(f"combination {one}: {type(error).__name__}: {error}")
+    return [len(chosen), good]
 
 
 def main() -> None:
@@ -70,6 +81,7 @@ def main() -> None:
     parser.add_argument("--fuzz", type=int, default=3000, help="tries of each kind of file")
     parser.add_argument("--combinations", type=int, default=999, help="of recipes' parts, at most")
     parser.add_argument("--soak", type=float, default=0, metavar="MINUTES")
+    parser.add_argument("--only", nargs="+", choices=NIGHT, default=NIGHT, help="the other parts' figures stay")
     asked = parser.parse_args()
     with tempfile.TemporaryDirectory() as place:
         root, lines = Path(place), made_up_text()
@@ -78,21 +90,20 @@ def main() -> None:
         make_teacher(lines, root / "teacher")
         remove_head(root / "teacher", root / "headless")
         target, result = Target(root / "target", root / "teacher", lines), {}
-        result["kills"] = kill_runs(target, asked.kills, dual=True, told=told)
-        result["fuzz"] = {what: fuzz(target, what, asked.fuzz, seed=1, told=told) for what in FUZZED}
-        texts = [line for line in (ROOT / "README.md").read_text(encoding="utf-8").splitlines() if line.strip()][:100]
-        artifacts = [ROOT / "artifacts" / name for name in SHIPPED]
-        result["batch_independence"] = batch_independence(artifacts, texts)
-        where, good = write_rows(root, lines, root / "teacher", root / "headless"), 0
-        chosen = covering(PARTS, *where)[: asked.combinations]
-        for number, one in enumerate(chosen):
-            try:
-                run_combination(one, where, root / "combinations", number)
-                good += 1
-            except Exception as error:  # of any kind: it is told, and the next one follows
-                told(f"combination {one}: {type(error).__name__}: {error}")
-        result["combinations"] = [len(chosen), good]
-        result["soak"] = soak(target, asked.soak) if asked.soak else None
+        if "kills" in asked.only:
+            result["kills"] = kill_runs(target, asked.kills, dual=True, told=told)
+        if "fuzz" in asked.only:
+            result["fuzz"] = {what: fuzz(target, what, asked.fuzz, seed=1, told=told) for what in FUZZED}
+        if "batch_independence" in asked.only:
+            texts = [line for line in (ROOT / "README.md").read_text(encoding="utf-8").splitlines() if line.strip()]
+            artifacts = [path.parent for path in sorted((ROOT / "artifacts").glob("*/MANIFEST.json"))]
+            result["batch_independence"] = batch_independence(artifacts, texts[:100])
+        if "combinations" in asked.only:
+            where = write_rows(root, lines, root / "teacher", root / "headless")
+            result["combinations"] = run_combinations(where, root / "combinations", asked.combinations)
+        if "soak" in asked.only and asked.soak:
+            result["soak"] = soak(target, asked.soak)
+    result = (read_json(asked.out) if asked.out.is_file() else {}) | result
     write_json(asked.out, result)
     print(json.dumps(result, indent=2))
 

@@ -627,18 +627,23 @@ def test_the_runtime_needs_no_torch(deliveries):
     assert done.returncode == 0 and done.stdout.strip() == "(1, 8)", done.stderr
 
 
-SHIPPED = ("minilm-l6-7mb", "minilm-fast-7mb", "sst2-7mb", "snips-slots-3mb")
+SHIPPED = sorted(path.parent for path in RELEASED.parent.glob("*/MANIFEST.json"))
 
 
-@pytest.mark.parametrize("name", SHIPPED)
-def test_what_is_shipped_is_whole_and_under_seven_megabytes(name):
-    folder = RELEASED.parent / name
+@pytest.mark.parametrize("folder", SHIPPED, ids=lambda folder: folder.name)
+def test_what_is_shipped_is_whole_under_seven_megabytes_and_answers_by_the_text_alone(folder):
     manifest = json.loads((folder / "MANIFEST.json").read_text(encoding="utf-8"))
-    load(folder)  # checks every sum
+    model = load(folder)  # checks every sum
     on_disk = {path: (folder / path).stat().st_size for path in manifest["loaders"]["onnxruntime"]["files"]}
     assert sum(on_disk.values()) == manifest["delivery_bytes"] < 7_000_000
     card = (folder / "README.md").read_text(encoding="utf-8")
     assert f"{manifest['delivery_bytes']:,} bytes" in card
+    texts = ["play a song", "Will it rain in Paris tomorrow, and how warm will the evening be?", "dull", "10 + 3 = 13!!!"]
+    for feed in (texts, texts[::-1]):
+        encodings = model._encode(feed)
+        alone, together = (dict(model._run(encodings, batch_size)) for batch_size in (1, len(feed)))
+        for i, row in alone.items():
+            np.testing.assert_allclose(together[i][: len(row)], row, atol=2e-6)
 
 
 def test_the_released_embedder_knows_what_is_alike():
