@@ -638,7 +638,7 @@ def test_what_is_shipped_is_whole_under_seven_megabytes_and_answers_by_the_text_
     assert sum(on_disk.values()) == manifest["delivery_bytes"] < 7_000_000
     card = (folder / "README.md").read_text(encoding="utf-8")
     assert f"{manifest['delivery_bytes']:,} bytes" in card
-    texts = ["play a song", "Will it rain in Paris tomorrow, and how warm will the evening be?", "dull", "10 + 3 = 13!!!"]
+    texts = ["play a song", "Will it rain in Paris tomorrow, and how warm will it be by night?", "dull", "10 + 3!"]
     for feed in (texts, texts[::-1]):
         encodings = model._encode(feed)
         alone, together = (dict(model._run(encodings, batch_size)) for batch_size in (1, len(feed)))
