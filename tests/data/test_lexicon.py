@@ -11,7 +11,7 @@ from tokenizers import AddedToken, Regex, Tokenizer, models, normalizers, pre_to
 
 from tokenizer_build.count import count_block
 from tokenizer_build.errors import InputError
-from tokenizer_build.tokenizer import save_tokenizer
+from tokenizer_build.tokenizer import load_tokenizer, save_tokenizer
 from tokenizer_build.trainers import train_vocabulary
 from vocabshrink.data import lexicon
 from vocabshrink.data.lexicon import Lexicon, WordStream, check_family, encode_corpus
@@ -289,6 +289,11 @@ def test_files_hold_the_lines(families, family, tmp_path, lines):
     for side in ("teacher", "student"):
         pieces = sum(len(line_ids(words, stream, i, side)) for i in range(len(lines)))
         assert totals[f"{side}_pieces"] == pieces
+    vocabulary, counts = load_tokenizer(families["bert"]), Counter()
+    for i in range(len(lines)):
+        counts.update(map(vocabulary.id_to_token, line_ids(words, stream, i, "student")))
+    counts |= dict.fromkeys(["[CLS]", "[SEP]"], len(lines))  # around every line
+    assert {vocabulary.id_to_token(i): n for i, n in enumerate(words.student_counts) if n} == counts
     assert isinstance(stream.word_ids, np.memmap) and stream.word_ids.dtype == np.uint32
     assert stream.line_offsets.dtype == np.int64 and words.teacher_ids.dtype == np.int32
     files = {path.name for path in (tmp_path / "out").iterdir()}

@@ -453,6 +453,23 @@ def test_a_table_of_low_rank_is_factorised_without_loss(teacher):
     torch.testing.assert_close(found, expected, rtol=1e-3, atol=1e-4)
 
 
+@torch.no_grad()
+def test_frequent_pieces_keep_more_of_their_vectors(teacher):
+    """Equal counts are no counts; a piece that is all of the text loses nothing, whatever the others are."""
+
+    def lost(counts):
+        section = StudentSection(embedding_size=6)
+        start = build_student(section, teacher, teacher.folder, counts=counts)
+        basis, table = start.table_directions, teacher.table.weight
+        return (table - table @ basis @ basis.T).norm(dim=1) / table.norm(dim=1)
+
+    size = len(teacher.table.weight)
+    torch.testing.assert_close(lost(None), lost(np.full(size, 7)), rtol=1e-3, atol=1e-3)
+    counts = np.zeros(size, int)
+    counts[40:42] = 10**9
+    assert lost(counts)[40:42].max() < 0.1 < lost(None)[40:42].min()
+
+
 def test_a_table_wider_than_the_layers_is_refused(teacher):
     with pytest.raises(InputError, match="student.embedding_size 48 is over hidden_size 32"):
         build_student(StudentSection(embedding_size=48), teacher, teacher.folder)

@@ -75,6 +75,14 @@ class Lexicon:
         words = ",".join((folder / "words.jsonl").read_text(encoding="utf-8").split("\n")[:-1])
         return cls(**load_file(folder / "lexicon.safetensors"), words=json.loads(f"[{words}]"), meta=meta)
 
+    @property
+    def student_counts(self) -> np.ndarray:
+        """[V_S] how often the text has each of the student's pieces; [CLS] and [SEP] stand around every line."""
+        student, occurrences = self.meta["student"], np.repeat(self.counts, np.diff(self.student_offsets))
+        counts = np.bincount(self.student_ids, occurrences, student["size"])
+        counts[[student["special"]["cls"], student["special"]["sep"]]] = self.meta["lines"]
+        return counts
+
 
 @dataclass(frozen=True)
 class WordStream:

@@ -12,7 +12,9 @@ from collections import Counter
 from pathlib import Path
 from typing import NamedTuple
 
+import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import BertConfig, BertModel, ElectraConfig, ElectraModel, PreTrainedConfig, PreTrainedModel
 
@@ -66,11 +68,18 @@ class Start(NamedTuple):
 
 
 def build_student(
-    section: StudentSection, source: Teacher, tokenizer_folder: Path, *, batch: Pieces | None = None, seed: int = 0
+    section: StudentSection,
+    source: Teacher,
+    tokenizer_folder: Path,
+    *,
+    batch: Pieces | None = None,
+    counts: np.ndarray | None = None,
+    seed: int = 0,
 ) -> Start:
     """A student and how it was started from `source`: the teacher, or another model. batch: text in the source's
-    pieces, from which `extract_importance` measures. seed: of `extract_random` and of the layer map `random`; else
-    torch's own generator is used. Raises InputError for a shape that the source cannot fill."""
+    pieces, from which `extract_importance` measures. counts: [V] of the student's pieces in the text, for `factorise`.
+    seed: of `extract_random` and of the layer map `random`; else torch's own generator is used. Raises InputError for a
+    shape that the source cannot fill."""
     tokenizer, how = load_tokenizer(tokenizer_folder), section.initialize
     wanted = config = student_config(section, source.config, tokenizer.get_vocab_size())
     table = source.table.weight.detach()
@@ -103,22 +112,29 @@ def build_student(
         report = {"embeddings": "piece means" + turned, "layers": layers}
     if config is wanted:
         return Start(student, directions, directions, report)
-    student, basis = factorise(student, wanted)
+    student, basis = factorise(student, wanted, counts)
     report["embeddings"] += f", factorised to {table_width(wanted)} columns"
     return Start(student, directions, basis if directions is None else directions @ basis, report)
 
 
 @torch.no_grad()
-def factorise(student: BertModel, config: ElectraConfig) -> tuple[ElectraModel, Tensor]:
-    """The same encoder with its embeddings in fewer columns, and their orthonormal basis [D_S, E].
+def factorise(
+    student: BertModel, config: ElectraConfig, counts: np.ndarray | None = None
+) -> tuple[ElectraModel, Tensor]:
+    """The same encoder with its embeddings in fewer columns, and their orthonormal basis [D_S, E], which keeps most of
+    frequent pieces: each weighs as its count [V] to the power 0.75, or all the same. (all-MiniLM-L6-v2 in 128 columns,
+    untrained, STS-B validation: 0.826 with equal weights, 0.864 with these, 0.867 before.)
     BERT normalises w + p + t in the layers' width, ELECTRA in the table's and projects the result up. The two agree for
     what lies in the basis if this maps the vector of ones to a vector of ones: then the norms differ by the constant
     sqrt(D_S / E). The rest of the basis are the principal directions of pieces and positions."""
     new, old, columns = new_encoder(config), student.embeddings, config.embedding_size
     tables = {name: getattr(old, f"{name}_embeddings").weight for name in ("word", "position", "token_type")}
     width = config.hidden_size
-    flat = [table - table.mean(1, keepdim=True) for table in tables.values()]
-    rows = torch.cat([table / len(table) ** 0.5 for table in flat])  # pieces weigh as much as positions
+    shares = [torch.full((len(table), 1), 1 / len(table)) for table in tables.values()]
+    if counts is not None:  # half a time for those that the text lacks
+        shares[0] = F.normalize(torch.tensor(counts + 0.5).float().pow(0.75).unsqueeze(1), p=1, dim=0)
+    # the pieces weigh as much as the positions
+    rows = torch.cat([(t - t.mean(1, keepdim=True)) * s.sqrt() for t, s in zip(tables.values(), shares, strict=True)])
     ones = torch.ones(width, 1) / width**0.5
     basis = torch.linalg.qr(torch.cat([ones, principal_directions(rows, columns - 1)], 1)).Q
     basis = basis * (basis[:, 0].sum().sign())  # the first column is ones again

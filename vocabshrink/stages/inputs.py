@@ -96,7 +96,9 @@ def start_student(context: Context, teacher: Teacher) -> Start:
     if recipe.student.start:
         source = load_teacher(recipe.student.start, pooling=teacher.pooling, normalize=teacher.normalize)
     batch = pieces_of_corpus(recipe, source) if recipe.student.initialize == "extract_importance" else None
-    started = build_student(recipe.student, source, context.vocabulary, batch=batch, seed=recipe.seed)
+    counts = Lexicon.load(context.folder_of("encode")).student_counts if recipe.student.embedding_size else None
+    given = {"batch": batch, "counts": counts, "seed": recipe.seed}
+    started = build_student(recipe.student, source, context.vocabulary, **given)
     # the way back to another model's width is not the way to the teacher's
     return started if source is teacher else started._replace(directions=None, table_directions=None)
 
