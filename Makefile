@@ -26,7 +26,7 @@ export PATH := $(CURDIR)/.venv/bin:$(PATH)
 export TOKENIZERS_PARALLELISM ?= false
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test torture run plan show list ask tune ablations bench bench-train gpu-kit web web-test lint clean $(STAGES)
+.PHONY: help demo test versions torture run plan show list ask tune ablations bench bench-train gpu-kit web web-test lint clean $(STAGES)
 
 help:  ## list the targets
 	@grep -hE '^[a-z$$()A-Z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^\$$\(STAGES\)/STAGE/' \
@@ -48,6 +48,9 @@ demo: .venv/demo.installed  ## the main job on this machine's own Python documen
 
 test: .venv/dev.installed  ## the tests
 	python -m pytest
+
+versions:  ## the short tests with the oldest and the newest packages that pyproject.toml allows, under build/versions
+	$(PYTHON) tests/versions.py oldest && $(PYTHON) tests/versions.py newest
 
 torture: .venv/dev.installed  ## attacks of a night: kills, fuzz, batches, SOAK=minutes; artifacts/bench/torture.json
 	python tests/torture.py --out artifacts/bench/torture.json --soak "$$SOAK"

@@ -6,6 +6,7 @@ An attack ends well in one of two ways: with the right answer, or with an InputE
 import copy
 import gzip
 import hashlib
+import itertools
 import json
 import os
 import random
@@ -205,7 +206,8 @@ def fuzz(target: Target, what: str, tries: int, seed: int = 0, told: Callable = 
     return [tries, wrong, tracebacks]
 
 
-KILLED = ("fsync", "replace", "rename", "unlink", "mkdir")  # the operations of `os` before which a run is killed
+# The operations of `os` before which a run is killed, or the power cut
+OPERATIONS = ("fsync", "replace", "rename", "unlink", "mkdir", "rmdir")
 
 
 def in_child(do: Callable[[], None], log: Path) -> int:
@@ -224,23 +226,23 @@ def in_child(do: Callable[[], None], log: Path) -> int:
     return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
 
 
+def before_each(at: Callable[[str, tuple], None]) -> None:
+    """Calls `at(name, arguments)` before each operation of `os` among OPERATIONS, in this process from now on."""
+    for name, own in [(name, getattr(os, name)) for name in OPERATIONS]:
+
+        def calling(*arguments, own=own, name=name, **options):
+            at(name, arguments)
+            return own(*arguments, **options)
+
+        setattr(os, name, calling)
+
+
 def killing(do: Callable[[], None], at: int, counted: Path) -> None:
     """Does it, and dies before its file operation of this number; the number of all of them goes into `counted`."""
-    done = [0]
-
-    def before(operation):
-        def counting(*arguments, **options):
-            if done[0] == at:
-                os.kill(os.getpid(), signal.SIGKILL)
-            done[0] += 1
-            return operation(*arguments, **options)
-
-        return counting
-
-    for name in KILLED:
-        setattr(os, name, before(getattr(os, name)))
+    done = itertools.count()
+    before_each(lambda *_: os.kill(os.getpid(), signal.SIGKILL) if next(done) == at else None)
     do()
-    counted.write_text(str(done[0]))
+    counted.write_text(str(next(done)))
 
 
 def sums_of(folder: Path) -> dict[str, str]:
@@ -250,32 +252,137 @@ def sums_of(folder: Path) -> dict[str, str]:
     return {str(path.relative_to(folder)): hashlib.sha256(path.read_bytes()).hexdigest() for path in paths}
 
 
-def kill_runs(target: Target, tries: int, *, dual: bool, told: Callable = print) -> dict[str, list[int]]:
-    """{stage: [tried, equal]}: runs killed at a drawn file operation and then run again, beside the unbroken one."""
+def short_run(target: Target, *, dual: bool) -> dict:
+    """A recipe whose training writes a checkpoint at each step."""
     often = {"checkpoint_minutes": 1e-9, "evaluations": 0}
     data = target.recipe | {"tasks": {}, "finetune": None, "delivery": None}
     data |= {"distill": data["distill"] | often | {"steps": 3}}
-    data |= {"dual": TRAINING | often | {"mode": "joint"}} if dual else {}
+    return data | ({"dual": TRAINING | often | {"mode": "joint"}} if dual else {})
+
+
+def ends_as_unbroken(data: dict, folder: Path, wanted: dict[str, str], log: Path) -> list:
+    """What is wrong after a broken run's folder was run again: nothing, if it ended as the unbroken run did."""
+    if in_child(lambda: run_all(data, folder), log):
+        return [log.read_text()[-300:]]
+    rows = [json.loads(row) for row in (folder / "metrics.jsonl").read_text().splitlines()]
+    steps = [(row["stage"], row["step"]) for row in rows if row["kind"] == "train"]
+    left = [path for path in folder.rglob(".*") if path.suffix in (".tmp", ".lock")]
+    return left + ["other weights"] * (sums_of(folder) != wanted) + ["a step twice"] * (len(set(steps)) != len(steps))
+
+
+def kill_runs(target: Target, tries: int, *, dual: bool, told: Callable = print) -> dict[str, list[int]]:
+    """{stage: [tried, equal]}: runs killed at a drawn file operation and then run again, beside the unbroken one."""
+    data, found, rng = short_run(target, dual=dual), {}, random.Random(0)
     counted, log, whole = target.folder / "counted", target.folder / "log", target.folder / "whole"
     assert in_child(lambda: killing(lambda: run_all(data, whole), -1, counted), log) == 0, log.read_text()
-    total, wanted, found = int(counted.read_text()), sums_of(whole), {}
-    rng = random.Random(0)
+    total, wanted = int(counted.read_text()), sums_of(whole)
     for number in range(tries):
         folder, at = target.folder / f"killed-{number}", rng.randrange(total)
         code = in_child(lambda folder=folder, at=at: killing(lambda: run_all(data, folder), at, counted), log)
         assert code == -signal.SIGKILL, (at, log.read_text())
         done = [name for name in STAGES if (folder / name).is_dir() and not (folder / name / "DONE").is_file()]
-        again = in_child(lambda folder=folder: run_all(data, folder), log)
-        rows = [json.loads(row) for row in (folder / "metrics.jsonl").read_text().splitlines()]
-        steps = [(row["stage"], row["step"]) for row in rows if row["kind"] == "train"]
-        equal = again == 0 and sums_of(folder) == wanted and len(set(steps)) == len(steps)
-        left = [path for path in folder.rglob(".*") if path.suffix in (".tmp", ".lock")]
-        if not equal or left:
-            told(f"killed before operation {at} of {total}: {log.read_text()[-300:]} {left}")
+        if wrong := ends_as_unbroken(data, folder, wanted, log):
+            told(f"killed before operation {at} of {total}: {wrong}")
         tally = found.setdefault(done[0] if done else "between", [0, 0])
-        tally[0], tally[1] = tally[0] + 1, tally[1] + (equal and not left)
+        tally[0], tally[1] = tally[0] + 1, tally[1] + (not wrong)
         shutil.rmtree(folder)
     return found
+
+
+class Disk:
+    """A folder as a file system sees it, before each operation on it: what is there now, and what of it was synced.
+    A file or folder is a number here, which stays with it when it is renamed. `moments` are states (now, synced), each
+    {"names": {folder: {name: number}}, "content": {file: bytes}}; number 0 is the folder itself."""
+
+    def __init__(self, folder: Path):
+        self.folder, self.numbers, self.free = folder, {folder.stat().st_ino: 0}, itertools.count(1)
+        self.synced: dict = {"names": {0: {}}, "content": {}}
+        self.moments: list[tuple[dict, dict]] = []
+
+    def look(self) -> dict:
+        found, seen = {"names": {}, "content": {}}, {}
+
+        def number_of(path: str) -> int:
+            inode = os.stat(path).st_ino
+            seen[inode] = self.numbers[inode] if inode in self.numbers else next(self.free)
+            return seen[inode]
+
+        for place, folders, files in os.walk(self.folder):
+            inside = {name: number_of(f"{place}/{name}") for name in folders + files if name != ".lock"}
+            found["names"][number_of(place)] = inside
+            found["content"] |= {inside[name]: Path(place, name).read_bytes() for name in files if name in inside}
+        self.numbers = seen  # a removed file's inode may come back as another's
+        return found
+
+    def before(self, name: str, arguments: tuple) -> None:
+        now = self.look()
+        self.moments.append((now, {kind: dict(held) for kind, held in self.synced.items()}))
+        if name == "fsync" and (number := self.numbers.get(os.fstat(arguments[0]).st_ino)) is not None:
+            for kind in ("names", "content"):
+                self.synced[kind] |= {number: now[kind][number]} if number in now[kind] else {}
+
+
+LOSSES = ("all", "contents", "some")  # of what was not synced: all of it; files without their names; either, drawn
+
+
+def after_the_cut(moment: tuple[dict, dict], lost: str, rng: random.Random, out: Path) -> None:
+    """Writes what a disk may hold after a power cut at a moment."""
+    now, synced = moment
+
+    def kept(kind: str, number: int, nothing):
+        """Of the states that a file or folder had, one that the disk may hold."""
+        old = synced[kind].get(number, nothing)
+        new = now[kind].get(number, old)
+        if lost == "some" and kind == "names":
+            return {n: one[n] for n in old | new if n in (one := rng.choice((old, new)))}
+        if lost == "some":
+            return rng.choice((old, new, new[: len(new) // 2] if new != old else old))
+        return new if lost == "contents" and kind == "names" else old
+
+    def write(number: int, path: Path) -> None:
+        if number in now["names"] or number in synced["names"]:
+            path.mkdir()
+            for name, inside in kept("names", number, {}).items():
+                write(inside, path / name)
+        else:
+            path.write_bytes(kept("content", number, b""))
+
+    write(0, out)
+
+
+def cut_power(target: Target, tries: int, *, dual: bool, told: Callable = print) -> list[int]:
+    """[moments of a run, disks tried, equal]: disks that lost what was not synced, from which the run goes on, beside
+    the unbroken one. Each disk that a power cut at any moment leaves, in each of the ways of LOSSES, or `tries` drawn
+    ones."""
+    data, log, rng = short_run(target, dual=dual), target.folder / "log", random.Random(0)
+    whole, disks = target.folder / "powered", target.folder / "disks"
+    whole.mkdir()
+
+    def record() -> None:
+        before_each((disk := Disk(whole)).before)
+        run_all(data, whole)
+        drawn = [(moment, lost) for moment in range(len(disk.moments)) for lost in LOSSES]
+        rng.shuffle(drawn)
+        known: set[str] = set()
+        for moment, lost in drawn:
+            after_the_cut(disk.moments[moment], lost, random.Random(moment), out := disks / f"{moment}-{lost}")
+            content = {str(p.relative_to(out)): p.read_bytes() if p.is_file() else 0 for p in sorted(out.rglob("*"))}
+            if (state := hashlib.sha256(repr(content).encode()).hexdigest()) in known:
+                shutil.rmtree(out)
+            known.add(state)
+            if len(known) == tries:
+                break
+        (target.folder / "moments").write_text(str(len(disk.moments)))
+
+    disks.mkdir()
+    assert in_child(record, log) == 0, log.read_text()
+    wanted, tried, equal = sums_of(whole), 0, 0
+    for folder in sorted(disks.iterdir()):
+        if wrong := ends_as_unbroken(data, folder, wanted, log):
+            told(f"power cut at moment {folder.name}: {wrong}")
+        tried, equal = tried + 1, equal + (not wrong)
+        shutil.rmtree(folder)
+    return [int((target.folder / "moments").read_text()), tried, equal]
 
 
 def batch_independence(artifacts: list[Path], texts: list[str]) -> dict[str, dict]:

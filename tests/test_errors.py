@@ -99,6 +99,7 @@ CHECKED = {
     "a width that heads do not divide": ["student.hidden_size=30"],
     "too few sentences to check by": ["evaluation.sentences=5"],
     "a budget that no format meets": ["delivery.budget=2kB"],
+    "a required word that prune's teacher lacks": ["vocabulary.trainer=prune", "vocabulary.required=[zzqq]"],
     "passages that are not there": ["index.passages=FOLDER/none.jsonl"],
     "rated pairs that are not there": ["evaluation.stsb.x=FOLDER/none.jsonl"],
     "a teacher that is not there": ["teacher.model=./none"],

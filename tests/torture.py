@@ -1,7 +1,8 @@
-"""A night of attacks (`make torture`): runs killed at their file operations, damaged files, batches, and a soak.
+"""A night of attacks (`make torture`): killed runs, power cuts, damaged files, batches, and a soak.
 
-Writes JSON: {"kills": {stage: [tried, equal]}, "fuzz": {what: [tried, wrong, tracebacks]}, "batch_independence":
-{artifact: {"largest_difference", "labels_changed"}}, "combinations": [tried, at their report], "soak": {...}}.
+Writes JSON: {"kills": {stage: [tried, equal]}, "power_cuts": [moments, tried, equal], "fuzz": {what: [tried, wrong,
+tracebacks]}, "batch_independence": {artifact: {"largest_difference", "labels_changed"}}, "combinations": [tried, at
+their report], "soak": {...}}.
 """
 
 import argparse
@@ -16,7 +17,7 @@ from pathlib import Path
 ROOT = Path(__file__).parents[1]
 sys.path[:0] = [str(ROOT / folder) for folder in (".", "tests", "tests/stages", "tests/runtime", "tests/lab")]
 
-from attacks import FUZZED, Target, batch_independence, fuzz, kill_runs  # noqa: E402
+from attacks import FUZZED, Target, batch_independence, cut_power, fuzz, kill_runs  # noqa: E402
 from conftest import made_up_text, make_teacher, remove_head  # noqa: E402
 from test_combinations import PARTS, covering, run_combination, write_rows  # noqa: E402
 from test_pipeline import TRAINING  # noqa: E402
@@ -27,7 +28,7 @@ from vocabshrink.run.folder import RunDir  # noqa: E402
 from vocabshrink.run.recipe import parse_recipe  # noqa: E402
 from vocabshrink.run.stage import stages_of  # noqa: E402
 
-NIGHT = ("kills", "fuzz", "batch_independence", "combinations", "soak")
+NIGHT = ("kills", "power_cuts", "fuzz", "batch_independence", "combinations", "soak")
 
 
 def told(text: str) -> None:
@@ -78,6 +79,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--out", type=Path, default=ROOT / "artifacts/bench/torture.json")
     parser.add_argument("--kills", type=int, default=100, help="runs that are killed and run again")
+    parser.add_argument("--power-cuts", type=int, default=300, help="disks without what was not synced, run again")
     parser.add_argument("--fuzz", type=int, default=3000, help="tries of each kind of file")
     parser.add_argument("--combinations", type=int, default=999, help="of recipes' parts, at most")
     parser.add_argument("--soak", type=float, default=0, metavar="MINUTES")
@@ -92,6 +94,8 @@ def main() -> None:
         target, result = Target(root / "target", root / "teacher", lines), {}
         if "kills" in asked.only:
             result["kills"] = kill_runs(target, asked.kills, dual=True, told=told)
+        if "power_cuts" in asked.only:
+            result["power_cuts"] = cut_power(target, asked.power_cuts, dual=True, told=told)
         if "fuzz" in asked.only:
             result["fuzz"] = {what: fuzz(target, what, asked.fuzz, seed=1, told=told) for what in FUZZED}
         if "batch_independence" in asked.only:

@@ -42,15 +42,10 @@ def train_vocabulary(
     no words, for a required word that cannot be one piece, and where `size` cannot hold what is required."""
     if not counts:
         raise InputError("there are no words to learn a vocabulary from: count a corpus with text in it")
-    required, teacher = [one_word(word, lowercase) for word in required], teacher_pieces(teacher_vocabulary)
+    teacher = teacher_pieces(teacher_vocabulary)
+    required = required_words(required, lowercase, known := set(teacher) if trainer == "prune" else None)
     characters = {*alphabet(counts), *"".join(required)}
-    if trainer == "prune":
-        known = set(teacher)
-        if not known:
-            raise InputError("prune chooses among the teacher's pieces: name a teacher, or train fewest")
-        for word in required:
-            if missing := [piece for piece in (word, *alphabet_pieces(word)) if piece not in known]:
-                raise InputError(f"the teacher has no piece {missing[0]!r}: prune cannot keep {word!r}: train fewest")
+    if known is not None:
         characters = {c for c in characters if known.issuperset(alphabet_pieces(c))}
     fixed = list(dict.fromkeys([*alphabet_pieces(sorted(characters)), *required]))
     room = size - len(SPECIAL_TOKENS)
@@ -66,6 +61,18 @@ def train_vocabulary(
         model = "unigram" if trainer == "unigram" else "bpe"
         chosen = fixed + learned_pieces(words, size, model, marked=trainer != "wordpiece")
     return list(dict.fromkeys(SPECIAL_TOKENS + chosen))[:size]
+
+
+def required_words(words: Iterable[str], lowercase: bool, known: set[str] | None = None) -> list[str]:
+    """The required words as the tokenizer will see them (see `one_word`). known: the teacher's pieces, out of which
+    `prune` chooses. Raises InputError where there are none, or where they lack a word or one of its letters."""
+    if known is not None and not known:
+        raise InputError("prune chooses among the teacher's pieces: name a teacher, or train fewest")
+    found = [one_word(word, lowercase) for word in words]
+    for word in found if known is not None else ():
+        if missing := [piece for piece in (word, *alphabet_pieces(word)) if piece not in known]:
+            raise InputError(f"the teacher has no piece {missing[0]!r}: prune cannot keep {word!r}: train fewest")
+    return found
 
 
 def one_word(word: str, lowercase: bool) -> str:

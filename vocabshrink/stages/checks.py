@@ -6,8 +6,8 @@ from tempfile import TemporaryDirectory
 
 from tokenizer_build.corpus import check_sources, expand
 from tokenizer_build.errors import InputError
-from tokenizer_build.tokenizer import adopt_tokenizer, save_tokenizer
-from tokenizer_build.trainers import one_word
+from tokenizer_build.tokenizer import adopt_tokenizer, load_tokenizer, save_tokenizer
+from tokenizer_build.trainers import required_words, teacher_pieces
 from vocabshrink.data.batches import encode_task
 from vocabshrink.data.held_out import LEAST_SENTENCES, read_rated_pairs
 from vocabshrink.data.lexicon import check_family, describe_tokenizer, tokenizer_file
@@ -110,14 +110,15 @@ def check_tokenizer(folder: Path) -> None:
 
 def check_vocabulary(recipe: Recipe) -> None:
     """Refuses required words that cannot be pieces, and a given tokenizer that cannot be taken."""
-    lowercase = reads_lowercase(recipe)
-    for word in recipe.vocabulary.required:
-        one_word(word, lowercase)
+    section, known = recipe.vocabulary, None
+    if section.required and section.trainer == "prune":
+        known = set(teacher_pieces(load_tokenizer(teacher_folder(recipe)).get_vocab()))
+    required_words(section.required, reads_lowercase(recipe), known)
     if given := given_tokenizer(recipe):
         with TemporaryDirectory() as place:
             save_tokenizer(adopt_tokenizer(given), place)
             check_family(place)
-        if recipe.vocabulary.required:
+        if section.required:
             raise InputError("vocabulary.required: a given tokenizer is taken as it is: leave this key out")
 
 
