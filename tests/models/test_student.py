@@ -470,6 +470,18 @@ def test_frequent_pieces_keep_more_of_their_vectors(teacher):
     assert lost(counts)[40:42].max() < 0.1 < lost(None)[40:42].min()
 
 
+def test_what_of_a_start_is_random_is_said(teacher):
+    def said(**shape) -> str:
+        return build_student(StudentSection(**shape), teacher, teacher.folder).report["layers"]
+
+    few = said(num_attention_heads=2)
+    assert few.endswith("random: attention.self.key, attention.self.query, attention.self.value)")
+    assert said(intermediate_size=48).endswith("random: intermediate.dense, output.dense)")
+    assert "random" not in said()
+    pairs = {"num_hidden_layers": 5, "layer_map": [[1, 1], [2, 2]]}
+    assert said(**pairs).endswith("random: layers without a pair)")
+
+
 def test_a_table_wider_than_the_layers_is_refused(teacher):
     with pytest.raises(InputError, match="student.embedding_size 48 is over hidden_size 32"):
         build_student(StudentSection(embedding_size=48), teacher, teacher.folder)

@@ -170,11 +170,11 @@ def copy_body(student: PreTrainedModel, teacher: Teacher, source_layer: dict[int
     source = families.as_bert(teacher.backbone)
     other_heads = kept is None and student.config.num_attention_heads != teacher.config.num_attention_heads
     copies = Counter(source_layer.values())
-    in_layers, copied = 0, Counter()  # copied: how many inside (True) and outside (False) of layers
+    copied, left = Counter(), []  # how many inside (True) and outside (False) of layers; those inside that stay random
     for name, target in student.named_parameters():
         number, tail = layer_and_tail(name)
         inside, layer = number is not None, source_layer.get(number)
-        in_layers += inside
+        left += [(layer, tail.rpartition(".")[0])] * inside
         value = source.get(f"encoder.layer.{layer}.{tail}" if inside else name)  # none for a layer outside the map
         if value is None or "word_embeddings" in name or (other_heads and tail.startswith("attention.self.")):
             continue
@@ -187,6 +187,7 @@ def copy_body(student: PreTrainedModel, teacher: Teacher, source_layer: dict[int
         if value.shape == target.shape:
             target.data.copy_(value)
             copied[inside] += 1
+            left = left[: len(left) - inside]
     if "embeddings.token_type_embeddings.weight" not in source:  # a family without token types adds nothing for them
         student.embeddings.token_type_embeddings.weight.data.zero_()
     if not copied[True]:
@@ -194,7 +195,9 @@ def copy_body(student: PreTrainedModel, teacher: Teacher, source_layer: dict[int
     how = "teacher's" if kept is None else "cut out of the teacher's"
     pairs = [(m + 1, n + 1) for m, n in sorted(source_layer.items())]
     lost = ", without its relative positions" * (teacher.config.model_type in RELATIVE)
-    of = f"{copied[True]} of {in_layers} variables of layers copied, {copied[False]} others"
+    of = f"{copied[True]} of {copied[True] + len(left)} variables of layers copied, {copied[False]} others"
+    parts = sorted({part if layer is not None else "layers without a pair" for layer, part in left})
+    of += f"; random: {', '.join(parts)}" * bool(parts)
     return f"{how}, pairs {pairs} ({of}){lost}"
 
 
