@@ -31,9 +31,10 @@ def replacing(path: str | Path) -> Iterator[Path]:
     if the block succeeds. See `naming_bad_disk`."""
     path = Path(path)
     with naming_bad_disk(path):
-        for made in reversed([parent for parent in path.parents if not parent.exists()]):
-            made.mkdir(exist_ok=True)
-            sync(made.parent)
+        fresh = [folder for folder in path.parents if not folder.exists()]
+        path.parent.mkdir(parents=True, exist_ok=True)
+        for folder in fresh:
+            sync(folder.parent)
         new, old = _temporary_beside(path, "new"), _temporary_beside(path, "old")
         _remove(new, old)
         try:
