@@ -6,7 +6,10 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 import random
+import signal
+import sys
 from pathlib import Path
+from subprocess import CompletedProcess
 
 import numpy as np
 import pytest
@@ -111,6 +114,27 @@ def folders(lines, tmp_path_factory) -> dict[str, Path]:
     from families import make_families
 
     return make_families(lines, tmp_path_factory)
+
+
+@pytest.fixture
+def in_process(monkeypatch, capsys):
+    """A function that runs the `main` of a command line as `subprocess.run` would, but here: a process of its own costs
+    seconds of imports."""
+
+    def run(main, *arguments, folder: Path | None = None) -> CompletedProcess:
+        with monkeypatch.context() as patch:
+            patch.setattr(sys, "argv", ["command", *map(str, arguments)])
+            patch.setattr(signal, "signal", lambda *_: None)
+            patch.chdir(folder or Path.cwd())
+            capsys.readouterr()
+            code = 0
+            try:
+                main()
+            except SystemExit as ended:
+                code = ended.code or 0
+        return CompletedProcess(arguments, code, *capsys.readouterr())
+
+    return run
 
 
 def dequantize(quantized):

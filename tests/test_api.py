@@ -15,6 +15,8 @@ import vocabshrink
 from tokenizer_build.errors import InputError
 from tokenizer_build.tokenizer import load_tokenizer, save_tokenizer
 from vocabshrink.api import plan, spool
+from vocabshrink.data.lexicon import Lexicon, WordStream
+from vocabshrink.data.vectors import read_sentences
 from vocabshrink.delivery.size import tokenizer_bytes
 from vocabshrink.run.recipe import load_recipe
 from vocabshrink.runtime.delivery import load
@@ -52,6 +54,15 @@ def test_one_call_makes_a_model_of_the_budget(compressed, texts):
     vectors = load(compressed.path).embed(texts[:3])
     assert vectors.shape == (3, compressed.manifest["dimension"])
     np.testing.assert_allclose(np.linalg.norm(vectors, axis=1), 1, atol=1e-5)
+
+
+def test_only_what_is_read_later_is_encoded(compressed, texts):
+    """The sentences whose vectors are stored, then the held-out lines of the corpus."""
+    out, every = compressed.recipe.parent, load_recipe(compressed.recipe).corpus.held_out_every
+    lexicon, stream = Lexicon.load(out / "encode"), WordStream.load(out / "encode")
+    written = ["".join(lexicon.words[w] for w in row) for row in np.split(stream.word_ids, stream.line_offsets[1:-1])]
+    expected = [*read_sentences(out / "vectors"), *texts[every - 1 :: every]]
+    assert [line.lower() for line in written] == [line.lower().replace(" ", "") for line in expected]
 
 
 def test_the_choice_is_a_recipe_with_a_reason_on_every_line(tiny_teacher, texts, tmp_path):

@@ -1,8 +1,7 @@
 """How well tokenizers of any family fit a corpus, measured on its word counts.
 
 Every word is encoded once, after a space, and weighted by its count: exact for tokenizers that look at words alone
-(BERT's), close for those that mark spaces, which see punctuation as if it followed one.
-"""
+(BERT's), close for those that mark spaces, which see punctuation as if it followed one."""
 
 import json
 from collections.abc import Mapping

@@ -4,8 +4,7 @@ A line (in most corpora a paragraph) is the unit of everything downstream. Files
 array is read whole); folders and globs are sorted. Refused rather than guessed at: bytes that are not UTF-8, NUL bytes
 (binary files, UTF-16), records without the column, rows with other numbers of cells than their header, and more than
 LONGEST_LINE ASCII characters without white space (base64, a minified program), which no language has. Other long lines
-are cut. Not done: guessing encodings, archives, cells of TSV that span lines.
-"""
+are cut. Not done: guessing encodings, archives, cells of TSV that span lines."""
 
 import csv
 import glob

@@ -5,8 +5,7 @@ all others by `tokenizers` itself. That is exact because both steps of a BERT to
 combining sequence alone. (`str.split()` would also split at \\x1c-\\x1f and \\x85, which BertNormalizer deletes.)
 
 Memory: two blocks per process and the counts. Once there are more than `maximum` distinct words (10 M, about 1.5 GB),
-the rarest are dropped until half is left (lossy counting, Manku & Motwani 2002); frequent words stay exact.
-"""
+the rarest are dropped until half is left (lossy counting, Manku & Motwani 2002); frequent words stay exact."""
 
 import os
 import re

@@ -35,7 +35,8 @@ def replacing(path: str | Path) -> Iterator[Path]:
         path.parent.mkdir(parents=True, exist_ok=True)
         for folder in fresh:
             sync(folder.parent)
-        new, old = _temporary_beside(path, "new"), _temporary_beside(path, "old")
+        clean(path)
+        new, old = (path.with_name(f".{path.name}.{role}.{os.getpid()}.tmp") for role in ("new", "old"))
         _remove(new, old)
         try:
             yield new
@@ -68,12 +69,6 @@ def _exchanged(first: Path, second: Path) -> bool:
         return False
     here, exchange = -100, 2  # AT_FDCWD, RENAME_EXCHANGE
     return renameat2(here, os.fsencode(first), here, os.fsencode(second), exchange) == 0
-
-
-def _temporary_beside(path: Path, role: str) -> Path:
-    """This process's temporary name for `path`, after `clean`."""
-    clean(path)
-    return path.with_name(f".{path.name}.{role}.{os.getpid()}.tmp")
 
 
 def clean(path: Path) -> None:

@@ -3,8 +3,7 @@
 This is what arXiv 1909.11687 calls WordPiece. Choosing the best subset is NP-hard, so candidates are dropped in rounds,
 cheapest first. A candidate's cost is what its removal adds: in early rounds an estimate, its uses times (the pieces its
 text would be cut into, less one); in the last rounds exact, word by word, because the match that replaces a piece may
-run past that piece's end. Rounds that swap in what was dropped too early close the selection. 8 seconds on one core.
-"""
+run past that piece's end. Rounds that swap in what was dropped too early close the selection. 8 seconds on one core."""
 
 import re
 from collections import defaultdict

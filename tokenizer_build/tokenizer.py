@@ -1,7 +1,6 @@
 """A tokenizer folder made from a list of pieces, for `tokenizers`, AutoTokenizer and BertTokenizerFast alike.
 
-Never from a trainer's leftovers: trainers leave the single characters behind as added tokens.
-"""
+Never from a trainer's leftovers: trainers leave the single characters behind as added tokens."""
 
 import os
 from collections.abc import Sequence

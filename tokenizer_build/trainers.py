@@ -2,8 +2,7 @@
 
 Every vocabulary holds the special tokens, then what is required (the corpus's alphabet and the user's words), then what
 the trainer chose. All are functions of the counts alone. SentencePiece's BPE learns 30,000 candidates in a second;
-`wordpiece` is computed by it too, since `tokenizers.WordPieceTrainer` gives another vocabulary on every run.
-"""
+`wordpiece` is computed by it too, since `tokenizers.WordPieceTrainer` gives another vocabulary on every run."""
 
 import io
 from collections import Counter

@@ -1,8 +1,7 @@
 """Compress a BERT-type encoder by giving it a much smaller vocabulary, and deliver it under a byte budget.
 
 `compress(model, texts, out=folder)` is the whole job. `load(folder)` opens a delivered model and `Index(folder)` its
-passages; neither needs torch. The pieces of `compress` are functions too: see `vocabshrink.api`.
-"""
+passages; neither needs torch. The pieces of `compress` are functions too: see `vocabshrink.api`."""
 
 import importlib
 

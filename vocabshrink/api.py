@@ -1,8 +1,7 @@
 """What the library does, as functions: `compress`, which decides everything, and the pieces that it is made of.
 
 Every function works in a folder that it is given and goes on there when it is called again after a kill. Models are
-folders that transformers loads, so that any of them may come from elsewhere or go elsewhere.
-"""
+folders that transformers loads, so that any of them may come from elsewhere or go elsewhere."""
 
 import dataclasses
 import filecmp
@@ -63,7 +62,7 @@ def compress(
     same arguments, it goes on. Raises InputError, before anything is trained, for a model, texts or a budget that
     cannot be."""
     recipe = plan(model, texts, out=out, **options)
-    figures = run_recipe(load_recipe(recipe), RunDir(out), since=since)
+    figures = run_recipe(load_recipe(recipe), RunDir(Path(out)), since=since)
     delivered = Path(out, "export", "model")
     return Artifact(delivered, read_json(delivered / "MANIFEST.json"), figures, recipe)
 

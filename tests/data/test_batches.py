@@ -121,10 +121,11 @@ class TestSegments:
         for left, right in zip(whole, cut(), strict=True):
             assert np.array_equal(left.starts, right.starts) and np.array_equal(left.lengths, right.lengths)
 
-    def test_nothing_to_train_on_is_refused(self, encoded):
+    def test_nothing_to_train_on_is_refused(self, encoded, table):
         lexicon, stream = encoded
-        with pytest.raises(InputError, match="no run of at least 5000 words fits 40 pieces: give more text"):
-            cut_segments(stream, lexicon, unit="line", max_pieces=LIMIT, min_words=5000, held_out_every=7)
+        none, _ = cut_segments(stream, lexicon, unit="line", max_pieces=LIMIT, min_words=5000, held_out_every=7)
+        with pytest.raises(InputError, match="no run of enough words fits 40 pieces: give more text"):
+            Batcher(table, stream, lexicon, none, batch_size=4, seed=0, sides=("student",), max_pieces=LIMIT)
 
 
 def clean_words(batcher: Batcher, index: int) -> list[tuple[int, ...]]:

@@ -13,8 +13,9 @@ from transformers import AutoModel, AutoTokenizer
 
 from tokenizer_build.errors import InputError
 from vocabshrink.data.batches import Segments, cut_segments
-from vocabshrink.data.held_out import HeldOut, RatedPairs, held_out_texts, read_rated_pairs
+from vocabshrink.data.held_out import HeldOut, held_out_texts, read_rated_pairs, spearman
 from vocabshrink.data.lexicon import Lexicon, WordStream, encode_corpus
+from vocabshrink.data.tasks import Rows
 from vocabshrink.models.forward import torch_embedder
 
 
@@ -145,15 +146,15 @@ class TestTorchEmbedder:
         assert np.abs(first - second).max() < 0.01 < np.abs(first - other).max()
 
 
-class TestRatedPairs:
+class TestPairs:
     def test_spearman_is_scipys(self):
         rng = np.random.default_rng(2)
         vectors = {name: rng.normal(size=4) for name in "abcdefgh"}
-        rated = RatedPairs(list("abcd"), list("efgh"), np.array([3.0, 1, 4, 1.5]))
+        rated = Rows(list("abcd"), list("efgh"), np.array([3.0, 1, 4, 1.5]))
         expected = spearmanr(
-            [cosine(vectors[a], vectors[b]) for a, b in zip("abcd", "efgh", strict=True)], rated.scores
+            [cosine(vectors[a], vectors[b]) for a, b in zip("abcd", "efgh", strict=True)], rated.targets
         )
-        found = rated.spearman(lambda texts: np.stack([vectors[t] for t in texts]))
+        found = spearman(rated, lambda texts: np.stack([vectors[t] for t in texts]))
         assert found == pytest.approx(expected.statistic)
 
     def test_are_read_as_they_stand(self, tmp_path):
@@ -164,7 +165,7 @@ class TestRatedPairs:
         text = "\n\n".join(json.dumps(row, ensure_ascii=False) for row in rows) + "\n"
         (tmp_path / "pairs.jsonl").write_text(text, encoding="utf-8")
         rated = read_rated_pairs(tmp_path / "pairs.jsonl")
-        assert (rated.first, rated.second, rated.scores.tolist()) == (["a\u2028b", "c"], ["ü", "d"], [0.5, 4.0])
+        assert (rated.first, rated.second, rated.targets.tolist()) == (["a\u2028b", "c"], ["ü", "d"], [0.5, 4.0])
 
     @pytest.mark.parametrize(
         "row",

@@ -94,7 +94,7 @@ def test_products_of_joined_vectors_are_the_weighted_mean_of_the_teachers_cosine
         np.save(tmp_path / f"{name}.npy", vectors.astype(np.float16))
     stored = StoredVectors.load(tmp_path, {"first": 3.0, "second": 1.0}, centered={"second"})
     rows = stored.rows(np.array([4, 0, 7]))
-    assert rows.shape == (3, 10) and rows.dtype == np.float32 and len(stored) == 9
+    assert rows.shape == (3, 10) and rows.dtype == np.float32 and len(stored.arrays[0]) == 9
     np.testing.assert_allclose((rows**2).sum(1), 1, atol=1e-6)
 
     def cosines(vectors):

@@ -1,3 +1,5 @@
+from functools import partial
+
 import pytest
 import torch
 import transformers
@@ -5,7 +7,7 @@ from transformers import BertConfig, BertModel
 
 from tokenizer_build.errors import InputError
 from vocabshrink.delivery.graph import build_graph
-from vocabshrink.delivery.size import GRAPH_FORMATS, SAFETENSORS, delivery_bytes, graph_bytes, parameters, refusal
+from vocabshrink.delivery.size import GRAPH_FORMATS, delivery_bytes, graph_bytes, parameters, refusal
 from vocabshrink.run.formats import formats_of
 from vocabshrink.runtime.kinds import KINDS
 
@@ -23,7 +25,7 @@ def shape(pieces: int, hidden: int, layers: int, inner: int, positions: int = 51
     )
 
 
-SMALL = [shape(97, 64, 1, 128, 40), shape(301, 96, 3, 200, 64, 1), shape(2_000, 128, 11, 512, 128)]
+SMALL = [shape(97, 128, 1, 256, 40), shape(301, 96, 3, 200, 64, 1), shape(500, 32, 11, 64, 40)]
 IDS = ["1 layer", "3 layers", "11 layers"]
 MIXED = {"embeddings": "int4-64", "positions": "int4-32", "attention": "int8", "feed_forward": "fp16", "head": "fp32"}
 
@@ -55,14 +57,6 @@ def test_predicted_graphs_are_the_written_graphs(config, task):
         assert abs(graph_bytes(config, format, task) - written) <= 8
 
 
-@pytest.mark.parametrize("format", ["fp32", "fp16"])
-def test_predicted_safetensors_is_the_written_file(format, tmp_path):
-    model = BertModel(SMALL[2])
-    (model.half() if format == "fp16" else model).save_pretrained(tmp_path)
-    written = (tmp_path / "model.safetensors").stat().st_size
-    assert delivery_bytes(SMALL[2], format + "-safetensors")["weights"] == pytest.approx(written, rel=0.005)
-
-
 def test_all_minilm_at_four_bits_fits_seven_megabytes():
     # Written files of this very shape. Those of int8 have since grown by the rounding of activations row by row.
     written = {"int4-32": 7_184_444, "int4-64": 6_792_644, "int4-128": 6_596_757, "int8": 12_721_921}
@@ -74,7 +68,7 @@ def fewer_pieces(sentence: str) -> int:
     return int(sentence.partition("vocabulary.size <= ")[2].partition(", or")[0].replace(",", ""))
 
 
-@pytest.mark.parametrize("format", [*SAFETENSORS, *GRAPH_FORMATS])
+@pytest.mark.parametrize("format", GRAPH_FORMATS)
 @pytest.mark.parametrize("task", ["embedding", "fill-mask"])
 def test_the_advised_vocabulary_fits_and_one_more_piece_does_not(format, task):
     budget = 300_000
@@ -88,18 +82,21 @@ def test_the_advised_vocabulary_fits_and_one_more_piece_does_not(format, task):
 
 
 def test_no_vocabulary_fits_a_body_over_budget():
-    assert "vocabulary.size" not in refusal(minilm(), 7_000_000, "int8", recipe="r")
+    sentence = refusal(shape(5_000, 64, 2, 128), 100_000, "int8", recipe="r")
+    assert "vocabulary.size" not in sentence and "use fewer layers" in sentence
 
 
 def test_refusal_says_by_how_much_and_what_to_change():
-    assert refusal(minilm(), 7_000_000, "int4-64", recipe="minilm") is None
-    sentence = refusal(minilm(6_500), 7_000_000, "int4-64", recipe="recipe minilm")
-    start = "recipe minilm needs 7.19 MB at int4 groups of 64: over the budget of 7.00 MB by 0.19 MB; use "
-    assert sentence.startswith(start)
+    large = partial(shape, hidden=128, layers=1, inner=256, positions=64)
+    needed, coarser = (delivery_bytes(large(6_500), f"int4-{size}")["total"] for size in (64, 128))
+    assert refusal(large(6_500), needed, "int4-64", recipe="r") is None
+    budget = (needed + coarser) // 2
+    sentence, over = refusal(large(6_500), budget, "int4-64", recipe="recipe r"), needed - budget
+    mb = "recipe r needs {:.2f} MB at int4 groups of 64: over the budget of {:.2f} MB by {:,} bytes; use "
+    assert over < 10_000 and sentence.startswith(mb.format(needed / 1e6, budget / 1e6, over))
     fewer = fewer_pieces(sentence)
     assert f"vocabulary.size <= {fewer:,}, or int4 groups of 128" in sentence
-    assert delivery_bytes(minilm(fewer), "int4-64")["total"] <= 7_000_000
-    assert "fewer layers" in refusal(shape(5_000, 768, 4, 3_072), 7_000_000, "int4-128", recipe="r")
+    assert delivery_bytes(large(fewer), "int4-64")["total"] <= budget
 
 
 def test_a_tokenizer_that_exists_is_measured(tmp_path):

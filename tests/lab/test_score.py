@@ -1,7 +1,4 @@
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -13,6 +10,7 @@ from tokenizers import Tokenizer
 
 from tokenizer_build.errors import InputError
 from tokenizer_build.files import write_json
+from vocabshrink.cli import main
 from vocabshrink.lab.score import backbone_embedder, measure, measures_of, score_models, static_embedder
 from vocabshrink.models.forward import module_files
 
@@ -78,13 +76,11 @@ def test_models_of_every_kind_are_in_one_table(data, tiny_teacher, tmp_path):
     assert again == report
 
 
-def test_the_command_prints_and_writes_the_table(data, tiny_teacher, tmp_path):
+def test_the_command_prints_and_writes_the_table(data, tiny_teacher, tmp_path, in_process):
     delivery = write_delivery(tmp_path / "tiny", "embedding", tiny_teacher)
     write_manifest(delivery, "embedding", delivery_bytes=1234)
     arguments = ["score", delivery, "--data", data, "--rows", "20", "--threads", "1", "--out", tmp_path / "score.json"]
-    environment = os.environ | {"PYTHONPATH": os.getcwd(), "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, "-m", "vocabshrink", *map(str, arguments)]
-    done = subprocess.run(command, capture_output=True, text=True, env=environment)
+    done = in_process(main, *arguments)
     assert done.returncode == 0, done.stderr
     for words in ("at most 20 rows", "mrpc average_precision", "tiny", "1,234"):
         assert words in done.stdout
@@ -182,8 +178,12 @@ def test_what_cannot_be_scored_is_refused(data, tiny_teacher, tmp_path):
         with pytest.raises(InputError, match=f"test.jsonl: .*{words}"):
             measure(None, tmp_path, ["accuracy"])
     write_rows_at(tmp_path / "test.jsonl", [("same", "a", "b")])
-    with pytest.raises(InputError, match="row 1 needs sentence1, sentence2 and a numeric label"):
+    with pytest.raises(InputError, match="row 1: label 'same' is no score: write a finite number"):
         measure(None, tmp_path, ["spearman"])
+    write_rows_at(tmp_path / "test.jsonl", [(1, "a"), (0, "b")])
+    for metric in ("spearman", "ndcg@10", "average_precision"):
+        with pytest.raises(InputError, match=f"row 1 has no sentence2, and {metric} is of pairs"):
+            measure(None, tmp_path, [metric])
     (tmp_path / "train.jsonl").unlink()
     with pytest.raises(InputError, match="train.jsonl: no such file"):
         measure(None, tmp_path, ["accuracy"])

@@ -166,7 +166,7 @@ def test_environment_says_what_ran_and_not_who_or_where(run):
 
 def test_environment_does_not_load_torch(tmp_path):
     code = (
-        "import sys; from vocabshrink.run.folder import RunDir; RunDir(sys.argv[1]).write_environment(); "
+        "import sys; from vocabshrink.run.folder import Path, RunDir; RunDir(Path(sys.argv[1])).write_environment(); "
         "assert 'torch' not in sys.modules"
     )
     root = Path(__file__).resolve().parents[2]

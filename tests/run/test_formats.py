@@ -6,20 +6,20 @@ import pytest
 
 from tokenizer_build.errors import InputError
 from vocabshrink.run import recipe
-from vocabshrink.run.formats import CLASSES, FORMATS, bits_and_group, describe, format_of, formats_of, is_float, kind_of
+from vocabshrink.run.formats import CLASSES, FORMATS, bits_and_group, describe, format_of, formats_of, is_float
 
 MIXED = {"embeddings": "int4-64", "positions": "int4-32", "attention": "int8", "feed_forward": "int4-128"}
 
 
 def test_every_name_is_read():
-    found = {name: (kind_of(name), is_float(name), describe(name)) for name in FORMATS}
+    found = {name: (is_float(name), describe(name)) for name in FORMATS}
     assert found == {
-        "fp32": ("fp32", True, "fp32"),
-        "fp16": ("fp16", True, "fp16"),
-        "int8": ("int8", False, "int8"),
-        "int4-32": ("int4", False, "int4 groups of 32"),
-        "int4-64": ("int4", False, "int4 groups of 64"),
-        "int4-128": ("int4", False, "int4 groups of 128"),
+        "fp32": (True, "fp32"),
+        "fp16": (True, "fp16"),
+        "int8": (False, "int8"),
+        "int4-32": (False, "int4 groups of 32"),
+        "int4-64": (False, "int4 groups of 64"),
+        "int4-128": (False, "int4 groups of 128"),
     }
 
 

@@ -4,8 +4,7 @@ A batch is a pure function of (seed, step); each of several processes draws it w
 task's splits are encoded once into one lexicon, a sentence (or a token) per line, so that teacher and student see the
 same words cut at the same places. Not done: splits whose words do not fit in memory.
 
-How words become pieces and units, and the shapes B, T, U and n: see pieces.py. S segments, R rows of a split.
-"""
+How words become pieces and units, and the shapes B, T, U and n: see pieces.py. S segments, R rows of a split."""
 
 import hashlib
 import math
@@ -108,11 +107,11 @@ def cut_segments(
 ) -> tuple[Segments, Segments]:
     """(training, held-out) segments, which never share a line: lines, or sentences if `unit` says so, cut where they
     exceed `max_pieces` in the vocabulary that needs more of them; in the teacher's if only the teacher reads, so that
-    what it learns does not depend on the student's. Raises InputError if the corpus leaves nothing to train on."""
+    what it learns does not depend on the student's."""
     cost_of_word = np.diff(lexicon.teacher_offsets)
     if sides != ("teacher",):
         cost_of_word = np.maximum(cost_of_word, np.diff(lexicon.student_offsets))
-    found = []
+    found = [(np.zeros(0, np.int64), np.zeros(0, np.int32), np.zeros(0, bool))]
     for first_line in range(0, len(stream.line_offsets) - 1, BLOCK_LINES):
         offsets = np.asarray(stream.line_offsets[first_line : first_line + BLOCK_LINES + 1])
         words = np.asarray(stream.word_ids[offsets[0] : offsets[-1]])
@@ -136,8 +135,6 @@ def cut_segments(
         keep = (length >= min_words) & (np.add.reduceat(cost, begin) <= max_pieces)
         found.append((begin[keep] + offsets[0], length[keep].astype(np.int32), line[keep] % held_out_every == 0))
     starts, lengths, held_out = map(np.concatenate, zip(*found, strict=True))
-    if held_out.all():
-        raise InputError(f"corpus: no run of at least {min_words} words fits {max_pieces} pieces: give more text")
     return Segments(starts[~held_out], lengths[~held_out]), Segments(starts[held_out], lengths[held_out])
 
 
@@ -183,6 +180,9 @@ class Batcher:
     vectors: Callable[[np.ndarray], np.ndarray] | None = None  # segment numbers -> their stored vectors [n, D]
 
     def __post_init__(self):
+        """Raises InputError where there is nothing to train on."""
+        if not len(self.segments.lengths):
+            raise InputError(f"corpus: no run of enough words fits {self.max_pieces} pieces: give more text")
         self.order = Order(self.segments.lengths, max(1, self.batch_size // self.group_size), self.seed)
         self._rare = rare_words(self.lexicon) if self.group_size > 1 else None
 

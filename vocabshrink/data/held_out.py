@@ -2,8 +2,7 @@
 
 Held-out sentences come from lines that no training batch has seen. Rank agreement is the Spearman correlation of two
 models' cosine similarities over pairs: for each sentence three near pairs (see `near_groups`), where small vocabularies
-fail, and one random pair. Everything goes through text, the path that a delivery's users take.
-"""
+fail, and one random pair. Everything goes through text, the path that a delivery's users take."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -19,6 +18,7 @@ from tokenizer_build.corpus import read_rows
 from tokenizer_build.errors import InputError
 from vocabshrink.data.batches import Segments, gather_words, near_groups, rare_words
 from vocabshrink.data.lexicon import Lexicon, WordStream
+from vocabshrink.data.tasks import Rows
 
 Embed = Callable[[list[str]], np.ndarray]
 LEAST_SENTENCES = 20  # below this many, agreement and neighbours mean nothing
@@ -63,22 +63,19 @@ def similarities(vectors: np.ndarray, pairs: np.ndarray) -> np.ndarray:
     return (unit[pairs[:, 0]] * unit[pairs[:, 1]]).sum(1)
 
 
-@dataclass(frozen=True)
-class RatedPairs:
-    """Sentence pairs with human scores."""
-
-    first: list[str]
-    second: list[str]
-    scores: np.ndarray
-
-    def spearman(self, embed: Embed) -> float:
-        """Spearman correlation of the model's cosine similarities and the scores."""
-        pairs = np.arange(2 * len(self.first)).reshape(2, -1).T
-        return float(spearmanr(similarities(embed(self.first + self.second), pairs), self.scores).statistic)
+def similarities_of_rows(rows: Rows, embed: Embed) -> np.ndarray:
+    """Cosine similarity of the model's vectors of each row's two sentences, [R]."""
+    return similarities(embed(rows.first + rows.second), np.arange(2 * len(rows)).reshape(2, -1).T)
 
 
-def read_rated_pairs(path: str | Path) -> RatedPairs:
-    """Reads rows with sentence1, sentence2 and label. Raises InputError with file, row and remedy."""
+def spearman(rated: Rows, embed: Embed) -> float:
+    """Spearman correlation of the model's similarities and the scores of human beings."""
+    return float(spearmanr(similarities_of_rows(rated, embed), rated.targets).statistic)
+
+
+def read_rated_pairs(path: str | Path) -> Rows:
+    """Sentence pairs with a human score each: rows with sentence1, sentence2 and label, all of them finite numbers.
+    Raises InputError with file, row and remedy."""
     rows, fields = [], TypeAdapter(tuple[str, str, FiniteFloat])
     for place, row in read_rows(path):
         try:
@@ -88,4 +85,4 @@ def read_rated_pairs(path: str | Path) -> RatedPairs:
     if len(rows) < 2:
         raise InputError(f"{path}: no rated pairs: give rows with sentence1, sentence2 and label")
     first, second, scores = map(list, zip(*rows, strict=True))
-    return RatedPairs(first, second, np.array(scores))
+    return Rows(first, second, np.array(scores))

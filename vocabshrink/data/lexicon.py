@@ -11,8 +11,7 @@ tokenised by the real tokenizers, and its pieces are only grouped. `check_family
 cannot be promised, and the first lines of every corpus are compared with the pieces of whole lines.
 
 Cost: one look-up per chunk (about 2 million words per second and core once warm) and one call of each tokenizer per
-distinct chunk. Not done: tokenizers that read whole sentences, dropping words seen once.
-"""
+distinct chunk. Not done: tokenizers that read whole sentences, dropping words seen once."""
 
 import hashlib
 import json
@@ -128,7 +127,9 @@ def encode_corpus(
     made.mkdir(parents=True)
     try:
         with naming_bad_disk(folder):
-            totals = _write(_encode_blocks(blocks, paths, processes), made, progress)
+            blocks, encoder = iter(blocks), _Encoder(*paths)
+            encoder.check(first := next(blocks, []), encoded := encoder.encode(first))
+            totals = _write(chain([encoded], map_in_order(encoder.encode, blocks, processes)), made, progress)
             write_json(made / "meta.json", {"teacher": teacher, "student": student} | totals)
             (folder / "meta.json").unlink(missing_ok=True)  # goes first and comes last: no half-written run loads
             for file in sorted(made.iterdir(), key=lambda file: file.name == "meta.json"):
@@ -335,16 +336,6 @@ def _cuts(encoding: Encoding, length: int) -> list[tuple[int, int, int]]:
     lows = list(accumulate((end for _, end in offsets), max, initial=0))  # lows[k]: end of the first k pieces
     highs = list(accumulate((start for start, _ in reversed(offsets)), min, initial=length))[::-1]
     return [(k, lows[k], highs[k]) for k in dict.fromkeys(edges) if lows[k] <= highs[k]]
-
-
-def _encode_blocks(blocks: Iterable[list[str]], paths: tuple[Path, Path], processes: int) -> Iterator[tuple]:
-    """`_Encoder.encode` of every block, in order; the first block is checked."""
-    blocks, encoder = iter(blocks), _Encoder(*paths)
-    first = next(blocks, [])
-    encoded = encoder.encode(first)
-    encoder.check(first, encoded)
-    yield encoded
-    yield from map_in_order(encoder.encode, blocks, processes)
 
 
 def _write(results: Iterable[tuple], folder: Path, progress: Callable[[int], None]) -> dict:

@@ -8,8 +8,7 @@ Hidden states and attention of two models are compared unit by unit. A word is o
 differently, and as many units as pieces where they spell it alike: equal vocabularies are compared piece by piece, as
 in the papers. [CLS] is unit 0, the separators are the last units.
 
-Shapes: B sequences, T pieces in a padded sequence, U units in a padded sequence, n words of all sequences.
-"""
+Shapes: B sequences, T pieces in a padded sequence, U units in a padded sequence, n words of all sequences."""
 
 import copy
 from collections import namedtuple

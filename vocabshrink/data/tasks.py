@@ -5,8 +5,7 @@ reading, with the file, the row and the remedy. The order of the labels travels 
 defect of distilled classifiers is a teacher that counts its classes in another order: `check_label_order` and
 `check_agreement` refuse it. Spans are counted as CoNLL does. Not done: confidence intervals, strict spans.
 
-Shapes: R rows of a split, C labels (1 for scores).
-"""
+Shapes: R rows of a split, C labels (1 for scores)."""
 
 import math
 import re

@@ -3,8 +3,7 @@
 Vectors of several teachers are joined into one whose products are the weighted mean of the teachers' cosine
 similarities. Sentences come from the text itself, not from the word stream, because every teacher has a tokenizer of
 its own; lines that are held out give none. Vectors are float16 and memory-mapped, [N, D] a teacher. Not done: near
-sentences made on the fly (`group_size`), whose vectors nobody has stored.
-"""
+sentences made on the fly (`group_size`), whose vectors nobody has stored."""
 
 import json
 import math
@@ -104,9 +103,6 @@ class StoredVectors:
         samples = zip(shares, (array[:SAMPLE].astype(np.float32) for array in arrays), strict=True)
         means = [sample.mean(0) * (name in centered) for name, sample in samples]
         return cls(arrays, means, [share / sum(shares.values()) for share in shares.values()])
-
-    def __len__(self) -> int:
-        return len(self.arrays[0])
 
     def rows(self, chosen: np.ndarray | slice) -> np.ndarray:
         """[n, D] float32 of unit length, D the sum of the teachers' widths; products are the weighted mean cosines."""

@@ -8,7 +8,6 @@ from hashlib import sha256
 from pathlib import Path
 
 import numpy as np
-import onnxruntime
 import torch
 from safetensors.torch import save_file
 from torch import nn
@@ -22,9 +21,9 @@ from vocabshrink.models.forward import module_files, pool_sentence
 from vocabshrink.models.loading import check_folder, load_model
 from vocabshrink.models.rounding import fake_quantize_
 from vocabshrink.models.teacher import eps_and_activation
-from vocabshrink.pages.page import write_page
-from vocabshrink.run.formats import Formats, formats_of, kind_of
+from vocabshrink.run.formats import Formats, formats_of
 from vocabshrink.run.recipe import POOLINGS
+from vocabshrink.runtime.delivery import open_graph
 from vocabshrink.runtime.kinds import KINDS
 
 Feed = dict[str, np.ndarray]  # a graph's inputs, int64 [batch, sequence]
@@ -79,7 +78,7 @@ class ExportSettings:
     @property
     def coarsest(self) -> str:
         """The key of LIMITS for the coarsest class: "int4" of {"head": "int8", "attention": "int4-64"}."""
-        return min(map(kind_of, self.formats.values()), key=list(LIMITS).index)
+        return min((format.partition("-")[0] for format in self.formats.values()), key=list(LIMITS).index)
 
 
 def export_model(
@@ -107,17 +106,14 @@ def export_model(
         for path in filter(Path.is_file, sorted(place.rglob("*"))):
             facts = {"bytes": path.stat().st_size, "sha256": sha256(path.read_bytes()).hexdigest()}
             full["files"][path.relative_to(place).as_posix()] = facts
-        full["check"], disagreements = _compare(model, place / full["graph"], settings)
+        full["check"], disagreements = _compare(model, (place / full["graph"]).read_bytes(), settings)
         note(disagreements + _weigh(full, place / "MANIFEST.json", settings))
         if measure:
             full["quality"], allowed = measure(place), settings.tolerance
             gated = {name: row for name, row in full["quality"].items() if gates is None or name in gates}
-            below = (
-                "{} is {delivered}, more than the tolerance of {} below {trained}: use smaller groups, more bits, or "
-            )
-            below += "train through the rounding"
+            below = "{} is {delivered}, more than the tolerance of {} below {trained}: use smaller groups, more bits,"
             lost = {n: r for n, r in gated.items() if r.get("trained", 0) - r.get("delivered", np.inf) > allowed}
-            note([below.format(name, allowed, **row) for name, row in lost.items()])
+            note([f"{below.format(name, allowed, **r)} or train through the rounding" for name, r in lost.items()])
         if failures:
             full["failures"] = failures
         _weigh(full, place / "MANIFEST.json", settings)
@@ -197,7 +193,7 @@ def _write_tokenizer(model_folder: Path, place: Path, vocab_size: int, max_posit
     _write_json(place / "tokenizer_config.json", settings | {"model_max_length": max_positions})
 
 
-def _compare(model: nn.Module, graph: Path, settings: ExportSettings) -> tuple[dict[str, float], list[str]]:
+def _compare(model: nn.Module, graph: bytes, settings: ExportSettings) -> tuple[dict[str, float], list[str]]:
     """The graph's agreement with torch, and a sentence for each that is too low. Rounds the model in place."""
     feeds = awkward_inputs(model.config.vocab_size, settings.max_positions, model.config.type_vocab_size)
     check = {"fp32": agreement(graph, feeds, model, settings)}
@@ -214,12 +210,10 @@ def _compare(model: nn.Module, graph: Path, settings: ExportSettings) -> tuple[d
     ]
 
 
-def agreement(graph: bytes | Path, feeds: list[Feed], model: nn.Module, settings: ExportSettings) -> float:
+def agreement(graph: bytes, feeds: list[Feed], model: nn.Module, settings: ExportSettings) -> float:
     """Least cosine of what the graph and torch give for the feeds; -1 where anything is not finite. Logits are centred,
     as a softmax does not see their mean, and compared all at once: near ties have no direction."""
-    options, task = onnxruntime.SessionOptions(), settings.task
-    options.intra_op_num_threads, options.log_severity_level = 1, 3
-    session = onnxruntime.InferenceSession(graph, options, providers=["CPUExecutionProvider"])
+    session, task = open_graph(graph), settings.task
     ours = [session.run([KINDS[task].output], feed)[0] for feed in feeds]
     if task in ("tokens", "fill-mask"):
         ours = [rows[feed["attention_mask"] > 0] for rows, feed in zip(ours, feeds, strict=True)]
@@ -278,12 +272,3 @@ def _weigh(manifest: dict, path: Path, settings: ExportSettings) -> list[str]:
 def _write_json(path: Path, content: dict | list) -> None:
     """Without white space: these bytes count."""
     path.write_text(json.dumps(content, ensure_ascii=False, separators=(",", ":")) + "\n", encoding="utf-8")
-
-
-def write_card(folder: Path, manifest: dict, *, teacher: str, sources: list[str], vocabulary: dict) -> None:
-    """Writes README.md beside a delivery's MANIFEST.json. vocabulary: comparison.json of the run's `vocab` stage."""
-    quality = {name: row for name, row in manifest.get("quality", {}).items() if isinstance(row, dict)}
-    facts = {"manifest": manifest, "teacher": teacher, "sources": sources, "vocabulary": vocabulary, "quality": quality}
-    facts["name"] = folder.name if folder.name != "model" else manifest["recipe"]
-    facts["systems"] = list(dict.fromkeys(system for row in quality.values() for system in row))
-    write_page(folder / "README.md", "card.md", kind=KINDS[manifest["task"]], **facts)

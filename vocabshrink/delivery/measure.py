@@ -10,7 +10,8 @@ from pathlib import Path
 
 from accelerate import PartialState
 
-from vocabshrink.data.held_out import Embed, HeldOut, RatedPairs
+from vocabshrink.data.held_out import Embed, HeldOut, spearman
+from vocabshrink.data.tasks import Rows
 from vocabshrink.delivery.export import ExportSettings, export_model
 from vocabshrink.models.forward import torch_embedder
 from vocabshrink.models.loading import load_config, load_model, weight_files
@@ -21,7 +22,7 @@ LONGEST = 128  # pieces that the teacher and the students in torch read
 
 
 def measure_systems(
-    held_out: HeldOut, rated: dict[str, RatedPairs], folders: dict[str, Path], *, pooling: str, normalize: bool
+    held_out: HeldOut, rated: dict[str, Rows], folders: dict[str, Path], *, pooling: str, normalize: bool
 ) -> dict[str, dict[str, float]]:
     """{"bytes", "rank_agreement", "neighbour_overlap", "latency_ms", each rated set}: {system: figure}.
     folders: of "teacher", "untrained", "trained" and "delivered"."""
@@ -40,7 +41,7 @@ def measure_systems(
         "neighbour_overlap": {name: held_out.neighbour_overlap(found, target) for name, found in vectors.items()},
         "latency_ms": times | {"delivered": latency(delivery.embed, held_out.texts)},
     }
-    figures |= {name: {of: pairs.spearman(embed) for of, embed in embedders.items()} for name, pairs in rated.items()}
+    figures |= {name: {of: spearman(pairs, embed) for of, embed in embedders.items()} for name, pairs in rated.items()}
     return {key: {name: round(value, 4) for name, value in row.items()} for key, row in figures.items()}
 
 

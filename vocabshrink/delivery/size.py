@@ -15,12 +15,8 @@ from vocabshrink.models.families import student_class
 from vocabshrink.run.formats import Formats, describe, formats_of
 from vocabshrink.runtime.kinds import KINDS
 
-SAFETENSORS = {"fp32-safetensors": 4, "fp16-safetensors": 2}  # bytes of a value in a training folder's weights
 GRAPH_FORMATS = ("fp32", "int8", "int4-32", "int4-64", "int4-128")  # of a whole graph, from the largest to the smallest
-HEADER_BYTES = 116  # of a safetensors file, for each tensor
-# Bytes of tokenizer.json, (at all, per piece), of 5,000 English pieces; in training folders indented, with a vocab.txt
-DELIVERED_TOKENIZER = (1_300, 13.7)
-TRAINING_TOKENIZER = (2_600, 28.0)
+TOKENIZER = (1_300, 13.7)  # bytes of tokenizer.json, (at all, per piece), of 5,000 English pieces
 SMALL_FILES = 2_800  # config.json, tokenizer_config.json and a MANIFEST.json with quality figures
 
 
@@ -49,15 +45,9 @@ def graph_bytes(config: PreTrainedConfig, formats: Formats, task: str = "embeddi
 def delivery_bytes(
     config: PreTrainedConfig, formats: Formats, task: str = "embedding", tokenizer: int | None = None
 ) -> dict[str, int]:
-    """Bytes by file, with "total": weights, tokenizer.json (estimated where its bytes are not given), small files.
-    formats: of a graph; or a key of SAFETENSORS: a training folder, vocab.txt included."""
-    if isinstance(formats, str) and formats in SAFETENSORS:
-        headers = HEADER_BYTES * (7 + 16 * config.num_hidden_layers)
-        weights, (first, per_piece) = parameters(config)["total"] * SAFETENSORS[formats] + headers, TRAINING_TOKENIZER
-    else:
-        weights, (first, per_piece) = graph_bytes(config, formats, task), DELIVERED_TOKENIZER
-    pieces = tokenizer or first + round(per_piece * config.vocab_size)
-    sizes = {"weights": weights, "tokenizer": pieces, "small_files": SMALL_FILES}
+    """Bytes by file, with "total": weights, tokenizer.json (estimated where its bytes are not given), small files."""
+    pieces = tokenizer or TOKENIZER[0] + round(TOKENIZER[1] * config.vocab_size)
+    sizes = {"weights": graph_bytes(config, formats, task), "tokenizer": pieces, "small_files": SMALL_FILES}
     return sizes | {"total": sum(sizes.values())}
 
 

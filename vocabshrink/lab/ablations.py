@@ -3,8 +3,7 @@
 A variant is settings over a recipe's plain values, and a run whose stages stand in one folder of all runs', named by
 what decides them (`SharedRunDir`), so that what variants have in common is made once. An ablation file names a base
 recipe and the variants, each of which is run under every seed. Several copies of a command share the work: a stage
-belongs to one process while it is made. Tables are views of finished stages, written anew after each run.
-"""
+belongs to one process while it is made. Tables are views of finished stages, written anew after each run."""
 
 import copy
 import os

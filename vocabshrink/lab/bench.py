@@ -3,8 +3,7 @@
 Every system is measured from text to answer, in processes of its own: our runtime for a delivery and for the teacher as
 fp32 and int8 ONNX, model2vec for static vectors of the same teacher. All get the same texts, whose length is in the
 teacher's pieces: that a small vocabulary needs more is part of its price. They take turns, so that a machine that slows
-down slows all of them. Such a process runs this module, which therefore imports only what every system needs.
-"""
+down slows all of them. Such a process runs this module, which therefore imports only what every system needs."""
 
 import gzip
 import itertools

@@ -2,8 +2,7 @@
 
 Docstrings are read from the source with `ast`: nothing is imported or run, so harvesting an unknown package is safe. A
 few coarse tests tell prose; they lose some and keep some noise, which word counts and training batches forgive. Parsing
-takes a second for 8 MB of source. Files without a triple quote, almost a third of all, are skipped.
-"""
+takes a second for 8 MB of source. Files without a triple quote, almost a third of all, are skipped."""
 
 import ast
 import gzip

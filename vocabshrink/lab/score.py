@@ -1,8 +1,7 @@
 """How good are a model's embeddings: one table for deliveries, model2vec's folders and any that transformers loads.
 
 Nothing is trained but a logistic regression on a model's vectors. Prompts are the model's own, for queries and passages
-in retrieval, its default elsewhere. Everything is seeded and rounded to four digits.
-"""
+in retrieval, its default elsewhere. Everything is seeded and rounded to four digits."""
 
 from collections.abc import Callable, Iterable, Sequence
 from functools import cache
@@ -19,8 +18,8 @@ from sklearn.preprocessing import normalize
 from tokenizer_build.errors import InputError
 from tokenizer_build.files import read_json
 from tokenizer_build.tokenizer import load_tokenizer
-from vocabshrink.data.held_out import RatedPairs, read_rated_pairs, similarities
-from vocabshrink.data.tasks import UNLABELLED, Rows, read_task
+from vocabshrink.data.held_out import similarities_of_rows, spearman
+from vocabshrink.data.tasks import Rows, read_task
 from vocabshrink.models.forward import module_settings, torch_embedder
 from vocabshrink.models.loading import check_folder, load_model, resolve_model, tensors_in, weight_files
 from vocabshrink.run.engine import say
@@ -40,8 +39,7 @@ STRENGTHS = (0.1, 1.0, 10.0, 100.0)  # of the probe, sklearn's C
 def score_models(models: Iterable[str], data: Path, *, rows: int = ROWS, threads: int = 1) -> list[dict]:
     """[{"model", "bytes" that its loader needs, "task", "metric", "value", "rows": at most so many of a split}].
     models: deliveries, or whatever `resolve_model` finds. data: a folder of tasks' folders of JSONL; those that neither
-    MEASURES nor a meta.json knows are left out. Raises InputError for what cannot be read, and where there is no
-    task."""
+    MEASURES nor a meta.json knows are left out. Raises InputError for what cannot be read, and where no task is."""
     tasks = {folder: found for folder in sorted(data.glob("*/")) if (found := measures_of(folder))}
     if not tasks:
         raise InputError(f'{data} has no task: name folders {", ".join(MEASURES)}, or list "measures" in a meta.json')
@@ -111,38 +109,37 @@ def measures_of(folder: Path) -> list[str]:
 def measure(embed: Asked, folder: Path, metrics: Sequence[str], limit: int = ROWS) -> dict[str, float]:
     """{metric: value} on a task's test.jsonl, or validation.jsonl where test has no file. average_precision: for rows
     of the second label. accuracy: of a logistic regression on the vectors of train.jsonl, its strength chosen on a
-    fifth of them. v_measure: of k-means over those, as many clusters as labels. Raises InputError with file, row and
-    remedy."""
+    fifth of them. v_measure: of k-means over those, as many clusters as labels. Raises InputError with file and row."""
     path = next((p for name in ("test", "validation") if (p := folder / f"{name}.jsonl").is_file()), None)
     if path is None:
         raise InputError(f"{folder} has neither test.jsonl nor validation.jsonl: give a task's folder")
+    learnt, kind = {"accuracy", "v_measure"} & set(metrics), "regression" if "spearman" in metrics else "classification"
+    files = {"train": str(folder / "train.jsonl" if learnt else path), "validation": str(path)}
+    task = read_task(TaskSection(**files, kind=kind, train_rows=limit, evaluation_rows=limit), folder.name)
+    test, train, plain = task.splits["validation"], task.splits["train"], lambda texts: embed(texts, ())
+    if test.second is None and set(metrics) - {"accuracy", "v_measure"}:
+        raise InputError(f"{path}: row 1 has no sentence2, and {metrics[0]} is of pairs: write both in every row")
+    vectors, found = cache(lambda: normalize(plain(train.first))), {}
     if "spearman" in metrics:
-        pairs = read_rated_pairs(path)
-        rows = _sample(Rows(pairs.first, pairs.second, pairs.scores), limit)
-        return {"spearman": RatedPairs(rows.first, rows.second, rows.targets).spearman(lambda texts: embed(texts, ()))}
-    learnt = {"accuracy", "v_measure"} & set(metrics)
-    section = TaskSection(train=str(folder / "train.jsonl" if learnt else path), validation=str(path))
-    task = read_task(section, folder.name)
-    test, train = (_sample(task.splits[split], limit) for split in ("validation", "train"))
-    vectors, found = cache(lambda: normalize(embed(train.first, ()))), {}
+        found["spearman"] = spearman(test, plain)
     if "ndcg@10" in metrics:
         found["ndcg@10"] = ndcg(embed, test)
     if "average_precision" in metrics:
-        cosines = similarities(embed(test.first + test.second, ()), np.arange(2 * len(test)).reshape(2, -1).T)
+        cosines = similarities_of_rows(test, plain)
         found["average_precision"] = float(average_precision_score(test.targets == 1, cosines))
     if "accuracy" in metrics:
         split = ShuffleSplit(1, test_size=0.2, random_state=0)
         probe = GridSearchCV(LogisticRegression(max_iter=1000), {"C": STRENGTHS}, cv=split)
         probe.fit(vectors(), train.targets)
-        found["accuracy"] = float(probe.score(normalize(embed(test.first, ())), test.targets))
+        found["accuracy"] = float(probe.score(normalize(plain(test.first)), test.targets))
     if "v_measure" in metrics:
         clusters = KMeans(len(task.labels), n_init=10, random_state=0).fit_predict(vectors())
         found["v_measure"] = float(v_measure_score(train.targets, clusters))
     return found
 
 
-def ndcg(embed: Asked, rows: Rows, top: int = 10) -> float:
-    """nDCG@`top` where sentence1 of each row of the first label asks for its sentence2, among those of all rows."""
+def ndcg(embed: Asked, rows: Rows) -> float:
+    """nDCG@10 where sentence1 of each row of the first label asks for its sentence2, among those of all rows."""
     places = {sentence: place for place, sentence in enumerate(dict.fromkeys(rows.second))}
     asked = np.flatnonzero(rows.targets == 0)
     sentences = normalize(embed(list(places), PASSAGE))
@@ -150,11 +147,4 @@ def ndcg(embed: Asked, rows: Rows, top: int = 10) -> float:
     own = sentences[[places[rows.second[i]] for i in asked]]
     # of equals, a question's own sentence is the last; and a product's rounding must not put it behind itself
     ranks = np.array([(sentences @ q >= q @ mine - 1e-6).sum() for q, mine in zip(questions, own, strict=True)])
-    return float(np.mean(np.where(ranks <= top, 1 / np.log2(1 + ranks), 0.0)))
-
-
-def _sample(rows: Rows, limit: int) -> Rows:
-    """At most `limit` of the rows that have a label, drawn by a fixed seed."""
-    chosen = np.random.default_rng(0).permutation(np.flatnonzero(rows.targets != UNLABELLED))[:limit]
-    second = None if rows.second is None else [rows.second[i] for i in chosen]
-    return Rows([rows.first[i] for i in chosen], second, rows.targets[chosen])
+    return float(np.mean(np.where(ranks <= 10, 1 / np.log2(1 + ranks), 0.0)))

@@ -3,8 +3,7 @@
 A genetic algorithm finds which teacher layer a student layer should learn from (Jiao et al. 2020, arXiv 2012.06153):
 gene i is the teacher layer of student layer i, 0 for none. A candidate is a run like an ablation's, trained a little on
 the corpus and on a few tasks. NSGA-II, storage, pruning and fronts are Optuna's: a killed search goes on, and several
-processes share one study. Optuna prunes by one objective alone, so with several none is given up between tasks.
-"""
+processes share one study. Optuna prunes by one objective alone, so with several none is given up between tasks."""
 
 import contextlib
 import hashlib
@@ -15,7 +14,6 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import numpy as np
-import onnxruntime
 import optuna
 import pandas as pd
 import yaml
@@ -39,6 +37,7 @@ from vocabshrink.run.formats import formats_of
 from vocabshrink.run.layer_map import layer_pairs
 from vocabshrink.run.recipe import DeliverySection, Name, Number, Positive, Section, Share, dump_recipe, parse_recipe
 from vocabshrink.run.recipe_yaml import RecipeDumper, override_value, parse_override, read_yaml
+from vocabshrink.runtime.delivery import open_graph
 from vocabshrink.stages.plan import check_budget, delivered_config, shapes
 
 NAMED_MAPS = ("uniform", "last", "skip", "first", "random")  # what the found map is compared with
@@ -208,9 +207,7 @@ def measure_latency(config: PreTrainedConfig, delivery: DeliverySection) -> floa
     state = {name: value.numpy() for name, value in new_encoder(config).state_dict().items()}
     formats = formats_of(delivery.weights)
     graph = build_graph(state, config, task="embedding", formats=formats, kernel=delivery.kernel)
-    options = onnxruntime.SessionOptions()
-    options.intra_op_num_threads, options.log_severity_level = 1, 3
-    session = onnxruntime.InferenceSession(graph.SerializeToString(), options, providers=["CPUExecutionProvider"])
+    session = open_graph(graph.SerializeToString())
     ids = np.ones((1, min(32, config.max_position_embeddings)), dtype=np.int64)
     feed = {"input_ids": ids, "attention_mask": ids, "token_type_ids": 0 * ids}
     return 1000 * min(time_calls(lambda: session.run(None, feed), seconds=1.0, least=30))
@@ -239,7 +236,7 @@ def explore(tuner: Tuner) -> optuna.Study:
         except (ImportError, SQLAlchemyError) as error:
             raise InputError(f"storage {url}: cannot be opened: {str(error).splitlines()[0]}") from None
     rates = {"mutation_prob": tuning.mutation, "crossover_prob": tuning.crossover, "swapping_prob": tuning.swap}
-    while len(study.trials) < ASKED * tuning.trials:
+    while len(study.get_trials(deepcopy=False)) < ASKED * tuning.trials:
         if sum(bool(row["scores"]) for row in rows_of(study).values()) >= tuning.trials:
             break
         # SQLite would give one queued trial to two processes, so they ask one at a time

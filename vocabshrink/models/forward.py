@@ -190,8 +190,7 @@ def torch_embedder(
     backbone, tokenizer_folder: Path, pooling: str, normalize: bool, *, max_length: int, batch_size=64, prompt=None
 ) -> Embed:
     """Texts -> [n, D] float32 by a model and a folder's tokenizer, which cuts at `max_length` or the model's positions.
-    prompt: put before each text.
-    bfloat16's error is far below the differences between models."""
+    prompt: put before each text. bfloat16's error is far below the differences between models."""
     tokenizer = load_tokenizer(tokenizer_folder)
     tokenizer.enable_truncation(min(max_length, positions_of(backbone.config) or max_length))
     tokenizer.enable_padding(pad_id=backbone.config.pad_token_id or 0)

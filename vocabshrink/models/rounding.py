@@ -98,8 +98,8 @@ class Rounding(nn.Module):
 
 
 def quantization_aware(model: nn.Module, formats: Formats) -> nn.Module:
-    """Makes, in place, every matrix of the model one that is rounded whenever it is used. The
-    optimiser must be made after this, and the model saved after `bake`: until then its state_dict has other names."""
+    """Makes, in place, every matrix of the model one that is rounded whenever it is used. The optimiser must be made
+    after this, and the model saved after `bake`: until then its state_dict has other names."""
     for name, module in list(model.named_modules()):
         if isinstance(module, nn.Linear | nn.Embedding):
             rounding = Rounding(module.weight, format_of(name, 2, formats_of(formats)))

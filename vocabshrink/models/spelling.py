@@ -43,10 +43,9 @@ def spell(piece: str, tokenizer: Tokenizer) -> list[int]:
         text = tokenizer.normalizer.normalize_str(text)
     ids: list[int] = []
     for number, (word, _) in enumerate(tokenizer.pre_tokenizer.pre_tokenize_str(text)):
-        if is_wordpiece:
-            ids += wordpieces(word, tokenizer, inside and number == 0) or [unknown]
-            continue
-        if follows and number == 0:
+        if number == 0 and is_wordpiece:
+            word = "##" * inside + word
+        elif number == 0 and follows:
             word = word.removeprefix("▁").removeprefix("Ġ")
         ids += [token.id for token in tokenizer.model.tokenize(word)] if word else []
     return ids or [unknown]
@@ -55,20 +54,6 @@ def spell(piece: str, tokenizer: Tokenizer) -> list[int]:
 def first_known(tokenizer: Tokenizer, *names: str) -> int | None:
     """The id of the first of `names` that the tokenizer has."""
     return next((i for name in names if (i := tokenizer.token_to_id(name)) is not None), None)
-
-
-def wordpieces(word: str, tokenizer: Tokenizer, inside: bool) -> list[int]:
-    """Greedy longest match, also from inside a word; empty if unknown."""
-    ids: list[int] = []
-    while word:
-        marked = "##" * bool(inside or ids) + word
-        ends = range(len(marked), len(marked) - len(word), -1)
-        end = next((e for e in ends if tokenizer.token_to_id(marked[:e]) is not None), None)
-        if end is None:
-            return []
-        ids.append(tokenizer.token_to_id(marked[:end]))
-        word = marked[end:]
-    return ids
 
 
 def shared_pieces(student_tokenizer: Tokenizer, teacher_tokenizer: Tokenizer) -> np.ndarray:

@@ -28,7 +28,7 @@ from vocabshrink.models.forward import module_files
 from vocabshrink.models.loading import load_config, load_model
 from vocabshrink.models.projection import check_extraction, cut, keep, layer_and_tail, principal_directions, scores_of
 from vocabshrink.models.spelling import piece_means
-from vocabshrink.models.teacher import MaskedLMHead, Teacher, eps_and_activation, head_names, load_head, new_head
+from vocabshrink.models.teacher import MaskedLMHead, Teacher, eps_and_activation, head_names, new_head
 from vocabshrink.run.layer_map import layer_pairs
 from vocabshrink.run.recipe import StudentSection
 
@@ -37,11 +37,8 @@ def student_config(section: StudentSection, source, vocab_size: int) -> PreTrain
     """The student's shape: the recipe's numbers, else those of `source`, the config of the model that it starts from.
     Raises InputError for a width that the heads do not divide, and for a number that neither of them gives."""
     names = ("hidden_size", "num_attention_heads", "num_hidden_layers")
-    theirs = {name: getattr(source, name, None) for name in names}
-    theirs |= {
-        "intermediate_size": families.neurons_of(source),
-        "max_position_embeddings": families.positions_of(source),
-    }
+    theirs = {name: getattr(source, name, None) for name in names} | {"intermediate_size": families.neurons_of(source)}
+    theirs |= {"max_position_embeddings": families.positions_of(source)}
     shape = {name: getattr(section, name) or value for name, value in theirs.items()}
     if missing := [name for name, value in shape.items() if not value]:
         raise InputError(f"student.{missing[0]}: the {source.model_type} model has no such number: write it down")
@@ -213,14 +210,6 @@ def new_student_head(student: PreTrainedModel, teacher: Teacher) -> MaskedLMHead
 def read_student(folder: Path) -> PreTrainedModel:
     """A saved student without a pooler, in eval mode."""
     return load_model(folder, **without_pooler(load_config(folder)))
-
-
-def load_student(folder: Path, student: PreTrainedModel, head: MaskedLMHead | None = None) -> dict:
-    """Puts a saved student (and head) into a built one, in place. Returns where from, for the log."""
-    student.load_state_dict(read_student(folder).state_dict())
-    if (saved := load_head(folder, student)) is not None and head is not None:
-        head.load_state_dict(saved.state_dict())
-    return {"folder": folder.name, "head": saved is not None}
 
 
 def save_student(folder: Path, student, head, tokenizer_folder: Path, pooling: str, normalize: bool) -> None:

@@ -1,7 +1,6 @@
 """The engine that runs stages: a finished one is skipped, an unfinished training stage resumes.
 
-A finished stage made under other settings is refused, with the first setting that differs.
-"""
+A finished stage made under other settings is refused, with the first setting that differs."""
 
 import importlib
 import json
@@ -136,8 +135,8 @@ def content_of(path: str) -> list[int]:
 
 
 def refuse_changed(folder: Path, files: dict[str, list[int]]) -> None:
-    """Raises InputError where a file that a stage read holds something else now, or another came beside it. One that is
-    gone says nothing."""
+    """Raises InputError where a file that a stage read holds something else now, or another came beside it; a file may
+    be gone."""
     before = read_json(folder / "settings.json").get("files", {})
     changed = sorted(path for path in files if before.get(path) != files[path])
     if changed and before.keys() & files.keys():

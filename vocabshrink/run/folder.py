@@ -2,8 +2,7 @@
 
 A stage owns one folder and writes `DONE` into it last, with the checksums of its files, which later stages verify. An
 unfinished attempt is thrown away when the stage starts again, except its `checkpoints/`, from which training resumes.
-Every file appears whole or not at all. Of several processes of one run only the main one may write here.
-"""
+Every file appears whole or not at all. Of several processes of one run only the main one may write here."""
 
 import hashlib
 import io
@@ -34,9 +33,6 @@ class RunDir:
     """The run folder at `path`; it need not exist yet."""
 
     path: Path
-
-    def __post_init__(self):
-        object.__setattr__(self, "path", Path(self.path))
 
     def stage(self, name: str) -> Path:
         """Folder of a stage, existing or not."""

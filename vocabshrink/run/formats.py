@@ -3,8 +3,7 @@
 A format is `fp32`, `fp16`, `int8` (one scale a row) or `int4-G` (one scale for every G values of a row), or one for
 each class of tensor: {"embeddings": "int4-64", "attention": "int8", ...}. Positions (with token types and the
 projection of a factorised piece table) and heads are int8 unless told otherwise; biases, layer norms and scales are
-float16.
-"""
+float16."""
 
 from collections.abc import Mapping
 
@@ -14,11 +13,6 @@ LARGE_CLASSES = ("embeddings", "attention", "feed_forward")  # nearly all weight
 CLASSES = ("embeddings", "positions", "attention", "feed_forward", "head")
 FORMATS = ("fp32", "fp16", "int8", "int4-32", "int4-64", "int4-128")
 Formats = str | Mapping[str, str]  # one for all matrices, or one for each class
-
-
-def kind_of(format: str) -> str:
-    """A format's name without its group size: "int4-64" -> "int4"."""
-    return format.partition("-")[0]
 
 
 def is_float(format: str) -> bool:

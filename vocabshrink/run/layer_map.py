@@ -3,8 +3,7 @@
 A map is a tuple of pairs (student layer, block of teacher layers), indices into transformers' `hidden_states`, where 0
 is the embedding output; of a block of several layers the mean is the target. What each promises about the last layers
 is tested, because a peer's `all` map silently missed the last: `uniform`, `last`, `block_mean` and `last_only` end on
-(last student layer, last teacher layer); `first` and `random` on the last student layer; `skip` leaves both out.
-"""
+(last student layer, last teacher layer); `first` and `random` on the last student layer; `skip` leaves both out."""
 
 from random import Random
 
@@ -51,8 +50,7 @@ def named_pairs(name: str, student_layers: int, teacher_layers: int, seed: int) 
 
 def layer_pairs(layer_map: str | list, student_layers: int, teacher_layers: int, *, seed: int = 0) -> Pairs:
     """The pairs of a named map or of an explicit one: [[m, n], ...] or, for a block's mean, [[m, [n1, n2]], ...].
-    Raises InputError: an unknown name, no pairs, a layer that a model does not have, a student deeper than its
-    teacher."""
+    Raises InputError: an unknown name, no pairs, a layer that a model lacks, a student deeper than its teacher."""
     if isinstance(layer_map, str):
         if layer_map not in LAYER_MAPS:
             raise InputError(f"layer_map: unknown map {layer_map}: known maps are {', '.join(LAYER_MAPS)}, or pairs")

@@ -145,9 +145,7 @@ class Weighted(Section):
     def number_is_weight(cls, value):
         if not isinstance(value, dict | cls):
             return {"weight": value}
-        if isinstance(value, cls) or isinstance(
-            value.get("arguments"), dict
-        ):  # this class's own form, as Python has it
+        if isinstance(value, cls) or isinstance(value.get("arguments"), dict):  # its own form, as Python has it
             return value
         known = {key: value[key] for key in ("weight", "start") if key in value}
         return known | {"arguments": {k: v for k, v in value.items() if k not in known}}
@@ -368,6 +366,11 @@ class Recipe(Section):
         """The tokenizer that decides the case of the words that are counted, where no setting does."""
         return None if self.vocabulary.lowercase is not None else self.vocabulary.tokenizer or self.teacher.model
 
+    @property
+    def trains_on_lines(self) -> bool:
+        """Whether a stage trains on the lines of the corpus, and not all on sentences whose vectors are stored."""
+        return not self.vectors or bool(self.masked_lm_head or self.dual)
+
     @model_validator(mode="after")
     def find_task_files(self):
         folder, stsb = Path(self.data).expanduser(), self.evaluation.stsb
@@ -389,9 +392,19 @@ class Recipe(Section):
             raise ValueError("vectors.teachers.teacher: this name is the first teacher's: choose another")
         if self.vectors and not self.distill:
             raise ValueError("vectors are read by distill alone: add a distill section, or leave vectors out")
-        for name in ("distill", "recovery"):
-            if stage := getattr(self, name):
-                self._check_vectors(name, stage)
+        known = self.vectors.names if self.vectors else []
+        for name, stage in (("distill", self.distill), ("recovery", self.recovery)):
+            if not stage:
+                continue
+            if unknown := set(stage.teachers) - set(known):
+                listed = ", ".join(known) or "none"
+                raise ValueError(f"{name}.teachers.{min(unknown)}: no such teacher in vectors: known are {listed}")
+            if stage.teachers and not any(stage.teachers.values()):
+                raise ValueError(f"{name}.teachers: every share is 0: give one teacher a share")
+            if self.vectors and stage.group_size > 1:
+                raise ValueError(f"{name}.group_size: near sentences have no stored vectors: leave it, or vectors, out")
+            if not self.vectors and "bank_similarity" in stage.losses:
+                raise ValueError(f"{name}.losses.bank_similarity reads stored vectors: add a vectors section")
         if self.dual and self.dual.mode == "two_stage" and not self.distill:
             raise ValueError("dual.mode two_stage trains only the teacher: add a distill section")
         if taken := OF_SUMMARY & set(self.tasks):
@@ -411,22 +424,9 @@ class Recipe(Section):
             raise ValueError(f"max_length {longest} is over student.max_position_embeddings {positions}")
         return self
 
-    def _check_vectors(self, name: str, stage: DistillStage) -> None:
-        known = self.vectors.names if self.vectors else []
-        if unknown := set(stage.teachers) - set(known):
-            known = ", ".join(known) or "none"
-            raise ValueError(f"{name}.teachers.{min(unknown)}: no such teacher in vectors: known are {known}")
-        if stage.teachers and not any(stage.teachers.values()):
-            raise ValueError(f"{name}.teachers: every share is 0: give one teacher a share")
-        if self.vectors and stage.group_size > 1:
-            raise ValueError(f"{name}.group_size: near sentences have no stored vectors: leave it, or vectors, out")
-        if not self.vectors and "bank_similarity" in stage.losses:
-            raise ValueError(f"{name}.losses.bank_similarity reads stored vectors: add a vectors section")
-
 
 def load_recipe(path: str | Path, overrides: list[str] | tuple[str, ...] = ()) -> Recipe:
-    """Reads a recipe and applies `a.b=value` overrides. Raises InputError for a missing or malformed file, an unknown
-    key, a wrong value."""
+    """The recipe with `a.b=value` overrides. Raises InputError for a file, key or value that cannot be meant."""
     data = read_yaml(Path(path), "a recipe")
     for override in overrides:
         key, value = parse_override(override)

@@ -51,9 +51,9 @@ STAGES = {
     for stage in (
         Stage("count", "text", reads="corpus.sources corpus.column vocabulary.lowercase case_of"),
         Stage("vocab", "text", "count", "vocabulary teacher"),
-        Stage("encode", "text", "vocab"),
-        Stage("masked_lm_head", "training", "encode", "corpus teacher masked_lm_head seed", **HEAD),
         Stage("vectors", "training", "", "corpus teacher vectors seed", "vectors"),
+        Stage("encode", "text", "vocab vectors"),
+        Stage("masked_lm_head", "training", "encode", "corpus teacher masked_lm_head seed", **HEAD),
         Stage("dual", "training", "encode masked_lm_head", "student dual seed corpus", "dual", **STUDENT),
         Stage("distill", "training", BEFORE, "student distill seed corpus", "distill", **STUDENT),
         Stage("recovery", "training", LAST, "recovery delivery.weights", "recovery", **STUDENT),

@@ -4,8 +4,7 @@ Imports onnxruntime and tokenizers only when a folder is loaded: a first answer 
 transformers take 4 s and 415 MB. Whatever is read is checked against MANIFEST.json, and nothing outside the folder is.
 
     model = load("artifacts/minilm-l6-7mb")
-    model.embed(["a text", "another"])            # [2, 384] float32
-"""
+    model.embed(["a text", "another"])            # [2, 384] float32"""
 
 import hashlib
 import os
@@ -33,8 +32,7 @@ QUERY, PASSAGE = ("query",), ("passage", "document")  # names of the prompts for
 class Delivery:
     """A loaded delivery: its `manifest`, `task` (a key of KINDS), `labels` ([] where it has none), `dimension` and
     `prompts` ({name: what stands before each text}). A text is cut at `longest` pieces; `batch_size` texts of like
-    length share a batch. Methods raise InputError for a model of another task and for what is not a text
-    (`check_text`)."""
+    length share a batch. Methods raise InputError for a model of another task and for no text (`check_text`)."""
 
     def __init__(self, session, tokenizer, manifest: dict, labels: list[str]):
         self.session, self.tokenizer, self.manifest, self.labels = session, tokenizer, manifest, labels
@@ -42,8 +40,6 @@ class Delivery:
         self.dimension: int | None = manifest.get("dimension")
         self.longest: int = manifest["max_positions"]
         self.prompts: dict[str, str] = manifest.get("prompts", {})
-        pieces = tokenizer.get_vocab_size()
-        self.columns: int = {"embedding": self.dimension, "fill-mask": pieces}.get(self.task, len(labels))
 
     def embed(
         self, texts: Sequence[str], batch_size: int = 32, *, prompt: Prompt = None, dimensions: int | None = None
@@ -89,8 +85,7 @@ class Delivery:
 
     def label_tokens(self, texts: Sequence[str | Sequence[str]], batch_size: int = 32) -> list[list[dict]]:
         """For each text (split at white space) or list of words one {"word", "label", "score"} a word, in order, of its
-        first piece; a word without one, or beyond the cut, is labelled O (the first label if there is no O), score
-        0."""
+        first piece; a word without one, or beyond the cut, is O (the first label if there is no O), score 0."""
         words = [text.split() if isinstance(text, str) else list(text) for text in self._texts("label_tokens", texts)]
         # A word is a piece or more, so words beyond max_positions are never seen: they need not be tokenised.
         encodings = self.tokenizer.encode_batch([row[: self.longest] for row in words], is_pretokenized=True)
@@ -182,22 +177,11 @@ def load(folder: str | Path, threads: int = 1) -> Delivery:
         raise InputError(f"threads is {threads}: give 1 or more")
     folder = Path(folder)
     manifest, contents = _read(folder)
-    import onnxruntime
-
     from tokenizer_build.tokenizer import parse_tokenizer
 
-    options = onnxruntime.SessionOptions()
-    options.intra_op_num_threads = threads
-    options.inter_op_num_threads = 1
-    options.log_severity_level = 4  # what fails is raised
-    options.add_session_config_entry("session.intra_op.allow_spinning", "0")  # waiting would burn a core
-    # A graph may name more files for its weights. What was verified are these bytes: there are no files beside them.
-    nowhere = str(folder / manifest["graph"] / "nowhere")
-    options.add_session_config_entry("session.model_external_initializers_file_folder_path", nowhere)
     reading = folder / manifest["graph"]
     try:
-        graph = contents[manifest["graph"]]
-        session = onnxruntime.InferenceSession(graph, options, providers=["CPUExecutionProvider"], enable_fallback=0)
+        session = open_graph(contents[manifest["graph"]], threads)
         reading = folder / "config.json"
         config = {} | parse_json(contents["config.json"])
         names = {str(key): str(name) for key, name in (config.get("id2label") or {}).items()}
@@ -211,6 +195,19 @@ def load(folder: str | Path, threads: int = 1) -> Delivery:
     if wrong := _misfit(delivery, config):
         raise InputError(f"{folder}: {wrong}: MANIFEST.json or config.json is another model's: export the model again")
     return delivery
+
+
+def open_graph(graph: bytes, threads: int = 1):
+    """An onnxruntime session of a graph's bytes on the CPU, and of no other file. Raises what onnxruntime does."""
+    import onnxruntime
+
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads, options.inter_op_num_threads = threads, 1
+    options.log_severity_level = 4  # what fails is raised
+    options.add_session_config_entry("session.intra_op.allow_spinning", "0")  # waiting would burn a core
+    # a graph may name more files for its weights: where nothing is, it finds none
+    options.add_session_config_entry("session.model_external_initializers_file_folder_path", f"{os.devnull}/nowhere")
+    return onnxruntime.InferenceSession(graph, options, providers=["CPUExecutionProvider"], enable_fallback=0)
 
 
 def name_of(folder: str | Path) -> str:
@@ -298,8 +295,9 @@ def _misfit(delivery: Delivery, config: dict) -> str | None:
         return f"the graph's inputs are {inputs}, not {expected}"
     if output is None or output.type != "tensor(float)":
         return f"the graph has no output {KINDS[task].output} of tensor(float)"
-    if output.shape and isinstance(output.shape[-1], int) and output.shape[-1] != delivery.columns:
-        return f"{output.name} has {output.shape[-1]} columns where {delivery.columns} are promised"
+    columns = {"embedding": delivery.dimension, "fill-mask": pieces}.get(task, len(labels))
+    if output.shape and isinstance(output.shape[-1], int) and output.shape[-1] != columns:
+        return f"{output.name} has {output.shape[-1]} columns where {columns} are promised"
     if not isinstance(rows := config.get("vocab_size", pieces), int) or pieces > rows:
         return f"tokenizer.json has {pieces:,} pieces and the model {rows}"
     return None

@@ -2,8 +2,7 @@
 
 Of SHAPES, the best of those measured at their bytes (docs/choosing.md), the largest is taken whose least form fits the
 budget; its feed-forward neurons fill what is left. Minutes are shared between the teachers' vectors and the student's
-steps by the speeds of the very models, timed here on the user's own text. The choice is an ordinary recipe.
-"""
+steps by the speeds of the very models, timed here on the user's own text. The choice is an ordinary recipe."""
 
 import random
 import time

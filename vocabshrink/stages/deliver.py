@@ -12,14 +12,16 @@ from tokenizer_build.corpus import read_rows
 from tokenizer_build.files import read_json
 from vocabshrink.data.held_out import read_rated_pairs
 from vocabshrink.data.tasks import Rows, Task, score
-from vocabshrink.delivery.export import ExportSettings, export_model, write_card
+from vocabshrink.delivery.export import ExportSettings, export_model
 from vocabshrink.delivery.measure import measure_systems
 from vocabshrink.models.loading import weights_sha256
 from vocabshrink.models.student import save_student
 from vocabshrink.models.teacher import Teacher
+from vocabshrink.pages.page import write_page
 from vocabshrink.run.engine import Context, say
 from vocabshrink.runtime.delivery import Delivery, load
 from vocabshrink.runtime.index import build_index
+from vocabshrink.runtime.kinds import KINDS
 from vocabshrink.stages import inputs
 
 
@@ -95,8 +97,11 @@ def write(context: Context, source: Path, folder: Path, settings: ExportSettings
     recipe, vocabulary = context.recipe, read_json(context.vocabulary / "comparison.json")
     origin = {"recipe": recipe.name, "teacher_sha256": weights_sha256(inputs.teacher_folder(recipe))}
     full = export_model(source, folder, settings, manifest=origin | (manifest or {}), **options)
-    sources = [Path(source).name for source in recipe.corpus.sources]
-    write_card(folder, full, teacher=recipe.teacher.model, sources=sources, vocabulary=vocabulary)
+    facts = {"manifest": full, "teacher": recipe.teacher.model, "vocabulary": vocabulary, "quality": full["quality"]}
+    facts |= {"sources": [Path(source).name for source in recipe.corpus.sources], "kind": KINDS[full["task"]]}
+    facts["name"] = folder.name if folder.name != "model" else recipe.name
+    facts["systems"] = list(dict.fromkeys(system for row in full["quality"].values() for system in row))
+    write_page(folder / "README.md", "card.md", **facts)
     return full
 
 

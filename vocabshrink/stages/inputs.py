@@ -1,6 +1,7 @@
 """What several stages read, as functions of a stage's context: the teacher, the words, the student as it starts."""
 
 import os
+from dataclasses import replace
 from itertools import islice
 from pathlib import Path
 
@@ -9,6 +10,7 @@ from tokenizers import Tokenizer
 from transformers import PreTrainedConfig
 
 from tokenizer_build.corpus import read_lines
+from tokenizer_build.files import read_json
 from tokenizer_build.tokenizer import load_tokenizer
 from vocabshrink.data.batches import cut_segments
 from vocabshrink.data.held_out import HeldOut, held_out_texts
@@ -71,10 +73,12 @@ def read_teacher(context: Context) -> Teacher:
     return teacher
 
 
-def read_words(context: Context) -> tuple[Lexicon, WordStream]:
-    """The lexicon and the word stream of the `encode` stage."""
-    folder = context.folder_of("encode")
-    return Lexicon.load(folder), WordStream.load(folder)
+def read_words(context: Context, *, stored: bool = False) -> tuple[Lexicon, WordStream]:
+    """The lexicon of the `encode` stage, and the word stream of the corpus; `stored`: of the sentences before it."""
+    stream, of_vectors = WordStream.load(folder := context.folder_of("encode")), context.folder_of("vectors")
+    first = read_json(of_vectors / "summary.json")["sentences"] if context.recipe.vectors else 0
+    lines = slice(first + 1) if stored else slice(first, None)
+    return Lexicon.load(folder), replace(stream, line_offsets=stream.line_offsets[lines])
 
 
 def read_stored_vectors(context: Context, stage: DistillStage) -> StoredVectors | None:
@@ -125,8 +129,8 @@ def start_directions(context: Context) -> torch.Tensor | None:
 def read_held_out(context: Context) -> HeldOut:
     """Sentences of lines that no training batch holds, and near ones of each."""
     recipe, (lexicon, stream) = context.recipe, read_words(context)
-    limits = HELD_OUT | {"held_out_every": recipe.corpus.held_out_every, "unit": "sentence"}
-    _, segments = cut_segments(stream, lexicon, **limits)
+    every = recipe.corpus.held_out_every if recipe.trains_on_lines else 1  # there are no other lines
+    _, segments = cut_segments(stream, lexicon, held_out_every=every, unit="sentence", **HELD_OUT)
     return held_out_texts(stream, lexicon, segments, recipe.evaluation.sentences, recipe.seed)
 
 

@@ -1,8 +1,7 @@
 """What a recipe will cost, before anything is trained: parameters, bytes of every format, tokens, FLOPs, hours.
 
 Parameters and bytes are exact (delivery/size.py); tokens are guessed from the sequence length. Hours come from a matrix
-product timed here and now, times the share of that speed that training reached: good to a factor of two, not more.
-"""
+product timed here and now, times the share of that speed that training reached: good to a factor of two, not more."""
 
 import copy
 import timeit
@@ -12,7 +11,7 @@ from transformers import PreTrainedConfig
 
 from tokenizer_build.errors import InputError
 from tokenizer_build.tokenizer import adopt_tokenizer, load_tokenizer
-from vocabshrink.delivery.size import GRAPH_FORMATS, SAFETENSORS, delivery_bytes, parameters, refusal, tokenizer_bytes
+from vocabshrink.delivery.size import GRAPH_FORMATS, delivery_bytes, parameters, refusal, tokenizer_bytes
 from vocabshrink.models.loading import check_folder, resolve_model
 from vocabshrink.models.student import student_config
 from vocabshrink.run.folder import RunDir
@@ -97,8 +96,8 @@ def plan_tables(recipe: Recipe, run: RunDir) -> list[tuple]:
     tokenizer = run.stage("vocab") / "tokenizer.json"
     if tokenizer.is_file():
         delivered.vocab_size = load_tokenizer(tokenizer).get_vocab_size()
-    known, sizes = [*SAFETENSORS, *GRAPH_FORMATS], []
-    for name in known + [delivery.weights] * (delivery.weights not in known):
+    sizes = []
+    for name in [*GRAPH_FORMATS] + [delivery.weights] * (delivery.weights not in GRAPH_FORMATS):
         size = delivery_bytes(delivered, name)
         figures = (f"{size[key]:,}" for key in ("weights", "tokenizer", "total"))
         mark = " (chosen)" * (name == delivery.weights)

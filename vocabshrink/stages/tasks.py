@@ -47,8 +47,7 @@ def task_teacher(context: Context) -> dict:
     """Fine-tunes the teacher on each task that names neither a fine-tuned teacher nor stored logits.
 
     Writes TASK/model (a transformers folder), TASK/logits.safetensors (of every split; not for token tasks) and
-    TASK/metrics.json. Returns {task: its metrics on validation}, "average".
-    """
+    TASK/metrics.json. Returns {task: its metrics on validation}, "average"."""
     recipe, units, results = context.recipe, context.folder / "checkpoints", {}
     for name, task in inputs.read_tasks(recipe).items():
         if recipe.tasks[name].trains_teacher:
@@ -97,8 +96,7 @@ def finetune(context: Context) -> dict:
 
     Writes TASK/seed-N/metrics.json and metrics.jsonl, TASK/grid.json (headline by setting) where there is a grid, and
     TASK/model, the median seed's, where the recipe saves models. Returns {task: {metric: {"median", "min", "max",
-    "seeds"}}} on validation; "test" and "rounded" of the same form; "average", "seconds_per_step", "tokens".
-    """
+    "seeds"}}} on validation; "test" and "rounded" of the same form; "average", "seconds_per_step", "tokens"."""
     stage, folder, found = context.recipe.finetune, context.folder, {}
     for name, task in inputs.read_tasks(context.recipe).items():
         trainings, tried = TaskTrainings(context, task), {}

@@ -1,5 +1,7 @@
 """From text to word ids: count words, choose the vocabulary, encode the corpus."""
 
+import itertools
+
 from tokenizers import Tokenizer
 
 from tokenizer_build.compare import compare
@@ -10,6 +12,7 @@ from tokenizer_build.files import write_json
 from tokenizer_build.tokenizer import adopt_tokenizer, load_tokenizer, lowercases, make_tokenizer, save_tokenizer
 from tokenizer_build.trainers import train_vocabulary
 from vocabshrink.data.lexicon import encode_corpus
+from vocabshrink.data.vectors import read_sentences
 from vocabshrink.run.engine import Context, saying
 from vocabshrink.run.recipe import Recipe
 from vocabshrink.stages.inputs import given_tokenizer, teacher_folder
@@ -64,7 +67,14 @@ def segmentation_examples(counts: dict[str, int], teacher: Tokenizer, student: T
 
 
 def encode(context: Context) -> dict:
-    """Reads the corpus once into word ids and a lexicon of each word's pieces in both vocabularies."""
-    corpus, tokenizers = context.recipe.corpus, (teacher_folder(context.recipe), context.vocabulary)
-    blocks, progress = read_blocks(corpus.sources, corpus.column), saying("encode: words", 10_000_000)
-    return encode_corpus(blocks, *tokenizers, context.folder, processes=corpus.processes, progress=progress)
+    """Reads the text once into word ids and a lexicon of each word's pieces in both vocabularies.
+
+    The sentences whose vectors are stored come first. Where nothing trains on more than these, only the held-out lines
+    of the corpus follow."""
+    recipe, corpus, number = context.recipe, context.recipe.corpus, itertools.count(1)
+    sentences = read_sentences(context.folder_of("vectors")) if recipe.vectors else []
+    parts = (sentences[start : start + 10_000] for start in range(0, len(sentences), 10_000))
+    every, lines = 1 if recipe.trains_on_lines else corpus.held_out_every, read_blocks(corpus.sources, corpus.column)
+    blocks = itertools.chain(parts, ([line for line in block if next(number) % every == 0] for block in lines))
+    options = {"processes": corpus.processes, "progress": saying("encode: words", 10_000_000)}
+    return encode_corpus(blocks, teacher_folder(recipe), context.vocabulary, context.folder, **options)

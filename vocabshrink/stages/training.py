@@ -12,17 +12,16 @@ from torch import nn
 from tokenizer_build.files import read_json, write_json
 from vocabshrink.data import vectors as stored
 from vocabshrink.data.batches import Batcher, Segments, cut_segments
-from vocabshrink.data.held_out import read_rated_pairs
-from vocabshrink.data.lexicon import Lexicon, WordStream, encode_corpus
+from vocabshrink.data.held_out import read_rated_pairs, spearman
 from vocabshrink.data.pieces import PieceTable
 from vocabshrink.models.forward import module_settings, torch_embedder
 from vocabshrink.models.loading import load_model
 from vocabshrink.models.projection import narrowing
 from vocabshrink.models.rounding import bake, quantization_aware
 from vocabshrink.models.spelling import shared_pieces, spellings
-from vocabshrink.models.student import load_student, new_student_head, save_student
+from vocabshrink.models.student import new_student_head, read_student, save_student
 from vocabshrink.models.teacher import Teacher, load_head, new_head, save_head
-from vocabshrink.run.engine import Context, main_process, say, saying, wait_for_everyone
+from vocabshrink.run.engine import Context, say, saying
 from vocabshrink.run.layer_map import layer_pairs
 from vocabshrink.run.recipe import DistillStage, TrainingSection, Weighted
 from vocabshrink.stages import inputs
@@ -118,7 +117,10 @@ def distil_into_student(context: Context, stage: DistillStage, formats=None) -> 
     head = new_student_head(student, teacher) if readers(stage.losses, "student head") else None
     if context.students:
         before, folder = list(context.students.items())[-1]
-        report = {"from": before} | load_student(folder, student, head)
+        student.load_state_dict(read_student(folder).state_dict())
+        if (saved := load_head(folder, student)) is not None and head is not None:
+            head.load_state_dict(saved.state_dict())
+        report = {"from": before, "head": saved is not None}
         read_trained_teacher(context, teacher)
     say(f"{context.stage.name}: student from {report}")
     if formats:
@@ -171,7 +173,7 @@ def make_batcher(
 ) -> Batcher:
     """The batches of a stage, of one accumulation step: of the corpus, or of the sentences of stored `vectors`.
     options: more of `Batcher`'s. Raises InputError: see `micro_batch`."""
-    lexicon, stream = inputs.read_words(context) if vectors is None else encode_sentences(context)
+    lexicon, stream = inputs.read_words(context, stored=vectors is not None)
     table = PieceTable(lexicon, teacher.table.num_embeddings, shared_pieces(*inputs.read_tokenizers(context)))
     common = {"max_pieces": stage.max_length - 2, "sides": sides}
     if vectors is None:
@@ -185,18 +187,6 @@ def make_batcher(
     group = getattr(stage, "group_size", 1)
     options |= {"batch_size": micro_batch(stage, accelerator, context.stage.name, group), "group_size": group}
     return Batcher(table, stream, lexicon, training, seed=context.recipe.seed, mask=stage.mask, **common, **options)
-
-
-def encode_sentences(context: Context) -> tuple[Lexicon, WordStream]:
-    """The sentences of the `vectors` stage as words, in the stage's own folder."""
-    folder = context.folder / "sentences"
-    if main_process():
-        sentences = stored.read_sentences(context.folder_of("vectors"))
-        blocks = (sentences[start : start + 10_000] for start in range(0, len(sentences), 10_000))
-        tokenizers = inputs.teacher_folder(context.recipe), context.vocabulary
-        encode_corpus(blocks, *tokenizers, folder, processes=context.recipe.corpus.processes)
-    wait_for_everyone()
-    return Lexicon.load(folder), WordStream.load(folder)
 
 
 def evaluator(context: Context, teacher: Teacher, accelerator: Accelerator) -> Callable | None:
@@ -217,6 +207,6 @@ def evaluator(context: Context, teacher: Teacher, accelerator: Accelerator) -> C
             vectors = embed(held_out.texts)
             figures["rank_agreement"] = held_out.rank_agreement(vectors, of_teacher)
             figures["neighbour_overlap"] = held_out.neighbour_overlap(vectors, of_teacher)
-        return figures | {name: pairs.spearman(embed) for name, pairs in rated.items()}
+        return figures | {name: spearman(pairs, embed) for name, pairs in rated.items()}
 
     return evaluate

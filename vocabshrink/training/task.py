@@ -1,13 +1,10 @@
 """What the training loop trains: tasks, each of which gives named losses of a batch.
 A task is a module of models and of helpers (projections, heads) that are learned with them and never ship. Each model
 reads its own segmentation of the same words, and only what the chosen losses read is computed.
-In `DualTraining` the teacher itself learns the student's pieces (Zhao et al., arXiv 1909.11687, both versions). Each
-word of its input is segmented with the student's vocabulary with probability p, else with the teacher's. Student pieces
-are embedded by the student's table and, where widths differ, an affine map up; they enter the unchanged teacher beside
-its own pieces, as `inputs_embeds`, so its own objective pulls them into its space. Modes: `joint` (version 1: the
-student trains alongside, with parameter projections), `two_stage` (version 2: the teacher alone; distillation follows),
-and `match` for teachers without a masked-LM head: mixed input must give, unit by unit, what the teacher gives on its
-own segmentation, and only the new embeddings move; the teacher on mixed input takes the student's seat in losses."""
+In `DualTraining` the teacher itself learns the student's pieces (Zhao et al., arXiv 1909.11687, both versions), in the
+modes of `run.recipe.DualStage`. Student pieces are embedded by the student's table and, where widths differ, an affine
+map up; they enter the unchanged teacher beside its own pieces, as `inputs_embeds`, so its own objective pulls them into
+its space. In `match` only the new embeddings move, and the teacher on mixed input sits in the student's seat."""
 
 import inspect
 from functools import partial
