@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 from typer.main import get_command
 
-from vocabshrink.cli import app
+from vocabshrink.cli import app, main
 
 ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / name for name in ("README.md", "artifacts/README.md", "recipes/README.md")]
@@ -30,10 +30,6 @@ PYTHON = [
     if page != "docs/api.md"
     for code in re.findall(r"```python\n(.*?)```", text, re.S)
 ]
-
-
-def vocabshrink(*arguments: str) -> subprocess.CompletedProcess:
-    return subprocess.run([sys.executable, "-m", "vocabshrink", *arguments], cwd=ROOT, capture_output=True, text=True)
 
 
 def test_the_first_page_is_short():
@@ -64,14 +60,14 @@ def test_make_targets_exist(command):
 
 
 @pytest.mark.parametrize("command", [c for c in COMMANDS if re.search(r"(^|\| )vocabshrink ", c)])
-def test_commands_parse(command):
+def test_commands_parse(command, in_process):
     """Click reads every word, so an unknown command or option fails; nothing is run but `show`."""
     name, *arguments = re.sub(r"'([^']*)'|\"([^\"]*)\"", "quoted", command).split("vocabshrink ")[-1].split()
     commands = get_command(app).commands
     assert name in commands
     commands[name].make_context(name, [*arguments])
     if name == "show":
-        done = vocabshrink(name, *arguments)
+        done = in_process(main, name, *arguments, folder=ROOT)
         assert "steps: 1000" in done.stdout, done.stderr
 
 

@@ -1,15 +1,15 @@
 """The report shows what a run folder holds, invents nothing, fetches nothing and runs nothing."""
 
+import importlib
 import re
-import subprocess
 import sys
 from html.parser import HTMLParser
-from pathlib import Path
 
 import pytest
 
 from tokenizer_build.errors import InputError
 from tokenizer_build.files import write_json, write_text
+from vocabshrink import cli
 from vocabshrink.pages.report import POINTS, headline_tiles, stage_timings, training_panel, write_report
 from vocabshrink.run.folder import RunDir
 
@@ -284,13 +284,10 @@ def test_timings_prefer_the_summary_and_fall_back_to_the_metrics(run):
 
 
 @pytest.mark.parametrize("package", ["matplotlib", "jinja2", "pandas"])
-def test_a_missing_package_names_the_extra(package):
-    code = f"""
-import sys; sys.modules[{package!r}] = None
-import vocabshrink.cli as cli
-cli.app = lambda: __import__("vocabshrink.pages.report")
-cli.main()
-"""
-    root = Path(__file__).resolve().parents[2]
-    answer = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=root)
+def test_a_missing_package_names_the_extra(package, monkeypatch, in_process):
+    monkeypatch.setitem(sys.modules, package, None)
+    for name in ("report", "figure", "page"):
+        monkeypatch.delitem(sys.modules, f"vocabshrink.pages.{name}", raising=False)
+    monkeypatch.setattr(cli, "app", lambda: importlib.import_module("vocabshrink.pages.report"))
+    answer = in_process(cli.main)
     assert answer.returncode == 2 and "pip install 'vocabshrink[report]'" in answer.stderr

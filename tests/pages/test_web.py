@@ -9,7 +9,6 @@ import json
 import os
 import shutil
 import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -18,6 +17,7 @@ from test_delivery import RELEASED, write_delivery, write_manifest
 
 import vocabshrink.pages.web as web
 from tokenizer_build.errors import InputError
+from vocabshrink.cli import main
 from vocabshrink.pages.web import build_web
 from vocabshrink.runtime.delivery import load
 from vocabshrink.runtime.index import build_index
@@ -295,16 +295,13 @@ def test_more_passages_than_the_page_can_search_are_cut_and_said(delivery, packa
     assert '"passages": 2' in page and '"of": 3' in page
 
 
-def test_a_run_is_shown_under_its_name(delivery, packages, tmp_path):
+def test_a_run_is_shown_under_its_name(delivery, packages, tmp_path, in_process):
     """`make web` gives the folder of the export stage, in which the delivery lies as `model`."""
     export = tmp_path / "my-run" / "export"
     export.mkdir(parents=True)
     delivery.rename(export / "model")
     for given in (export, export.parent):
-        arguments = ["web", given, "--out", tmp_path / "web", "--node-modules", packages]
-        done = subprocess.run(
-            [sys.executable, "-m", "vocabshrink", *map(str, arguments)], cwd=ROOT, capture_output=True, text=True
-        )
+        done = in_process(main, "web", given, "--out", tmp_path / "web", "--node-modules", packages)
         assert done.returncode == 0, done.stderr
         assert (tmp_path / "web" / "models" / "my-run" / "config.json").is_file()
 

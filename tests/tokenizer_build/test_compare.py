@@ -1,11 +1,11 @@
 """The comparison against figures worked out by hand, for tokenizers of three families; the command line."""
 
-import subprocess
-import sys
+from functools import partial
 
 import pytest
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
+from tokenizer_build.__main__ import main
 from tokenizer_build.compare import compare, markdown
 from tokenizer_build.errors import InputError
 from tokenizer_build.tokenizer import SPECIAL_TOKENS, save_tokenizer
@@ -67,13 +67,12 @@ def test_nothing_to_compare_is_refused(folders):
         compare(COUNTS, {})
 
 
-def run(*arguments):
-    return subprocess.run(
-        [sys.executable, "-m", "tokenizer_build", *map(str, arguments)], capture_output=True, text=True
-    )
+@pytest.fixture
+def run(in_process):
+    return partial(in_process, main)
 
 
-def test_the_command_line_counts_trains_and_compares(corpus_file, tmp_path):
+def test_the_command_line_counts_trains_and_compares(run, corpus_file, tmp_path):
     words = tmp_path / "words.txt"
     words.write_text("Zugzwang\n")
     assert run("count", corpus_file, "-o", tmp_path / "counts.parquet", "--processes", 1).returncode == 0
@@ -87,7 +86,7 @@ def test_the_command_line_counts_trains_and_compares(corpus_file, tmp_path):
     assert compared.returncode == 0 and compared.stdout.count("100.00%") == 2
 
 
-def test_the_command_line_explains_itself(corpus_file, tmp_path):
+def test_the_command_line_explains_itself(run, corpus_file, tmp_path):
     assert all(command in run("--help").stdout for command in ("count", "train", "compare"))
     words = tmp_path / "words.txt"
     words.write_text("two words\n")
