@@ -104,6 +104,9 @@ class StudentSection(Section):
     # narrower student, hidden dimensions cut out of the teacher's (Extract-then-Distill)
     initialize: Literal["teacher", "random", "extract_random", "extract_importance"] = "teacher"
     layer_map: LayerMap = "uniform"  # which teacher layer each layer starts from
+    # sentences on which layers are fitted by least squares to those that they start from, before training (0: not);
+    # pays where heads, neurons or layers are left out
+    calibration: Later[Count] = 0
 
 
 class TrainingSection(Section):

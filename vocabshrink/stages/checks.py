@@ -13,7 +13,7 @@ from vocabshrink.data.held_out import LEAST_SENTENCES, read_rated_pairs
 from vocabshrink.data.lexicon import check_family, describe_tokenizer, tokenizer_file
 from vocabshrink.data.tasks import Task, check_agreement, check_label_order, read_logits, read_task
 from vocabshrink.delivery.export import check_activation
-from vocabshrink.models.families import check_attention, positions_of
+from vocabshrink.models.families import LAYERS, check_attention, positions_of
 from vocabshrink.models.loading import load_config, resolve_model
 from vocabshrink.models.projection import check_extraction
 from vocabshrink.models.task_model import load_task_model
@@ -145,6 +145,9 @@ def check_models(recipe: Recipe, folder: Path, teacher) -> None:
         check_activation(student, str(folder))
     if recipe.student.initialize.startswith("extract"):
         check_extraction(recipe.student.initialize, student, source)
+    if recipe.student.calibration and source.model_type not in LAYERS:
+        fault = f"student.calibration: the layers of a {source.model_type} model are not known"
+        raise InputError(f"{fault}: leave this key out")
     if (head := find_head(folder)) and recipe.masked_lm_head:
         raise InputError(f"{folder} has a masked-LM head already: remove masked_lm_head from the recipe")
     positions = {"student": student.max_position_embeddings, "teacher": positions_of(teacher)}

@@ -6,7 +6,6 @@ from itertools import islice
 from pathlib import Path
 
 import numpy as np
-from transformers import PreTrainedModel
 
 from tokenizer_build.corpus import read_rows
 from tokenizer_build.files import read_json
@@ -14,8 +13,8 @@ from vocabshrink.data.held_out import read_rated_pairs
 from vocabshrink.data.tasks import Rows, Task, score
 from vocabshrink.delivery.export import ExportSettings, export_model
 from vocabshrink.delivery.measure import measure_systems
-from vocabshrink.models.loading import weights_sha256
-from vocabshrink.models.student import save_student
+from vocabshrink.models.loading import load_config, weights_sha256
+from vocabshrink.models.student import read_student, save_student
 from vocabshrink.models.teacher import Teacher
 from vocabshrink.pages.page import write_page
 from vocabshrink.run.engine import Context, say
@@ -28,16 +27,16 @@ from vocabshrink.stages import inputs
 def export(context: Context) -> dict:
     """Writes the deliveries of the embedder and of each task's model, loaded back and measured."""
     recipe, teacher = context.recipe, inputs.read_teacher(context)
-    student = inputs.start_student(context, teacher).model
     section, said = recipe.delivery, inputs.teacher_modules(recipe)
     options = {"kernel": section.kernel, "safetensors": section.safetensors, "tolerance": section.tolerance}
     options |= {"budget_bytes": section.budget, "force": context.force}
     # of stored vectors the teacher read each text behind its prompt, and the student read it without
     named = ("pooling", "normalize") if recipe.vectors else ("pooling", "normalize", "prompts", "default_prompt")
     options |= {key: getattr(said, key) for key in named}
-    positions = min(section.max_positions, student.config.max_position_embeddings)
+    untrained = untrained_student(context, teacher)
+    positions = min(section.max_positions, load_config(untrained).max_position_embeddings)
     settings = ExportSettings("embedding", section.weights, positions, **options)
-    figures = export_embedder(context, teacher, student, settings)
+    figures = export_embedder(context, teacher, untrained, settings)
     if recipe.finetune and recipe.finetune.save_models:
         for name, task in inputs.read_tasks(recipe).items():
             figures[name] = export_task(context, task, settings)
@@ -51,14 +50,25 @@ def report(context: Context) -> dict:
     return {"report": write_report(context.dir).name}
 
 
-def export_embedder(context: Context, teacher: Teacher, student: PreTrainedModel, settings: ExportSettings) -> dict:
-    """Delivers the trained embedder, measured beside its teacher and itself before training. student: as it starts."""
+def untrained_student(context: Context, teacher: Teacher) -> Path:
+    """The folder of the student as it was before the first training, or as it is made here where none was."""
+    for trained in context.students.values():
+        if (folder := trained.with_name("untrained")).is_dir():
+            return folder
+    student = inputs.start_student(context, teacher).model
+    save_student(
+        folder := context.folder / "untrained", student, None, context.vocabulary, teacher.pooling, teacher.normalize
+    )
+    return folder
+
+
+def export_embedder(context: Context, teacher: Teacher, untrained: Path, settings: ExportSettings) -> dict:
+    """Delivers the trained embedder, measured beside its teacher and itself before training."""
     recipe, folder, held_out = context.recipe, context.folder, inputs.read_held_out(context)
     pooled = {"pooling": settings.pooling, "normalize": settings.normalize}
-    save_student(folder / "untrained", student, None, context.vocabulary, **pooled)
-    done = [*context.students.values()] or [folder / "untrained"]
+    done = [*context.students.values()] or [untrained]
     trained = done[-2] if recipe.recovery and len(done) > 1 else done[-1]  # before rounding came into it
-    systems = {"teacher": inputs.teacher_folder(recipe), "untrained": folder / "untrained", "trained": trained}
+    systems = {"teacher": inputs.teacher_folder(recipe), "untrained": untrained, "trained": trained}
     rated = {name: read_rated_pairs(path) for name, path in recipe.evaluation.stsb.items()}
     figures: dict = {}
 
@@ -68,7 +78,10 @@ def export_embedder(context: Context, teacher: Teacher, student: PreTrainedModel
 
     manifest = write(context, done[-1], folder / "model", settings, measure=measure, gates=["rank_agreement", *rated])
     figures["bytes"]["delivered"] = manifest["delivery_bytes"]
-    figures["parameters_by_block"] = {"teacher": blocks_of(teacher.backbone), "student": blocks_of(student)}
+    figures["parameters_by_block"] = {
+        "teacher": blocks_of(teacher.backbone),
+        "student": blocks_of(read_student(untrained)),
+    }
     if recipe.index:
         passages = islice((row for _, row in read_rows(recipe.index.passages)), recipe.index.limit)
         options = {"progress": lambda done, total: say(f"export: {done:,} of {total:,} passages indexed")}

@@ -1,9 +1,11 @@
 """What several stages read, as functions of a stage's context: the teacher, the words, the student as it starts."""
 
 import os
+from collections.abc import Iterable
 from dataclasses import replace
 from itertools import islice
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import torch
 from tokenizers import Tokenizer
@@ -12,16 +14,18 @@ from transformers import PreTrainedConfig
 from tokenizer_build.corpus import read_lines
 from tokenizer_build.files import read_json
 from tokenizer_build.tokenizer import load_tokenizer
-from vocabshrink.data.batches import cut_segments
+from vocabshrink.data.batches import Batch, Batcher, cut_segments
 from vocabshrink.data.held_out import HeldOut, held_out_texts
-from vocabshrink.data.lexicon import Lexicon, WordStream
-from vocabshrink.data.pieces import Pieces
+from vocabshrink.data.lexicon import Lexicon, WordStream, encode_corpus
+from vocabshrink.data.pieces import Pieces, PieceTable
 from vocabshrink.data.tasks import Task, read_task
-from vocabshrink.data.vectors import StoredVectors
+from vocabshrink.data.vectors import StoredVectors, read_sentences
 from vocabshrink.models.families import positions_of
+from vocabshrink.models.fitting import fit_layers
 from vocabshrink.models.forward import ModuleSettings
 from vocabshrink.models.loading import check_folder, load_config, resolve_model
-from vocabshrink.models.student import Start, build_student
+from vocabshrink.models.spelling import shared_pieces
+from vocabshrink.models.student import Start, build_student, source_layers
 from vocabshrink.models.teacher import Teacher, load_head, load_teacher, teacher_settings
 from vocabshrink.run.engine import Context
 from vocabshrink.run.recipe import DistillStage, Recipe, TeacherSection
@@ -94,8 +98,9 @@ def read_tokenizers(context: Context) -> tuple[Tokenizer, Tokenizer]:
     return load_tokenizer(context.vocabulary), load_tokenizer(teacher_folder(context.recipe))
 
 
-def start_student(context: Context, teacher: Teacher) -> Start:
-    """`build_student` by the recipe; what extraction by importance measures, it measures on the corpus."""
+def start_student(context: Context, teacher: Teacher, *, fitted: bool = True) -> Start:
+    """`build_student` by the recipe; what extraction by importance measures, it measures on the corpus. fitted: whether
+    its layers are wanted, and so fitted where the recipe says so."""
     recipe, source = context.recipe, teacher
     if recipe.student.start:
         source = load_teacher(recipe.student.start, pooling=teacher.pooling, normalize=teacher.normalize)
@@ -103,8 +108,35 @@ def start_student(context: Context, teacher: Teacher) -> Start:
     counts = Lexicon.load(context.folder_of("encode")).student_counts if recipe.student.embedding_size else None
     given = {"batch": batch, "counts": counts, "seed": recipe.seed}
     started = build_student(recipe.student, source, context.vocabulary, **given)
+    if fitted and recipe.student.calibration:
+        layers = source_layers(recipe.student.layer_map, started.model, source, recipe.seed)
+        positions = filter(None, map(positions_of, (started.model.config, source.config)))
+        batches = calibration_batches(context, source, positions)
+        fit_layers(started.model, source.backbone, layers, batches, started.directions)
+        started.report["layers"] += ", fitted by least squares"
     # the way back to another model's width is not the way to the teacher's
     return started if source is teacher else started._replace(directions=None, table_directions=None)
+
+
+def calibration_batches(context: Context, source: Teacher, positions: Iterable[int]) -> list[Batch]:
+    """Sentences of at most so many pieces, the student's and those of the model that it starts from: stored sentences,
+    or the corpus's first lines that are as long as one."""
+    recipe, wanted = context.recipe, context.recipe.student.calibration
+    if context.has("vectors"):
+        texts = read_sentences(context.folder_of("vectors"))[:wanted]
+    else:
+        lines = read_lines(recipe.corpus.sources, recipe.corpus.column)
+        texts = list(islice((line for line in lines if len(line.split()) >= HELD_OUT["min_words"]), wanted))
+    with TemporaryDirectory() as place:
+        encode_corpus([texts], source.folder, context.vocabulary, folder := Path(place))
+        lexicon, stream = Lexicon.load(folder), WordStream.load(folder)
+        shared = shared_pieces(load_tokenizer(context.vocabulary), load_tokenizer(source.folder))
+        table = PieceTable(lexicon, source.table.num_embeddings, shared)
+        limits = {"max_pieces": min(HELD_OUT["max_pieces"] + 2, *positions) - 2}
+        segments, _ = cut_segments(stream, lexicon, **limits, unit="line", min_words=1, held_out_every=len(texts) + 1)
+        options = {"batch_size": 64, "seed": recipe.seed, "sides": ("student", "teacher")}
+        batcher = Batcher(table, stream, lexicon, segments, **limits, **options)
+        return [batcher.batch(index) for index in range(batcher.order.per_epoch)]
 
 
 def pieces_of_corpus(recipe: Recipe, source: Teacher) -> Pieces:
@@ -123,7 +155,7 @@ def start_directions(context: Context) -> torch.Tensor | None:
     """The directions of `start_student`, for those that load a student which was trained meanwhile. torch's generator
     stays as it was, so that a new head is the same whichever task comes first."""
     with torch.random.fork_rng(devices=[]):
-        return start_student(context, read_teacher(context)).directions
+        return start_student(context, read_teacher(context), fitted=False).directions
 
 
 def read_held_out(context: Context) -> HeldOut:

@@ -19,9 +19,9 @@ from vocabshrink.models.loading import load_model
 from vocabshrink.models.projection import narrowing
 from vocabshrink.models.rounding import bake, quantization_aware
 from vocabshrink.models.spelling import shared_pieces, spellings
-from vocabshrink.models.student import new_student_head, read_student, save_student
+from vocabshrink.models.student import Start, new_student_head, read_student, save_student
 from vocabshrink.models.teacher import Teacher, load_head, new_head, save_head
-from vocabshrink.run.engine import Context, say, saying
+from vocabshrink.run.engine import Context, main_process, say, saying
 from vocabshrink.run.layer_map import layer_pairs
 from vocabshrink.run.recipe import DistillStage, TrainingSection, Weighted
 from vocabshrink.stages import inputs
@@ -74,7 +74,7 @@ def dual(context: Context) -> dict:
     """Dual training in the recipe's mode: the teacher reads both vocabularies."""
     stage, teacher = context.recipe.dual, inputs.read_teacher(context)
     accelerator, run = begin(context, stage)
-    student, directions, table_directions, report = inputs.start_student(context, teacher)
+    student, directions, table_directions, report = start_student(context, teacher)
     evaluate = evaluator(context, teacher, accelerator)  # moves the teacher, of which the student is made before
     say(f"dual: student embeddings {report['embeddings']}; layers {report['layers']}")
     head = new_student_head(student, teacher) if stage.mode == "joint" else None
@@ -112,7 +112,7 @@ def distil_into_student(context: Context, stage: DistillStage, formats=None) -> 
     """One distillation, from the student of the stage before, through the rounding to `formats` where given."""
     teacher = inputs.read_teacher(context)
     accelerator, run = begin(context, stage)
-    student, directions, _, report = inputs.start_student(context, teacher)
+    student, directions, _, report = start_student(context, teacher)
     evaluate = evaluator(context, teacher, accelerator)  # moves the teacher, of which the student is made before
     head = new_student_head(student, teacher) if readers(stage.losses, "student head") else None
     if context.students:
@@ -141,6 +141,15 @@ def distil_into_student(context: Context, stage: DistillStage, formats=None) -> 
             bake(student)
         save_student(context.folder / "student", student, head, context.vocabulary, teacher.pooling, teacher.normalize)
     return result | {"start": report}
+
+
+def start_student(context: Context, teacher: Teacher) -> Start:
+    """The student as it starts; the first one is kept, for the delivery to be compared with."""
+    started = inputs.start_student(context, teacher, fitted=not context.students)
+    if not context.students and main_process():
+        pooled = teacher.pooling, teacher.normalize
+        save_student(context.folder / "untrained", started.model, None, context.vocabulary, *pooled)
+    return started
 
 
 def make_distillation(context: Context, stage: DistillStage, teacher: Teacher, student, **options) -> Distillation:
