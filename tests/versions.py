@@ -26,7 +26,7 @@ def requirements(which: str) -> list[str]:
     project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
     extras = project["optional-dependencies"]
     asked = [*project["dependencies"], *(one for name in NEEDED for one in extras[name])]
-    asked += [one for one in extras["dev"] if re.match("pytest|hypothesis|onnx-ir", one)]
+    asked += [one for one in extras["dev"] if re.match("pytest|hypothesis|onnx-ir|sentence-tr", one)]
     return [re.sub(r">=([\w.]+).*", r"==\1", one) for one in asked] if which == "oldest" else asked
 
 
@@ -37,6 +37,7 @@ def main() -> int:
         venv.create(place, with_pip=True)
     pip = [python, "-m", "pip", "install", "--quiet", "--disable-pip-version-check"]
     subprocess.run([*pip, "--upgrade", "--upgrade-strategy", "eager", *requirements(which)], check=True, cwd=ROOT)
+    subprocess.run([*pip, "--no-deps", "--editable", ROOT], check=True)  # the tests ask for its version
     told = f"from importlib.metadata import version; print(*(f'{{n}} {{version(n)}}' for n in {TESTED}), sep=', ')"
     subprocess.run([python, "-c", told], check=True)
     tests = [f"tests/{name}" for name in SHORT.split()]

@@ -497,6 +497,9 @@ def test_lines_become_rows_of_json(deliveries, lines):
     assert [row["text"] for row in rows] == lines[:7]
     ours = load(deliveries["embedding"]).embed(lines[:7])
     np.testing.assert_allclose([row["embedding"] for row in rows], ours, rtol=1e-6)
+    with pytest.raises(InputError, match="line 3 is not UTF-8"):  # the good lines before it are answered
+        answer_lines("embed", deliveries["embedding"], [b"ka", b"lo", b"\xff", b"mi"], out := io.StringIO())
+    assert [json.loads(row)["text"] for row in out.getvalue().splitlines()] == ["ka", "lo"]
 
     out = io.StringIO()
     assert answer_lines("classify", deliveries["classification"], [lines[0], lines[1]], out) == 2

@@ -19,12 +19,18 @@ def answer_lines(
     """Write an answer to `out` as JSONL for each line of what may be an endless stream, in order; the number of lines.
     "embed" writes {"text", "embedding"}; "classify" a classifier's {"text", "label", "scores": {label: score}} or a
     tagger's {"text", "words"}; all of them are null for an empty line. A line with exactly one tab is a pair where the
-    model was trained on pairs. options: of `Delivery`'s method. Raises InputError with the line's number."""
+    model was trained on pairs. options: of `Delivery`'s method. Raises InputError with the number of a line
+    that cannot be read, after the answers to those before it."""
     model, lines, done = load(folder, threads), iter(lines), 0
     method = "label_tokens" if command == "classify" and model.task == "tokens" else command
     pairs = method == "classify" and model.manifest.get("pairs", False)
     while block := list(islice(lines, LINES_AT_ONCE)):
-        rows = [_read(number, line, pairs) for number, line in enumerate(block, done + 1)]
+        rows, bad = [], None
+        try:
+            for number, line in enumerate(block, done + 1):
+                rows.append(_read(number, line, pairs))
+        except InputError as error:
+            bad = error  # said when the lines before it are answered
         found = getattr(model, method)([asked for _, asked in rows if asked], **options)
         if method == "embed":
             answers = ([[float(f"{x:.7g}") for x in row]] for row in found)
@@ -37,6 +43,8 @@ def answer_lines(
             answer = zip(ANSWERS[method], next(answers), strict=True) if asked else dict.fromkeys(ANSWERS[method])
             out.write(json.dumps({"text": text, **dict(answer)}, ensure_ascii=False) + "\n")
         out.flush()
+        if bad:
+            raise bad
         done += len(block)
     return done
 
