@@ -296,22 +296,6 @@ def score(
     CONSOLE.print(table_of(f"at most {rows:,} rows of a file", ("", *heads), ((k, *v) for k, v in values.items())))
 
 
-@app.command()
-def bench(
-    artifacts: Artifacts,
-    teacher: Annotated[str | None, typer.Option(help="folder or package:NAME/FOLDER, exported as a peer")] = None,
-    static: Annotated[bool, typer.Option(help="a model2vec peer, distilled from the teacher")] = True,
-    out: Annotated[Path, typer.Option(help="where the figures go")] = Path("artifacts/bench/delivery.json"),
-    seconds: Annotated[float, typer.Option(help="of calls for each length, batch and number of threads")] = 2.0,
-):
-    """Measure artifacts beside their teacher and a static peer."""
-    from vocabshrink.lab import bench as lab
-
-    folders = [delivered(path) for path in artifacts]
-    report = lab.bench(folders, teacher=teacher, static=static, out=out, seconds=seconds)
-    CONSOLE.print(*(table_of(*table) for table in lab.bench_tables(report)))
-
-
 def stop(number: int, frame) -> None:
     """Ends the command at a signal, with one sentence."""
     name = signal.Signals(number).name

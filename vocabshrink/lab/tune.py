@@ -9,6 +9,7 @@ import contextlib
 import hashlib
 import json
 import statistics
+import timeit
 import warnings
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -28,7 +29,6 @@ from tokenizer_build.files import claimed, read_json, write_json, write_text
 from vocabshrink.delivery.graph import build_graph
 from vocabshrink.delivery.size import delivery_bytes
 from vocabshrink.lab import ablations
-from vocabshrink.lab.bench import time_calls
 from vocabshrink.models.families import new_encoder
 from vocabshrink.pages.experiments import AVERAGE, TEACHER, place_of, write_tune_page
 from vocabshrink.run.engine import say
@@ -210,7 +210,7 @@ def measure_latency(config: PreTrainedConfig, delivery: DeliverySection) -> floa
     session = open_graph(graph.SerializeToString())
     ids = np.ones((1, min(32, config.max_position_embeddings)), dtype=np.int64)
     feed = {"input_ids": ids, "attention_mask": ids, "token_type_ids": 0 * ids}
-    return 1000 * min(time_calls(lambda: session.run(None, feed), seconds=1.0, least=30))
+    return 1000 * min(timeit.repeat(lambda: session.run(None, feed), repeat=100, number=1))
 
 
 def explore(tuner: Tuner) -> optuna.Study:

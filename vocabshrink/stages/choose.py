@@ -39,8 +39,8 @@ FAST = {"embeddings": "int4-64", "attention": "int8", "feed_forward": "int8"}  #
 # fill the budget), format, and the learning rate of all but the pieces, higher the more is cut away
 SHAPES = {
     "quality": (
-        (128, 30_000, 384, 6, 1152, "int8", 1e-4),
-        (128, 30_000, 384, 6, 512, "int4-64", 1e-4),
+        (128, 30_000, 384, 6, 1152, "int8", 3e-4),
+        (128, 30_000, 384, 6, 512, "int4-64", 3e-4),
         (96, 12_000, 256, 6, 320, FINE, 3e-4),
         (64, 6_000, 192, 4, 192, "int4-64", 5e-4),
         (64, 3_000, 96, 4, 96, "int4-64", 1e-3),

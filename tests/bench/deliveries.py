@@ -1,10 +1,14 @@
 """Sizes, start-up, memory and speed of delivered models beside their peers, in one run on one machine.
 
+    python tests/bench/deliveries.py FOLDER... [--teacher FOLDER] [--no-static] [--seconds 2]
+                                     [--out artifacts/bench/delivery.json]
+
 Every system is measured from text to answer, in processes of its own: our runtime for a delivery and for the teacher as
 fp32 and int8 ONNX, model2vec for static vectors of the same teacher. All get the same texts, whose length is in the
 teacher's pieces: that a small vocabulary needs more is part of its price. They take turns, so that a machine that slows
-down slows all of them. Such a process runs this module, which therefore imports only what every system needs."""
+down slows all of them. Such a process runs this file, which therefore imports only what every system needs."""
 
+import argparse
 import gzip
 import itertools
 import json
@@ -54,7 +58,7 @@ class System:
         asked |= {"kind": self.kind, "folder": str(self.folder.resolve()), "threads": threads}
         once = {"OMP_NUM_THREADS": str(threads), "TOKENIZERS_PARALLELISM": "false", "HF_HUB_OFFLINE": "1"}
         once["PYTHONPATH"] = os.pathsep.join(filter(None, sys.path))
-        command, began = [sys.executable, "-m", "vocabshrink.lab.bench"], time()
+        command, began = [sys.executable, __file__, "--here"], time()
         done = subprocess.run(command, input=json.dumps(asked), env=os.environ | once, capture_output=True, text=True)
         if done.returncode or not done.stdout:
             last = done.stderr.strip().rpartition("\n")[2]
@@ -203,5 +207,26 @@ def bench_tables(report: dict) -> list[tuple]:
     return tables
 
 
+def main() -> None:
+    from rich.console import Console
+
+    from vocabshrink.cli import table_of
+
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("artifacts", nargs="+", type=Path)
+    parser.add_argument("--teacher", help="folder or package:NAME/FOLDER, exported as a peer")
+    parser.add_argument("--no-static", dest="static", action="store_false", help="no model2vec peer of the teacher")
+    parser.add_argument("--out", type=Path, default=Path("artifacts/bench/delivery.json"))
+    parser.add_argument("--seconds", type=float, default=2.0, help="of calls for each length, batch, number of threads")
+    try:
+        report = bench(**vars(parser.parse_args()))
+    except InputError as error:
+        parser.error(str(error))
+    Console().print(*(table_of(*table) for table in bench_tables(report)))
+
+
 if __name__ == "__main__":
-    print(json.dumps(answer_here(**json.load(sys.stdin))))
+    if sys.argv[1:] == ["--here"]:
+        print(json.dumps(answer_here(**json.load(sys.stdin))))
+    else:
+        main()

@@ -6,14 +6,14 @@ import timeit
 import types
 from pathlib import Path
 
+import bench.deliveries as module
 import pytest
+from bench.deliveries import bench, bench_tables, statistics_of, text_of, time_calls
 from rich.console import Console
 from test_delivery import write_delivery
 
-import vocabshrink.lab.bench as module
 from tokenizer_build.errors import InputError
 from vocabshrink.cli import table_of
-from vocabshrink.lab.bench import bench, bench_tables, statistics_of, text_of, time_calls
 
 
 @pytest.fixture(scope="module")
