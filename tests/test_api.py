@@ -8,19 +8,36 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+import yaml
 from conftest import made_up_text, wordpiece_pieces
-from transformers import AutoModel, GPT2Config, GPT2Model, T5Config
+from families import perturb
+from safetensors.torch import save_file
+from transformers import (
+    AutoModel,
+    AutoModelForSequenceClassification,
+    AutoModelForTokenClassification,
+    CLIPConfig,
+    GPT2Config,
+    LlamaConfig,
+    T5Config,
+    ViTConfig,
+)
 
 import vocabshrink
 from tokenizer_build.errors import InputError
+from tokenizer_build.files import write_json
 from tokenizer_build.tokenizer import load_tokenizer, save_tokenizer
-from vocabshrink.api import plan, spool
+from vocabshrink.api import merge, plan, spool
+from vocabshrink.data import vectors
 from vocabshrink.data.lexicon import Lexicon, WordStream
 from vocabshrink.data.vectors import read_sentences
 from vocabshrink.delivery.size import tokenizer_bytes
-from vocabshrink.run.recipe import load_recipe
+from vocabshrink.models.forward import module_files
+from vocabshrink.run.recipe import load_recipe, parse_recipe
 from vocabshrink.runtime.delivery import load
 from vocabshrink.stages import choose
+from vocabshrink.stages.checks import check_recipe
+from vocabshrink.stages.tasks import label_texts
 from vocabshrink.training.losses import LOSSES
 
 TINY = {"tokens": 20_000, "budget": "60kB"}
@@ -123,14 +140,12 @@ def test_texts_of_another_script_or_too_few_are_refused(tiny_teacher, texts, tmp
         plan(str(tiny_teacher), texts[:9], out=tmp_path / "few", **TINY)
 
 
-@pytest.mark.parametrize("config", [GPT2Config(n_embd=16, n_layer=1, n_head=2, vocab_size=99), T5Config(vocab_size=99)])
-def test_a_model_with_a_decoder_is_refused(config, texts, tmp_path):
+@pytest.mark.parametrize("config", [GPT2Config(), LlamaConfig(), T5Config(), ViTConfig(), CLIPConfig()])
+def test_a_model_that_is_no_encoder_of_text_is_refused(config, texts, tmp_path):
     config.save_pretrained(tmp_path / "model")
     save_tokenizer(wordpiece_pieces(texts, 99), tmp_path / "model")
-    if isinstance(config, GPT2Config):
-        config.is_decoder = True
-        GPT2Model(config).save_pretrained(tmp_path / "model")
-    with pytest.raises(InputError, match="decoder"):
+    words = "reads no text" if isinstance(config, ViTConfig | CLIPConfig) else "has a decoder"
+    with pytest.raises(InputError, match=f"{words}: only encoders"):
         plan(str(tmp_path / "model"), texts, out=tmp_path / "r", **TINY)
 
 
@@ -200,18 +215,41 @@ def test_a_given_tokenizer_is_weighed_as_it_is(tiny_teacher, texts, tmp_path, mo
     assert tokenizer == tokenizer_bytes(look.adopted, made.manifest["max_positions"])
 
 
-@pytest.mark.parametrize("kind", ["Dense", "do_lower_case"])
-def test_what_would_be_passed_over_in_silence_is_refused(kind, tiny_teacher, texts, tmp_path):
+def test_what_a_folder_says_of_itself_is_obeyed(tiny_teacher, texts, tmp_path):
+    """Dense modules make the stored vectors, prompts stand before shares of the text, the folder's length is kept."""
     folder = shutil.copytree(tiny_teacher, tmp_path / "model")
-    tokenizer = json.loads((folder / "tokenizer.json").read_text())
-    tokenizer["normalizer"]["lowercase"] = False
-    (folder / "tokenizer.json").write_text(json.dumps(tokenizer))
-    modules = ["=Transformer", "1_Pooling=Pooling", *["2_Dense=Dense"] * (kind == "Dense")]
-    parts = [dict(zip(("path", "type"), part.split("="), strict=True)) for part in modules]
-    (folder / "modules.json").write_text(json.dumps(parts))
-    (folder / "sentence_bert_config.json").write_text(json.dumps({"do_lower_case": kind != "Dense"}))
-    with pytest.raises(InputError, match=f"model: .*{kind}.* cannot be learnt yet"):
-        plan(str(folder), texts, out=tmp_path / "r", **TINY)
+    prompts = {"query": "ka lo: ", "passage": "mi: "}
+    for name, content in module_files(32, 24, "mean", True, prompts).items():
+        write_json(folder / name, content)
+    kinds = ("Transformer", "Pooling", "Dense")
+    parts = [{"path": f"{i}_{kind}" if i else "", "type": f"models.{kind}"} for i, kind in enumerate(kinds)]
+    write_json(folder / "modules.json", parts)
+    form = {"in_features": 32, "out_features": 20, "activation_function": "torch.nn.Tanh", "bias": False}
+    write_json(folder / "2_Dense/config.json", form)
+    save_file({"linear.weight": torch.randn(20, 32)}, folder / "2_Dense/model.safetensors")
+    settings = {"delivery": {"tolerance": 2, "dimensions": [8]}, "distill": {"steps": 4}, "recovery": {"steps": 2}}
+    made = vocabshrink.compress(str(folder), texts[:500], out=tmp_path / "r", settings=settings, **TINY)
+    recipe = load_recipe(made.recipe)
+    assert recipe.vectors.prompts == {"query": 0.5, "passage": 0.5} and recipe.distill.max_length == 24
+    read = vectors.read_sentences(tmp_path / "r/vectors")
+    assert all(abs(sum(text.startswith(start) for text in read) - len(read) / 2) < 3 for start in prompts.values())
+    assert np.load(tmp_path / "r/vectors/teacher.npy").shape == (len(read), 20)
+    model = load(made.path)
+    assert model.prompts == prompts and model.embed(["ka"], prompt="query", dimensions=8).shape == (1, 8)
+    live = {
+        "distill": {"steps": 1, "max_length": 24, "losses": {"batch_similarity": 1}},
+        "vectors": None,
+        "recovery": None,
+    }
+    for changes, words in (
+        ({"vectors": {"prompts": {"ask": 0}}}, "vectors.prompts.ask: .* its own are query, passage"),
+        ({"vectors": {"prompts": {"query": 0.7, "passage": 0.5}}}, "vectors.prompts: the shares sum to more than 1"),
+        ({"delivery": {"dimensions": [33]}}, "delivery.dimensions: 33 is over student.hidden_size 32"),
+        (live, "distill.losses.batch_similarity: the teacher's Dense module is applied to stored vectors alone"),
+    ):
+        with pytest.raises(InputError, match=words):
+            values = yaml.safe_load(made.recipe.read_text())
+            check_recipe(parse_recipe(values | changes if changes is live else merge(values, changes), "test"))
 
 
 def test_a_student_is_finetuned_on_words(tiny_teacher, texts, tmp_path):
@@ -257,3 +295,126 @@ def test_the_examples_of_the_page_run_in_order(tiny_teacher, texts, tmp_path, mo
         exec(code.replace('"7MB"', '"60kB"'), names)
     assert names["vectors"].shape[0] == 1 and names["manifest"]["task"] == "embedding"
     assert Path("work/own/distill/student/model.safetensors").is_file()
+
+
+# ------------------------------------------------------------------------------------------------ tasks
+
+
+@torch.no_grad()
+def trained_teacher(source: Path, folder: Path, texts: list[str], kind: str) -> Path:
+    """A classifier, cross-encoder or tagger whose answers differ from text to text, as if it had been trained."""
+    names = {0: "spam"} if kind == "regression" else {0: "spam", 1: "O"}
+    loader = AutoModelForTokenClassification if kind == "tokens" else AutoModelForSequenceClassification
+    torch.manual_seed(0)
+    model = loader.from_pretrained(source, id2label=names, label2id={name: i for i, name in names.items()})
+    shutil.copytree(source, folder)
+    perturb(model)
+    ids = [load_tokenizer(source).encode(text).ids for text in texts[:50]]
+    logits = torch.cat([model(torch.tensor([row])).logits.reshape(-1, len(names)) for row in ids])
+    model.classifier.weight.mul_(2 / logits.std())
+    model.classifier.bias.copy_(2 / logits.std() * (model.classifier.bias - logits.median(0).values))
+    model.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def short(texts) -> list[str]:
+    return [" ".join(text.split()[:4]) for text in texts[:500]]
+
+
+def test_a_classifier_becomes_a_small_one_with_its_labels(tiny_teacher, short, tmp_path, monkeypatch):
+    """From text without labels; the figure is how often it answers as its teacher on text that it has not seen."""
+    teacher = trained_teacher(tiny_teacher, tmp_path / "teacher", short, "classification")
+    options = {"tokens": 30_000, "budget": "100kB", "settings": {"delivery": {"tolerance": 2}}}
+    whole = {"quality": ((32, 300, 32, 4, 64, "int8", 1e-3),)}
+    monkeypatch.setattr(choose, "SHAPES", whole)
+    made = vocabshrink.compress(str(teacher), short, out=tmp_path / "made", **options)
+    assert made.path == tmp_path / "made/export/task" and not (tmp_path / "made/export/model").exists()
+    assert made.manifest["delivery_bytes"] <= 100_000 and made.manifest["task"] == "classification"
+    model = load(made.path)
+    assert model.labels == ["spam", "O"]
+    held_out = [json.loads(line) for line in (tmp_path / "made/labelled/validation.jsonl").read_text().splitlines()]
+    common = max(np.mean([row["label"] == label for row in held_out]) for label in model.labels)
+    agreed = np.mean([model.classify([row["sentence1"]])[0][0] == row["label"] for row in held_out])
+    assert agreed == pytest.approx(made.figures["task"]["accuracy"]["delivered"]) and agreed > common + 0.1
+    with pytest.raises(InputError, match="made with other arguments"):
+        plan(str(teacher), short, out=tmp_path / "made", **options | {"tokens": 9})
+
+
+@pytest.mark.parametrize("kind", ["regression", "tokens"])
+@torch.no_grad()
+def test_what_a_teacher_answers_to_text_becomes_a_task(kind, tiny_teacher, short, tmp_path):
+    teacher = trained_teacher(tiny_teacher, tmp_path / "teacher", short, kind)
+    own = [f"{text}\t{text[::2]}" for text in short] if kind == "regression" else short
+    recipe = load_recipe(path := plan(str(teacher), own, out=tmp_path / "made", **TINY))
+    bare = [line for line in path.read_text().splitlines() if "#" not in line and not line.endswith(":")]
+    assert bare == ["name: made"]
+    task, tokenizer = recipe.tasks["task"], load_tokenizer(teacher)
+    loader = AutoModelForTokenClassification if kind == "tokens" else AutoModelForSequenceClassification
+    model, rows = loader.from_pretrained(teacher).eval(), Path(task.train).read_text().splitlines()
+    assert task.kind == kind and recipe.delivery.tasks_only and len(rows) > 300
+    answers = []
+    for row in map(json.loads, rows[:20]):
+        if kind == "regression":
+            encoding = tokenizer.encode(row["sentence1"], row["sentence2"])
+            logits = model(torch.tensor([encoding.ids]), token_type_ids=torch.tensor([encoding.type_ids])).logits
+            answers.append((row["label"], logits.item()))
+        else:
+            encoding = tokenizer.encode(row["tokens"], is_pretokenized=True)
+            said = model(torch.tensor([encoding.ids])).logits[0].argmax(-1)
+            first = [encoding.word_ids.index(number) for number in range(len(row["tokens"]))]
+            answers += [(label, ["spam", "O"][said[place]]) for label, place in zip(row["slots"], first, strict=True)]
+    if kind == "regression":  # the teacher answers in bfloat16
+        assert np.corrcoef(np.array(answers).T)[0, 1] > 0.98
+    else:
+        assert np.mean([one == other for one, other in answers]) > 0.95
+
+
+def test_labelling_goes_on_where_it_was_killed(tiny_teacher, short, tmp_path, monkeypatch):
+    """With the texts that were drawn, whatever the machine's speed is now."""
+    teacher = trained_teacher(tiny_teacher, tmp_path / "teacher", short, "classification")
+    drawn, asked = iter([short[:300], short[300:]]), {"budget": 1}
+    options = str(teacher), lambda: next(drawn), tmp_path / "labelled"
+    monkeypatch.setattr(vectors, "BLOCK", 200)
+    monkeypatch.setattr("vocabshrink.stages.tasks.write_text", None)
+    with pytest.raises(TypeError):
+        label_texts(*options, asked)
+    monkeypatch.undo()
+    task = label_texts(*options, asked)
+    assert len(Path(task["train"]).read_text().splitlines()) == 200
+    label_texts(*options, asked | {"budget": 2})
+    assert next(drawn, None) is None
+
+
+@pytest.mark.parametrize("with_text", [False, True])
+def test_labelled_rows_make_a_classifier_of_an_embedder(with_text, tiny_teacher, texts, short, tmp_path):
+    """A file alone is parted; the text is in the column that is named; texts besides are learnt from first."""
+    lines = [f"{text}\t{'in' if 'ka' in text.lower() else 'out'}" for text in short]
+    (tmp_path / "rows.tsv").write_text("\n".join(["text\tlabel", *lines]))
+    options = TINY | {"task": tmp_path / "rows.tsv"}
+    recipe = load_recipe(plan(str(tiny_teacher), texts if with_text else None, out=tmp_path / "made", **options))
+    task = recipe.tasks["task"]
+    rows = [Path(path).read_text().splitlines() for path in (task.train, task.validation)]
+    assert list(map(len, rows)) == [450, 50] and task.text == ["text"] and task.teacher is None
+    assert recipe.finetune.teacher.steps and {"labels", "soft_labels"} == recipe.finetune.phases[-1].losses.keys()
+    assert bool(recipe.distill) == with_text and recipe.delivery.tasks_only
+
+
+def test_tasks_that_cannot_be_are_refused(tiny_teacher, short, tmp_path):
+    teacher = trained_teacher(tiny_teacher, tmp_path / "teacher", short, "regression")
+    (tmp_path / "rows.jsonl").write_text('{"sentence1": "a"}\n' * 9)
+    config = json.loads((teacher / "config.json").read_text())
+
+    def refused(sentence: str, texts=short, model=teacher, **options):
+        with pytest.raises(InputError, match=sentence):
+            plan(str(model), texts, out=tmp_path / "made", **TINY, **options)
+
+    refused("there are none: give files, or strings, or a task", None)
+    refused("none.jsonl: no such file", task=tmp_path / "none.jsonl")
+    refused("task: train is missing", task={"labels": ["a"]})
+    refused("no single name or number", task=tmp_path / "rows.jsonl")
+    (teacher / "config.json").write_text(json.dumps(config | {"sentence_transformers": {}}))
+    refused("reads pairs of texts: write one tab between the two")
+    for changed in ({"problem_type": "multi_label_classification"}, {"architectures": ["BertForQuestionAnswering"]}):
+        (teacher / "config.json").write_text(json.dumps(config | changed))
+        refused("only classifiers of one label, cross-encoders and taggers are taken")

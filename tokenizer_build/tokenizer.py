@@ -4,16 +4,17 @@ Never from a trainer's leftovers: trainers leave the single characters behind as
 
 import os
 from collections.abc import Sequence
+from functools import lru_cache
 from pathlib import Path
 
-from tokenizers import AddedToken, Tokenizer, decoders
+from tokenizers import AddedToken, Tokenizer, decoders, normalizers
 from tokenizers.models import WordPiece
 from tokenizers.normalizers import BertNormalizer
 from tokenizers.pre_tokenizers import BertPreTokenizer
 from tokenizers.processors import TemplateProcessing
 
 from tokenizer_build.errors import InputError
-from tokenizer_build.files import decode, read_json, write_json, write_text
+from tokenizer_build.files import decode, read_json, stamp, write_json, write_text
 
 SPECIAL_TOKENS = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
 BERT = {  # BertNormalizer's options as tokenizer_config.json names them
@@ -47,7 +48,7 @@ def make_tokenizer(pieces: Sequence[str], *, lowercase: bool = True) -> Tokenize
 def adopt_tokenizer(path: str | Path) -> Tokenizer:
     """A WordPiece tokenizer as a student's: pieces, normalizer, pre-tokenizer and added tokens as they are, ids without
     gaps, in BERT's frame of [CLS] and [SEP]. Raises InputError for another family or other special tokens."""
-    given = load_tokenizer(path)
+    given = shared_tokenizer(path)
     if not isinstance(given.model, WordPiece) or given.model.continuing_subword_prefix != "##":
         raise InputError(f"{path} is a {type(given.model).__name__} tokenizer: name a WordPiece one that writes ##")
     if not (vocabulary := given.get_vocab()).keys() >= set(SPECIAL_TOKENS):
@@ -99,13 +100,29 @@ def parse_tokenizer(content: bytes, origin: str | Path) -> Tokenizer:
     return tokenizer
 
 
+def shared_tokenizer(path: str | Path) -> Tokenizer:
+    """`load_tokenizer`, which takes seconds of a large file, once while the files stay as they are. Only to be read."""
+    path = Path(os.path.expanduser(path))
+    path = file if (file := path / "tokenizer.json").is_file() else path
+    return _shared(path, stamp(path if path.is_dir() else path.parent))
+
+
+@lru_cache(4)
+def _shared(path: Path, files: tuple) -> Tokenizer:
+    return load_tokenizer(path)
+
+
 def load_tokenizer(path: str | Path) -> Tokenizer:
     """The tokenizer of a folder (tokenizer.json, or a BERT vocab.txt) or of a JSON file, of any family, as of
     `parse_tokenizer`. Raises InputError naming the file where there is none or it cannot be read."""
     path = Path(os.path.expanduser(path))
     file = path / "tokenizer.json" if path.is_dir() else path
     if file.is_file():
-        return parse_tokenizer(file.read_bytes(), file)
+        tokenizer, beside = parse_tokenizer(file.read_bytes(), file), file.with_name("sentence_bert_config.json")
+        if beside.is_file() and read_json(beside).get("do_lower_case") and not lowercases(tokenizer):
+            kept = [] if tokenizer.normalizer is None else [tokenizer.normalizer]
+            tokenizer.normalizer = normalizers.Sequence([normalizers.Lowercase(), *kept])  # as sentence-transformers
+        return tokenizer
     vocabulary, settings = path / "vocab.txt", path / "tokenizer_config.json"
     if not vocabulary.is_file():
         raise InputError(f"{path} has no tokenizer.json and no vocab.txt: name a tokenizer's folder or JSON file")

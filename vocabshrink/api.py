@@ -11,18 +11,20 @@ import os
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
+from functools import partial
 from itertools import chain
 from pathlib import Path
 from typing import Any, Literal
 
 import yaml
 
+from tokenizer_build.corpus import read_rows
 from tokenizer_build.count import count_words
 from tokenizer_build.errors import InputError
 from tokenizer_build.files import read_json, replacing, write_json, write_text
 from tokenizer_build.tokenizer import load_tokenizer, lowercases, save_tokenizer
 from tokenizer_build.trainers import train_vocabulary
-from vocabshrink.data.tasks import read_task
+from vocabshrink.data.tasks import Task, read_task
 from vocabshrink.delivery.export import ExportSettings, export_model
 from vocabshrink.models.families import positions_of
 from vocabshrink.models.forward import module_settings
@@ -36,7 +38,8 @@ from vocabshrink.run.recipe_yaml import RecipeDumper, read_yaml
 from vocabshrink.run.stage import stages_of
 from vocabshrink.runtime.kinds import KINDS
 from vocabshrink.stages.checks import check_recipe
-from vocabshrink.stages.choose import SHAPES, choose_effort, choose_shape, look_at, recipe_text
+from vocabshrink.stages.choose import SHAPES, choose_effort, choose_shape, draw_lines, look_at, recipe_text
+from vocabshrink.stages.tasks import label_texts
 from vocabshrink.training.losses import LOSSES, Loss
 
 Texts = str | os.PathLike | Iterable[str]  # a file, folder, glob or datasets:NAME:SPLIT, several of them, or the texts
@@ -54,23 +57,26 @@ class Artifact:
 
 
 def compress(
-    model: str, texts: Texts, *, out: str | os.PathLike, since: float | None = None, **options: Any
+    model: str, texts: Texts | None = None, *, out: str | os.PathLike, since: float | None = None, **options: Any
 ) -> Artifact:
-    """The encoder `model` (a folder, hub name or package:NAME/SUBFOLDER), made small for the texts, in a folder `out`.
+    """The encoder `model` (a folder, hub name or package:NAME/SUBFOLDER), made small for the texts, in a folder `out`:
+    of an embedder an embedder; of a classifier, cross-encoder or tagger one with its labels; of any with a `task` a
+    model of the task.
 
     since: Unix time from which the summary counts minutes. options: those of `plan`. Killed and called again with the
     same arguments, it goes on. Raises InputError, before anything is trained, for a model, texts or a budget that
     cannot be."""
-    recipe = plan(model, texts, out=out, **options)
-    figures = run_recipe(load_recipe(recipe), RunDir(Path(out)), since=since)
-    delivered = Path(out, "export", "model")
-    return Artifact(delivered, read_json(delivered / "MANIFEST.json"), figures, recipe)
+    path = plan(model, texts, out=out, **options)
+    figures = run_recipe(recipe := load_recipe(path), RunDir(Path(out)), since=since)
+    delivered = Path(out, "export", *recipe.tasks or ["model"])
+    return Artifact(delivered, read_json(delivered / "MANIFEST.json"), figures, path)
 
 
 def plan(
     model: str,
-    texts: Texts,
+    texts: Texts | None = None,
     *,
+    task: str | os.PathLike | Mapping[str, Any] | None = None,
     out: str | os.PathLike,
     budget: str | int = "7MB",
     minutes: float | None = None,
@@ -80,35 +86,81 @@ def plan(
     column: str = "text",
     settings: Mapping[str, Any] | None = None,
 ) -> Path:
-    """The recipe that `compress` would run, written to `out`/compress.yaml. budget: bytes of all the files that
-    onnxruntime needs. minutes, or tokens: how long; 30 minutes unless told. goal: the best vectors for the bytes, or
-    the fastest model. start: another model whose layers and pieces the student starts from. column: of JSONL, CSV and
-    parquet files. settings: {section: {key: value}} over what is chosen."""
+    """The recipe that `compress` would run, written to `out`/compress.yaml. task: a file of labelled rows, or a task
+    as recipes have it; `texts` may then be left out. Without it, a model that has a task labels the texts here, in at
+    most 30 % of the minutes; a line is a text and, if every line has one tab, a pair. budget: bytes of all the files
+    that onnxruntime needs. minutes, or tokens: how long; 30 minutes unless told. goal: the best for the bytes, or the
+    fastest. start: another model whose layers and pieces the student starts from. column: of JSONL, CSV and parquet
+    files. settings: {section: {key: value}} over what is chosen."""
     out, size = Path(out), parse_recipe({"budget": budget}, "budget", DeliverySection).budget
     minutes = 30.0 if minutes is None and tokens is None else minutes
     if (minutes or tokens) is not None and (minutes or tokens) <= 0 or (minutes and tokens):
         raise InputError("give minutes or tokens, one of them, above 0")
     if goal not in SHAPES:
         raise InputError(f"goal {goal!r} is unknown: choose {' or '.join(SHAPES)}")
-    sources = spool(texts, out)
-    names = {"model": model, "sources": sources, "column": column, "budget": size, "start": start}
-    asked = names | {"minutes": minutes, "tokens": tokens, "goal": goal, "settings": settings}
+    if texts is None and task is None:
+        raise InputError("texts: there are none: give files, or strings, or a task with labelled rows")
+    section, rows = (None, None) if task is None else labelled_task(task, column, settings or {}, out / "labelled")
+    sources = spool(texts_of(rows) if texts is None else texts, out)
+    names = {"model": model, "sources": sources, "column": "text" if texts is None else column}
+    names |= {"budget": size, "start": start}
+    asked = names | {"minutes": minutes, "tokens": tokens, "goal": goal, "settings": settings, "task": section}
     recipe, before = out / "compress.yaml", out / "compress.json"
     if before.is_file():
         if read_json(before) == json.loads(json.dumps(asked)):
             return recipe
         raise InputError(f"{out}: made with other arguments: give another folder, or delete this one")
-    look = look_at(model, start, sources, column)
-    shape = choose_shape(look, size, goal)
-    effort = choose_effort(look, shape, minutes, tokens)
-    name = re.sub(r"[^A-Za-z0-9._-]+|^[^A-Za-z0-9_]+", "_", out.name) or "model"
-    write_text(recipe, recipe_text(look, shape, effort, name=name, **names))
+    look = look_at(model, start, sources, names["column"], task=texts is None)
+    kind, labels = (rows.kind, rows.labels) if rows else look.head or ("embedding", [])
+    shape = choose_shape(look, size, goal, "classification" if kind == "regression" else kind, len(labels) or 1)
+    names["embeds"] = kind == "embedding" or texts is not None and not look.head
+    minutes = minutes and minutes / (1 + (names["embeds"] and kind != "embedding"))  # for text, and for the task
+    effort, of_task = choose_effort(look, shape, minutes, tokens) if names["embeds"] else None, None
+    if kind != "embedding":
+        known = {"rows": len(rows.splits["train"]) if rows else 0, "tuned": bool(look.head)}
+        of_task = choose_effort(look, shape, minutes, tokens, task=True, **known)
+        if rows:
+            section = section | ({"teacher": model} if look.head else {})
+        else:
+            drawn = partial(draw_lines, look, sources, names["column"], of_task.sentences)
+            section = label_texts(model, drawn, out / "labelled", asked)
+            if shape.own_pieces and kind != "tokens":  # all of the text has nothing more to tell
+                names |= {"sources": [section["train"]], "column": "sentence1"}
+    names |= {"of_task": of_task, "task": section, "labelled": rows is not None}
+    names["name"] = re.sub(r"[^A-Za-z0-9._-]+|^[^A-Za-z0-9_]+", "_", out.name) or "model"
+    write_text(recipe, recipe_text(look, shape, effort or of_task, **names))
     if settings:
         values = merge(read_yaml(recipe, "a recipe"), settings)
         write_text(recipe, yaml.dump(values, Dumper=RecipeDumper, sort_keys=False, allow_unicode=True))
     check_recipe(load_recipe(recipe))
     write_json(before, asked)
     return recipe
+
+
+def labelled_task(
+    task: str | os.PathLike | Mapping[str, Any], column: str, settings: Mapping[str, Any], folder: Path
+) -> tuple[dict, Task]:
+    """A labelled task as a recipe has it, and as read. Of a file, or where no `validation` is named, every tenth row
+    validates, in files in a folder. The text is sentence1 and sentence2 or, if there is no such field, `column`."""
+    section = dict(task) if isinstance(task, Mapping) else {"train": os.path.expanduser(task)}
+    section |= settings.get("tasks", {}).get("task", {})
+    whole = parse_recipe({"validation": section.get("train")} | section, "task", TaskSection)
+    rows = [row for _, row in read_rows(whole.train)]
+    if rows and "text" not in section and whole.text[0] not in rows[0] and column in rows[0]:
+        section["text"] = [column]
+    if "validation" not in section:
+        for split, chosen in {"train": [row for i, row in enumerate(rows) if i % 10], "validation": rows[::10]}.items():
+            write_text(path := folder / f"{split}.jsonl", "".join(json.dumps(row) + "\n" for row in chosen))
+            section[split] = str(path)
+        if (meta := Path(whole.train).with_name("meta.json")).is_file():  # which names the labels
+            write_text(folder / "meta.json", meta.read_text(encoding="utf-8-sig"))
+    return section, read_task(parse_recipe(section, "task", TaskSection), "task")
+
+
+def texts_of(task: Task) -> Iterator[str]:
+    """The training rows as texts."""
+    rows = task.splits["train"]
+    yield from chain((row if isinstance(row, str) else " ".join(row) for row in rows.first), rows.second or ())
 
 
 def merge(values: dict, over: Mapping[str, Any]) -> dict:
@@ -240,8 +292,7 @@ def finetune(
     """Fine-tunes a student's folder on a labelled task; the folder of the trained model, and its figures. task: one of
     the recipe's tasks: {"train": file, "validation": file, "kind": ..., "teacher": folder ...}. settings: of its
     finetune section: phases, seeds, grid ... Raises InputError for rows or labels that do not go together."""
-    rows = read_task(parse_recipe(dict(task), "task", TaskSection), "task").splits["train"].first
-    texts = (row if isinstance(row, str) else " ".join(row) for row in rows)
+    texts = texts_of(read_task(parse_recipe(dict(task), "task", TaskSection), "task"))
     values = {"tasks": {"task": dict(task)}, "finetune": settings, "student": {"start": str(student)}}
     folder = _run_section(values, str(student), student, texts, Path(out))
     return folder / "finetune" / "task" / "model", read_json(folder / "finetune" / "summary.json")

@@ -58,8 +58,11 @@ def run_stages(recipe: Path, overrides: list[str] | None, force: bool, only: str
 @app.command()
 def compress(
     model: Annotated[str, typer.Argument(help="a folder, a hub name or package:NAME/SUBFOLDER")],
-    texts: Annotated[list[str], typer.Argument(help="files, folders, globs, datasets:NAME:SPLIT; section.key=value")],
-    out: Annotated[Path, typer.Option(help="folder of the run; the delivery is export/model in it")],
+    out: Annotated[Path, typer.Option(help="folder of the run; the delivery is in its export/")],
+    texts: Annotated[
+        list[str] | None, typer.Argument(help="files, folders, globs, datasets:NAME:SPLIT; section.key=value")
+    ] = None,
+    task: Annotated[Path | None, typer.Option(help="labelled rows, of which a classifier or tagger is made")] = None,
     budget: Annotated[str, typer.Option(help="bytes of the delivery")] = "7MB",
     minutes: Annotated[float | None, typer.Option(help="how long it may take; 30 unless told")] = None,
     tokens: Annotated[int | None, typer.Option(help="how much to train, instead of minutes")] = None,
@@ -69,18 +72,18 @@ def compress(
     only_plan: Annotated[bool, typer.Option("--plan", help="write the recipe, print what it costs, stop")] = False,
     since: Annotated[float | None, typer.Option(help="Unix time from which summary.json counts its minutes")] = None,
 ):
-    """Make an encoder small for your text: choose a student, train it, deliver it."""
+    """Make an encoder, or a classifier, small for your text: choose a student, train it, deliver it."""
     from vocabshrink import api
     from vocabshrink.run.recipe_yaml import override_value, parse_override
 
     settings: dict = {}
-    for word in filter(SETTING.match, texts):
+    for word in filter(SETTING.match, texts or ()):
         key, value = parse_override(word)
         override_value(settings, key.split("."), value, word)
     options = {"budget": budget, "minutes": minutes, "tokens": tokens, "goal": goal, "start": start, "column": column}
-    options |= {"settings": settings or None}
-    texts = [text for text in texts if not SETTING.match(text)]
-    sources = [text if text.startswith("datasets:") else Path(text) for text in texts]
+    options |= {"settings": settings or None, "task": task}
+    texts = [text for text in texts or () if not SETTING.match(text)]
+    sources = [text if text.startswith("datasets:") else Path(text) for text in texts] or None
     recipe = api.plan(model, sources, out=out, **options)
     show_plan(recipe, out)
     print(f"recipe: {recipe}", flush=True)
@@ -281,15 +284,18 @@ def score(
     data: Annotated[Path, typer.Option(help="a folder of tasks' folders of JSONL")] = Path("tasks"),
     out: Annotated[Path | None, typer.Option(help="where the figures go, as JSON")] = None,
     rows: Annotated[int, typer.Option(min=10, help="of each file, at most")] = 2_000,
+    cards: Annotated[bool, typer.Option("--cards", help="put the figures into the deliveries' cards")] = False,
     threads: Threads = CPUS,
 ):
     """Measure how good the embeddings of models are, on one's own tasks or on everybody's."""
-    from vocabshrink.lab.score import score_models
+    from vocabshrink.lab.score import score_models, write_cards
 
     folders = [str(delivered(Path(model))) if Path(model).is_dir() else model for model in models]
     report = score_models(folders, data, rows=rows, threads=threads)
     if out:
         write_json(out, report)
+    if cards:
+        write_cards(map(Path, folders), report)
     values, heads = {}, dict.fromkeys(f"{row['model']}\n{row['bytes']:,}" for row in report)
     for row in report:
         values.setdefault(f"{row['task']} {row['metric']}", []).append(f"{row['value']:.4f}")

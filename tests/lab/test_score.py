@@ -11,7 +11,7 @@ from tokenizers import Tokenizer
 from tokenizer_build.errors import InputError
 from tokenizer_build.files import write_json
 from vocabshrink.cli import main
-from vocabshrink.lab.score import backbone_embedder, measure, measures_of, score_models, static_embedder
+from vocabshrink.lab.score import backbone_embedder, measure, measures_of, score_models, static_embedder, write_cards
 from vocabshrink.models.forward import module_files
 
 
@@ -93,6 +93,20 @@ def test_the_command_prints_and_writes_the_table(data, tiny_teacher, tmp_path, i
         "value": row["value"],
         "rows": 20,
     }
+
+
+def test_cards_carry_the_last_figures_alone(tmp_path):
+    row = {"task": "stsb", "metric": "spearman", "rows": 10}
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine/README.md").write_text("# mine\n\nA model.\n")
+    for value in (0.5, 0.75):
+        write_cards(
+            [tmp_path / "mine", tmp_path / "none"],
+            [row | {"model": name, "value": value} for name in ("mine", "other")],
+        )
+    text = (tmp_path / "mine/README.md").read_text()
+    assert text.startswith("# mine\n\nA model.\n\n## Scores\n") and text.count("| stsb | spearman | 0.7500 |") == 1
+    assert "0.5" not in text and "other" not in text
 
 
 def test_figures_are_those_of_hand_made_tasks(tmp_path):

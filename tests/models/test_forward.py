@@ -1,10 +1,12 @@
 """The sentence embedder of a transformers model, and what a sentence-transformers folder says of itself."""
 
 import json
+import shutil
 
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import save_file
 from transformers import AutoConfig
 
 from tokenizer_build.errors import InputError
@@ -13,6 +15,7 @@ from vocabshrink.data.pieces import Pieces
 from vocabshrink.models.forward import (
     MODES,
     ModuleSettings,
+    load_dense,
     module_files,
     module_settings,
     pool_sentence,
@@ -87,17 +90,46 @@ def modules(*parts: str) -> list[dict]:
     return [{"path": path, "type": f"sentence_transformers.models.{kind}"} for path, kind in split]
 
 
-def test_dense_layers_of_the_same_width_are_named(tmp_path):
-    write_modules(
-        tmp_path, modules=modules("=Transformer", "1_Pooling=Pooling", "2_Dense=Dense", "3_Normalize=Normalize")
-    )
-    (tmp_path / "2_Dense").mkdir()
-    write_json(tmp_path / "2_Dense" / "config.json", {"in_features": 32, "out_features": 32})
-    assert module_settings(tmp_path).dense == (tmp_path / "2_Dense",)
-    for changes, words in (({"out_features": 16}, "32 to 16"), ({"use_residual": True}, "32 to 32")):
-        write_json(tmp_path / "2_Dense" / "config.json", {"in_features": 32, "out_features": 32} | changes)
-        with pytest.raises(InputError, match=f"a Dense module of {words} dimensions cannot be learnt"):
-            module_settings(tmp_path)
+def test_a_teacher_s_vectors_are_those_of_sentence_transformers(tiny_teacher, lines, tmp_path):
+    """With two Dense modules, of other widths and activations, before a tokenizer that keeps the case."""
+    from sentence_transformers import SentenceTransformer
+    from sentence_transformers.models import Dense, Normalize, Pooling, Transformer
+
+    folder = shutil.copytree(tiny_teacher, tmp_path / "cased")
+    tokenizer = json.loads((folder / "tokenizer.json").read_text())
+    tokenizer["normalizer"]["lowercase"] = False
+    write_json(folder / "tokenizer.json", tokenizer)
+    write_json(folder / "tokenizer_config.json", {"tokenizer_class": "PreTrainedTokenizerFast", "pad_token": "[PAD]"})
+    torch.manual_seed(0)
+    dense = [Dense(32, 24), Dense(24, 40, activation_function=torch.nn.Identity(), bias=False)]
+    parts = [Transformer(str(folder)), Pooling(32), *dense, Normalize()]
+    SentenceTransformer(modules=parts, device="cpu").save_pretrained(str(tmp_path / "m"))
+    write_json(tmp_path / "m/sentence_bert_config.json", {"max_seq_length": 12, "do_lower_case": True})
+    texts = [*lines[:4], lines[4].upper()]
+    expected = SentenceTransformer(str(tmp_path / "m"), device="cpu").encode([text.lower() for text in texts])
+    teacher, said = load_teacher(str(tmp_path / "m")), module_settings(tmp_path / "m")
+    options = {"max_length": said.max_seq_length, "dense": teacher.dense}
+    found = torch_embedder(teacher.backbone, teacher.folder, teacher.pooling, teacher.normalize, **options)(texts)
+    np.testing.assert_allclose(found, expected, atol=0.02)  # ours are in bfloat16
+    assert np.abs(found[4] - found[0]).max() > 0.02
+
+
+def test_dense_modules_that_do_not_fit_are_refused(tmp_path):
+    write_modules(tmp_path, modules=modules("=Transformer", "1_Pooling=Pooling", "2_Dense=Dense"))
+    (folder := tmp_path / "2_Dense").mkdir()
+    form = {"in_features": 32, "out_features": 16, "bias": False, "activation_function": "torch.nn.Tanh"}
+    save_file({"linear.weight": torch.zeros(16, 32)}, folder / "model.safetensors")
+    for changes, width, words in (
+        ({}, 48, "reads 32 dimensions and is given 48"),
+        ({"activation_function": "x.Sine"}, 32, "Sine is unknown"),
+        ({"out_features": 8}, 32, "2_Dense: cannot be loaded"),
+    ):
+        write_json(folder / "config.json", form | changes)
+        with pytest.raises(InputError, match=words):
+            load_dense(module_settings(tmp_path).dense, width)
+    write_json(folder / "config.json", form | {"use_residual": True})
+    with pytest.raises(InputError, match="a Dense module with a residual"):
+        module_settings(tmp_path)
 
 
 @pytest.mark.parametrize(

@@ -17,6 +17,7 @@ from transformers import AutoModelForMaskedLM
 
 import vocabshrink
 from tokenizer_build.errors import InputError
+from tokenizer_build.tokenizer import load_tokenizer
 from vocabshrink.models import loading
 from vocabshrink.models.loading import check_folder, load_config, load_model, resolve_model, weights_sha256
 from vocabshrink.models.teacher import load_teacher
@@ -79,10 +80,53 @@ def test_a_folders_code_never_runs_and_nobody_is_asked(model_type, folder, tmp_p
 
 
 def test_a_pickle_is_not_opened(folder):
-    (folder / "model.safetensors").rename(folder / "weights.safetensors")
+    """But the line that opens it is told, and works."""
+    before = load_file(folder / "model.safetensors")
+    (folder / "model.safetensors").unlink()
+    assert "no model.safetensors: convert the weights with save_pretrained" in refusal(check_folder, folder)
     (folder / "pytorch_model.bin").write_bytes(b"not read")
     for do in (check_folder, load_model):
-        assert "no model.safetensors: convert the weights with save_pretrained" in refusal(do, folder)
+        assert "unpickling pytorch_model.bin can run code, so it is not read" in refusal(do, folder)
+    torch.save(before, folder / "pytorch_model.bin")
+    exec(refusal(check_folder, folder).partition('python -c "')[2].rstrip('"'))
+    after = load_file(folder / "model.safetensors")
+    assert check_folder(folder).model_type == "bert" and all(torch.equal(after[name], before[name]) for name in before)
+
+
+SPECIAL = {"albert": "[CLS],[SEP],<pad>,[MASK]", "xlm-roberta": ""}
+
+
+@pytest.mark.parametrize("family, name", [("xlm-roberta", "sentencepiece.bpe.model"), ("albert", "spiece.model")])
+def test_a_sentencepiece_model_becomes_tokenizer_json(family, name, folders, lines, tmp_path):
+    import sentencepiece
+
+    folder = tmp_path / family
+    folder.mkdir()
+    (folder / "config.json").write_bytes((folders[family] / "config.json").read_bytes())
+    options = {"vocab_size": 150, "minloglevel": 2, "user_defined_symbols": SPECIAL[family]}
+    trainer, prefix = sentencepiece.SentencePieceTrainer, tmp_path / "sp"
+    trainer.train(sentence_iterator=iter(lines), model_prefix=str(prefix), **options)
+    prefix.with_suffix(".model").rename(folder / name)
+    loading.convert_tokenizer(folder)
+    known = sentencepiece.SentencePieceProcessor(model_file=str(folder / name))
+    text = lines[0].lower()
+    assert load_tokenizer(folder).encode(text, add_special_tokens=False).tokens == known.encode(text, out_type=str)
+    (folder / "tokenizer.json").unlink()
+    (folder / name).write_bytes(b"no model")
+    with pytest.raises(InputError, match=f"{name}: cannot be loaded: .*: pip install sentencepiece protobuf, or put a"):
+        loading.convert_tokenizer(folder)
+
+
+@pytest.mark.parametrize("family", ["roberta", "bert"])
+def test_a_vocabulary_alone_becomes_tokenizer_json(family, folders, lines, tmp_path):
+    """vocab.json with merges.txt, or vocab.txt."""
+    folder, whole = shutil.copytree(folders[family], tmp_path / family), load_tokenizer(folders[family])
+    (folder / "tokenizer.json").unlink()
+    whole.model.save(str(folder))
+    check_folder(folder)
+    texts = [line.lower() for line in lines[:20]]
+    found, expected = (t.encode_batch(texts, add_special_tokens=False) for t in (load_tokenizer(folder), whole))
+    assert [encoding.tokens for encoding in found] == [encoding.tokens for encoding in expected]
 
 
 @pytest.mark.parametrize(
@@ -185,7 +229,7 @@ def test_transformers_is_asked_for_a_model_in_one_place():
     for path in Path(vocabshrink.__file__).parent.rglob("*.py"):
         for call in re.findall(r"([\w.]+)\.from_pretrained\(", path.read_text(encoding="utf-8")):
             found.setdefault(path.name, set()).add(call)
-    assert found.pop("loading.py") == {"AutoConfig", "loader"}
+    assert found.pop("loading.py") == {"AutoConfig", "AutoTokenizer", "loader"}
     # a table's rows and static vectors: neither is a model of transformers
     assert set().union(*found.values()) <= {"nn.Embedding", "StaticModel", "M"}
 

@@ -329,6 +329,7 @@ def test_a_folder_without_its_parts_is_refused(tiny_teacher, tmp_path):
     ):
         folder = shutil.copytree(tiny_teacher, tmp_path / missing.split(".")[0])
         (folder / missing).unlink()
+        (folder / "vocab.txt").unlink(missing_ok=True)
         with pytest.raises(InputError, match=message):
             load_teacher(str(folder))
     check_folder(tiny_teacher)

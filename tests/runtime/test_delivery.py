@@ -146,6 +146,9 @@ def test_encode_is_embed_for_what_expects_sentence_transformers(copy, lines):
     np.testing.assert_array_equal(model.encode(texts, prompt="lo "), model.embed(texts, prompt="document"))
     np.testing.assert_array_equal(model.encode(tuple(texts), truncate_dim=4), model.embed(texts, dimensions=4))
     assert np.linalg.norm(model.encode(texts, normalize_embeddings=True), axis=1) == pytest.approx(1, abs=1e-6)
+    placed = ("query", None, 32, None, "sentence_embedding", "float32", True, False, None, True, 4)
+    expected = model.encode(texts, prompt_name="query", normalize_embeddings=True, truncate_dim=4)
+    np.testing.assert_array_equal(model.encode(texts, *placed), expected)
     assert model.encode(texts[0]).shape == (8,) and model.encode([]).shape == (0, 8)
     assert np.isfinite(model.encode(["", texts[0], " "])).all()
     for wrong in ({"convert_to_tensor": True}, {"precision": "int8"}, {"output_value": "token_embeddings"}):

@@ -10,6 +10,7 @@ import yaml
 from test_pipeline import DISTILL, TRAINING, tiny_recipe
 from transformers import AutoModelForSequenceClassification, AutoModelForTokenClassification
 
+from tokenizer_build import tokenizer
 from tokenizer_build.errors import InputError
 from tokenizer_build.files import write_json
 from vocabshrink.cli import app
@@ -101,6 +102,16 @@ def test_the_head_of_every_named_file_is_read_first(tiny_teacher, corpus_file, t
         with pytest.raises(InputError, match=sentence):
             check_recipe(parse_recipe(data, "test"))
     check_recipe(parse_recipe(tiny_recipe(tiny_teacher, corpus_file, "untrained") | task(), "test"))
+
+
+def test_a_teacher_s_tokenizer_is_read_twice_at_most(folders, corpus_file, monkeypatch):
+    """By those that look at it, and by the one that takes it apart: XLM-R's takes seconds."""
+    read, parse = [], tokenizer.parse_tokenizer
+    monkeypatch.setattr(tokenizer, "parse_tokenizer", lambda *given: (read.append(given[1]), parse(*given))[1])
+    folder = shutil.copytree(folders["xlm-roberta"], corpus_file.with_name("xlmr"))
+    sections = {"vectors": {"sentences": 9}, "distill": DISTILL | {"losses": {"sentence_cosine": 1}, "group_size": 1}}
+    check_recipe(parse_recipe(tiny_recipe(folder, corpus_file, "untrained") | sections, "test"))
+    assert len(read) <= 2 and {path.parent for path in read} == {folder}
 
 
 BROKEN = {"pointer": b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 9\n", "empty": b"", "cut": None}

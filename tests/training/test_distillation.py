@@ -339,6 +339,39 @@ def test_stored_vectors_stand_for_the_teacher(words, tiny_teacher):
     assert not {name for name, p in task.student.named_parameters() if p.grad is None}
 
 
+def test_sentence_losses_are_of_the_prefixes_too(words, tiny_teacher):
+    """The mean of what the whole vector and each prefix give alone, of a live teacher's vectors and of stored ones."""
+    losses = {"sentence_cosine": 1.0, "batch_similarity": 1.0, "bank_similarity": 1.0}
+    task, batcher, _ = with_stored(words, tiny_teacher, losses)
+    forward, found = task.view(batcher.batch(0)), {name: [] for name in losses}
+    student, target, narrow = forward.student.sentence, forward.teacher.sentence, task.bank_narrow
+    for width in (student.shape[1], 8, 4):
+        forward.student.sentence, forward.bank = student[:, :width], (task.bank, F.normalize(narrow[:, :width], dim=-1))
+        for name in losses:
+            forward.teacher.sentence = target[:, :width] if name == "sentence_cosine" else target
+            found[name].append(LOSSES[name].function(forward))
+    task.dimensions = (8, 4)
+    for name, value in task(batcher.batch(0)).items():
+        torch.testing.assert_close(value, torch.stack(found[name]).mean())
+
+
+def test_vectors_trained_for_it_may_be_cut(words, tiny_teacher):
+    """The first 4 of 16 dimensions keep more of the teacher's similarities than of a student trained on all alone."""
+    left = {}
+    for dimensions in ((), (4,)):
+        torch.manual_seed(0)
+        task, batcher, _ = with_stored(words, tiny_teacher, {"batch_similarity": 1.0})
+        task.dimensions, optimizer = dimensions, torch.optim.Adam(task.student.parameters(), 3e-3)
+        for _ in range(25):
+            optimizer.zero_grad()
+            task(batcher.batch(0))["batch_similarity"].backward()
+            optimizer.step()
+        forward = task.view(batcher.batch(0))
+        forward.student.sentence, forward.dimensions = forward.student.sentence[:, :4], ()
+        left[dimensions] = LOSSES["batch_similarity"].function(forward).item()
+    assert left[(4,)] < 0.8 * left[()]
+
+
 def test_a_loss_of_states_runs_the_teacher_beside_stored_vectors(words, tiny_teacher):
     task, batcher, _ = with_stored(words, tiny_teacher, {"hidden_mse": 1.0, "bank_similarity": {"size": 8}})
     assert task.teacher is not None and all(p.requires_grad for p in task.up.parameters())

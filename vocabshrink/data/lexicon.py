@@ -13,6 +13,7 @@ cannot be promised, and the first lines of every corpus are compared with the pi
 Cost: one look-up per chunk (about 2 million words per second and core once warm) and one call of each tokenizer per
 distinct chunk. Not done: tokenizers that read whole sentences, dropping words seen once."""
 
+import copy
 import hashlib
 import json
 import os
@@ -22,7 +23,7 @@ import unicodedata
 from array import array
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, lru_cache
 from itertools import accumulate, chain, filterfalse
 from pathlib import Path
 
@@ -34,8 +35,8 @@ from tokenizers.pre_tokenizers import BertPreTokenizer
 
 from tokenizer_build.count import map_in_order
 from tokenizer_build.errors import InputError
-from tokenizer_build.files import naming_bad_disk, read_json, write_json
-from tokenizer_build.tokenizer import load_tokenizer, lowercases
+from tokenizer_build.files import naming_bad_disk, read_json, stamp, write_json
+from tokenizer_build.tokenizer import load_tokenizer, lowercases, shared_tokenizer
 
 CACHED_CHUNKS = 1_000_000  # about 250 MB; Zipf's law makes a refill after clearing cheap
 CACHED_CHARACTERS = 1_000  # longer chunks are not words of a language and will not come again
@@ -194,7 +195,12 @@ def _reasons(spec: dict, encoder: "_Encoder") -> Iterator[str]:
 
 def describe_tokenizer(path: Path) -> dict:
     """What meta.json says of a tokenizer.json; special: ids of pad, unk, cls, sep, mask. Raises: `check_family`."""
-    family, tokenizer, config_file = check_family(path), load_tokenizer(path), path.with_name("tokenizer_config.json")
+    return copy.deepcopy(_described(path, stamp(path.parent)))
+
+
+@lru_cache(8)
+def _described(path: Path, files: tuple) -> dict:
+    family, tokenizer, config_file = check_family(path), shared_tokenizer(path), path.with_name("tokenizer_config.json")
     config, special = read_json(config_file) if config_file.is_file() else {}, {}
     for role, name in ROLES.items():
         named = config.get(f"{role}_token")
@@ -223,7 +229,7 @@ class _Encoder:
         return _encoder_of_worker, self.paths  # what is sent to another process is that process' own encoder
 
     def __init__(self, *paths: Path):
-        loaded = {path: load_tokenizer(path) for path in paths}  # XLM-R's takes seconds
+        loaded = {path: load_tokenizer(path) for path in dict.fromkeys(paths)}  # XLM-R's takes seconds
         self.paths, self.tokenizers = paths, [loaded[path] for path in paths]  # of teacher and student
         for tokenizer in self.tokenizers:
             tokenizer.post_processor = None  # offsets of byte-level pieces keep their space, and nothing overlaps

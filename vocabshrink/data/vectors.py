@@ -9,7 +9,7 @@ import json
 import math
 import random
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -56,6 +56,15 @@ def sentences_of(line: str, *, whole: bool = False) -> Iterator[str]:
     for part in [line] if whole else BOUNDARY.split(line):
         if least <= len(part := part.strip()) <= most and any(map(str.isalpha, part)):
             yield part
+
+
+def behind_prompts(sentences: list[str], prompts: Iterable[tuple[str, float]]) -> list[str]:
+    """The sentences, each behind one prompt or none. prompts: (what stands before, share of the sentences). They are
+    spread evenly (Weyl's sequence of the golden ratio): any part of the sentences has about the same shares."""
+    starts, shares = zip(*prompts, ("", 1.0), strict=True)
+    bounds = np.cumsum(shares[:-1])
+    places = np.arange(len(sentences)) * 0.6180339887498949 % 1
+    return [starts[i] + text for i, text in zip(np.searchsorted(bounds, places, "right"), sentences, strict=True)]
 
 
 def write_sentences(folder: Path, sentences: list[str]) -> None:

@@ -50,10 +50,10 @@ CONFIG_KEYS += " hidden_act type_vocab_size layer_norm_eps pad_token_id embeddin
 
 @dataclass(frozen=True)
 class ExportSettings:
-    """What to write. formats: of the graph's weights. pooling to default_prompt: see `ModuleSettings`. kernel: one of
-    KERNELS, for int8 weights. safetensors: "fp16" or "fp32" adds files for AutoModel and SentenceTransformer.
-    budget_bytes: of what onnxruntime needs. tolerance: how far a delivered figure may fall below the trained one.
-    force: failures are written down instead of raised."""
+    """What to write. formats: of the graph's weights. pooling to default_prompt: see `ModuleSettings`. dimensions: at
+    which vectors may be cut. kernel: one of KERNELS, for int8 weights. safetensors: "fp16" or "fp32" adds files for
+    AutoModel and SentenceTransformer. budget_bytes: of what onnxruntime needs. tolerance: how far a delivered figure
+    may fall below the trained one. force: failures are written down instead of raised."""
 
     task: str
     formats: Formats
@@ -62,6 +62,7 @@ class ExportSettings:
     normalize: bool = True
     prompts: dict[str, str] = field(default_factory=dict)
     default_prompt: str | None = None
+    dimensions: list[int] = field(default_factory=list)
     kernel: str = KERNELS[0]
     safetensors: str | None = None
     budget_bytes: int | None = None
@@ -157,6 +158,8 @@ def _write_files(model: nn.Module, model_folder: Path, place: Path, settings: Ex
     prompts = {"prompts": settings.prompts, "default_prompt": settings.default_prompt}
     if task == "embedding":
         keys |= pooled | {"dimension": config.hidden_size} | (prompts if settings.prompts else {})
+        if settings.dimensions:
+            keys["dimensions"] = sorted({config.hidden_size, *settings.dimensions}, reverse=True)
     if "int8" in settings.formats.values():
         keys["kernel"] = settings.kernel
     prefix = f"{model.base_model_prefix}."

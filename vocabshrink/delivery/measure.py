@@ -13,7 +13,7 @@ from accelerate import PartialState
 from vocabshrink.data.held_out import Embed, HeldOut, spearman
 from vocabshrink.data.tasks import Rows
 from vocabshrink.delivery.export import ExportSettings, export_model
-from vocabshrink.models.forward import torch_embedder
+from vocabshrink.models.forward import load_dense, module_settings, torch_embedder
 from vocabshrink.models.loading import load_config, load_model, weight_files
 from vocabshrink.runtime.delivery import load
 
@@ -29,7 +29,8 @@ def measure_systems(
     delivery, teacher, embedders = load(folders["delivered"]), folders["teacher"], {}
     for name in ("teacher", "untrained", "trained"):
         backbone = load_model(folders[name]).to(PartialState().device)
-        embedders[name] = torch_embedder(backbone, folders[name], pooling, normalize, max_length=LONGEST)
+        dense = load_dense(module_settings(folders[name], pooling).dense, backbone.config.hidden_size)
+        embedders[name] = torch_embedder(backbone, folders[name], pooling, normalize, max_length=LONGEST, dense=dense)
     embedders["delivered"] = partial(delivery.embed, prompt="")  # none of the systems gets a prompt
     vectors = {name: embed(held_out.texts) for name, embed in embedders.items()}
     target = vectors.pop("teacher")

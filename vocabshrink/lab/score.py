@@ -16,11 +16,11 @@ from sklearn.model_selection import GridSearchCV, ShuffleSplit
 from sklearn.preprocessing import normalize
 
 from tokenizer_build.errors import InputError
-from tokenizer_build.files import read_json
+from tokenizer_build.files import read_json, write_text
 from tokenizer_build.tokenizer import load_tokenizer
 from vocabshrink.data.held_out import similarities_of_rows, spearman
 from vocabshrink.data.tasks import Rows, read_task
-from vocabshrink.models.forward import module_settings, torch_embedder
+from vocabshrink.models.forward import load_dense, module_settings, torch_embedder
 from vocabshrink.models.loading import check_folder, load_model, resolve_model, tensors_in, weight_files
 from vocabshrink.run.engine import say
 from vocabshrink.run.recipe import TaskSection
@@ -32,6 +32,7 @@ METRICS = ("spearman", "ndcg@10", "average_precision", "accuracy", "v_measure")
 # What is measured of a task; its meta.json may say otherwise: {"measures": [...]}
 MEASURES = {"stsb": ["spearman"], "qnli": ["ndcg@10"], "mrpc": ["average_precision"], "sst2": ["accuracy"]}
 MEASURES |= {"trec6": ["accuracy", "v_measure"], "ag_news": ["accuracy"], "snips": ["accuracy", "v_measure"]}
+CARD_TITLE = "## Scores"
 ROWS = 2_000  # of a split, at most: minutes for a small model on two cores, where all of AG News takes ten
 STRENGTHS = (0.1, 1.0, 10.0, 100.0)  # of the probe, sklearn's C
 
@@ -51,6 +52,17 @@ def score_models(models: Iterable[str], data: Path, *, rows: int = ROWS, threads
             found = measure(embed, folder, metrics, rows)
             report += [row | {"metric": metric, "value": round(value, 4)} for metric, value in found.items()]
     return report
+
+
+def write_cards(folders: Iterable[Path], report: list[dict]) -> None:
+    """Puts the figures of a report at the end of each delivery's card, in place of those that it had."""
+    for card in filter(Path.is_file, (folder / "README.md" for folder in folders)):
+        if rows := [row for row in report if row["model"] == name_of(card.parent)]:
+            kept = card.read_text(encoding="utf-8").partition(f"\n{CARD_TITLE}")[0].rstrip("\n")
+            table = (f"| {row['task']} | {row['metric']} | {row['value']:.4f} |" for row in rows)
+            said = f"At most {rows[0]['rows']:,} rows of a file; docs/deliveries.md says what is measured."
+            lines = [kept, "", CARD_TITLE, "", said, "", "| task | metric | value |", "|---|---|--:|", *table, ""]
+            write_text(card, "\n".join(lines))
 
 
 def open_model(model: str, threads: int = 1) -> tuple[str, int, Asked]:
@@ -84,15 +96,13 @@ def static_embedder(folder: Path) -> Asked:
 
 def backbone_embedder(folder: Path) -> Asked:
     """Of a transformers or sentence-transformers folder, in torch."""
-    check_folder(folder)
-    if (said := module_settings(folder)).dense:
-        raise InputError(f"{folder}: its Dense modules are not read here: leave it out, or score its delivery")
-    pooled, longest = (said.pooling, said.normalize), said.max_seq_length or 512
-    embed = torch_embedder(load_model(folder), folder, *pooled, max_length=longest)
+    config, said = check_folder(folder), module_settings(folder)
+    options = {"max_length": said.max_seq_length or 512, "dense": load_dense(said.dense, config.hidden_size)}
+    embed = torch_embedder(load_model(folder), folder, said.pooling, said.normalize, **options)
 
     def ask(texts: list[str], prompts: Sequence[str]) -> np.ndarray:
         before = next((said.prompts[name] for name in (*prompts, said.default_prompt) if name in said.prompts), "")
-        return embed([before + (text.lower() if said.do_lower_case else text) for text in texts])
+        return embed([before + text for text in texts])
 
     return ask
 

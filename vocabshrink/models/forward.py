@@ -5,7 +5,7 @@ Sums over pieces are `index_add`s, whose order a GPU does not fix: units of thre
 last bit from run to run, unless torch.use_deterministic_algorithms is on."""
 
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -13,6 +13,7 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.nn.functional as F
+from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from tokenizer_build.errors import InputError
@@ -21,6 +22,7 @@ from tokenizer_build.tokenizer import load_tokenizer
 from vocabshrink.data.held_out import Embed
 from vocabshrink.data.pieces import Pieces
 from vocabshrink.models.families import PARTS, layer_modules, positions_of
+from vocabshrink.models.loading import refusing
 from vocabshrink.run.recipe import POOLINGS
 
 
@@ -111,6 +113,9 @@ MODES = {"mean": "mean_tokens", "cls": "cls_token", "max": "max_tokens", "last":
 MODES |= {"mean_sqrt": "mean_sqrt_len_tokens"}
 
 
+DENSE_ACTIVATIONS = ("Identity", "Tanh", "ReLU", "GELU", "Sigmoid")  # torch's names
+
+
 @dataclass(frozen=True)
 class ModuleSettings:
     """What a sentence-transformers folder says of itself; a folder without modules.json is pooled by the defaults.
@@ -128,7 +133,7 @@ class ModuleSettings:
 
 def module_settings(folder: Path, pooling: str | None = None, normalize: bool | None = None) -> ModuleSettings:
     """Reads what a folder says beside its model; `pooling` and `normalize`, where given, win over it. Raises InputError
-    for files of another form, other modules, poolings joined, a dense layer of another width or with a residual."""
+    for files of another form, other modules, poolings joined, a dense layer with a residual."""
 
     def read(name: str) -> dict | list:
         return read_json(folder / name) if (folder / name).is_file() else {}
@@ -138,7 +143,6 @@ def module_settings(folder: Path, pooling: str | None = None, normalize: bool | 
         prompts, default = dict(said.get("prompts") or {}), said.get("default_prompt_name")
         modules = [(part["path"], part["type"].rpartition(".")[2]) for part in read("modules.json")]
         kinds, options = [kind for _, kind in modules], [read(str(Path(path, "config.json"))) for path, _ in modules]
-        widths = [(part["in_features"], part["out_features"]) for part in options if "in_features" in part]
     except (LookupError, TypeError, AttributeError):
         raise InputError(f"{folder}: its sentence-transformers files are of an unknown form: save it again") from None
     if default is not None and default not in prompts:
@@ -147,9 +151,8 @@ def module_settings(folder: Path, pooling: str | None = None, normalize: bool | 
     if modules and (not form or modules[0][0]):
         what = f"its modules are {', '.join(kinds)}"
         raise InputError(f"{folder}: {what}: known: only a Transformer beside modules.json, Pooling, Dense, Normalize")
-    residual = any(part.get("use_residual") for part in options)
-    if wrong := [f"{width} to {other} dimensions" for width, other in widths if width != other or residual]:
-        raise InputError(f"{folder}: a Dense module of {wrong[0]} cannot be learnt: take another model")
+    if any(part.get("use_residual") for part in options):
+        raise InputError(f"{folder}: a Dense module with a residual cannot be learnt: take another model")
     if modules and pooling is None:
         pooling = _pooling_of(options[1], folder)
     normalize = (not kinds or "Normalize" in kinds) if normalize is None else normalize
@@ -172,6 +175,27 @@ def _pooling_of(options: dict, folder: Path) -> str:
     return known[named[0]]
 
 
+def load_dense(folders: Sequence[Path], width: int) -> nn.Sequential:
+    """What the Dense modules behind a pooling make of vectors [B, width]; of no folders the identity. Raises InputError
+    for a module that is damaged, of another width, or of an activation that is not known."""
+    layers = nn.Sequential()
+    for folder in folders:
+        options = {"activation_function": "Tanh", "bias": True} | read_json(folder / "config.json")
+        if (name := options["activation_function"].rpartition(".")[2]) not in DENSE_ACTIVATIONS:
+            known = ", ".join(DENSE_ACTIVATIONS)
+            raise InputError(f"{folder}: activation_function {name} is unknown: take another model, with {known}")
+        with refusing(folder):
+            linear = nn.Linear(options["in_features"], options["out_features"], bias=options["bias"])
+            tensors = load_file(folder / "model.safetensors")
+            linear.load_state_dict({key.removeprefix("linear."): value.float() for key, value in tensors.items()})
+        if linear.in_features != width:
+            fault = f"its Dense module reads {linear.in_features} dimensions and is given {width}"
+            raise InputError(f"{folder}: {fault}: it belongs to another model")
+        layers.extend([linear, getattr(nn, name)()])
+        width = linear.out_features
+    return layers.requires_grad_(False)
+
+
 def module_files(width: int, positions: int, pooling: str, normalize: bool, prompts=None, default_prompt=None) -> dict:
     """{file: JSON content} beside a model of `width` dimensions that reads `positions` pieces; see `ModuleSettings`."""
     paths = ["", "1_Pooling", "2_Normalize"][: 2 + normalize]
@@ -187,11 +211,12 @@ def module_files(width: int, positions: int, pooling: str, normalize: bool, prom
 
 
 def torch_embedder(
-    backbone, tokenizer_folder: Path, pooling: str, normalize: bool, *, max_length: int, batch_size=64, prompt=None
+    backbone, folder: Path, pooling: str, normalize: bool, *, max_length: int, batch_size=64, prompt=None, dense=None
 ) -> Embed:
     """Texts -> [n, D] float32 by a model and a folder's tokenizer, which cuts at `max_length` or the model's positions.
-    prompt: put before each text. bfloat16's error is far below the differences between models."""
-    tokenizer = load_tokenizer(tokenizer_folder)
+    prompt: put before each text. dense: see `load_dense`. bfloat16's error is far below the differences between
+    models."""
+    tokenizer = load_tokenizer(folder)
     tokenizer.enable_truncation(min(max_length, positions_of(backbone.config) or max_length))
     tokenizer.enable_padding(pad_id=backbone.config.pad_token_id or 0)
 
@@ -208,7 +233,10 @@ def torch_embedder(
             side = side.to(device)
             with torch.autocast(device.type, torch.bfloat16):
                 hidden = run_backbone(backbone, side).hidden[-1]
-            vectors.append(pool_sentence(hidden, side.attention_mask, pooling, normalize).cpu().numpy())
+            pooled = pool_sentence(hidden, side.attention_mask, pooling, normalize and not dense).cpu()
+            if dense:
+                pooled = F.normalize(dense(pooled), dim=-1) if normalize else dense(pooled)
+            vectors.append(pooled.numpy())
         return np.concatenate(vectors)[np.argsort(order)]
 
     return embed

@@ -3,22 +3,27 @@ Teachers are strangers' files. So every model is read from safetensors alone (un
 folder's own code is run, the network is used by `resolve_model` alone, and whatever transformers stumbles over becomes
 one sentence. Weights are float32 whatever their files hold: half precision comes from autocast."""
 
+import copy
 import hashlib
 import importlib.util
+import sys
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from functools import lru_cache
 from pathlib import Path
 from textwrap import shorten
 
 import torch
 from safetensors import safe_open
 from torch import Tensor
-from transformers import AutoConfig, AutoModel
+from transformers import AutoConfig, AutoModel, AutoTokenizer
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES as CAUSAL_MODELS
+from transformers.models.auto.modeling_auto import MODEL_FOR_MASKED_LM_MAPPING_NAMES as MASKED_MODELS
 from transformers.utils import logging as transformers_logging
 
 from tokenizer_build.errors import InputError
-from tokenizer_build.files import parse_json
-from tokenizer_build.tokenizer import load_tokenizer
+from tokenizer_build.files import parse_json, stamp, write_text
+from tokenizer_build.tokenizer import shared_tokenizer
 
 transformers_logging.set_verbosity_error()
 transformers_logging.disable_progress_bar()
@@ -53,13 +58,12 @@ def resolve_model(model: str, revision: str | None = None) -> Path:
 
 
 @contextmanager
-def refusing(place: Path) -> Iterator[None]:
+def refusing(place: Path, remedy: str = "download it again, or save it with save_pretrained") -> Iterator[None]:
     """Turns whatever a file or folder makes transformers stumble over into an InputError of one sentence."""
     try:
         yield
     except Exception as error:  # of any kind: OSError, KeyError, TypeError, SafetensorError, StrictDataclassError ...
         reason = f"{type(error).__name__}: {shorten(str(error), 200, placeholder=' ...')}"
-        remedy = "download it again, or save it with save_pretrained"
         raise InputError(f"{place}: cannot be loaded: {reason}: {remedy}") from error
 
 
@@ -69,7 +73,10 @@ def load_config(folder: Path):
         config = AutoConfig.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
     if not getattr(config, "num_hidden_layers", 1) > 0:
         raise InputError(f"{folder}/config.json: num_hidden_layers is {config.num_hidden_layers}: it has no layers")
-    if config.is_encoder_decoder or getattr(config, "is_decoder", False):
+    if not (getattr(config, "vocab_size", None) or config.is_encoder_decoder):
+        raise InputError(f"{folder}: {config.model_type} reads no text: only encoders of text can be teachers")
+    only_writes = config.model_type in CAUSAL_MODELS.keys() - MASKED_MODELS.keys()  # BERT's line can be built as either
+    if config.is_encoder_decoder or getattr(config, "is_decoder", False) or only_writes:
         raise InputError(f"{folder}: {config.model_type} has a decoder: only encoders can be teachers")
     if getattr(config, "transformers_weights", None):
         raise InputError(f"{folder}/config.json: transformers_weights names other weights: call them model.safetensors")
@@ -93,8 +100,16 @@ def load_model(folder: Path, loader=AutoModel, **options):
 
 
 def check_folder(folder: Path, sha256: str | None = None):
-    """The config of a model's folder, judged without reading the weights (unless for `sha256`), in milliseconds.
-    Raises InputError for missing parts, another hash, and sizes that disagree."""
+    """The config of a model's folder, judged without reading the weights (unless for `sha256`), once while its files
+    stay as they are. A tokenizer that is not there as tokenizer.json is converted to it, in the folder. Raises
+    InputError for missing parts, another hash, and sizes that disagree."""
+    if not (folder / "tokenizer.json").is_file() and (folder / "config.json").is_file():
+        convert_tokenizer(folder)
+    return copy.deepcopy(_checked(folder, sha256, stamp(folder)))
+
+
+@lru_cache(8)
+def _checked(folder: Path, sha256: str | None, files: tuple):
     for name in ("config.json", "tokenizer.json"):
         if not (folder / name).is_file():
             raise InputError(f"{folder}: not a model folder: {name} is missing: save model and tokenizer there")
@@ -107,12 +122,23 @@ def check_folder(folder: Path, sha256: str | None = None):
     shapes = {name: tuple(value.shape) for name, value in model.named_parameters()}
     other = [name for name, shape in shapes.items() if stored.get(name, shape) != shape]
     wrong = [f"config.json gives {name} the shape {shapes[name]}, the weights have {stored[name]}" for name in other]
-    pieces = load_tokenizer(folder).get_vocab_size()
+    pieces = shared_tokenizer(folder).get_vocab_size()
     if pieces > (rows := getattr(config, "vocab_size", pieces)):
         wrong.append(f"the tokenizer has {pieces} pieces, the model's table only {rows} rows")
     if wrong:
         raise InputError(f"{folder}: {wrong[0]}: one of the two belongs to another model")
     return config
+
+
+def convert_tokenizer(folder: Path) -> None:
+    """Writes tokenizer.json of a tokenizer's older files, as transformers reads them; nothing where there are none."""
+    kinds = ("sentencepiece.bpe.model", "spiece.model", "spm.model", "tokenizer.model", "merges.txt", "vocab.txt")
+    for old in [name for name in kinds if (folder / name).is_file()][:1]:
+        with refusing(folder / old, "pip install sentencepiece protobuf, or put a tokenizer.json beside it"):
+            tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
+            content = tokenizer.backend_tokenizer.to_str()
+        print(f"{folder}: tokenizer.json made of {old}", file=sys.stderr)
+        write_text(folder / "tokenizer.json", content)
 
 
 def weight_files(folder: Path) -> list[Path]:
@@ -122,7 +148,12 @@ def weight_files(folder: Path) -> list[Path]:
         return [folder / "model.safetensors"]
     index = folder / "model.safetensors.index.json"
     if not index.is_file():
-        raise InputError(f"{folder}: no model.safetensors: convert the weights with save_pretrained")
+        if not (folder / "pytorch_model.bin").is_file():
+            raise InputError(f"{folder}: no model.safetensors: convert the weights with save_pretrained")
+        loader = (load_config(folder).architectures or ["AutoModel"])[0]
+        line = f"import transformers as t; t.{loader}.from_pretrained('{folder}').save_pretrained('{folder}')"
+        fault = "unpickling pytorch_model.bin can run code, so it is not read"
+        raise InputError(f'{folder}: {fault}: if you trust it, convert it: python -c "{line}"')
     try:
         names = sorted(set(parse_json(index.read_text(encoding="utf-8"))["weight_map"].values()))
         wrong = [name for name in names if Path(name).name != name or not (folder / name).is_file()]

@@ -2,13 +2,14 @@
 The models are transformers' own, so that what is trained loads unchanged; here each is a body and a head, because the
 losses compare bodies word by word. Heads run in float32: scores equal in bfloat16 are ties to a rank correlation."""
 
+import re
 from collections.abc import Callable
 from pathlib import Path
 
 import torch
 import transformers
 from torch import Tensor, nn
-from transformers import PreTrainedModel
+from transformers import PreTrainedConfig, PreTrainedModel
 
 from tokenizer_build.errors import InputError
 from vocabshrink.data.batches import Batch, TaskBatcher
@@ -40,6 +41,21 @@ def label_names(task: Task) -> dict:
     """What a model's config says of the task's labels; transformers takes one label for regression."""
     names = dict(enumerate(task.labels if task.kind != "regression" else ["score"]))
     return {"num_labels": len(names), "id2label": names, "label2id": {name: index for index, name in names.items()}}
+
+
+def head_of(folder: Path, config: PreTrainedConfig) -> tuple[str, list[str]] | None:
+    """(a task's kind, the names of its outputs) of a folder that holds a classifier, cross-encoder or tagger; None for
+    any other, as for one that sentence-transformers pools. Raises InputError for heads that are no task here."""
+    found = re.search("For(Sequence|Token|.*)(Classification|Answering|Choice)$", (config.architectures or [""])[0])
+    if not found or (folder / "modules.json").is_file():
+        return None
+    labels = [str(config.id2label[number]) for number in range(config.num_labels)]
+    if found[1] not in ("Sequence", "Token") or config.problem_type == "multi_label_classification":
+        what = f"a {config.architectures[0]} of {config.problem_type or 'another kind of answer'}"
+        raise InputError(f"{folder} is {what}: only classifiers of one label, cross-encoders and taggers are taken")
+    if found[1] == "Token":
+        return "tokens", labels
+    return ("classification", labels) if len(labels) > 1 else ("regression", [])
 
 
 def load_task_model(model: str, task: Task, *, trained: bool) -> nn.Module:

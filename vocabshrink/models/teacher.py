@@ -11,9 +11,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers.activations import ACT2FN
 
-from tokenizer_build.errors import InputError
-from tokenizer_build.tokenizer import load_tokenizer, lowercases
-from vocabshrink.models.forward import ModuleSettings, module_settings
+from vocabshrink.models.forward import load_dense, module_settings
 from vocabshrink.models.loading import check_folder, load_model, read_tensors, resolve_model, tensors_in
 
 
@@ -38,13 +36,14 @@ class MaskedLMHead(nn.Module):
 
 @dataclass
 class Teacher:
-    """A loaded teacher; head is None where the checkpoint has none."""
+    """A loaded teacher; head is None where the checkpoint has none. dense: behind its pooling, see `load_dense`."""
 
     backbone: nn.Module
     head: MaskedLMHead | None
     folder: Path
     pooling: str
     normalize: bool
+    dense: nn.Module | None = None
 
     @property
     def config(self):
@@ -55,25 +54,16 @@ class Teacher:
         return self.backbone.get_input_embeddings()
 
 
-def teacher_settings(folder: Path, pooling: str | None = None, normalize: bool | None = None) -> ModuleSettings:
-    """`module_settings` of a model to learn from. Raises InputError for what training would pass over in silence."""
-    said = module_settings(folder, pooling, normalize)
-    cased = said.do_lower_case and not lowercases(load_tokenizer(folder))
-    if said.dense or cased:
-        what = "do_lower_case before a tokenizer that keeps the case" if cased else "its Dense module"
-        raise InputError(f"{folder}: {what} cannot be learnt yet: take it out of the folder, or take another model")
-    return said
-
-
 def load_teacher(model: str, *, revision=None, sha256=None, pooling=None, normalize=None) -> Teacher:
-    """Backbone and head in eval mode. Raises InputError: see `resolve_model`, `check_folder` and `teacher_settings`,
-    which says how it pools where the arguments do not."""
+    """Backbone and head in eval mode. Raises InputError: see `resolve_model`, `check_folder`, `load_dense` and
+    `module_settings`, which says how it pools where the arguments do not."""
     check_folder(folder := resolve_model(model, revision), sha256)
-    said = teacher_settings(folder, pooling, normalize)
+    said = module_settings(folder, pooling, normalize)
     backbone = load_model(folder)
     if getattr(backbone, "pooler", None) is not None:
         backbone.pooler = None  # next-sentence head: no one reads it, and it would be trained as dead weight
-    return Teacher(backbone, load_head(folder, backbone), folder, said.pooling, said.normalize)
+    dense = load_dense(said.dense, backbone.config.hidden_size) if said.dense else None
+    return Teacher(backbone, load_head(folder, backbone), folder, said.pooling, said.normalize, dense)
 
 
 # {`MaskedLMHead`'s name: the checkpoint's} in each family, BERT's first

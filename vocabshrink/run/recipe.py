@@ -194,6 +194,8 @@ class VectorsStage(Section):
     batch_size: Positive = 64
     center: bool = False  # as in `teachers`, of the first
     teachers: dict[Name, VectorTeacher] = {}  # beside the first, which is called `teacher`
+    # {a prompt of the first teacher: share of the sentences that it and the student read behind it}; the rest have none
+    prompts: Later[dict[str, Share]] = {}
 
     @property
     def names(self) -> list[str]:
@@ -325,6 +327,9 @@ class DeliverySection(Section):
     max_positions: Positive = 128  # of the delivery
     budget: Bytes = 7_000_000  # of the files that onnxruntime needs
     tolerance: Rate = 0.02  # how far below the trained student's figures the delivery's may fall
+    # widths at which the embedder's vectors may be cut: sentence losses of distillation are of these prefixes too
+    dimensions: Later[list[Size] | None] = None
+    tasks_only: Later[bool] = False  # the models of `finetune` are delivered, the embedder is not
 
     @model_validator(mode="after")
     def every_class_has_a_format(self):
@@ -391,6 +396,8 @@ class Recipe(Section):
             raise ValueError("recovery trains through the delivery's rounding: add a delivery section, or leave it out")
         if self.vectors and self.vectors.shares and len(self.vectors.shares) != len(self.corpus.sources):
             raise ValueError(f"vectors.shares: give one number for each of the {len(self.corpus.sources)} sources")
+        if self.vectors and sum(self.vectors.prompts.values()) > 1 + 1e-6:
+            raise ValueError("vectors.prompts: the shares sum to more than 1: give parts of the sentences")
         if self.vectors and "teacher" in self.vectors.teachers:
             raise ValueError("vectors.teachers.teacher: this name is the first teacher's: choose another")
         if self.vectors and not self.distill:
@@ -414,6 +421,8 @@ class Recipe(Section):
             raise ValueError(f"tasks.{min(taken)}: the summary has a figure of this name: give the task another")
         if self.finetune and not self.tasks:
             raise ValueError("finetune: there is no task: add a tasks section")
+        if self.delivery and self.delivery.tasks_only and not (self.finetune and self.finetune.save_models):
+            raise ValueError("delivery.tasks_only: no task's model is saved: add a finetune section that saves models")
         phases = self.finetune.phases if self.finetune else []
         losses = [f"phases.{number}.losses.{loss}" for number, phase in enumerate(phases) for loss in phase.losses]
         taught = [loss for loss in losses if not loss.endswith(".labels")]

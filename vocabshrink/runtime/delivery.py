@@ -26,6 +26,9 @@ Text = str | tuple[str, str]
 Prompt = str | Sequence[str] | None  # a name, or several of which the first that is known counts
 # Options of sentence-transformers' encode that change what it gives, and the only value of each that is possible here
 USUAL = {"convert_to_tensor": False, "output_value": "sentence_embedding", "precision": "float32"}
+# All of its options in their order, so that they may be given by position
+BY_PLACE = ("prompt_name", "prompt", "batch_size", "show_progress_bar", "output_value", "precision")
+BY_PLACE += ("convert_to_numpy", "convert_to_tensor", "device", "normalize_embeddings", "truncate_dim")
 QUERY, PASSAGE = ("query",), ("passage", "document")  # names of the prompts for what searches and for what is searched
 
 
@@ -48,18 +51,18 @@ class Delivery:
         unit length if the whole is; of a model that was trained for it."""
         return self._embed(self.prefix(prompt), self._texts("embed", texts), batch_size, dimensions)
 
-    def encode(
-        self, sentences: str | Sequence[str], prompt_name: str | None = None, prompt: str | None = None, **others
-    ) -> np.ndarray:
+    def encode(self, sentences: str | Sequence[str], *placed, **others) -> np.ndarray:
         """`embed` under the signature of `SentenceTransformer.encode`: float32 [len(sentences), dimension], or
-        [dimension] of a single text; a text may be empty. prompt: the words themselves. Others: batch_size,
-        normalize_embeddings, truncate_dim (`dimensions`); InputError for those that ask for other than float32 arrays;
-        the rest is ignored."""
+        [dimension] of a single text; a text may be empty. Options, by name or in the order of BY_PLACE: prompt_name;
+        prompt, the words themselves; batch_size; normalize_embeddings; truncate_dim (`dimensions`). InputError for
+        those that ask for other than float32 arrays; the rest is ignored."""
+        others = dict(zip(BY_PLACE, placed, strict=False)) | others
         for name, usual in USUAL.items():
             if others.get(name, usual) != usual:
                 raise InputError(f"encode(..., {name}={others[name]!r}): only {usual!r} is possible: leave it out")
         texts = self._texts("embed", [sentences] if isinstance(sentences, str) else sentences, empty=True)
-        before = self.prefix(prompt_name) if prompt is None else prompt
+        words = others.get("prompt")
+        before = self.prefix(others.get("prompt_name")) if words is None else words
         vectors = self._embed(before, texts, others.get("batch_size", 32), others.get("truncate_dim"))
         vectors = unit(vectors) if others.get("normalize_embeddings") else vectors
         return vectors[0] if isinstance(sentences, str) else vectors

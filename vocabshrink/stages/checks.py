@@ -14,10 +14,11 @@ from vocabshrink.data.lexicon import check_family, describe_tokenizer, tokenizer
 from vocabshrink.data.tasks import Task, check_agreement, check_label_order, read_logits, read_task
 from vocabshrink.delivery.export import check_activation
 from vocabshrink.models.families import LAYERS, check_attention, positions_of
+from vocabshrink.models.forward import load_dense, module_settings
 from vocabshrink.models.loading import load_config, resolve_model
 from vocabshrink.models.projection import check_extraction
 from vocabshrink.models.task_model import load_task_model
-from vocabshrink.models.teacher import find_head, teacher_settings
+from vocabshrink.models.teacher import find_head
 from vocabshrink.run.layer_map import layer_pairs
 from vocabshrink.run.recipe import ComparingStage, Phase, Recipe, TaskSection
 from vocabshrink.stages.inputs import (
@@ -31,7 +32,7 @@ from vocabshrink.stages.inputs import (
 from vocabshrink.stages.plan import check_budget, student_shape
 from vocabshrink.stages.text import reads_lowercase
 from vocabshrink.training.finetune import logits_of
-from vocabshrink.training.losses import ATTENTION, check_losses, readers
+from vocabshrink.training.losses import ATTENTION, check_losses, readers, unanswered
 
 ROWS_TO_AGREE = 256  # training rows by which a teacher's order of labels is told
 
@@ -41,21 +42,36 @@ def check_recipe(recipe: Recipe, *, force: bool = False) -> None:
     force: over-budget deliveries are wanted all the same."""
     check_all_losses(recipe)
     check_files(recipe)
-    if recipe.delivery and (few := recipe.evaluation.sentences) < LEAST_SENTENCES:
+    embeds = recipe.delivery and not recipe.delivery.tasks_only
+    if embeds and (few := recipe.evaluation.sentences) < LEAST_SENTENCES:
         fault = f"evaluation.sentences: {few} are too few to check the delivery by"
         raise InputError(f"{fault}: give at least {LEAST_SENTENCES}, or no delivery")
     folder = teacher_folder(recipe)
     check_tokenizer(folder)
     check_vocabulary(recipe)
     check_models(recipe, folder, load_config(folder))
-    teacher_modules(recipe)
-    for section in recipe.vectors.teachers.values() if recipe.vectors else ():
-        teacher_settings(section_folder(section), section.pooling, section.normalize)
+    check_modules(recipe, folder)
     if recipe.finetune:
         for name, task in read_tasks(recipe).items():
             check_task(task, recipe.tasks[name])
     if not force:
         check_budget(recipe)
+
+
+def check_modules(recipe: Recipe, folder: Path) -> None:
+    """Refuses teachers whose sentence-transformers modules cannot be read, prompts that the teacher does not have, and
+    losses that would miss its Dense modules."""
+    said = teacher_modules(recipe)
+    for section in (recipe.teacher, *(recipe.vectors.teachers.values() if recipe.vectors else ())):
+        place = section_folder(section)
+        load_dense(module_settings(place, section.pooling).dense, load_config(place).hidden_size)
+    if unknown := (recipe.vectors.prompts if recipe.vectors else {}).keys() - said.prompts:
+        known = ", ".join(said.prompts) or "none"
+        raise InputError(f"vectors.prompts.{min(unknown)}: {folder} has no such prompt: its own are {known}")
+    for name, stage in compared_in(recipe).items() if said.dense else ():
+        if found := readers(unanswered(stage.losses, stored=bool(recipe.vectors) and name != "dual"), "sentence"):
+            fault = f"{name}.losses.{found[0]}: the teacher's Dense module is applied to stored vectors alone"
+            raise InputError(f"{fault}: add a vectors section, or choose losses of hidden states")
 
 
 def compared_in(recipe: Recipe) -> dict[str, ComparingStage]:
@@ -143,6 +159,9 @@ def check_models(recipe: Recipe, folder: Path, teacher) -> None:
     student, source = student_shape(recipe, teacher), source_config(recipe, teacher)
     if recipe.delivery:
         check_activation(student, str(folder))
+        if wide := [width for width in recipe.delivery.dimensions or () if width > student.hidden_size]:
+            fault = f"delivery.dimensions: {wide[0]} is over student.hidden_size {student.hidden_size}"
+            raise InputError(f"{fault}: its vectors can only be cut")
     if recipe.student.initialize.startswith("extract"):
         check_extraction(recipe.student.initialize, student, source)
     if recipe.student.calibration and source.model_type not in LAYERS:

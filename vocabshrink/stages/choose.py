@@ -17,14 +17,15 @@ from transformers import PreTrainedConfig
 
 from tokenizer_build.corpus import read_lines
 from tokenizer_build.errors import InputError
-from tokenizer_build.tokenizer import adopt_tokenizer, load_tokenizer
+from tokenizer_build.tokenizer import adopt_tokenizer, shared_tokenizer
 from vocabshrink.data.held_out import LEAST_SENTENCES as LEAST_EVALUATED
 from vocabshrink.data.vectors import sentences_of
 from vocabshrink.delivery.size import delivery_bytes, tokenizer_bytes
 from vocabshrink.models.families import neurons_of, new_encoder, positions_of
-from vocabshrink.models.forward import torch_embedder
+from vocabshrink.models.forward import module_settings, torch_embedder
 from vocabshrink.models.loading import check_folder, load_model, resolve_model
 from vocabshrink.models.student import student_config
+from vocabshrink.models.task_model import head_of
 from vocabshrink.pages.page import ENVIRONMENT
 from vocabshrink.run.recipe import StudentSection, WeightFormats
 
@@ -51,6 +52,7 @@ SHAPES = {
         (64, 6_000, 96, 4, 192, FAST, 1e-3),
     ),
 }
+TEACHER_EPOCHS, TEACHER_BATCH, STUDENT_EPOCHS = 3, 32, 20  # of a labelled task, at most
 VECTORS, TRAINING, RECOVERY = 0.3, 0.45, 0.1  # shares of the minutes, at most; the rest counts, encodes and measures
 
 
@@ -58,7 +60,7 @@ VECTORS, TRAINING, RECOVERY = 0.3, 0.45, 0.1  # shares of the minutes, at most; 
 class Look:
     """What was found. config: the teacher's; source: that of the model that the student starts from; pieces: those that
     it has; adopted: its tokenizer as the student's, where that can be. sentences: in all the text, estimated. length:
-    pieces of a sentence, on the average. texts: a sample."""
+    pieces of a sentence, on the average. texts: a sample. head: see `head_of`."""
 
     folder: Path
     config: PreTrainedConfig
@@ -69,19 +71,22 @@ class Look:
     lines: int
     length: float
     texts: list[str]
+    head: tuple[str, list[str]] | None
 
 
-def look_at(model: str, start: str | None, sources: list[str], column: str) -> Look:
-    """Reads the models' folders, and all of the text once. Raises InputError for what cannot be compressed."""
+def look_at(model: str, start: str | None, sources: list[str], column: str, *, task: bool = False) -> Look:
+    """Reads the models' folders, and all of the text once: by sentences or, for a task or its teacher, by lines. Raises
+    InputError for what cannot be compressed."""
     config = check_folder(folder := resolve_model(model))
-    tokenizer, lines, characters, sample, rng = load_tokenizer(folder), 0, 0, [], random.Random(0)
+    head = head_of(folder, config)
+    tokenizer, lines, characters, sample, rng = shared_tokenizer(folder), 0, 0, [], random.Random(0)
     for lines, line in enumerate(read_lines(sources, column), 1):
         characters += len(line)
         if lines <= SAMPLED:
             sample.append(line)
         elif (at := rng.randrange(lines)) < SAMPLED:  # from all of the text: files differ
             sample[at] = line
-    texts = [text for line in sample for text in sentences_of(line)]
+    texts = [text for line in sample for text in ([line] if task or head else sentences_of(line))]
     found = int(len(texts) * characters / max(sum(map(len, sample)), 1))
     if found < LEAST_SENTENCES:
         raise InputError(f"texts: {found} sentences are too few to learn from: give at least {LEAST_SENTENCES}")
@@ -96,8 +101,16 @@ def look_at(model: str, start: str | None, sources: list[str], column: str) -> L
         adopted = adopt_tokenizer(begin)
     except InputError:  # of another family: pieces are learnt instead
         adopted = None
-    pieces = load_tokenizer(begin).get_vocab_size()
-    return Look(folder, config, source, adopted, pieces, found, lines, 2 + len(ids) / len(texts), texts)
+    pieces = shared_tokenizer(begin).get_vocab_size()
+    length = 2 + len(ids) / len(texts)
+    return Look(folder, config, source, adopted, pieces, found, lines, length, texts, head)
+
+
+def draw_lines(look: Look, sources: list[str], column: str, count: int) -> list[str]:
+    """About so many distinct lines of the text, spread over all of it, always the same."""
+    rng, share = random.Random(0), 1.02 * count / look.lines
+    drawn = (line.strip() for line in read_lines(sources, column) if rng.random() < share)
+    return list(dict.fromkeys(line for line in drawn if any(map(str.isalpha, line))))[:count]
 
 
 @dataclass(frozen=True)
@@ -112,9 +125,9 @@ class Shape:
     bytes: int
 
 
-def choose_shape(look: Look, budget: int, goal: str) -> Shape:
-    """The largest of SHAPES that fits `budget` bytes, for quality filled up with neurons. Raises InputError, with the
-    least possible, where none fits."""
+def choose_shape(look: Look, budget: int, goal: str, task: str = "embedding", labels: int = 2) -> Shape:
+    """The largest of SHAPES that fits `budget` bytes, for quality filled up with neurons. task: see KINDS; its model
+    has so many labels. Raises InputError, with the least possible, where none fits."""
     source, least = look.source, 0
     for columns, pieces, width, layers, neurons, format, rate in SHAPES[goal]:
         own = look.adopted is not None and look.pieces <= 1.1 * pieces
@@ -129,7 +142,8 @@ def choose_shape(look: Look, budget: int, goal: str) -> Shape:
 
         def weigh(neurons: int, shape=shape, count=count, format=format, known=known) -> int:
             config = student_config(StudentSection(intermediate_size=neurons, **shape), source, count)
-            return delivery_bytes(config, format, tokenizer=known)["total"]
+            config.num_labels = labels
+            return delivery_bytes(config, format, task, tokenizer=known)["total"]
 
         steps = range(32, neurons_of(source) + 1, 32)
         least = weigh(min(neurons, steps[-1]))
@@ -154,40 +168,57 @@ def sentences_per_second(backbone: nn.Module, look: Look, *, seconds: float = 3.
 
 @dataclass(frozen=True)
 class Effort:
-    """How much is done. minutes: what that should take, or None where nobody asked."""
+    """How much is done. sentences: that the teacher reads once; of a task, its rows. teacher_steps: of fine-tuning it.
+    minutes: what that should take, or None where nobody asked."""
 
     sentences: int
     batch_size: int
     steps: int
     recovery_steps: int
     minutes: float | None
+    teacher_steps: int = 0
 
 
-def choose_effort(look: Look, shape: Shape, minutes: float | None, tokens: int | None) -> Effort:
-    """Steps for so many tokens, or for so many minutes at this machine's speed."""
-    share = RECOVERY / (RECOVERY + TRAINING)
+def choose_effort(
+    look: Look, shape: Shape, minutes: float | None, tokens: int | None, *, task=False, rows: int = 0, tuned=True
+) -> Effort:
+    """Steps for so many tokens, or for so many minutes at this machine's speed. task: the student learns a task, half
+    of the steps beside its teacher, half through the rounding. rows: those that have labels; 0: the teacher labels.
+    tuned: the teacher knows the task; else it is fine-tuned on the rows first."""
+    share, seconds, teaching = 0.5 if task else RECOVERY / (RECOVERY + TRAINING), 60 * (minutes or 0), 0
     if minutes is None:
         read = tokens / look.length
-        sentences = min(look.sentences, int(read))
+        sentences, teaching = rows or min(look.sentences, int(read)), min(read, TEACHER_EPOCHS * rows)
     else:
         config = student_config(shape.section, look.source, look.config.vocab_size)  # of the pieces that it is timed on
         config._attn_implementation = "eager"
-        teacher, seconds = load_model(look.folder).to(torch.bfloat16), 60 * minutes
+        teacher = load_model(look.folder).to(torch.bfloat16)
         speed, of_student = (sentences_per_second(backbone, look) for backbone in (teacher, new_encoder(config)))
-        sentences = min(look.sentences, int(VECTORS * seconds * speed))
-        left = (VECTORS + TRAINING + RECOVERY) * seconds - sentences / speed
-        read = left * of_student / PASSES
+        most = VECTORS * seconds * speed  # sentences that it may read
+        sentences, teaching = rows or min(look.sentences, int(most)), min(most / PASSES, TEACHER_EPOCHS * rows)
+        left = (VECTORS + TRAINING + RECOVERY) * seconds - (sentences + teaching * PASSES * (not tuned)) / speed
+        read = left / (PASSES / of_student + share * task / speed)
+    read = min(read, STUDENT_EPOCHS * sentences) if task else read
     batch = next(size for size in (256, 128, 64, 32) if read >= 300 * size or size == 32)
-    steps = max(20, int(read * (1 - share) / batch))
-    return Effort(max(sentences, LEAST_SENTENCES), batch, steps, max(10, int(steps * share / (1 - share))), minutes)
+    steps, sentences = max(20, int(read * (1 - share) / batch)), max(sentences, 0 if rows else LEAST_SENTENCES)
+    recovery = max(10, int(steps * share / (1 - share)))
+    return Effort(sentences, batch, steps, recovery, minutes, 0 if tuned else max(20, int(teaching / TEACHER_BATCH)))
 
 
 def recipe_text(look: Look, shape: Shape, effort: Effort, **names) -> str:
-    """The choice as a recipe with a comment on every line. names: name, model, sources, column, budget, and start: the
-    model that the student starts from, or None."""
-    length = max(16, min(128, shape.section.max_position_embeddings, round(4 * look.length)))
+    """The choice as a recipe with a comment on every line. names: name, model, sources, column, budget; start: the
+    model that the student starts from, or None; task: a recipe's task, or None, and the `Effort` of_task; labelled:
+    whether its rows had labels; embeds: whether the student learns the teacher's vectors (too)."""
+    said = module_settings(look.folder)
+    most = min(128, shape.section.max_position_embeddings, said.max_seq_length or 128)
+    length = min(most, max(16, round(4 * look.length)))
     numbers = {"max_length": length, "tokens": round(effort.steps * effort.batch_size * look.length)}
     numbers["evaluated"] = max(LEAST_EVALUATED, min(500, look.sentences // 40))
     numbers["held_out_every"] = max(2, min(50, look.lines // 100))
+    if of_task := names["of_task"]:
+        numbers["epochs"] = 1 + of_task.batch_size * (of_task.steps + of_task.recovery_steps) // of_task.sentences
+    prompts = [name for name, text in said.prompts.items() if text]
+    bare = len(prompts) < 2 or "" in said.prompts.values()  # some text has no prompt
+    numbers["prompts"] = {name: round(1 / (len(prompts) + bare), 3) for name in prompts}
     parts = {"look": look, "shape": shape, "student": shape.section, "effort": effort}
     return ENVIRONMENT.get_template("compress.yaml.jinja").render(parts | numbers | names)

@@ -22,21 +22,21 @@ from vocabshrink.runtime.delivery import Delivery, load
 from vocabshrink.runtime.index import build_index
 from vocabshrink.runtime.kinds import KINDS
 from vocabshrink.stages import inputs
+from vocabshrink.stages.plan import delivered_config, student_shape
 
 
 def export(context: Context) -> dict:
     """Writes the deliveries of the embedder and of each task's model, loaded back and measured."""
-    recipe, teacher = context.recipe, inputs.read_teacher(context)
-    section, said = recipe.delivery, inputs.teacher_modules(recipe)
+    recipe, section, said = context.recipe, context.recipe.delivery, inputs.teacher_modules(context.recipe)
     options = {"kernel": section.kernel, "safetensors": section.safetensors, "tolerance": section.tolerance}
     options |= {"budget_bytes": section.budget, "force": context.force}
-    # of stored vectors the teacher read each text behind its prompt, and the student read it without
-    named = ("pooling", "normalize") if recipe.vectors else ("pooling", "normalize", "prompts", "default_prompt")
-    options |= {key: getattr(said, key) for key in named}
-    untrained = untrained_student(context, teacher)
-    positions = min(section.max_positions, load_config(untrained).max_position_embeddings)
-    settings = ExportSettings("embedding", section.weights, positions, **options)
-    figures = export_embedder(context, teacher, untrained, settings)
+    # of stored vectors the teacher read each text behind its prompt, the student without (unless behind shares of them)
+    bare = recipe.vectors and not recipe.vectors.prompts
+    named = ("pooling", "normalize", *(() if bare else ("prompts", "default_prompt")))
+    options |= {key: getattr(said, key) for key in named} | {"dimensions": section.dimensions or []}
+    shape = delivered_config(recipe, student_shape(recipe, load_config(inputs.teacher_folder(recipe))))
+    settings = ExportSettings("embedding", section.weights, shape.max_position_embeddings, **options)
+    figures = {} if section.tasks_only else export_embedder(context, settings)
     if recipe.finetune and recipe.finetune.save_models:
         for name, task in inputs.read_tasks(recipe).items():
             figures[name] = export_task(context, task, settings)
@@ -62,9 +62,11 @@ def untrained_student(context: Context, teacher: Teacher) -> Path:
     return folder
 
 
-def export_embedder(context: Context, teacher: Teacher, untrained: Path, settings: ExportSettings) -> dict:
+def export_embedder(context: Context, settings: ExportSettings) -> dict:
     """Delivers the trained embedder, measured beside its teacher and itself before training."""
     recipe, folder, held_out = context.recipe, context.folder, inputs.read_held_out(context)
+    teacher = inputs.read_teacher(context)
+    untrained = untrained_student(context, teacher)
     pooled = {"pooling": settings.pooling, "normalize": settings.normalize}
     done = [*context.students.values()] or [untrained]
     trained = done[-2] if recipe.recovery and len(done) > 1 else done[-1]  # before rounding came into it

@@ -22,11 +22,11 @@ from vocabshrink.data.tasks import Task, read_task
 from vocabshrink.data.vectors import StoredVectors, read_sentences
 from vocabshrink.models.families import positions_of
 from vocabshrink.models.fitting import fit_layers
-from vocabshrink.models.forward import ModuleSettings
+from vocabshrink.models.forward import ModuleSettings, module_settings
 from vocabshrink.models.loading import check_folder, load_config, resolve_model
 from vocabshrink.models.spelling import shared_pieces
 from vocabshrink.models.student import Start, build_student, source_layers
-from vocabshrink.models.teacher import Teacher, load_head, load_teacher, teacher_settings
+from vocabshrink.models.teacher import Teacher, load_head, load_teacher
 from vocabshrink.run.engine import Context
 from vocabshrink.run.recipe import DistillStage, Recipe, TeacherSection
 
@@ -60,7 +60,7 @@ def source_config(recipe: Recipe, teacher: PreTrainedConfig) -> PreTrainedConfig
 
 def teacher_modules(recipe: Recipe) -> ModuleSettings:
     """How the teacher pools, and its prompts: the recipe's own words, else its folder's."""
-    return teacher_settings(teacher_folder(recipe), recipe.teacher.pooling, recipe.teacher.normalize)
+    return module_settings(teacher_folder(recipe), recipe.teacher.pooling, recipe.teacher.normalize)
 
 
 def load_section(section: TeacherSection) -> Teacher:

@@ -10,7 +10,7 @@ import torch
 from transformers import PreTrainedConfig
 
 from tokenizer_build.errors import InputError
-from tokenizer_build.tokenizer import adopt_tokenizer, load_tokenizer
+from tokenizer_build.tokenizer import adopt_tokenizer, shared_tokenizer
 from vocabshrink.delivery.size import GRAPH_FORMATS, delivery_bytes, parameters, refusal, tokenizer_bytes
 from vocabshrink.models.loading import check_folder, resolve_model
 from vocabshrink.models.student import student_config
@@ -32,7 +32,7 @@ def shapes(recipe: Recipe) -> tuple[PreTrainedConfig, PreTrainedConfig]:
 def student_shape(recipe: Recipe, teacher: PreTrainedConfig) -> PreTrainedConfig:
     """The student's config, with as many pieces as its vocabulary has at most. teacher: the teacher's."""
     given = given_tokenizer(recipe)
-    pieces = load_tokenizer(given).get_vocab_size() if given else recipe.vocabulary.size
+    pieces = shared_tokenizer(given).get_vocab_size() if given else recipe.vocabulary.size
     return student_config(recipe.student, source_config(recipe, teacher), pieces)
 
 
@@ -48,9 +48,8 @@ def check_budget(recipe: Recipe) -> None:
     whose labels stand only in their files count as having two: a label is a row, and a row is nothing."""
     if recipe.delivery is None:
         return
-    embedder = delivered_config(recipe, shapes(recipe)[0])
-    delivered = [(recipe.name, embedder, "embedding")]
-    given, limits = given_tokenizer(recipe), recipe.delivery
+    given, limits, embedder = given_tokenizer(recipe), recipe.delivery, delivered_config(recipe, shapes(recipe)[0])
+    delivered = [] if limits.tasks_only else [(recipe.name, embedder, "embedding")]
     size = tokenizer_bytes(adopt_tokenizer(given), limits.max_positions) if given else None
     for name, task in recipe.tasks.items() if recipe.finetune and recipe.finetune.save_models else ():
         head, kind = copy.copy(embedder), "tokens" if task.kind == "tokens" else "classification"
@@ -91,11 +90,12 @@ def plan_tables(recipe: Recipe, run: RunDir) -> list[tuple]:
     """(title, heads, rows) of each of the plan's tables."""
     student, teacher = shapes(recipe)
     delivery, delivered = recipe.delivery or DeliverySection(), delivered_config(recipe, student)
-    of_both = zip(parameters(teacher).items(), parameters(student).values(), strict=True)
-    blocks = [(name, f"{of_teacher:,}", f"{count:,}") for (name, of_teacher), count in of_both]
+    of_both = parameters(teacher), parameters(student)  # an ELECTRA has a projection, and no pooler
+    names = [*dict.fromkeys(name for of_one in of_both for name in of_one if name != "total"), "total"]
+    blocks = [(name, *(f"{of_one[name]:,}" if name in of_one else "" for of_one in of_both)) for name in names]
     tokenizer = run.stage("vocab") / "tokenizer.json"
     if tokenizer.is_file():
-        delivered.vocab_size = load_tokenizer(tokenizer).get_vocab_size()
+        delivered.vocab_size = shared_tokenizer(tokenizer).get_vocab_size()
     sizes = []
     for name in [*GRAPH_FORMATS] + [delivery.weights] * (delivery.weights not in GRAPH_FORMATS):
         size = delivery_bytes(delivered, name)

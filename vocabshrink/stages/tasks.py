@@ -15,24 +15,28 @@ from collections.abc import Callable
 from dataclasses import replace
 from functools import cached_property, partial
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
+import numpy as np
 import torch
 from accelerate import PartialState
 from torch import nn
 from transformers import PreTrainedModel
 
 from tokenizer_build.errors import InputError
-from tokenizer_build.files import read_json, write_json
+from tokenizer_build.files import read_json, write_json, write_text
 from tokenizer_build.tokenizer import load_tokenizer
 from vocabshrink.data.batches import EncodedTask, encode_task
-from vocabshrink.data.tasks import Task, headline, read_logits, score
-from vocabshrink.models.loading import resolve_model
+from vocabshrink.data.tasks import UNLABELLED, Rows, Task, headline, read_logits, score
+from vocabshrink.data.vectors import read_sentences, store_vectors, write_sentences
+from vocabshrink.models.loading import load_config, resolve_model
 from vocabshrink.models.rounding import fake_quantize_
 from vocabshrink.models.spelling import shared_pieces
 from vocabshrink.models.student import read_student, save_model
-from vocabshrink.models.task_model import load_task_model, student_model
+from vocabshrink.models.task_model import head_of, load_task_model, student_model
 from vocabshrink.run.engine import Context, saying, settings_of
 from vocabshrink.run.folder import RunDir
+from vocabshrink.run.recipe import Phase
 from vocabshrink.stages import inputs
 from vocabshrink.training.augment import augment_task, augmented_rows
 from vocabshrink.training.finetune import fit, logits_of, phases_of, write_logits
@@ -40,6 +44,7 @@ from vocabshrink.training.loop import Job
 from vocabshrink.training.losses import readers
 from vocabshrink.training.task import TaskTraining, live_teacher
 
+LABELLED_WORDS = 126  # of a text that a tagger labels
 TEACHER_SEED = 0  # one fine-tuned teacher serves every seed of the students, as in the papers
 
 
@@ -79,6 +84,61 @@ def train_teacher(context: Context, task: Task, unit: Path, mark: str) -> dict:
         if task.kind != "tokens":
             write_logits(unit / "logits.safetensors", logits)
     return result
+
+
+def label_texts(model: str, draw: Callable[[], list[str]], folder: Path, asked: dict) -> dict:
+    """What a trained classifier, cross-encoder or tagger answers to texts, as a task of a recipe: rows in train.jsonl
+    and validation.jsonl, logits.safetensors (not of words). If each text has one tab, texts are pairs. Goes on where a
+    killed call stopped that asked for the same. Raises InputError: see `load_task_model`; for a cross-encoder's texts
+    that are no pairs."""
+    if not (mark := folder / "asked.json").is_file() or read_json(mark) != json.loads(json.dumps(asked)):
+        shutil.rmtree(folder, ignore_errors=True)
+        write_sentences(folder, draw())
+        write_json(mark, asked)
+    source, texts = resolve_model(model), read_sentences(folder)
+    (kind, labels), pairs = head_of(source, load_config(source)), all(text.count("\t") == 1 for text in texts)
+    task = Task("task", kind, labels, {}, [])
+    teacher = load_task_model(model, task, trained=True)
+    if hasattr(teacher.config, "sentence_transformers") and not pairs:
+        raise InputError(f"{model} reads pairs of texts: write one tab between the two of each line")
+    teacher, phase = teacher.to(PartialState().device), Phase(batch_size=64)
+
+    def answer(chosen: list[str]) -> np.ndarray:
+        """[n, C] logits; of words their labels [n, LABELLED_WORDS], padded."""
+        columns = list(zip(*(text.split("\t") for text in chosen), strict=True)) if pairs else [chosen]
+        first = [text.split()[:LABELLED_WORDS] for text in chosen] if kind == "tokens" else list(columns[0])
+        targets = [np.zeros(len(words), np.int64) for words in first] if kind == "tokens" else np.zeros(len(first))
+        rows = Rows(first, list(columns[1]) if pairs else None, targets)
+        with TemporaryDirectory() as place:
+            encoded = encode_task(replace(task, splits={"train": rows}), source, source, Path(place))
+            logits = logits_of(teacher, encoded, "train", phase, side="teacher")
+        if kind != "tokens":
+            return logits
+        numbers = np.full((len(chosen), LABELLED_WORDS), UNLABELLED)
+        for row, found in zip(numbers, logits, strict=True):
+            row[: len(found)] = found.argmax(-1)
+        return numbers
+
+    store_vectors(folder, "answers", texts, answer, partial(saying, "texts labelled by the teacher", 1, len(texts)))
+    answers, every = np.load(folder / "answers.npy").astype(np.float32), max(2, min(20, len(texts) // 100))
+
+    def row_of(text: str, answer: np.ndarray) -> dict:
+        if kind == "tokens":
+            slots = [labels[int(number)] for number in answer if number >= 0]
+            return {"tokens": text.split()[: len(slots)], "slots": slots}
+        sides = {f"sentence{side}": part for side, part in enumerate(text.split("\t") if pairs else [text], 1)}
+        return sides | {"label": labels[answer.argmax()] if labels else float(answer[0])}
+
+    held_out, section = np.arange(len(texts)) % every == 0, {"teacher": model, "kind": kind}
+    numbers = {"train": np.flatnonzero(~held_out), "validation": np.flatnonzero(held_out)}
+    for split, chosen in numbers.items():
+        rows = (json.dumps(row_of(texts[i], answers[i]), ensure_ascii=False) + "\n" for i in chosen)
+        write_text(path := folder / f"{split}.jsonl", "".join(rows))
+        section[split] = str(path.absolute())
+    if kind != "tokens":
+        write_logits(path := folder / "logits.safetensors", {split: answers[i] for split, i in numbers.items()})
+        section["logits"] = str(path.absolute())
+    return section | ({"labels": labels} if labels else {})
 
 
 def augment(context: Context) -> dict:

@@ -9,7 +9,7 @@ from tokenizer_build.corpus import read_blocks
 from tokenizer_build.count import count_words, read_counts, write_counts
 from tokenizer_build.errors import InputError
 from tokenizer_build.files import write_json
-from tokenizer_build.tokenizer import adopt_tokenizer, load_tokenizer, lowercases, make_tokenizer, save_tokenizer
+from tokenizer_build.tokenizer import adopt_tokenizer, lowercases, make_tokenizer, save_tokenizer, shared_tokenizer
 from tokenizer_build.trainers import train_vocabulary
 from vocabshrink.data.lexicon import encode_corpus
 from vocabshrink.data.vectors import read_sentences
@@ -31,7 +31,7 @@ def reads_lowercase(recipe: Recipe) -> bool:
     """Whether the student reads everything in lower case: as its given tokenizer does, else as the recipe says, else as
     the teacher does. Raises InputError where the recipe contradicts the given tokenizer."""
     asked, given = recipe.vocabulary.lowercase, given_tokenizer(recipe)
-    found = lowercases(load_tokenizer(given or teacher_folder(recipe)))
+    found = lowercases(shared_tokenizer(given or teacher_folder(recipe)))
     if given and asked not in (None, found):
         raise InputError(f"vocabulary.lowercase: {asked} is not what the tokenizer {given} does: leave the key out")
     return found if asked is None else asked
@@ -40,7 +40,7 @@ def reads_lowercase(recipe: Recipe) -> bool:
 def vocab(context: Context) -> dict:
     """Chooses the student's pieces, or takes those of a tokenizer that is there."""
     section, of_teacher = context.recipe.vocabulary, teacher_folder(context.recipe)
-    counts, teacher = read_counts(context.folder_of("count") / "counts.parquet"), load_tokenizer(of_teacher)
+    counts, teacher = read_counts(context.folder_of("count") / "counts.parquet"), shared_tokenizer(of_teacher)
     if given := given_tokenizer(context.recipe):
         tokenizer = adopt_tokenizer(given)
     else:
@@ -50,7 +50,7 @@ def vocab(context: Context) -> dict:
         tokenizer = make_tokenizer(pieces, lowercase=options["lowercase"])
     save_tokenizer(tokenizer, context.folder)
     comparison = compare(counts, {"teacher": of_teacher, "student": context.folder})
-    examples = segmentation_examples(counts, teacher, load_tokenizer(context.folder))
+    examples = segmentation_examples(counts, teacher, shared_tokenizer(context.folder))
     write_json(context.folder / "comparison.json", comparison | {"examples": examples})
     return {"pieces": tokenizer.get_vocab_size(), "comparison": comparison}
 

@@ -54,17 +54,21 @@ def vectors(context: Context) -> dict:
             entry.unlink()
         stored.write_sentences(work, stored.draw_sentences(recipe.corpus, stage, recipe.seed))
         write_json(mark, drawn)
-    sentences, found = stored.read_sentences(work), {}
+    sentences, prompts, found = stored.read_sentences(work), inputs.teacher_modules(recipe).prompts, {}
+    read = stored.behind_prompts(sentences, [(prompts[name], share) for name, share in stage.prompts.items()])
     for name, section in ({"teacher": recipe.teacher} | stage.teachers).items():
         teacher = inputs.load_section(section)
         backbone = teacher.backbone.to(PartialState().device, torch.bfloat16)
-        said = module_settings(teacher.folder)
+        said, own = module_settings(teacher.folder, teacher.pooling), stage.prompts and name == "teacher"
         prompt = said.prompts.get(said.default_prompt) if section.prompt is None else section.prompt
-        options = {"max_length": stage.max_length, "batch_size": stage.batch_size, "prompt": prompt}
+        options = {"max_length": min(stage.max_length, said.max_seq_length or stage.max_length)}
+        options |= {"batch_size": stage.batch_size, "prompt": None if own else prompt, "dense": teacher.dense}
         embed = torch_embedder(backbone, teacher.folder, teacher.pooling, False, **options)
-        stored.store_vectors(work, name, sentences, embed, partial(saying, f"vectors of {name}", 1, len(sentences)))
-        found[name] = teacher.config.hidden_size
-    for entry in (work / "sentences.jsonl", *work.glob("*.npy")):
+        progress = partial(saying, f"vectors of {name}", 1, len(sentences))
+        stored.store_vectors(work, name, read if own else sentences, embed, progress)
+        found[name] = int(np.load(work / f"{name}.npy", mmap_mode="r").shape[1])
+    stored.write_sentences(context.folder, read)
+    for entry in work.glob("*.npy"):
         entry.rename(context.folder / entry.name)
     shutil.rmtree(work)
     return {"sentences": len(sentences), "widths": found}
@@ -159,7 +163,9 @@ def make_distillation(context: Context, stage: DistillStage, teacher: Teacher, s
     if readers(stage.losses, "both vocabularies"):
         for name, compare in (("shared", shared_pieces), ("spelling", spellings)):
             options[name] = torch.from_numpy(compare(*inputs.read_tokenizers(context)))
-    return Distillation(stage, teacher, student, pairs, **options)
+    task, delivery = Distillation(stage, teacher, student, pairs, **options), context.recipe.delivery
+    task.dimensions = tuple(delivery and delivery.dimensions or ())
+    return task
 
 
 def read_trained_teacher(context: Context, teacher: Teacher) -> None:
@@ -184,7 +190,8 @@ def make_batcher(
     options: more of `Batcher`'s. Raises InputError: see `micro_batch`."""
     lexicon, stream = inputs.read_words(context, stored=vectors is not None)
     table = PieceTable(lexicon, teacher.table.num_embeddings, shared_pieces(*inputs.read_tokenizers(context)))
-    common = {"max_pieces": stage.max_length - 2, "sides": sides}
+    most = inputs.teacher_modules(context.recipe).max_seq_length or stage.max_length
+    common = {"max_pieces": min(stage.max_length, most) - 2, "sides": sides}
     if vectors is None:
         limits = inputs.HELD_OUT | common | {"held_out_every": context.recipe.corpus.held_out_every}
         training, _ = cut_segments(stream, lexicon, unit=getattr(stage, "unit", "line"), **limits)
@@ -207,7 +214,8 @@ def evaluator(context: Context, teacher: Teacher, accelerator: Accelerator) -> C
     held_out = inputs.read_held_out(context) if recipe.evaluation.sentences else None
     rated = {name: read_rated_pairs(path) for name, path in recipe.evaluation.stsb.items()}
     pooled = {"pooling": teacher.pooling, "normalize": teacher.normalize, "max_length": 128}
-    embed = torch_embedder(teacher.backbone.to(accelerator.device), inputs.teacher_folder(recipe), **pooled)
+    backbone = teacher.backbone.to(accelerator.device)
+    embed = torch_embedder(backbone, inputs.teacher_folder(recipe), **pooled, dense=teacher.dense)
     of_teacher = embed(held_out.texts) if held_out else None
 
     def evaluate(task) -> dict:

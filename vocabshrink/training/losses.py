@@ -263,19 +263,36 @@ def value_relations(forward: Forward, heads: Count | None = None) -> Tensor:
     return relations_kl(forward, "values", heads)
 
 
-def sentence_cosine(forward: Forward) -> Tensor:
-    """One minus cosine of the sentence embeddings, the student's brought up to the teacher's width unless stored."""
+def over_prefixes(forward: Forward, cost: Callable[[Tensor, int], Tensor]) -> Tensor:
+    """The mean of cost(vectors [B, d], d) over the student's width and those at which its vectors may be cut
+    (Matryoshka representation learning, Kusupati et al. 2022, equation 1, with equal weights)."""
     student = forward.student.sentence
-    return one_minus_cosine(student if forward.bank is not None else forward.up(student), forward.teacher.sentence)
+    widths = dict.fromkeys((student.shape[-1], *forward.dimensions))
+    return torch.stack([cost(student[:, :width], width) for width in widths]).mean()
+
+
+def sentence_cosine(forward: Forward) -> Tensor:
+    """One minus cosine of the sentence embeddings, the student's brought up to the teacher's width unless stored. See
+    `over_prefixes`: a prefix is compared with the stored one's or, before it is brought up, filled with zeros."""
+    teacher, whole = forward.teacher.sentence, forward.student.sentence.shape[-1]
+    if forward.bank is not None:
+        return over_prefixes(forward, lambda student, width: one_minus_cosine(student, teacher[:, :width]))
+    up = forward.up
+    return over_prefixes(forward, lambda vectors, d: one_minus_cosine(up(F.pad(vectors, (0, whole - d))), teacher))
 
 
 def bank_similarity(forward: Forward, temperature: Positive = 0.05, size: Count = 4096) -> Tensor:
     """KL of softmax(t · b_j / τ) and softmax(s · b'_j / τ) over `size` stored teacher vectors b_j [K, D], and b'_j
     [K, D_S], the same in the student's width: as good as a batch of K, for the price of a product (after Fang et al.
     2021, SEED, arXiv 2101.04731, eq. 3, with a fixed bank instead of a queue)."""
-    theirs, ours = (vectors[:size].mT for vectors in forward.bank)
-    student = F.normalize(forward.student.sentence, dim=-1) @ ours
-    return kl(student / temperature, forward.batch.vectors @ theirs / temperature).mean()
+    theirs, ours = (vectors[:size] for vectors in forward.bank)
+    target = forward.batch.vectors @ theirs.mT / temperature
+
+    def cost(student: Tensor, width: int) -> Tensor:
+        bank = ours if width == ours.shape[1] else F.normalize(ours[:, :width], dim=-1)
+        return kl(F.normalize(student, dim=-1) @ bank.mT / temperature, target).mean()
+
+    return over_prefixes(forward, cost)
 
 
 def similarity_mse(student: Tensor, teacher: Tensor) -> Tensor:
@@ -293,7 +310,7 @@ def group_similarity(forward: Forward, size: Literal[2, 4] = 4) -> Tensor:
 
 def batch_similarity(forward: Forward) -> Tensor:
     """MSE of the similarities over the whole batch. Needs no projection, whatever the widths."""
-    return similarity_mse(forward.student.sentence, forward.teacher.sentence)
+    return over_prefixes(forward, lambda student, _: similarity_mse(student, forward.teacher.sentence))
 
 
 def labels(forward: Forward) -> Tensor:

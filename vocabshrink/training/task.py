@@ -123,6 +123,8 @@ class Stored(NamedTuple):
 class Distillation(TrainingTask):
     """Student and frozen teacher, each on its own segmentation of the same words."""
 
+    dimensions: tuple[int, ...] = ()  # see `Forward`
+
     def __init__(
         self, stage, teacher, student, pairs, head=None, directions=None, shared=None, spelling=None, stored=None
     ):
@@ -150,6 +152,7 @@ class Distillation(TrainingTask):
 
     def view(self, batch: Batch) -> Forward:
         forward = self.both(batch, self.student, self.teacher)
+        forward.dimensions = self.dimensions
         if self.stored:
             forward.teacher = forward.teacher or View(None, None)
             with torch.autocast(batch.vectors.device.type, enabled=False):

@@ -129,6 +129,7 @@ class Forward:
     up [D_S -> D_T] and down [D_T -> D_S]: shared projections of hidden states. shared [V_S]: the teacher's id of the
     same piece, or -1. spelling [V_T, K]: student pieces that spell a teacher piece, then -1. bank: stored sentence
     vectors of unit length, the teachers' [K, D] and the same in the student's width [K, D_S], where they are used.
+    dimensions: widths below the student's at which its sentence vectors are to be good when cut.
     given: loss name -> function giving it, of losses that read more than views."""
 
     batch: Batch
@@ -140,6 +141,7 @@ class Forward:
     shared: Tensor | None = None
     spelling: Tensor | None = None
     bank: tuple[Tensor, Tensor] | None = None
+    dimensions: tuple[int, ...] = ()
     given: dict[str, Callable[[], Tensor]] = field(default_factory=dict)
     made: dict = field(default_factory=dict, init=False, repr=False)
 
