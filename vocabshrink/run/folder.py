@@ -65,6 +65,7 @@ class RunDir:
         for path in sorted(folder.rglob("*")):
             if "checkpoints" not in (inside := path.relative_to(folder)).parts:
                 sums |= {inside.as_posix(): files.checksum(path)} if path.is_file() else {}
+            if path.is_dir() or inside.as_posix() in sums:  # names among checkpoints too, whose files are synced
                 files.sync(path)
         files.sync(folder)
         files.write_json(folder / "DONE", sums)
