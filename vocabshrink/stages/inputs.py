@@ -125,8 +125,7 @@ def calibration_batches(context: Context, source: Teacher, positions: Iterable[i
     if context.has("vectors"):
         texts = read_sentences(context.folder_of("vectors"))[:wanted]
     else:
-        lines = read_lines(recipe.corpus.sources, recipe.corpus.column)
-        texts = list(islice((line for line in lines if len(line.split()) >= HELD_OUT["min_words"]), wanted))
+        texts = first_texts(recipe, wanted)
     with TemporaryDirectory() as place:
         encode_corpus([texts], source.folder, context.vocabulary, folder := Path(place))
         lexicon, stream = Lexicon.load(folder), WordStream.load(folder)
@@ -139,10 +138,18 @@ def calibration_batches(context: Context, source: Teacher, positions: Iterable[i
         return [batcher.batch(index) for index in range(batcher.order.per_epoch)]
 
 
+def first_texts(recipe: Recipe, count: int) -> list[str]:
+    """The first lines of the corpus that are as long as a sentence or, where none is, its first lines."""
+    for least in (HELD_OUT["min_words"], 1):
+        lines = read_lines(recipe.corpus.sources, recipe.corpus.column)
+        if texts := list(islice((line for line in lines if len(line.split()) >= least), count)):
+            break
+    return texts
+
+
 def pieces_of_corpus(recipe: Recipe, source: Teacher) -> Pieces:
-    """The first 64 lines of the corpus that are as long as a sentence, in the pieces of a model."""
-    lines = read_lines(recipe.corpus.sources, recipe.corpus.column)
-    texts = list(islice((line for line in lines if len(line.split()) >= HELD_OUT["min_words"]), 64))
+    """The first 64 texts of the corpus in the pieces of a model."""
+    texts = first_texts(recipe, 64)
     tokenizer, config, most = load_tokenizer(source.folder), source.config, HELD_OUT["max_pieces"] + 2
     tokenizer.enable_truncation(min(positions_of(config) or most, most))
     tokenizer.enable_padding(pad_id=config.pad_token_id or 0)
