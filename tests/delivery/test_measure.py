@@ -83,7 +83,8 @@ def test_an_optional_figure_fails_no_delivery(headless_teacher, tmp_path, lines,
     (folder / "other.safetensors").write_bytes(b"x" * 1000)
     delivered = SimpleNamespace(embed=None, manifest={"delivery_bytes": 1})
     delivered.embed = lambda texts, **_: list(texts)
-    found = {"load": delivered, "load_model": torch.nn.Identity(), "torch_embedder": delivered.embed, "latency": 1.0}
+    (stub := torch.nn.Identity()).config = SimpleNamespace(hidden_size=32)
+    found = {"load": delivered, "load_model": stub, "torch_embedder": delivered.embed, "latency": 1.0}
     for name, value in found.items():
         monkeypatch.setattr(measure, name, lambda *_, value=value, **__: value)
     held_out = SimpleNamespace(texts=lines[:5], rank_agreement=lambda *_: 1.0, neighbour_overlap=lambda *_: 1.0)
