@@ -4,10 +4,10 @@ Every word is encoded once, after a space, and weighted by its count: exact for 
 (BERT's), close for those that mark spaces, which see punctuation as if it followed one."""
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 
-from tokenizers import Tokenizer
+from tokenizers import Encoding, Tokenizer
 
 from tokenizer_build.errors import InputError
 from tokenizer_build.tokenizer import load_tokenizer
@@ -18,17 +18,22 @@ HEADINGS = ["tokenizer", "pieces", "pieces/word", "one-piece words", "unknown wo
 FORMATS = [",d", ".4f", ".2%", ".2%", ".2%"]  # of the measures, in the order of `compare`
 
 
-def compare(counts: Mapping[str, int], tokenizers: Mapping[str, str | Path]) -> dict[str, dict[str, float]]:
-    """Measure tokenizers (name -> folder or tokenizer.json) on the same counts: `measure`; `size`, the pieces in its
-    vocabulary; and `overlap_with_first`, the share of its pieces, all families written alike, that the first has
-    too."""
+def compare(
+    counts: Mapping[str, int], tokenizers: Mapping[str, str | Path | Tokenizer], *, used: bool = False
+) -> dict[str, dict[str, float]]:
+    """Measure tokenizers (or their folders, or tokenizer.json) by name on the same counts: `measure`; `size`, the
+    pieces in its vocabulary; and `overlap_with_first`, the share of its pieces (of those that these words use, if
+    `used`), all families written alike, that the first has too."""
     if not counts or not tokenizers:
         raise InputError("nothing to compare: give word counts with words in them and at least one tokenizer")
     measured, first = {}, set()
     for name, path in tokenizers.items():
-        tokenizer = load_tokenizer(path)
+        tokenizer = path if isinstance(path, Tokenizer) else load_tokenizer(path)
         pieces = set(teacher_pieces(tokenizer.get_vocab()))
         first = first or pieces
+        if used:
+            ids = {i for _, encoding in _encoded(counts, tokenizer) for i in encoding.ids}
+            pieces = set(teacher_pieces(map(tokenizer.id_to_token, ids)))
         measured[name] = {"size": tokenizer.get_vocab_size(), **measure(counts, tokenizer)}
         measured[name]["overlap_with_first"] = len(pieces & first) / max(1, len(pieces))
     return measured
@@ -41,20 +46,26 @@ def measure(counts: Mapping[str, int], tokenizer: Tokenizer) -> dict[str, float]
     unknown = model.get("unk_id")  # unigram's; the other families name a piece
     if unknown is None and model.get("unk_token"):
         unknown = tokenizer.token_to_id(model["unk_token"])
-    words = list(counts)
     pieces = whole = unknowns = 0
-    for start in range(0, len(words), BATCH):
-        batch = words[start : start + BATCH]
-        encodings = tokenizer.encode_batch_fast([f" {word}" for word in batch], add_special_tokens=False)
-        for word, encoding in zip(batch, encodings, strict=True):
-            ids, count = encoding.ids, counts[word]
-            pieces += count * len(ids)
-            if unknown in ids:
-                unknowns += count
-            elif len(ids) == 1:
-                whole += count
+    for word, encoding in _encoded(counts, tokenizer):
+        ids, count = encoding.ids, counts[word]
+        pieces += count * len(ids)
+        if unknown in ids:
+            unknowns += count
+        elif len(ids) == 1:
+            whole += count
     total = sum(counts.values())
     return {"pieces_per_word": pieces / total, "coverage": whole / total, "unknown_rate": unknowns / total}
+
+
+def _encoded(words: Iterable[str], tokenizer: Tokenizer) -> Iterator[tuple[str, Encoding]]:
+    """Each word and its encoding behind a space."""
+    words = list(words)
+    for start in range(0, len(words), BATCH):
+        batch = words[start : start + BATCH]
+        yield from zip(
+            batch, tokenizer.encode_batch_fast([f" {w}" for w in batch], add_special_tokens=False), strict=True
+        )
 
 
 def markdown(measured: Mapping[str, Mapping[str, float]]) -> str:

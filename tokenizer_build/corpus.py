@@ -92,6 +92,18 @@ def read_rows(source: str | Path) -> Iterator[tuple[str, dict]]:
         yield from _records(file, None)
 
 
+def read_parallel(sources: Sequence[str | Path]) -> Iterator[list[str]]:
+    """Yield the sentences of each line of TSV files without a header: one, then its translations. Raises InputError,
+    naming file and line, where one has none."""
+    for source in expand(sources):
+        for number, line in enumerate(text_lines(source, _open(source, _format(source)[1])), 1):
+            cells = [text for cell in _tsv_cells(line.rstrip("\r\n")) if (text := cell.strip())]
+            if len(cells) > 1:
+                yield cells
+            elif cells:
+                raise InputError(f"{source}: line {number} has no translation: write SENTENCE tab TRANSLATION")
+
+
 def check_sources(sources: Sequence[str | Path], column: str = "text") -> None:
     """Raise InputError for a source that is not there, and for a file whose first record `read_lines` would refuse."""
     for source in expand(sources):

@@ -1,8 +1,9 @@
-"""Word counts of a corpus of any size: exactly the words that BertNormalizer + BertPreTokenizer see.
+"""Word counts of a corpus of any size: exactly the words that `make_normalizer` + BertPreTokenizer see.
 
 The text is split at ASCII white space, and only a block's distinct chunks further: ASCII ones by a regular expression,
-all others by `tokenizers` itself. That is exact because both steps of a BERT tokenizer work on each character or
-combining sequence alone. (`str.split()` would also split at \\x1c-\\x1f and \\x85, which BertNormalizer deletes.)
+all others by `tokenizers` itself. That is exact because both steps of a BERT tokenizer, and Unicode's normal forms, act
+on each character or combining sequence alone. (`str.split()` would also split at \\x1c-\\x1f and \\x85, which
+BertNormalizer deletes.)
 
 Memory: two blocks per process and the counts. Once there are more than `maximum` distinct words (10 M, about 1.5 GB),
 the rarest are dropped until half is left (lossy counting, Manku & Motwani 2002); frequent words stay exact."""
@@ -21,17 +22,17 @@ from threading import Thread
 
 import pyarrow
 import pyarrow.parquet
-from tokenizers.normalizers import BertNormalizer
 from tokenizers.pre_tokenizers import BertPreTokenizer
 
 from tokenizer_build.corpus import read_blocks
 from tokenizer_build.errors import InputError
 from tokenizer_build.files import replacing
+from tokenizer_build.tokenizer import FORMS, make_normalizer
 
 ASCII_WORDS = re.compile(r"[0-9A-Za-z]+|[!-/:-@\[-`{-~]")
 ASCII_CONTROL = dict.fromkeys([*range(0x20), 0x7F])
 SPLIT = BertPreTokenizer()
-NORMALIZERS = {lowercase: BertNormalizer(lowercase=lowercase) for lowercase in (True, False)}
+NORMALIZERS = {(case, form): make_normalizer(case, form) for case in (True, False) for form in (None, *FORMS)}
 COLUMNS = pyarrow.schema({"word": pyarrow.string(), "count": pyarrow.int64()})
 
 
@@ -40,15 +41,17 @@ def count_words(
     *,
     column: str = "text",
     lowercase: bool = True,
+    form: str | None = None,
     processes: int = 1,
     maximum: int = 10_000_000,
     progress: Callable[[int], None] = lambda words: None,
 ) -> Counter[str]:
     """Count the words of `sources` (see `corpus.read_lines`); the result is the same on any number of processes.
-    `maximum` bounds the distinct words kept; `progress` is called with the words of each block counted."""
+    `form`: see `make_normalizer`. `maximum` bounds the distinct words kept; `progress` is called with the words of each
+    block counted."""
     counts: Counter[str] = Counter()
     blocks = read_blocks(sources, column)
-    for words in map_in_order(partial(count_block, lowercase=lowercase), blocks, processes):
+    for words in map_in_order(partial(count_block, lowercase=lowercase, form=form), blocks, processes):
         fold(counts, words, maximum)
         progress(sum(words.values()))
     return counts
@@ -81,20 +84,20 @@ def _end_with_parent() -> None:
     Thread(target=lambda: (parent_process().join(), os._exit(1)), daemon=True).start()
 
 
-def count_block(lines: Iterable[str], lowercase: bool = True) -> dict[str, int]:
+def count_block(lines: Iterable[str], lowercase: bool = True, form: str | None = None) -> dict[str, int]:
     """Count the words of some lines, in the order in which they first occur."""
     text = " ".join(lines).replace("\n", " ").replace("\t", " ").replace("\r", " ")
     words: dict[str, int] = {}
     for chunk, count in Counter(text.split(" ")).items():
-        for word in split_chunk(chunk, lowercase):
+        for word in split_chunk(chunk, lowercase, form):
             words[word] = words.get(word, 0) + count
     return words
 
 
-def split_chunk(chunk: str, lowercase: bool = True) -> Sequence[str]:
+def split_chunk(chunk: str, lowercase: bool = True, form: str | None = None) -> Sequence[str]:
     """The words of a chunk that holds no space, tab, newline or carriage return."""
     if not chunk.isascii():
-        return _split_unicode(chunk, lowercase)
+        return _split_unicode(chunk, lowercase, form)
     chunk = chunk.lower() if lowercase else chunk
     if chunk.isalnum():
         return (chunk,)
@@ -102,8 +105,8 @@ def split_chunk(chunk: str, lowercase: bool = True) -> Sequence[str]:
 
 
 @lru_cache(maxsize=1 << 17)
-def _split_unicode(chunk: str, lowercase: bool) -> tuple[str, ...]:
-    return tuple(word for word, _ in SPLIT.pre_tokenize_str(NORMALIZERS[lowercase].normalize_str(chunk)))
+def _split_unicode(chunk: str, lowercase: bool, form: str | None) -> tuple[str, ...]:
+    return tuple(word for word, _ in SPLIT.pre_tokenize_str(NORMALIZERS[lowercase, form].normalize_str(chunk)))
 
 
 def fold(counts: Counter[str], words: Mapping[str, int], maximum: int) -> None:

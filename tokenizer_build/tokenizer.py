@@ -7,10 +7,11 @@ from collections.abc import Sequence
 from functools import lru_cache
 from pathlib import Path
 
-from tokenizers import AddedToken, Tokenizer, decoders, normalizers
+from tokenizers import AddedToken, Regex, Tokenizer, decoders, normalizers
 from tokenizers.models import WordPiece
-from tokenizers.normalizers import BertNormalizer
-from tokenizers.pre_tokenizers import BertPreTokenizer
+from tokenizers.normalizers import NFC, NFKC, BertNormalizer, Normalizer
+from tokenizers.pre_tokenizers import BertPreTokenizer, Split
+from tokenizers.pre_tokenizers import Sequence as PreTokenizerSequence
 from tokenizers.processors import TemplateProcessing
 
 from tokenizer_build.errors import InputError
@@ -23,18 +24,30 @@ BERT = {  # BertNormalizer's options as tokenizer_config.json names them
     "handle_chinese_chars": "tokenize_chinese_chars",
 }
 LONGEST_WORD = 100  # characters: WordPiece makes any longer word unknown
+FORMS = {"NFC": NFC(), "NFKC": NFKC()}  # Unicode's normal forms that compose
 
 
-def make_tokenizer(pieces: Sequence[str], *, lowercase: bool = True) -> Tokenizer:
-    """The BERT tokenizer whose vocabulary is `pieces`, in the order of their ids."""
+def make_normalizer(lowercase: bool, form: str | None = None) -> Normalizer:
+    """BERT's, which leaves accents alone unless it lowercases, behind one of FORMS where `form` names it."""
+    bert = BertNormalizer(lowercase=lowercase)
+    return normalizers.Sequence([FORMS[form], bert]) if form else bert
+
+
+def make_tokenizer(
+    pieces: Sequence[str], *, lowercase: bool = True, form: str | None = None, cut_words: bool = False
+) -> Tokenizer:
+    """The BERT tokenizer whose vocabulary is `pieces`, in the order of their ids. form: see `make_normalizer`.
+    cut_words: words are cut every LONGEST_WORD characters, for scripts that write clauses without spaces."""
     ids = {piece: number for number, piece in enumerate(pieces)}
     missing = [token for token in SPECIAL_TOKENS if token not in ids]
     if missing or len(ids) != len(pieces):
         what = f"has no {missing[0]}" if missing else "holds a piece twice"
         raise InputError(f"the vocabulary {what}: it needs {' '.join(SPECIAL_TOKENS)} and every piece once")
     tokenizer = Tokenizer(WordPiece(ids, unk_token="[UNK]", max_input_chars_per_word=LONGEST_WORD))
-    tokenizer.normalizer = BertNormalizer(lowercase=lowercase)
-    tokenizer.pre_tokenizer = BertPreTokenizer()
+    tokenizer.normalizer, tokenizer.pre_tokenizer = make_normalizer(lowercase, form), BertPreTokenizer()
+    if cut_words:
+        cut = Split(Regex(f".{{1,{LONGEST_WORD}}}"), "isolated")
+        tokenizer.pre_tokenizer = PreTokenizerSequence([tokenizer.pre_tokenizer, cut])
     tokenizer.decoder = decoders.WordPiece(prefix="##")
     tokenizer.post_processor = TemplateProcessing(
         single="[CLS]:0 $A:0 [SEP]:0",
@@ -64,6 +77,13 @@ def adopt_tokenizer(path: str | Path) -> Tokenizer:
 def lowercases(tokenizer: Tokenizer) -> bool:
     """Whether upper case is lost on this tokenizer."""
     return tokenizer.normalizer is not None and "A" not in tokenizer.normalizer.normalize_str("A")
+
+
+def form_of(tokenizer: Tokenizer) -> str | None:
+    """The one of FORMS that this tokenizer brings text to."""
+    probe = "ﬁe\u0301"  # of which NFKC takes the ligature apart, and both put the accent on its letter
+    found = tokenizer.normalizer.normalize_str(probe) if tokenizer.normalizer else probe
+    return next((name for name, form in FORMS.items() if form.normalize_str(probe) == found), None)
 
 
 def save_tokenizer(

@@ -17,6 +17,7 @@ from tokenizer_build.tokenizer import LONGEST_WORD, SPECIAL_TOKENS
 
 CANDIDATES = 30_000  # learned by BPE; 60,000 give no better vocabulary
 LEAST_SHARE = 1e-6  # of all characters
+MOST_LONG = 1e-4  # share of words over LONGEST_WORD above which these are cut: no language with spaces has them
 LONGEST_PIECE = 24  # characters, for learned pieces
 TRAINERS = {
     "fewest": "Fewest pieces for the corpus (see select), from learned candidates and the teacher's pieces.",
@@ -33,17 +34,19 @@ def train_vocabulary(
     trainer: str = "fewest",
     *,
     required: Iterable[str] = (),
+    characters: Iterable[str] | None = None,
     teacher_vocabulary: Iterable[str] = (),
     lowercase: bool = True,
 ) -> list[str]:
     """The pieces, in order of their ids, that one of TRAINERS chooses for the word counts. `required` words become one
-    piece each, as a tokenizer with `lowercase` sees them; `teacher_vocabulary` is of any family. Raises InputError for
-    no words, for a required word that cannot be one piece, and where `size` cannot hold what is required."""
+    piece each, as a tokenizer with `lowercase` sees them; `characters` are the alphabet, by default that of the counts;
+    `teacher_vocabulary` is of any family. Raises InputError for no words, for a required word that cannot be one piece,
+    and where `size` cannot hold what is required."""
     if not counts:
         raise InputError("there are no words to learn a vocabulary from: count a corpus with text in it")
     teacher = teacher_pieces(teacher_vocabulary)
     required = required_words(required, lowercase, known := set(teacher) if trainer == "prune" else None)
-    characters = {*alphabet(counts), *"".join(required)}
+    characters = {*(alphabet(counts) if characters is None else characters), *"".join(required)}
     if known is not None:
         characters = {c for c in characters if known.issuperset(alphabet_pieces(c))}
     fixed = list(dict.fromkeys([*alphabet_pieces(sorted(characters)), *required]))
@@ -51,6 +54,8 @@ def train_vocabulary(
     if room < len(fixed):
         what = f"{size} pieces cannot hold the special tokens, {len(characters)} characters and the required words"
         raise InputError(f"{what}: allow at least {len(SPECIAL_TOKENS) + len(fixed)}")
+    if cuts_words(counts):
+        counts = _cut(counts)
     spelt = (item for item in counts.items() if len(item[0]) <= LONGEST_WORD and characters.issuperset(item[0]))
     words = sorted(spelt, key=lambda item: (-item[1], item[0]))
     if trainer in ("fewest", "prune"):
@@ -71,6 +76,21 @@ def required_words(words: Iterable[str], lowercase: bool, known: set[str] | None
     for word in found if known is not None else ():
         if missing := [piece for piece in (word, *alphabet_pieces(word)) if piece not in known]:
             raise InputError(f"the teacher has no piece {missing[0]!r}: prune cannot keep {word!r}: train fewest")
+    return found
+
+
+def cuts_words(counts: Mapping[str, int]) -> bool:
+    """Whether the text has words that WordPiece can read only in parts (see `make_tokenizer`): Thai, Lao, Khmer and
+    Burmese write clauses without spaces."""
+    return sum(count for word, count in counts.items() if len(word) > LONGEST_WORD) > MOST_LONG * sum(counts.values())
+
+
+def _cut(counts: Mapping[str, int]) -> Counter[str]:
+    """The counts of words cut every LONGEST_WORD characters."""
+    found: Counter[str] = Counter()
+    for word, count in counts.items():
+        for start in range(0, len(word), LONGEST_WORD):
+            found[word[start : start + LONGEST_WORD]] += count
     return found
 
 

@@ -22,8 +22,8 @@ from tokenizer_build.corpus import read_rows
 from tokenizer_build.count import count_words
 from tokenizer_build.errors import InputError
 from tokenizer_build.files import read_json, replacing, write_json, write_text
-from tokenizer_build.tokenizer import load_tokenizer, lowercases, save_tokenizer
-from tokenizer_build.trainers import train_vocabulary
+from tokenizer_build.tokenizer import form_of, load_tokenizer, lowercases, make_tokenizer, save_tokenizer
+from tokenizer_build.trainers import cuts_words, train_vocabulary
 from vocabshrink.data.tasks import Task, read_task
 from vocabshrink.delivery.export import ExportSettings, export_model
 from vocabshrink.models.families import positions_of
@@ -43,6 +43,7 @@ from vocabshrink.stages.tasks import label_texts
 from vocabshrink.training.losses import LOSSES, Loss
 
 Texts = str | os.PathLike | Iterable[str]  # a file, folder, glob or datasets:NAME:SPLIT, several of them, or the texts
+Languages = Mapping[str, Texts]  # {language: its texts}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -57,7 +58,12 @@ class Artifact:
 
 
 def compress(
-    model: str, texts: Texts | None = None, *, out: str | os.PathLike, since: float | None = None, **options: Any
+    model: str,
+    texts: Texts | Languages | None = None,
+    *,
+    out: str | os.PathLike,
+    since: float | None = None,
+    **options: Any,
 ) -> Artifact:
     """The encoder `model` (a folder, hub name or package:NAME/SUBFOLDER), made small for the texts, in a folder `out`:
     of an embedder an embedder; of a classifier, cross-encoder or tagger one with its labels; of any with a `task` a
@@ -74,7 +80,7 @@ def compress(
 
 def plan(
     model: str,
-    texts: Texts | None = None,
+    texts: Texts | Languages | None = None,
     *,
     task: str | os.PathLike | Mapping[str, Any] | None = None,
     out: str | os.PathLike,
@@ -101,9 +107,11 @@ def plan(
     if texts is None and task is None:
         raise InputError("texts: there are none: give files, or strings, or a task with labelled rows")
     section, rows = (None, None) if task is None else labelled_task(task, column, settings or {}, out / "labelled")
-    sources = spool(texts_of(rows) if texts is None else texts, out)
+    languages = texts if isinstance(texts, Mapping) else {}
+    languages = {name: spool(of_language, out / "languages" / name) for name, of_language in languages.items()}
+    sources = [*chain(*languages.values())] or spool(texts_of(rows) if texts is None else texts, out)
     names = {"model": model, "sources": sources, "column": "text" if texts is None else column}
-    names |= {"budget": size, "start": start}
+    names |= {"budget": size, "start": start} | ({"languages": languages} if languages else {})
     asked = names | {"minutes": minutes, "tokens": tokens, "goal": goal, "settings": settings, "task": section}
     recipe, before = out / "compress.yaml", out / "compress.json"
     if before.is_file():
@@ -227,10 +235,12 @@ def learn_vocabulary(
     tokenizer = load_tokenizer(resolve_model(teacher)) if teacher else None
     if lowercase is None:
         lowercase = tokenizer is None or lowercases(tokenizer)
-    counts = count_words(spool(texts, out := Path(out)), column=column, lowercase=lowercase)
+    reads = {"lowercase": lowercase, "form": form_of(tokenizer) if tokenizer else None}
+    counts = count_words(spool(texts, out := Path(out)), column=column, **reads)
     known = tokenizer.get_vocab() if tokenizer else {}
     options = {"required": list(required), "lowercase": lowercase, "teacher_vocabulary": known}
-    save_tokenizer(train_vocabulary(counts, size, trainer, **options), out, lowercase=lowercase)
+    pieces = train_vocabulary(counts, size, trainer, **options)
+    save_tokenizer(make_tokenizer(pieces, cut_words=cuts_words(counts), **reads), out)
     return out
 
 

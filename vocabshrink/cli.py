@@ -32,6 +32,7 @@ TRAIN = "torch transformers accelerate pydantic yaml pyarrow scipy onnx sklearn 
 EXTRAS = {"train": TRAIN, "tune": "optuna sqlalchemy", "report": "matplotlib jinja2 pandas"}  # packages of each
 CPUS = os.cpu_count() or 1
 SETTING = re.compile(r"[a-z_]+(\.\w+)+=")  # what overrides a recipe, as no file is called
+OF_LANGUAGE = re.compile(r"([a-z]{2,3}(?:[-_]\w+)?)=(.+)")  # a file of a language
 CONSOLE = Console(width=None if sys.stdout.isatty() else 120)
 
 
@@ -60,7 +61,7 @@ def compress(
     model: Annotated[str, typer.Argument(help="a folder, a hub name or package:NAME/SUBFOLDER")],
     out: Annotated[Path, typer.Option(help="folder of the run; the delivery is in its export/")],
     texts: Annotated[
-        list[str] | None, typer.Argument(help="files, folders, globs, datasets:NAME:SPLIT; section.key=value")
+        list[str] | None, typer.Argument(help="files, folders, globs, datasets:NAME:SPLIT, de=FILE; section.key=value")
     ] = None,
     task: Annotated[Path | None, typer.Option(help="labelled rows, of which a classifier or tagger is made")] = None,
     budget: Annotated[str, typer.Option(help="bytes of the delivery")] = "7MB",
@@ -83,7 +84,11 @@ def compress(
     options = {"budget": budget, "minutes": minutes, "tokens": tokens, "goal": goal, "start": start, "column": column}
     options |= {"settings": settings or None, "task": task}
     texts = [text for text in texts or () if not SETTING.match(text)]
-    sources = [text if text.startswith("datasets:") else Path(text) for text in texts] or None
+    sources: list | dict | None = [text if text.startswith("datasets:") else Path(text) for text in texts] or None
+    if named := [match for text in texts if (match := OF_LANGUAGE.match(text))]:
+        if len(named) < len(texts):
+            raise InputError("texts: some are of a language and some of none: write LANGUAGE=FILE for all or none")
+        sources = {match[1]: [Path(m[2]) for m in named if m[1] == match[1]] for match in named}
     recipe = api.plan(model, sources, out=out, **options)
     show_plan(recipe, out)
     print(f"recipe: {recipe}", flush=True)

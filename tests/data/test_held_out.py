@@ -54,8 +54,10 @@ class TestHeldOut:
 
         expected = [len(named(student, i) & named(teacher, i)) / min(top, count - 1) for i in range(count)]
         held_out = HeldOut([""] * 4 * count, np.zeros((0, 2), int))
-        assert held_out.neighbour_overlap(student, teacher, top) == pytest.approx(np.mean(expected))
-        assert held_out.neighbour_overlap(student, student * 2, top) == 1
+        assert held_out.neighbour_overlap(student, teacher, top) == {
+            "neighbour_overlap": pytest.approx(np.mean(expected))
+        }
+        assert held_out.neighbour_overlap(student, student * 2, top)["neighbour_overlap"] == 1
 
 
 class TestHeldOutTexts:

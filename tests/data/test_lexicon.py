@@ -11,8 +11,8 @@ from tokenizers import AddedToken, Regex, Tokenizer, models, normalizers, pre_to
 
 from tokenizer_build.count import count_block
 from tokenizer_build.errors import InputError
-from tokenizer_build.tokenizer import load_tokenizer, save_tokenizer
-from tokenizer_build.trainers import train_vocabulary
+from tokenizer_build.tokenizer import LONGEST_WORD, load_tokenizer, make_tokenizer, save_tokenizer
+from tokenizer_build.trainers import cuts_words, train_vocabulary
 from vocabshrink.data import lexicon
 from vocabshrink.data.lexicon import Lexicon, WordStream, check_family, encode_corpus
 
@@ -326,6 +326,26 @@ def test_every_script_is_counted_learnt_and_encoded_as_the_tokenizers_do(familie
     for family in FAMILIES:
         _, words, stream = encode(tmp_path / family, SCRIPTS, families[family], tmp_path / "student")
         for i, line in enumerate(SCRIPTS):
+            assert line_ids(words, stream, i, "teacher") == whole_line_ids(families[family], line), (family, line)
+            assert line_ids(words, stream, i, "student") == student.encode(line, add_special_tokens=False).ids
+
+
+CLAUSES = ["ฉันชอบกินข้าวผัดและดื่มน้ำชา" * 12, "ខ្ញុំចូលចិត្តញ៉ាំបាយ" * 9, "e\u0301" * 130 + " x", "ﷺ½" * 70]
+
+
+def test_words_of_any_length_and_every_unicode_form_are_encoded_as_the_tokenizers_do(families, tmp_path):
+    """Thai and Khmer clauses are longer than WordPiece reads; nothing is unknown that the alphabet can write."""
+    lines = [*SCRIPTS, *CLAUSES]
+    counts = count_block(lines, False, "NFKC")
+    assert cuts_words(counts) and max(map(len, counts)) > 3 * LONGEST_WORD
+    pieces, reads = train_vocabulary(counts, 420, lowercase=False), {"form": "NFKC", "cut_words": cuts_words(counts)}
+    save_tokenizer(make_tokenizer(pieces, lowercase=False, **reads), tmp_path / "student")
+    student = reference(tmp_path / "student")
+    assert not any("[UNK]" in student.encode(line).tokens for line in lines)
+    assert student.encode("é ﬁ").ids == student.encode("e\u0301 fi").ids
+    for family in FAMILIES:
+        _, words, stream = encode(tmp_path / family, lines, families[family], tmp_path / "student")
+        for i, line in enumerate(lines):
             assert line_ids(words, stream, i, "teacher") == whole_line_ids(families[family], line), (family, line)
             assert line_ids(words, stream, i, "student") == student.encode(line, add_special_tokens=False).ids
 

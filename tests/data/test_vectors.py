@@ -5,15 +5,10 @@ import json
 import numpy as np
 import pytest
 
+from tokenizer_build.corpus import read_parallel
 from tokenizer_build.errors import InputError
-from vocabshrink.data.vectors import (
-    BLOCK,
-    StoredVectors,
-    draw_sentences,
-    read_sentences,
-    store_vectors,
-    write_sentences,
-)
+from vocabshrink.data.batches import repeated
+from vocabshrink.data.vectors import BLOCK, Sentences, StoredVectors, draw_sentences, read_sentences, store_vectors
 from vocabshrink.run.recipe import CorpusSection, VectorsStage
 
 
@@ -23,30 +18,29 @@ def corpus_of(tmp_path, **files: list[str]) -> CorpusSection:
     return CorpusSection(sources=[str(tmp_path / f"{name}.txt") for name in files], held_out_every=10)
 
 
+def texts_of(corpus: CorpusSection, seed: int = 1, **section) -> list[str]:
+    return draw_sentences(corpus, VectorsStage(**section), seed).texts
+
+
 def test_each_source_gives_its_share_and_held_out_lines_nothing(tmp_path):
     corpus = corpus_of(tmp_path, a=[f"alpha {i} is here." for i in range(995)], b=[f"beta {i}." for i in range(100)])
-    drawn = draw_sentences(corpus, VectorsStage(sentences=100, shares=[1, 3]), seed=1)
+    drawn = texts_of(corpus, sentences=100, shares=[1, 3])
     assert len(drawn) == len(set(drawn)) == 100
     assert sum(text.startswith("alpha") for text in drawn) == 25
     held_out = {f"alpha {i} is here." for i in range(9, 995, 10)} | {f"beta {i}." for i in range(4, 100, 10)}
-    everything = draw_sentences(corpus, VectorsStage(sentences=10_000), seed=1)
+    everything = texts_of(corpus, sentences=10_000)
     assert len(everything) == 1095 - 109 and not held_out & set(everything)
     numbers = [int(text.split()[1]) for text in drawn if text.startswith("alpha")]
     assert max(numbers) > 700 and min(numbers) < 300  # from all of the source, not its head
-    assert drawn == draw_sentences(corpus, VectorsStage(sentences=100, shares=[1, 3]), seed=1)
-    assert drawn != draw_sentences(corpus, VectorsStage(sentences=100, shares=[1, 3]), seed=2)
+    assert drawn == texts_of(corpus, sentences=100, shares=[1, 3])
+    assert drawn != texts_of(corpus, seed=2, sentences=100, shares=[1, 3])
 
 
 def test_a_line_is_cut_into_its_sentences(tmp_path):
     line = 'He said "No." She left! 1.5 of 3. 今日は晴れ。明日は雨。 — ... x'
     corpus = corpus_of(tmp_path, a=[line, line, "", "12 34", "w" * 700])
-    assert sorted(draw_sentences(corpus, VectorsStage(), seed=0)) == sorted(
-        ['He said "No."', "She left!", "1.5 of 3.", "今日は晴れ。", "明日は雨。"]
-    )
-    assert draw_sentences(corpus_of(tmp_path, a=[line, "Two. Lines."]), VectorsStage(unit="line"), seed=0)[0] in (
-        line,
-        "Two. Lines.",
-    )
+    assert sorted(texts_of(corpus)) == sorted(['He said "No."', "She left!", "1.5 of 3.", "今日は晴れ。", "明日は雨。"])
+    assert texts_of(corpus_of(tmp_path, a=[line, "Two. Lines."]), unit="line")[0] in (line, "Two. Lines.")
 
 
 def test_a_corpus_without_sentences_is_refused(tmp_path):
@@ -55,9 +49,13 @@ def test_a_corpus_without_sentences_is_refused(tmp_path):
 
 
 def test_sentences_come_back_as_they_were(tmp_path):
-    sentences = ["a\u2028b", 'c "d"\t\\', "émile ", "\u200d"]
-    write_sentences(tmp_path, sentences)
-    assert read_sentences(tmp_path) == sentences
+    texts = ["a\u2028b", 'c "d"\t\\', "émile ", "\u200d"]
+    Sentences(texts, np.array([0, 1, 2, 0]), np.array([1, 0, 2, 2]), np.array([0.25, 0.75])).save(tmp_path)
+    found = Sentences.load(tmp_path)
+    assert (found.texts, found.own, found.rows.tolist()) == (texts, texts[:3], [0, 1, 2, 0])
+    assert (found.languages.tolist(), found.shares.tolist()) == ([1, 0, 2, 2], [0.25, 0.75])
+    (tmp_path / "sentences.safetensors").unlink()  # which earlier runs have not
+    assert Sentences.load(tmp_path).own == read_sentences(tmp_path) == texts
 
 
 def embed(texts: list[str]) -> np.ndarray:
@@ -103,3 +101,45 @@ def test_products_of_joined_vectors_are_the_weighted_mean_of_the_teachers_cosine
 
     expected = 0.75 * cosines(first) + 0.25 * cosines(second - second.mean(0))
     np.testing.assert_allclose(rows @ rows.T, expected, atol=2e-3)  # float16
+
+
+def corpus_of_languages(tmp_path, alpha: float, **languages: list[str]) -> CorpusSection:
+    files = {name: corpus_of(tmp_path, **{name: lines}).sources for name, lines in languages.items()}
+    return CorpusSection(sources=[], languages=files, alpha=alpha, held_out_every=10)
+
+
+def test_each_language_gives_the_share_of_its_size_to_the_power_alpha(tmp_path):
+    lines = {"en": [f"alpha {i} is here." for i in range(900)], "de": [f"beta {i}." for i in range(100)]}
+    for alpha, of_german in ((1.0, 12), (0.5, 30)):  # 810 and 90 lines to train on: a tenth, and a quarter
+        drawn = draw_sentences(corpus_of_languages(tmp_path, alpha, **lines), VectorsStage(sentences=120), 1)
+        assert len(drawn.texts) == len(set(drawn.texts)) == 120
+        german = [text.startswith("beta") for text in drawn.texts]
+        assert abs(sum(german) - of_german) <= 1 and drawn.languages.tolist() == [int(g) for g in german]
+        assert drawn.shares[1] == pytest.approx(90**alpha / (90**alpha + 810**alpha))
+    everything = draw_sentences(corpus_of_languages(tmp_path, 0.5, **lines), VectorsStage(sentences=600), 1)
+    counts = np.bincount(everything.languages)
+    assert counts.tolist() == [450, 90]  # all the German there is, which is repeated instead
+    rows = repeated(everything.languages, everything.shares, seed=1)
+    assert np.bincount(everything.languages[rows])[0] == 450 and set(rows) == set(range(540))
+    assert np.bincount(everything.languages[rows])[1] == pytest.approx(150, abs=12)
+
+
+def test_rows_without_languages_come_once():
+    assert repeated(np.zeros(4, int), np.zeros(0), seed=0).tolist() == [0, 1, 2, 3]
+    assert repeated(np.array([0, 2, 1, 2]), np.array([0.5, 0.5]), seed=0).tolist() == [0, 1, 2, 3]
+
+
+def test_translations_learn_the_vector_of_their_lines_first_sentence(tmp_path):
+    (tmp_path / "pairs.tsv").write_text('Good day.\tGuten Tag.\tBonjour.\n\n"alpha 1"\talpha eins\n', encoding="utf-8")
+    corpus = corpus_of(tmp_path, a=[f"alpha {i}" for i in range(9)])
+    drawn = draw_sentences(corpus.model_copy(update={"parallel": [str(tmp_path / "pairs.tsv")]}), VectorsStage(), 0)
+    assert drawn.own[-1] == "Good day." and sorted(drawn.own[:-1]) == [f"alpha {i}" for i in range(9)]
+    assert drawn.texts[10:] == ["Guten Tag.", "Bonjour.", "alpha eins"]
+    assert [drawn.texts[row] for row in drawn.rows[10:]] == ["Good day.", "Good day.", "alpha 1"]
+    assert drawn.rows[:10].tolist() == list(range(10))
+
+
+def test_a_line_without_a_translation_is_refused(tmp_path):
+    (tmp_path / "pairs.tsv").write_text("Good day.\tGuten Tag.\nalone\t \n", encoding="utf-8")
+    with pytest.raises(InputError, match=r"pairs.tsv: line 2 has no translation: write SENTENCE tab TRANSLATION"):
+        list(read_parallel([tmp_path / "pairs.tsv"]))

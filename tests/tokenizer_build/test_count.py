@@ -9,7 +9,7 @@ from collections import Counter
 import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
-from tokenizers.normalizers import BertNormalizer
+from tokenizers.normalizers import NFC, NFKC, BertNormalizer
 from tokenizers.pre_tokenizers import BertPreTokenizer
 
 from tokenizer_build.count import count_block, count_words, fold, map_in_order, read_counts, write_counts
@@ -22,25 +22,27 @@ ODD = (
 TEXT = st.text(st.one_of(st.sampled_from(ODD), st.characters(codec="utf-8")), max_size=80)
 
 
-def reference(text: str, lowercase: bool) -> Counter:
-    normal = BertNormalizer(lowercase=lowercase).normalize_str(text)
+def reference(text: str, lowercase: bool, form: str | None = None) -> Counter:
+    normal = {None: lambda text: text, "NFC": NFC().normalize_str, "NFKC": NFKC().normalize_str}[form](text)
+    normal = BertNormalizer(lowercase=lowercase).normalize_str(normal)
     return Counter(word for word, _ in BertPreTokenizer().pre_tokenize_str(normal))
 
 
-@given(st.lists(TEXT, max_size=6), st.booleans())
-@example([ODD, "a\x1cb\x85c\x0bd"], True)
-@example(["[MASK] [CLS]the[SEP] ##ing"], True)
-@example(["e", "\u0301x"], True)
-def test_counts_equal_the_tokenizers_on_arbitrary_text(lines, lowercase):
-    assert count_block(lines, lowercase) == reference("\n".join(lines), lowercase)
+@given(st.lists(TEXT, max_size=6), st.booleans(), st.sampled_from([None, "NFC", "NFKC"]))
+@example([ODD, "a\x1cb\x85c\x0bd"], True, None)
+@example([ODD, "x \u0301y ｶﾞ ﷺ a\u00a8"], False, "NFKC")
+@example(["[MASK] [CLS]the[SEP] ##ing"], True, None)
+@example(["e", "\u0301x"], True, "NFC")
+def test_counts_equal_the_tokenizers_on_arbitrary_text(lines, lowercase, form):
+    assert count_block(lines, lowercase, form) == reference("\n".join(lines), lowercase, form)
 
 
-@pytest.mark.parametrize("lowercase", [True, False])
-def test_every_character_is_treated_as_the_tokenizer_treats_it(lowercase):
+@pytest.mark.parametrize("lowercase, form", [(True, None), (False, "NFKC")])
+def test_every_character_is_treated_as_the_tokenizer_treats_it(lowercase, form):
     for start in range(0, 0x30000, 0x1000):
         characters = [chr(c) for c in range(start, start + 0x1000) if not 0xD800 <= c < 0xE000]
         text = " ".join(f"a{c}b {c}" for c in characters)
-        assert count_block([text], lowercase) == reference(text, lowercase)
+        assert count_block([text], lowercase, form) == reference(text, lowercase, form)
 
 
 def test_counts_do_not_depend_on_the_number_of_processes(tmp_path, monkeypatch):

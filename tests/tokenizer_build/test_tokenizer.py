@@ -13,6 +13,7 @@ from tokenizer_build.errors import InputError
 from tokenizer_build.tokenizer import (
     SPECIAL_TOKENS,
     adopt_tokenizer,
+    form_of,
     load_tokenizer,
     lowercases,
     make_tokenizer,
@@ -119,6 +120,22 @@ def test_a_given_tokenizer_is_taken_as_it_is(tmp_path):
         )
         assert own.get_vocab_size() == len((tmp_path / f"{name}-own" / "vocab.txt").read_text("utf-8").splitlines())
         assert lowercases(own) == (name == "german")
+
+
+def test_a_tokenizer_that_composes_and_cuts_long_words_is_what_transformers_loads(tmp_path):
+    from transformers import AutoTokenizer
+
+    pieces = [*SPECIAL_TOKENS, "é", "f", "##i", *"กข", *("##" + c for c in "กข")]
+    save_tokenizer(make_tokenizer(pieces, lowercase=False, form="NFKC", cut_words=True), tmp_path)
+    own, auto = load_tokenizer(tmp_path), AutoTokenizer.from_pretrained(tmp_path)
+    text = "e\u0301 é ﬁ " + "กข" * 125
+    ids = own.encode(text).ids
+    assert auto(text)["input_ids"] == ids and own.token_to_id("[UNK]") not in ids
+    assert own.encode(text, add_special_tokens=False).tokens[:4] == ["é", "é", "f", "##i"]
+    assert len(ids) == 2 + 4 + 250
+    assert form_of(own) == "NFKC" and not lowercases(own)
+    assert [form_of(make_tokenizer(pieces, form=form, lowercase=False)) for form in ("NFC", None)] == ["NFC", None]
+    assert form_of(make_tokenizer(pieces)) is None
 
 
 def test_a_bare_vocabulary_keeps_its_settings(tmp_path):

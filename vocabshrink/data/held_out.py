@@ -4,8 +4,8 @@ Held-out sentences come from lines that no training batch has seen. Rank agreeme
 models' cosine similarities over pairs: for each sentence three near pairs (see `near_groups`), where small vocabularies
 fail, and one random pair. Everything goes through text, the path that a delivery's users take."""
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
@@ -26,35 +26,56 @@ LEAST_SENTENCES = 20  # below this many, agreement and neighbours mean nothing
 
 @dataclass(frozen=True)
 class HeldOut:
-    """texts [4 n]: sentence i and its three near ones at 4 i .. 4 i + 3. pairs [k, 2]: indices into texts."""
+    """texts [4 n]: sentence i and its three near ones at 4 i .. 4 i + 3. pairs [k, 2]: indices into texts. languages:
+    {language: which of the n sentences are of it}, where there are at least LEAST_SENTENCES."""
 
     texts: list[str]
     pairs: np.ndarray
+    languages: dict[str, np.ndarray] = field(default_factory=dict)
 
     def rank_agreement(self, student: np.ndarray, teacher: np.ndarray) -> float:
         """Spearman correlation of the two models' similarities over the pairs. Vectors are [4 n, D]."""
         return float(spearmanr(similarities(student, self.pairs), similarities(teacher, self.pairs)).statistic)
 
-    def neighbour_overlap(self, student: np.ndarray, teacher: np.ndarray, top: int = 10) -> float:
-        """Share of each sentence's `top` nearest other sentences that both models name."""
-        neighbours = NearestNeighbors(n_neighbors=min(top, len(student) // 4 - 1), metric="cosine", algorithm="brute")
-        named = [neighbours.fit(vectors[::4]).kneighbors(return_distance=False) for vectors in (student, teacher)]
-        return float(np.mean([len(np.intersect1d(a, b)) / len(a) for a, b in zip(*named, strict=True)]))
+    def neighbour_overlap(self, student: np.ndarray, teacher: np.ndarray, top: int = 10) -> dict[str, float]:
+        """{"neighbour_overlap": share of each sentence's `top` nearest other sentences that both models name}, and
+        the same among the sentences of each language, as neighbour_overlap_LANGUAGE."""
+        groups, found = {"": np.arange(len(student) // 4)}, {}
+        groups |= {f"_{language}": chosen for language, chosen in self.languages.items()}
+        for name, chosen in groups.items():
+            neighbours = NearestNeighbors(n_neighbors=min(top, len(chosen) - 1), metric="cosine", algorithm="brute")
+            both = [neighbours.fit(of[4 * chosen]).kneighbors(return_distance=False) for of in (student, teacher)]
+            shared = [len(np.intersect1d(a, b)) / len(a) for a, b in zip(*both, strict=True)]
+            found[f"neighbour_overlap{name}"] = float(np.mean(shared))
+        return found
 
 
-def held_out_texts(stream: WordStream, lexicon: Lexicon, segments: Segments, count: int, seed: int) -> HeldOut:
-    """Draws sentences of 4 to 40 words and makes their near ones. Raises InputError if there are too few."""
+def held_out_texts(
+    stream: WordStream,
+    lexicon: Lexicon,
+    segments: Segments,
+    count: int,
+    seed: int,
+    names: Sequence[str] = (),
+    languages: np.ndarray | None = None,
+) -> HeldOut:
+    """Draws sentences of 4 to 40 words and makes their near ones. names: of languages, from each of which as many are
+    drawn; languages [S]: the place there of each segment's. Raises InputError if there are too few."""
     fitting = np.flatnonzero((segments.lengths >= 4) & (segments.lengths <= 40))
     if len(fitting) < LEAST_SENTENCES:
         raise InputError(f"corpus: only {len(fitting)} held-out sentences of 4 to 40 words: give more text")
     rng = np.random.default_rng((seed, 2))
-    chosen = np.sort(rng.permutation(fitting)[:count])
+    shuffled = rng.permutation(fitting)
+    groups = [shuffled[languages[shuffled] == place] for place in range(len(names))] or [shuffled]
+    chosen = np.sort(np.concatenate([group[: -(-count // len(groups))] for group in groups])[:count])
     near = near_groups(gather_words(stream, segments, chosen), rare_words(lexicon), rng)
     bounds = np.searchsorted(near.numbers, np.arange(1, near.count))
     texts = [" ".join(lexicon.words[w] for w in words) for words in np.split(near.words, bounds)]
     base = 4 * np.arange(len(chosen))
     partners = np.concatenate([base + 1, base + 2, base + 3, rng.permutation(base)])
-    return HeldOut(texts, np.stack([np.tile(base, 4), partners], 1))
+    own = {name: np.flatnonzero(languages[chosen] == place) for place, name in enumerate(names)}
+    enough = {name: found for name, found in own.items() if len(found) >= LEAST_SENTENCES}
+    return HeldOut(texts, np.stack([np.tile(base, 4), partners], 1), enough)
 
 
 def similarities(vectors: np.ndarray, pairs: np.ndarray) -> np.ndarray:

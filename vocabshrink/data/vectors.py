@@ -14,10 +14,12 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
+from safetensors.numpy import load_file, save_file
 
-from tokenizer_build.corpus import read_lines
+from tokenizer_build.corpus import read_lines, read_parallel
 from tokenizer_build.errors import InputError
 from tokenizer_build.files import read_json, write_json, write_text
+from tokenizer_build.languages import shares
 from vocabshrink.data.held_out import Embed
 from vocabshrink.run.recipe import CorpusSection, VectorsStage
 
@@ -27,27 +29,79 @@ BLOCK = 4096  # sentences embedded before their vectors are on disk
 SAMPLE = 8192  # stored vectors that the mean, the principal directions and the bank are taken from
 
 
-def draw_sentences(corpus: CorpusSection, section: VectorsStage, seed: int) -> list[str]:
-    """Distinct sentences (or lines) of the training lines, each source's share drawn evenly, in random order."""
-    found: dict[str, None] = {}
-    numbers = iter(range(1, 2**63))  # of lines through all sources, as the word stream counts them
-    shares = section.shares or [1.0] * len(corpus.sources)
-    for place, (source, share) in enumerate(zip(corpus.sources, shares, strict=True)):
-        rng, kept, room = random.Random(f"{seed} {place}"), [], math.ceil(section.sentences * share / sum(shares))
-        lines = zip(read_lines([source], corpus.column), numbers, strict=False)
-        training = (line for line, number in lines if number % corpus.held_out_every)
-        drawn = (text for line in training for text in sentences_of(line, whole=section.unit == "line"))
-        for seen, sentence in enumerate(drawn):
-            if seen < room:
-                kept.append(sentence)
-            elif (at := rng.randrange(seen + 1)) < room:  # Vitter's algorithm R: each has the same chance
-                kept[at] = sentence
-        found |= dict.fromkeys(kept)
-    if len(found) < 2:
+@dataclass(frozen=True)
+class Sentences:
+    """Distinct sentences in random order, then their translations. rows [N]: the vector that each learns: its own, or
+    that of the sentence which it translates. languages [N]: each one's place in `shares`; len(shares): of none.
+    shares: what each language is to have of the batches; none where the recipe names no languages."""
+
+    texts: list[str]
+    rows: np.ndarray
+    languages: np.ndarray
+    shares: np.ndarray
+
+    @property
+    def own(self) -> list[str]:
+        """Those that have a vector of their own, one to each row."""
+        return self.texts[: 1 + int(self.rows.max())]
+
+    def save(self, folder: Path) -> None:
+        write_sentences(folder, self.texts)
+        arrays = {"rows": self.rows, "languages": self.languages, "shares": self.shares}
+        save_file(arrays, folder / "sentences.safetensors")
+
+    @classmethod
+    def load(cls, folder: Path) -> "Sentences":
+        texts, file = read_sentences(folder), folder / "sentences.safetensors"
+        alone = {"rows": np.arange(len(texts)), "languages": np.zeros(len(texts), int), "shares": np.zeros(0)}
+        return cls(texts, **(load_file(file) if file.is_file() else alone))  # earlier runs have no such file
+
+
+def draw_sentences(corpus: CorpusSection, section: VectorsStage, seed: int) -> Sentences:
+    """Sentences (or lines) of the training lines, each source's or language's share drawn evenly; and all of the
+    parallel ones. Raises InputError for a corpus without any."""
+    drawn, portions = _draw(corpus, section, seed)
+    of_group: dict[str, int] = {}
+    for group, kept in enumerate(drawn):
+        for sentence in kept[: math.ceil(section.sentences * portions[group])]:
+            of_group.setdefault(sentence, group)
+    if len(of_group) < 2:
         raise InputError("corpus: no sentence to take vectors of: check corpus.sources and corpus.column")
-    sentences = list(found)
-    random.Random(seed).shuffle(sentences)
-    return sentences[: section.sentences]
+    texts = list(of_group)
+    random.Random(seed).shuffle(texts)
+    rows = {text: row for row, text in enumerate(texts[: section.sentences])}
+    translations: list[tuple[str, int]] = []
+    for first, *others in read_parallel(corpus.parallel) if corpus.parallel else ():
+        translations += [(other, rows.setdefault(first, len(rows))) for other in others]
+    named = [of_group.get(text, len(drawn)) if corpus.languages else 0 for text in rows]
+    named += [len(drawn) if corpus.languages else 0] * len(translations)
+    texts = [*rows, *(text for text, _ in translations)]
+    shares = np.array(portions if corpus.languages else [], np.float64)
+    return Sentences(texts, np.array([*rows.values(), *(row for _, row in translations)]), np.array(named), shares)
+
+
+def _draw(corpus: CorpusSection, section: VectorsStage, seed: int) -> tuple[list[list[str]], list[float]]:
+    """A sample of each language (else source) in random order, or as many as fill its share; and the shares."""
+    groups = list(corpus.languages.values()) or [[source] for source in corpus.sources]
+    weights, drawn, sizes = section.shares or [1.0] * len(groups), [], {}
+    numbers = iter(range(1, 2**63))  # of lines through all sources, as the word stream counts them
+    for place, (sources, weight) in enumerate(zip(groups, weights, strict=True)):
+        rng, kept, sizes[place] = random.Random(f"{seed} {place}"), [], 0
+        # how many of a language stay, the sizes of all of them tell
+        room = math.ceil(section.sentences * (1.0 if corpus.languages else weight / sum(weights)))
+        lines = zip(read_lines(sources, corpus.column), numbers, strict=False)
+        training = (line for line, number in lines if number % corpus.held_out_every)
+        found = (text for line in training for text in sentences_of(line, whole=section.unit == "line"))
+        for seen, sentence in enumerate(found, 1):
+            sizes[place] = seen
+            if seen <= room:
+                kept.append(sentence)
+            elif (at := rng.randrange(seen)) < room:  # Vitter's algorithm R: each has the same chance
+                kept[at] = sentence
+        if corpus.languages:
+            rng.shuffle(kept)
+        drawn.append(kept)
+    return drawn, [*shares(sizes, corpus.alpha).values()] if corpus.languages else [1.0] * len(groups)
 
 
 def sentences_of(line: str, *, whole: bool = False) -> Iterator[str]:

@@ -22,16 +22,23 @@ LONGEST = 128  # pieces that the teacher and the students in torch read
 
 
 def measure_systems(
-    held_out: HeldOut, rated: dict[str, Rows], folders: dict[str, Path], *, pooling: str, normalize: bool
+    held_out: HeldOut,
+    rated: dict[str, Rows],
+    folders: dict[str, Path],
+    *,
+    pooling: str,
+    normalize: bool,
+    prompt: str | None = None,
 ) -> dict[str, dict[str, float]]:
     """{"bytes", "rank_agreement", "neighbour_overlap", "latency_ms", each rated set}: {system: figure}.
-    folders: of "teacher", "untrained", "trained" and "delivered"."""
+    folders: of "teacher", "untrained", "trained" and "delivered". prompt: before every text that the teacher reads."""
     delivery, teacher, embedders = load(folders["delivered"]), folders["teacher"], {}
     for name in ("teacher", "untrained", "trained"):
         backbone = load_model(folders[name]).to(PartialState().device)
         dense = load_dense(module_settings(folders[name], pooling).dense, backbone.config.hidden_size)
-        embedders[name] = torch_embedder(backbone, folders[name], pooling, normalize, max_length=LONGEST, dense=dense)
-    embedders["delivered"] = partial(delivery.embed, prompt="")  # none of the systems gets a prompt
+        options = {"max_length": LONGEST, "dense": dense, "prompt": prompt if name == "teacher" else None}
+        embedders[name] = torch_embedder(backbone, folders[name], pooling, normalize, **options)
+    embedders["delivered"] = partial(delivery.embed, prompt="")
     vectors = {name: embed(held_out.texts) for name, embed in embedders.items()}
     target = vectors.pop("teacher")
     weights = sum(path.stat().st_size for path in weight_files(teacher))
@@ -39,9 +46,11 @@ def measure_systems(
     figures = {
         "bytes": {"teacher": weights, "delivered": delivery.manifest["delivery_bytes"]},
         "rank_agreement": {name: held_out.rank_agreement(found, target) for name, found in vectors.items()},
-        "neighbour_overlap": {name: held_out.neighbour_overlap(found, target) for name, found in vectors.items()},
         "latency_ms": times | {"delivered": latency(delivery.embed, held_out.texts)},
     }
+    overlaps = {name: held_out.neighbour_overlap(found, target) for name, found in vectors.items()}
+    for key in overlaps["delivered"]:
+        figures[key] = {name: found[key] for name, found in overlaps.items()}
     figures |= {name: {of: spearman(pairs, embed) for of, embed in embedders.items()} for name, pairs in rated.items()}
     return {key: {name: round(value, 4) for name, value in row.items()} for key, row in figures.items()}
 

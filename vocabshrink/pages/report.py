@@ -36,7 +36,11 @@ def write_report(run: RunDir) -> Path:
     facts |= {"systems": SYSTEMS, "tasks": task_rows(summary["tasks"]) if "tasks" in summary else []}
     facts["blocks"] = {key: value for key, value in summary.items() if key.endswith("_by_block")}
     facts["training"] = [training_panel(stage, rows) for stage in in_order(row["stage"] for row in rows)]
+    by_language = comparison.pop("languages", {})
     facts |= {"examples": comparison.pop("examples", []), "vocabulary": comparison}
+    facts["vocabulary"] |= {
+        f"{side}, {language}": found[side] for language, found in by_language.items() for side in ("teacher", "student")
+    }
     facts["details"] = {name: list(flatten(stages[name])) for name in in_order(stages)}
     facts["recipe"] = recipe.read_text(encoding="utf-8", errors="replace") if recipe.is_file() else None
     facts |= {"timings": stage_timings(run, rows, stages), "environment": list(flatten(environment))}

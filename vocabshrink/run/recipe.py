@@ -74,9 +74,33 @@ class TeacherSection(Section):
 
 class CorpusSection(Section):
     sources: list[str]
+    # {language: its sources} instead, as {de: [FILE], fr: [FILE]}: each has its share of the text, and its own figures
+    languages: Later[dict[Name, list[str]]] = {}
+    # a language's share of word counts and of sentences is its size to the power alpha; 0.5 unless given
+    alpha: Later[Annotated[float, Number, Field(ge=0.3, le=1)] | None] = None
+    parallel: Later[list[str]] = []  # TSV of translations: each learns the vector of its line's first sentence
     column: str = "text"
     held_out_every: Annotated[int, Number, Field(ge=2)] = 50  # every n-th line is kept from training
     processes: Positive = Field(default_factory=lambda: os.cpu_count() or 1)
+
+    @model_validator(mode="before")
+    @classmethod
+    def sources_are_of_languages(cls, value):
+        if isinstance(value, dict) and value.get("languages"):
+            return {"sources": [], "alpha": 0.5} | value
+        return value
+
+    @model_validator(mode="after")
+    def consistent(self):
+        if lacking := [language for language, files in self.languages.items() if not files]:
+            raise ValueError(f"languages.{lacking[0]} has no file: name one, or leave the language out")
+        files = list(itertools.chain(*self.languages.values()))
+        if files and self.sources not in ([], files):
+            raise ValueError("sources: every file is of a language here: leave sources, or languages, out")
+        if self.alpha and not files:
+            raise ValueError("alpha balances languages: add languages, or leave alpha out")
+        self.sources = files or self.sources
+        return self
 
 
 class VocabularySection(Section):
@@ -398,6 +422,10 @@ class Recipe(Section):
             raise ValueError(f"vectors.shares: give one number for each of the {len(self.corpus.sources)} sources")
         if self.vectors and sum(self.vectors.prompts.values()) > 1 + 1e-6:
             raise ValueError("vectors.prompts: the shares sum to more than 1: give parts of the sentences")
+        if self.vectors and self.vectors.shares and self.corpus.languages:
+            raise ValueError("vectors.shares: corpus.alpha shares the sentences out to languages: leave this key out")
+        if self.corpus.parallel and not self.vectors:
+            raise ValueError("corpus.parallel: translations learn stored vectors: add vectors, or leave the key out")
         if self.vectors and "teacher" in self.vectors.teachers:
             raise ValueError("vectors.teachers.teacher: this name is the first teacher's: choose another")
         if self.vectors and not self.distill:

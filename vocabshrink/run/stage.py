@@ -45,12 +45,13 @@ class Stage:
 HEAD = {"section": "masked_lm_head", "trains": True, "alone": True}  # in the teacher's pieces, whatever the student's
 STUDENT = {"trains": True, "student": True}
 PREFIXES = "delivery.dimensions"
+COUNTED = "corpus.sources corpus.languages corpus.alpha corpus.column"
 BEFORE = "encode masked_lm_head vectors dual"
 LAST = f"{BEFORE} distill"
 STAGES = {
     stage.name: stage
     for stage in (
-        Stage("count", "text", reads="corpus.sources corpus.column vocabulary.lowercase case_of"),
+        Stage("count", "text", reads=f"{COUNTED} vocabulary.lowercase case_of"),
         Stage("vocab", "text", "count", "vocabulary teacher"),
         Stage("vectors", "training", "", "corpus teacher vectors seed", "vectors"),
         Stage("encode", "text", "vocab vectors"),

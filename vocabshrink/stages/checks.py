@@ -1,11 +1,15 @@
 """What cannot work is refused before anything runs: all that the recipe, the files it names and the configs show."""
 
 from functools import partial
+from itertools import chain, islice
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
-from tokenizer_build.corpus import check_sources, expand
+from tokenizer_build.compare import measure
+from tokenizer_build.corpus import check_sources, expand, read_lines, read_parallel
+from tokenizer_build.count import count_block
 from tokenizer_build.errors import InputError
+from tokenizer_build.languages import check_script
 from tokenizer_build.tokenizer import adopt_tokenizer, load_tokenizer, save_tokenizer
 from tokenizer_build.trainers import required_words, teacher_pieces
 from vocabshrink.data.batches import encode_task
@@ -21,6 +25,7 @@ from vocabshrink.models.task_model import load_task_model
 from vocabshrink.models.teacher import find_head
 from vocabshrink.run.layer_map import layer_pairs
 from vocabshrink.run.recipe import ComparingStage, Phase, Recipe, TaskSection
+from vocabshrink.stages.choose import MOST_UNKNOWN
 from vocabshrink.stages.inputs import (
     given_tokenizer,
     read_tasks,
@@ -30,10 +35,11 @@ from vocabshrink.stages.inputs import (
     teacher_modules,
 )
 from vocabshrink.stages.plan import check_budget, student_shape
-from vocabshrink.stages.text import reads_lowercase
+from vocabshrink.stages.text import normalization
 from vocabshrink.training.finetune import logits_of
 from vocabshrink.training.losses import ATTENTION, check_losses, readers, unanswered
 
+LINES = 1_000  # of a file that are looked at before anything is done
 ROWS_TO_AGREE = 256  # training rows by which a teacher's order of labels is told
 
 
@@ -102,7 +108,9 @@ def check_all_losses(recipe: Recipe) -> None:
 
 def check_files(recipe: Recipe) -> None:
     """Refuses a recipe that names files which are not there, or are not what they should be."""
-    heads = {"corpus.sources": partial(check_sources, recipe.corpus.sources, recipe.corpus.column)}
+    heads = {}
+    if not recipe.corpus.languages:
+        heads["corpus.sources"] = partial(check_sources, recipe.corpus.sources, recipe.corpus.column)
     for name, path in recipe.evaluation.stsb.items():
         heads[f"evaluation.stsb.{name}"] = partial(read_rated_pairs, path)
     if recipe.index:
@@ -110,11 +118,26 @@ def check_files(recipe: Recipe) -> None:
     for name, task in recipe.tasks.items() if recipe.finetune else ():
         named = {field: getattr(task, field) for field in ("train", "validation", "test", "logits")}
         heads |= {f"tasks.{name}.{field}": partial(expand, [path]) for field, path in named.items() if path}
+    for language, files in recipe.corpus.languages.items():  # of each file the first lines, before hours are counted
+        heads[f"corpus.languages.{language}"] = partial(check_head, language, files, recipe)
+    if recipe.corpus.parallel:
+        heads["corpus.parallel"] = lambda: list(islice(read_parallel(recipe.corpus.parallel), LINES))
     for key, read in heads.items():
         try:
             read()
         except InputError as error:
             raise InputError(f"{key}: {error}") from None
+
+
+def check_head(language: str, files: list[str], recipe: Recipe) -> None:
+    """Refuses a language whose files begin in another script than its own, or in one that the teacher cannot write."""
+    heads = (islice(read_lines([file], recipe.corpus.column), LINES) for file in expand(files))
+    counts = count_block(chain.from_iterable(heads), lowercase=False)
+    check_script(language, counts)
+    share = measure(counts, load_tokenizer(teacher_folder(recipe)))["unknown_rate"] if counts else 0.0
+    if share > MOST_UNKNOWN:
+        fault = f"{recipe.teacher.model} cannot write {share:.0%} of its words"
+        raise InputError(f"{fault}: take a teacher that was trained on it, or leave the language out")
 
 
 def check_tokenizer(folder: Path) -> None:
@@ -129,7 +152,7 @@ def check_vocabulary(recipe: Recipe) -> None:
     section, known = recipe.vocabulary, None
     if section.required and section.trainer == "prune":
         known = set(teacher_pieces(load_tokenizer(teacher_folder(recipe)).get_vocab()))
-    required_words(section.required, reads_lowercase(recipe), known)
+    required_words(section.required, normalization(recipe)["lowercase"], known)
     if given := given_tokenizer(recipe):
         with TemporaryDirectory() as place:
             save_tokenizer(adopt_tokenizer(given), place)

@@ -213,7 +213,8 @@ def recipe_text(look: Look, shape: Shape, effort: Effort, **names) -> str:
     most = min(128, shape.section.max_position_embeddings, said.max_seq_length or 128)
     length = min(most, max(16, round(4 * look.length)))
     numbers = {"max_length": length, "tokens": round(effort.steps * effort.batch_size * look.length)}
-    numbers["evaluated"] = max(LEAST_EVALUATED, min(500, look.sentences // 40))
+    least = LEAST_EVALUATED * max(1, len(names.get("languages", ())))  # of each language
+    numbers["evaluated"] = max(least, min(500, look.sentences // 40))
     numbers["held_out_every"] = max(2, min(50, look.lines // 100))
     if of_task := names["of_task"]:
         numbers["epochs"] = 1 + of_task.batch_size * (of_task.steps + of_task.recovery_steps) // of_task.sentences

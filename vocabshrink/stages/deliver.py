@@ -75,7 +75,8 @@ def export_embedder(context: Context, settings: ExportSettings) -> dict:
     figures: dict = {}
 
     def measure(delivered: Path) -> dict:
-        figures.update(measure_systems(held_out, rated, systems | {"delivered": delivered}, **pooled))
+        prompt = inputs.evaluated_prompt(recipe)
+        figures.update(measure_systems(held_out, rated, systems | {"delivered": delivered}, prompt=prompt, **pooled))
         return {name: row for name, row in figures.items() if name not in ("bytes", "latency_ms")}
 
     manifest = write(context, done[-1], folder / "model", settings, measure=measure, gates=["rank_agreement", *rated])

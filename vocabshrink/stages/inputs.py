@@ -7,14 +7,16 @@ from itertools import islice
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
+import numpy as np
 import torch
 from tokenizers import Tokenizer
 from transformers import PreTrainedConfig
 
 from tokenizer_build.corpus import read_lines
 from tokenizer_build.files import read_json
+from tokenizer_build.languages import shares
 from tokenizer_build.tokenizer import load_tokenizer
-from vocabshrink.data.batches import Batch, Batcher, cut_segments
+from vocabshrink.data.batches import Batch, Batcher, Segments, cut_segments, repeated
 from vocabshrink.data.held_out import HeldOut, held_out_texts
 from vocabshrink.data.lexicon import Lexicon, WordStream, encode_corpus
 from vocabshrink.data.pieces import Pieces, PieceTable
@@ -63,6 +65,18 @@ def teacher_modules(recipe: Recipe) -> ModuleSettings:
     return module_settings(teacher_folder(recipe), recipe.teacher.pooling, recipe.teacher.normalize)
 
 
+def prompt_of(section: TeacherSection, said: ModuleSettings) -> str | None:
+    """What a teacher reads before every text whose vector is stored: the recipe's own words, else its folder's."""
+    return said.prompts.get(said.default_prompt) if section.prompt is None else section.prompt
+
+
+def evaluated_prompt(recipe: Recipe) -> str | None:
+    """What the teacher reads before each text where student and teacher are compared: what it read when its vectors
+    were stored, unless the student read prompts too."""
+    bare = recipe.vectors and not recipe.vectors.prompts
+    return prompt_of(recipe.teacher, teacher_modules(recipe)) if bare else None
+
+
 def load_section(section: TeacherSection) -> Teacher:
     """The teacher that a section of the recipe describes, fresh from its folder, its hash checked."""
     named = ("revision", "sha256", "pooling", "normalize")
@@ -91,6 +105,24 @@ def read_stored_vectors(context: Context, stage: DistillStage) -> StoredVectors 
         return None
     shares = {name: share for name, share in stage.teachers.items() if share} or dict.fromkeys(section.names, 1.0)
     return StoredVectors.load(context.folder_of("vectors"), shares, section.centered)
+
+
+def languages_of(context: Context, stream: WordStream, segments: Segments) -> np.ndarray:
+    """[S] the place in corpus.languages of the language of each segment; all 0 where the recipe names none."""
+    if not context.recipe.corpus.languages:
+        return np.zeros(len(segments.starts), np.int64)
+    lines = read_json(context.folder_of("encode") / "languages.json")
+    ends = stream.line_offsets[np.cumsum([lines[language] for language in context.recipe.corpus.languages])]
+    return np.searchsorted(ends, segments.starts, side="right")
+
+
+def balanced_rows(context: Context, stream: WordStream, segments: Segments) -> np.ndarray:
+    """The numbers of training segments, repeated so that the languages have their shares of the words."""
+    corpus, languages = context.recipe.corpus, languages_of(context, stream, segments)
+    words = np.bincount(languages, weights=segments.lengths, minlength=len(corpus.languages))
+    portions = np.array([*shares(dict(enumerate(words)), corpus.alpha).values()])
+    rows = np.bincount(languages, minlength=len(corpus.languages))
+    return repeated(languages, portions * rows / np.maximum(words, 1), context.recipe.seed)
 
 
 def read_tokenizers(context: Context) -> tuple[Tokenizer, Tokenizer]:
@@ -170,7 +202,8 @@ def read_held_out(context: Context) -> HeldOut:
     recipe, (lexicon, stream) = context.recipe, read_words(context)
     every = recipe.corpus.held_out_every if recipe.trains_on_lines else 1  # there are no other lines
     _, segments = cut_segments(stream, lexicon, held_out_every=every, unit="sentence", **HELD_OUT)
-    return held_out_texts(stream, lexicon, segments, recipe.evaluation.sentences, recipe.seed)
+    named = list(recipe.corpus.languages), languages_of(context, stream, segments)
+    return held_out_texts(stream, lexicon, segments, recipe.evaluation.sentences, recipe.seed, *named)
 
 
 def read_tasks(recipe: Recipe) -> dict[str, Task]:

@@ -1,6 +1,7 @@
 """From text to word ids: count words, choose the vocabulary, encode the corpus."""
 
 import itertools
+from collections.abc import Iterator
 
 from tokenizers import Tokenizer
 
@@ -9,50 +10,89 @@ from tokenizer_build.corpus import read_blocks
 from tokenizer_build.count import count_words, read_counts, write_counts
 from tokenizer_build.errors import InputError
 from tokenizer_build.files import write_json
-from tokenizer_build.tokenizer import adopt_tokenizer, lowercases, make_tokenizer, save_tokenizer, shared_tokenizer
-from tokenizer_build.trainers import train_vocabulary
+from tokenizer_build.languages import balance, script_of, scripts_of
+from tokenizer_build.tokenizer import (
+    adopt_tokenizer,
+    form_of,
+    lowercases,
+    make_tokenizer,
+    save_tokenizer,
+    shared_tokenizer,
+)
+from tokenizer_build.trainers import alphabet, cuts_words, train_vocabulary
 from vocabshrink.data.lexicon import encode_corpus
 from vocabshrink.data.vectors import read_sentences
-from vocabshrink.run.engine import Context, saying
+from vocabshrink.run.engine import Context, say, saying
 from vocabshrink.run.recipe import Recipe
 from vocabshrink.stages.inputs import given_tokenizer, teacher_folder
+
+RARE_SCRIPT = 0.01  # share of a language's words below which a script is spoken of
 
 
 def count(context: Context) -> dict:
     """Counts the words of the corpus, streamed and in parallel."""
-    corpus = context.recipe.corpus
-    options = {"column": corpus.column, "lowercase": reads_lowercase(context.recipe), "processes": corpus.processes}
-    counts = count_words(corpus.sources, **options, progress=saying("count: words", 10_000_000))
+    corpus, found = context.recipe.corpus, {}
+    options = {"column": corpus.column, "processes": corpus.processes} | normalization(context.recipe)
+    for language, sources in (corpus.languages or {"": corpus.sources}).items():
+        name = f"count: words of {language}" if language else "count: words"
+        found[language] = count_words(sources, **options, progress=saying(name, 10_000_000))
+    counts, sizes = found.get(""), {language: counts.total() for language, counts in found.items()}
+    if corpus.languages:
+        for language, of_language in found.items():
+            write_counts(of_language, context.folder / f"{language}.parquet")
+        counts = balance(found, corpus.alpha)
     write_counts(counts, context.folder / "counts.parquet")
-    return {"words": sum(counts.values()), "distinct_words": len(counts)}
+    summary = {"words": sum(sizes.values()), "distinct_words": len(counts)}
+    return summary | ({"words_by_language": sizes} if corpus.languages else {})
 
 
-def reads_lowercase(recipe: Recipe) -> bool:
-    """Whether the student reads everything in lower case: as its given tokenizer does, else as the recipe says, else as
-    the teacher does. Raises InputError where the recipe contradicts the given tokenizer."""
+def normalization(recipe: Recipe) -> dict:
+    """{"lowercase", "form"}: how the student's tokenizer normalises text: as the given one does, else in the case that
+    the recipe asks for, else as the teacher's. Raises InputError where the recipe contradicts the given tokenizer."""
     asked, given = recipe.vocabulary.lowercase, given_tokenizer(recipe)
-    found = lowercases(shared_tokenizer(given or teacher_folder(recipe)))
+    tokenizer = shared_tokenizer(given or teacher_folder(recipe))
+    found = lowercases(tokenizer)
     if given and asked not in (None, found):
         raise InputError(f"vocabulary.lowercase: {asked} is not what the tokenizer {given} does: leave the key out")
-    return found if asked is None else asked
+    return {"lowercase": found if asked is None else asked, "form": form_of(tokenizer)}
 
 
 def vocab(context: Context) -> dict:
     """Chooses the student's pieces, or takes those of a tokenizer that is there."""
-    section, of_teacher = context.recipe.vocabulary, teacher_folder(context.recipe)
-    counts, teacher = read_counts(context.folder_of("count") / "counts.parquet"), shared_tokenizer(of_teacher)
+    section, counted = context.recipe.vocabulary, context.folder_of("count")
+    teacher = shared_tokenizer(teacher_folder(context.recipe))
+    counts = read_counts(counted / "counts.parquet")
+    by_language = {name: read_counts(counted / f"{name}.parquet") for name in context.recipe.corpus.languages}
     if given := given_tokenizer(context.recipe):
         tokenizer = adopt_tokenizer(given)
     else:
-        options = {"required": section.required, "lowercase": reads_lowercase(context.recipe)}
+        reads = normalization(context.recipe)
+        options = {"required": section.required, "lowercase": reads["lowercase"]}
         options |= {"teacher_vocabulary": teacher.get_vocab()}
+        if by_language:  # a letter that is rare in all the text may be none of its language's rare ones
+            options["characters"] = set().union(*map(alphabet, by_language.values()))
         pieces = train_vocabulary(counts, section.size, section.trainer, **options)
-        tokenizer = make_tokenizer(pieces, lowercase=options["lowercase"])
+        tokenizer = make_tokenizer(pieces, cut_words=cuts_words(counts), **reads)
     save_tokenizer(tokenizer, context.folder)
-    comparison = compare(counts, {"teacher": of_teacher, "student": context.folder})
-    examples = segmentation_examples(counts, teacher, shared_tokenizer(context.folder))
-    write_json(context.folder / "comparison.json", comparison | {"examples": examples})
+    student = shared_tokenizer(context.folder)
+    comparison = compare(counts, {"teacher": teacher, "student": student})
+    more = {"examples": segmentation_examples(counts, teacher, student)}
+    if by_language:
+        more["languages"] = {name: of_language(name, counts, teacher, student) for name, counts in by_language.items()}
+    write_json(context.folder / "comparison.json", comparison | more)
     return {"pieces": tokenizer.get_vocab_size(), "comparison": comparison}
+
+
+def of_language(language: str, counts: dict[str, int], teacher: Tokenizer, student: Tokenizer) -> dict:
+    """{"teacher", "student": of `compare`, "scripts": of `scripts_of`} on a language's words. Says what becomes of
+    scripts that few of them are in."""
+    compared, scripts = compare(counts, {"teacher": teacher, "student": student}, used=True), scripts_of(counts)
+    spelt = {script_of(piece) for piece in student.get_vocab()}
+    for script, share in scripts.items():
+        if share < RARE_SCRIPT:
+            fate = "kept" if script in spelt else "left out of the alphabet, and unknown"
+            say(f"vocab: {share:.3%} of the words of {language} are in {script} letters: {fate}")
+    return compared | {"scripts": scripts}
 
 
 def segmentation_examples(counts: dict[str, int], teacher: Tokenizer, student: Tokenizer) -> list[dict]:
@@ -74,7 +114,18 @@ def encode(context: Context) -> dict:
     recipe, corpus, number = context.recipe, context.recipe.corpus, itertools.count(1)
     sentences = read_sentences(context.folder_of("vectors")) if recipe.vectors else []
     parts = (sentences[start : start + 10_000] for start in range(0, len(sentences), 10_000))
-    every, lines = 1 if recipe.trains_on_lines else corpus.held_out_every, read_blocks(corpus.sources, corpus.column)
-    blocks = itertools.chain(parts, ([line for line in block if next(number) % every == 0] for block in lines))
+    every, lines = 1 if recipe.trains_on_lines else corpus.held_out_every, dict.fromkeys(corpus.languages, 0)
+
+    def of_corpus() -> Iterator[list[str]]:
+        for language, sources in (corpus.languages or {"": corpus.sources}).items():
+            for block in read_blocks(sources, corpus.column):
+                kept = [line for line in block if next(number) % every == 0]
+                lines[language] = lines.get(language, 0) + len(kept)
+                yield kept
+
     options = {"processes": corpus.processes, "progress": saying("encode: words", 10_000_000)}
-    return encode_corpus(blocks, teacher_folder(recipe), context.vocabulary, context.folder, **options)
+    blocks, tokenizers = itertools.chain(parts, of_corpus()), (teacher_folder(recipe), context.vocabulary)
+    totals = encode_corpus(blocks, *tokenizers, context.folder, **options)
+    if corpus.languages:
+        write_json(context.folder / "languages.json", lines)
+    return totals

@@ -2,6 +2,7 @@
 
 import shutil
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 
 import numpy as np
@@ -11,7 +12,7 @@ from torch import nn
 
 from tokenizer_build.files import read_json, write_json
 from vocabshrink.data import vectors as stored
-from vocabshrink.data.batches import Batcher, Segments, cut_segments
+from vocabshrink.data.batches import Batcher, Segments, cut_segments, repeated
 from vocabshrink.data.held_out import read_rated_pairs, spearman
 from vocabshrink.data.pieces import PieceTable
 from vocabshrink.models.forward import module_settings, torch_embedder
@@ -52,26 +53,30 @@ def vectors(context: Context) -> dict:
         say("vectors: drawing sentences from the corpus")
         for entry in work.iterdir():
             entry.unlink()
-        stored.write_sentences(work, stored.draw_sentences(recipe.corpus, stage, recipe.seed))
+        stored.draw_sentences(recipe.corpus, stage, recipe.seed).save(work)
         write_json(mark, drawn)
-    sentences, prompts, found = stored.read_sentences(work), inputs.teacher_modules(recipe).prompts, {}
+    drawn, prompts, found = stored.Sentences.load(work), inputs.teacher_modules(recipe).prompts, {}
+    sentences = drawn.own
     read = stored.behind_prompts(sentences, [(prompts[name], share) for name, share in stage.prompts.items()])
     for name, section in ({"teacher": recipe.teacher} | stage.teachers).items():
         teacher = inputs.load_section(section)
         backbone = teacher.backbone.to(PartialState().device, torch.bfloat16)
         said, own = module_settings(teacher.folder, teacher.pooling), stage.prompts and name == "teacher"
-        prompt = said.prompts.get(said.default_prompt) if section.prompt is None else section.prompt
+        prompt = None if own else inputs.prompt_of(section, said)
         options = {"max_length": min(stage.max_length, said.max_seq_length or stage.max_length)}
-        options |= {"batch_size": stage.batch_size, "prompt": None if own else prompt, "dense": teacher.dense}
+        options |= {"batch_size": stage.batch_size, "prompt": prompt, "dense": teacher.dense}
         embed = torch_embedder(backbone, teacher.folder, teacher.pooling, False, **options)
         progress = partial(saying, f"vectors of {name}", 1, len(sentences))
         stored.store_vectors(work, name, read if own else sentences, embed, progress)
         found[name] = int(np.load(work / f"{name}.npy", mmap_mode="r").shape[1])
-    stored.write_sentences(context.folder, read)
+    # a translation stands behind the prompt of what it translates
+    starts = [text.removesuffix(bare) for text, bare in zip(read, sentences, strict=True)]
+    texts = [starts[row] + text for row, text in zip(drawn.rows, drawn.texts, strict=True)]
+    replace(drawn, texts=texts).save(context.folder)
     for entry in work.glob("*.npy"):
         entry.rename(context.folder / entry.name)
     shutil.rmtree(work)
-    return {"sentences": len(sentences), "widths": found}
+    return {"sentences": len(drawn.texts), "translations": len(drawn.texts) - len(sentences), "widths": found}
 
 
 def dual(context: Context) -> dict:
@@ -131,7 +136,7 @@ def distil_into_student(context: Context, stage: DistillStage, formats=None) -> 
         quantization_aware(student, formats)
     options = {"head": head, "directions": directions}
     if (vectors := inputs.read_stored_vectors(context, stage)) is not None:
-        texts = stored.read_sentences(context.folder_of("vectors"))[: stored.SAMPLE // 4]
+        texts = stored.Sentences.load(context.folder_of("vectors")).own[: stored.SAMPLE // 4]
         embed = torch_embedder(student, context.vocabulary, teacher.pooling, teacher.normalize, max_length=128)
         bank = torch.from_numpy(vectors.rows(slice(stored.SAMPLE)))
         narrow = narrowing(bank, torch.from_numpy(embed(texts)))  # brings them to where the student stands
@@ -195,11 +200,16 @@ def make_batcher(
     if vectors is None:
         limits = inputs.HELD_OUT | common | {"held_out_every": context.recipe.corpus.held_out_every}
         training, _ = cut_segments(stream, lexicon, unit=getattr(stage, "unit", "line"), **limits)
+        if context.recipe.corpus.languages:
+            rows = inputs.balanced_rows(context, stream, training)
+            training = Segments(training.starts[rows], training.lengths[rows])
     else:
         lengths = np.diff(stream.line_offsets)
         written = np.flatnonzero(lengths)  # a line of signs that neither tokenizer keeps has no words
+        drawn = stored.Sentences.load(context.folder_of("vectors"))
+        written = written[repeated(drawn.languages[written], drawn.shares, context.recipe.seed)]
         training = Segments(stream.line_offsets[:-1][written], lengths[written].astype(np.int32))
-        options["vectors"] = lambda chosen: vectors.rows(written[chosen])
+        options["vectors"] = lambda chosen: vectors.rows(drawn.rows[written[chosen]])
     group = getattr(stage, "group_size", 1)
     options |= {"batch_size": micro_batch(stage, accelerator, context.stage.name, group), "group_size": group}
     return Batcher(table, stream, lexicon, training, seed=context.recipe.seed, mask=stage.mask, **common, **options)
@@ -214,8 +224,9 @@ def evaluator(context: Context, teacher: Teacher, accelerator: Accelerator) -> C
     held_out = inputs.read_held_out(context) if recipe.evaluation.sentences else None
     rated = {name: read_rated_pairs(path) for name, path in recipe.evaluation.stsb.items()}
     pooled = {"pooling": teacher.pooling, "normalize": teacher.normalize, "max_length": 128}
-    backbone = teacher.backbone.to(accelerator.device)
-    embed = torch_embedder(backbone, inputs.teacher_folder(recipe), **pooled, dense=teacher.dense)
+    backbone, folder = teacher.backbone.to(accelerator.device), inputs.teacher_folder(recipe)
+    options = pooled | {"dense": teacher.dense, "prompt": inputs.evaluated_prompt(recipe)}
+    embed = torch_embedder(backbone, folder, **options)
     of_teacher = embed(held_out.texts) if held_out else None
 
     def evaluate(task) -> dict:
@@ -223,7 +234,7 @@ def evaluator(context: Context, teacher: Teacher, accelerator: Accelerator) -> C
         if held_out:
             vectors = embed(held_out.texts)
             figures["rank_agreement"] = held_out.rank_agreement(vectors, of_teacher)
-            figures["neighbour_overlap"] = held_out.neighbour_overlap(vectors, of_teacher)
+            figures |= held_out.neighbour_overlap(vectors, of_teacher)
         return figures | {name: spearman(pairs, embed) for name, pairs in rated.items()}
 
     return evaluate

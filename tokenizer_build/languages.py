@@ -1,0 +1,74 @@
+"""Several languages in one corpus: their shares of it, and the scripts that they are written in.
+
+A script is the first word of a letter's Unicode name (LATIN, CYRILLIC, CJK): no package, and no guess at a language.
+"""
+
+import unicodedata
+from collections import Counter
+from collections.abc import Mapping
+
+from tokenizer_build.errors import InputError
+
+# Languages (ISO 639) of one script; of those that are not here, any script is taken.
+LANGUAGES = {
+    "LATIN": "af ca cs cy da de en es et eu fi fr ga gl hr ht hu id is it la lt lv ms mt nl no nb nn pl pt ro sk sl sq "
+    "sv sw tl tr vi",
+    "CYRILLIC": "ru uk bg be mk ky tg ba cv tt",
+    "ARABIC": "ar fa ur ps ug",
+    "HEBREW": "he yi",
+    "GREEK": "el",
+    "DEVANAGARI": "hi mr ne sa",
+    "BENGALI": "bn as",
+    **{"GUJARATI": "gu", "GURMUKHI": "pa", "ORIYA": "or", "TAMIL": "ta", "TELUGU": "te", "KANNADA": "kn"},
+    **{"MALAYALAM": "ml", "SINHALA": "si", "THAI": "th", "LAO": "lo", "MYANMAR": "my", "KHMER": "km"},
+    **{"GEORGIAN": "ka", "ARMENIAN": "hy", "ETHIOPIC": "am ti", "TIBETAN": "bo dz", "HANGUL": "ko"},
+    "CJK": "zh yue ja",
+}
+SAME = dict.fromkeys(("HIRAGANA", "KATAKANA", "KATAKANA-HIRAGANA", "IDEOGRAPHIC", "HALFWIDTH", "BOPOMOFO"), "CJK")
+SAME["FULLWIDTH"] = "LATIN"
+LEAST_OWN = 0.25  # share of a language's words that are in its script; the rest may be names, code, quotations
+
+
+def shares(sizes: Mapping[str, int], alpha: float) -> dict[str, float]:
+    """Each language's share where it is proportional to its size to the power alpha: 1 leaves sizes as they are, less
+    gives small languages more (Conneau et al. 2020, arXiv 1911.02116, section 3.1, where alpha is 0.3)."""
+    powers = {language: size**alpha if size else 0.0 for language, size in sizes.items()}
+    return {language: power / sum(powers.values()) for language, power in powers.items()}
+
+
+def balance(counts: Mapping[str, Counter[str]], alpha: float) -> Counter[str]:
+    """The word counts of several languages as one, each scaled to its share of `shares`. Those of the largest language
+    stay as they are and the others are scaled up, so that no rare word is rounded away."""
+    sizes = {language: of_language.total() for language, of_language in counts.items()}
+    scales = {language: share / sizes[language] for language, share in shares(sizes, alpha).items() if share}
+    found: Counter[str] = Counter()
+    for language, scale in scales.items():
+        factor = scale / min(scales.values())
+        found.update({word: round(count * factor) for word, count in counts[language].items()})
+    return found
+
+
+def script_of(word: str) -> str | None:
+    """The script of a word's first letter; None for a word without one."""
+    letter = next(filter(str.isalpha, word), None)
+    script = unicodedata.name(letter, "").split(" ")[0] if letter else ""
+    return SAME.get(script, script) or None
+
+
+def scripts_of(counts: Mapping[str, int]) -> dict[str, float]:
+    """{script: its share of the words that have letters}, the largest first."""
+    found: Counter[str] = Counter()
+    for word, count in counts.items():
+        if script := script_of(word):
+            found[script] += count
+    return {script: count / found.total() for script, count in found.most_common()}
+
+
+def check_script(language: str, counts: Mapping[str, int]) -> None:
+    """Raises InputError where a language of `LANGUAGES` is hardly ever in its script."""
+    found, known = scripts_of(counts), language.lower().replace("_", "-").split("-")[0]
+    script = next((script for script, names in LANGUAGES.items() if known in names.split()), None)
+    if script and found and found.get(script, 0.0) < LEAST_OWN and "-" not in language:
+        most, share = next(iter(found.items()))
+        fault = f"{share:.0%} of its words are in {most} letters, and {language} is written in {script} ones"
+        raise InputError(f"{fault}: correct the language or its files")
