@@ -115,6 +115,16 @@ def test_sources_are_files_or_texts(tmp_path, monkeypatch):
     ]
     with pytest.raises(InputError, match="texts: there are none"):
         spool([], tmp_path)
+    with pytest.raises(InputError, match="texts: compress alone takes languages"):
+        spool({"de": ["one text"]}, tmp_path)
+
+
+def test_languages_are_planned_by_name_or_refused(tiny_teacher, texts, tmp_path, monkeypatch):
+    chosen = load_recipe(plan(str(tiny_teacher), {"de": iter(texts), "fr": texts[:400]}, out=tmp_path / "l", **TINY))
+    assert list(chosen.corpus.languages) == ["de", "fr"] and chosen.corpus.alpha == 0.5
+    assert chosen.evaluation.sentences >= 40
+    with pytest.raises(InputError, match="corpus.languages.ru: 100% of its words are in LATIN letters"):
+        plan(str(tiny_teacher), {"ru": texts}, out=tmp_path / "ru", **TINY)
 
 
 @pytest.mark.parametrize(

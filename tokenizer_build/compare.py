@@ -63,9 +63,8 @@ def _encoded(words: Iterable[str], tokenizer: Tokenizer) -> Iterator[tuple[str, 
     words = list(words)
     for start in range(0, len(words), BATCH):
         batch = words[start : start + BATCH]
-        yield from zip(
-            batch, tokenizer.encode_batch_fast([f" {w}" for w in batch], add_special_tokens=False), strict=True
-        )
+        encodings = tokenizer.encode_batch_fast([f" {word}" for word in batch], add_special_tokens=False)
+        yield from zip(batch, encodings, strict=True)
 
 
 def markdown(measured: Mapping[str, Mapping[str, float]]) -> str:

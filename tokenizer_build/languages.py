@@ -36,14 +36,17 @@ def shares(sizes: Mapping[str, int], alpha: float) -> dict[str, float]:
     return {language: power / sum(powers.values()) for language, power in powers.items()}
 
 
+def factors(sizes: Mapping[str, int], wanted: Mapping[str, float]) -> dict[str, float]:
+    """How often each language must be taken to have its wanted share: once the one that has most of it, so that nothing
+    is left out, the others more often."""
+    scales = {language: wanted[language] / size for language, size in sizes.items() if size}
+    return {language: scale / min(scales.values()) for language, scale in scales.items()}
+
+
 def balance(counts: Mapping[str, Counter[str]], alpha: float) -> Counter[str]:
-    """The word counts of several languages as one, each scaled to its share of `shares`. Those of the largest language
-    stay as they are and the others are scaled up, so that no rare word is rounded away."""
-    sizes = {language: of_language.total() for language, of_language in counts.items()}
-    scales = {language: share / sizes[language] for language, share in shares(sizes, alpha).items() if share}
-    found: Counter[str] = Counter()
-    for language, scale in scales.items():
-        factor = scale / min(scales.values())
+    """The word counts of several languages as one, each scaled up to its share of `shares`."""
+    sizes, found = {language: words.total() for language, words in counts.items()}, Counter()
+    for language, factor in factors(sizes, shares(sizes, alpha)).items():
         found.update({word: round(count * factor) for word, count in counts[language].items()})
     return found
 

@@ -185,6 +185,8 @@ def spool(texts: Texts, out: Path) -> list[str]:
     has other texts already."""
     if isinstance(texts, str | os.PathLike):
         return [os.path.expanduser(texts)]
+    if isinstance(texts, Mapping):
+        raise InputError("texts: compress alone takes languages: give the texts of all as one")
     members = iter(texts)
     if (first := next(members, None)) is None:
         raise InputError("texts: there are none: give files, or strings")

@@ -50,10 +50,10 @@ def test_a_corpus_without_sentences_is_refused(tmp_path):
 
 def test_sentences_come_back_as_they_were(tmp_path):
     texts = ["a\u2028b", 'c "d"\t\\', "émile ", "\u200d"]
-    Sentences(texts, np.array([0, 1, 2, 0]), np.array([1, 0, 2, 2]), np.array([0.25, 0.75])).save(tmp_path)
+    Sentences(texts, np.array([0, 1, 2, 0]), np.array([1.0, 2.5, 1.0, 1.0])).save(tmp_path)
     found = Sentences.load(tmp_path)
     assert (found.texts, found.own, found.rows.tolist()) == (texts, texts[:3], [0, 1, 2, 0])
-    assert (found.languages.tolist(), found.shares.tolist()) == ([1, 0, 2, 2], [0.25, 0.75])
+    assert found.times.tolist() == [1.0, 2.5, 1.0, 1.0]
     (tmp_path / "sentences.safetensors").unlink()  # which earlier runs have not
     assert Sentences.load(tmp_path).own == read_sentences(tmp_path) == texts
 
@@ -114,19 +114,13 @@ def test_each_language_gives_the_share_of_its_size_to_the_power_alpha(tmp_path):
         drawn = draw_sentences(corpus_of_languages(tmp_path, alpha, **lines), VectorsStage(sentences=120), 1)
         assert len(drawn.texts) == len(set(drawn.texts)) == 120
         german = [text.startswith("beta") for text in drawn.texts]
-        assert abs(sum(german) - of_german) <= 1 and drawn.languages.tolist() == [int(g) for g in german]
-        assert drawn.shares[1] == pytest.approx(90**alpha / (90**alpha + 810**alpha))
+        assert abs(sum(german) - of_german) <= 1 and max(drawn.times) < 1.1
     everything = draw_sentences(corpus_of_languages(tmp_path, 0.5, **lines), VectorsStage(sentences=600), 1)
-    counts = np.bincount(everything.languages)
-    assert counts.tolist() == [450, 90]  # all the German there is, which is repeated instead
-    rows = repeated(everything.languages, everything.shares, seed=1)
-    assert np.bincount(everything.languages[rows])[0] == 450 and set(rows) == set(range(540))
-    assert np.bincount(everything.languages[rows])[1] == pytest.approx(150, abs=12)
-
-
-def test_rows_without_languages_come_once():
-    assert repeated(np.zeros(4, int), np.zeros(0), seed=0).tolist() == [0, 1, 2, 3]
-    assert repeated(np.array([0, 2, 1, 2]), np.array([0.5, 0.5]), seed=0).tolist() == [0, 1, 2, 3]
+    german = np.array([text.startswith("beta") for text in everything.texts])
+    assert (german.sum(), (~german).sum()) == (90, 450)  # all the German there is, which is repeated instead
+    rows = repeated(everything.times, seed=1)
+    assert set(rows) == set(range(540)) and (~german[rows]).sum() == 450
+    assert german[rows].sum() == pytest.approx(150, abs=12)
 
 
 def test_translations_learn_the_vector_of_their_lines_first_sentence(tmp_path):
@@ -136,7 +130,7 @@ def test_translations_learn_the_vector_of_their_lines_first_sentence(tmp_path):
     assert drawn.own[-1] == "Good day." and sorted(drawn.own[:-1]) == [f"alpha {i}" for i in range(9)]
     assert drawn.texts[10:] == ["Guten Tag.", "Bonjour.", "alpha eins"]
     assert [drawn.texts[row] for row in drawn.rows[10:]] == ["Good day.", "Good day.", "alpha 1"]
-    assert drawn.rows[:10].tolist() == list(range(10))
+    assert drawn.rows[:10].tolist() == list(range(10)) and set(drawn.times) == {1.0}
 
 
 def test_a_line_without_a_translation_is_refused(tmp_path):

@@ -10,9 +10,9 @@ from tokenizer_build.count import read_counts
 from tokenizer_build.errors import InputError
 from tokenizer_build.files import read_json
 from tokenizer_build.tokenizer import load_tokenizer
-from vocabshrink.run.engine import Run, context_of, run_stage
+from vocabshrink.run.engine import Run, context_of, run_stage, settings_of
 from vocabshrink.run.folder import RunDir
-from vocabshrink.run.recipe import dump_recipe, load_recipe, parse_recipe
+from vocabshrink.run.recipe import CorpusSection, dump_recipe, load_recipe, parse_recipe
 from vocabshrink.stages import inputs
 from vocabshrink.stages.checks import check_recipe
 from vocabshrink.stages.training import make_batcher
@@ -47,7 +47,8 @@ def run(folders, files, tmp_path_factory) -> Run:
 
 
 def test_the_vocabulary_is_of_balanced_counts_and_compared_by_language(run, capsys):
-    counts = {name: read_counts(run.dir.stage("count") / f"{name}.parquet") for name in ("en", "el", "counts")}
+    counts = {name: read_counts(run.dir.stage("count") / f"languages/{name}.parquet") for name in ("en", "el")}
+    counts["counts"] = read_counts(run.dir.stage("count") / "counts.parquet")
     sizes = {name: counts[name].total() for name in ("en", "el")}
     share = sum(count for word, count in counts["counts"].items() if word in counts["el"]) / counts["counts"].total()
     assert share > 2 * sizes["el"] / sum(sizes.values())
@@ -80,9 +81,9 @@ def test_held_out_sentences_and_batches_are_of_every_language(run):
 
     batcher = make_batcher(context, stage, teacher, ("student",), Alone())
     languages = inputs.languages_of(context, batcher.stream, batcher.segments)
-    words = np.bincount(languages, weights=batcher.segments.lengths)
-    assert words[1] / words.sum() == pytest.approx(10**0.5 / (10 + 10**0.5), abs=0.04)
-    assert len(np.unique(batcher.segments.starts[languages == 0])) == (languages == 0).sum()
+    words = {name: batcher.segments.lengths[numbers].sum() for name, numbers in languages.items()}
+    assert words["el"] / sum(words.values()) == pytest.approx(10**0.5 / (10 + 10**0.5), abs=0.04)
+    assert len(np.unique(batcher.segments.starts[languages["en"]])) == len(languages["en"])
 
 
 def test_languages_read_back_and_what_was_made_without_them_stays(files, tmp_path, folders):
@@ -90,6 +91,10 @@ def test_languages_read_back_and_what_was_made_without_them_stays(files, tmp_pat
     (tmp_path / "again.yaml").write_text(dump_recipe(recipe), encoding="utf-8")
     assert load_recipe(tmp_path / "again.yaml") == recipe
     assert recipe.corpus.sources == files["en"] + files["el"]
+    assert {"corpus.languages", "corpus.alpha"} <= settings_of(recipe, "count").keys()
+    plain = recipe.model_copy(update={"corpus": CorpusSection(sources=files["en"])})
+    assert settings_of(plain, "count").keys() == {"corpus.sources", "corpus.column", "vocabulary.lowercase", "case_of"}
+    assert not {"languages", "alpha", "parallel"} & settings_of(plain, "distill")["corpus"].keys()
 
 
 REFUSED = [

@@ -138,16 +138,10 @@ def cut_segments(
     return Segments(starts[~held_out], lengths[~held_out]), Segments(starts[held_out], lengths[held_out])
 
 
-def repeated(languages: np.ndarray, shares: np.ndarray, seed: int) -> np.ndarray:
-    """The numbers of rows [R], in order, each as often as its language's share of all asks for: once in the language
-    that has most for its share. languages [R]: each row's place in `shares` [L]; rows of none (L) come once."""
-    if not len(shares):
-        return np.arange(len(languages))
-    counts = np.bincount(languages, minlength=len(shares) + 1)[: len(shares)]
-    factors = np.divide(shares, counts, out=np.zeros(len(shares)), where=counts > 0)
-    factors = np.append(factors / factors[factors > 0].min(initial=1.0), 1.0)
-    times = np.floor(factors[languages] + np.random.default_rng((seed, 3)).random(len(languages)))
-    return np.repeat(np.arange(len(languages)), times.astype(np.int64))
+def repeated(times: np.ndarray, seed: int) -> np.ndarray:
+    """The numbers of rows in order, each as often as `times` [R] says, on the average."""
+    often = np.floor(times + np.random.default_rng((seed, 3)).random(len(times)))
+    return np.repeat(np.arange(len(times)), often.astype(np.int64))
 
 
 class Order:

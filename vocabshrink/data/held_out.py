@@ -4,9 +4,10 @@ Held-out sentences come from lines that no training batch has seen. Rank agreeme
 models' cosine similarities over pairs: for each sentence three near pairs (see `near_groups`), where small vocabularies
 fail, and one random pair. Everything goes through text, the path that a delivery's users take."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
+from types import MappingProxyType
 
 import numpy as np
 from pydantic import FiniteFloat, TypeAdapter, ValidationError
@@ -51,29 +52,23 @@ class HeldOut:
 
 
 def held_out_texts(
-    stream: WordStream,
-    lexicon: Lexicon,
-    segments: Segments,
-    count: int,
-    seed: int,
-    names: Sequence[str] = (),
-    languages: np.ndarray | None = None,
+    stream: WordStream, lexicon: Lexicon, segments: Segments, count: int, seed: int, languages=MappingProxyType({})
 ) -> HeldOut:
-    """Draws sentences of 4 to 40 words and makes their near ones. names: of languages, from each of which as many are
-    drawn; languages [S]: the place there of each segment's. Raises InputError if there are too few."""
+    """Draws sentences of 4 to 40 words and makes their near ones. languages: {language: the numbers of its segments},
+    from each of which as many are drawn. Raises InputError if there are too few."""
     fitting = np.flatnonzero((segments.lengths >= 4) & (segments.lengths <= 40))
     if len(fitting) < LEAST_SENTENCES:
         raise InputError(f"corpus: only {len(fitting)} held-out sentences of 4 to 40 words: give more text")
     rng = np.random.default_rng((seed, 2))
     shuffled = rng.permutation(fitting)
-    groups = [shuffled[languages[shuffled] == place] for place in range(len(names))] or [shuffled]
+    groups = [shuffled[np.isin(shuffled, numbers)] for numbers in languages.values()] or [shuffled]
     chosen = np.sort(np.concatenate([group[: -(-count // len(groups))] for group in groups])[:count])
     near = near_groups(gather_words(stream, segments, chosen), rare_words(lexicon), rng)
     bounds = np.searchsorted(near.numbers, np.arange(1, near.count))
     texts = [" ".join(lexicon.words[w] for w in words) for words in np.split(near.words, bounds)]
     base = 4 * np.arange(len(chosen))
     partners = np.concatenate([base + 1, base + 2, base + 3, rng.permutation(base)])
-    own = {name: np.flatnonzero(languages[chosen] == place) for place, name in enumerate(names)}
+    own = {name: np.flatnonzero(np.isin(chosen, numbers)) for name, numbers in languages.items()}
     enough = {name: found for name, found in own.items() if len(found) >= LEAST_SENTENCES}
     return HeldOut(texts, np.stack([np.tile(base, 4), partners], 1), enough)
 

@@ -9,6 +9,7 @@ import json
 import math
 import random
 import re
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,7 +20,7 @@ from safetensors.numpy import load_file, save_file
 from tokenizer_build.corpus import read_lines, read_parallel
 from tokenizer_build.errors import InputError
 from tokenizer_build.files import read_json, write_json, write_text
-from tokenizer_build.languages import shares
+from tokenizer_build.languages import factors, shares
 from vocabshrink.data.held_out import Embed
 from vocabshrink.run.recipe import CorpusSection, VectorsStage
 
@@ -31,14 +32,13 @@ SAMPLE = 8192  # stored vectors that the mean, the principal directions and the 
 
 @dataclass(frozen=True)
 class Sentences:
-    """Distinct sentences in random order, then their translations. rows [N]: the vector that each learns: its own, or
-    that of the sentence which it translates. languages [N]: each one's place in `shares`; len(shares): of none.
-    shares: what each language is to have of the batches; none where the recipe names no languages."""
+    """Distinct sentences in random order, then translations. rows [N]: the vector that each learns: its own, or that of
+    the sentence which it translates. times [N]: how often each comes in an epoch, so that languages have their shares
+    also where they have too few sentences."""
 
     texts: list[str]
     rows: np.ndarray
-    languages: np.ndarray
-    shares: np.ndarray
+    times: np.ndarray
 
     @property
     def own(self) -> list[str]:
@@ -47,41 +47,40 @@ class Sentences:
 
     def save(self, folder: Path) -> None:
         write_sentences(folder, self.texts)
-        arrays = {"rows": self.rows, "languages": self.languages, "shares": self.shares}
-        save_file(arrays, folder / "sentences.safetensors")
+        save_file({"rows": self.rows, "times": self.times}, folder / "sentences.safetensors")
 
     @classmethod
     def load(cls, folder: Path) -> "Sentences":
         texts, file = read_sentences(folder), folder / "sentences.safetensors"
-        alone = {"rows": np.arange(len(texts)), "languages": np.zeros(len(texts), int), "shares": np.zeros(0)}
-        return cls(texts, **(load_file(file) if file.is_file() else alone))  # earlier runs have no such file
+        alone = {"rows": np.arange(len(texts)), "times": np.ones(len(texts))}  # of earlier runs, without such a file
+        return cls(texts, **(load_file(file) if file.is_file() else alone))
 
 
 def draw_sentences(corpus: CorpusSection, section: VectorsStage, seed: int) -> Sentences:
     """Sentences (or lines) of the training lines, each source's or language's share drawn evenly; and all of the
     parallel ones. Raises InputError for a corpus without any."""
     drawn, portions = _draw(corpus, section, seed)
-    of_group: dict[str, int] = {}
+    group_of: dict[str, int] = {}
     for group, kept in enumerate(drawn):
         for sentence in kept[: math.ceil(section.sentences * portions[group])]:
-            of_group.setdefault(sentence, group)
-    if len(of_group) < 2:
+            group_of.setdefault(sentence, group)
+    if len(group_of) < 2:
         raise InputError("corpus: no sentence to take vectors of: check corpus.sources and corpus.column")
-    texts = list(of_group)
+    texts = list(group_of)
     random.Random(seed).shuffle(texts)
+    groups = [group_of[text] for text in texts[: section.sentences]]
     rows = {text: row for row, text in enumerate(texts[: section.sentences])}
+    times = factors(Counter(groups), portions) if corpus.languages else dict.fromkeys(portions, 1.0)
     translations: list[tuple[str, int]] = []
     for first, *others in read_parallel(corpus.parallel) if corpus.parallel else ():
         translations += [(other, rows.setdefault(first, len(rows))) for other in others]
-    named = [of_group.get(text, len(drawn)) if corpus.languages else 0 for text in rows]
-    named += [len(drawn) if corpus.languages else 0] * len(translations)
     texts = [*rows, *(text for text, _ in translations)]
-    shares = np.array(portions if corpus.languages else [], np.float64)
-    return Sentences(texts, np.array([*rows.values(), *(row for _, row in translations)]), np.array(named), shares)
+    often = [times[group] for group in groups] + [1.0] * (len(texts) - len(groups))
+    return Sentences(texts, np.array([*rows.values(), *(row for _, row in translations)]), np.array(often))
 
 
-def _draw(corpus: CorpusSection, section: VectorsStage, seed: int) -> tuple[list[list[str]], list[float]]:
-    """A sample of each language (else source) in random order, or as many as fill its share; and the shares."""
+def _draw(corpus: CorpusSection, section: VectorsStage, seed: int) -> tuple[list[list[str]], dict[int, float]]:
+    """A sample of each language in random order, and their shares; of each source as many as its share, and ones."""
     groups = list(corpus.languages.values()) or [[source] for source in corpus.sources]
     weights, drawn, sizes = section.shares or [1.0] * len(groups), [], {}
     numbers = iter(range(1, 2**63))  # of lines through all sources, as the word stream counts them
@@ -101,7 +100,7 @@ def _draw(corpus: CorpusSection, section: VectorsStage, seed: int) -> tuple[list
         if corpus.languages:
             rng.shuffle(kept)
         drawn.append(kept)
-    return drawn, [*shares(sizes, corpus.alpha).values()] if corpus.languages else [1.0] * len(groups)
+    return drawn, shares(sizes, corpus.alpha) if corpus.languages else dict.fromkeys(sizes, 1.0)
 
 
 def sentences_of(line: str, *, whole: bool = False) -> Iterator[str]:

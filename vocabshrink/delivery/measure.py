@@ -22,13 +22,7 @@ LONGEST = 128  # pieces that the teacher and the students in torch read
 
 
 def measure_systems(
-    held_out: HeldOut,
-    rated: dict[str, Rows],
-    folders: dict[str, Path],
-    *,
-    pooling: str,
-    normalize: bool,
-    prompt: str | None = None,
+    held_out: HeldOut, rated: dict[str, Rows], folders: dict[str, Path], *, pooling: str, normalize: bool, prompt=None
 ) -> dict[str, dict[str, float]]:
     """{"bytes", "rank_agreement", "neighbour_overlap", "latency_ms", each rated set}: {system: figure}.
     folders: of "teacher", "untrained", "trained" and "delivered". prompt: before every text that the teacher reads."""

@@ -14,7 +14,7 @@ from transformers import PreTrainedConfig
 
 from tokenizer_build.corpus import read_lines
 from tokenizer_build.files import read_json
-from tokenizer_build.languages import shares
+from tokenizer_build.languages import factors, shares
 from tokenizer_build.tokenizer import load_tokenizer
 from vocabshrink.data.batches import Batch, Batcher, Segments, cut_segments, repeated
 from vocabshrink.data.held_out import HeldOut, held_out_texts
@@ -107,22 +107,24 @@ def read_stored_vectors(context: Context, stage: DistillStage) -> StoredVectors 
     return StoredVectors.load(context.folder_of("vectors"), shares, section.centered)
 
 
-def languages_of(context: Context, stream: WordStream, segments: Segments) -> np.ndarray:
-    """[S] the place in corpus.languages of the language of each segment; all 0 where the recipe names none."""
-    if not context.recipe.corpus.languages:
-        return np.zeros(len(segments.starts), np.int64)
+def languages_of(context: Context, stream: WordStream, segments: Segments) -> dict[str, np.ndarray]:
+    """{language of the recipe: the numbers of its segments}"""
+    if not (names := list(context.recipe.corpus.languages)):
+        return {}
     lines = read_json(context.folder_of("encode") / "languages.json")
-    ends = stream.line_offsets[np.cumsum([lines[language] for language in context.recipe.corpus.languages])]
-    return np.searchsorted(ends, segments.starts, side="right")
+    ends = stream.line_offsets[np.cumsum([lines[name] for name in names])]
+    places = np.searchsorted(ends, segments.starts, side="right")
+    return {name: np.flatnonzero(places == place) for place, name in enumerate(names)}
 
 
-def balanced_rows(context: Context, stream: WordStream, segments: Segments) -> np.ndarray:
-    """The numbers of training segments, repeated so that the languages have their shares of the words."""
-    corpus, languages = context.recipe.corpus, languages_of(context, stream, segments)
-    words = np.bincount(languages, weights=segments.lengths, minlength=len(corpus.languages))
-    portions = np.array([*shares(dict(enumerate(words)), corpus.alpha).values()])
-    rows = np.bincount(languages, minlength=len(corpus.languages))
-    return repeated(languages, portions * rows / np.maximum(words, 1), context.recipe.seed)
+def balanced(context: Context, stream: WordStream, segments: Segments) -> Segments:
+    """Training segments, repeated so that the languages have their shares of the words."""
+    languages, times = languages_of(context, stream, segments), np.ones(len(segments.starts))
+    words = {name: int(segments.lengths[numbers].sum()) for name, numbers in languages.items()}
+    for name, factor in factors(words, shares(words, context.recipe.corpus.alpha)).items() if words else ():
+        times[languages[name]] = factor
+    rows = repeated(times, context.recipe.seed)
+    return Segments(segments.starts[rows], segments.lengths[rows])
 
 
 def read_tokenizers(context: Context) -> tuple[Tokenizer, Tokenizer]:
@@ -202,8 +204,8 @@ def read_held_out(context: Context) -> HeldOut:
     recipe, (lexicon, stream) = context.recipe, read_words(context)
     every = recipe.corpus.held_out_every if recipe.trains_on_lines else 1  # there are no other lines
     _, segments = cut_segments(stream, lexicon, held_out_every=every, unit="sentence", **HELD_OUT)
-    named = list(recipe.corpus.languages), languages_of(context, stream, segments)
-    return held_out_texts(stream, lexicon, segments, recipe.evaluation.sentences, recipe.seed, *named)
+    languages = languages_of(context, stream, segments)
+    return held_out_texts(stream, lexicon, segments, recipe.evaluation.sentences, recipe.seed, languages)
 
 
 def read_tasks(recipe: Recipe) -> dict[str, Task]:

@@ -39,7 +39,7 @@ def count(context: Context) -> dict:
     counts, sizes = found.get(""), {language: counts.total() for language, counts in found.items()}
     if corpus.languages:
         for language, of_language in found.items():
-            write_counts(of_language, context.folder / f"{language}.parquet")
+            write_counts(of_language, context.folder / "languages" / f"{language}.parquet")
         counts = balance(found, corpus.alpha)
     write_counts(counts, context.folder / "counts.parquet")
     summary = {"words": sum(sizes.values()), "distinct_words": len(counts)}
@@ -62,7 +62,9 @@ def vocab(context: Context) -> dict:
     section, counted = context.recipe.vocabulary, context.folder_of("count")
     teacher = shared_tokenizer(teacher_folder(context.recipe))
     counts = read_counts(counted / "counts.parquet")
-    by_language = {name: read_counts(counted / f"{name}.parquet") for name in context.recipe.corpus.languages}
+    by_language = {
+        name: read_counts(counted / "languages" / f"{name}.parquet") for name in context.recipe.corpus.languages
+    }
     if given := given_tokenizer(context.recipe):
         tokenizer = adopt_tokenizer(given)
     else:

@@ -200,14 +200,12 @@ def make_batcher(
     if vectors is None:
         limits = inputs.HELD_OUT | common | {"held_out_every": context.recipe.corpus.held_out_every}
         training, _ = cut_segments(stream, lexicon, unit=getattr(stage, "unit", "line"), **limits)
-        if context.recipe.corpus.languages:
-            rows = inputs.balanced_rows(context, stream, training)
-            training = Segments(training.starts[rows], training.lengths[rows])
+        training = inputs.balanced(context, stream, training)
     else:
         lengths = np.diff(stream.line_offsets)
         written = np.flatnonzero(lengths)  # a line of signs that neither tokenizer keeps has no words
         drawn = stored.Sentences.load(context.folder_of("vectors"))
-        written = written[repeated(drawn.languages[written], drawn.shares, context.recipe.seed)]
+        written = written[repeated(drawn.times[written], context.recipe.seed)]
         training = Segments(stream.line_offsets[:-1][written], lengths[written].astype(np.int32))
         options["vectors"] = lambda chosen: vectors.rows(drawn.rows[written[chosen]])
     group = getattr(stage, "group_size", 1)
