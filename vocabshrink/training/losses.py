@@ -267,8 +267,8 @@ def over_prefixes(forward: Forward, cost: Callable[[Tensor, int], Tensor]) -> Te
     """The mean of cost(vectors [B, d], d) over the student's width and those at which its vectors may be cut
     (Matryoshka representation learning, Kusupati et al. 2022, equation 1, with equal weights)."""
     student = forward.student.sentence
-    widths = dict.fromkeys((student.shape[-1], *forward.dimensions))
-    return torch.stack([cost(student[:, :width], width) for width in widths]).mean()
+    costs = [cost(student[:, :d], d) for d in forward.dimensions if d < student.shape[-1]]
+    return sum(costs, cost(student, student.shape[-1])) / (1 + len(costs))
 
 
 def sentence_cosine(forward: Forward) -> Tensor:
