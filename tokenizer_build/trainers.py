@@ -24,7 +24,7 @@ TRAINERS = {
     "wordpiece": "BPE by count where `a` and `##a` are different symbols from the start, as in WordPieceTrainer.",
     "bpe": "SentencePiece's BPE, written as WordPiece.",
     "unigram": "SentencePiece's unigram model, written as WordPiece.",
-    "prune": "Fewest pieces out of the teacher's vocabulary alone: no piece needs a new embedding.",
+    "prune": "Fewest pieces out of the teacher's vocabulary, and letters: hardly a piece needs a new embedding.",
 }
 
 
@@ -47,8 +47,8 @@ def train_vocabulary(
     teacher = teacher_pieces(teacher_vocabulary)
     required = required_words(required, lowercase, known := set(teacher) if trainer == "prune" else None)
     characters = {*(alphabet(counts) if characters is None else characters), *"".join(required)}
-    if known is not None:
-        characters = {c for c in characters if known.issuperset(alphabet_pieces(c))}
+    if known is not None:  # what it has only inside words, or only at their start, becomes both pieces
+        characters = {c for c in characters if not known.isdisjoint(alphabet_pieces(c))}
     fixed = list(dict.fromkeys([*alphabet_pieces(sorted(characters)), *required]))
     room = size - len(SPECIAL_TOKENS)
     if room < len(fixed):
@@ -122,13 +122,15 @@ def alphabet_pieces(characters: Iterable[str]) -> list[str]:
 
 def teacher_pieces(vocabulary: Iterable[str]) -> list[str]:
     """A vocabulary of any family, less its special tokens, as WordPiece (`start`, `##inside`), in order. `▁`
-    (SentencePiece) and `Ġ` (byte-level BPE) open a word. Byte-level pieces beyond ASCII may be parts of characters:
-    left out."""
+    (SentencePiece) and `Ġ` (byte-level BPE) open a word, and so do signs that are words of their own. Byte-level pieces
+    beyond ASCII may be parts of characters: left out."""
     pieces = list(vocabulary)
     for mark in "▁Ġ":
         if sum(piece.startswith(mark) for piece in pieces) > len(pieces) / 10:
             own = [p for p in pieces if p != mark and (mark == "▁" or p.removeprefix(mark).isascii())]
-            pieces = [p[1:] if p.startswith(mark) else f"##{p}" for p in own]
+            alone = {p for p in own if len(p) == 1 and [*split_chunk(f"a{p}", False)] == ["a", p]}  # punctuation
+            pieces = [p[1:] if p.startswith(mark) else p if p in alone else f"##{p}" for p in own]
+            pieces = list(dict.fromkeys(pieces))
     texts = [p[2:] if p.startswith("##") and len(p) > 2 else p for p in pieces]
     return [p for p, text in zip(pieces, texts, strict=True) if len(text) == 1 or [*split_chunk(text, False)] == [text]]
 

@@ -143,6 +143,16 @@ def test_bad_requests_are_refused(counts, teacher):
 REFUSED = {"two words": 2, "new-york": 3, "": 0, "##ing": 3, "漢字": 2, "x" * 101: 1}
 
 
+def test_prune_keeps_letters_that_the_teacher_has_inside_words_alone():
+    """multilingual-e5-small has ß and no ▁ß, and ) and no ▁): what was written with them was unknown."""
+    counts, teacher = (
+        {"groß": 9, "gross": 5, "so": 7, "!": 3},
+        ["▁gro", "ß", "!", "▁so", *"gros", "▁g", "▁r", "▁o", "▁s"],
+    )
+    pieces = train_vocabulary(counts, 30, "prune", teacher_vocabulary=teacher, lowercase=False)
+    assert {"gro", "##ß", "ß", "so", "!"} <= set(pieces) and "##!" not in pieces
+
+
 @pytest.mark.parametrize("name", TRAINERS)
 def test_a_required_word_that_the_tokenizer_would_cut_is_refused_by_name(name, counts, teacher):
     for word, number in REFUSED.items():
