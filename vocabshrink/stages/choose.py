@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from tokenizers import Tokenizer
+from tokenizers import Tokenizer, models
 from torch import nn
 from transformers import PreTrainedConfig
 
@@ -221,5 +221,7 @@ def recipe_text(look: Look, shape: Shape, effort: Effort, **names) -> str:
     prompts = [name for name, text in said.prompts.items() if text]
     bare = len(prompts) < 2 or "" in said.prompts.values()  # some text has no prompt
     numbers["prompts"] = {name: round(1 / (len(prompts) + bare), 3) for name in prompts}
+    unigram = isinstance(shared_tokenizer(look.folder).model, models.Unigram)
+    numbers["trainer"] = "prune" if unigram and not names["start"] else "fewest"
     parts = {"look": look, "shape": shape, "student": shape.section, "effort": effort}
     return ENVIRONMENT.get_template("compress.yaml.jinja").render(parts | numbers | names)
