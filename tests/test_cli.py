@@ -172,6 +172,11 @@ def test_a_folder_without_tasks_is_refused(tmp_path, refused):
     assert "has no task: name folders stsb" in refused("score", tmp_path, "--data", tmp_path, folder=tmp_path)
 
 
+def test_files_of_a_language_beside_files_of_none_are_refused(tmp_path, refused):
+    said = refused("compress", "model", "de=a.txt", "b.txt", "--out", "o", folder=tmp_path)
+    assert "some are of a language and some of none: write LANGUAGE=FILE for all or none" in said
+
+
 def test_a_second_run_in_one_folder_is_refused(write_recipe, tmp_path, refused):
     with RunDir(tmp_path / "artifacts" / "untrained").alone():
         assert f"process {os.getpid()} on " in refused("run", write_recipe(), folder=tmp_path)

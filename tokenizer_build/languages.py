@@ -25,7 +25,7 @@ LANGUAGES = {
     "CJK": "zh yue ja",
 }
 SAME = dict.fromkeys(("HIRAGANA", "KATAKANA", "KATAKANA-HIRAGANA", "IDEOGRAPHIC", "HALFWIDTH", "BOPOMOFO"), "CJK")
-SAME["FULLWIDTH"] = "LATIN"
+SAME |= {"FULLWIDTH": "LATIN", "MODIFIER": ""}
 LEAST_OWN = 0.25  # share of a language's words that are in its script; the rest may be names, code, quotations
 
 

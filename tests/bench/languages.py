@@ -47,7 +47,7 @@ def main() -> None:
     for first, *more in arguments.language:
         language, _, source = first.partition("=")
         row = report.setdefault(language, {})
-        if "static" not in row or row.get("pieces") != arguments.pieces:
+        if "static" not in row:
             row |= peers(arguments.teacher, [source, *more], rated[language], arguments.prompt, arguments.pieces)
             write_json(arguments.out, report)
         print(language, json.dumps(row), flush=True)
@@ -65,7 +65,7 @@ def peers(teacher: Path, sources: list[str], rated: Rows, prompt: str, pieces: i
     """{"teacher", "trimmed", "static": Spearman, "pieces"}"""
     row = {"teacher": spearman(rated, embedder(teacher, prompt))}
     with tempfile.TemporaryDirectory() as place:
-        trim(teacher, sources, pieces, Path(place))
+        pieces = trim(teacher, sources, pieces, Path(place))
         row["trimmed"] = spearman(rated, embedder(Path(place), prompt))
         row["static"] = spearman(rated, static(Path(place), pieces))
     return {key: round(value, 4) for key, value in row.items()} | {"pieces": pieces}
@@ -87,8 +87,9 @@ def delivered(artifact: Path, rated: Rows) -> dict:
     }
 
 
-def trim(teacher: Path, sources: list[str], pieces: int, folder: Path) -> None:
-    """Writes the teacher with its special tokens and its most frequent pieces on the text, `pieces` in all."""
+def trim(teacher: Path, sources: list[str], pieces: int, folder: Path) -> int:
+    """Writes the teacher with its special tokens and its most frequent pieces on the text, at most `pieces` in all; how
+    many there are."""
     from transformers import AutoModel, PreTrainedTokenizerFast
 
     tokenizer, counts = load_tokenizer(teacher), Counter()
@@ -119,6 +120,7 @@ def trim(teacher: Path, sources: list[str], pieces: int, folder: Path) -> None:
     for name in ("modules.json", "sentence_bert_config.json", "1_Pooling"):
         if (teacher / name).exists():
             os.symlink((teacher / name).resolve(), folder / name)
+    return len(new)
 
 
 def static(teacher: Path, pieces: int) -> Embed:

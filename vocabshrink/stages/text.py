@@ -89,11 +89,11 @@ def of_language(language: str, counts: dict[str, int], teacher: Tokenizer, stude
     """{"teacher", "student": of `compare`, "scripts": of `scripts_of`} on a language's words. Says what becomes of
     scripts that few of them are in."""
     compared, scripts = compare(counts, {"teacher": teacher, "student": student}, used=True), scripts_of(counts)
-    spelt = {script_of(piece) for piece in student.get_vocab()}
-    for script, share in scripts.items():
-        if share < RARE_SCRIPT:
-            fate = "kept" if script in spelt else "left out of the alphabet, and unknown"
-            say(f"vocab: {share:.3%} of the words of {language} are in {script} letters: {fate}")
+    rare = [script for script, share in scripts.items() if share < RARE_SCRIPT]
+    if rare:
+        spelt = {script_of(piece) for piece in student.get_vocab()}
+        kept, lost = (", ".join(s for s in rare if (s in spelt) == known) or "none" for known in (True, False))
+        say(f"vocab: {language}: scripts of under {RARE_SCRIPT:.0%} of its words: kept {kept}; left out {lost}")
     return compared | {"scripts": scripts}
 
 
