@@ -87,7 +87,9 @@ def test_an_optional_figure_fails_no_delivery(headless_teacher, tmp_path, lines,
     found = {"load": delivered, "load_model": stub, "torch_embedder": delivered.embed, "latency": 1.0}
     for name, value in found.items():
         monkeypatch.setattr(measure, name, lambda *_, value=value, **__: value)
-    held_out = SimpleNamespace(texts=lines[:5], rank_agreement=lambda *_: 1.0, neighbour_overlap=lambda *_: 1.0)
+    held_out = SimpleNamespace(
+        texts=lines[:5], rank_agreement=lambda *_: 1.0, neighbour_overlap=lambda *_: {"neighbour_overlap": 1.0}
+    )
     folders = dict.fromkeys(("untrained", "trained", "delivered"), folder) | {"teacher": folder}
     found = measure.measure_systems(held_out, {}, folders, pooling="mean", normalize=True)
     assert found["bytes"] == {"teacher": (folder / "model.safetensors").stat().st_size, "delivered": 1}
