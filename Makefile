@@ -43,7 +43,7 @@ demo: since := $(shell date +%s)
 demo: .venv/demo.installed  ## the main job on this machine's own Python documentation, about ten minutes on 2 cores
 	python -m vocabshrink harvest artifacts/demo/python_docs.jsonl
 	set -f; python -m vocabshrink compress "$$TEACHER" artifacts/demo/python_docs.jsonl --out artifacts/demo \
-	  --minutes 3 --since $(since) index.passages=artifacts/demo/python_docs.jsonl index.limit=20000 $$SET
+	  --minutes 4 --since $(since) index.passages=artifacts/demo/python_docs.jsonl index.limit=20000 $$SET
 	python -m vocabshrink search artifacts/demo/export "$$QUERY"
 
 test: .venv/dev.installed  ## the tests

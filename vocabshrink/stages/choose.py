@@ -40,8 +40,8 @@ FAST = {"embeddings": "int4-64", "attention": "int8", "feed_forward": "int8"}  #
 # fill the budget), format, and the learning rate of all but the pieces, higher the more is cut away
 SHAPES = {
     "quality": (
-        (128, 30_000, 384, 6, 1152, "int8", 3e-4),
-        (128, 30_000, 384, 6, 512, "int4-64", 3e-4),
+        (128, 30_000, 384, 6, 1152, "int8", 1e-4),
+        (128, 30_000, 384, 6, 512, "int4-64", 1e-4),
         (96, 12_000, 256, 6, 320, FINE, 3e-4),
         (64, 6_000, 192, 4, 192, "int4-64", 5e-4),
         (64, 3_000, 96, 4, 96, "int4-64", 1e-3),
@@ -199,7 +199,8 @@ def choose_effort(
         left = (VECTORS + TRAINING + RECOVERY) * seconds - (sentences + teaching * PASSES * (not tuned)) / speed
         read = left / (PASSES / of_student + share * task / speed)
     read = min(read, STUDENT_EPOCHS * sentences) if task else read
-    batch = next(size for size in (256, 128, 64, 32) if read >= 300 * size or size == 32)
+    least = 300 if task else 50  # steps; a fitted student needs few, and small batches would undo what was fitted
+    batch = next(size for size in (256, 128, 64, 32) if read >= least * size or size == 32)
     steps, sentences = max(20, int(read * (1 - share) / batch)), max(sentences, 0 if rows else LEAST_SENTENCES)
     recovery = max(10, int(steps * share / (1 - share)))
     return Effort(sentences, batch, steps, recovery, minutes, 0 if tuned else max(20, int(teaching / TEACHER_BATCH)))
