@@ -31,8 +31,8 @@ def fit_layers(
     for batch in batches:
         found = read_by(norms, source, batch, batch.teacher)  # two a layer, also where all layers are one module
         wanted = {2 * other + place for other in layers.values() for place in range(2)}
-        narrow = directions if directions is not None else torch.eye(found[0].shape[1])
-        targets.append({number: (found[number] @ narrow).half() for number in wanted})
+        states = {number: found[number] if directions is None else found[number] @ directions for number in wanted}
+        targets.append({number: state.half() for number, state in states.items()})
     for number, other in sorted(layers.items()):
         for place, part in enumerate(OUTPUTS):
             module = student.get_submodule(f"encoder.layer.{number}.{part}")

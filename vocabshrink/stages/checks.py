@@ -10,7 +10,7 @@ from tokenizer_build.corpus import check_sources, expand, read_lines, read_paral
 from tokenizer_build.count import count_block
 from tokenizer_build.errors import InputError
 from tokenizer_build.languages import check_script
-from tokenizer_build.tokenizer import adopt_tokenizer, load_tokenizer, save_tokenizer
+from tokenizer_build.tokenizer import adopt_tokenizer, save_tokenizer, shared_tokenizer
 from tokenizer_build.trainers import required_words, teacher_pieces
 from vocabshrink.data.batches import encode_task
 from vocabshrink.data.held_out import LEAST_SENTENCES, read_rated_pairs
@@ -134,7 +134,7 @@ def check_head(language: str, files: list[str], recipe: Recipe) -> None:
     heads = (islice(read_lines([file], recipe.corpus.column), LINES) for file in expand(files))
     counts = count_block(chain.from_iterable(heads), lowercase=False)
     check_script(language, counts)
-    share = measure(counts, load_tokenizer(teacher_folder(recipe)))["unknown_rate"] if counts else 0.0
+    share = measure(counts, shared_tokenizer(teacher_folder(recipe)))["unknown_rate"] if counts else 0.0
     if share > MOST_UNKNOWN:
         fault = f"{recipe.teacher.model} cannot write {share:.0%} of its words"
         raise InputError(f"{fault}: take a teacher that was trained on it, or leave the language out")
@@ -151,7 +151,7 @@ def check_vocabulary(recipe: Recipe) -> None:
     """Refuses required words that cannot be pieces, and a given tokenizer that cannot be taken."""
     section, known = recipe.vocabulary, None
     if section.required and section.trainer == "prune":
-        known = set(teacher_pieces(load_tokenizer(teacher_folder(recipe)).get_vocab()))
+        known = set(teacher_pieces(shared_tokenizer(teacher_folder(recipe)).get_vocab()))
     required_words(section.required, normalization(recipe)["lowercase"], known)
     if given := given_tokenizer(recipe):
         with TemporaryDirectory() as place:

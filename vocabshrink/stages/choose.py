@@ -24,6 +24,7 @@ from vocabshrink.delivery.size import delivery_bytes, tokenizer_bytes
 from vocabshrink.models.families import neurons_of, new_encoder, positions_of
 from vocabshrink.models.forward import module_settings, torch_embedder
 from vocabshrink.models.loading import check_folder, load_model, resolve_model
+from vocabshrink.models.spelling import first_known
 from vocabshrink.models.student import student_config
 from vocabshrink.models.task_model import head_of
 from vocabshrink.pages.page import ENVIRONMENT
@@ -92,7 +93,7 @@ def look_at(model: str, start: str | None, sources: list[str], column: str, *, t
         raise InputError(f"texts: {found} sentences are too few to learn from: give at least {LEAST_SENTENCES}")
     encodings = tokenizer.encode_batch(texts, add_special_tokens=False)
     ids = [i for encoding in encodings for i in encoding.ids]
-    unknown = next((i for name in ("[UNK]", "<unk>") if (i := tokenizer.token_to_id(name)) is not None), None)
+    unknown = first_known(tokenizer, "[UNK]", "<unk>")
     if ids and (share := ids.count(unknown) / len(ids)) > MOST_UNKNOWN:
         fault = f"{model} cannot write {share:.0%} of the text's pieces"
         raise InputError(f"{fault}: take a teacher that was trained on its language")
