@@ -145,7 +145,8 @@ def repeated(times: np.ndarray, seed: int) -> np.ndarray:
 
 
 class Order:
-    """The rows of each batch: shuffled every epoch, then sorted by length within pools, so that batches hardly pad."""
+    """The rows of each batch: shuffled every epoch, then sorted by length in pieces within pools, so that batches hardly
+    pad."""
 
     def __init__(self, lengths: np.ndarray, per_batch: int, seed: int):
         self.lengths, self.per_batch, self.seed = lengths, per_batch, seed
@@ -189,8 +190,15 @@ class Batcher:
         """Raises InputError where there is nothing to train on."""
         if not len(self.segments.lengths):
             raise InputError(f"corpus: no run of enough words fits {self.max_pieces} pieces: give more text")
-        self.order = Order(self.segments.lengths, max(1, self.batch_size // self.group_size), self.seed)
+        self.order = Order(self._pieces(), max(1, self.batch_size // self.group_size), self.seed)
         self._rare = rare_words(self.lexicon) if self.group_size > 1 else None
+
+    def _pieces(self) -> np.ndarray:
+        """[S] pieces of each segment. Sorted by words instead, a third of a batch of short sentences was padding."""
+        rows = np.arange(len(self.segments.lengths))
+        blocks = (rows[start : start + BLOCK_LINES] for start in range(0, len(rows), BLOCK_LINES))
+        of_blocks = (gather_words(self.stream, self.segments, block) for block in blocks)
+        return np.concatenate([words.sums(self.table.longest[words.words]) for words in of_blocks])
 
     def batch(self, index: int) -> Batch:
         """The index-th batch of the run."""
@@ -327,7 +335,7 @@ class TaskBatcher:
         self.sizes = np.bincount(row, weights=cost[keep], minlength=self.rows)  # pieces of each row
         lengths = np.bincount(row, minlength=self.rows)
         self.segments = Segments(np.cumsum(lengths) - lengths, lengths)
-        self.order = Order(lengths, max(1, self.batch_size), self.seed)
+        self.order = Order(self.sizes, max(1, self.batch_size), self.seed)
         self.second = place == 1 if pair else None
         self.tokens = self.labels = None
         if self.task.kind == "tokens":  # a token is labelled at its first word that both vocabularies can write
