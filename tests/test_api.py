@@ -225,6 +225,19 @@ def test_a_given_tokenizer_is_weighed_as_it_is(tiny_teacher, texts, tmp_path, mo
     assert tokenizer == tokenizer_bytes(look.adopted, made.manifest["max_positions"])
 
 
+def test_a_narrow_domain_has_fewer_pieces_in_more_columns(tiny_teacher, texts, tmp_path, monkeypatch):
+    """Where few pieces are nearly all of the text, the bytes of the others go into columns and neurons."""
+    monkeypatch.setattr(choose, "SHAPES", {"quality": ((12, 290, 32, 2, 32, "int4-32", 1e-3),)})
+    sources = spool(texts, tmp_path)
+    for narrow, (columns, own) in {5: (12, True), 250: (24, False)}.items():
+        monkeypatch.setattr(choose, "NARROW", narrow)
+        look = choose.look_at(str(tiny_teacher), None, sources, "text")
+        shape = choose.choose_shape(look, 60_000, "quality")
+        assert (shape.section.embedding_size, shape.own_pieces, shape.pieces == narrow) == (columns, own, not own)
+    chosen = yaml.safe_load(plan(str(tiny_teacher), texts, out=tmp_path / "m", **TINY).read_text())
+    assert chosen["vocabulary"] == {"size": 250, "trainer": "prune"}  # out of the teacher's own
+
+
 def test_what_a_folder_says_of_itself_is_obeyed(tiny_teacher, texts, tmp_path):
     """Dense modules make the stored vectors, prompts stand before shares of the text, the folder's length is kept."""
     folder = shutil.copytree(tiny_teacher, tmp_path / "model")

@@ -145,8 +145,7 @@ def repeated(times: np.ndarray, seed: int) -> np.ndarray:
 
 
 class Order:
-    """The rows of each batch: shuffled every epoch, then sorted by length in pieces within pools, so that batches hardly
-    pad."""
+    """The rows of each batch: shuffled every epoch, then sorted by pieces within pools, so that batches hardly pad."""
 
     def __init__(self, lengths: np.ndarray, per_batch: int, seed: int):
         self.lengths, self.per_batch, self.seed = lengths, per_batch, seed

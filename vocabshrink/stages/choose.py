@@ -7,11 +7,12 @@ steps by the speeds of the very models, timed here on the user's own text. The c
 import random
 import time
 from bisect import bisect_right
+from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from tokenizers import Tokenizer, models
+from tokenizers import Tokenizer
 from torch import nn
 from transformers import PreTrainedConfig
 
@@ -19,6 +20,7 @@ from tokenizer_build.corpus import read_lines
 from tokenizer_build.errors import InputError
 from tokenizer_build.tokenizer import adopt_tokenizer, shared_tokenizer
 from vocabshrink.data.held_out import LEAST_SENTENCES as LEAST_EVALUATED
+from vocabshrink.data.lexicon import describe_tokenizer, tokenizer_file
 from vocabshrink.data.vectors import sentences_of
 from vocabshrink.delivery.size import delivery_bytes, tokenizer_bytes
 from vocabshrink.models.families import neurons_of, new_encoder, positions_of
@@ -30,7 +32,8 @@ from vocabshrink.models.task_model import head_of
 from vocabshrink.pages.page import ENVIRONMENT
 from vocabshrink.run.recipe import StudentSection, WeightFormats
 
-SAMPLED = 2000  # lines of the text that are looked at
+SAMPLED = 10_000  # lines of the text that are looked at
+NARROW, COVERED = 8000, 0.99  # text is of a narrow domain where so many pieces are this share of all that it has
 LONGEST, TIMED = 128, 256  # pieces of a sentence, and sentences at a time, when models are timed
 PASSES = 5  # forward passes that a training step is worth: two more backward, the losses, the optimizer
 LEAST_SENTENCES = 400  # below this there is neither a training nor an evaluation
@@ -61,7 +64,8 @@ VECTORS, TRAINING, RECOVERY = 0.3, 0.45, 0.1  # shares of the minutes, at most; 
 class Look:
     """What was found. config: the teacher's; source: that of the model that the student starts from; pieces: those that
     it has; adopted: its tokenizer as the student's, where that can be. sentences: in all the text, estimated. length:
-    pieces of a sentence, on the average. texts: a sample. head: see `head_of`."""
+    pieces of a sentence, on the average. narrow: few pieces are nearly all of the text. texts: a sample. head: see
+    `head_of`."""
 
     folder: Path
     config: PreTrainedConfig
@@ -71,6 +75,7 @@ class Look:
     sentences: int
     lines: int
     length: float
+    narrow: bool
     texts: list[str]
     head: tuple[str, list[str]] | None
 
@@ -104,7 +109,8 @@ def look_at(model: str, start: str | None, sources: list[str], column: str, *, t
         adopted = None
     pieces = shared_tokenizer(begin).get_vocab_size()
     length = 2 + len(ids) / len(texts)
-    return Look(folder, config, source, adopted, pieces, found, lines, length, texts, head)
+    narrow = sum(count for _, count in Counter(ids).most_common(NARROW)) > COVERED * len(ids)
+    return Look(folder, config, source, adopted, pieces, found, lines, length, narrow, texts, head)
 
 
 def draw_lines(look: Look, sources: list[str], column: str, count: int) -> list[str]:
@@ -131,6 +137,8 @@ def choose_shape(look: Look, budget: int, goal: str, task: str = "embedding", la
     has so many labels. Raises InputError, with the least possible, where none fits."""
     source, least = look.source, 0
     for columns, pieces, width, layers, neurons, format, rate in SHAPES[goal]:
+        if look.narrow and pieces > NARROW:  # the bytes of rare pieces are worth more in columns and neurons
+            columns, pieces = 2 * columns, NARROW
         own = look.adopted is not None and look.pieces <= 1.1 * pieces
         width, layers = min(width, source.hidden_size), min(layers, source.num_hidden_layers)
         heads = source.num_attention_heads
@@ -223,7 +231,9 @@ def recipe_text(look: Look, shape: Shape, effort: Effort, **names) -> str:
     prompts = [name for name, text in said.prompts.items() if text]
     bare = len(prompts) < 2 or "" in said.prompts.values()  # some text has no prompt
     numbers["prompts"] = {name: round(1 / (len(prompts) + bare), 3) for name in prompts}
-    unigram = isinstance(shared_tokenizer(look.folder).model, models.Unigram)
-    numbers["trainer"] = "prune" if unigram and not names["start"] else "fewest"
+    # byte-level pieces spell no letter beyond ASCII, and pieces of another family would all be new to `start`
+    chosen_from = ("wordpiece",) if names["start"] else ("wordpiece", "metaspace")
+    family = describe_tokenizer(tokenizer_file(look.folder))["family"]
+    numbers["trainer"] = "prune" if family in chosen_from else "fewest"
     parts = {"look": look, "shape": shape, "student": shape.section, "effort": effort}
     return ENVIRONMENT.get_template("compress.yaml.jinja").render(parts | numbers | names)
