@@ -150,7 +150,7 @@ def test_a_delivery_that_nothing_could_check_is_refused_before_anything_runs(wri
     assert not list(tmp_path.rglob("counts.parquet"))
 
 
-RELEASED = Path(__file__).resolve().parents[1] / "artifacts" / "minilm-l6-7mb"
+RELEASED = Path(__file__).resolve().parents[1] / "artifacts" / "mpnet-7mb"
 
 
 def test_lines_are_embedded_without_torch():

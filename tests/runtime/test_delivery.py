@@ -20,7 +20,7 @@ from vocabshrink.runtime.kinds import KINDS
 from vocabshrink.runtime.lines import answer_lines
 
 LABELS = {"classification": ["bad", "good", "so so"], "tokens": ["O", "B-word"]}
-RELEASED = Path(__file__).resolve().parents[2] / "artifacts" / "minilm-l6-7mb"
+RELEASED = Path(__file__).resolve().parents[2] / "artifacts" / "mpnet-7mb"
 LONGEST = 24
 
 

@@ -3,7 +3,7 @@
 Imports onnxruntime and tokenizers only when a folder is loaded: a first answer takes 0.3 s and 80 MB where torch and
 transformers take 4 s and 415 MB. Whatever is read is checked against MANIFEST.json, and nothing outside the folder is.
 
-    model = load("artifacts/minilm-l6-7mb")
+    model = load("artifacts/mpnet-7mb")
     model.embed(["a text", "another"])            # [2, 384] float32"""
 
 import hashlib
