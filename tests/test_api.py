@@ -207,8 +207,8 @@ def test_minutes_become_sentences_and_steps_by_the_machine_s_speed(tiny_teacher,
     assert chosen.vectors.sentences == 720  # three tenths of a minute
     read = 0.55 * 60 * 40 / choose.PASSES  # what is left for training and recovery
     batch = chosen.distill.batch_size
-    assert (batch, chosen.distill.steps) == (32, max(20, int(read * 45 / 55 / batch)))
-    assert chosen.recovery.steps == max(10, int(chosen.distill.steps * 10 / 45))
+    assert (batch, chosen.distill.steps) == (32, max(20, int(read * 30 / 55 / batch)))
+    assert chosen.recovery.steps == max(10, int(chosen.distill.steps * 25 / 30))
 
 
 def test_a_given_tokenizer_is_weighed_as_it_is(tiny_teacher, texts, tmp_path, monkeypatch):

@@ -57,7 +57,7 @@ SHAPES = {
     ),
 }
 TEACHER_EPOCHS, TEACHER_BATCH, STUDENT_EPOCHS = 3, 32, 20  # of a labelled task, at most
-VECTORS, TRAINING, RECOVERY = 0.3, 0.45, 0.1  # shares of the minutes, at most; the rest counts, encodes and measures
+VECTORS, TRAINING, RECOVERY = 0.3, 0.3, 0.25  # shares of the minutes, at most; the rest counts, encodes and measures
 
 
 @dataclass(frozen=True)
