@@ -1,8 +1,7 @@
-"""The command line: `python -m tokenizer_build count | train | compare`."""
+"""The command line: `python -m tokenizer_build count`, then `train` and `compare` on what it counted."""
 
 import os
 import sys
-from collections import Counter
 from functools import partial
 from pathlib import Path
 from typing import Annotated
@@ -14,77 +13,67 @@ from rich.progress import Progress, TextColumn
 from tokenizer_build.compare import compare as compare_tokenizers
 from tokenizer_build.compare import markdown
 from tokenizer_build.corpus import read_lines
-from tokenizer_build.count import count_words, holds_counts, read_counts, write_counts
+from tokenizer_build.count import count_words, read_counts, write_counts
 from tokenizer_build.errors import InputError
 from tokenizer_build.tokenizer import load_tokenizer, save_tokenizer
-from tokenizer_build.trainers import TRAINERS, one_word, train_vocabulary
+from tokenizer_build.trainers import TRAINERS, train_vocabulary
 
 app = typer.Typer(help=__doc__, no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
 messages = Console(stderr=True, highlight=False)
 
-Sources = Annotated[list[str], typer.Argument(help="Files, folders, globs, datasets:NAME[:CONFIG]:SPLIT; or counts.")]
+Counts = Annotated[Path, typer.Argument(help="Counts written by `count`.")]
 Output = Annotated[Path, typer.Option("--output", "-o", help="What to write: a parquet file, a tokenizer's folder.")]
-Column = Annotated[str, typer.Option(help="The field of JSONL, CSV and parquet records that holds the text.")]
 Cased = Annotated[bool, typer.Option("--cased", help="Keep upper case and accents.")]
-Processes = Annotated[int, typer.Option(min=1, help="Processes that count; the result is the same for any number.")]
-CORES = os.cpu_count() or 1
 
 
 @app.command()
 def count(
-    sources: Sources, output: Output, column: Column = "text", cased: Cased = False, processes: Processes = CORES
+    sources: Annotated[list[str], typer.Argument(help="Files, folders, globs, datasets:NAME[:CONFIG]:SPLIT.")],
+    output: Output,
+    column: Annotated[str, typer.Option(help="The field of records that holds the text.")] = "text",
+    cased: Cased = False,
+    processes: Annotated[int, typer.Option(min=1, help="The result is the same for any number.")] = os.cpu_count() or 1,
 ):
     """Count the words of a corpus of any size."""
-    write_counts(_count(sources, column, cased, processes), output)
+    shown = TextColumn("counting: {task.completed:,} words")
+    with Progress(shown, console=messages, transient=True, disable=not messages.is_terminal) as bar:
+        advance = partial(bar.advance, bar.add_task(""))
+        counts = count_words(sources, column=column, lowercase=not cased, processes=processes, progress=advance)
+    write_counts(counts, output)
+    print(f"{counts.total():,} words, {len(counts):,} distinct")
 
 
 @app.command()
 def train(
-    sources: Sources,
+    counts: Counts,
     output: Output,
     size: Annotated[int, typer.Option(min=1, help="Pieces in the vocabulary, at most.")] = 5000,
     trainer: Annotated[str, typer.Option(help=f"One of {', '.join(TRAINERS)}.")] = "fewest",
     teacher: Annotated[Path | None, typer.Option(help="Tokenizer whose pieces are candidates.")] = None,
     require: Annotated[Path | None, typer.Option(help="Text file of words that must be pieces, one per line.")] = None,
     max_length: Annotated[int, typer.Option(min=2, help="Longest input of the model, in pieces.")] = 512,
-    column: Column = "text",
     cased: Cased = False,
-    processes: Processes = CORES,
 ):
     """Learn a vocabulary and write tokenizer.json, tokenizer_config.json and vocab.txt."""
     if trainer not in TRAINERS:
         raise InputError(f"there is no trainer {trainer!r}: choose one of {', '.join(TRAINERS)}")
-    known = load_tokenizer(teacher).get_vocab() if teacher else {}
-    required = [one_word(line.strip(), lowercase=not cased) for line in read_lines([require])] if require else []
-    counts = _count(sources, column, cased, processes)
-    pieces = train_vocabulary(counts, size, trainer, required=required, teacher_vocabulary=known, lowercase=not cased)
+    words, known = read_counts(counts), load_tokenizer(teacher).get_vocab() if teacher else {}
+    if not cased and any(word.isascii() and word != word.lower() for word in words):
+        raise InputError(f"{counts} was counted with --cased: give --cased here too, or count again")
+    required = list(read_lines([require])) if require else []
+    pieces = train_vocabulary(words, size, trainer, required=required, teacher_vocabulary=known, lowercase=not cased)
     save_tokenizer(pieces, output, lowercase=not cased, max_length=max_length)
     found = ({"teacher": teacher} if teacher else {}) | {str(output): output}
-    print(markdown(compare_tokenizers(counts, found)), end="")
+    print(markdown(compare_tokenizers(words, found)), end="")
 
 
 @app.command()
 def compare(
-    counts: Annotated[Path, typer.Argument(help="Counts written by `count`.")],
+    counts: Counts,
     tokenizers: Annotated[list[Path], typer.Argument(help="Folders or tokenizer.json files; the first is the base.")],
 ):
     """Compare tokenizers of any family: pieces per word, one-piece words, unknown words, overlap with the first."""
     print(markdown(compare_tokenizers(read_counts(counts), {str(path): path for path in tokenizers})), end="")
-
-
-def _count(sources: list[str], column: str, cased: bool, processes: int) -> Counter[str]:
-    """The words of a corpus, counted now or before: `sources` may be one file of counts."""
-    if len(sources) == 1 and holds_counts(sources[0]):
-        counts = read_counts(sources[0])
-        if not cased and any(word.isascii() and word != word.lower() for word in counts):
-            raise InputError(f"{sources[0]} was counted with --cased: give --cased here too, or count again")
-        return counts
-    shown = TextColumn("counting: {task.completed:,} words")
-    with Progress(shown, console=messages, transient=True, disable=not messages.is_terminal) as bar:
-        advance = partial(bar.advance, bar.add_task(""))
-        counts = count_words(sources, column=column, lowercase=not cased, processes=processes, progress=advance)
-    messages.print(f"{counts.total():,} words, {len(counts):,} distinct")
-    return counts
 
 
 def main() -> None:

@@ -129,14 +129,10 @@ def write_counts(counts: Mapping[str, int], path: str | Path) -> None:
 
 def read_counts(path: str | Path) -> Counter[str]:
     """Read what `write_counts` wrote, most frequent word first. Raises InputError for any other file."""
-    if not holds_counts(path):
-        raise InputError(f"{path} holds no word counts or is missing: write it with `tokenizer_build count`")
-    return Counter(dict(zip(*pyarrow.parquet.read_table(path).to_pydict().values(), strict=True)))
-
-
-def holds_counts(path: str | Path) -> bool:
-    """Whether this is a file as `write_counts` writes it."""
     try:
-        return pyarrow.parquet.read_schema(path).names == COLUMNS.names
+        table = pyarrow.parquet.read_table(path)
     except (OSError, pyarrow.ArrowInvalid):
-        return False
+        table = None
+    if table is None or table.column_names != COLUMNS.names:
+        raise InputError(f"{path} holds no word counts or is missing: write it with `tokenizer_build count`")
+    return Counter(dict(zip(*table.to_pydict().values(), strict=True)))

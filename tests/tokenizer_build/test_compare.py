@@ -75,11 +75,13 @@ def run(in_process):
 def test_the_command_line_counts_trains_and_compares(run, corpus_file, tmp_path):
     words = tmp_path / "words.txt"
     words.write_text("Zugzwang\n")
-    assert run("count", corpus_file, "-o", tmp_path / "counts.parquet", "--processes", 1).returncode == 0
-    direct = run("train", corpus_file, "-o", tmp_path / "a", "--size", 150, "--require", words, "--processes", 1)
-    assert direct.returncode == 0 and "| pieces |" in direct.stdout and "distinct" in direct.stderr
-    later = run("train", tmp_path / "counts.parquet", "-o", tmp_path / "b", "--size", 150, "--require", words)
-    assert later.returncode == 0
+    counted = run("count", corpus_file, "-o", tmp_path / "counts.parquet", "--processes", 1)
+    assert counted.returncode == 0 and "distinct" in counted.stdout
+    first, again = (
+        run("train", tmp_path / "counts.parquet", "-o", tmp_path / name, "--size", 150, "--require", words)
+        for name in "ab"
+    )
+    assert first.returncode == again.returncode == 0 and "| pieces |" in first.stdout
     assert (tmp_path / "a" / "tokenizer.json").read_bytes() == (tmp_path / "b" / "tokenizer.json").read_bytes()
     assert "zugzwang" in (tmp_path / "a" / "vocab.txt").read_text().split("\n")
     compared = run("compare", tmp_path / "counts.parquet", tmp_path / "a", tmp_path / "b")
@@ -88,15 +90,17 @@ def test_the_command_line_counts_trains_and_compares(run, corpus_file, tmp_path)
 
 def test_the_command_line_explains_itself(run, corpus_file, tmp_path):
     assert all(command in run("--help").stdout for command in ("count", "train", "compare"))
-    words = tmp_path / "words.txt"
+    words, counts = tmp_path / "words.txt", tmp_path / "counts.parquet"
     words.write_text("two words\n")
+    assert run("count", corpus_file, "-o", counts, "--cased", "--processes", 1).returncode == 0
     for arguments, sentence in (
         (["count", tmp_path / "absent.txt"], "absent.txt: no such file"),
-        (["train", corpus_file, "--size", 10], "allow at least"),
-        (["train", corpus_file, "--trainer", "best"], "there is no trainer 'best'"),
-        (["train", corpus_file, "--require", words], "'two words' is 2 words"),
+        (["train", corpus_file], "holds no word counts or is missing: write it with `tokenizer_build count`"),
+        (["train", counts], "was counted with --cased: give --cased here too"),
+        (["train", counts, "--cased", "--size", 10], "allow at least"),
+        (["train", counts, "--trainer", "best"], "there is no trainer 'best'"),
+        (["train", counts, "--cased", "--require", words], "'two words' is 2 words"),
     ):
         out = run(*arguments, "-o", tmp_path / "out.parquet")
         assert out.returncode == 2 and out.stdout == "" and "Traceback" not in out.stderr
-        assert out.stderr.startswith("error: ") or "distinct" in out.stderr.splitlines()[0]
-        assert sentence in out.stderr
+        assert out.stderr.startswith("error: ") and sentence in out.stderr

@@ -110,8 +110,9 @@ def test_counting_and_training_import_no_torch(corpus_file, tmp_path):
     program = f"""
 import sys
 from tokenizer_build.__main__ import app
-app(["train", {str(corpus_file)!r}, "-o", {str(tmp_path)!r}, "--size", "200", "--processes", "1"],
-    standalone_mode=False)
+counts = {str(tmp_path / "counts.parquet")!r}
+app(["count", {str(corpus_file)!r}, "-o", counts, "--processes", "1"], standalone_mode=False)
+app(["train", counts, "-o", {str(tmp_path)!r}, "--size", "200"], standalone_mode=False)
 print(sorted({{"torch", "transformers", "datasets"}} & set(sys.modules)))
 """
     out = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
