@@ -124,10 +124,6 @@ def test_plan_and_list_print_their_tables(write_recipe, tmp_path, vocabshrink):
     assert "[n,C]" in "".join(listed.split())  # rich took it for markup
 
 
-def test_a_stage_s_old_name_says_the_new_one(tmp_path, refused):
-    assert "is called masked_lm_head now" in refused("teacher", "x.yaml", "--force", folder=tmp_path)
-
-
 def test_a_refused_stage_can_be_mended_in_the_recipe(write_recipe, tmp_path, refused, vocabshrink):
     refused("count", write_recipe(corpus={"sources": []}), folder=tmp_path)
     assert vocabshrink("count", write_recipe(), folder=tmp_path).returncode == 0

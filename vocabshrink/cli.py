@@ -17,7 +17,7 @@ from rich.table import Column, Table
 from tokenizer_build.errors import InputError
 from tokenizer_build.files import write_json
 from vocabshrink.run.folder import RunDir, task_rows
-from vocabshrink.run.stage import RENAMED, STAGES
+from vocabshrink.run.stage import STAGES
 
 HELP = "Compress a BERT-type encoder to under 7 MB by giving it a much smaller vocabulary."
 app = typer.Typer(help=HELP, no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
@@ -25,7 +25,6 @@ RecipePath = Annotated[Path, typer.Argument(help="a recipe (YAML)")]
 Force = Annotated[bool, typer.Option("--force", help="write a delivery that fails its gates, and say so in it")]
 Overrides = Annotated[list[str] | None, typer.Argument(help="settings over the recipe's: section.key=value ...")]
 Artifact = Annotated[Path, typer.Argument(help="a delivered folder, or its run's")]
-Artifacts = Annotated[list[Path], typer.Argument(help="delivered folders, or their runs'")]
 Threads = Annotated[int, typer.Option(min=1, help="processor threads")]
 BatchSize = Annotated[int, typer.Option(min=1, help="texts in a batch")]
 TRAIN = "torch transformers accelerate pydantic yaml pyarrow scipy onnx sklearn safetensors sentencepiece"
@@ -42,18 +41,6 @@ def table_of(title: str, heads: Sequence[str], rows: Iterable[Sequence[str]]) ->
     for row in rows:
         table.add_row(*row)
     return table
-
-
-def run_stages(recipe: Path, overrides: list[str] | None, force: bool, only: str = "", since: float | None = None):
-    """Run the stages that a recipe asks for, or `only` one, in artifacts/NAME."""
-    from vocabshrink.api import run_recipe
-    from vocabshrink.run.recipe import load_recipe
-
-    loaded = load_recipe(recipe, overrides or [])
-    folder = RunDir(Path("artifacts") / loaded.name)
-    if summary := run_recipe(loaded, folder, force=force, only=only, since=since):
-        show_summary(summary)
-        print(f"report: {folder.path / 'report.html'}")
 
 
 @app.command()
@@ -98,23 +85,21 @@ def compress(
         print(artifact.path)
 
 
-@app.command()
-def run(
-    recipe: RecipePath,
-    overrides: Overrides = None,
-    since: Annotated[float | None, typer.Option(help="Unix time from which summary.json counts its minutes")] = None,
-    force: Force = False,
-):
+def run(context: typer.Context, recipe: RecipePath, overrides: Overrides = None, force: Force = False):
     """Do every stage that the recipe asks for; finished ones are skipped."""
-    run_stages(recipe, overrides, force, since=since)
+    from vocabshrink.api import run_recipe
+    from vocabshrink.run.recipe import load_recipe
+
+    loaded = load_recipe(recipe, overrides or [])
+    folder, only = RunDir(Path("artifacts") / loaded.name), "" if context.info_name == "run" else context.info_name
+    if summary := run_recipe(loaded, folder, force=force, only=only):
+        show_summary(summary)
+        print(f"report: {folder.path / 'report.html'}")
 
 
-def stage(context: typer.Context, recipe: RecipePath, overrides: Overrides = None, force: Force = False):
-    run_stages(recipe, overrides, force, context.info_name)
-
-
+app.command("run")(run)
 for stage_name in STAGES:
-    app.command(stage_name, help=STAGES[stage_name].about, rich_help_panel="Stages of a recipe")(stage)
+    app.command(stage_name, help=STAGES[stage_name].about, rich_help_panel="Stages of a recipe")(run)
 
 
 def show_summary(summary: dict) -> None:
@@ -156,8 +141,8 @@ def show(recipe: RecipePath, overrides: Overrides = None):
 
 
 @app.command("list")
-def list_parts(kind: Annotated[str, typer.Argument(help="stages, trainers, losses or maps; else all")] = ""):
-    """List stages, vocabulary trainers, losses and layer maps, or one of these kinds."""
+def list_parts():
+    """List stages, vocabulary trainers, losses and layer maps."""
     from tokenizer_build.trainers import TRAINERS
     from vocabshrink.run.layer_map import LAYER_MAPS
     from vocabshrink.training.losses import LOSSES
@@ -165,19 +150,16 @@ def list_parts(kind: Annotated[str, typer.Argument(help="stages, trainers, losse
     kinds = {"stages": {name: stage.about for name, stage in STAGES.items()}, "trainers": TRAINERS}
     kinds["losses"] = {name: loss.function.__doc__ for name, loss in LOSSES.items()}
     kinds["maps"] = LAYER_MAPS
-    if kind and kind not in kinds:
-        raise InputError(f"{kind}: there is no such list: choose from {', '.join(kinds)}")
-    for title in [kind] if kind else kinds:
-        lines = [f"  {name:<24} {about.strip().splitlines()[0]}" for name, about in kinds[title].items()]
-        print(title, *lines, sep="\n")
+    for title, parts in kinds.items():
+        print(title, *(f"  {name:<24} {about.strip().splitlines()[0]}" for name, about in parts.items()), sep="\n")
 
 
 @app.command()
 def ablations(
     files: Annotated[list[str], typer.Argument(help="ablation files (recipes/ablations/*.yaml), then key=value ...")],
-    root: Annotated[Path, typer.Option(help="where runs, tables and the page go")] = Path("artifacts/ablations"),
+    root: Annotated[Path, typer.Option(help="where runs, tables and plots go")] = Path("artifacts/ablations"),
 ):
-    """Run every variant and seed of the ablation files, each stage once; write summary.json, tables and a page."""
+    """Run every variant and seed of the ablation files, each stage once; write summary.json, tables and plots."""
     from vocabshrink.lab.ablations import run_ablations
 
     paths = [Path(word) for word in files if "=" not in word]
@@ -185,7 +167,7 @@ def ablations(
 
 
 @app.command()
-def harvest(out: Annotated[Path, typer.Argument(help="a .jsonl or .jsonl.gz to write")]):
+def harvest(out: Annotated[Path, typer.Argument(help="a .jsonl to write")]):
     """Harvest the documentation of the installed Python packages as a corpus."""
     from vocabshrink.lab.harvest import harvest as harvest_to
 
@@ -206,18 +188,11 @@ def tune(
     from vocabshrink.lab.tune import run_tuning
 
     summary = run_tuning(file, overrides or [], root)
-    results = {f"front {number}": row for number, row in enumerate(summary.get("front", []), 1)}
-    results |= {"found": summary.get("best")} | summary["named"]
-    rows = []
-    for name, row in results.items():
-        if row and row["quality"] is not None:
-            figures = (f"{100 * x:.2f}" for x in (row["quality"], *map(row["scores"].get, summary["tasks"])))
-            rows.append((f"{name}: {row['words']}", *figures, f"{row['bytes']:,.0f}"))
-    CONSOLE.print(table_of(summary["title"], ("", "quality", *summary["tasks"], "bytes"), rows))
-    for row in summary["confirm"]["rows"] if "confirm" in summary else ():
-        if "difference" in row:
-            spread = f"{'beyond' if row['clear'] else 'within'} the seeds' spread"
-            print(f"unseen tasks: found against {row['recipe']} {0 - 100 * row['difference']:+.2f}, {spread}")
+    for row in summary["front"] if "front" in summary else [summary["best"]]:
+        print(f"{100 * row['quality']:.2f}  {row['bytes']:,.0f} bytes  {row['words']}")
+    print(f"beside the named maps: {root / summary['name'] / 'tune.html'}")
+    if (confirmation := root / summary["name"] / "confirm.yaml").is_file():
+        print(f"longer runs on other tasks: vocabshrink ablations {confirmation} (and the settings given here)")
 
 
 def delivered(path: Path) -> Path:
@@ -228,16 +203,13 @@ def delivered(path: Path) -> Path:
 @app.command()
 def search(
     artifact: Annotated[Path, typer.Argument(help="an artifact with an index, or its run")],
-    query: Annotated[list[str] | None, typer.Argument(help="the query, one word or several")] = None,
+    query: Annotated[list[str], typer.Argument(help="the query, one word or several")],
     top: Annotated[int, typer.Option(min=1, help="answers to the query")] = 5,
     as_json: Annotated[bool, typer.Option("--json", help="one JSON object a line")] = False,
 ):
     """Answer a query from an artifact's own passages, without torch."""
     from vocabshrink.runtime.index import Index
 
-    if not query:
-        remedy = f"write vocabshrink search {artifact} WORDS, or, for a search of settings, vocabshrink tune {artifact}"
-        raise InputError(f"{artifact}: search answers queries and there is none: {remedy}")
     for hit in Index(delivered(artifact)).search(" ".join(query), top):
         words = f"{hit['score']:.3f}  {hit.get('source', '')}\n       {hit['text']}"
         print(json.dumps(hit, ensure_ascii=False) if as_json else words)
@@ -270,17 +242,16 @@ def classify(artifact: Artifact, batch_size: BatchSize = 32, threads: Threads = 
 
 @app.command()
 def web(
-    artifacts: Artifacts,
+    artifacts: Annotated[list[Path], typer.Argument(help="delivered folders, or their runs'")],
     out: Annotated[Path, typer.Option(help="where the page goes")] = Path("artifacts/web"),
     passages: Annotated[Path | None, typer.Option(help="JSONL with a text in each row, to search in")] = None,
-    title: Annotated[str, typer.Option(help="the page's heading")] = "Search by meaning, in your browser",
     node_modules: Annotated[Path, typer.Option(help="where npm put transformers.js")] = Path("tests/js/node_modules"),
 ):
     """Write a page that runs the artifacts in the browser."""
     from vocabshrink.pages.web import build_web
 
-    done = build_web([delivered(path) for path in artifacts], out, passages, title=title, node_modules=node_modules)
-    print(f"{out}/index.html (any static server), {out}/standalone.html (from a disk); {done['passages']} passages")
+    searched = build_web([delivered(path) for path in artifacts], out, passages, node_modules=node_modules)
+    print(f"{out}/index.html (any static server), {out}/standalone.html (from a disk); {searched} passages")
 
 
 @app.command()
@@ -323,8 +294,6 @@ def main() -> None:
     signal.signal(signal.SIGINT, stop)
     signal.signal(signal.SIGTERM, stop)
     try:
-        if (word := "".join(sys.argv[1:2])) in RENAMED:
-            raise InputError(f"the stage {word} is called {RENAMED[word]} now: vocabshrink {RENAMED[word]} RECIPE")
         app()
     except BrokenPipeError:  # of `| head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

@@ -1,7 +1,6 @@
 """Harvested documentation: the prose of docstrings, in the same order whoever helps, and nothing executed."""
 
 import ast
-import gzip
 import inspect
 import json
 import sysconfig
@@ -40,8 +39,7 @@ def packages(tmp_path) -> Path:
 
 
 def rows(path: Path) -> list[dict]:
-    data = gzip.decompress(path.read_bytes()) if path.suffix == ".gz" else path.read_bytes()
-    return [json.loads(line) for line in data.decode().splitlines()]
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
 
 
 def test_rows_counts_and_order(packages, tmp_path):
@@ -59,12 +57,9 @@ def test_rows_counts_and_order(packages, tmp_path):
 
 
 def test_every_process_count_gives_the_same_bytes(packages, tmp_path):
-    for name in ("docs.jsonl", "docs.jsonl.gz"):
-        alone, helped = tmp_path / "alone" / name, tmp_path / "helped" / name
-        assert harvest(alone, roots=[packages]) == harvest(helped, roots=[packages], processes=2)
-        assert alone.read_bytes() == helped.read_bytes()
-    assert (tmp_path / "alone/docs.jsonl.gz").read_bytes()[4:8] == bytes(4)  # no time in the header
-    assert rows(tmp_path / "alone/docs.jsonl") == rows(tmp_path / "alone/docs.jsonl.gz")
+    alone, helped = tmp_path / "alone.jsonl", tmp_path / "helped.jsonl"
+    assert harvest(alone, roots=[packages]) == harvest(helped, roots=[packages], processes=2)
+    assert alone.read_bytes() == helped.read_bytes()
 
 
 def test_a_root_inside_another_is_read_once(packages, tmp_path):
@@ -90,8 +85,6 @@ def test_the_default_is_this_interpreter(packages, monkeypatch):
 def test_bad_input_is_named(tmp_path):
     with pytest.raises(InputError, match="docs.txt: give a name that ends with .jsonl"):
         harvest(tmp_path / "docs.txt", roots=[tmp_path])
-    with pytest.raises(InputError, match="absent is not a folder"):
-        harvest(tmp_path / "docs.jsonl", roots=[tmp_path / "absent"])
     with pytest.raises(InputError, match="no documentation in 0 files"):
         harvest(tmp_path / "docs.jsonl", roots=[tmp_path])
     assert list(tmp_path.iterdir()) == []

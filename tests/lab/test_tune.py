@@ -10,7 +10,6 @@ import signal
 import statistics
 import time
 from functools import partial
-from pathlib import Path
 from types import SimpleNamespace
 
 import optuna
@@ -21,9 +20,8 @@ from transformers import BertConfig
 
 from tokenizer_build.errors import InputError
 from tokenizer_build.files import read_json, write_json
-from vocabshrink import cli
 from vocabshrink.lab import tune
-from vocabshrink.lab.ablations import Variant
+from vocabshrink.lab.ablations import Variant, units_of
 from vocabshrink.lab.tune import NAMED_MAPS, Tuner, explore, genome_of, measure_latency, rows_of, run_tuning
 from vocabshrink.run.folder import RunDir
 from vocabshrink.run.recipe import DeliverySection, load_recipe
@@ -139,11 +137,6 @@ def test_what_is_no_search_is_refused(written, tmp_path):
     with pytest.raises(InputError, match="tune.trails=1: unknown key trails"):
         Tuner(path, ["tune.trails=1"], tmp_path)
     assert Tuner(path, ["tune.trials=3", "distill.steps=9"], tmp_path).tuning.trials == 3
-
-
-def test_the_old_command_names_the_new_one():
-    with pytest.raises(InputError, match="x.yaml: search answers queries .*, vocabshrink tune x.yaml"):
-        cli.search(Path("x.yaml"))
 
 
 # ------------------------------------------------------------------------------------------------ genes
@@ -440,7 +433,7 @@ def real(written, tiny_teacher, corpus_file, lines, tmp_path):
 
 
 def test_a_tiny_search_end_to_end(real, in_memory, tmp_path, monkeypatch):
-    """Search and confirmation: every file, no stage twice, the best map runs."""
+    """Every file, no stage twice; the best map is a recipe, and its confirmation an ablation file."""
     monkeypatch.setattr(tune, "NAMED_MAPS", maps := ("uniform", "first"))
     confirm = {"settings": {"distill.steps": 6}, "tasks": ["pairs"], "seeds": [1, 2]}
     path = real(tasks=["mood"], proxy={"distill.steps": 2}, confirm=confirm, trials=4)
@@ -450,21 +443,17 @@ def test_a_tiny_search_end_to_end(real, in_memory, tmp_path, monkeypatch):
     assert summary["trials"]["complete"] == 4 <= summary["trials"]["asked"]
     assert set(summary["named"]) == set(maps)
     assert summary["best"]["quality"] >= max(row["quality"] for row in summary["named"].values())
-    assert summary["confirm"]["seeds"] == [1, 2] and [row["recipe"] for row in summary["confirm"]["rows"]] == [
-        "found",
-        *maps,
-    ]
-    assert all("clear" in row and row["baseline"] == "found" for row in summary["confirm"]["rows"][1:])
+    units = units_of(root / "confirm.yaml", [], tmp_path / "ablations")
+    assert [(unit.variant, unit.seed) for unit in units] == [(v, n) for n in (1, 2) for v in ("found", *maps)]
+    assert units[0].ablation.baseline == "found" and units[0].run.recipe.distill.steps == 6
+    assert {*units[0].run.recipe.tasks} == {"pairs"}
     best = load_recipe(root / "best.yaml")
     assert [list(pair) for pair in best.distill.layer_map] == summary["best"]["changes"]["distill.layer_map"]
     assert best.distill.steps == 8  # the full run, not the proxy
     page = (root / "tune.html").read_text(encoding="utf-8")
-    assert page.count("<svg") == 2 and not re.findall(r'(?:src|href)="(?!#)', page) and "<script" not in page
-    assert page.count("*</td>") == sum(row["clear"] for row in summary["confirm"]["rows"][1:])
+    assert page.count("<svg") == 1 and not re.findall(r'(?:src|href)="(?!#)', page) and "<script" not in page
     assert "4 candidates trained" in page and summary["best"]["words"] in page
-    rows = (root / "trials.csv").read_text(encoding="utf-8").splitlines()
-    assert rows[0].startswith("number,seconds,state,name,words,quality,") and rows[0].endswith(",mood")
-    assert len(rows) == 5
+    assert page.partition("All candidates")[2].count("<tr>") == 1 + 4
     before = {p: p.stat().st_mtime_ns for p in (root / "runs" / "stages").rglob("DONE")}
     assert run_tuning(path, [], tmp_path / "root")["best"] == summary["best"]
     assert before == {p: p.stat().st_mtime_ns for p in (root / "runs" / "stages").rglob("DONE")}

@@ -109,7 +109,7 @@ def page(tmp_path_factory) -> Path:
     place = tmp_path_factory.mktemp("page")
     (place / "passages.jsonl").write_text("".join(json.dumps(passage) + "\n" for passage in PASSAGES))
     out = place / "web"
-    build_web([RELEASED], out, place / "passages.jsonl", title="Search <by> meaning", node_modules=JS / "node_modules")
+    build_web([RELEASED], out, place / "passages.jsonl", node_modules=JS / "node_modules")
     return out
 
 
@@ -146,7 +146,7 @@ def test_the_page_classifies_and_labels_as_the_runtime_does(tiny_teacher, tmp_pa
     else:
         folders = [bert_delivery(tmp_path, tiny_teacher, task) for task in ("classification", "tokens")]
         text = " ".join(lines[0].split()[:5])
-    build_web(folders, tmp_path / "web", title="Two models", node_modules=JS / "node_modules")
+    build_web(folders, tmp_path / "web", node_modules=JS / "node_modules")
     shot = {"shot": str(Path(SHOTS) / "web-tasks.png")} if SHOTS and released else {}
     shown = node("page_test.mjs", page=str(tmp_path / "web"), query=text, panel=0, **shot)
     assert shown["problems"] == []
@@ -168,7 +168,7 @@ def test_the_page_prompts_and_pools_as_the_runtime_does(tiny_teacher, tmp_path, 
     options = {"pooling": pooling, "prompts": {"query": "ka ka ", "passage": "lo "}}
     folder, passages = bert_delivery(tmp_path, tiny_teacher, "embedding", **options), tmp_path / "passages.jsonl"
     passages.write_text("".join(json.dumps({"text": line}) + "\n" for line in lines[:4]))
-    build_web([folder], tmp_path / "web", passages, title="Prompts", node_modules=JS / "node_modules")
+    build_web([folder], tmp_path / "web", passages, node_modules=JS / "node_modules")
     shown = node("page_test.mjs", page=str(tmp_path / "web"), query="mi ne")
     cosines = load(folder).embed(lines[:4], prompt="passage") @ load(folder).embed(["mi ne"], prompt="query")[0]
     assert shown["problems"] == []
@@ -226,10 +226,10 @@ def delivery(tiny_teacher, tmp_path) -> Path:
 def test_the_folder_holds_all_that_the_page_needs(delivery, packages, tmp_path):
     passages = tmp_path / "passages.jsonl"
     passages.write_text('{"text": "ka </script> lo", "other": 1}\n\n{"text": "mi", "source": "s"}\n')
-    done = build_web([delivery], tmp_path / "web", passages, title="A <b>title</b>", node_modules=packages)
+    searched = build_web([delivery], tmp_path / "web", passages, node_modules=packages)
     out = tmp_path / "web"
     on_disk = {path.relative_to(out).as_posix(): path.stat().st_size for path in out.rglob("*") if path.is_file()}
-    assert done["files"] == on_disk and done["passages"] == 2
+    assert searched == 2
     assert set(on_disk) == {
         "index.html",
         "standalone.html",
@@ -238,7 +238,6 @@ def test_the_folder_holds_all_that_the_page_needs(delivery, packages, tmp_path):
         *(f"models/tiny/{name}" for name in ("config.json", "tokenizer.json", "onnx/model.onnx")),
         *(f"runtime/{Path(name).name}" for name in web.RUNTIME.values()),
     }
-    assert done["model"] == sum(size for name, size in on_disk.items() if name.startswith("models/"))
     assert json.loads((out / "passages.json").read_text()) == [
         {"text": "ka </script> lo"},
         {"text": "mi", "source": "s"},
@@ -248,7 +247,8 @@ def test_the_folder_holds_all_that_the_page_needs(delivery, packages, tmp_path):
     cosines = (vectors * ours).sum(1) / np.linalg.norm(vectors, axis=1) / np.linalg.norm(ours, axis=1)
     assert cosines.min() > 0.999
     text = (out / "index.html").read_text()
-    assert "A &lt;b&gt;title&lt;/b&gt;" in text and text.count("</script>") == 1
+    model = sum(size for name, size in on_disk.items() if name.startswith("models/"))
+    assert f">{model / 1e6:.2f} <small>MB" in text and text.count("</script>") == 1
     for word in ("http://", "https://", "//cdn"):
         assert word not in text
     # the one-file page holds the same files
@@ -262,9 +262,9 @@ def test_the_folder_holds_all_that_the_page_needs(delivery, packages, tmp_path):
 
 
 def test_an_index_is_used_and_a_page_is_replaced(delivery, packages, tmp_path):
-    assert build_web([delivery], tmp_path / "web", title="Page", node_modules=packages)["passages"] == 0
+    assert build_web([delivery], tmp_path / "web", node_modules=packages) == 0
     build_index(delivery, ["ka", "lo", "mi"])
-    assert build_web([delivery], tmp_path / "web", title="Page", node_modules=packages)["passages"] == 3
+    assert build_web([delivery], tmp_path / "web", node_modules=packages) == 3
     vectors = np.frombuffer((tmp_path / "web" / "vectors.bin").read_bytes(), dtype=np.int8).reshape(3, 8)
     ours = load(delivery).embed(["ka", "lo", "mi"])
     cosines = (vectors * ours).sum(1) / np.linalg.norm(vectors.astype(float), axis=1) / np.linalg.norm(ours, axis=1)
@@ -276,7 +276,7 @@ def test_the_page_puts_the_models_prompts_before_texts(delivery, packages, tmp_p
     (tmp_path / "passages.jsonl").write_text('{"text": "mi"}\n')
     expected = load(delivery).embed(["lo mi"])[0]
     write_manifest(delivery, "embedding", prompts={"query": "ka ka ", "passage": "lo "})
-    build_web([delivery], tmp_path / "web", tmp_path / "passages.jsonl", title="Page", node_modules=packages)
+    build_web([delivery], tmp_path / "web", tmp_path / "passages.jsonl", node_modules=packages)
     page = (tmp_path / "web" / "index.html").read_text()
     assert '"before_query": "ka ka "' in page and '"before_passage": "lo "' in page
     (row,) = np.frombuffer((tmp_path / "web" / "vectors.bin").read_bytes(), dtype=np.int8).reshape(1, 8).astype(float)
@@ -287,8 +287,8 @@ def test_more_passages_than_the_page_can_search_are_cut_and_said(delivery, packa
     """`make web` on the demo's artifact, whose index has 60,000 passages."""
     monkeypatch.setattr(web, "MOST_PASSAGES", 2)
     build_index(delivery, ["ka", "lo", "mi"])
-    assert build_web([delivery], tmp_path / "web", title="Page", node_modules=packages)["passages"] == 2
-    assert "passages.jsonl has 3 passages: the page takes the first 2" in capsys.readouterr().err
+    assert build_web([delivery], tmp_path / "web", node_modules=packages) == 2
+    assert "index has 3 passages: the page takes the first 2" in capsys.readouterr().err
     assert [row["text"] for row in json.loads((tmp_path / "web" / "passages.json").read_text())] == ["ka", "lo"]
     assert (tmp_path / "web" / "vectors.bin").stat().st_size == 2 * 8
     page = (tmp_path / "web" / "index.html").read_text()
@@ -309,8 +309,8 @@ def test_a_run_is_shown_under_its_name(delivery, packages, tmp_path, in_process)
 def test_an_index_of_another_model_is_refused(delivery, packages, tmp_path):
     build_index(delivery, ["ka", "lo", "mi"])
     np.save(delivery / "index" / "vectors.npy", np.zeros((2, 8), np.float16))
-    with pytest.raises(InputError, match="vectors.npy does not belong to .*passages.jsonl: build the index again"):
-        build_web([delivery], tmp_path / "web", title="Page", node_modules=packages)
+    with pytest.raises(InputError, match="index: a file was altered or is another model's: build the index again"):
+        build_web([delivery], tmp_path / "web", node_modules=packages)
 
 
 @pytest.mark.parametrize(
@@ -326,7 +326,7 @@ def test_bad_passages_are_refused(delivery, packages, tmp_path, content, words):
     passages = tmp_path / "passages.jsonl"
     passages.write_text(content)
     with pytest.raises(InputError, match=words):
-        build_web([delivery], tmp_path / "web", passages, title="Page", node_modules=packages)
+        build_web([delivery], tmp_path / "web", passages, node_modules=packages)
     assert not (tmp_path / "web").exists()
 
 
@@ -334,17 +334,17 @@ def test_what_cannot_be_shown_is_refused(delivery, packages, tiny_teacher, tmp_p
     masked = write_delivery(tmp_path / "masked", "fill-mask", tiny_teacher)
     tagger = write_delivery(tmp_path / "tagger", "tokens", tiny_teacher)
     with pytest.raises(InputError, match="is for the task 'fill-mask'"):
-        build_web([masked], tmp_path / "web", title="Page", node_modules=packages)
+        build_web([masked], tmp_path / "web", node_modules=packages)
     with pytest.raises(InputError, match="two of the folders are named tiny"):
-        build_web([delivery, delivery], tmp_path / "web", title="Page", node_modules=packages)
+        build_web([delivery, delivery], tmp_path / "web", node_modules=packages)
     with pytest.raises(InputError, match="only be searched by an embedder"):
-        build_web([tagger], tmp_path / "web", tmp_path / "none.jsonl", title="Page", node_modules=packages)
+        build_web([tagger], tmp_path / "web", tmp_path / "none.jsonl", node_modules=packages)
     with pytest.raises(InputError, match="none.jsonl: no such file"):
-        build_web([delivery], tmp_path / "web", tmp_path / "none.jsonl", title="Page", node_modules=packages)
+        build_web([delivery], tmp_path / "web", tmp_path / "none.jsonl", node_modules=packages)
     with pytest.raises(InputError, match="npm ci"):
-        build_web([delivery], tmp_path / "web", title="Page", node_modules=tmp_path / "nowhere")
+        build_web([delivery], tmp_path / "web", node_modules=tmp_path / "nowhere")
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "letter.txt").write_text("dear")
     with pytest.raises(InputError, match="is not a page of ours"):
-        build_web([delivery], tmp_path / "mine", title="Page", node_modules=packages)
+        build_web([delivery], tmp_path / "mine", node_modules=packages)
     assert (tmp_path / "mine" / "letter.txt").is_file()

@@ -330,6 +330,7 @@ def test_augmented_rows_are_trained_on_with_the_teacher_s_logits(name, taught, d
         read_teacher(context_of(run, "augment")),
         run.dir.stage("augment") / f"{name}.jsonl",
         run.recipe.finetune.augment,
+        tmp_path / "work",
     )
     assert made["written"] > 64
     finetune(context_of(run, "finetune"))

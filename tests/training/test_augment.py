@@ -12,7 +12,6 @@ import torch.nn.functional as F
 from tokenizers import Tokenizer, models, pre_tokenizers, processors, trainers
 from transformers import AutoModelForMaskedLM, RobertaConfig, RobertaForMaskedLM
 
-from tokenizer_build.errors import InputError
 from vocabshrink.data.tasks import Rows, Task
 from vocabshrink.models.teacher import load_teacher
 from vocabshrink.run.recipe import AugmentSection
@@ -76,7 +75,6 @@ def in_place_of_the_mask(teacher, sentence: str) -> list[str]:
 def test_a_word_of_one_piece_takes_the_heads_most_probable_words(teacher, whole):
     sentence = f"{whole[0]} {whole[1]} , {whole[2]} {whole[3]} ."
     words = CandidateFinder(teacher, 6)([(sentence,)])[0]
-    assert [word.masked for word in words] == [True] * 4
     for word, own in zip(words, whole[:4], strict=True):
         ranked = in_place_of_the_mask(teacher, sentence.replace(own, "[MASK]"))
         assert word.candidates == [piece for piece in ranked if piece in whole and piece != own][:6]
@@ -101,7 +99,7 @@ def test_a_word_of_several_pieces_takes_the_nearest_of_the_table(teacher, headle
     long = whole[0]
     for used in (teacher, headless):
         (word,) = CandidateFinder(used, 6)([(f"{long}xq",)])[0]
-        assert len(word.pieces) == 3 and not word.masked
+        assert len(word.pieces) == 3
         assert word.candidates == [p for p in by_letters(teacher, [long, "##x", "##q"]) if p in whole][:6]
     assert word.candidates[0] == long
     (word,) = CandidateFinder(headless, 6)([(long,)])[0]  # without a head a word of one piece too, and never itself
@@ -113,7 +111,7 @@ def test_a_word_that_its_pieces_say_nothing_of_is_masked_whole(teacher, headless
     sentence = f"{whole[1]} xqxqxq {whole[2]}"
     word = CandidateFinder(teacher, 6)([(sentence,)])[0][1]
     ranked = in_place_of_the_mask(teacher, sentence.replace("xqxqxq", "[MASK]"))
-    assert word.masked and word.candidates == [piece for piece in ranked if piece in whole][:6]
+    assert word.candidates == [piece for piece in ranked if piece in whole][:6]
     assert not CandidateFinder(headless, 6)([(sentence,)])[0][1].candidates
 
 
@@ -130,9 +128,10 @@ def test_the_word_itself_is_no_candidate_however_it_is_written(headless, whole):
         assert len(word.candidates) == 6 and whole[0] not in word.candidates
 
 
-def test_a_sentence_beyond_the_positions_takes_nearest_words(teacher, whole):
-    words = CandidateFinder(teacher, 6)([(" ".join(whole[:5] * 20),)])[0]
-    assert len(words) == 100 and not any(word.masked for word in words) and all(word.candidates for word in words)
+def test_a_sentence_beyond_the_positions_takes_nearest_words(teacher, headless, whole):
+    sentence = (" ".join(whole[:5] * 20),)
+    (words,), (nearest,) = (CandidateFinder(used, 6)([sentence]) for used in (teacher, headless))
+    assert len(words) == 100 and words == nearest and all(word.candidates for word in words)
 
 
 def test_the_teacher_runs_on_the_accelerator_s_device(teacher, whole, monkeypatch):
@@ -167,7 +166,7 @@ def test_a_byte_level_teacher_gives_words_without_its_mark(lines, tmp_path):
     vocabulary = tokenizer.get_vocab()
     known = [p[1:] for p in vocabulary if p.startswith("Ġ") and p[1:].isalpha() and len(p) > 2]
     words = CandidateFinder(load_teacher(str(tmp_path)), 6)([(f"{known[0]} {known[1]} , {known[2]}.",)])[0]
-    assert [word.masked for word in words[1:]] == [True, True]
+    assert all(word.candidates for word in words[1:])
     assert {new for word in words for new in word.candidates} <= set(known)
 
 
@@ -176,11 +175,9 @@ def test_a_byte_level_teacher_gives_words_without_its_mark(lines, tmp_path):
 
 def test_the_rows_of_a_task(teacher, task, tmp_path):
     seen = []
-    summary = augment_task(task, teacher, tmp_path / "toy.jsonl", SETTINGS, progress=seen.append)
+    summary = augment_task(task, teacher, tmp_path / "toy.jsonl", SETTINGS, tmp_path / "work", progress=seen.append)
     rows, train = read(tmp_path / "toy.jsonl"), task.splits["train"]
     assert seen == [64, 64, 22] and summary["rows"] == 150 and summary["written"] == len(rows) > 700
-    assert summary["candidates"] == "masked words, else nearest words"
-    assert 0 < summary["masked"] < summary["words"]
     changed = total = 0
     for row in rows:
         assert set(row) == {"sentence1", "label", "source"}
@@ -194,23 +191,17 @@ def test_the_rows_of_a_task(teacher, task, tmp_path):
 
 
 def test_p_is_the_probability_of_each_word(teacher, task, tmp_path):
-    augment_task(task, teacher, tmp_path / "none.jsonl", SETTINGS.model_copy(update={"p": 0.0}))
+    augment_task(task, teacher, tmp_path / "none.jsonl", SETTINGS.model_copy(update={"p": 0.0}), tmp_path / "work")
     assert read(tmp_path / "none.jsonl") == []
-    augment_task(task, teacher, tmp_path / "all.jsonl", SETTINGS.model_copy(update={"p": 1.0}))
+    augment_task(task, teacher, tmp_path / "all.jsonl", SETTINGS.model_copy(update={"p": 1.0}), tmp_path / "work")
     for row in read(tmp_path / "all.jsonl"):
         old, new = task.splits["train"].first[row["source"]].split(), row["sentence1"].split()
         assert all(o != n for o, n in zip(old, new, strict=True) if o.isalpha())
 
 
-def test_a_teacher_without_a_head_gives_nearest_words_and_says_so(headless, task, tmp_path):
-    summary = augment_task(task, headless, tmp_path / "toy.jsonl", SETTINGS)
-    assert summary["masked"] == 0 and summary["written"] > 700
-    assert summary["candidates"] == "nearest words only: the teacher has no masked-LM head"
-
-
 def test_pairs_change_both_sentences_and_scores_stay(teacher, lines, tmp_path):
     task = task_of(lines[:20], np.arange(20) / 4, second=lines[20:40], kind="regression", labels=())
-    augment_task(task, teacher, tmp_path / "toy.jsonl", SETTINGS)
+    augment_task(task, teacher, tmp_path / "toy.jsonl", SETTINGS, tmp_path / "work")
     rows = read(tmp_path / "toy.jsonl")
     assert all(row["label"] == row["source"] / 4 for row in rows)
     assert sum(row["sentence1"] != lines[row["source"]] for row in rows) > 90
@@ -221,7 +212,7 @@ def test_tokens_keep_their_number_and_labels(teacher, whole, tmp_path):
     tokens = [[whole[0], f"{whole[1]} {whole[2]}", "42", whole[3].capitalize()], [whole[4], "."]]
     targets = [np.array([0, 1, 0, 1]), np.array([1, 0])]
     task = task_of(tokens, targets, kind="tokens", labels=("O", "B-x"))
-    augment_task(task, teacher, tmp_path / "toy.jsonl", SETTINGS.model_copy(update={"p": 0.8}))
+    augment_task(task, teacher, tmp_path / "toy.jsonl", SETTINGS.model_copy(update={"p": 0.8}), tmp_path / "work")
     rows = read(tmp_path / "toy.jsonl")
     assert {row["source"] for row in rows} == {0, 1}
     for row in rows:
@@ -238,53 +229,43 @@ def test_tokens_keep_their_number_and_labels(teacher, whole, tmp_path):
 # ------------------------------------------------------------------------------------------------ resume
 
 
-def test_a_killed_run_goes_on_and_a_finished_one_rests(teacher, task, tmp_path, monkeypatch):
+def test_a_killed_run_goes_on_after_the_last_whole_block(teacher, task, tmp_path, monkeypatch):
     monkeypatch.setattr(augment, "ROWS_IN_BLOCK", 40)
-    whole, out = tmp_path / "whole.jsonl", tmp_path / "toy.jsonl"
-    expected = augment_task(task, teacher, whole, SETTINGS)
-    for written in (1, 2):  # killed behind each of two blocks, then while it writes the next
+    whole, out, work = tmp_path / "whole.jsonl", tmp_path / "toy.jsonl", tmp_path / "work"
+    expected = augment_task(task, teacher, whole, SETTINGS, tmp_path / "other")
 
-        def stop(rows):
-            raise KeyboardInterrupt
+    def stop(rows):
+        raise KeyboardInterrupt
 
+    for _ in range(2):  # killed behind each of two blocks
         with pytest.raises(KeyboardInterrupt):
-            augment_task(task, teacher, out, SETTINGS, progress=stop)
-        assert {row["source"] for row in read(out)} == set(range(40 * written))
-        with out.open("a") as file:
-            file.write('{"sentence1": "half a li')
+            augment_task(task, teacher, out, SETTINGS, work, progress=stop)
+    assert not out.exists()
     seen = []
-    assert augment_task(task, teacher, out, SETTINGS, progress=seen.append) == expected
-    assert seen == [40, 30] and out.read_bytes() == whole.read_bytes()
-    assert augment_task(task, teacher, out, SETTINGS, progress=seen.append) == expected
+    assert augment_task(task, teacher, out, SETTINGS, work, progress=seen.append) == expected
     assert seen == [40, 30] and out.read_bytes() == whole.read_bytes()
 
 
-def test_other_settings_or_a_lost_file_begin_anew(teacher, headless, task, tmp_path):
+def test_other_settings_rows_or_teachers_begin_anew(teacher, headless, task, tmp_path):
     out, seen = tmp_path / "toy.jsonl", []
-    augment_task(task, teacher, out, SETTINGS)
-    first = out.read_bytes()
-    augment_task(task, teacher, out, SETTINGS.model_copy(update={"p": 0.5}), progress=seen.append)
-    assert sum(seen) == 150 and out.read_bytes() != first
-    augment_task(task, headless, out, SETTINGS, progress=seen.append)
-    assert sum(seen) == 300 and out.read_bytes() != first
-    out.unlink()
-    augment_task(task, teacher, out, SETTINGS, progress=seen.append)
-    assert sum(seen) == 450 and out.read_bytes() == first
-    out.write_bytes(first[:100])
-    augment_task(task, teacher, out, SETTINGS, progress=seen.append)
-    assert sum(seen) == 600 and out.read_bytes() == first
+    other = task_of(task.splits["train"].first, 1 - task.splits["train"].targets)
+    for used, settings, asked in (
+        (teacher, SETTINGS, task),
+        (teacher, SETTINGS.model_copy(update={"p": 0.5}), task),
+        (headless, SETTINGS, task),
+        (teacher, SETTINGS, other),
+    ):
+        augment_task(asked, used, out, settings, tmp_path / "work", progress=seen.append)
+    assert sum(seen) == 4 * 150
+    augment_task(other, teacher, out, SETTINGS, tmp_path / "work", progress=seen.append)
+    assert sum(seen) == 4 * 150
 
 
 def test_training_rows_with_their_copies(teacher, task, tmp_path):
     out = tmp_path / "toy.jsonl"
-    augment_task(task, teacher, out, SETTINGS)
+    augment_task(task, teacher, out, SETTINGS, tmp_path / "work")
     copies, both = read(out), augmented_rows(task, out)
     train = task.splits["train"]
     assert both.first == [*train.first, *(row["sentence1"] for row in copies)] and both.second is None
     assert both.targets.dtype == train.targets.dtype
     assert both.targets.tolist() == [*train.targets, *(train.targets[row["source"]] for row in copies)]
-    other = task_of(train.first, 1 - train.targets)
-    with pytest.raises(InputError, match="does not hold copies of all rows of task toy: run the augment stage again"):
-        augmented_rows(other, out)
-    with pytest.raises(InputError, match="is missing"):
-        augmented_rows(task, tmp_path / "no.jsonl")

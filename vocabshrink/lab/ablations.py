@@ -20,7 +20,7 @@ from pydantic import Field, model_validator
 
 from tokenizer_build.errors import InputError
 from tokenizer_build.files import claimed, read_json, write_json, write_text
-from vocabshrink.pages.experiments import AVERAGE, COSTS, ROUNDED, TEACHER, markdown, place_of, plot, write_index
+from vocabshrink.pages.experiments import AVERAGE, COSTS, ROUNDED, TEACHER, markdown, place_of, plot
 from vocabshrink.run.engine import Run, run_stage, say, settings_of
 from vocabshrink.run.folder import RunDir, SharedRunDir
 from vocabshrink.run.recipe import Name, Recipe, Section, load_recipe, parse_recipe
@@ -193,8 +193,8 @@ def run_ablations(
     files: list[Path], overrides: list[str] | tuple[str, ...] = (), root: Path = Path("artifacts/ablations")
 ) -> dict:
     """Runs every variant of the files under every seed and writes the tables after each; finished ones are skipped.
-    Returns summary.json of `root`: {"rows": those of `rows_of`, "minutes": of all stages}. Raises InputError for a bad
-    file or a variant over its budget, before anything runs; for what stopped a variant, once all others have run."""
+    Returns summary.json of `root`: {"rows": those of `rows_of`, "finished": {name: "5 of 6"}}. Raises InputError for a
+    bad file or a variant over its budget, before anything runs; for what stopped one, once all others have run."""
     refuse_launcher()
     ablations = {}
     for units in (units_of(Path(path), overrides, root) for path in files):
@@ -294,20 +294,15 @@ def write_tables(ablations: Iterable[list[Unit]], root: Path) -> dict:
     for units in ablations:
         ablation, folder = units[0].ablation, root / units[0].ablation.name
         rows = rows_of(units)
-        stages = {unit.run.dir.stage(name) for unit in units for name in unit.run.stages if unit.run.dir.is_done(name)}
-        minutes = {stage.name: read_json(stage / "summary.json").get("minutes", 0) for stage in sorted(stages)}
         write_text(folder / "table.md", markdown(rows))
         write_text(folder / "plot.svg", plot(rows, ablation.name))
-        about = {"title": ablation.title, "rows": rows, "minutes": minutes, "runs": len(units)}
-        about["finished"] = sum(unit.run.dir.is_done("finetune") for unit in units)
+        finished = sum(unit.run.dir.is_done("finetune") for unit in units)
+        about = {"title": ablation.title, "rows": rows, "runs": len(units), "finished": finished}
         write_json(folder / "summary.json", about)  # last: what has a summary is whole
     every = {path.parent.name: read_json(path) for path in sorted(root.glob("*/summary.json"))}
-    shared = {stage: minutes for one in every.values() for stage, minutes in one["minutes"].items()}
     summary = {"rows": [row for one in every.values() for row in one["rows"]]}
-    summary["minutes"] = round(sum(shared.values()), 1)  # a stage that several ablations share counts once
     summary["finished"] = {name: f"{one['finished']} of {one['runs']}" for name, one in every.items()}
     write_json(root / "summary.json", summary)
     parts = (f"## {one['title']}\n\n{markdown(one['rows'])}" for one in every.values())
     write_text(root / "tables.md", "\n".join(parts))
-    write_index(every, summary["minutes"], root)
     return summary

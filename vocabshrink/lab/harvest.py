@@ -5,7 +5,6 @@ few coarse tests tell prose; they lose some and keep some noise, which word coun
 takes a second for 8 MB of source. Files without a triple quote, almost a third of all, are skipped."""
 
 import ast
-import gzip
 import importlib
 import inspect
 import json
@@ -19,7 +18,7 @@ from pathlib import Path
 
 from tokenizer_build.count import map_in_order
 from tokenizer_build.errors import InputError
-from tokenizer_build.files import replacing
+from tokenizer_build.files import write_text
 
 SKIPPED_FOLDERS = {"test", "tests", "testing", "idle_test", "site-packages", "dist-packages", "__pycache__"}
 DEFINITIONS = (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
@@ -39,20 +38,18 @@ MARKUP = re.compile(rf"^(?:{ITEM}|{FIELD})|(?::[\w:+-]+:)?(`+)[~!]?([^`]+?)(?:\s
 
 
 def harvest(out: Path, *, processes: int = 1, roots: list[Path] | None = None) -> dict[str, int]:
-    """Write the documentation of installed packages to `out` (.jsonl or .jsonl.gz), one paragraph per row, none twice:
-    {"text": str, "source": "module.qualified.name"}. roots: folders of packages; by default this interpreter's. Returns
-    the numbers of `paragraphs` and `words`. Raises InputError for a root that is none, and no documentation."""
-    if not out.name.endswith((".jsonl", ".jsonl.gz")):
-        raise InputError(f"cannot write {out}: give a name that ends with .jsonl or .jsonl.gz")
+    """Write the documentation of installed packages to `out` (.jsonl), one paragraph per row, none twice: {"text": str,
+    "source": "module.qualified.name"}. roots: folders of packages; by default this interpreter's. Returns the numbers
+    of `paragraphs` and `words`. Raises InputError for another name, and where there is no documentation."""
+    if out.suffix != ".jsonl":
+        raise InputError(f"cannot write {out}: give a name that ends with .jsonl")
     files, rows = list_files(roots), {}
     compiled = [] if roots else [(name, text) for name, doc in compiled_docstrings() for text in paragraphs(doc)]
     for source, text in chain(compiled, chain.from_iterable(map_in_order(_read, files, processes))):
         rows.setdefault(text.lower(), {"text": text, "source": source})
     if not rows:
         raise InputError(f"no documentation in {len(files)} files: give folders of Python packages")
-    data = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows.values()).encode()
-    with replacing(out) as temporary:
-        temporary.write_bytes(gzip.compress(data, mtime=0) if out.suffix == ".gz" else data)
+    write_text(out, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows.values()))
     return {"paragraphs": len(rows), "words": sum(text.count(" ") + 1 for text in rows)}
 
 
@@ -60,8 +57,6 @@ def list_files(roots: list[Path] | None = None) -> list[tuple[str, Path]]:
     """(name, path) of every module below the roots (see `harvest`) except tests, sorted by name within a root."""
     files: dict[Path, str] = {}
     for root in roots or [Path(sysconfig.get_path(name)) for name in ("stdlib", "purelib", "platlib")]:
-        if not root.is_dir():
-            raise InputError(f"{root} is not a folder: give the folder that holds the packages")
         found = []
         for path in root.rglob("*.py"):
             parts = path.relative_to(root).with_suffix("").parts

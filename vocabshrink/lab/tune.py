@@ -16,7 +16,6 @@ from typing import Annotated, Any, Literal
 
 import numpy as np
 import optuna
-import pandas as pd
 import yaml
 from optuna.storages import RDBStorage, RetryHeartbeatStaleTrialCallback
 from optuna.trial import TrialState
@@ -30,7 +29,7 @@ from vocabshrink.delivery.graph import build_graph
 from vocabshrink.delivery.size import delivery_bytes
 from vocabshrink.lab import ablations
 from vocabshrink.models.families import new_encoder
-from vocabshrink.pages.experiments import AVERAGE, TEACHER, place_of, write_tune_page
+from vocabshrink.pages.experiments import write_tune_page
 from vocabshrink.run.engine import say
 from vocabshrink.run.folder import RunDir
 from vocabshrink.run.formats import formats_of
@@ -46,7 +45,7 @@ Keys = Annotated[list[str], Field(min_length=1)]
 
 
 class Confirm(Section):
-    """The found map beside the named ones, trained longer, on tasks that the search has not seen."""
+    """The ablation of the found map and the named ones, trained longer, on tasks that the search has not seen."""
 
     settings: dict[str, Any] = {}  # over the recipe, in place of the proxy's
     tasks: Keys
@@ -312,9 +311,9 @@ def rows_of(study: optuna.Study) -> dict[str, dict]:
 
 
 def run_tuning(path: Path, overrides: list[str] | tuple[str, ...] = (), root: Path = Path("artifacts/tune")) -> dict:
-    """Searches, and confirms the result where the file says so; what is finished is skipped. Writes study.db, best.yaml
-    (or front/N.yaml), trials.csv, tune.html and summary.json into `root`/NAME, and `root`/summary.json of all searches.
-    Returns the search's summary. Raises InputError as `Tuner` does, and where no candidate could be trained."""
+    """Searches; what is finished is skipped. Writes study.db, best.yaml (or front/N.yaml), confirm.yaml where the file
+    asks for it, tune.html and summary.json into `root`/NAME, and `root`/summary.json of all searches. Returns the
+    search's summary. Raises InputError as `Tuner` does, and where no candidate could be trained."""
     ablations.refuse_launcher()
     tuner = Tuner(path, overrides, root)
     RunDir(tuner.root).write_environment()
@@ -324,7 +323,7 @@ def run_tuning(path: Path, overrides: list[str] | tuple[str, ...] = (), root: Pa
     if not front:
         reasons = [row["refused"] for row in rows.values() if row["refused"]] or ["all were given up"]
         raise InputError(f"{path}: no candidate could be trained: {statistics.mode(reasons)}")
-    summary = tuning.model_dump(include={"title", "objectives", "tasks"})
+    summary = tuning.model_dump(include={"name", "title", "objectives", "tasks"})
     summary |= {"best": front[0]} if tuning.objectives == ["quality"] else {"front": front}
     named = ((name, genome_of(tuner.changes(genes))) for name, genes in tuner.named().items())
     summary["named"] = {name: rows[genome] for name, genome in named if genome in rows}
@@ -333,34 +332,29 @@ def run_tuning(path: Path, overrides: list[str] | tuple[str, ...] = (), root: Pa
     seconds = round(sum(row["seconds"] for row in rows.values()))
     summary |= {"trials": trials | {"asked": len(study.trials)}, "seconds": seconds}
     write_results(tuner, list(rows.values()), summary)
-    if tuning.confirm:
-        summary["confirm"] = confirm(tuner, summary["best"]["changes"])
-        write_results(tuner, list(rows.values()), summary)
     write_json(root / "summary.json", {p.parent.name: read_json(p) for p in sorted(root.glob("*/summary.json"))})
     return summary
 
 
-def confirm(tuner: Tuner, best: dict[str, Any]) -> dict:
-    """The found map beside the named ones, trained longer under several seeds on unseen tasks, as an ablation:
-    {"tasks", "seeds", "rows": of their averages, compared with the found map}."""
-    section, path = tuner.tuning.confirm, tuner.root / "confirm.yaml"
-    content = {"name": "confirm", "title": "The found map beside the named ones", "vary": "run", "baseline": "found"}
+def confirmation(tuner: Tuner, best: dict[str, Any]) -> dict:
+    """An ablation file: the found map beside the named ones, trained longer under several seeds on unseen tasks."""
+    section = tuner.tuning.confirm
+    content = {"name": f"{tuner.tuning.name}_confirm", "title": "The found map beside the named ones", "vary": "run"}
     content |= {"base": str((tuner.path.parent / tuner.tuning.base).absolute()), "seeds": section.seeds}
     content["common"] = section.settings | {f"tasks.{t}": None for t in tuner.base["tasks"] if t not in section.tasks}
     content["variants"] = {"found": best} | {name: tuner.changes(genes) for name, genes in tuner.named().items()}
-    write_text(path, yaml.dump(content, Dumper=RecipeDumper, sort_keys=False, allow_unicode=True))
-    rows = ablations.run_ablations([path], tuner.overrides, root=tuner.root / "runs")["rows"]
-    rows = [row for row in rows if place_of(row) == AVERAGE and row["recipe"] != TEACHER]
-    return {"tasks": section.tasks, "seeds": section.seeds, "rows": rows}
+    return content | {"baseline": "found"}
 
 
 def write_results(tuner: Tuner, rows: list[dict], summary: dict) -> None:
-    """Writes the recipes, the table of trials, the page and, last, summary.json."""
+    """Writes the recipes, the ablation file that confirms the result, the page and, last, summary.json."""
     front = {f"front/{number:02}": row for number, row in enumerate(summary.get("front", []), 1)}
     for place, result in (front or {"best": summary["best"]}).items():
         changes = result["changes"] | {"name": f"{tuner.tuning.name}_{place.replace('/', '_')}"}
         write_text(tuner.root / f"{place}.yaml", dump_recipe(tuner.make(changes, place).recipe))
-    table = pd.DataFrame([row | row["scores"] for row in rows]).drop(columns=["scores", "changes"])
-    write_text(tuner.root / "trials.csv", table.to_csv(index=False))
+    if tuner.tuning.confirm:
+        content = confirmation(tuner, summary["best"]["changes"])
+        text = yaml.dump(content, Dumper=RecipeDumper, sort_keys=False, allow_unicode=True)
+        write_text(tuner.root / "confirm.yaml", text)
     write_tune_page(rows, summary, tuner.root)
     write_json(tuner.root / "summary.json", summary)

@@ -1,11 +1,10 @@
-"""The tables, plots and offline pages of ablations and of searches (`tune`), views of their summary.json."""
+"""The tables and plots of ablations, and the offline page of searches (`tune`): views of their summary.json."""
 
 import itertools
 from functools import partial
+from operator import itemgetter
 from pathlib import Path
 
-import pandas as pd
-from markupsafe import Markup
 from matplotlib.axes import Axes
 
 from tokenizer_build.files import read_json
@@ -19,16 +18,13 @@ COSTS["general_seconds_per_step"] = ("general s/step", 1, "{:.3f}")
 AVERAGE = ("validation", "average", "average")  # named like a task's figures: split, task, metric
 ROUNDED = ("rounded", "average", "average")  # of the models with weights rounded as finetune.rounded says
 
+place_of = itemgetter("split", "task", "metric")
 UNITS = {"bytes": (1e-6, "MB"), "latency": (1, "ms, 32 pieces, one thread")}
 QUALITY = "quality × 100"
 
 
-def place_of(row: dict) -> tuple[str, str, str]:
-    return row["split"], row["task"], row["metric"]
-
-
-def table_of(rows: list[dict]) -> pd.DataFrame:
-    """The table's cells as text, variants by columns: every metric, the average, the difference, tokens and cost."""
+def columns_of(rows: list[dict]) -> dict[str, dict[str, str]]:
+    """{head: {variant: cell}} of a table: every metric, the average, the difference, tokens and cost."""
     columns: dict[str, dict[str, str]] = {}
     for row in rows:
         if row["split"] == "validation" or place_of(row) == ROUNDED:
@@ -41,7 +37,7 @@ def table_of(rows: list[dict]) -> pd.DataFrame:
         columns["against baseline"] = differences
     for name, (head, scale, form) in COSTS.items():
         columns[head] = {label: form.format(scale * r[name]) for label, r in averages.items() if r[name] is not None}
-    return pd.DataFrame(columns, index=list(averages), dtype=object).fillna("")
+    return columns
 
 
 def compared_with(rows: list[dict]) -> str:
@@ -56,10 +52,11 @@ def markdown(rows: list[dict]) -> str:
     """The table: 100 times the median, and in brackets the largest less the smallest seed."""
     if not rows:
         return "No run has finished yet.\n"
-    table = table_of(rows)
-    lines = ["| | " + " | ".join(table.columns) + " |", "|---|" + "--:|" * len(table.columns)]
-    lines += [f"| {label.replace('|', '/')} | " + " | ".join(cells) + " |" for label, cells in table.iterrows()]
-    baseline = compared_with(rows)
+    columns, baseline = columns_of(rows), compared_with(rows)
+    lines = ["| | " + " | ".join(columns) + " |", "|---|" + "--:|" * len(columns)]
+    for label in dict.fromkeys(row["recipe"] for row in rows):
+        cells = (column.get(label, "") for column in columns.values())
+        lines.append(f"| {label.replace('|', '/')} | {' | '.join(cells)} |")
     rows = [row for row in rows if row["recipe"] != TEACHER and place_of(row) == AVERAGE]
     seeds = max((row["seeds"] for row in rows), key=len, default=[])
     note = f"100 × median (largest − smallest) of seeds {', '.join(map(str, seeds))}"
@@ -90,24 +87,12 @@ def plot(rows: list[dict], name: str) -> str:
     return svg_of(name, draw, (7, 0.6 + 0.3 * len(rows)), alone=True)
 
 
-def write_index(every: dict[str, dict], minutes: float, root: Path) -> None:
-    """index.html of `root`: every table and plot, offline, in one file. every: {name: its summary.json}."""
-    facts: dict = {"ablations": [], "minutes": minutes, "environment": read_json(root / "environment.json")}
-    for name, one in every.items():
-        about = {"name": name, "baseline": compared_with(one["rows"]), "table": table_of(one["rows"])}
-        about["plot"] = Markup((root / name / "plot.svg").read_text(encoding="utf-8")) if one["rows"] else ""
-        facts["ablations"].append(one | about)
-    write_page(root / "index.html", "ablations.html", **facts)
-
-
 def write_tune_page(rows: list[dict], summary: dict, root: Path) -> None:
-    """rows: `tune.rows_of` all trials. summary: the search's, with what was confirmed so far."""
+    """rows: `tune.rows_of` all trials. summary: the search's."""
     figures = {"history": svg_of("history", partial(draw_history, rows), (7, 2.9))}
     for objective in summary["objectives"][1:] if "front" in summary else ():
         drawing = partial(draw_front, rows, summary["front"], objective)
         figures[f"front-{objective}"] = svg_of(f"front-{objective}", drawing)
-    if "confirm" in summary:
-        figures["confirm"] = Markup((root / "runs/confirm/plot.svg").read_text(encoding="utf-8"))
     facts = {"rows": rows, "figures": figures, "summary": summary, "environment": read_json(root / "environment.json")}
     results = [summary["best"]] if "best" in summary else summary["front"]
     write_page(root / "tune.html", "tune.html", results=results, **facts)

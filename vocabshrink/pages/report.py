@@ -27,23 +27,22 @@ POINTS = 300  # per curve, averaged: more cannot be seen at the width of a page
 
 def write_report(run: RunDir) -> Path:
     """Write report.html into the run folder; its path. Raises InputError for a file that is not what its name says."""
-    out, recipe = run.path / "report.html", run.path / "recipe.yaml"
-    files = (run.path / "summary.json", run.path / "environment.json", run.stage("vocab") / "comparison.json")
-    summary, environment, comparison = (read_json(file) if file.is_file() else {} for file in files)
-    stages = {path.parent.name: read_json(path) for path in run.path.glob("*/summary.json")}
+    out = run.path / "report.html"
+    files = (run.path / "summary.json", run.stage("vocab") / "comparison.json")
+    summary, comparison = (read_json(file) if file.is_file() else {} for file in files)
     rows = [row for row in run.metrics() if {"stage", "step", "kind"} <= row.keys()]
-    facts = {"name": run.path.resolve().name, "tiles": headline_tiles(summary), "headline": per_system(summary)}
+    facts = {"name": run.path.resolve().name, "minutes": summary.get("minutes"), "headline": per_system(summary)}
     facts |= {"systems": SYSTEMS, "tasks": task_rows(summary["tasks"]) if "tasks" in summary else []}
     facts["blocks"] = {key: value for key, value in summary.items() if key.endswith("_by_block")}
-    facts["training"] = [training_panel(stage, rows) for stage in in_order(row["stage"] for row in rows)]
+    facts["training"] = [training_panel(stage, rows) for stage in dict.fromkeys(row["stage"] for row in rows)]
     by_language = comparison.pop("languages", {})
     facts |= {"examples": comparison.pop("examples", []), "vocabulary": comparison}
-    facts["vocabulary"] |= {
-        f"{side}, {language}": found[side] for language, found in by_language.items() for side in ("teacher", "student")
-    }
-    facts["details"] = {name: list(flatten(stages[name])) for name in in_order(stages)}
-    facts["recipe"] = recipe.read_text(encoding="utf-8", errors="replace") if recipe.is_file() else None
-    facts |= {"timings": stage_timings(run, rows, stages), "environment": list(flatten(environment))}
+    for language, found in by_language.items():
+        comparison |= {f"{side}, {language}": found[side] for side in ("teacher", "student")}
+    shown = [run.path / "recipe.yaml", run.path / "environment.json"]
+    shown += [run.stage(name) / "summary.json" for name in STAGES if name != "report"]
+    texts = {path: path.read_text(encoding="utf-8", errors="replace") for path in shown if path.is_file()}
+    facts["files"] = {path.relative_to(run.path).as_posix(): text for path, text in texts.items()}
     write_page(out, "report.html", **facts, label=label, figure=figure, columns=columns)
     return out
 
@@ -52,22 +51,6 @@ def per_system(summary: dict) -> dict[str, dict]:
     """The entries of a run's summary that hold one figure per system, {"teacher": ..., "delivered": ..., ...}."""
     entries = {key: value for key, value in summary.items() if isinstance(value, dict) and set(SYSTEMS) & set(value)}
     return {key: value for key, value in entries.items() if not any(isinstance(item, dict) for item in value.values())}
-
-
-def headline_tiles(summary: dict) -> list[tuple[str, str, str]]:
-    """(figure, what it is, what it compares with) of the few figures that matter most."""
-    tiles = []
-    for key, systems in per_system(summary).items():
-        teacher, untrained, _, delivered = map(systems.get, SYSTEMS)
-        note = f"teacher {figure(key, teacher)}" if teacher is not None else ""
-        if key == "bytes" and teacher and delivered:
-            note = f"{teacher / delivered:.1f} times smaller than the teacher's {figure(key, teacher)}"
-        elif untrained is not None:
-            note = f"{figure(key, untrained)} before training"
-        if delivered is not None:
-            tiles.append((figure(key, delivered), label(key), note))
-    minutes = summary.get("minutes")
-    return tiles[:5] + ([(figure("minutes", minutes), "whole run", "")] if minutes is not None else [])
 
 
 def training_panel(stage: str, rows: list[dict]) -> dict:
@@ -108,35 +91,10 @@ def draw(curves: dict[str, np.ndarray], axis: str, log: bool, axes: Axes) -> Non
     axes.set_xlabel(axis)
 
 
-def stage_timings(run: RunDir, rows: list[dict], stages: dict[str, dict]) -> list[tuple[str, float, bool]]:
-    """(stage, minutes, whether it is done): by its summary, else by the seconds of its last metrics row."""
-    minutes = {name: 0.0 for name in STAGES if run.stage(name).is_dir()}
-    minutes |= {row["stage"]: row["seconds"] / 60 for row in rows if "seconds" in row}
-    minutes |= {name: summary["minutes"] for name, summary in stages.items() if "minutes" in summary}
-    return [(name, minutes[name], run.is_done(name)) for name in in_order(minutes)]
-
-
-def in_order(names: Iterable[str]) -> list[str]:
-    """Names of stages in the order in which they run; without the report, which does not list its own making."""
-    found = {*names} - {"report"}
-    return sorted(found, key=[*STAGES, *sorted(found)].index)
-
-
 def columns(rows: Iterable[dict], first: Iterable[str] = ()) -> list[str]:
     """The keys of all rows, in order of appearance, those in `first` leading."""
     names = dict.fromkeys(name for row in rows for name in row)
     return [*(name for name in first if name in names), *(name for name in names if name not in first)]
-
-
-def flatten(value: dict, prefix: str = "") -> Iterable[tuple[str, str]]:
-    """(dotted name, text) of every value inside nested dicts, without what is drawn as bars and long lists."""
-    for key, item in value.items():
-        if isinstance(item, dict) and not key.endswith("_by_block"):
-            yield from flatten(item, f"{prefix}{key}.")
-        elif isinstance(item, list) and 0 < len(item) <= 12:
-            yield prefix + key, ", ".join(map(str, item))
-        elif not isinstance(item, dict | list | None):
-            yield prefix + key, figure(key, item)
 
 
 def label(key: str) -> str:

@@ -22,6 +22,7 @@ from tokenizer_build.errors import InputError
 from tokenizer_build.files import read_json, replacing_folder
 from vocabshrink.pages.page import write_page
 from vocabshrink.runtime.delivery import PASSAGE, QUERY, Delivery, load, name_of
+from vocabshrink.runtime.index import Index
 from vocabshrink.runtime.kinds import KINDS
 
 RUNTIME = {
@@ -34,13 +35,11 @@ DTYPES = {"onnx/model_q4.onnx": "q4", "onnx/model_quantized.onnx": "q8", "onnx/m
 MOST_PASSAGES = 50_000  # 20 MB of vectors at 384 columns, and 20 ms a query
 
 
-def build_web(
-    artifacts: Sequence[Path], out: Path, passages: Path | None = None, *, title: str, node_modules: Path
-) -> dict:
-    """Write the page of one or several delivered folders to `out`, replacing a page that is there. passages: JSONL of
-    {"text", "source"?} for the first embedder to search, MOST_PASSAGES at most; else its own index, if it has one.
-    Returns {"files": {name: bytes}, "model": bytes, "runtime": bytes, "passages": number searched}. Raises InputError
-    for folders, passages or npm packages that cannot be used, and where `out` is no page."""
+def build_web(artifacts: Sequence[Path], out: Path, passages: Path | None = None, *, node_modules: Path) -> int:
+    """Write the page of one or several delivered folders to `out`, replacing a page that is there; the number of
+    passages. passages: JSONL of {"text", "source"?} for the first embedder to search, MOST_PASSAGES at most; else its
+    own index, if it has one. Raises InputError for folders, passages or npm packages that cannot be used, and where
+    `out` is no page."""
     if out.exists() and not (out / "standalone.html").is_file() and (out.is_file() or any(out.iterdir())):
         raise InputError(f"{out} exists and is not a page of ours: give another place or remove it")
     if missing := [path for name in RUNTIME.values() if not (path := node_modules / name).is_file()]:
@@ -69,16 +68,14 @@ def build_web(
         files = {name: base64.b64encode(gzip.compress((place / name).read_bytes(), mtime=0)).decode() for name in sizes}
         packages = [node_modules / name / "package.json" for name in ("@huggingface/transformers", "onnxruntime-web")]
         versions = [read_json(package)["version"].split("-")[0] for package in packages]
-        facts = {"title": title, "data": data, "sums": sums, "versions": versions}
         for name, packed in (("index.html", None), ("standalone.html", files)):
-            write_page(place / name, "web.html", files=packed, **facts)
-            sizes[name] = (place / name).stat().st_size
-    return {"files": sizes, **sums, "passages": data["passages"]}
+            write_page(place / name, "web.html", files=packed, data=data, sums=sums, versions=versions)
+    return data["passages"]
 
 
 def _entry(folder: Path, model: Delivery) -> dict:
     """What the page must know of a model."""
-    graph, shown = model.manifest["graph"], [task for task, kind in KINDS.items() if kind.any_text]
+    graph, shown = model.manifest["graph"], [task for task in KINDS if task != "fill-mask"]
     if model.task not in shown:
         raise InputError(f"{folder} is for the task {model.task!r}: the page shows {', '.join(shown)}")
     if graph not in DTYPES:
@@ -91,25 +88,27 @@ def _entry(folder: Path, model: Delivery) -> dict:
 
 def _write_passages(place: Path, folder: Path, model: Delivery, passages: Path | None) -> tuple[int, int]:
     """Write passages.json and vectors.bin (int8 [n, dimension], each row by its own scale); n, and of how many."""
-    source, matrix = passages or folder / "index" / "passages.jsonl", folder / "index" / "vectors.npy"
-    if passages is None and not source.is_file():
+    if passages is None and not (folder / "index").is_dir():
         return 0, 0
-    records = []
-    for where, row in read_rows(source):
-        if not isinstance(row.get("text"), str) or not row["text"].strip():
-            raise InputError(f'{where} has no "text": write {{"text": ...}}')
-        records.append({key: row[key] for key in ("text", "source") if isinstance(row.get(key), str)})
-    if (total := len(records)) == 0:
-        raise InputError(f"{source} has 0 passages: give 1 or more")
-    if total > len(records := records[:MOST_PASSAGES]):
-        print(f"{source} has {total:,} passages: the page takes the first {len(records):,}", file=sys.stderr)
-    if passages is None and matrix.is_file():
-        vectors = np.load(matrix, mmap_mode="r", allow_pickle=False)[: len(records)].astype(np.float32)
-        if vectors.shape != (len(records), model.dimension):
-            raise InputError(f"{matrix} does not belong to {source}: build the index again")
+    if passages is None:
+        index = Index(folder)
+        rows = [json.loads(record) for record in index.records]
+        vectors = index.vectors[:MOST_PASSAGES].astype(np.float32)
     else:
-        vectors = model.embed([record["text"] for record in records], prompt=PASSAGE)
+        rows = []
+        for where, row in read_rows(passages):
+            if not isinstance(row.get("text"), str) or not row["text"].strip():
+                raise InputError(f'{where} has no "text": write {{"text": ...}}')
+            rows.append(row)
+        if not rows:
+            raise InputError(f"{passages} has 0 passages: give 1 or more")
+        vectors = model.embed([row["text"] for row in rows[:MOST_PASSAGES]], prompt=PASSAGE)
+    if len(rows) > MOST_PASSAGES:
+        remark = f"the page takes the first {MOST_PASSAGES:,}"
+        print(f"{passages or folder / 'index'} has {len(rows):,} passages: {remark}", file=sys.stderr)
+    kept = ("text", "source")
+    records = [{key: row[key] for key in kept if isinstance(row.get(key), str)} for row in rows[:MOST_PASSAGES]]
     vectors *= 127 / np.maximum(np.abs(vectors).max(axis=1, keepdims=True), 1e-12)
     (place / "vectors.bin").write_bytes(np.rint(vectors).astype(np.int8).tobytes())
     (place / "passages.json").write_text(json.dumps(records, ensure_ascii=False), encoding="utf-8")
-    return len(records), total
+    return len(records), len(rows)

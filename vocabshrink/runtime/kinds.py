@@ -14,7 +14,6 @@ class Kind:
     example: str  # a call, in the model card
     output: str = "logits"  # the graph's output that the runtime reads
     labelled: bool = False  # config.json names a label for each column of the output
-    any_text: bool = True  # False where texts must hold a mask
 
 
 # A manifest's "task" -> its kind
@@ -49,6 +48,5 @@ KINDS = {
         pipeline="fill-mask",
         title="A masked language model",
         example='fill_mask(["a [MASK]"])  # piece, score, text',
-        any_text=False,
     ),
 }

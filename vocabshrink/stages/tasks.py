@@ -144,11 +144,13 @@ def label_texts(model: str, draw: Callable[[], list[str]], folder: Path, asked: 
 def augment(context: Context) -> dict:
     """Writes the augmented training rows of every task."""
     section, teacher = context.recipe.finetune.augment, inputs.read_teacher(context)
-    progress = saying("augment: rows", 1_000_000)
-    return {
-        name: augment_task(task, teacher, context.folder / f"{name}.jsonl", section, progress)
+    work, progress = context.folder / "checkpoints", saying("augment: rows", 1_000_000)
+    found = {
+        name: augment_task(task, teacher, context.folder / f"{name}.jsonl", section, work, progress)
         for name, task in inputs.read_tasks(context.recipe).items()
     }
+    shutil.rmtree(work, ignore_errors=True)
+    return found
 
 
 def finetune(context: Context) -> dict:

@@ -6,12 +6,10 @@ piece weighted by its letters. Such a mean knows what `movie ##go ##ers` is near
 so a word whose first piece has less than half of its letters is masked as a whole instead; a teacher without a head
 leaves it. Numbers, signs and what touches an apostrophe (`n't`, `'s`) stay, because they decide labels; so does what
 the teacher does not read as one word: runs of Chinese, letters with combining marks. Not done: the other sentence of a
-pair as context, from which the masked word would be copied. A progress file holds how many rows and bytes of the file
-are good, so a killed run goes on after the last whole block."""
+pair as context, from which the masked word would be copied."""
 
 import hashlib
 import json
-import os
 import re
 import unicodedata
 from collections.abc import Callable
@@ -26,8 +24,7 @@ from tokenizers import Encoding
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
-from tokenizer_build.errors import InputError
-from tokenizer_build.files import naming_bad_disk, read_json, read_jsonl, write_json
+from tokenizer_build.files import read_jsonl, write_text
 from tokenizer_build.tokenizer import load_tokenizer
 from vocabshrink.data.pieces import Pieces
 from vocabshrink.data.tasks import Rows, Task
@@ -38,51 +35,40 @@ from vocabshrink.models.teacher import Teacher
 from vocabshrink.run.recipe import AugmentSection
 
 WORD = re.compile(r"(?<![\w'’])[^\W\d_]+(?![\w'’])")
-ROWS_IN_BLOCK = 64  # what is written, and lost by a crash, at once
+ROWS_IN_BLOCK = 64  # what a crash loses
 PIECES_IN_PASS = 8192  # padding included
 
 Sentence = tuple[str, ...]  # one text, or the tokens of a token task
 
 
 def augment_task(
-    task: Task, teacher: Teacher, out: Path, section: AugmentSection, progress: Callable = lambda rows: None
+    task: Task, teacher: Teacher, out: Path, section: AugmentSection, work: Path, progress: Callable = lambda rows: None
 ) -> dict:
-    """Writes up to `section.copies` changed copies of every training row to `out`, going on where a former call ended.
-    progress: given the rows of each finished block. A row of `out` is {"sentence1", "sentence2" for pairs, "label",
-    "source" (the training row, from 0)} or, for token tasks, {"tokens", "slots" (the labels), "source"}.
-    Returns {"rows", "written", "words", "masked" (words whose candidates are the head's), "candidates" (in words)}."""
-    rows, head, progress_file = task.splits["train"], teacher.head is not None, out.with_suffix(".progress.json")
-    settings = section.model_dump() | {"head": head, "rows": rows_sha256(rows)}
-    done = read_json(progress_file) if progress_file.is_file() and out.is_file() else {}
-    if done.get("settings") != settings or out.stat().st_size < done["bytes"]:
-        done = {"settings": settings, "rows": 0, "bytes": 0, "written": 0, "words": 0, "masked": 0}
-    finder = CandidateFinder(teacher, section.candidates)
-    out.parent.mkdir(parents=True, exist_ok=True)
-    with naming_bad_disk(out), out.open("ab") as file:
-        file.truncate(done["bytes"])
-        while done["rows"] < len(rows):
-            block = range(done["rows"], min(done["rows"] + ROWS_IN_BLOCK, len(rows)))
+    """Writes up to `section.copies` changed copies of every training row to `out`. Finished blocks of rows are kept in
+    `work`, from which a killed call goes on. progress: given the rows of each block. A row of `out` is {"sentence1",
+    "sentence2" for pairs, "label", "source" (the training row, from 0)} or, for token tasks, {"tokens", "slots" (the
+    labels), "source"}. Returns {"rows", "written"}."""
+    rows, finder, blocks = task.splits["train"], CandidateFinder(teacher, section.candidates), []
+    targets = [np.asarray(target).tolist() for target in rows.targets]
+    decides = [section.model_dump(), teacher.head is None, list(rows.first), rows.second, targets]
+    work = work / hashlib.sha256(json.dumps(decides).encode()).hexdigest()
+    for start in range(0, len(rows), ROWS_IN_BLOCK):
+        blocks.append(work / f"{start}.jsonl")
+        if not blocks[-1].is_file():
+            block = range(start, min(start + ROWS_IN_BLOCK, len(rows)))
             sentences = list(dict.fromkeys(s for row in block for s in sentences_of(rows, row)))
             found = dict(zip(sentences, finder(sentences), strict=True))
             lines = [line for row in block for line in copies_of(task, row, found, section)]
-            file.write("".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines).encode())
-            file.flush()
-            os.fsync(file.fileno())
-            masked = [word.masked for words in found.values() for word in words]
-            done |= {"rows": block.stop, "bytes": file.tell(), "written": done["written"] + len(lines)}
-            done |= {"words": done["words"] + len(masked), "masked": done["masked"] + sum(masked)}
-            write_json(progress_file, done)
+            write_text(blocks[-1], "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines))
             progress(len(block))
-    kinds = "masked words, else nearest words" if head else "nearest words only: the teacher has no masked-LM head"
-    return {name: done[name] for name in ("rows", "written", "words", "masked")} | {"candidates": kinds}
+    text = "".join(block.read_text(encoding="utf-8") for block in blocks)
+    write_text(out, text)
+    return {"rows": len(rows), "written": text.count("\n")}
 
 
 def augmented_rows(task: Task, path: Path) -> Rows:
-    """The training rows of a task, then their copies in a file of `augment_task`. Raises InputError for other rows'."""
-    rows, progress = task.splits["train"], read_json(path.with_suffix(".progress.json"))
-    if progress["settings"]["rows"] != rows_sha256(rows) or progress["rows"] != len(rows):
-        raise InputError(f"{path} does not hold copies of all rows of task {task.name}: run the augment stage again")
-    copies = [copy for _, copy in read_jsonl(path)]
+    """The training rows of a task, then their copies in a file of `augment_task`."""
+    rows, copies = task.splits["train"], [copy for _, copy in read_jsonl(path)]
     sources = np.concatenate((np.arange(len(rows)), [copy["source"] for copy in copies])).astype(np.int64)
     first = "tokens" if task.kind == "tokens" else "sentence1"
     return Rows(
@@ -90,11 +76,6 @@ def augmented_rows(task: Task, path: Path) -> Rows:
         second=None if rows.second is None else [*rows.second, *(copy["sentence2"] for copy in copies)],
         targets=rows.targets[sources] if isinstance(rows.targets, np.ndarray) else [rows.targets[i] for i in sources],
     )
-
-
-def rows_sha256(rows: Rows) -> str:
-    targets = [np.asarray(target).tolist() for target in rows.targets]
-    return hashlib.sha256(json.dumps([list(rows.first), rows.second, targets]).encode()).hexdigest()
 
 
 def sentences_of(rows: Rows, row: int) -> list[Sentence]:
@@ -114,7 +95,6 @@ class Word:
     letters: tuple[int, ...]
     first: int
     candidates: list[str] = field(default_factory=list)
-    masked: bool = False  # whether they are the masked-LM head's
 
 
 def copies_of(task: Task, row: int, found: dict[Sentence, list[Word]], section: AugmentSection) -> list[dict]:
@@ -206,7 +186,7 @@ class CandidateFinder:
             states = hidden.flatten(0, 1).index_select(0, places)
             logits = self.teacher.head(states.float(), self.teacher.table.weight).index_select(1, self.ids)
             for (_, word), best in zip(part, self.best(logits), strict=True):
-                word.candidates, word.masked = best, True
+                word.candidates = best
 
     def find_near(self, words: list[Word]) -> None:
         """Gives each word those nearest by cosine to the mean of its pieces, each weighted by its letters."""
