@@ -131,7 +131,7 @@ def read_counts(path: str | Path) -> Counter[str]:
     """Read what `write_counts` wrote, most frequent word first. Raises InputError for any other file."""
     try:
         table = pyarrow.parquet.read_table(path)
-    except (OSError, pyarrow.ArrowInvalid):
+    except (OSError, pyarrow.ArrowException):
         table = None
     if table is None or table.column_names != COLUMNS.names:
         raise InputError(f"{path} holds no word counts or is missing: write it with `tokenizer_build count`")
