@@ -34,7 +34,8 @@ def write_report(run: RunDir) -> Path:
     facts = {"name": run.path.resolve().name, "minutes": summary.get("minutes"), "headline": per_system(summary)}
     facts |= {"systems": SYSTEMS, "tasks": task_rows(summary["tasks"]) if "tasks" in summary else []}
     facts["blocks"] = {key: value for key, value in summary.items() if key.endswith("_by_block")}
-    facts["training"] = [training_panel(stage, rows) for stage in dict.fromkeys(row["stage"] for row in rows)]
+    trained = columns([{row["stage"]: None for row in rows}], first=STAGES)
+    facts["training"] = [training_panel(stage, rows) for stage in trained]
     by_language = comparison.pop("languages", {})
     facts |= {"examples": comparison.pop("examples", []), "vocabulary": comparison}
     for language, found in by_language.items():
