@@ -12,12 +12,12 @@ from matplotlib.figure import Figure
 DOCS = Path(__file__).parent
 OURS, PEER, INK, GRID = "#3b82f6", "#d1662a", "#7a828c", "#8b949e55"
 LABELS = {  # system: label, where it stands beside its point
-    "mpnet-7mb": ("mpnet-7mb, 4 bits", (7, 6)),
+    "mpnet-7mb": ("mpnet-7mb, 4 bits", (-9, 8)),
     "mpnet-fast-7mb": ("mpnet-fast-7mb, 8-bit products", (7, -15)),
-    "mpnet-3mb": ("mpnet-3mb", (9, -3)),
+    "mpnet-3mb": ("mpnet-3mb", (0, -17)),
     "mpnet-1mb": ("mpnet-1mb", (9, -3)),
     "model2vec-mpnet": ("model2vec, static vectors", (9, -3)),
-    "teacher-int8": ("all-MiniLM-L6-v2, int8", (9, -3)),
+    "teacher-int8": ("all-MiniLM-L6-v2, int8", (0, 10)),
     "teacher-fp32": ("all-MiniLM-L6-v2, fp32", (0, 10)),
 }
 
@@ -38,7 +38,7 @@ def main() -> None:
             point = points[name]
             ours = name.endswith("mb")
             axes.plot(*point, "o", color=OURS if ours else PEER, markersize=9 if ours else 7)
-            shown = {"ha": "left" if offset[0] else "center", "color": OURS if ours else INK}
+            shown = {"ha": "left" if offset[0] > 0 else "right" if offset[0] else "center", "color": OURS if ours else INK}
             weight = "bold" if ours else "normal"
             axes.annotate(label, point, offset, textcoords="offset points", weight=weight, **shown)
         axes.set(xscale="log", xlim=(0.7, 160), ylim=(0.64, 0.85))
