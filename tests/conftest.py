@@ -8,6 +8,7 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 import random
 import signal
 import sys
+from contextlib import suppress
 from pathlib import Path
 from subprocess import CompletedProcess
 
@@ -22,6 +23,12 @@ def pytest_configure(config):
         os.environ["CUDA_VISIBLE_DEVICES"] = ""
 
 
+with suppress(ImportError):  # on a GPU host there is none
+    from hypothesis import HealthCheck, settings
+
+    # how long an example takes on a busy machine is no fault of the code
+    settings.register_profile("patient", deadline=None, suppress_health_check=[HealthCheck.too_slow])
+    settings.load_profile("patient")
 torch.set_num_threads(1)  # two threads on a busy two-core machine are many times slower than one
 
 SYLLABLES = ["ka", "lo", "mi", "ne", "ru", "sa", "to", "vi", "we", "zu", "bra", "cli", "dro", "fle", "gri", "pla"]

@@ -108,6 +108,8 @@ def test_sources_are_files_or_texts(tmp_path, monkeypatch):
     Path("a.txt").write_text("x")
     assert spool("a.txt", tmp_path) == ["a.txt"] and spool(Path("a.txt"), tmp_path) == ["a.txt"]
     assert spool(["a.txt", "*.md"], tmp_path) == ["a.txt", "*.md"]
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert spool(["~/a.*"], tmp_path) == [f"{tmp_path}/a.*"]
     (kept,) = spool(iter(["one text", "a.txt"]), tmp_path / "out")
     assert [json.loads(line) for line in Path(kept).read_text().splitlines()] == [
         {"text": "one text"},

@@ -150,12 +150,14 @@ RELEASED = Path(__file__).resolve().parents[1] / "artifacts" / "mpnet-7mb"
 
 
 def test_lines_are_embedded_without_torch():
-    """A line in, a JSON object out; whose reader goes away early, that is no error."""
+    """A line in, a JSON object out, without a home folder and in ASCII too, which gets JSON's escapes."""
     program = "import sys; sys.modules['torch'] = None; from vocabshrink.cli import main; main()"
     command = [sys.executable, "-c", program, "embed", str(RELEASED)]
-    done = subprocess.run(command, input="a small encoder\na tiny model\n", capture_output=True, text=True)
-    rows = [json.loads(line) for line in done.stdout.splitlines()]
-    assert done.returncode == 0 and len(rows) == 2, done.stderr
+    texts = ["a small encoder", "ein Modell f\u00fcr alle \U0001f600"]
+    bare = {name: value for name, value in os.environ.items() if name != "HOME"} | {"PYTHONIOENCODING": "ascii"}
+    done = subprocess.run(command, input="\n".join(texts).encode(), capture_output=True, env=bare)
+    rows = [json.loads(line) for line in done.stdout.decode("ascii").splitlines()]
+    assert done.returncode == 0 and [row["text"] for row in rows] == texts, done.stderr
     (vector,) = (value for value in rows[0].values() if isinstance(value, list))
     assert len(vector) == 384 and sum(x * x for x in vector) == pytest.approx(1, abs=1e-3)
     refused = subprocess.run(

@@ -160,7 +160,7 @@ def labelled_task(
         for split, chosen in {"train": [row for i, row in enumerate(rows) if i % 10], "validation": rows[::10]}.items():
             write_text(path := folder / f"{split}.jsonl", "".join(json.dumps(row) + "\n" for row in chosen))
             section[split] = str(path)
-        if (meta := Path(whole.train).with_name("meta.json")).is_file():  # which names the labels
+        if (meta := Path(whole.train).expanduser().with_name("meta.json")).is_file():  # which names the labels
             write_text(folder / "meta.json", meta.read_text(encoding="utf-8-sig"))
     return section, read_task(parse_recipe(section, "task", TaskSection), "task")
 
@@ -191,7 +191,7 @@ def spool(texts: Texts, out: Path) -> list[str]:
     if (first := next(members, None)) is None:
         raise InputError("texts: there are none: give files, or strings")
     named = isinstance(first, os.PathLike) or first.startswith("datasets:")
-    if named or len(first) < 1000 and (os.path.exists(os.path.expanduser(first)) or glob.glob(first)):
+    if named or len(first) < 1000 and (os.path.exists(path := os.path.expanduser(first)) or glob.glob(path)):
         return [os.path.expanduser(member) for member in (first, *members)]
     kept, new = out / "texts.jsonl", out / "texts.new.jsonl"
     with replacing(new) as temporary, temporary.open("w", encoding="utf-8") as file:

@@ -359,7 +359,7 @@ def groups(draw):
 
 class TestNearGroups:
     @given(st.composite(groups)())
-    @settings(max_examples=300, deadline=None)
+    @settings(max_examples=300)
     def test_properties(self, drawn):
         sentences, rare, seed = drawn
         words = np.array([w for s in sentences for w in s])

@@ -12,6 +12,7 @@ from scipy.stats import spearmanr
 from transformers import AutoModel, AutoTokenizer
 
 from tokenizer_build.errors import InputError
+from tokenizer_build.tokenizer import load_tokenizer
 from vocabshrink.data.batches import Segments, cut_segments
 from vocabshrink.data.held_out import HeldOut, held_out_texts, read_rated_pairs, spearman
 from vocabshrink.data.lexicon import Lexicon, WordStream, encode_corpus
@@ -42,7 +43,7 @@ class TestHeldOut:
         assert held_out.rank_agreement(reverse, vectors) == -1
 
     @given(st.integers(2, 30), st.integers(1, 12), st.integers(0, 10**6))
-    @settings(max_examples=50, deadline=None)
+    @settings(max_examples=50)
     def test_neighbour_overlap_is_brute_force(self, count, top, seed):
         """Over every fourth text; the near ones between them do not count."""
         rng = np.random.default_rng(seed)
@@ -73,7 +74,7 @@ class TestHeldOutTexts:
 
     def test_are_sentences_and_their_near_ones(self, encoded, lines, tiny_teacher):
         lexicon, stream = encoded
-        held_out = held_out_texts(stream, lexicon, self.cut(encoded, 5), 30, seed=1)
+        held_out = held_out_texts(stream, lexicon, load_tokenizer(tiny_teacher), self.cut(encoded, 5), 30, seed=1)
         assert len(held_out.texts) == 120 and held_out.pairs.shape == (120, 2)
         tokenizer = AutoTokenizer.from_pretrained(tiny_teacher)
         known = {" ".join(tokenizer.tokenize(line)) for line in lines[4::5]}
@@ -85,23 +86,26 @@ class TestHeldOutTexts:
         assert {tuple(p) for p in near} == {(4 * i, 4 * i + j) for i in range(30) for j in (1, 2, 3)}
         assert random[:, 0].tolist() == sorted(random[:, 1]) == list(range(0, 120, 4))
 
-    def test_are_the_same_for_the_same_seed(self, encoded):
+    def test_are_the_same_for_the_same_seed(self, encoded, tiny_teacher):
         lexicon, stream = encoded
         segments = self.cut(encoded, 5)
-        first, again, other = (held_out_texts(stream, lexicon, segments, 25, seed) for seed in (1, 1, 2))
+        tokenizer = load_tokenizer(tiny_teacher)
+        first, again, other = (held_out_texts(stream, lexicon, tokenizer, segments, 25, seed) for seed in (1, 1, 2))
         assert first.texts == again.texts and np.array_equal(first.pairs, again.pairs) and first.texts != other.texts
 
-    def test_have_4_to_40_words(self, encoded):
+    def test_have_4_to_40_words(self, encoded, tiny_teacher):
         lexicon, stream = encoded
         starts = np.arange(0, len(stream.word_ids) - 50, 50)
         lengths = np.resize(np.array([3, 4, 40, 41], np.int32), len(starts))
-        held_out = held_out_texts(stream, lexicon, Segments(starts, lengths), 1000, seed=1)
+        held_out = held_out_texts(
+            stream, lexicon, load_tokenizer(tiny_teacher), Segments(starts, lengths), 1000, seed=1
+        )
         assert {len(text.split()) for text in held_out.texts[::4]} == {4, 40}
 
-    def test_too_few_are_refused(self, encoded):
+    def test_too_few_are_refused(self, encoded, tiny_teacher):
         lexicon, stream = encoded
         with pytest.raises(InputError, match="only 10 held-out sentences of 4 to 40 words: give more text"):
-            held_out_texts(stream, lexicon, self.cut(encoded, 40), 30, seed=1)
+            held_out_texts(stream, lexicon, load_tokenizer(tiny_teacher), self.cut(encoded, 40), 30, seed=1)
 
 
 class TestTorchEmbedder:

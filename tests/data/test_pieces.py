@@ -93,7 +93,7 @@ class TestGather:
             assert found.labels is None
 
     @given(data=st.data())
-    @settings(max_examples=60, deadline=None)
+    @settings(max_examples=60)
     def test_mixed_input_word_by_word(self, data, encoded, table, sharing, tiny_teacher, student_folder):
         lexicon, table = encoded[0], data.draw(st.sampled_from([table, sharing]))
         shared = same_strings(tiny_teacher, student_folder) if table is sharing else np.full(table.student_size, -2)

@@ -92,7 +92,7 @@ class TestEncoding:
         }
 
         @given(st.lists(st.tuples(SENTENCES, SENTENCES), min_size=1, max_size=6))
-        @settings(max_examples=40, deadline=None)
+        @settings(max_examples=40)
         def holds(rows):
             first, second = map(list, zip(*rows, strict=True))
             first, second = [*first, "ru"], [*second, "mine"]  # so that there are words at all
@@ -126,7 +126,7 @@ class TestEncoding:
         }
 
         @given(st.lists(st.lists(st.sampled_from(WORDS), min_size=1, max_size=9), min_size=1, max_size=5))
-        @settings(max_examples=40, deadline=None)
+        @settings(max_examples=40)
         def holds(rows):
             rows = [*rows, ["ru"]]  # so that there are words at all
             targets = [np.arange(len(row)) + 20 * i for i, row in enumerate(rows)]  # every token its own label

@@ -137,7 +137,7 @@ class TestRead:
         assert task.splits["train"].targets.tolist() == [0, 1]
 
     @given(st.lists(st.tuples(TEXT, TEXT, st.sampled_from(["x", "y, z", '"'])), min_size=1), st.booleans())
-    @settings(max_examples=100, deadline=None)
+    @settings(max_examples=100)
     def test_any_text_survives_either_format(self, tmp_path_factory, rows, ascii):
         rows = [(first + "a", second + "b", label) for first, second, label in rows]
         rows += [("end", "end", label) for label in ("x", "y, z")]  # at least two labels

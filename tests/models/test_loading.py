@@ -216,7 +216,9 @@ def test_a_hub_model_can_be_pinned(tiny_teacher, monkeypatch):
     assert resolve_model("owner/model", "abc123") == resolve_model("owner/model") == tiny_teacher
     assert asked == [("owner/model", "abc123"), ("owner/model", None)]
     assert "owner/model at none: neither a local folder" in refusal(resolve_model, "owner/model", "none")
-    assert "teacher.revision" in refusal(resolve_model, str(tiny_teacher), "abc123")
+    for key in ("model", "teacher.model"):
+        with pytest.raises(InputError, match=f"^{key[:-5]}revision: .* is a local folder"):
+            resolve_model(str(tiny_teacher), "abc123", key=key)
 
 
 def test_config_of_every_family(folders):

@@ -51,7 +51,7 @@ def tiny(architecture: str) -> nn.Module:
 IDS = torch.tensor([[2, 7, 60, 33], [1, 5, 0, 0]])
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(MATRICES)
 def test_int8_error_is_half_a_step(weight):
     quantized = quantize(weight, "int8")
@@ -60,7 +60,7 @@ def test_int8_error_is_half_a_step(weight):
     assert (np.abs(dequantize(quantized) - weight) <= 0.51 * step + 1e-7).all()
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(MATRICES, st.sampled_from(LOW))
 def test_error_bounds_per_group(weight, format):
     group_size, (low, high) = int(format[5:]), (-8, 7)
@@ -76,7 +76,7 @@ def test_error_bounds_per_group(weight, format):
         assert (error[:, start : start + group_size] <= 1.001 * half + 1e-6)[~cut].all()
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(MATRICES, st.sampled_from(["int8", *LOW]))
 def test_what_was_rounded_is_rounded_to_itself(weight, format):
     once = dequantize(quantize(weight, format))

@@ -306,7 +306,7 @@ class TestDump:
         ),
         rate=st.floats(1e-12, 10),
     )
-    @settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+    @settings(max_examples=60, suppress_health_check=[HealthCheck.function_scoped_fixture])
     def test_any_words_and_numbers_survive(self, load, words, rate):
         recipe = load()
         recipe.vocabulary.required, recipe.distill.learning_rate = words, rate
@@ -339,6 +339,7 @@ class TestTasks:
         )
         assert recipe.tasks["sst2"].validation == "/elsewhere/validation.jsonl"
         assert recipe.tasks["sst2"].teacher == "package:tuned/sst2"
+        assert load("data=.", "tasks.sst2.teacher=./tuned", text=TASKS).tasks["sst2"].teacher == "./tuned"
         assert load(text=dump_recipe(recipe)) == recipe
 
     def test_rated_pairs_start_from_the_data_folder_too(self, load):

@@ -14,6 +14,7 @@ from onnx import TensorProto, helper, numpy_helper
 from tokenizers import Tokenizer
 
 from tokenizer_build.errors import InputError
+from tokenizer_build.files import claimed, replacing_folder
 from vocabshrink.runtime.delivery import load, name_of
 from vocabshrink.runtime.index import Index, build_index
 from vocabshrink.runtime.kinds import KINDS
@@ -431,6 +432,10 @@ def test_a_snapshot_of_the_hub_links_to_its_own_blobs(copy, deliveries):
     (snapshot / "tokenizer.json").symlink_to(deliveries["embedding"] / "tokenizer.json")
     with pytest.raises(InputError, match="names 'tokenizer.json', which lies outside the folder"):
         load(snapshot)
+    (snapshot / "tokenizer.json").unlink()
+    (snapshot / "tokenizer.json").symlink_to("../../blobs/gone")
+    with pytest.raises(InputError, match="tokenizer.json is missing: copy the whole folder again"):
+        load(snapshot)
 
 
 @pytest.mark.parametrize("place", ["../../secret", "beside"])
@@ -616,6 +621,20 @@ def test_an_index_that_cannot_be_finished_leaves_the_earlier_one(copy, monkeypat
         with pytest.raises(OSError, match="no more"):
             build_index(copy, ["mi"])
     assert {hit["text"] for hit in Index(copy).search("ka")} == {"ka", "lo"}
+
+
+def test_an_index_has_one_builder_at_a_time(copy, monkeypatch):
+    held = []
+
+    def replacing(folder):
+        with claimed(copy / ".index.lock") as free:
+            held.append(not free)
+        return replacing_folder(folder)
+
+    monkeypatch.setattr("vocabshrink.runtime.index.replacing_folder", replacing)
+    monkeypatch.setenv("HOME", str(copy.parent))
+    build_index("~/copy", ["ka"])
+    assert held == [True] and [hit["text"] for hit in Index("~/copy").search("lo")] == ["ka"]
 
 
 def test_the_runtime_needs_no_torch(deliveries):

@@ -37,7 +37,7 @@ REFUSED = {
         ({"index": {"passages": "none.jsonl"}}, "index.passages: none.jsonl: no such file"),
         (TASK, "tasks.made_up.train: none.jsonl: no such file"),
         ({"delivery": {"budget": "20kB"}}, "over the budget"),
-        ({"teacher_sha256": "0" * 64}, "teacher.sha256"),
+        ({"teacher_sha256": "0" * 64}, "sha256 is .*, the recipe's is 0+: not the same weights"),
     ],
     "albert": [
         ({"student": NARROW | {"initialize": "extract_importance"}}, "a albert teacher does not have BERT's layers")
@@ -94,7 +94,12 @@ def test_the_head_of_every_named_file_is_read_first(tiny_teacher, corpus_file, t
         ),
         ({"vocabulary": {"tokenizer": "teacher", "required": ["kalo"]}}, "vocabulary.required: a given tokenizer"),
         (task(train=blank), "blank.jsonl: row 61: label None is none of a, b, c"),
-        (task(teacher=str(tmp_path / "nothing")), "no such folder"),
+        (task(teacher="nowhere/none"), "tasks.made_up.teacher nowhere/none: neither a local folder"),
+        ({"student": {"start": "./none"}}, "student.start ./none: no such folder"),
+        (
+            {"vectors": {"sentences": 9, "teachers": {"second": {"model": "./none"}}}},
+            "vectors.teachers.second.model ./none: no such folder",
+        ),
         (task(teacher=str(tiny_teacher)), "its outputs are LABEL_0, LABEL_1 and those of task made_up a, b, c"),
         (task(logits=rows), "no logits to read"),
     ):
@@ -114,7 +119,12 @@ def test_a_teacher_s_tokenizer_is_read_twice_at_most(folders, corpus_file, monke
     assert len(read) <= 2 and {path.parent for path in read} == {folder}
 
 
-BROKEN = {"pointer": b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 9\n", "empty": b"", "cut": None}
+BROKEN = {
+    "pointer": b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 9\n",
+    "empty": b"",
+    "cut": None,
+    "page": b"<!doctype html>",
+}
 
 
 @pytest.mark.parametrize("name", ["config.json", "tokenizer.json", "tokenizer_config.json", "model.safetensors"])
@@ -187,6 +197,13 @@ def test_dual_training_needs_a_head(mode, headless_teacher, corpus_file):
 @pytest.mark.parametrize("family", ["bert", "roberta", "xlm-roberta", "albert", "distilbert", "mpnet"])
 def test_teachers_of_every_family_pass(family, folders, corpus_file):
     check_recipe(parse_recipe(tiny_recipe(folders[family], corpus_file, "match"), "test"))
+
+
+def test_a_teacher_s_unknown_piece_may_be_its_padding(tiny_teacher, corpus_file, tmp_path):
+    folder = shutil.copytree(tiny_teacher, tmp_path / "m")
+    settings = json.loads((folder / "tokenizer_config.json").read_text())
+    (folder / "tokenizer_config.json").write_text(json.dumps(settings | {"unk_token": "[PAD]"}))
+    check_recipe(parse_recipe(tiny_recipe(folder, corpus_file, "match"), "test"))
 
 
 def test_a_decoder_is_no_teacher(tiny_teacher, corpus_file, tmp_path):

@@ -18,12 +18,13 @@ from tokenizer_build.files import read_json, write_json
 from vocabshrink.cli import show_summary
 from vocabshrink.models.forward import module_files
 from vocabshrink.models.rounding import quantize
+from vocabshrink.models.student import read_student
 from vocabshrink.run.engine import Run, context_of, run_stage, summarise
 from vocabshrink.run.folder import RunDir
 from vocabshrink.run.recipe import parse_recipe
 from vocabshrink.run.stage import stages_of
 from vocabshrink.runtime.delivery import load
-from vocabshrink.stages import training
+from vocabshrink.stages import deliver, training
 from vocabshrink.stages.checks import check_recipe
 from vocabshrink.stages.inputs import read_teacher
 from vocabshrink.stages.training import read_trained_teacher
@@ -192,9 +193,16 @@ def test_another_recipe_is_refused_by_the_key_that_differs(match_run):
 
 
 @pytest.mark.parametrize("mode", ["joint", "two_stage", "untrained"])
-def test_every_mode_runs_to_its_end(mode, tiny_teacher, corpus_file, tmp_path):
+def test_every_mode_runs_to_its_end(mode, tiny_teacher, corpus_file, tmp_path, monkeypatch):
     from transformers import AutoModel, AutoTokenizer
 
+    train, began = training.train, []
+
+    def spy(task, *given, **named):
+        began.append({name: value.clone() for name, value in task.student.state_dict().items()})
+        return train(task, *given, **named)
+
+    monkeypatch.setattr(training, "train", spy)
     run = run_all(tiny_recipe(tiny_teacher, corpus_file, mode), tmp_path / mode)
     assert all(run.dir.is_done(name) for name in stages_of(run.recipe))
     trained = {"joint": "dual/student", "two_stage": "distill/student", "untrained": "export/untrained"}[mode]
@@ -206,6 +214,10 @@ def test_every_mode_runs_to_its_end(mode, tiny_teacher, corpus_file, tmp_path):
     assert np.isfinite(model(**tokenizer("ka lo mi", return_tensors="pt")).last_hidden_state.detach().numpy()).all()
     rows = [row for row in run.dir.metrics() if row["kind"] == "train"]
     assert all(np.isfinite(row["loss"]) for row in rows)
+    # what is called untrained is the student that training began with, its random parts too
+    untrained = deliver.untrained_student(context_of(run, "export"), read_teacher(context_of(run, "export")))
+    for name, value in read_student(untrained).state_dict().items() if began else ():
+        assert torch.equal(value, began[0][name]), name
 
 
 @pytest.mark.parametrize("mode", ["match", "joint"])

@@ -19,7 +19,7 @@ def test_shares_are_sizes_to_the_power_alpha():
 
 
 @given(COUNTS, COUNTS, st.floats(0.3, 1))
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 def test_balanced_counts_have_those_shares_and_lose_no_word(first, second, alpha):
     counts = {"first": Counter(first), "second": Counter({f"x{word}": count for word, count in second.items()})}
     found, sizes = balance(counts, alpha), {name: words.total() for name, words in counts.items()}

@@ -25,6 +25,7 @@ from vocabshrink.training.loop import (
     parameter_groups,
     rate_at,
     read_meta,
+    resume,
     train,
 )
 
@@ -342,10 +343,14 @@ def test_a_batch_is_shared_evenly_or_not_at_all():
             shared(*arguments)
 
 
-def test_a_checkpoint_of_another_recipe_is_refused(tmp_path):
-    run_training(tmp_path)
+def test_a_checkpoint_of_another_recipe_or_number_of_processes_is_refused(tmp_path):
+    """Losses that compare the sequences of a batch compare those of one process: its share decides them."""
+    task, _, run = run_training(tmp_path)
     with pytest.raises(InputError, match="checkpoint of another recipe"):
         run_training(tmp_path, fingerprint="g")
+    two = SimpleNamespace(num_processes=2)
+    with pytest.raises(InputError, match="last: of 1 processes, each with losses of its part: start 1 again"):
+        resume(task, None, Job(run, "distill", "f"), two)
 
 
 def test_stages_of_one_process_may_differ_in_precision(tmp_path):

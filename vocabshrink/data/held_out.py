@@ -7,13 +7,13 @@ fail, and one random pair. Everything goes through text, the path that a deliver
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
-from types import MappingProxyType
 
 import numpy as np
 from pydantic import FiniteFloat, TypeAdapter, ValidationError
 from scipy.stats import spearmanr
 from sklearn.neighbors import NearestNeighbors
 from sklearn.preprocessing import normalize
+from tokenizers import Tokenizer
 
 from tokenizer_build.corpus import read_rows
 from tokenizer_build.errors import InputError
@@ -52,25 +52,43 @@ class HeldOut:
 
 
 def held_out_texts(
-    stream: WordStream, lexicon: Lexicon, segments: Segments, count: int, seed: int, languages=MappingProxyType({})
+    stream: WordStream, lexicon: Lexicon, teacher: Tokenizer, segments: Segments, count: int, seed: int, languages=()
 ) -> HeldOut:
-    """Draws sentences of 4 to 40 words and makes their near ones. languages: {language: the numbers of its segments},
-    from each of which as many are drawn. Raises InputError if there are too few."""
+    """Draws sentences of 4 to 40 words and makes their near ones, as text that the teacher's tokenizer reads as it read
+    the corpus. languages: {language: the numbers of its segments}, from each of which as many are drawn. Raises
+    InputError if there are too few."""
     fitting = np.flatnonzero((segments.lengths >= 4) & (segments.lengths <= 40))
     if len(fitting) < LEAST_SENTENCES:
         raise InputError(f"corpus: only {len(fitting)} held-out sentences of 4 to 40 words: give more text")
-    rng = np.random.default_rng((seed, 2))
+    rng, languages = np.random.default_rng((seed, 2)), dict(languages)
     shuffled = rng.permutation(fitting)
     groups = [shuffled[np.isin(shuffled, numbers)] for numbers in languages.values()] or [shuffled]
     chosen = np.sort(np.concatenate([group[: -(-count // len(groups))] for group in groups])[:count])
     near = near_groups(gather_words(stream, segments, chosen), rare_words(lexicon), rng)
     bounds = np.searchsorted(near.numbers, np.arange(1, near.count))
-    texts = [" ".join(lexicon.words[w] for w in words) for words in np.split(near.words, bounds)]
+    apart = behind_spaces(lexicon, teacher)
+    texts = [text_of(lexicon, words, apart) for words in np.split(near.words, bounds)]
     base = 4 * np.arange(len(chosen))
     partners = np.concatenate([base + 1, base + 2, base + 3, rng.permutation(base)])
     own = {name: np.flatnonzero(np.isin(chosen, numbers)) for name, numbers in languages.items()}
     enough = {name: found for name, found in own.items() if len(found) >= LEAST_SENTENCES}
     return HeldOut(texts, np.stack([np.tile(base, 4), partners], 1), enough)
+
+
+def behind_spaces(lexicon: Lexicon, teacher: Tokenizer) -> np.ndarray:
+    """[W] bool: words before which the teacher read a space. To one whose pieces do not tell, a space is nothing."""
+    offsets, told = lexicon.teacher_offsets, lexicon.meta["teacher"]["family"] in ("byte-level", "metaspace")
+    pieces = map(teacher.id_to_token, range(1 + lexicon.teacher_ids.max(initial=0)))
+    opens = np.array([(piece or "").startswith(("\u2581", "\u0120")) for piece in pieces])
+    return opens[np.append(lexicon.teacher_ids, 0)[offsets[:-1]]] | (np.diff(offsets) == 0) | (not told)
+
+
+def text_of(lexicon: Lexicon, words: np.ndarray, apart: np.ndarray) -> str:
+    """Words as a sentence, with a space before those that are `apart`, and where letters would make one word of two."""
+    text = ""
+    for surface, spaced in zip(map(lexicon.words.__getitem__, words), apart[words], strict=True):
+        text += " " * bool(text and (spaced or text[-1].isalnum() and surface[:1].isalnum())) + surface
+    return text
 
 
 def similarities(vectors: np.ndarray, pairs: np.ndarray) -> np.ndarray:

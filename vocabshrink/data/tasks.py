@@ -103,7 +103,7 @@ class _Reader:
         self.pair = not tokens and len(section.text) == 2
         if section.text == TaskSection.model_fields["text"].default:  # the first training row says
             self.pair &= rows[0][1].get(section.text[-1]) is not None
-        path = Path(section.train).with_name("meta.json")
+        path = Path(section.train).expanduser().with_name("meta.json")
         try:
             self.meta = parse_json(path.read_text(encoding="utf-8-sig")) if path.is_file() else {}
             in_meta = self.meta.get(self.field, self.meta.get("slots" if tokens else "labels"))

@@ -29,9 +29,9 @@ transformers_logging.set_verbosity_error()
 transformers_logging.disable_progress_bar()
 
 
-def resolve_model(model: str, revision: str | None = None) -> Path:
+def resolve_model(model: str, revision: str | None = None, *, key: str = "model") -> Path:
     """The folder of a model: a local folder, `package:NAME/SUBFOLDER`, or a hub name, for which `revision` may name a
-    branch, tag or commit. Raises InputError where there is no such model."""
+    branch, tag or commit. key: where it is asked for. Raises InputError where there is no such model."""
     folder = Path(model).expanduser()
     if model.startswith("package:"):
         name, _, inner = model.removeprefix("package:").partition("/")
@@ -39,14 +39,15 @@ def resolve_model(model: str, revision: str | None = None) -> Path:
             (place,) = importlib.util.find_spec(name).submodule_search_locations
         except (ModuleNotFoundError, ValueError, AttributeError, TypeError):  # not there, or no name, or no package
             missing = f"package {name} is not installed: pip install {name.replace('_', '-')}"
-            raise InputError(f"teacher.model {model}: {missing}") from None
+            raise InputError(f"{key} {model}: {missing}") from None
         folder = Path(place, inner)
     if folder.is_dir():
         if revision:
-            raise InputError(f"teacher.revision: {model} is a local folder, which has no revisions: leave the key out")
+            key = f"{key.removesuffix('model')}revision"
+            raise InputError(f"{key}: {model} is a local folder, which has no revisions: leave the key out")
         return folder
     if model.startswith((".", "/", "~", "package:")) or model.count("/") > 1:
-        raise InputError(f"teacher.model {model}: no such folder")
+        raise InputError(f"{key} {model}: no such folder")
     from huggingface_hub import snapshot_download
 
     try:
@@ -54,7 +55,7 @@ def resolve_model(model: str, revision: str | None = None) -> Path:
         return Path(snapshot_download(model, revision=revision, allow_patterns=kept))
     except (OSError, ValueError) as error:  # all that huggingface_hub raises: no such name, no network, no access
         failure = f"neither a local folder nor to be had from the hub: {str(error).splitlines()[0]}"
-        raise InputError(f"teacher.model {model}{f' at {revision}' * bool(revision)}: {failure}") from None
+        raise InputError(f"{key} {model}{f' at {revision}' * bool(revision)}: {failure}") from None
 
 
 @contextmanager
@@ -115,7 +116,7 @@ def _checked(folder: Path, sha256: str | None, files: tuple):
             raise InputError(f"{folder}: not a model folder: {name} is missing: save model and tokenizer there")
     config, tensors = load_config(folder), tensors_in(folder)
     if sha256 and (found := weights_sha256(folder)) != sha256:
-        raise InputError(f"{folder}: the weights' sha256 is {found}, teacher.sha256 is {sha256}: not the same weights")
+        raise InputError(f"{folder}: the weights' sha256 is {found}, the recipe's is {sha256}: not the same weights")
     with refusing(folder), torch.device("meta"):  # nothing is allocated
         model = AutoModel.from_config(config)
     stored = {name.removeprefix(f"{model.base_model_prefix}."): shape for name, (_, shape) in tensors.items()}

@@ -409,7 +409,8 @@ class Recipe(Section):
         for task in self.tasks.values():
             for field in ("train", "validation", "test", "teacher", "logits"):
                 if (path := getattr(task, field)) is not None and not path.startswith("package:"):
-                    setattr(task, field, str(folder / os.path.expanduser(path)))
+                    path = os.path.expanduser(path)  # "./x" stays: a model called "x" would be the hub's
+                    setattr(task, field, path if self.data == "." else str(folder / path))
         stsb |= {name: str(folder / os.path.expanduser(path)) for name, path in stsb.items() if self.data != "."}
         self.data = "."
         return self

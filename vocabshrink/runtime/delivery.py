@@ -178,7 +178,7 @@ def load(folder: str | Path, threads: int = 1) -> Delivery:
     missing, altered, outside the folder or of another model."""
     if threads < 1:
         raise InputError(f"threads is {threads}: give 1 or more")
-    folder = Path(folder)
+    folder = Path(folder).expanduser()
     manifest, contents = _read(folder)
     from tokenizer_build.tokenizer import parse_tokenizer
 

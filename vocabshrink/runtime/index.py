@@ -29,7 +29,7 @@ def build_index(
     """Embed passages (texts, or dicts with a "text") into folder/index, behind the model's prompt for them; the number
     of passages. Writes passages.jsonl, vectors.npy [passages, dimension] float16 and index.json. progress: is told how
     many of how many are embedded. Raises InputError for a passage without a text, or for none."""
-    embedder, records = load(folder, threads), []
+    folder, embedder, records = Path(folder).expanduser(), load(folder, threads), []
     for place, passage in enumerate(passages):
         records.append({"text": passage} if isinstance(passage, str) else passage)
         if not isinstance(records[-1], dict) or not isinstance(records[-1].get("text"), str):
@@ -41,7 +41,7 @@ def build_index(
         found = embedder.embed(texts[start : start + EMBEDDED_AT_ONCE], batch_size, prompt=PASSAGE)
         vectors.append(found.astype(np.float16))
         progress(sum(map(len, vectors)), len(texts))
-    with claimed(Path(folder) / ".index.lock", wait=True), replacing_folder(Path(folder) / "index") as new:
+    with claimed(folder / ".index.lock", wait=True), replacing_folder(folder / "index") as new:
         lines = "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records)
         (new / "passages.jsonl").write_bytes(lines.encode())
         np.save(new / "vectors.npy", np.concatenate(vectors))
@@ -53,9 +53,9 @@ class Index:
     """The opened index of a delivered embedder. Raises InputError for none, altered files, and another model's."""
 
     def __init__(self, folder: str | Path, threads: int = 1):
-        place = Path(folder) / "index"
+        place = (folder := Path(folder).expanduser()) / "index"
         for name in (*FILES, "index.json"):
-            if not (place / name).is_file() or not (place / name).resolve().is_relative_to(Path(folder).resolve()):
+            if not (place / name).is_file() or not (place / name).resolve().is_relative_to(folder.resolve()):
                 raise InputError(f"{folder} has no index, or not a whole one within it ({name}): build the index again")
         self.embedder = load(folder, threads)
         if read_json(place / "index.json") != _sums(place, self.embedder):

@@ -68,8 +68,9 @@ def check_modules(recipe: Recipe, folder: Path) -> None:
     """Refuses teachers whose sentence-transformers modules cannot be read, prompts that the teacher does not have, and
     losses that would miss its Dense modules."""
     said = teacher_modules(recipe)
-    for section in (recipe.teacher, *(recipe.vectors.teachers.values() if recipe.vectors else ())):
-        place = section_folder(section)
+    given = recipe.vectors.teachers if recipe.vectors else {}
+    for name, section in {"teacher": recipe.teacher, **{f"vectors.teachers.{n}": s for n, s in given.items()}}.items():
+        place = section_folder(section, name)
         load_dense(module_settings(place, section.pooling).dense, load_config(place).hidden_size)
     if unknown := (recipe.vectors.prompts if recipe.vectors else {}).keys() - said.prompts:
         known = ", ".join(said.prompts) or "none"
@@ -167,7 +168,7 @@ def check_task(task: Task, section: TaskSection) -> None:
         read_logits(section.logits, task)
     if not section.teacher:
         return
-    check_tokenizer(folder := resolve_model(section.teacher))
+    check_tokenizer(folder := resolve_model(section.teacher, key=f"tasks.{task.name}.teacher"))
     model = load_task_model(section.teacher, task, trained=True)
     if not check_label_order(task, model.config.id2label, folder):
         few = {"train_rows": min(ROWS_TO_AGREE, section.train_rows or ROWS_TO_AGREE), "evaluation_rows": 1}

@@ -102,7 +102,7 @@ def look_at(model: str, start: str | None, sources: list[str], column: str, *, t
     if ids and (share := ids.count(unknown) / len(ids)) > MOST_UNKNOWN:
         fault = f"{model} cannot write {share:.0%} of the text's pieces"
         raise InputError(f"{fault}: take a teacher that was trained on its language")
-    source = check_folder(begin := resolve_model(start) if start else folder)
+    source = check_folder(begin := resolve_model(start, key="start") if start else folder)
     try:
         adopted = adopt_tokenizer(begin)
     except InputError:  # of another family: pieces are learnt instead

@@ -35,9 +35,9 @@ from vocabshrink.run.recipe import DistillStage, Recipe, TeacherSection
 HELD_OUT = {"max_pieces": 126, "min_words": 4}  # of the segments that no training batch holds
 
 
-def section_folder(section: TeacherSection) -> Path:
-    """The folder of the teacher that a section of the recipe describes, checked."""
-    check_folder(folder := resolve_model(section.model, section.revision), section.sha256)
+def section_folder(section: TeacherSection, name: str = "teacher") -> Path:
+    """The folder of the teacher that the recipe's section of this name describes, checked."""
+    check_folder(folder := resolve_model(section.model, section.revision, key=f"{name}.model"), section.sha256)
     return folder
 
 
@@ -49,15 +49,15 @@ def teacher_folder(recipe: Recipe) -> Path:
 def given_tokenizer(recipe: Recipe) -> Path | None:
     """The folder or file of the tokenizer that is taken as it is, where the recipe names one."""
     if (named := recipe.vocabulary.tokenizer) == "teacher":
-        return resolve_model(recipe.teacher.model, recipe.teacher.revision)
+        return teacher_folder(recipe)
     if named == "start" and recipe.student.start:
-        return resolve_model(recipe.student.start)
+        return resolve_model(recipe.student.start, key="student.start")
     return Path(os.path.expanduser(named)) if named else None
 
 
 def source_config(recipe: Recipe, teacher: PreTrainedConfig) -> PreTrainedConfig:
     """The config of the model that the student starts from: student.start's, else the teacher's."""
-    return load_config(resolve_model(recipe.student.start)) if recipe.student.start else teacher
+    return load_config(resolve_model(recipe.student.start, key="student.start")) if recipe.student.start else teacher
 
 
 def teacher_modules(recipe: Recipe) -> ModuleSettings:
@@ -204,8 +204,8 @@ def read_held_out(context: Context) -> HeldOut:
     recipe, (lexicon, stream) = context.recipe, read_words(context)
     every = recipe.corpus.held_out_every if recipe.trains_on_lines else 1  # there are no other lines
     _, segments = cut_segments(stream, lexicon, held_out_every=every, unit="sentence", **HELD_OUT)
-    languages = languages_of(context, stream, segments)
-    return held_out_texts(stream, lexicon, segments, recipe.evaluation.sentences, recipe.seed, languages)
+    drawn = segments, recipe.evaluation.sentences, recipe.seed, languages_of(context, stream, segments)
+    return held_out_texts(stream, lexicon, read_tokenizers(context)[1], *drawn)
 
 
 def read_tasks(recipe: Recipe) -> dict[str, Task]:

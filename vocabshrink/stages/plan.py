@@ -25,7 +25,7 @@ GUESSED_FILL = 0.5  # of max_length, by text
 
 def shapes(recipe: Recipe) -> tuple[PreTrainedConfig, PreTrainedConfig]:
     """The student's shape, and its teacher's as a BERT. Raises InputError for a folder that cannot be a teacher's."""
-    teacher = check_folder(resolve_model(recipe.teacher.model, recipe.teacher.revision))
+    teacher = check_folder(resolve_model(recipe.teacher.model, recipe.teacher.revision, key="teacher.model"))
     return student_shape(recipe, teacher), student_config(StudentSection(), teacher, teacher.vocab_size)
 
 

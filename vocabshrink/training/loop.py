@@ -162,9 +162,9 @@ def train(
 ) -> dict:
     """Trains the task in place for `settings.steps` optimizer steps, resuming from the job's checkpoint.
     Accumulation step a of a step is the batcher's batch step * accumulation + a (of `micro_batch` sequences), of which
-    each process takes its part, so a step is the same on any number of processes. clock: in seconds. Returns {"steps",
-    "tokens", "seconds", "losses"} and, where there is any, the last "evaluation". Raises InputError for a checkpoint of
-    another recipe, a loss or parameters that are not finite (the last good checkpoint stays)."""
+    each process takes its part and means over that. clock: in seconds. Returns {"steps", "tokens", "seconds", "losses"}
+    and, where there is any, the last "evaluation". Raises InputError for a checkpoint of another recipe or of another
+    number of processes, a loss or parameters that are not finite (the last good checkpoint stays)."""
     optimizer = OPTIMIZERS[settings.optimizer](parameter_groups(task, settings))
     # to look for parameters without a gradient, DDP walks through every step's graph
     accelerator.ddp_handler.find_unused_parameters = not task.reads_all
@@ -211,7 +211,7 @@ def train(
                 log.evaluation(state, measured)
             if due:
                 if main:
-                    meta = {"stage": job.stage, "fingerprint": job.fingerprint} | vars(state)
+                    meta = {"fingerprint": job.fingerprint, "processes": accelerator.num_processes} | vars(state)
                     save_checkpoint(job.checkpoint, task, optimizer.optimizer, meta, accelerator.scaler)
                 saved_at = clock()
     accelerator.wait_for_everyone()
@@ -229,6 +229,10 @@ def resume(task: nn.Module, optimizer, job: Job, accelerator: Accelerator) -> St
     if meta := read_meta(job.checkpoint):
         if meta["fingerprint"] != job.fingerprint:
             raise InputError(f"{job.checkpoint}: checkpoint of another recipe: delete it, or give the run another name")
+        if (before := meta.get("processes", accelerator.num_processes)) != accelerator.num_processes:
+            raise InputError(
+                f"{job.checkpoint}: of {before} processes, each with losses of its part: start {before} again"
+            )
         load_checkpoint(job.checkpoint, task, optimizer.optimizer, meta, accelerator.scaler)
         state = State(**{key: meta[key] for key in vars(state)})
     if accelerator.is_main_process:
