@@ -20,6 +20,7 @@ from vocabshrink.stages import checks
 from vocabshrink.stages.checks import check_recipe
 
 NARROW = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 32}
+STORED = DISTILL | {"losses": {"sentence_cosine": 1}, "group_size": 1}
 SCORES = {"distill": TRAINING | {"losses": {"attention_scores": 1}}}
 TASK = {"tasks": {"made_up": {"train": "none.jsonl", "validation": "none.jsonl"}}, "finetune": {}}
 
@@ -88,6 +89,7 @@ def test_the_head_of_every_named_file_is_read_first(tiny_teacher, corpus_file, t
         ({"evaluation": {"sentences": 30, "stsb": {"v": bodies}}}, "evaluation.stsb.v: .*row 1 needs sentence1"),
         ({"vocabulary": {"required": ["kalo", "new-york"]}}, "required word 'new-york' is 3 words"),
         ({"vocabulary": {"tokenizer": str(tmp_path)}}, "has no tokenizer.json and no vocab.txt"),
+        ({"vocabulary": {"tokenizer": "./none"}}, "vocabulary.tokenizer ./none: no such file or folder"),
         (
             {"vocabulary": {"tokenizer": "teacher", "lowercase": False}},
             "vocabulary.lowercase: False is not what .* does",
@@ -97,7 +99,7 @@ def test_the_head_of_every_named_file_is_read_first(tiny_teacher, corpus_file, t
         (task(teacher="nowhere/none"), "tasks.made_up.teacher nowhere/none: neither a local folder"),
         ({"student": {"start": "./none"}}, "student.start ./none: no such folder"),
         (
-            {"vectors": {"sentences": 9, "teachers": {"second": {"model": "./none"}}}},
+            {"vectors": {"sentences": 9, "teachers": {"second": {"model": "./none"}}}, "distill": STORED},
             "vectors.teachers.second.model ./none: no such folder",
         ),
         (task(teacher=str(tiny_teacher)), "its outputs are LABEL_0, LABEL_1 and those of task made_up a, b, c"),
@@ -114,7 +116,7 @@ def test_a_teacher_s_tokenizer_is_read_twice_at_most(folders, corpus_file, monke
     read, parse = [], tokenizer.parse_tokenizer
     monkeypatch.setattr(tokenizer, "parse_tokenizer", lambda *given: (read.append(given[1]), parse(*given))[1])
     folder = shutil.copytree(folders["xlm-roberta"], corpus_file.with_name("xlmr"))
-    sections = {"vectors": {"sentences": 9}, "distill": DISTILL | {"losses": {"sentence_cosine": 1}, "group_size": 1}}
+    sections = {"vectors": {"sentences": 9}, "distill": STORED}
     check_recipe(parse_recipe(tiny_recipe(folder, corpus_file, "untrained") | sections, "test"))
     assert len(read) <= 2 and {path.parent for path in read} == {folder}
 

@@ -13,6 +13,7 @@ from tokenizers import Tokenizer
 from transformers import PreTrainedConfig
 
 from tokenizer_build.corpus import read_lines
+from tokenizer_build.errors import InputError
 from tokenizer_build.files import read_json
 from tokenizer_build.languages import factors, shares
 from tokenizer_build.tokenizer import load_tokenizer
@@ -52,7 +53,9 @@ def given_tokenizer(recipe: Recipe) -> Path | None:
         return teacher_folder(recipe)
     if named == "start" and recipe.student.start:
         return resolve_model(recipe.student.start, key="student.start")
-    return Path(os.path.expanduser(named)) if named else None
+    if named and not os.path.exists(os.path.expanduser(named)):
+        raise InputError(f"vocabulary.tokenizer {named}: no such file or folder")
+    return Path(named).expanduser() if named else None
 
 
 def source_config(recipe: Recipe, teacher: PreTrainedConfig) -> PreTrainedConfig:
