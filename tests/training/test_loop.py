@@ -349,7 +349,7 @@ def test_a_checkpoint_of_another_recipe_or_number_of_processes_is_refused(tmp_pa
     with pytest.raises(InputError, match="checkpoint of another recipe"):
         run_training(tmp_path, fingerprint="g")
     two = SimpleNamespace(num_processes=2)
-    with pytest.raises(InputError, match="last: of 1 processes, each with losses of its part: start 1 again"):
+    with pytest.raises(InputError, match="last: of 1 processes, each with losses of its part: start as many"):
         resume(task, None, Job(run, "distill", "f"), two)
 
 

@@ -87,7 +87,8 @@ def text_of(lexicon: Lexicon, words: np.ndarray, apart: np.ndarray) -> str:
     """Words as a sentence, with a space before those that are `apart`, and where letters would make one word of two."""
     text = ""
     for surface, spaced in zip(map(lexicon.words.__getitem__, words), apart[words], strict=True):
-        text += " " * bool(text and (spaced or text[-1].isalnum() and surface[:1].isalnum())) + surface
+        apart_here = spaced and not surface.isspace() or text[-1:].isalnum() and surface[:1].isalnum()
+        text += " " * bool(text and apart_here) + surface
     return text
 
 

@@ -230,9 +230,7 @@ def resume(task: nn.Module, optimizer, job: Job, accelerator: Accelerator) -> St
         if meta["fingerprint"] != job.fingerprint:
             raise InputError(f"{job.checkpoint}: checkpoint of another recipe: delete it, or give the run another name")
         if (before := meta.get("processes", accelerator.num_processes)) != accelerator.num_processes:
-            raise InputError(
-                f"{job.checkpoint}: of {before} processes, each with losses of its part: start {before} again"
-            )
+            raise InputError(f"{job.checkpoint}: of {before} processes, each with losses of its part: start as many")
         load_checkpoint(job.checkpoint, task, optimizer.optimizer, meta, accelerator.scaler)
         state = State(**{key: meta[key] for key in vars(state)})
     if accelerator.is_main_process:
