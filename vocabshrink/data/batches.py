@@ -334,7 +334,8 @@ class TaskBatcher:
         self.sizes = np.bincount(row, weights=cost[keep], minlength=self.rows)  # pieces of each row
         lengths = np.bincount(row, minlength=self.rows)
         self.segments = Segments(np.cumsum(lengths) - lengths, lengths)
-        self.order = Order(self.sizes, max(1, self.batch_size), self.seed)
+        # by words: sorted as finely as by pieces, rows of a batch would have one label where labels go with lengths
+        self.order = Order(lengths, max(1, self.batch_size), self.seed)
         self.second = place == 1 if pair else None
         self.tokens = self.labels = None
         if self.task.kind == "tokens":  # a token is labelled at its first word that both vocabularies can write
