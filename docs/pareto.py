@@ -38,7 +38,8 @@ def main() -> None:
             point = points[name]
             ours = name.endswith("mb")
             axes.plot(*point, "o", color=OURS if ours else PEER, markersize=9 if ours else 7)
-            shown = {"ha": "left" if offset[0] > 0 else "right" if offset[0] else "center", "color": OURS if ours else INK}
+            beside = "left" if offset[0] > 0 else "right" if offset[0] else "center"
+            shown = {"ha": beside, "color": OURS if ours else INK}
             weight = "bold" if ours else "normal"
             axes.annotate(label, point, offset, textcoords="offset points", weight=weight, **shown)
         axes.set(xscale="log", xlim=(0.7, 160), ylim=(0.64, 0.85))
