@@ -26,7 +26,7 @@ def requirements(which: str) -> list[str]:
     project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
     extras = project["optional-dependencies"]
     asked = [*project["dependencies"], *(one for name in NEEDED for one in extras[name])]
-    asked += [one for one in extras["dev"] if re.match("pytest|hypothesis|onnx-ir|sentence-tr", one)]
+    asked += [one for one in extras["dev"] if re.match("pytest|hypothesis|onnx-ir|sentence-tr|tensorboard", one)]
     return [re.sub(r">=([\w.]+).*", r"==\1", one) for one in asked] if which == "oldest" else asked
 
 
