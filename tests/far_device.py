@@ -117,8 +117,8 @@ def install(monkeypatch) -> None:
     from accelerate import PartialState
 
     from vocabshrink.models import loading, task_model
-    from vocabshrink.stages import training
-    from vocabshrink.training import finetune, loop
+    from vocabshrink.stages import tasks, training
+    from vocabshrink.training import loop
 
     class WithGPU:
         cuda = SimpleNamespace(is_available=lambda: True)
@@ -135,10 +135,10 @@ def install(monkeypatch) -> None:
 
     monkeypatch.setattr(loading, "torch", WithGPU())
     monkeypatch.setattr(training, "make_accelerator", FarAccelerator)
-    monkeypatch.setattr(finetune, "make_accelerator", FarAccelerator)
+    monkeypatch.setattr(tasks, "make_accelerator", FarAccelerator)
     # neither knows this device: torch's fused optimizer, and inference mode, which does without what `Far` is made with
     monkeypatch.setitem(loop.OPTIMIZERS, "adamw", partial(torch.optim.AdamW, foreach=True))
-    monkeypatch.setattr(finetune, "predict", torch.no_grad()(task_model.predict.__wrapped__))
+    monkeypatch.setattr(tasks, "predict", torch.no_grad()(task_model.predict.__wrapped__))
     monkeypatch.setattr(PartialState, "device", property(lambda self: DEVICE, lambda self, value: None), raising=False)
     monkeypatch.setattr(
         torch, "autocast", lambda kind, *a, **k: contextlib.nullcontext() if kind == "meta" else autocast(kind, *a, **k)

@@ -31,12 +31,12 @@ from vocabshrink.api import merge, plan, spool
 from vocabshrink.data import vectors
 from vocabshrink.data.lexicon import Lexicon, WordStream
 from vocabshrink.data.vectors import read_sentences
-from vocabshrink.delivery.size import tokenizer_bytes
-from vocabshrink.models.forward import module_files
+from vocabshrink.models.forward import ModuleSettings
 from vocabshrink.run.recipe import load_recipe, parse_recipe
 from vocabshrink.runtime.delivery import load
 from vocabshrink.stages import choose
 from vocabshrink.stages.checks import check_recipe
+from vocabshrink.stages.plan import tokenizer_bytes
 from vocabshrink.stages.tasks import label_texts
 from vocabshrink.training.losses import LOSSES
 
@@ -244,7 +244,7 @@ def test_what_a_folder_says_of_itself_is_obeyed(tiny_teacher, texts, tmp_path):
     """Dense modules make the stored vectors, prompts stand before shares of the text, the folder's length is kept."""
     folder = shutil.copytree(tiny_teacher, tmp_path / "model")
     prompts = {"query": "ka lo: ", "passage": "mi: "}
-    for name, content in module_files(32, 24, "mean", True, prompts).items():
+    for name, content in ModuleSettings(prompts=prompts).files(32, 24).items():
         write_json(folder / name, content)
     kinds = ("Transformer", "Pooling", "Dense")
     parts = [{"path": f"{i}_{kind}" if i else "", "type": f"models.{kind}"} for i, kind in enumerate(kinds)]

@@ -69,7 +69,6 @@ OVERRIDES = {
     "a seed below zero": ["seed=-1"],
     "a student as wide as a city": ["student.hidden_size=1000000"],
     "an unknown start": ["student.initialize=copied"],
-    "max_length over the student's positions": ["student.max_position_embeddings=16"],
     "recovery without a delivery": ["delivery=", "recovery={steps: 1, losses: {hidden_mse: 1}}"],
     "two_stage without distillation": ["distill=", "dual={steps: 1, mode: two_stage}"],
     "an unknown mode": ["dual={steps: 1, mode: three_stage}"],
@@ -96,6 +95,7 @@ CHECKED = {
     "a loss of masked words, none masked": ["distill.losses={student_masked_lm: 1}"],
     "a head for a teacher that has one": ["masked_lm_head={steps: 1}"],
     "layers that the teacher lacks": ["distill.layer_map=[[1, 9]]"],
+    "max_length over the student's positions": ["student.max_position_embeddings=16"],
     "a width that heads do not divide": ["student.hidden_size=30"],
     "too few sentences to check by": ["evaluation.sentences=5"],
     "a budget that no format meets": ["delivery.budget=2kB"],
@@ -261,7 +261,7 @@ def check_overridden(place: Place, overrides: list[str]):
 
     recipe = load_overridden(place, overrides)
     check_recipe(recipe)
-    teacher_folder(recipe)
+    teacher_folder(recipe.teacher)
 
 
 def load_written(place: Place, content: bytes | None):

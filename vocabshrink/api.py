@@ -42,7 +42,8 @@ from vocabshrink.stages.choose import SHAPES, choose_effort, choose_shape, draw_
 from vocabshrink.stages.tasks import label_texts
 from vocabshrink.training.losses import LOSSES, Loss
 
-Texts = str | os.PathLike | Iterable[str]  # a file, folder, glob or datasets:NAME:SPLIT, several of them, or the texts
+PathLike = str | os.PathLike
+Texts = PathLike | Iterable[str]  # a file, folder, glob or datasets:NAME:SPLIT, several of them, or the texts
 Languages = Mapping[str, Texts]  # {language: its texts}
 
 
@@ -58,20 +59,13 @@ class Artifact:
 
 
 def compress(
-    model: str,
-    texts: Texts | Languages | None = None,
-    *,
-    out: str | os.PathLike,
-    since: float | None = None,
-    **options: Any,
+    model: str, texts: Texts | Languages | None = None, *, out: PathLike, since: float | None = None, **options: Any
 ) -> Artifact:
     """The encoder `model` (a folder, hub name or package:NAME/SUBFOLDER), made small for the texts, in a folder `out`:
-    of an embedder an embedder; of a classifier, cross-encoder or tagger one with its labels; of any with a `task` a
-    model of the task.
+    an embedder; a classifier, cross-encoder or tagger with the model's labels; or a model of the `task`.
 
     since: Unix time from which the summary counts minutes. options: those of `plan`. Killed and called again with the
-    same arguments, it goes on. Raises InputError, before anything is trained, for a model, texts or a budget that
-    cannot be."""
+    same arguments, it goes on. Raises InputError for a model, texts or a budget that cannot be, before it trains."""
     path = plan(model, texts, out=out, **options)
     figures = run_recipe(recipe := load_recipe(path), RunDir(Path(out)), since=since)
     delivered = Path(out, "export", *recipe.tasks or ["model"])
@@ -82,8 +76,8 @@ def plan(
     model: str,
     texts: Texts | Languages | None = None,
     *,
-    task: str | os.PathLike | Mapping[str, Any] | None = None,
-    out: str | os.PathLike,
+    task: PathLike | Mapping[str, Any] | None = None,
+    out: PathLike,
     budget: str | int = "7MB",
     minutes: float | None = None,
     tokens: int | None = None,
@@ -145,9 +139,7 @@ def plan(
     return recipe
 
 
-def labelled_task(
-    task: str | os.PathLike | Mapping[str, Any], column: str, settings: Mapping[str, Any], folder: Path
-) -> tuple[dict, Task]:
+def labelled_task(task: PathLike | Mapping, column: str, settings: Mapping, folder: Path) -> tuple[dict, Task]:
     """A labelled task as a recipe has it, and as read. Of a file, or where no `validation` is named, every tenth row
     validates, in files in a folder. The text is sentence1 and sentence2 or, if there is no such field, `column`."""
     section = dict(task) if isinstance(task, Mapping) else {"train": os.path.expanduser(task)}
@@ -181,8 +173,7 @@ def merge(values: dict, over: Mapping[str, Any]) -> dict:
 
 def spool(texts: Texts, out: Path) -> list[str]:
     """The sources of a corpus: the paths given, or out/texts.jsonl with the texts of an iterable, which is never held.
-    A list whose first member names a file, folder, glob or data set is a list of those. Raises InputError where `out`
-    has other texts already."""
+    A list is of paths where its first member names one. Raises InputError where `out` has other texts already."""
     if isinstance(texts, str | os.PathLike):
         return [os.path.expanduser(texts)]
     if isinstance(texts, Mapping):
@@ -204,9 +195,7 @@ def spool(texts: Texts, out: Path) -> list[str]:
     return [str(kept)]
 
 
-def run_recipe(
-    recipe: Recipe, folder: RunDir, *, force: bool = False, only: str = "", since: float | None = None
-) -> dict:
+def run_recipe(recipe: Recipe, folder: RunDir, *, force=False, only: str = "", since: float | None = None) -> dict:
     """Runs the stages that a recipe asks for, or `only` one, in a folder; what cannot work is refused before anything
     runs. since: Unix time from which minutes are counted. Returns the run's summary: {figure: {system: value}, ...}."""
     check_recipe(recipe, force=force)
@@ -223,7 +212,7 @@ def learn_vocabulary(
     texts: Texts,
     size: int,
     *,
-    out: str | os.PathLike,
+    out: PathLike,
     teacher: str | None = None,
     trainer: str = "fewest",
     lowercase: bool | None = None,
@@ -231,9 +220,8 @@ def learn_vocabulary(
     column: str = "text",
 ) -> Path:
     """A WordPiece tokenizer of at most `size` pieces, learnt from the texts, as a folder that transformers loads.
-    teacher: a model whose pieces are candidates too. trainer: one of tokenizer_build.trainers.TRAINERS. lowercase: as
-    the teacher unless told. required: words that must be one piece. Raises InputError for a size below the
-    alphabet's."""
+    teacher: a model whose pieces are candidates too. trainer: one of tokenizer_build.trainers.TRAINERS. lowercase:
+    None: as the teacher. required: words that must be one piece. Raises InputError for a size below the alphabet's."""
     tokenizer = load_tokenizer(resolve_model(teacher)) if teacher else None
     if lowercase is None:
         lowercase = tokenizer is None or lowercases(tokenizer)
@@ -246,7 +234,7 @@ def learn_vocabulary(
     return out
 
 
-def start_student(model: str, tokenizer: str | os.PathLike, *, out: str | os.PathLike, **shape: Any) -> Path:
+def start_student(model: str, tokenizer: PathLike, *, out: PathLike, **shape: Any) -> Path:
     """A student of the tokenizer's pieces [V, D_S], started from `model`, as a folder that transformers loads. shape:
     of the recipe's student section: num_hidden_layers, hidden_size, intermediate_size, embedding_size ...; what is left
     out is the model's. Raises InputError for a shape that the model cannot fill."""
@@ -255,16 +243,16 @@ def start_student(model: str, tokenizer: str | os.PathLike, *, out: str | os.Pat
     if section.initialize == "extract_importance":
         raise InputError("initialize: extract_importance measures on text: use compress or a recipe, or extract_random")
     student = build_student(section, source, Path(tokenizer)).model
-    save_student(Path(out), student, None, Path(tokenizer), source.pooling, source.normalize)
+    save_student(Path(out), student, None, Path(tokenizer), source.modules)
     return Path(out)
 
 
 def distill(
-    student: str | os.PathLike,
+    student: PathLike,
     teacher: str,
     texts: Texts,
     *,
-    out: str | os.PathLike,
+    out: PathLike,
     losses: Mapping[str | Callable, float],
     vectors: int | None = None,
     **training: Any,
@@ -298,9 +286,7 @@ def _among_losses(functions: Iterable[Callable]) -> Iterator[None]:
             del LOSSES[name]
 
 
-def finetune(
-    student: str | os.PathLike, task: Mapping[str, Any], *, out: str | os.PathLike, **settings: Any
-) -> tuple[Path, dict]:
+def finetune(student: PathLike, task: Mapping[str, Any], *, out: PathLike, **settings: Any) -> tuple[Path, dict]:
     """Fine-tunes a student's folder on a labelled task; the folder of the trained model, and its figures. task: one of
     the recipe's tasks: {"train": file, "validation": file, "kind": ..., "teacher": folder ...}. settings: of its
     finetune section: phases, seeds, grid ... Raises InputError for rows or labels that do not go together."""
@@ -310,7 +296,7 @@ def finetune(
     return folder / "finetune" / "task" / "model", read_json(folder / "finetune" / "summary.json")
 
 
-def _run_section(values: dict, teacher: str, student: str | os.PathLike, texts: Texts, out: Path) -> Path:
+def _run_section(values: dict, teacher: str, student: PathLike, texts: Texts, out: Path) -> Path:
     """Runs a recipe that begins with a student as it is, and delivers nothing."""
     whole = {"name": out.name, "teacher": {"model": teacher}, "vocabulary": {"tokenizer": str(student)}}
     whole |= {"corpus": {"sources": spool(texts, out)}, "delivery": None, "evaluation": {"sentences": 0}}
@@ -318,16 +304,14 @@ def _run_section(values: dict, teacher: str, student: str | os.PathLike, texts: 
     return out
 
 
-def export(
-    model: str | os.PathLike, out: str | os.PathLike, *, weights: str | dict = "int4-64", **settings: Any
-) -> dict:
+def export(model: PathLike, out: PathLike, *, weights: str | dict = "int4-64", **settings: Any) -> dict:
     """Writes a trained student's folder as a delivery and returns its manifest. weights: a format of run.formats, or
-    one for each class of tensors. settings: of delivery.export.ExportSettings: max_positions, kernel, safetensors,
-    budget_bytes ... Raises InputError for a model that the graph cannot compute."""
+    one for each class of tensors. settings: of the recipe's delivery section: max_positions, kernel, safetensors,
+    budget ... Raises InputError for a model that the graph cannot compute."""
     folder = resolve_model(str(model))
-    config, said = load_config(folder), module_settings(folder)
+    config = load_config(folder)
     named = (config.architectures or [""])[0].removeprefix("Electra").removeprefix("Bert")
     task = next((t for t, kind in KINDS.items() if kind.architecture.removeprefix("Bert") == named), "embedding")
-    options = {key: getattr(said, key) for key in ("pooling", "normalize", "prompts", "default_prompt")}
-    options["max_positions"] = min(128, config.max_position_embeddings)
-    return export_model(folder, out, ExportSettings(task, weights, **options | settings))
+    values = {"weights": weights, "max_positions": min(128, config.max_position_embeddings), "budget": 10**12}
+    section = parse_recipe(values | settings, "export", DeliverySection)
+    return export_model(folder, out, ExportSettings(task, section, module_settings(folder)))

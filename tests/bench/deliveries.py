@@ -76,7 +76,7 @@ def answer_here(kind: str, folder: str, threads: int, texts: dict[str, str], bat
         answer = StaticModel.from_pretrained(folder).encode
     else:
         model = load(folder, threads)
-        if not KINDS[model.task].any_text:
+        if model.task == "fill-mask":  # whose texts must hold a mask
             raise InputError(f"{folder} is for the task {model.task!r}: leave it out")
         answer = getattr(model, KINDS[model.task].method)
     answer(["a first question"])
@@ -154,13 +154,15 @@ def peers(teacher: Path, place: Path, static: bool) -> list[System]:
     also its static vectors by model2vec, int8, as wide as STATIC_BUDGET allows. Made once, in folders of `place`."""
     from vocabshrink.delivery.export import ExportSettings, export_model
     from vocabshrink.run.engine import say
+    from vocabshrink.run.recipe import DeliverySection
 
     systems = [System(name, place / name) for name in ("teacher-fp32", "teacher-int8")]
     for system, weights in zip(systems, ("fp32", "int8"), strict=True):
         if not (system.folder / "MANIFEST.json").is_file():
             say(f"exporting {teacher} as {weights}")
             # signed: the fastest int8 there is, so that the peer is not slowed down
-            settings = ExportSettings("embedding", weights, max(LENGTHS), kernel="signed", force=True)
+            section = DeliverySection(weights=weights, max_positions=max(LENGTHS), kernel="signed")
+            settings = ExportSettings("embedding", section, force=True)
             export_model(teacher, system.folder, settings)
     vectors = System("model2vec", place / "model2vec", "static")
     if static and not (vectors.folder / "model.safetensors").is_file():

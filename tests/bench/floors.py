@@ -11,8 +11,7 @@ sys.path.insert(0, str(Path(__file__).parents[2]))
 
 from transformers import BertConfig
 
-from vocabshrink.delivery.size import parameters
-from vocabshrink.stages.plan import flops_per_piece, matrix_speed
+from vocabshrink.stages.plan import flops_per_piece, matrix_speed, parameters
 
 MINILM = {"num_hidden_layers": 6, "hidden_size": 384, "intermediate_size": 1536, "num_attention_heads": 12}
 BASE = {"num_hidden_layers": 12, "hidden_size": 768, "intermediate_size": 3072, "num_attention_heads": 12}

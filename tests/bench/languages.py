@@ -73,7 +73,7 @@ def peers(teacher: Path, sources: list[str], rated: Rows, prompt: str, pieces: i
 
 def embedder(folder: Path, prompt: str) -> Embed:
     said = module_settings(folder)
-    return torch_embedder(load_model(folder), folder, said.pooling, said.normalize, max_length=128, prompt=prompt)
+    return torch_embedder(load_model(folder), folder, said, max_length=128, prompt=prompt)
 
 
 def delivered(artifact: Path, rated: Rows) -> dict:

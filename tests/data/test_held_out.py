@@ -17,7 +17,7 @@ from vocabshrink.data.batches import Segments, cut_segments
 from vocabshrink.data.held_out import HeldOut, held_out_texts, read_rated_pairs, spearman
 from vocabshrink.data.lexicon import Lexicon, WordStream, encode_corpus
 from vocabshrink.data.tasks import Rows
-from vocabshrink.models.forward import torch_embedder
+from vocabshrink.models.forward import ModuleSettings, torch_embedder
 
 
 def cosine(a, b) -> float:
@@ -74,7 +74,7 @@ class TestHeldOutTexts:
 
     def test_are_sentences_and_their_near_ones(self, encoded, lines, tiny_teacher):
         lexicon, stream = encoded
-        held_out = held_out_texts(stream, lexicon, load_tokenizer(tiny_teacher), self.cut(encoded, 5), 30, seed=1)
+        held_out = held_out_texts(stream, lexicon, load_tokenizer(tiny_teacher), self.cut(encoded, 5), 30, 1, {})
         assert len(held_out.texts) == 120 and held_out.pairs.shape == (120, 2)
         tokenizer = AutoTokenizer.from_pretrained(tiny_teacher)
         known = {" ".join(tokenizer.tokenize(line)) for line in lines[4::5]}
@@ -90,22 +90,20 @@ class TestHeldOutTexts:
         lexicon, stream = encoded
         segments = self.cut(encoded, 5)
         tokenizer = load_tokenizer(tiny_teacher)
-        first, again, other = (held_out_texts(stream, lexicon, tokenizer, segments, 25, seed) for seed in (1, 1, 2))
+        first, again, other = (held_out_texts(stream, lexicon, tokenizer, segments, 25, seed, {}) for seed in (1, 1, 2))
         assert first.texts == again.texts and np.array_equal(first.pairs, again.pairs) and first.texts != other.texts
 
     def test_have_4_to_40_words(self, encoded, tiny_teacher):
         lexicon, stream = encoded
         starts = np.arange(0, len(stream.word_ids) - 50, 50)
         lengths = np.resize(np.array([3, 4, 40, 41], np.int32), len(starts))
-        held_out = held_out_texts(
-            stream, lexicon, load_tokenizer(tiny_teacher), Segments(starts, lengths), 1000, seed=1
-        )
+        held_out = held_out_texts(stream, lexicon, load_tokenizer(tiny_teacher), Segments(starts, lengths), 1000, 1, {})
         assert {len(text.split()) for text in held_out.texts[::4]} == {4, 40}
 
     def test_too_few_are_refused(self, encoded, tiny_teacher):
         lexicon, stream = encoded
         with pytest.raises(InputError, match="only 10 held-out sentences of 4 to 40 words: give more text"):
-            held_out_texts(stream, lexicon, load_tokenizer(tiny_teacher), self.cut(encoded, 40), 30, seed=1)
+            held_out_texts(stream, lexicon, load_tokenizer(tiny_teacher), self.cut(encoded, 40), 30, 1, {})
 
 
 class TestTorchEmbedder:
@@ -120,7 +118,7 @@ class TestTorchEmbedder:
     @pytest.mark.parametrize(("pooling", "normalize"), [("mean", True), ("mean", False), ("cls", True)])
     def test_is_the_model_sentence_by_sentence(self, backbone, tiny_teacher, texts, pooling, normalize):
         """bfloat16 keeps eight bits, so states of size one differ in the second decimal place."""
-        found = torch_embedder(backbone, tiny_teacher, pooling, normalize, max_length=64)(texts)
+        found = torch_embedder(backbone, tiny_teacher, ModuleSettings(pooling, normalize), max_length=64)(texts)
         assert found.dtype == np.float32 and found.shape == (len(texts), 32)
         tokenizer = AutoTokenizer.from_pretrained(tiny_teacher)
         for text, vector in zip(texts, found, strict=True):
@@ -132,7 +130,7 @@ class TestTorchEmbedder:
             assert cosine(vector, expected) > 0.9995
 
     def test_does_not_depend_on_order_or_company(self, backbone, tiny_teacher, texts):
-        embed = torch_embedder(backbone, tiny_teacher, "mean", True, max_length=64, batch_size=16)
+        embed = torch_embedder(backbone, tiny_teacher, ModuleSettings(), max_length=64, batch_size=16)
         order = np.random.default_rng(0).permutation(len(texts))
         vectors, shuffled = embed(texts), embed([texts[i] for i in order])
         assert np.abs(shuffled - vectors[order]).max() < 0.01
@@ -141,12 +139,12 @@ class TestTorchEmbedder:
 
     def test_cuts_at_the_models_positions(self, backbone, tiny_teacher):
         """The model has 64 positions, which the length asked for may exceed."""
-        embed = torch_embedder(backbone, tiny_teacher, "mean", True, max_length=512)
+        embed = torch_embedder(backbone, tiny_teacher, ModuleSettings(), max_length=512)
         long, cut = embed(["a " * 500, "a " * 62])
         assert np.abs(long - cut).max() < 0.01
 
     def test_cuts_at_the_length_asked_for(self, backbone, tiny_teacher):
-        first, second, other = torch_embedder(backbone, tiny_teacher, "mean", True, max_length=6)(
+        first, second, other = torch_embedder(backbone, tiny_teacher, ModuleSettings(), max_length=6)(
             ["a b c d e f g", "a b c d x y z", "a b c x y z g"]
         )
         assert np.abs(first - second).max() < 0.01 < np.abs(first - other).max()
@@ -219,7 +217,7 @@ def test_a_model_without_positions_is_cut_at_the_length(tiny_teacher):
     """Models with relative positions only name no number of them."""
 
     class Backbone(torch.nn.Module):
-        config = SimpleNamespace(pad_token_id=0)
+        config = SimpleNamespace(pad_token_id=0, hidden_size=2)
 
         def __init__(self):
             super().__init__()
@@ -229,5 +227,5 @@ def test_a_model_without_positions_is_cut_at_the_length(tiny_teacher):
             lengths = attention_mask.sum(1)[:, None, None].expand(*input_ids.shape, 2)
             return SimpleNamespace(last_hidden_state=lengths * self.weight)
 
-    found = torch_embedder(Backbone(), tiny_teacher, "mean", False, max_length=9)(["a", "a " * 50])
+    found = torch_embedder(Backbone(), tiny_teacher, ModuleSettings(normalize=False), max_length=9)(["a", "a " * 50])
     assert found.tolist() == [[3, 3], [9, 9]]

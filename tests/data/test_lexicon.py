@@ -399,7 +399,6 @@ def test_ends_of_sentences_and_meta(families, tmp_path):
     assert ends == {"?", "...", "!", "。", "."}
     assert words.meta["student"]["special"] == {"pad": 0, "unk": 1, "cls": 2, "sep": 3, "mask": 4}
     assert words.meta["teacher"]["special"] == {"pad": 1, "unk": 3, "cls": 0, "sep": 2, "mask": 4}
-    assert words.meta["student"]["lowercase"] and not words.meta["teacher"]["lowercase"]
     assert (words.meta["teacher"]["size"], words.meta["teacher"]["family"]) == (330, "byte-level")
 
 

@@ -17,8 +17,9 @@ from vocabshrink.delivery import graph as graph_module
 from vocabshrink.delivery.export import ExportSettings, agreement, awkward_inputs, check_activation, torch_outputs
 from vocabshrink.delivery.export import export_model as export_with
 from vocabshrink.delivery.graph import KERNELS
+from vocabshrink.models.forward import ModuleSettings
 from vocabshrink.run.formats import formats_of
-from vocabshrink.run.recipe import POOLINGS
+from vocabshrink.run.recipe import POOLINGS, DeliverySection, parse_recipe
 from vocabshrink.runtime.delivery import load
 from vocabshrink.runtime.kinds import KINDS
 
@@ -26,12 +27,13 @@ FORMATS = ["fp32", "fp16", "int8", "int4-32", "int4-64", "int4-128"]
 MIXED = {"embeddings": "int4-64", "positions": "int4-32", "attention": "int8", "feed_forward": "fp16", "head": "fp32"}
 
 
+def settings_of(task: str, formats="fp32", max_positions=32, modules=None, force=False, **section) -> ExportSettings:
+    section = {"weights": formats, "max_positions": max_positions, "budget": 10**12, "tolerance": 1e-9} | section
+    return ExportSettings(task, parse_recipe(section, "here", DeliverySection), modules or ModuleSettings(), force)
+
+
 def export_model(model: Path, out: Path, *, measure=None, gates=None, manifest=None, **settings) -> dict:
-    return export_with(model, out, ExportSettings(**settings), measure=measure, gates=gates, manifest=manifest)
-
-
-def settings_of(task: str, **changes) -> ExportSettings:
-    return ExportSettings(task, "fp32", 32, **changes)
+    return export_with(model, out, settings_of(**settings), measure=measure, gates=gates, manifest=manifest)
 
 
 def make_model(folder: Path, tokenizer_from: Path, task: str = "embedding", **changes) -> Path:
@@ -126,13 +128,14 @@ def test_an_answer_depends_on_nothing_else_in_the_batch(folders, tmp_path, task,
 
 @pytest.mark.parametrize("pooling,normalize", [(pooling, pooling == "last") for pooling in POOLINGS] + [("cls", True)])
 def test_other_poolings(model_folder, tmp_path, pooling, normalize):
-    settings = {"max_positions": 32, "pooling": pooling, "normalize": normalize}
-    manifest = export_model(model_folder, tmp_path / "out", task="embedding", formats="fp32", **settings)
-    assert manifest["check"]["fp32"] > 0.999999 and settings.items() <= manifest.items()
+    modules, out = ModuleSettings(pooling, normalize), tmp_path / "out"
+    manifest = export_model(model_folder, out, task="embedding", formats="fp32", max_positions=32, modules=modules)
+    assert manifest["check"]["fp32"] > 0.999999
+    assert {"max_positions": 32, "pooling": pooling, "normalize": normalize}.items() <= manifest.items()
     model = transformers.BertModel.from_pretrained(model_folder).eval()
     for feed in awkward_inputs(300, 32):
         ours = outputs_of(tmp_path / "out" / manifest["graph"], feed)["sentence_embedding"]
-        theirs = torch_outputs(model, feed, settings_of("embedding", pooling=pooling, normalize=normalize))
+        theirs = torch_outputs(model, feed, settings_of("embedding", modules=modules))
         np.testing.assert_allclose(ours, theirs, atol=2e-5)
 
 
@@ -193,7 +196,8 @@ def test_int8_that_collapses_is_refused_and_the_float_kernel_keeps_it(tiny_teach
 
 def test_the_signed_kernel_goes_with_every_pooling(model_folder, tmp_path):
     """Both put a zero into the graph, of two types."""
-    settings = {"task": "embedding", "formats": "int8", "kernel": "signed", "pooling": "cls", "max_positions": 32}
+    settings = {"task": "embedding", "formats": "int8", "kernel": "signed", "max_positions": 32}
+    settings["modules"] = ModuleSettings("cls")
     manifest = export_model(model_folder, tmp_path / "out", **settings)
     assert manifest["check"]["same_weights"] > 0.99
 
@@ -268,11 +272,9 @@ def test_sentence_transformers_loads_it(model_folder, tmp_path):
 
     prompts = {"prompts": {"query": "ka ka ", "passage": ""}, "default_prompt": "query"}
     for place, pooling in enumerate(POOLINGS):
-        settings = {"pooling": pooling, "normalize": pooling == "mean"} | (prompts if pooling == "max" else {})
-        out = tmp_path / f"{place}"
-        export_model(
-            model_folder, out, task="embedding", formats="fp32", max_positions=16, safetensors="fp32", **settings
-        )
+        settings = {"task": "embedding", "formats": "fp32", "max_positions": 16, "safetensors": "fp32"}
+        modules = ModuleSettings(pooling, pooling == "mean", **(prompts if pooling == "max" else {}))
+        export_model(model_folder, out := tmp_path / f"{place}", modules=modules, **settings)
         texts = [*made_up_text(3), "ka " * 40]
         model, ours = SentenceTransformer(str(out), device="cpu"), load(out)
         np.testing.assert_allclose(ours.embed(texts), model.encode(texts), atol=2e-5)
@@ -313,7 +315,7 @@ def test_lost_quality_is_refused_or_written_down(model_folder, tmp_path):
     manifest = export_model(model_folder, out, tolerance=0.04, gates=["stsb"], **settings)
     assert manifest["quality"] == measure(out) and "failures" not in manifest
     assert seen[0] == manifest["files"]
-    forced = export_model(model_folder, out, tolerance=0.02, gates=["stsb"], force=True, budget_bytes=9, **settings)
+    forced = export_model(model_folder, out, tolerance=0.02, gates=["stsb"], force=True, budget=9, **settings)
     over, lost = forced["failures"]
     assert "over the budget of 9" in over and lost.startswith("stsb is 0.77")
     assert json.loads((out / "MANIFEST.json").read_text()) == forced
@@ -323,10 +325,10 @@ def test_over_budget_is_refused_by_file_and_the_earlier_delivery_stays(model_fol
     out = tmp_path / "out"
     manifest = export_model(model_folder, out, task="embedding", formats="int8", max_positions=32)
     budget = manifest["delivery_bytes"]
-    export_model(model_folder, out, task="embedding", formats="int8", max_positions=32, budget_bytes=budget)
+    export_model(model_folder, out, task="embedding", formats="int8", max_positions=32, budget=budget)
     words = r"over the budget .*model_quantized.onnx [\d,]+.*smaller vocabulary.size"
     with pytest.raises(InputError, match=words):
-        export_model(model_folder, out, task="embedding", formats="int8", max_positions=32, budget_bytes=budget - 1)
+        export_model(model_folder, out, task="embedding", formats="int8", max_positions=32, budget=budget - 1)
     assert json.loads((out / "MANIFEST.json").read_text()) == manifest
     assert list(tmp_path.iterdir()) == [out]
 
@@ -342,13 +344,11 @@ def test_a_graph_that_computes_something_else_is_refused(model_folder, tmp_path,
 def test_bad_input_is_refused_in_one_sentence(folders, tiny_teacher, tmp_path):
     out, model_folder = tmp_path / "out", folders["embedding"]
     for changes, words in (
-        ({"formats": "int5"}, "weights of embeddings: 'int5'"),
+        ({"formats": "int5"}, "weights: input should be 'fp32', .*'int5'"),
         ({"formats": "int4-48"}, "'int4-48'"),
-        ({"task": "translation"}, "task 'translation'"),
         ({"max_positions": 49}, "max_positions 49"),
-        ({"pooling": "least"}, "pooling 'least'"),
-        ({"safetensors": "bf16"}, "safetensors 'bf16'"),
-        ({"kernel": "blocks"}, "kernel 'blocks'"),
+        ({"safetensors": "bf16"}, "safetensors: input should be .*'bf16'"),
+        ({"kernel": "blocks"}, "kernel: input should be .*'blocks'"),
         ({"task": "tokens"}, "holds a BertModel, which has no head for tokens"),
     ):
         with pytest.raises(InputError, match=words):

@@ -152,7 +152,7 @@ def test_fused_attention_gives_eager_s_states(folders):
         ids, lengths = torch.randint(5, 200, (8, 30)), torch.tensor([30, 3, 17, 30, 8, 9, 22, 5])
         mask = (torch.arange(30) < lengths[:, None]).long()
         side = Pieces(torch.where(mask.bool(), ids, backbone.config.pad_token_id or 0), mask, ids)
-        _ = side.lengths, side.by_length
+        _ = side.lengths
         states = []
         for attention in ("eager", "sdpa") if family != "mpnet" else ("eager",):
             backbone.set_attn_implementation(attention)

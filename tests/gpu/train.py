@@ -57,6 +57,7 @@ def join(shards: Path, kit: Path, out: Path) -> None:
     """The student's folder, as `save_student` writes it, of the shards. kit: for its tokenizer."""
     from transformers import BertConfig, BertModel
 
+    from vocabshrink.models.forward import ModuleSettings
     from vocabshrink.models.student import save_student
 
     about, files = read_json(shards / "shards.json"), {}
@@ -70,7 +71,7 @@ def join(shards: Path, kit: Path, out: Path) -> None:
         state[name] = torch.cat(parts) if parts[0].ndim else parts[0]
     student = BertModel(BertConfig.from_dict(about["config"]), add_pooling_layer=False)
     student.load_state_dict(state)
-    save_student(out, student, None, kit / "run/vocab", about["pooling"], about["normalize"])
+    save_student(out, student, None, kit / "run/vocab", ModuleSettings(about["pooling"], about["normalize"]))
     print(f"{out}: the student of step {about['step']}")
 
 
@@ -106,7 +107,7 @@ def context_of(kit: Path, place: Path, overrides: list[str]) -> Context:
         if not run.stage(name).exists():
             run.stage(name).parent.mkdir(parents=True, exist_ok=True)
             run.stage(name).symlink_to((kit / "run" / name).resolve())
-    return Context(recipe, run, STAGES["distill"])
+    return Context(recipe, run, stage=STAGES["distill"])
 
 
 def probe(kit: Path, place: Path, overrides: list[str], steps: int) -> tuple[float, float, dict]:

@@ -12,7 +12,7 @@ from tokenizer_build.errors import InputError
 from tokenizer_build.files import write_json
 from vocabshrink.cli import main
 from vocabshrink.lab.score import backbone_embedder, measure, measures_of, score_models, static_embedder, write_cards
-from vocabshrink.models.forward import module_files
+from vocabshrink.models.forward import ModuleSettings
 
 
 def at_angle(texts: list[str], prompts=()) -> np.ndarray:
@@ -144,7 +144,7 @@ def test_retrieval_asks_with_the_models_prompts(tiny_teacher, tmp_path, lines):
     folder.mkdir()
     for name in ("config.json", "model.safetensors", "tokenizer.json"):
         (folder / name).write_bytes((tiny_teacher / name).read_bytes())
-    for name, content in module_files(32, 48, "mean", True, {"query": "ka ", "passage": "lo "}, None).items():
+    for name, content in ModuleSettings(prompts={"query": "ka ", "passage": "lo "}).files(32, 48).items():
         (folder / name).parent.mkdir(exist_ok=True)
         write_json(folder / name, content)
     embed, plain = backbone_embedder(folder), backbone_embedder(tiny_teacher)

@@ -8,7 +8,7 @@ from tiny_training import encode, make_batcher, perturb
 
 from vocabshrink.data.lexicon import encode_corpus
 from vocabshrink.models.families import layer_modules
-from vocabshrink.models.fitting import RIDGE, fit_layers, read_by
+from vocabshrink.models.projection import RIDGE, fit_layers, read_by
 from vocabshrink.models.student import build_student, source_layers
 from vocabshrink.models.teacher import load_teacher
 from vocabshrink.run.recipe import StudentSection

@@ -16,7 +16,6 @@ from vocabshrink.models.forward import (
     MODES,
     ModuleSettings,
     load_dense,
-    module_files,
     module_settings,
     pool_sentence,
     run_backbone,
@@ -33,10 +32,10 @@ def test_texts_are_cut_where_the_positions_end(family, folders):
     assert rows == (64 if family == "bert" else 66)
     backbone = load_teacher(str(folder)).backbone
     texts = ["ka lo", "ka lo mi ne ru sa " * 40]
-    found = torch_embedder(backbone, folder, "mean", True, max_length=500)(texts)
+    found = torch_embedder(backbone, folder, ModuleSettings(), max_length=500)(texts)
     assert found.shape == (2, 32) and np.isfinite(found).all()
-    assert np.array_equal(found, torch_embedder(backbone, folder, "mean", True, max_length=64)(texts))
-    assert not np.array_equal(found, torch_embedder(backbone, folder, "mean", True, max_length=63)(texts))
+    assert np.array_equal(found, torch_embedder(backbone, folder, ModuleSettings(), max_length=64)(texts))
+    assert not np.array_equal(found, torch_embedder(backbone, folder, ModuleSettings(), max_length=63)(texts))
 
 
 @pytest.mark.parametrize("pooling", MODES)
@@ -56,7 +55,7 @@ def test_sentences_are_pooled_as_sentence_transformers_does(pooling):
 
 def write_modules(folder, **changes) -> None:
     """A sentence-transformers folder's files, without the model's. changes: {file's stem: content}."""
-    files = module_files(32, 48, "mean", True, {"query": "ask: ", "passage": ""}, "query")
+    files = ModuleSettings(prompts={"query": "ask: ", "passage": ""}, default_prompt="query").files(32, 48)
     for name, content in files.items():
         (folder / name).parent.mkdir(exist_ok=True)
         write_json(folder / name, changes.get(name.partition(".")[0].replace("/config", ""), content))
@@ -68,20 +67,19 @@ def test_a_folder_says_how_it_pools(pooling, tiny_teacher, tmp_path):
     from sentence_transformers import SentenceTransformer
 
     prompts = {"query": "ask: ", "document": ""}
-    files = module_files(32, 48, pooling, False, prompts, "query")
+    expected = ModuleSettings(pooling, False, 48, prompts, "query")
     for name in ("config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json"):
         (tmp_path / name).write_bytes((tiny_teacher / name).read_bytes())
-    for name, content in files.items():
+    for name, content in expected.files(32, 48).items():
         (tmp_path / name).parent.mkdir(exist_ok=True)
         write_json(tmp_path / name, content)
-    expected = ModuleSettings(pooling, False, 48, False, prompts, "query")
     assert module_settings(tmp_path) == expected
     SentenceTransformer(str(tmp_path), device="cpu").save_pretrained(str(tmp_path / "again"))
     found = module_settings(tmp_path / "again")
     assert (found.pooling, found.normalize, found.prompts, found.default_prompt) == (pooling, False, prompts, "query")
     assert module_settings(tmp_path, "cls", True).pooling == "cls" and module_settings(tmp_path, "cls", True).normalize
-    assert load_teacher(str(tmp_path)).pooling == pooling and not load_teacher(str(tmp_path)).normalize
-    assert module_settings(tiny_teacher) == ModuleSettings() and load_teacher(str(tiny_teacher)).normalize
+    assert load_teacher(tmp_path).modules == expected and load_teacher(tmp_path, found).modules == found
+    assert module_settings(tiny_teacher) == ModuleSettings() == load_teacher(tiny_teacher).modules
 
 
 def modules(*parts: str) -> list[dict]:
@@ -108,8 +106,7 @@ def test_a_teacher_s_vectors_are_those_of_sentence_transformers(tiny_teacher, li
     texts = [*lines[:4], lines[4].upper()]
     expected = SentenceTransformer(str(tmp_path / "m"), device="cpu").encode([text.lower() for text in texts])
     teacher, said = load_teacher(str(tmp_path / "m")), module_settings(tmp_path / "m")
-    options = {"max_length": said.max_seq_length, "dense": teacher.dense}
-    found = torch_embedder(teacher.backbone, teacher.folder, teacher.pooling, teacher.normalize, **options)(texts)
+    found = torch_embedder(teacher.backbone, teacher.folder, said, max_length=said.max_seq_length)(texts)
     np.testing.assert_allclose(found, expected, atol=0.02)  # ours are in bfloat16
     assert np.abs(found[4] - found[0]).max() > 0.02
 
@@ -158,7 +155,7 @@ def test_what_cannot_be_learnt_of_a_folder_is_refused(tmp_path, changes, words):
         module_settings(tmp_path)
     if "1_Pooling" in changes:  # the recipe's own word wins
         assert module_settings(tmp_path, "mean") == ModuleSettings(
-            "mean", True, 48, False, json.loads('{"query": "ask: ", "passage": ""}'), "query"
+            "mean", True, 48, json.loads('{"query": "ask: ", "passage": ""}'), "query"
         )
 
 

@@ -32,7 +32,7 @@ from tokenizer_build.errors import InputError
 from tokenizer_build.tokenizer import make_tokenizer, save_tokenizer
 from vocabshrink.data.pieces import Pieces
 from vocabshrink.models.families import check_attention
-from vocabshrink.models.forward import run_backbone, torch_embedder
+from vocabshrink.models.forward import ModuleSettings, run_backbone, torch_embedder
 from vocabshrink.models.projection import scores_of
 from vocabshrink.models.spelling import as_wordpiece, piece_means, shared_pieces, spell, spellings
 from vocabshrink.models.student import build_student, factorise, save_student, student_config
@@ -705,7 +705,7 @@ def saved(request, teacher, small_vocabulary, tmp_path_factory):
     with_head = request.param == "with_head"
     head = perturbed(MaskedLMHead(16, 16, student.config.vocab_size)) if with_head else None
     (folder / "old").mkdir(parents=True)  # a former attempt is replaced
-    save_student(folder, student, head, small_vocabulary, "mean", True)
+    save_student(folder, student, head, small_vocabulary, ModuleSettings())
     return folder, student, head
 
 
@@ -742,10 +742,10 @@ def test_sentence_transformers_gives_our_embedding(pooling, normalize, teacher, 
 
     student, _, _, _ = build_student(StudentSection(**NARROW), teacher, small_vocabulary)
     perturbed(student)
-    save_student(tmp_path / "student", student, None, small_vocabulary, pooling, normalize)
+    save_student(tmp_path / "student", student, None, small_vocabulary, ModuleSettings(pooling, normalize))
     texts = [*lines[:10], " ".join(lines[:10])]  # the last is longer than the student's positions
     theirs = SentenceTransformer(str(tmp_path / "student"), device="cpu").encode(texts)
-    ours = torch_embedder(student, small_vocabulary, pooling, normalize, max_length=64)(texts)
+    ours = torch_embedder(student, small_vocabulary, ModuleSettings(pooling, normalize), max_length=64)(texts)
     assert ours.shape == theirs.shape == (11, 16)
     np.testing.assert_allclose(ours, theirs, atol=0.02 * np.abs(theirs).max())
     if normalize:

@@ -14,7 +14,6 @@ from transformers import AutoModel, AutoModelForMaskedLM
 from tokenizer_build.errors import InputError
 from tokenizer_build.tokenizer import make_tokenizer
 from vocabshrink.data.pieces import Pieces
-from vocabshrink.models import forward
 from vocabshrink.models.families import check_attention
 from vocabshrink.models.forward import pool_attention, pool_units, run_backbone
 from vocabshrink.models.loading import check_folder, resolve_model
@@ -35,13 +34,8 @@ NAMES = {
     "keys": {"query": "key", "q_lin": "k_lin"},
     "values": {"query": "value", "q_lin": "v_lin"},
 }
-RAGGED = [30, 4, 5, 29, 6, 4, 3, 30, 11, 2]  # run in chunks
+RAGGED = [30, 4, 5, 29, 6, 4, 3, 30, 11, 2]
 EVEN = [20, 13, 20, 17]
-
-
-@pytest.fixture(autouse=True)
-def small_batches_are_cut_too(monkeypatch):
-    monkeypatch.setattr(forward, "LEAST_POSITIONS", 0)
 
 
 def random_side(vocab_size: int, lengths, seed: int = 0, pad: int = 0) -> Pieces:
@@ -94,25 +88,6 @@ def test_mixed_embedding_takes_each_piece_from_its_table():
     expected = torch.stack([teacher.weight[0], teacher.weight[9], up[0], up[3]])
     torch.testing.assert_close(out[0], expected)
     torch.testing.assert_close(embedding.up(embedding.student_table.weight), up)
-
-
-@pytest.mark.parametrize("family", ["bert", "roberta"])
-@pytest.mark.parametrize("embedded", [False, True])
-@torch.no_grad()
-def test_chunks_are_the_plain_pass(family, embedded, folders):
-    teacher = load_teacher(str(folders[family]))
-    side = random_side(teacher.table.num_embeddings, RAGGED, pad=teacher.config.pad_token_id)
-    widths = []
-    teacher.backbone.register_forward_hook(lambda module, inputs, output: widths.append(output[0].shape[1]))
-    embeddings = teacher.table(side.ids) if embedded else None
-    chunked = run_backbone(teacher.backbone, side, embeddings=embeddings, layers=True).hidden
-    assert widths == [4, 6, 30, 30]  # three of ten rows each, by length
-    inputs = {"inputs_embeds": embeddings} if embedded else {"input_ids": side.ids}
-    plain = teacher.backbone(**inputs, attention_mask=side.attention_mask, output_hidden_states=True)
-    real = side.attention_mask.bool()
-    for ours, theirs in zip(chunked, plain.hidden_states, strict=True):
-        assert ours.shape == theirs.shape
-        torch.testing.assert_close(ours[real], theirs[real], atol=1e-5, rtol=1e-5)
 
 
 @pytest.mark.parametrize("lengths", [EVEN, RAGGED])
@@ -273,26 +248,13 @@ class TestPoolAttention:
         there = torch.tensor([[1.0, 1, 1, 0, 1, 1], [1, 1, 0, 1, 1, 0]])
         torch.testing.assert_close(pooled.sum(-1), there.unsqueeze(1).expand(-1, 2, -1))
 
-    def test_averages_scores_on_both_axes(self, maps):
-        pooled = pool_attention(maps, UNITS, 6, scores=True)
-        assert pooled.isfinite().all()  # also behind padding at minus infinity
-        for row in range(3):
-            for source in range(6):
-                for target in range(6):
-                    block = maps[row][:, UNITS[row] == source][:, :, UNITS[row] == target]
-                    expected = block.mean((1, 2)) if block.numel() else torch.zeros(2)
-                    torch.testing.assert_close(pooled[row, :, source, target], expected)
-
-    @pytest.mark.parametrize("scores", [False, True])
-    def test_of_units_that_are_pieces_changes_nothing(self, maps, scores):
+    def test_of_units_that_are_pieces_changes_nothing(self, maps):
         maps = maps[:1, :, :8, :8]
-        pooled = pool_attention(maps, torch.arange(8)[None], 8, scores=scores)
-        torch.testing.assert_close(pooled, maps, rtol=0, atol=0)
+        torch.testing.assert_close(pool_attention(maps, torch.arange(8)[None], 8), maps, rtol=0, atol=0)
 
-    @pytest.mark.parametrize("scores", [False, True])
-    def test_gradients_are_finite_behind_padding(self, maps, scores):
+    def test_gradients_are_finite_behind_padding(self, maps):
         maps = maps[:2].requires_grad_()
-        pool_attention(maps if scores else maps.softmax(-1), UNITS[:2], 6, scores=scores).pow(2).sum().backward()
+        pool_attention(maps.softmax(-1), UNITS[:2], 6).pow(2).sum().backward()
         assert maps.grad[:, :, :5, :5].isfinite().all() and maps.grad.abs().sum() > 0
 
 

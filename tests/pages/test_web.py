@@ -165,8 +165,10 @@ def test_the_page_classifies_and_labels_as_the_runtime_does(tiny_teacher, tmp_pa
 @pytest.mark.parametrize("pooling", ["max", "last"])
 def test_the_page_prompts_and_pools_as_the_runtime_does(tiny_teacher, tmp_path, lines, pooling):
     pytest.importorskip("torch")
-    options = {"pooling": pooling, "prompts": {"query": "ka ka ", "passage": "lo "}}
-    folder, passages = bert_delivery(tmp_path, tiny_teacher, "embedding", **options), tmp_path / "passages.jsonl"
+    from vocabshrink.models.forward import ModuleSettings
+
+    modules = ModuleSettings(pooling, prompts={"query": "ka ka ", "passage": "lo "})
+    folder, passages = bert_delivery(tmp_path, tiny_teacher, "embedding", modules=modules), tmp_path / "passages.jsonl"
     passages.write_text("".join(json.dumps({"text": line}) + "\n" for line in lines[:4]))
     build_web([folder], tmp_path / "web", passages, node_modules=JS / "node_modules")
     shown = node("page_test.mjs", page=str(tmp_path / "web"), query="mi ne")
@@ -182,6 +184,7 @@ def bert_delivery(place: Path, tokenizer_from: Path, task: str, **options) -> Pa
     from transformers import BertConfig, BertForSequenceClassification, BertForTokenClassification, BertModel
 
     from vocabshrink.delivery.export import ExportSettings, export_model
+    from vocabshrink.run.recipe import DeliverySection
 
     kind, labels = {
         "classification": (BertForSequenceClassification, ["bad", "good", "so so"]),
@@ -204,7 +207,8 @@ def bert_delivery(place: Path, tokenizer_from: Path, task: str, **options) -> Pa
     kind(config).save_pretrained(place / f"{task}-model")
     for name in ("tokenizer.json", "tokenizer_config.json"):
         shutil.copy(tokenizer_from / name, place / f"{task}-model" / name)
-    export_model(place / f"{task}-model", place / task, ExportSettings(task, "fp32", 24, **options))
+    section = DeliverySection(weights="fp32", max_positions=24)
+    export_model(place / f"{task}-model", place / task, ExportSettings(task, section, **options))
     return place / task
 
 

@@ -127,7 +127,6 @@ class TestContradictions:
                 "must be a multiple of gradient_accumulation",
             ),
             (["distill.batch_size=10"], "batch_size must be a multiple of gradient_accumulation (times group_size"),
-            (["student.max_position_embeddings=64"], "max_length 128 is over student.max_position_embeddings 64"),
             (
                 ["dual.mode=two_stage", "dual.steps=3", "distill="],
                 "two_stage trains only the teacher: add a distill section",

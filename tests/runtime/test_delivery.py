@@ -193,6 +193,7 @@ def test_embeds_as_torch_does(tiny_teacher, tmp_path, lines):
     from transformers import AutoTokenizer, BertConfig, BertModel
 
     from vocabshrink.delivery.export import ExportSettings, export_model
+    from vocabshrink.run.recipe import DeliverySection
 
     folder = tmp_path / "student"
     pieces = Tokenizer.from_file(str(tiny_teacher / "tokenizer.json")).get_vocab_size()
@@ -201,7 +202,8 @@ def test_embeds_as_torch_does(tiny_teacher, tmp_path, lines):
     BertModel(BertConfig(vocab_size=pieces, initializer_range=0.1, **shape)).save_pretrained(folder)
     for name in ("tokenizer.json", "tokenizer_config.json"):
         shutil.copy(tiny_teacher / name, folder)
-    export_model(folder, tmp_path / "delivery", ExportSettings("embedding", "fp32", 24))
+    section = DeliverySection(weights="fp32", max_positions=24)
+    export_model(folder, tmp_path / "delivery", ExportSettings("embedding", section))
     texts = [*lines[:5], " ".join(lines[:20])]
     ours = load(tmp_path / "delivery").embed(texts, batch_size=4)
     tokenizer, model = AutoTokenizer.from_pretrained(folder), BertModel.from_pretrained(folder).eval()

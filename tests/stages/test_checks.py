@@ -14,7 +14,7 @@ from tokenizer_build import tokenizer
 from tokenizer_build.errors import InputError
 from tokenizer_build.files import write_json
 from vocabshrink.cli import app
-from vocabshrink.models.forward import module_files
+from vocabshrink.models.forward import ModuleSettings
 from vocabshrink.run.recipe import parse_recipe
 from vocabshrink.stages import checks
 from vocabshrink.stages.checks import check_recipe
@@ -167,7 +167,7 @@ def test_a_teacher_that_orders_its_unnamed_labels_otherwise(kind, tiny_teacher, 
 
 def test_a_folder_that_joins_poolings_needs_the_recipes_word(tiny_teacher, corpus_file, tmp_path):
     folder = Path(shutil.copytree(tiny_teacher, tmp_path / "m"))
-    for name, content in module_files(32, 48, "mean", True).items():
+    for name, content in ModuleSettings().files(32, 48).items():
         (folder / name).parent.mkdir(exist_ok=True)
         write_json(folder / name, content)
     write_json(folder / "1_Pooling" / "config.json", {"pooling_mode": ["cls", "mean"]})

@@ -8,7 +8,7 @@ from transformers import BertConfig
 
 from tokenizer_build.errors import InputError
 from vocabshrink.delivery.export import ExportSettings
-from vocabshrink.run.recipe import parse_recipe
+from vocabshrink.run.recipe import DeliverySection, parse_recipe
 from vocabshrink.stages import deliver
 from vocabshrink.stages.checks import check_models
 
@@ -27,7 +27,7 @@ def test_the_manifest_says_whether_the_task_has_pairs(tmp_path, monkeypatch, sec
     context = SimpleNamespace(folder=tmp_path / "out", folder_of=lambda _: tmp_path)
     splits = {"validation": SimpleNamespace(first=["a"], second=second)}
     task = SimpleNamespace(name="made_up", kind="classification", splits=splits)
-    deliver.export_task(context, task, ExportSettings("embedding", "int8", 16))
+    deliver.export_task(context, task, ExportSettings("embedding", DeliverySection(weights="int8", max_positions=16)))
     assert seen == {"trained_for": "made_up", "pairs": second is not None, "task": "classification"}
 
 

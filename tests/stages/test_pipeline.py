@@ -16,7 +16,7 @@ from transformers import AutoModel, AutoModelForMaskedLM
 from tokenizer_build.errors import InputError
 from tokenizer_build.files import read_json, write_json
 from vocabshrink.cli import show_summary
-from vocabshrink.models.forward import module_files
+from vocabshrink.models.forward import ModuleSettings
 from vocabshrink.models.rounding import quantize
 from vocabshrink.models.student import read_student
 from vocabshrink.run.engine import Run, context_of, run_stage, summarise
@@ -24,11 +24,11 @@ from vocabshrink.run.folder import RunDir
 from vocabshrink.run.recipe import parse_recipe
 from vocabshrink.run.stage import stages_of
 from vocabshrink.runtime.delivery import load
-from vocabshrink.stages import deliver, training
+from vocabshrink.stages import tasks, training
 from vocabshrink.stages.checks import check_recipe
 from vocabshrink.stages.inputs import read_teacher
 from vocabshrink.stages.training import read_trained_teacher
-from vocabshrink.training import finetune, loop
+from vocabshrink.training import loop
 
 TRAINING = {"steps": 6, "batch_size": 16, "max_length": 48, "learning_rate": 1e-3, "precision": "no", "evaluations": 1}
 DISTILL = TRAINING | {
@@ -166,7 +166,7 @@ def test_the_delivery_answers_like_the_student(match_run):
     from vocabshrink.runtime.index import Index
 
     student = run.dir.path / "distill" / "student"
-    embed = torch_embedder(AutoModel.from_pretrained(student).eval(), student, "mean", True, max_length=48)
+    embed = torch_embedder(AutoModel.from_pretrained(student).eval(), student, ModuleSettings(), max_length=48)
     texts = ["Ka lo mi.", "vi we zu bra cli", "ne"]
     assert (load(run.dir.path / "export/model").embed(texts) * embed(texts)).sum(1).min() > 0.98
     assert Index(run.dir.path / "export/model").search("vi we zu", 1)[0]["source"] == "s2"
@@ -215,7 +215,7 @@ def test_every_mode_runs_to_its_end(mode, tiny_teacher, corpus_file, tmp_path, m
     rows = [row for row in run.dir.metrics() if row["kind"] == "train"]
     assert all(np.isfinite(row["loss"]) for row in rows)
     # what is called untrained is the student that training began with, its random parts too
-    untrained = deliver.untrained_student(context_of(run, "export"), read_teacher(context_of(run, "export")))
+    (untrained,) = run.dir.path.glob("*/untrained")
     for name, value in read_student(untrained).state_dict().items() if began else ():
         assert torch.equal(value, began[0][name]), name
 
@@ -249,7 +249,8 @@ def test_a_teacher_without_head_gets_one(tiny_teacher, corpus_file, tmp_path):
     AutoModel.from_pretrained(tiny_teacher).save_pretrained(folder)
     for name in ("tokenizer.json", "tokenizer_config.json"):
         (folder / name).write_bytes((tiny_teacher / name).read_bytes())
-    for name, content in module_files(32, 48, "max", False, prompts := {"query": "ka "}, "query").items():
+    modules = ModuleSettings("max", False, prompts={"query": "ka "}, default_prompt="query")
+    for name, content in modules.files(32, 48).items():
         (folder / name).parent.mkdir(exist_ok=True)
         write_json(folder / name, content)
     joint = tiny_recipe(folder, corpus_file, "joint")
@@ -260,7 +261,7 @@ def test_a_teacher_without_head_gets_one(tiny_teacher, corpus_file, tmp_path):
     assert np.mean(losses[-5:]) < np.mean(losses[:5])
     assert read_teacher(context_of(run, "distill")).head is not None
     delivery = load(run.dir.path / "export/model")
-    said = {"pooling": "max", "normalize": False, "prompts": prompts, "default_prompt": "query"}
+    said = {"pooling": "max", "normalize": False, "prompts": modules.prompts, "default_prompt": "query"}
     assert said.items() <= delivery.manifest.items()
     assert 'Prompt `query`: "ka " before each text' in (run.dir.path / "export/model/README.md").read_text()
     np.testing.assert_allclose(delivery.embed(["mi"]), delivery.embed(["ka mi"], prompt=""), atol=1e-6)
@@ -458,7 +459,7 @@ def test_two_processes_run_every_stage(tiny_teacher, corpus_file, lines, tmp_pat
     trainings = [data["dual"], data["distill"], data["recovery"], data["finetune"]["teacher"]]
     for section in trainings + data["finetune"]["phases"]:
         section["gradient_accumulation"] = 2
-    for module in (training, finetune):
+    for module in (training, tasks):
         monkeypatch.setattr(module, "micro_batch", lambda settings, *_: settings.batch_size)
     prefetch = loop.prefetch
     monkeypatch.setattr(loop, "prefetch", lambda batcher, *rest: prefetch(Halves(batcher), *rest))

@@ -8,11 +8,11 @@ from transformers import BertConfig
 
 from tokenizer_build.errors import InputError
 from vocabshrink.cli import table_of
-from vocabshrink.delivery.size import delivery_bytes, parameters
 from vocabshrink.models.loading import load_config
 from vocabshrink.run.folder import RunDir
 from vocabshrink.run.recipe import parse_recipe
 from vocabshrink.stages import plan
+from vocabshrink.stages.plan import delivery_bytes, parameters
 
 
 def make_recipe(teacher, **sections):

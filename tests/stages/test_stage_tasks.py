@@ -12,7 +12,6 @@ from tiny_training import NARROW
 from transformers import AutoModelForSequenceClassification, AutoModelForTokenClassification, AutoTokenizer
 
 import vocabshrink.stages.tasks
-import vocabshrink.training.finetune
 from tokenizer_build.errors import InputError
 from tokenizer_build.files import read_json
 from tokenizer_build.tokenizer import load_tokenizer, save_tokenizer
@@ -26,9 +25,8 @@ from vocabshrink.run.recipe import Phase, TaskSection, parse_recipe
 from vocabshrink.run.stage import stages_of
 from vocabshrink.stages.checks import check_all_losses, check_task
 from vocabshrink.stages.inputs import read_tasks, read_teacher, start_directions, teacher_folder
-from vocabshrink.stages.tasks import finetune, spread, task_teacher
+from vocabshrink.stages.tasks import finetune, logits_of, phases_of, spread, task_teacher
 from vocabshrink.training.augment import augment_task
-from vocabshrink.training.finetune import logits_of, phases_of
 
 KIND = {"topic": "classification", "rating": "regression", "slots": "tokens"}
 MARKS = {"bad": "kata", "good": "zubra"}  # words that decide a row's label
@@ -132,7 +130,7 @@ def test_a_teacher_s_files_agree_with_each_other(taught):
 
 
 @pytest.mark.parametrize("family", ["roberta", "bert-cased"])
-def test_a_task_s_teacher_reads_with_its_own_tokenizer(family, data, tiny_teacher, folders, tmp_path):
+def test_a_task_s_teacher_reads_with_its_own_tokenizer(family, data, tiny_teacher, folders, tmp_path, monkeypatch):
     """Another tokenizer than teacher.model's, and another width: its logits are its own on the text itself."""
     model = tmp_path / "tuned"
     source = folders["roberta"] if family == "roberta" else tiny_teacher
@@ -152,8 +150,15 @@ def test_a_task_s_teacher_reads_with_its_own_tokenizer(family, data, tiny_teache
         ids = torch.tensor([pair_ids(own, family, rows.first[number], rows.second[number])])
         types = {} if family == "roberta" else {"token_type_ids": second_sentence(own, rows, number)}
         np.testing.assert_allclose(trained(ids, **types).logits.detach()[0], trainings.logits[number], atol=0.02)
-    assert trainings._student()[1] is None  # the directions are those of teacher.model
+    real, directions = vocabshrink.stages.tasks.TaskTraining, []
+
+    def made(*models, **options):
+        directions.append(options["directions"])
+        return real(*models, **options)
+
+    monkeypatch.setattr(vocabshrink.stages.tasks, "TaskTraining", made)
     assert np.isfinite(finetune(context_of(run, "finetune"))["topic"]["accuracy"]["median"])
+    assert directions == [None]  # those of teacher.model say nothing of this one's dimensions
 
 
 def pair_ids(tokenizer, family: str, first: str, second: str) -> list[int]:
@@ -240,7 +245,7 @@ def test_rounded_weights_are_scored_beside_the_trained(name, taught, data, tiny_
     unit = read_json(folder / "metrics.json")
     model = load_task_model(str(folder / "model"), task, trained=True)  # as trained: rounding came after
     phase, vocabulary = run.recipe.finetune.phases[-1], run.dir.stage("vocab")
-    encoded = encode_task(task, teacher_folder(run.recipe), vocabulary, tmp_path / "rows")
+    encoded = encode_task(task, teacher_folder(run.recipe.teacher), vocabulary, tmp_path / "rows")
     assert score(task, logits_of(model, encoded, "validation", phase), "validation") == unit["validation"]
     logits = logits_of(fake_quantize_(model, "int4-32"), encoded, "validation", phase)
     assert score(task, logits, "validation") == unit["rounded"]
@@ -351,7 +356,7 @@ class Killed(BaseException):
 
 def killing(monkeypatch, at: int) -> list[str]:
     """The loop's trainings by name, of which the `at`-th is killed at its end, before its figures are written."""
-    begun, train = [], vocabshrink.training.finetune.train
+    begun, train = [], vocabshrink.stages.tasks.train
 
     def counted(task, batcher, settings, job, *others):
         begun.append(job.stage)
@@ -360,7 +365,7 @@ def killing(monkeypatch, at: int) -> list[str]:
             raise Killed
         return result
 
-    monkeypatch.setattr(vocabshrink.training.finetune, "train", counted)
+    monkeypatch.setattr(vocabshrink.stages.tasks, "train", counted)
     return begun
 
 

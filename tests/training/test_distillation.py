@@ -11,6 +11,7 @@ from transformers import BertForMaskedLM
 
 from tokenizer_build.errors import InputError
 from vocabshrink.data.lexicon import encode_corpus
+from vocabshrink.models.forward import ModuleSettings
 from vocabshrink.models.projection import narrowing
 from vocabshrink.models.spelling import shared_pieces, spellings
 from vocabshrink.models.student import build_student, save_student
@@ -21,7 +22,7 @@ from vocabshrink.run.recipe import DistillStage, StudentSection, parse_recipe
 from vocabshrink.stages.checks import check_recipe
 from vocabshrink.training.loop import Job, make_accelerator, train
 from vocabshrink.training.losses import LOSSES, readers
-from vocabshrink.training.task import Distillation, Stored
+from vocabshrink.training.task import Distillation
 
 # bank_similarity reads stored vectors alone: see the tests at the end
 LOSSES_OF_DISTILLATION = {name for name, loss in LOSSES.items() if "distill" in loss.stands_in} - {"bank_similarity"}
@@ -286,7 +287,7 @@ def test_the_masked_lm_loss_is_that_of_transformers(words, tiny_teacher, tmp_pat
     task, batcher, _ = make(words, tiny_teacher, {"student_masked_lm": 1.0}, mask=0.15)
     for parameter in task.head.parameters():
         parameter.add_(torch.randn_like(parameter) * 0.1)
-    save_student(tmp_path / "student", task.student, task.head, words[0], "mean", True)
+    save_student(tmp_path / "student", task.student, task.head, words[0], ModuleSettings())
     reference = BertForMaskedLM.from_pretrained(tmp_path / "student", dtype=torch.float32).eval()
     side = batcher.batch(2).student
     assert int((side.labels >= 0).sum()) > 5
@@ -314,9 +315,8 @@ def with_stored(words, tiny_teacher, losses: dict, width: int = 40):
     batcher.vectors, batcher.sides = (lambda rows: vectors[torch.from_numpy(rows)].numpy()), ("student",)
     student, bank = task.student, vectors[:50]
     narrow = narrowing(vectors, torch.randn(60, student.config.hidden_size, generator=generator))
-    stored = Stored(bank, narrow, F.normalize(bank @ narrow, dim=-1))
     stage = DistillStage(steps=1, losses=losses)
-    return Distillation(stage, load_teacher(str(tiny_teacher)), student, (), stored=stored), batcher, vectors
+    return Distillation(stage, load_teacher(str(tiny_teacher)), student, (), bank=(bank, narrow)), batcher, vectors
 
 
 def test_stored_vectors_stand_for_the_teacher(words, tiny_teacher):

@@ -11,7 +11,7 @@ from torch import nn
 from tokenizer_build.errors import InputError
 from vocabshrink.data.batches import Batch
 from vocabshrink.data.pieces import Pieces
-from vocabshrink.models.forward import Pass, pool_attention, pool_units
+from vocabshrink.models.forward import Pass, pool_units
 from vocabshrink.models.teacher import MaskedLMHead
 from vocabshrink.run.layer_map import layer_pairs
 from vocabshrink.run.recipe import DistillStage, DualStage, Phase, Weighted
@@ -467,13 +467,15 @@ class TestAttentionByHand:
         assert LOSSES["attention_scores"](forward).item() == pytest.approx((1 + 9) / 9)
 
     def test_scores_are_the_pooled_maps(self):
-        """The product of means is the mean of products, which `pool_attention` takes the long way."""
+        """The product of means is the mean of products, over the pieces of one unit and of the other."""
         view = make_view(pieces(OTHERS, padding=2))
         queries, keys = (
             part[0].unflatten(-1, (HEADS, -1)).transpose(1, 2) for part in (view.passed.queries, view.passed.keys)
         )
         maps = queries @ keys.mT / math.sqrt(WIDTH / HEADS)
-        torch.testing.assert_close(view.scores((1,)), pool_attention(maps, view.side.units, UNITS, scores=True))
+        pieces_of = (view.side.units.unsqueeze(1) == torch.arange(UNITS).unsqueeze(1)).float()  # [B, U, T]
+        share = (pieces_of / pieces_of.sum(-1, keepdim=True).clamp_min(1)).unsqueeze(1)
+        torch.testing.assert_close(view.scores((1,)), share @ maps @ share.mT)
 
     @pytest.mark.parametrize("name", ["attention_scores", "attention_kl"])
     def test_models_with_other_heads_are_compared_by_their_means(self, name):

@@ -34,8 +34,8 @@ from vocabshrink.models.teacher import load_teacher
 from vocabshrink.run.folder import RunDir
 from vocabshrink.run.layer_map import layer_pairs
 from vocabshrink.run.recipe import Phase, StudentSection
-from vocabshrink.training import finetune
-from vocabshrink.training.finetune import fit
+from vocabshrink.stages import tasks
+from vocabshrink.stages.tasks import fit
 from vocabshrink.training.loop import Job
 from vocabshrink.training.task import TaskTraining
 
@@ -325,6 +325,6 @@ def test_processes_that_do_not_divide_a_phase_s_batch_are_refused(
     lines, tiny_teacher, vocabulary, tmp_path, monkeypatch
 ):
     """Else three processes of a batch of 32 would train on 30 rows a step."""
-    monkeypatch.setattr(finetune, "make_accelerator", lambda *arguments: SimpleNamespace(num_processes=3))
+    monkeypatch.setattr(tasks, "make_accelerator", lambda *arguments: SimpleNamespace(num_processes=3))
     with pytest.raises(InputError, match=r"finetune\.phases\.0\.batch_size 32 cannot be shared by 3 processes"):
         fitted(lines, tiny_teacher, vocabulary, tmp_path, [Phase(epochs=1)])

@@ -2,9 +2,7 @@
 
 A batch is a pure function of (seed, step); each of several processes draws it whole and takes every n-th sequence. A
 task's splits are encoded once into one lexicon, a sentence (or a token) per line, so that teacher and student see the
-same words cut at the same places. Not done: splits whose words do not fit in memory.
-
-How words become pieces and units, and the shapes B, T, U and n: see pieces.py. S segments, R rows of a split."""
+same words cut at the same places. Shapes B, T, U and n: see pieces.py; S segments, R rows of a split."""
 
 import hashlib
 import math
@@ -99,15 +97,14 @@ def cut_segments(
     stream: WordStream,
     lexicon: Lexicon,
     *,
-    unit: str,
+    unit,
     max_pieces: int,
     min_words: int,
     held_out_every: int,
-    sides: tuple[str, ...] = ("mixed",),
+    sides=("mixed",),
 ) -> tuple[Segments, Segments]:
     """(training, held-out) segments, which never share a line: lines, or sentences if `unit` says so, cut where they
-    exceed `max_pieces` in the vocabulary that needs more of them; in the teacher's if only the teacher reads, so that
-    what it learns does not depend on the student's."""
+    exceed `max_pieces` in the vocabulary that needs more of them, or in the teacher's if only the teacher reads."""
     cost_of_word = np.diff(lexicon.teacher_offsets)
     if sides != ("teacher",):
         cost_of_word = np.maximum(cost_of_word, np.diff(lexicon.student_offsets))

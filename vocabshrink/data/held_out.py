@@ -18,7 +18,7 @@ from tokenizers import Tokenizer
 from tokenizer_build.corpus import read_rows
 from tokenizer_build.errors import InputError
 from vocabshrink.data.batches import Segments, gather_words, near_groups, rare_words
-from vocabshrink.data.lexicon import Lexicon, WordStream
+from vocabshrink.data.lexicon import Lexicon
 from vocabshrink.data.tasks import Rows
 
 Embed = Callable[[list[str]], np.ndarray]
@@ -52,7 +52,7 @@ class HeldOut:
 
 
 def held_out_texts(
-    stream: WordStream, lexicon: Lexicon, teacher: Tokenizer, segments: Segments, count: int, seed: int, languages=()
+    stream, lexicon: Lexicon, teacher: Tokenizer, segments: Segments, count: int, seed: int, languages: dict
 ) -> HeldOut:
     """Draws sentences of 4 to 40 words and makes their near ones, as text that the teacher's tokenizer reads as it read
     the corpus. languages: {language: the numbers of its segments}, from each of which as many are drawn. Raises
@@ -109,8 +109,7 @@ def spearman(rated: Rows, embed: Embed) -> float:
 
 
 def read_rated_pairs(path: str | Path) -> Rows:
-    """Sentence pairs with a human score each: rows with sentence1, sentence2 and label, all of them finite numbers.
-    Raises InputError with file, row and remedy."""
+    """Pairs with a human score: rows with sentence1, sentence2 and a finite label. Raises InputError for any other."""
     rows, fields = [], TypeAdapter(tuple[str, str, FiniteFloat])
     for place, row in read_rows(path):
         try:

@@ -1,17 +1,16 @@
 """The lexicon: a corpus as a stream of word ids, and the pieces of each word in both vocabularies.
 
-A corpus is tokenised once: every line becomes a row of word ids in a memory-mapped file, and the lexicon lists the
-teacher pieces and the student pieces of each word; from then on any segmentation, mixed ones included, is a gather.
-A *word* is the smallest stretch of text at whose edges both tokenizers cut, and its identity is its two
-segmentations: "The" and "the" are one word if both vocabularies are uncased.
+A corpus is tokenised once: every line becomes a row of word ids in a memory-mapped file, and the lexicon lists each
+word's pieces on both sides; from then on any segmentation, mixed ones included, is a gather. A *word* is the smallest
+stretch of text at whose edges both tokenizers cut, and its identity is its two segmentations.
 
 This is exact by construction: lines are cut into chunks only where neither tokenizer can see across the cut (before a
 space that follows a visible character; for two BERT tokenizers also beside ASCII punctuation), each distinct chunk is
 tokenised by the real tokenizers, and its pieces are only grouped. `check_family` refuses tokenizers for which that
 cannot be promised, and the first lines of every corpus are compared with the pieces of whole lines.
 
-Cost: one look-up per chunk (about 2 million words per second and core once warm) and one call of each tokenizer per
-distinct chunk. Not done: tokenizers that read whole sentences, dropping words seen once."""
+Cost: a look-up for each chunk (about 2 million words per second and core once warm), a call of each tokenizer for each
+distinct one."""
 
 import copy
 import hashlib
@@ -36,7 +35,7 @@ from tokenizers.pre_tokenizers import BertPreTokenizer
 from tokenizer_build.count import map_in_order
 from tokenizer_build.errors import InputError
 from tokenizer_build.files import naming_bad_disk, read_json, stamp, write_json
-from tokenizer_build.tokenizer import load_tokenizer, lowercases, shared_tokenizer
+from tokenizer_build.tokenizer import load_tokenizer, shared_tokenizer
 
 CACHED_CHUNKS = 1_000_000  # about 250 MB; Zipf's law makes a refill after clearing cheap
 CACHED_CHARACTERS = 1_000  # longer chunks are not words of a language and will not come again
@@ -114,9 +113,8 @@ def encode_corpus(
 ) -> dict:
     """Writes the lexicon and word stream of `blocks` (lists of lines) into `folder`; returns the totals: lines, words,
     distinct_words, and the stream's teacher_pieces and student_pieces. Words are numbered by first occurrence, so that
-    the files do not depend on processes and blocks. `progress` is called with the words of each block written. A run
-    that fails leaves the earlier files. Raises InputError for a tokenizer that cannot be handled exactly and for no
-    words."""
+    the files do not depend on processes and blocks. `progress` is called with the words of each block written. Raises
+    InputError for no words and for a tokenizer that cannot be handled exactly; what was there before then stays."""
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # one thread a process; and spawn inherits it
     paths = tokenizer_file(teacher_tokenizer), tokenizer_file(student_tokenizer)
     teacher, student = map(describe_tokenizer, paths)
@@ -218,7 +216,6 @@ def _described(path: Path, files: tuple) -> dict:
         "special": special,
         "double_sep": special["cls"] is not None and tokenizer.id_to_token(special["cls"]) == "<s>",  # between a pair
         "sha256": hashlib.sha256(path.read_bytes()).hexdigest(),
-        "lowercase": lowercases(tokenizer),
         "family": family,
     }
 
@@ -322,8 +319,7 @@ class _Encoder:
 
 
 def _words(chunk: str, teacher: Encoding, student: Encoding) -> Iterator[tuple[list[int], list[int], str]]:
-    """The words of a chunk as (teacher pieces, student pieces, surface): cut wherever both tokenizers cut. A side has
-    no pieces of what its normalizer removes, and of white space."""
+    """The words of a chunk, cut wherever both tokenizers cut: (teacher pieces, student pieces, surface)."""
     if chunk.isascii() and chunk.removeprefix(" ").isalpha():  # most chunks, and one word to every family
         yield teacher.ids, student.ids, chunk.strip()
         return

@@ -1,8 +1,7 @@
 """Words as pieces of two vocabularies, and padded batches of pieces gathered from one table.
 
 `PieceTable` is a CSR table of 2W rows: row w holds word w in the teacher's pieces, row W + w the same word in the
-student's, whose ids are shifted by the size of the teacher's vocabulary (the combined numbering). So one batch may mix
-both vocabularies word by word, and segmenting it is one gather.
+student's, whose ids are shifted by the size of the teacher's vocabulary (the combined numbering): a batch may mix both.
 
 Hidden states and attention of two models are compared unit by unit. A word is one unit where the vocabularies spell it
 differently, and as many units as pieces where they spell it alike: equal vocabularies are compared piece by piece, as
@@ -53,19 +52,12 @@ class Pieces:
         return self.attention_mask.sum(1).cpu().numpy()
 
     @cached_property
-    def by_length(self) -> torch.Tensor:
-        """[2, B]: the sequences from the shortest to the longest, and where each of them stands there."""
-        order = np.argsort(self.lengths, kind="stable")
-        return torch.from_numpy(np.stack([order, np.argsort(order)])).to(self.ids.device)
-
-    @cached_property
     def labelled(self) -> torch.Tensor:
         """[n] places of the labels in the flattened side, rising."""
         return (self.labels.flatten() >= 0).nonzero().squeeze(1)
 
     def masked(self, unit_count: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """Of the n masked pieces the true ones [n], and their units numbered through the batch [n]; how many of them
-        each unit has [B U]."""
+        """The n masked pieces' true ids [n], units numbered through the batch [n]; how many each unit has [B U]."""
         first = torch.arange(len(self.units), device=self.units.device).unsqueeze(1) * unit_count
         labels, units = (values.flatten()[self.labelled] for values in (self.labels, self.units + first))
         return labels, units, units.new_zeros(len(first) * unit_count).index_add(0, units, torch.ones_like(units))
@@ -139,10 +131,10 @@ class PieceTable:
         sequences: Sequences,
         from_student: np.ndarray | bool,
         *,
-        labels: np.ndarray | None = None,
-        masked: np.ndarray | None = None,
-        rng: np.random.Generator | None = None,
-        combined: bool = False,
+        labels=None,
+        masked=None,
+        rng=None,
+        combined=False,
     ) -> Pieces:
         """Pads the words' pieces into sequences. from_student [n] bool (or one bool): which words are segmented with
         the student's vocabulary. labels [n]: a task's label of each word, or -100; it stands at the first piece, of

@@ -2,8 +2,7 @@
 
 Vectors of several teachers are joined into one whose products are the weighted mean of the teachers' cosine
 similarities. Sentences come from the text itself, not from the word stream, because every teacher has a tokenizer of
-its own; lines that are held out give none. Vectors are float16 and memory-mapped, [N, D] a teacher. Not done: near
-sentences made on the fly (`group_size`), whose vectors nobody has stored."""
+its own; lines that are held out give none. Vectors are float16 and memory-mapped, [N, D] a teacher."""
 
 import json
 import math
@@ -33,8 +32,7 @@ SAMPLE = 8192  # stored vectors that the mean, the principal directions and the 
 @dataclass(frozen=True)
 class Sentences:
     """Distinct sentences in random order, then translations. rows [N]: the vector that each learns: its own, or that of
-    the sentence which it translates. times [N]: how often each comes in an epoch, so that languages have their shares
-    also where they have too few sentences."""
+    the sentence which it translates. times [N]: how often each comes in an epoch, by its language's share."""
 
     texts: list[str]
     rows: np.ndarray
@@ -57,30 +55,8 @@ class Sentences:
 
 
 def draw_sentences(corpus: CorpusSection, section: VectorsStage, seed: int) -> Sentences:
-    """Sentences (or lines) of the training lines, each source's or language's share drawn evenly; and all of the
-    parallel ones. Raises InputError for a corpus without any."""
-    drawn, portions = _draw(corpus, section, seed)
-    group_of: dict[str, int] = {}
-    for group, kept in enumerate(drawn):
-        for sentence in kept[: math.ceil(section.sentences * portions[group])]:
-            group_of.setdefault(sentence, group)
-    if len(group_of) < 2:
-        raise InputError("corpus: no sentence to take vectors of: check corpus.sources and corpus.column")
-    texts = list(group_of)
-    random.Random(seed).shuffle(texts)
-    groups = [group_of[text] for text in texts[: section.sentences]]
-    rows = {text: row for row, text in enumerate(texts[: section.sentences])}
-    times = factors(Counter(groups), portions) if corpus.languages else dict.fromkeys(portions, 1.0)
-    translations: list[tuple[str, int]] = []
-    for first, *others in read_parallel(corpus.parallel) if corpus.parallel else ():
-        translations += [(other, rows.setdefault(first, len(rows))) for other in others]
-    texts = [*rows, *(text for text, _ in translations)]
-    often = [times[group] for group in groups] + [1.0] * (len(texts) - len(groups))
-    return Sentences(texts, np.array([*rows.values(), *(row for _, row in translations)]), np.array(often))
-
-
-def _draw(corpus: CorpusSection, section: VectorsStage, seed: int) -> tuple[list[list[str]], dict[int, float]]:
-    """A sample of each language in random order, and their shares; of each source as many as its share, and ones."""
+    """Sentences (or lines) of the training lines, each source's or language's share drawn evenly, and all translations.
+    Raises InputError for a corpus without any."""
     groups = list(corpus.languages.values()) or [[source] for source in corpus.sources]
     weights, drawn, sizes = section.shares or [1.0] * len(groups), [], {}
     numbers = iter(range(1, 2**63))  # of lines through all sources, as the word stream counts them
@@ -100,7 +76,24 @@ def _draw(corpus: CorpusSection, section: VectorsStage, seed: int) -> tuple[list
         if corpus.languages:
             rng.shuffle(kept)
         drawn.append(kept)
-    return drawn, shares(sizes, corpus.alpha) if corpus.languages else dict.fromkeys(sizes, 1.0)
+    portions = shares(sizes, corpus.alpha) if corpus.languages else dict.fromkeys(sizes, 1.0)
+    group_of: dict[str, int] = {}
+    for group, kept in enumerate(drawn):
+        for sentence in kept[: math.ceil(section.sentences * portions[group])]:
+            group_of.setdefault(sentence, group)
+    if len(group_of) < 2:
+        raise InputError("corpus: no sentence to take vectors of: check corpus.sources and corpus.column")
+    texts = list(group_of)
+    random.Random(seed).shuffle(texts)
+    groups = [group_of[text] for text in texts[: section.sentences]]
+    rows = {text: row for row, text in enumerate(texts[: section.sentences])}
+    times = factors(Counter(groups), portions) if corpus.languages else dict.fromkeys(portions, 1.0)
+    translations: list[tuple[str, int]] = []
+    for first, *others in read_parallel(corpus.parallel) if corpus.parallel else ():
+        translations += [(other, rows.setdefault(first, len(rows))) for other in others]
+    texts = [*rows, *(text for text, _ in translations)]
+    often = [times[group] for group in groups] + [1.0] * (len(texts) - len(groups))
+    return Sentences(texts, np.array([*rows.values(), *(row for _, row in translations)]), np.array(often))
 
 
 def sentences_of(line: str, *, whole: bool = False) -> Iterator[str]:
@@ -131,7 +124,7 @@ def read_sentences(folder: Path) -> list[str]:
 
 
 def store_vectors(
-    folder: Path, name: str, sentences: list[str], embed: Embed, saying: Callable[[int], Callable[[int], None]]
+    folder: Path, name: str, sentences: list[str], embed: Embed, saying: Callable[[int], Callable]
 ) -> None:
     """Writes `embed` of the sentences to folder/NAME.npy, [N, D] float16, going on where a killed run stopped. saying:
     of the number of those that are there gives what is called with the number of each block's."""

@@ -3,7 +3,7 @@ A folder is written beside its place, loaded back in onnxruntime, compared with 
 measured, and only then moved. It replaces an earlier delivery together with its index."""
 
 import json
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from hashlib import sha256
 from pathlib import Path
 
@@ -14,15 +14,14 @@ from torch import nn
 
 from tokenizer_build.errors import InputError
 from tokenizer_build.files import read_json, replacing_folder
-from vocabshrink.delivery.graph import ACTIVATIONS, FLOATS, KERNELS, build_graph
-from vocabshrink.delivery.size import tokenizer_json
+from vocabshrink.delivery.graph import ACTIVATIONS, build_graph
 from vocabshrink.models.families import student_class, without_pooler
-from vocabshrink.models.forward import module_files, pool_sentence
+from vocabshrink.models.forward import ModuleSettings, pool_sentence
 from vocabshrink.models.loading import check_folder, load_model
 from vocabshrink.models.rounding import fake_quantize_
 from vocabshrink.models.teacher import eps_and_activation
-from vocabshrink.run.formats import Formats, formats_of
-from vocabshrink.run.recipe import POOLINGS
+from vocabshrink.run.formats import formats_of
+from vocabshrink.run.recipe import DeliverySection
 from vocabshrink.runtime.delivery import open_graph
 from vocabshrink.runtime.kinds import KINDS
 
@@ -42,7 +41,7 @@ LOADERS = {
     "onnxruntime": ["MANIFEST.json"],
     "transformers.js": [],
     "transformers": ["model.safetensors"],
-    "sentence-transformers": ["model.safetensors", *module_files(1, 1, "mean", False)],
+    "sentence-transformers": ["model.safetensors", *ModuleSettings(normalize=False).files(1, 1)],
 }
 CONFIG_KEYS = "vocab_size hidden_size num_hidden_layers num_attention_heads intermediate_size max_position_embeddings"
 CONFIG_KEYS += " hidden_act type_vocab_size layer_norm_eps pad_token_id embedding_size"  # what any loader needs
@@ -50,31 +49,17 @@ CONFIG_KEYS += " hidden_act type_vocab_size layer_norm_eps pad_token_id embeddin
 
 @dataclass(frozen=True)
 class ExportSettings:
-    """What to write. formats: of the graph's weights. pooling to default_prompt: see `ModuleSettings`. dimensions: at
-    which vectors may be cut. kernel: one of KERNELS, for int8 weights. safetensors: "fp16" or "fp32" adds files for
-    AutoModel and SentenceTransformer. budget_bytes: of what onnxruntime needs. tolerance: how far a delivered figure
-    may fall below the trained one. force: failures are written down instead of raised."""
+    """What to write: a model of a task, as a recipe's `delivery` says. force: failures are written down, not raised."""
 
     task: str
-    formats: Formats
-    max_positions: int
-    pooling: str = "mean"
-    normalize: bool = True
-    prompts: dict[str, str] = field(default_factory=dict)
-    default_prompt: str | None = None
-    dimensions: list[int] = field(default_factory=list)
-    kernel: str = KERNELS[0]
-    safetensors: str | None = None
-    budget_bytes: int | None = None
-    tolerance: float = 0.0
+    delivery: DeliverySection
+    modules: ModuleSettings = ModuleSettings()
     force: bool = False
 
-    def __post_init__(self):
-        object.__setattr__(self, "formats", formats_of(self.formats))
-        allowed = {"task": KINDS, "pooling": POOLINGS, "kernel": KERNELS, "safetensors": (None, *FLOATS)}
-        for key, known in allowed.items():
-            if (value := getattr(self, key)) not in known:
-                raise InputError(f"{key} {value!r} is unknown: use one of {[name for name in known if name]}")
+    @property
+    def formats(self) -> dict[str, str]:
+        """{class of tensors: its format}"""
+        return formats_of(self.delivery.weights)
 
     @property
     def coarsest(self) -> str:
@@ -110,7 +95,7 @@ def export_model(
         full["check"], disagreements = _compare(model, (place / full["graph"]).read_bytes(), settings)
         note(disagreements + _weigh(full, place / "MANIFEST.json", settings))
         if measure:
-            full["quality"], allowed = measure(place), settings.tolerance
+            full["quality"], allowed = measure(place), settings.delivery.tolerance
             gated = {name: row for name, row in full["quality"].items() if gates is None or name in gates}
             below = "{} is {delivered}, more than the tolerance of {} below {trained}: use smaller groups, more bits,"
             lost = {n: r for n, r in gated.items() if r.get("trained", 0) - r.get("delivered", np.inf) > allowed}
@@ -133,8 +118,8 @@ def _load_model(folder: Path, settings: ExportSettings) -> nn.Module:
     if config.model_type not in ("bert", "electra"):
         raise InputError(f"{folder} is a {config.model_type} model: only bert and electra encoders can be exported")
     check_activation(config, f"{folder}/config.json")
-    if not 2 < settings.max_positions <= (most := config.max_position_embeddings):
-        raise InputError(f"max_positions {settings.max_positions} is not possible: give 3 to {most:,} (the model's)")
+    if not 2 < (wanted := settings.delivery.max_positions) <= (most := config.max_position_embeddings):
+        raise InputError(f"max_positions {wanted} is not possible: give 3 to {most:,} (the model's)")
     loader = student_class(config, KINDS[task].architecture.removeprefix("Bert"))
     found = (config.architectures or ["model"])[0]
     if task != "embedding" and found != (name := loader.__name__):
@@ -143,62 +128,64 @@ def _load_model(folder: Path, settings: ExportSettings) -> nn.Module:
         raise InputError(f"{folder}: the masked-LM decoder is not tied to the embeddings, which alone can be exported")
     model = load_model(folder, loader, **(without_pooler(config) if task == "embedding" else {}))
     table = model.base_model.embeddings.position_embeddings.weight
-    table.data = table.data[: settings.max_positions].clone()
-    model.config.max_position_embeddings = settings.max_positions
+    table.data = table.data[:wanted].clone()
+    model.config.max_position_embeddings = wanted
     return model.requires_grad_(False)
 
 
 def _write_files(model: nn.Module, model_folder: Path, place: Path, settings: ExportSettings) -> dict:
     """Every file but the manifest; the manifest's keys that say what they are."""
-    config, task = model.config, settings.task
-    _write_tokenizer(model_folder, place, config.vocab_size, settings.max_positions)
-    said = {key: getattr(settings, key) for key in ("task", "formats", "max_positions")}
-    keys = {"graph": LIMITS[settings.coarsest][0]} | said
-    pooled = {"pooling": settings.pooling, "normalize": settings.normalize}
-    prompts = {"prompts": settings.prompts, "default_prompt": settings.default_prompt}
+    config, task, modules = model.config, settings.task, settings.modules
+    max_positions = settings.delivery.max_positions
+    tokenizer, path = read_json(model_folder / "tokenizer.json"), model_folder / "tokenizer_config.json"
+    if (pieces := len(tokenizer["model"]["vocab"])) != config.vocab_size:
+        sizes = f"{pieces:,} pieces in tokenizer.json and {config.vocab_size:,} in its model"
+        raise InputError(f"{model_folder} has {sizes}: save the two together again")
+    (place / "tokenizer.json").write_text(tokenizer_json(tokenizer, max_positions), encoding="utf-8")
+    said = {"tokenizer_class": "BertTokenizer"} | (read_json(path) if path.is_file() else {})
+    said.pop("name_or_path", None)  # a path on the machine that trained it
+    _write_json(place / "tokenizer_config.json", said | {"model_max_length": max_positions})
+    keys = {"graph": LIMITS[settings.coarsest][0], "task": task}
+    keys |= {"formats": settings.formats, "max_positions": max_positions}
+    pooled = {"pooling": modules.pooling, "normalize": modules.normalize}
     if task == "embedding":
-        keys |= pooled | {"dimension": config.hidden_size} | (prompts if settings.prompts else {})
-        if settings.dimensions:
-            keys["dimensions"] = sorted({config.hidden_size, *settings.dimensions}, reverse=True)
+        keys |= pooled | {"dimension": config.hidden_size}
+        if modules.prompts:
+            keys |= {"prompts": modules.prompts, "default_prompt": modules.default_prompt}
+        if settings.delivery.dimensions:
+            keys["dimensions"] = sorted({config.hidden_size, *settings.delivery.dimensions}, reverse=True)
     if "int8" in settings.formats.values():
-        keys["kernel"] = settings.kernel
+        keys["kernel"] = settings.delivery.kernel
     prefix = f"{model.base_model_prefix}."
     state = {name.removeprefix(prefix): value.numpy() for name, value in model.state_dict().items()}
-    graph = build_graph(state, config, task=task, formats=settings.formats, kernel=settings.kernel, **pooled)
+    graph = build_graph(state, config, task=task, formats=settings.formats, kernel=settings.delivery.kernel, **pooled)
     (place / "onnx").mkdir()
     (place / keys["graph"]).write_bytes(graph.SerializeToString(deterministic=True))
     kept = CONFIG_KEYS.split() + ["id2label", "label2id", "problem_type"] * KINDS[task].labelled
     values = {name: getattr(config, name) for name in kept if getattr(config, name, None) is not None}
     named = {"architectures": [type(model).__name__], "model_type": config.model_type}
     _write_json(place / "config.json", named | values)
-    if settings.safetensors:
-        dtype = {"fp16": torch.float16, "fp32": torch.float32}[settings.safetensors]
+    if settings.delivery.safetensors:
+        dtype = {"fp16": torch.float16, "fp32": torch.float32}[settings.delivery.safetensors]
         tensors = {name: value.to(dtype).contiguous() for name, value in model.named_parameters()}  # tied ones once
         save_file(tensors, place / "model.safetensors", {"format": "pt"})
         (place / "model.safetensors").chmod(0o644)  # safetensors' are for their owner alone
         if task == "embedding":
-            for name, content in module_files(config.hidden_size, settings.max_positions, **pooled, **prompts).items():
+            for name, content in modules.files(config.hidden_size, max_positions).items():
                 (place / name).parent.mkdir(exist_ok=True)
                 _write_json(place / name, content)
     return keys
 
 
-def _write_tokenizer(model_folder: Path, place: Path, vocab_size: int, max_positions: int) -> None:
-    """tokenizer.json without white space, cut to max_positions, unpadded; and its config."""
-    tokenizer = read_json(model_folder / "tokenizer.json")
-    if (pieces := len(tokenizer["model"]["vocab"])) != vocab_size:
-        sizes = f"{pieces:,} pieces in tokenizer.json and {vocab_size:,} in its model"
-        raise InputError(f"{model_folder} has {sizes}: save the two together again")
-    (place / "tokenizer.json").write_text(tokenizer_json(tokenizer, max_positions), encoding="utf-8")
-    path, settings = model_folder / "tokenizer_config.json", {"tokenizer_class": "BertTokenizer"}
-    settings |= read_json(path) if path.is_file() else {}
-    settings.pop("name_or_path", None)  # a path on the machine that trained it
-    _write_json(place / "tokenizer_config.json", settings | {"model_max_length": max_positions})
+def tokenizer_json(spec: dict, max_positions: int) -> str:
+    """A delivery's tokenizer.json: without white space, which counts, cut to `max_positions` pieces, unpadded."""
+    cut = {"direction": "Right", "max_length": max_positions, "strategy": "LongestFirst", "stride": 0}
+    return json.dumps(spec | {"truncation": cut, "padding": None}, ensure_ascii=False, separators=(",", ":")) + "\n"
 
 
 def _compare(model: nn.Module, graph: bytes, settings: ExportSettings) -> tuple[dict[str, float], list[str]]:
     """The graph's agreement with torch, and a sentence for each that is too low. Rounds the model in place."""
-    feeds = awkward_inputs(model.config.vocab_size, settings.max_positions, model.config.type_vocab_size)
+    feeds = awkward_inputs(model.config.vocab_size, settings.delivery.max_positions, model.config.type_vocab_size)
     check = {"fp32": agreement(graph, feeds, model, settings)}
     fake_quantize_(model, settings.formats)
     check["same_weights"] = agreement(graph, feeds, model, settings)
@@ -249,7 +236,7 @@ def torch_outputs(model: nn.Module, feed: Feed, settings: ExportSettings) -> np.
     result, mask = model(**tensors), tensors["attention_mask"]
     if settings.task != "embedding":
         return (result.logits if settings.task == "classification" else result.logits[mask > 0]).numpy()
-    return pool_sentence(result.last_hidden_state, mask, settings.pooling, settings.normalize).numpy()
+    return pool_sentence(result.last_hidden_state, mask, settings.modules.pooling, settings.modules.normalize).numpy()
 
 
 def _weigh(manifest: dict, path: Path, settings: ExportSettings) -> list[str]:
@@ -264,7 +251,7 @@ def _weigh(manifest: dict, path: Path, settings: ExportSettings) -> list[str]:
         manifest |= {"loaders": weighed, "delivery_bytes": total}
         path.write_text(json.dumps(manifest, ensure_ascii=False, indent=1) + "\n", encoding="utf-8")
         sizes["MANIFEST.json"] = path.stat().st_size
-    if (budget := settings.budget_bytes) is None or total <= budget:
+    if total <= (budget := settings.delivery.budget):
         return []
     parts = ", ".join(f"{name} {sizes[name]:,}" for name in needed["onnxruntime"])
     coarser = "larger groups" if settings.coarsest == "int4" else "weights of fewer bits"

@@ -1,7 +1,7 @@
 """The ONNX graph of a BERT encoder, written node by node from its weights.
-So the file holds weights and almost nothing else (21 KB of nodes for six layers; torch's exporter leaves 340 KB of
-metadata), and the codes are exactly those of `quantize`. Nothing is rounded across texts, so a text's answer does not
-depend on its batch or on padding. Vectors and scales are float16 behind a Cast, which onnxruntime folds while loading.
+So the file holds weights and almost nothing else (21 KB of nodes for six layers; torch's exporter leaves 340 KB), and
+the codes are exactly those of `quantize`. Nothing is rounded across texts, so a text's answer does not depend on its
+batch. Vectors and scales are float16 behind a Cast, which onnxruntime folds while loading.
 
 Inputs input_ids, attention_mask, token_type_ids: int64 [batch, sequence], sequence <= max_positions. Outputs, float32:
 sentence_embedding [batch, hidden] and last_hidden_state [batch, sequence, hidden] for embedders; logits [batch,

@@ -20,7 +20,7 @@ from tokenizer_build.files import read_json, write_text
 from tokenizer_build.tokenizer import load_tokenizer
 from vocabshrink.data.held_out import similarities_of_rows, spearman
 from vocabshrink.data.tasks import Rows, read_task
-from vocabshrink.models.forward import load_dense, module_settings, torch_embedder
+from vocabshrink.models.forward import module_settings, torch_embedder
 from vocabshrink.models.loading import check_folder, load_model, resolve_model, tensors_in, weight_files
 from vocabshrink.run.engine import say
 from vocabshrink.run.recipe import TaskSection
@@ -96,9 +96,9 @@ def static_embedder(folder: Path) -> Asked:
 
 def backbone_embedder(folder: Path) -> Asked:
     """Of a transformers or sentence-transformers folder, in torch."""
-    config, said = check_folder(folder), module_settings(folder)
-    options = {"max_length": said.max_seq_length or 512, "dense": load_dense(said.dense, config.hidden_size)}
-    embed = torch_embedder(load_model(folder), folder, said.pooling, said.normalize, **options)
+    check_folder(folder)
+    said = module_settings(folder)
+    embed = torch_embedder(load_model(folder), folder, said, max_length=said.max_seq_length or 512)
 
     def ask(texts: list[str], prompts: Sequence[str]) -> np.ndarray:
         before = next((said.prompts[name] for name in (*prompts, said.default_prompt) if name in said.prompts), "")

@@ -26,7 +26,6 @@ from transformers import PreTrainedConfig
 from tokenizer_build.errors import InputError
 from tokenizer_build.files import claimed, read_json, write_json, write_text
 from vocabshrink.delivery.graph import build_graph
-from vocabshrink.delivery.size import delivery_bytes
 from vocabshrink.lab import ablations
 from vocabshrink.models.families import new_encoder
 from vocabshrink.pages.experiments import write_tune_page
@@ -37,7 +36,7 @@ from vocabshrink.run.layer_map import layer_pairs
 from vocabshrink.run.recipe import DeliverySection, Name, Number, Positive, Section, Share, dump_recipe, parse_recipe
 from vocabshrink.run.recipe_yaml import RecipeDumper, override_value, parse_override, read_yaml
 from vocabshrink.runtime.delivery import open_graph
-from vocabshrink.stages.plan import check_budget, delivered_config, shapes
+from vocabshrink.stages.plan import check_budget, delivered_config, delivery_bytes, shapes
 
 NAMED_MAPS = ("uniform", "last", "skip", "first", "random")  # what the found map is compared with
 ASKED = 10  # genomes asked of the sampler for each trial that is allowed; towards the end most of them are known

@@ -1,8 +1,7 @@
 """Where each family of encoders keeps what BERT keeps, and which class a student of either shape is.
-A family that is not in the table (DeBERTa, ModernBERT, NomicBERT) still teaches: hidden states, sentence vectors and
-its piece table need no names. Its layers have no counterpart in a BERT, so a student starts with random ones. A student
-is a BERT or, with a factorised piece table (`student.embedding_size`), an ELECTRA: the same layers behind a projection
-from the table's width, in a class that transformers and transformers.js know."""
+A family that is not in the table (DeBERTa, ModernBERT, NomicBERT) still teaches, but its layers start no student. A
+student is a BERT or, with a factorised piece table (`student.embedding_size`), an ELECTRA: the same layers behind a
+projection from the table's width, in a class that transformers and transformers.js know."""
 
 from collections.abc import Iterator
 

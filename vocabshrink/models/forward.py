@@ -1,11 +1,10 @@
 """A pass through a backbone, and the pooling of what it gives: pieces into units (words), pieces into a sentence.
 Queries, keys and values are read by hooks on the layers that compute them, so that transformers' fast attention stays
 in use, which never shows its scores. Whatever is compared is pooled into units first, in float32 under autocast too.
-Sums over pieces are `index_add`s, whose order a GPU does not fix: units of three pieces or more differ there in the
-last bit from run to run, unless torch.use_deterministic_algorithms is on."""
+Sums over pieces are `index_add`s, whose order, and so whose last bit, a GPU does not fix from run to run."""
 
 import re
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -15,6 +14,7 @@ import torch
 import torch.nn.functional as F
 from safetensors.torch import load_file
 from torch import Tensor, nn
+from transformers import PreTrainedConfig
 
 from tokenizer_build.errors import InputError
 from tokenizer_build.files import read_json
@@ -48,47 +48,21 @@ def hooked(modules: Iterable[nn.Module], *, inputs: bool = False) -> Iterator[li
         yield found
 
 
-CHUNKS = 4  # of a batch whose sequences differ much in length
-LEAST_POSITIONS = 4096  # of such a batch: 32 short sentences take a quarter longer in four passes than padded in one
-GPU_FACTOR = 32  # as many times more on a GPU, where passes of less are ruled by the start of their kernels
-
-
-def run_backbone(
-    backbone: nn.Module, side: Pieces, *, embeddings: Tensor | None = None, layers: bool = False, qkv: bool = False
-) -> Pass:
-    """A pass over ids, or over embeddings [B, T, D_E] made outside: all hidden states (`layers`) or the last only.
-    A large batch of which a fifth or more is padding is run in chunks of similar length."""
-    size, width = side.ids.shape
+def run_backbone(backbone: nn.Module, side: Pieces, *, embeddings=None, layers=False, qkv=False) -> Pass:
+    """A pass over ids, or over embeddings [B, T, D_E] made outside: all hidden states (`layers`) or the last only."""
     projections = [[*dict.fromkeys(layer_modules(backbone, part))] for part in PARTS[:3] * qkv]
-    tensors = {"input_ids": side.ids} if embeddings is None else {"inputs_embeds": embeddings}
+    inputs = {"input_ids": side.ids} if embeddings is None else {"inputs_embeds": embeddings}
     if side.token_types is not None and getattr(backbone.config, "type_vocab_size", 0) > 1:
-        tensors["token_type_ids"] = side.token_types
-    tensors["attention_mask"] = side.attention_mask
-    fused = getattr(backbone.config, "_attn_implementation", "") == "sdpa"
-
-    def forward(rows, columns: int, full: bool) -> Pass:
-        inputs = {name: tensor[rows, :columns] for name, tensor in tensors.items()}
-        if fused:  # given as two dimensions, transformers asks the mask whether it hides anything, and waits
-            inputs["attention_mask"] = None if full else inputs["attention_mask"][:, None, None].bool()
-        with ExitStack() as stack:
-            found = [stack.enter_context(hooked(modules)) for modules in projections]
-            output = backbone(**inputs, output_hidden_states=layers)
-        return Pass(output.hidden_states if layers else (output.last_hidden_state,), *map(tuple, found))
-
-    lengths, least = side.lengths, LEAST_POSITIONS * (1 if side.ids.device.type == "cpu" else GPU_FACTOR)
-    if size < 2 * CHUNKS or size * width < least or lengths.sum() > 0.8 * size * width:
-        return forward(slice(None), width, lengths.min(initial=width) == width)
-    order, back = side.by_length
-    parts, rising = [], np.sort(lengths)
-    for rows in order.chunk(CHUNKS):
-        of_rows, rising = np.split(rising, [len(rows)])
-        parts.append(forward(rows, int(of_rows[-1]), of_rows[0] == of_rows[-1]))
-
-    def join(states: tuple[Tensor, ...]) -> Tensor:
-        return torch.cat([F.pad(state, (0, 0, 0, width - state.shape[1])) for state in states]).index_select(0, back)
-
-    fields = zip(*(vars(part).values() for part in parts), strict=True)
-    return Pass(*(None if field[0] is None else tuple(map(join, zip(*field, strict=True))) for field in fields))
+        inputs["token_type_ids"] = side.token_types
+    inputs["attention_mask"] = side.attention_mask
+    if getattr(backbone.config, "_attn_implementation", "") == "sdpa":
+        # given as two dimensions, transformers asks the mask whether it hides anything, and waits
+        full = bool((side.lengths == side.ids.shape[1]).all())
+        inputs["attention_mask"] = None if full else side.attention_mask[:, None, None].bool()
+    with ExitStack() as stack:
+        found = [stack.enter_context(hooked(modules)) for modules in projections]
+        output = backbone(**inputs, output_hidden_states=layers)
+    return Pass(output.hidden_states if layers else (output.last_hidden_state,), *map(tuple, found))
 
 
 def pool_sentence(hidden: Tensor, attention_mask: Tensor, pooling: str, normalize: bool) -> Tensor:
@@ -111,8 +85,6 @@ def pool_sentence(hidden: Tensor, attention_mask: Tensor, pooling: str, normaliz
 # {one of POOLINGS: its name in sentence-transformers' 1_Pooling/config.json}
 MODES = {"mean": "mean_tokens", "cls": "cls_token", "max": "max_tokens", "last": "lasttoken"}
 MODES |= {"mean_sqrt": "mean_sqrt_len_tokens"}
-
-
 DENSE_ACTIVATIONS = ("Identity", "Tanh", "ReLU", "GELU", "Sigmoid")  # torch's names
 
 
@@ -120,15 +92,27 @@ DENSE_ACTIVATIONS = ("Identity", "Tanh", "ReLU", "GELU", "Sigmoid")  # torch's n
 class ModuleSettings:
     """What a sentence-transformers folder says of itself; a folder without modules.json is pooled by the defaults.
     max_seq_length: in pieces. prompts: {name: what stands before each text}; default_prompt: the name of the one that
-    is used unasked. dense: folders of the linear layers behind the pooling."""
+    is used unasked. dense: folders of the linear layers behind the pooling, which a student's do not have."""
 
     pooling: str = POOLINGS[0]
     normalize: bool = True
     max_seq_length: int | None = None
-    do_lower_case: bool = False
     prompts: dict[str, str] = field(default_factory=dict)
     default_prompt: str | None = None
     dense: tuple[Path, ...] = ()
+
+    def files(self, width: int, positions: int) -> dict:
+        """{file: JSON content} beside a student of `width` dimensions that reads `positions` pieces."""
+        paths = ["", "1_Pooling", "2_Normalize"][: 2 + self.normalize]
+        kinds = [f"sentence_transformers.models.{path[2:] or 'Transformer'}" for path in paths]
+        modules = enumerate(zip(paths, kinds, strict=True))
+        return {
+            "modules.json": [{"idx": i, "name": str(i), "path": path, "type": kind} for i, (path, kind) in modules],
+            "sentence_bert_config.json": {"max_seq_length": positions, "do_lower_case": False},
+            "1_Pooling/config.json": {"word_embedding_dimension": width}
+            | {f"pooling_mode_{mode}": self.pooling == name for name, mode in MODES.items()},
+            "config_sentence_transformers.json": {"prompts": self.prompts, "default_prompt_name": self.default_prompt},
+        }
 
 
 def module_settings(folder: Path, pooling: str | None = None, normalize: bool | None = None) -> ModuleSettings:
@@ -156,10 +140,9 @@ def module_settings(folder: Path, pooling: str | None = None, normalize: bool | 
     if modules and pooling is None:
         pooling = _pooling_of(options[1], folder)
     normalize = (not kinds or "Normalize" in kinds) if normalize is None else normalize
-    limits = limits.get("max_seq_length"), bool(limits.get("do_lower_case"))
     dense = tuple(folder / path for path, kind in modules if kind == "Dense")
     prompts = {name: text or "" for name, text in prompts.items()}
-    return ModuleSettings(pooling or POOLINGS[0], normalize, *limits, prompts, default, dense)
+    return ModuleSettings(pooling or POOLINGS[0], normalize, limits.get("max_seq_length"), prompts, default, dense)
 
 
 def _pooling_of(options: dict, folder: Path) -> str:
@@ -196,29 +179,27 @@ def load_dense(folders: Sequence[Path], width: int) -> nn.Sequential:
     return layers.requires_grad_(False)
 
 
-def module_files(width: int, positions: int, pooling: str, normalize: bool, prompts=None, default_prompt=None) -> dict:
-    """{file: JSON content} beside a model of `width` dimensions that reads `positions` pieces; see `ModuleSettings`."""
-    paths = ["", "1_Pooling", "2_Normalize"][: 2 + normalize]
-    kinds = [f"sentence_transformers.models.{path[2:] or 'Transformer'}" for path in paths]
-    modules = enumerate(zip(paths, kinds, strict=True))
-    return {
-        "modules.json": [{"idx": i, "name": str(i), "path": path, "type": kind} for i, (path, kind) in modules],
-        "sentence_bert_config.json": {"max_seq_length": positions, "do_lower_case": False},
-        "1_Pooling/config.json": {"word_embedding_dimension": width}
-        | {f"pooling_mode_{mode}": pooling == name for name, mode in MODES.items()},
-        "config_sentence_transformers.json": {"prompts": prompts or {}, "default_prompt_name": default_prompt},
-    }
+def piece_reader(folder: Path, config: PreTrainedConfig, max_length: int) -> Callable[[list[str]], Pieces]:
+    """Texts -> their pieces by a folder's tokenizer, cut at `max_length` or the model's positions."""
+    tokenizer = load_tokenizer(folder)
+    tokenizer.enable_truncation(min(max_length, positions_of(config) or max_length))
+    tokenizer.enable_padding(pad_id=config.pad_token_id or 0)
+
+    def read(texts: list[str]) -> Pieces:
+        encodings = tokenizer.encode_batch(texts)
+        ids, mask = (torch.tensor([getattr(e, part) for e in encodings]) for part in ("ids", "attention_mask"))
+        return Pieces(ids, mask, units=ids)
+
+    return read
 
 
 def torch_embedder(
-    backbone, folder: Path, pooling: str, normalize: bool, *, max_length: int, batch_size=64, prompt=None, dense=None
+    backbone, folder: Path, modules: ModuleSettings, *, max_length: int, batch_size=64, prompt=None
 ) -> Embed:
-    """Texts -> [n, D] float32 by a model and a folder's tokenizer, which cuts at `max_length` or the model's positions.
-    prompt: put before each text. dense: see `load_dense`. bfloat16's error is far below the differences between
-    models."""
-    tokenizer = load_tokenizer(folder)
-    tokenizer.enable_truncation(min(max_length, positions_of(backbone.config) or max_length))
-    tokenizer.enable_padding(pad_id=backbone.config.pad_token_id or 0)
+    """Texts -> [n, D] float32 by a model and `piece_reader`. prompt: put before each text. bfloat16's error is far
+    below the differences between models."""
+    config = backbone.config
+    read, dense = piece_reader(folder, config, max_length), load_dense(modules.dense, config.hidden_size)
 
     @torch.no_grad()
     def embed(texts: list[str]) -> np.ndarray:
@@ -226,17 +207,13 @@ def torch_embedder(
         order = np.argsort([len(text) for text in texts], kind="stable")
         vectors = []
         for start in range(0, len(texts), batch_size):
-            encodings = tokenizer.encode_batch([(prompt or "") + texts[i] for i in order[start : start + batch_size]])
-            ids, mask = (torch.tensor([getattr(e, of) for e in encodings]) for of in ("ids", "attention_mask"))
-            side = Pieces(ids, mask, units=ids)
-            _ = side.lengths, side.by_length  # while they are on the host
+            side = read([(prompt or "") + texts[i] for i in order[start : start + batch_size]])
+            _ = side.lengths  # while they are on the host
             side = side.to(device)
             with torch.autocast(device.type, torch.bfloat16):
                 hidden = run_backbone(backbone, side).hidden[-1]
-            pooled = pool_sentence(hidden, side.attention_mask, pooling, normalize and not dense).cpu()
-            if dense:
-                pooled = F.normalize(dense(pooled), dim=-1) if normalize else dense(pooled)
-            vectors.append(pooled.numpy())
+            pooled = dense(pool_sentence(hidden, side.attention_mask, modules.pooling, normalize=False).cpu())
+            vectors.append((F.normalize(pooled, dim=-1) if modules.normalize else pooled).numpy())
         return np.concatenate(vectors)[np.argsort(order)]
 
     return embed
@@ -255,13 +232,10 @@ def pool_units(hidden: Tensor, units: Tensor, count: int, *, total: bool = False
     return pooled.view(size, count + 1, width)[:, :count]
 
 
-def pool_attention(maps: Tensor, units: Tensor, count: int, *, scores: bool = False) -> Tensor:
+def pool_attention(maps: Tensor, units: Tensor, count: int) -> Tensor:
     """Attention between pieces, maps [B, h, T, T], as attention between units [B, T] -> [B, h, U, U] float32.
-    A unit attends with the mean over its pieces and to the sum over the target's, so that rows still sum to one; for
-    `scores` (before the softmax) to their mean."""
-
-    def pool(maps, total):  # [B, h, T, X] -> [B, h, X, U]
+    A unit attends with the mean over its pieces and to the sum over the target's, so that rows still sum to one."""
+    for total in (False, True):  # [B, h, T, X] -> [B, h, X, U]
         pooled = pool_units(maps.transpose(1, 2).flatten(2), units, count, total=total)
-        return pooled.unflatten(2, (maps.shape[1], -1)).permute(0, 2, 3, 1)
-
-    return pool(pool(maps, False), not scores)
+        maps = pooled.unflatten(2, (maps.shape[1], -1)).permute(0, 2, 3, 1)
+    return maps

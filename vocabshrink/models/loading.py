@@ -1,7 +1,6 @@
 """Loading: the one way from a folder to a config, a model or its tensors.
-Teachers are strangers' files. So every model is read from safetensors alone (unpickling can run code), none of a
-folder's own code is run, the network is used by `resolve_model` alone, and whatever transformers stumbles over becomes
-one sentence. Weights are float32 whatever their files hold: half precision comes from autocast."""
+Teachers are strangers' files. So every model is read from safetensors alone (unpickling can run code), no folder's own
+code is run, and whatever transformers stumbles over becomes one sentence. Weights are float32 whatever files hold."""
 
 import copy
 import hashlib
@@ -64,7 +63,9 @@ def refusing(place: Path, remedy: str = "download it again, or save it with save
     try:
         yield
     except Exception as error:  # of any kind: OSError, KeyError, TypeError, SafetensorError, StrictDataclassError ...
-        reason = f"{type(error).__name__}: {shorten(str(error), 200, placeholder=' ...')}"
+        reason = (
+            f"{type(error).__name__}: {shorten(str(error).replace(str(place), place.name), 200, placeholder=' ...')}"
+        )
         raise InputError(f"{place}: cannot be loaded: {reason}: {remedy}") from error
 
 
@@ -101,9 +102,8 @@ def load_model(folder: Path, loader=AutoModel, **options):
 
 
 def check_folder(folder: Path, sha256: str | None = None):
-    """The config of a model's folder, judged without reading the weights (unless for `sha256`), once while its files
-    stay as they are. A tokenizer that is not there as tokenizer.json is converted to it, in the folder. Raises
-    InputError for missing parts, another hash, and sizes that disagree."""
+    """The config of a model's folder, judged without its weights (unless for `sha256`), once while its files stay as
+    they are; tokenizer.json is made if need be. Raises InputError for missing parts, another hash, other sizes."""
     if not (folder / "tokenizer.json").is_file() and (folder / "config.json").is_file():
         convert_tokenizer(folder)
     return copy.deepcopy(_checked(folder, sha256, stamp(folder)))

@@ -2,8 +2,8 @@
 Formats are those of `run.formats`. Codes are rounded against the float16 scale that is stored. At 4 bits the scale of a
 group is the one of least squared error among many near the plain one (extreme / -8), which raises the mean cosine of
 all-MiniLM's file with the unrounded model from 0.952 to 0.959 in groups of 64 and from 0.939 to 0.952 in groups of 128.
-Among them is every scale that gives the extreme a whole code, so what was rounded once is rounded again to itself: a
-model trained through rounding and baked is written without loss. Not done: error feedback (GPTQ)."""
+Among them is every scale that gives the extreme a whole code, so a model trained through rounding and baked is written
+without loss. Not done: error feedback (GPTQ)."""
 
 from dataclasses import dataclass
 

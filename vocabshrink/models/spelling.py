@@ -57,8 +57,7 @@ def first_known(tokenizer: Tokenizer, *names: str) -> int | None:
 
 
 def shared_pieces(student_tokenizer: Tokenizer, teacher_tokenizer: Tokenizer) -> np.ndarray:
-    """[V_S] int64: the teacher's id of the same piece (the same text in the same place of a word; special tokens agree
-    by role), -1 where it has none; one to one."""
+    """[V_S] int64: the teacher's id of the same piece (text and place in a word; special tokens by role), or -1."""
     shared = np.full(max(student_tokenizer.get_vocab().values()) + 1, -1, np.int64)
     for piece, index in student_tokenizer.get_vocab().items():
         ids = spell(piece, teacher_tokenizer)
@@ -82,8 +81,7 @@ def spellings(student_tokenizer: Tokenizer, teacher_tokenizer: Tokenizer) -> np.
 
 
 def as_wordpiece(piece: str, tokenizer: Tokenizer) -> str | None:
-    """The piece as WordPiece writes it: `Ġthe` and `▁the` are `the`, `ing` is `##ing`, `<s>` is `[CLS]`. None for a
-    lone mark, or bytes that are no character."""
+    """As WordPiece writes it: `Ġthe` and `▁the` are `the`, `ing` is `##ing`, `<s>` is `[CLS]`. None: no character."""
     if piece in NAMES:
         return NAMES[piece]
     if isinstance(tokenizer.model, models.WordPiece):

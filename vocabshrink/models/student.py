@@ -1,18 +1,16 @@
-"""The student: a BERT of any shape over the small vocabulary, started from the teacher where shapes allow; an ELECTRA
-where its piece table is factorised (see `factorise`).
+"""The student: a BERT of any shape over the small vocabulary, or an ELECTRA where its piece table is factorised.
 
-Pieces start as the mean of the teacher's pieces that spell them (Gee et al. 2022, Fast Vocabulary Transfer); for a
-narrower student these means are turned onto the teacher table's principal directions, whose transpose is the way back
-up. Layers are copied by the layer map, variable by variable where shapes agree, else they are random, or cut out of the
-teacher's (`extract_*`). Dropout is never active in training: distillation has a target for every position, and on a CPU
-the random numbers alone cost a third of a step. The saved config keeps BERT's 0.1 for fine-tuning."""
+Pieces start as the mean of the teacher's pieces that spell them (Gee et al. 2022, Fast Vocabulary Transfer), in a
+narrower student on the teacher table's principal directions. Layers are copied by the layer map, variable by variable
+where shapes agree, else they are random, or cut out of the teacher's (`extract_*`). Dropout is never active in
+training: distillation has a target for every position, and on a CPU the random numbers alone cost a third of a step.
+The saved config keeps BERT's 0.1 for fine-tuning."""
 
 import shutil
 from collections import Counter
 from pathlib import Path
 from typing import NamedTuple
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -24,7 +22,7 @@ from tokenizer_build.tokenizer import load_tokenizer
 from vocabshrink.data.pieces import Pieces
 from vocabshrink.models import families
 from vocabshrink.models.families import RELATIVE, new_encoder, student_class, table_width, without_pooler
-from vocabshrink.models.forward import module_files
+from vocabshrink.models.forward import ModuleSettings
 from vocabshrink.models.loading import load_config, load_model
 from vocabshrink.models.projection import check_extraction, cut, keep, layer_and_tail, principal_directions, scores_of
 from vocabshrink.models.spelling import piece_means
@@ -70,13 +68,12 @@ def build_student(
     tokenizer_folder: Path,
     *,
     batch: Pieces | None = None,
-    counts: np.ndarray | None = None,
-    seed: int = 0,
+    counts=None,
+    seed=0,
 ) -> Start:
     """A student and how it was started from `source`: the teacher, or another model. batch: text in the source's
     pieces, from which `extract_importance` measures. counts: [V] of the student's pieces in the text, for `factorise`.
-    seed: of `extract_random` and of the layer map `random`; else torch's own generator is used. Raises InputError for a
-    shape that the source cannot fill."""
+    seed: of `extract_random` and the layer map `random`. Raises InputError for a shape that the source cannot fill."""
     tokenizer, how = load_tokenizer(tokenizer_folder), section.initialize
     wanted = config = student_config(section, source.config, tokenizer.get_vocab_size())
     table = source.table.weight.detach()
@@ -115,9 +112,7 @@ def build_student(
 
 
 @torch.no_grad()
-def factorise(
-    student: BertModel, config: ElectraConfig, counts: np.ndarray | None = None
-) -> tuple[ElectraModel, Tensor]:
+def factorise(student: BertModel, config: ElectraConfig, counts=None) -> tuple[ElectraModel, Tensor]:
     """The same encoder with its embeddings in fewer columns, and their orthonormal basis [D_S, E], which keeps most of
     frequent pieces: each weighs as its count [V] to the power 0.75, or all the same. (all-MiniLM-L6-v2 in 128 columns,
     untrained, STS-B validation: 0.826 with equal weights, 0.864 with these, 0.867 before.)
@@ -161,9 +156,9 @@ UPDATES = ("attention.output.dense", "output.dense")  # what a layer adds to the
 
 
 def copy_body(student: PreTrainedModel, teacher: Teacher, source_layer: dict[int, int], kept: dict | None) -> str:
-    """Copies every variable but the piece table whose shape agrees, or what `kept` cuts out of it. Of several copies of
-    a layer each adds 1 / sqrt(copies) of its update: all-MiniLM-L6-v2 with every layer twice keeps 0.921 of 0.926 on
-    500 pairs of STS-B untrained (whole updates 0.904, halves 0.911). Returns what was done."""
+    """Copies every variable but the piece table whose shape agrees, or what `kept` cuts out of it; returns what it did.
+    Of several copies of a layer each adds 1 / sqrt(copies) of its update: all-MiniLM-L6-v2 with every layer twice keeps
+    0.921 of 0.926 on 500 pairs of STS-B untrained (whole updates 0.904, halves 0.911)."""
     source = families.as_bert(teacher.backbone)
     other_heads = kept is None and student.config.num_attention_heads != teacher.config.num_attention_heads
     copies = Counter(source_layer.values())
@@ -212,8 +207,8 @@ def read_student(folder: Path) -> PreTrainedModel:
     return load_model(folder, **without_pooler(load_config(folder)))
 
 
-def save_student(folder: Path, student, head, tokenizer_folder: Path, pooling: str, normalize: bool) -> None:
-    """Writes a model folder that AutoModel and SentenceTransformer load unchanged. head: a masked-LM head, or None."""
+def save_student(folder: Path, student, head, tokenizer_folder: Path, modules: ModuleSettings) -> None:
+    """Writes a folder that AutoModel and SentenceTransformer load, without prompts. head: a masked-LM head, or None."""
     model: nn.Module = student
     if head is not None:
         model, names = student_class(student.config, "ForMaskedLM")(student.config), head_names(student.config)
@@ -222,7 +217,7 @@ def save_student(folder: Path, student, head, tokenizer_folder: Path, pooling: s
         model.load_state_dict(values, strict=False)  # the decoder is the piece table
         model.tie_weights()
     shape = student.config.hidden_size, student.config.max_position_embeddings
-    save_model(folder, model, tokenizer_folder, module_files(*shape, pooling, normalize))
+    save_model(folder, model, tokenizer_folder, ModuleSettings(modules.pooling, modules.normalize).files(*shape))
 
 
 def save_model(folder: Path, model: nn.Module, tokenizer_folder: Path, files: dict | None = None) -> None:

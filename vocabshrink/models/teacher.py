@@ -11,7 +11,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers.activations import ACT2FN
 
-from vocabshrink.models.forward import load_dense, module_settings
+from vocabshrink.models.forward import ModuleSettings, module_settings
 from vocabshrink.models.loading import check_folder, load_model, read_tensors, resolve_model, tensors_in
 
 
@@ -36,14 +36,12 @@ class MaskedLMHead(nn.Module):
 
 @dataclass
 class Teacher:
-    """A loaded teacher; head is None where the checkpoint has none. dense: behind its pooling, see `load_dense`."""
+    """A loaded teacher; head is None where the checkpoint has none."""
 
     backbone: nn.Module
     head: MaskedLMHead | None
     folder: Path
-    pooling: str
-    normalize: bool
-    dense: nn.Module | None = None
+    modules: ModuleSettings
 
     @property
     def config(self):
@@ -54,16 +52,13 @@ class Teacher:
         return self.backbone.get_input_embeddings()
 
 
-def load_teacher(model: str, *, revision=None, sha256=None, pooling=None, normalize=None) -> Teacher:
-    """Backbone and head in eval mode. Raises InputError: see `resolve_model`, `check_folder`, `load_dense` and
-    `module_settings`, which says how it pools where the arguments do not."""
-    check_folder(folder := resolve_model(model, revision), sha256)
-    said = module_settings(folder, pooling, normalize)
+def load_teacher(model: str | Path, modules: ModuleSettings | None = None) -> Teacher:
+    """Backbone and head in eval mode. modules: its folder's unless given. Raises InputError: see `check_folder`."""
+    check_folder(folder := resolve_model(str(model)))
     backbone = load_model(folder)
     if getattr(backbone, "pooler", None) is not None:
         backbone.pooler = None  # next-sentence head: no one reads it, and it would be trained as dead weight
-    dense = load_dense(said.dense, backbone.config.hidden_size) if said.dense else None
-    return Teacher(backbone, load_head(folder, backbone), folder, said.pooling, said.normalize, dense)
+    return Teacher(backbone, load_head(folder, backbone), folder, modules or module_settings(folder))
 
 
 # {`MaskedLMHead`'s name: the checkpoint's} in each family, BERT's first

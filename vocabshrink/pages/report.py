@@ -40,10 +40,10 @@ def write_report(run: RunDir) -> Path:
     facts |= {"examples": comparison.pop("examples", []), "vocabulary": comparison}
     for language, found in by_language.items():
         comparison |= {f"{side}, {language}": found[side] for side in ("teacher", "student")}
-    shown = [run.path / "recipe.yaml", run.path / "environment.json"]
-    shown += [run.stage(name) / "summary.json" for name in STAGES if name != "report"]
-    texts = {path: path.read_text(encoding="utf-8", errors="replace") for path in shown if path.is_file()}
-    facts["files"] = {path.relative_to(run.path).as_posix(): text for path, text in texts.items()}
+    shown = {name: run.path / name for name in ("recipe.yaml", "environment.json")}
+    shown |= {f"{name}/summary.json": run.stage(name) / "summary.json" for name in STAGES if name != "report"}
+    present = {name: path for name, path in shown.items() if path.is_file()}
+    facts["files"] = {name: path.read_text(encoding="utf-8", errors="replace") for name, path in present.items()}
     write_page(out, "report.html", **facts, label=label, figure=figure, columns=columns)
     return out
 

@@ -10,7 +10,7 @@ import time
 import zlib
 from collections.abc import Callable
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import KW_ONLY, dataclass
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -45,13 +45,11 @@ class Run:
 
 
 @dataclass(frozen=True)
-class Context:
-    """What a stage works with: the recipe, its own folder, and the folders of the stages that it needs."""
+class Context(Run):
+    """What a stage works with: its run, its own folder, and the folders of the stages that it needs."""
 
-    recipe: Recipe
-    dir: RunDir
+    _: KW_ONLY
     stage: Stage
-    force: bool = False
 
     @property
     def folder(self) -> Path:
@@ -138,8 +136,7 @@ def content_of(path: str) -> list[int]:
 
 
 def refuse_changed(folder: Path, files: dict[str, list[int]]) -> None:
-    """Raises InputError where a file that a stage read holds something else now, or another came beside it; a file may
-    be gone."""
+    """Raises InputError where a file that a stage read has changed, or another came beside it; a file may be gone."""
     before = read_json(folder / "settings.json").get("files", {})
     changed = sorted(path for path in files if before.get(path) != files[path])
     if changed and before.keys() & files.keys():
@@ -148,12 +145,12 @@ def refuse_changed(folder: Path, files: dict[str, list[int]]) -> None:
 
 def context_of(run: Run, name: str) -> Context:
     """What the stage of this name works with."""
-    return Context(run.recipe, run.dir, STAGES[name], run.force)
+    return Context(**vars(run), stage=STAGES[name])
 
 
 def run_stage(run: Run, name: str) -> bool:
-    """Runs one stage unless it is done; whether it ran. Raises InputError where a stage that it needs is not done or is
-    damaged, and where one is done under other settings or from other text."""
+    """Runs one stage unless it is done; whether it ran. Raises InputError where a stage that it needs is not done, is
+    damaged, or was done under other settings or from other text."""
     stage, folder = STAGES[name], run.dir.stage(name)
     missing = [n for n in stage.needs.split() if STAGES[n].asked(run.recipe) and not run.dir.is_done(n)]
     if missing:

@@ -1,9 +1,8 @@
 """Weight formats: how a delivery stores its weights. The only place that knows how a format's name is built.
 
 A format is `fp32`, `fp16`, `int8` (one scale a row) or `int4-G` (one scale for every G values of a row), or one for
-each class of tensor: {"embeddings": "int4-64", "attention": "int8", ...}. Positions (with token types and the
-projection of a factorised piece table) and heads are int8 unless told otherwise; biases, layer norms and scales are
-float16."""
+each class of tensor: {"embeddings": "int4-64", "attention": "int8", ...}. Positions (with token types and a factorised
+table's projection) and heads are int8 unless told otherwise; biases, layer norms and scales are float16."""
 
 from collections.abc import Mapping
 

@@ -225,11 +225,6 @@ class VectorsStage(Section):
     def names(self) -> list[str]:
         return ["teacher", *self.teachers]
 
-    @property
-    def centered(self) -> set[str]:
-        """The names of the teachers whose mean vector is taken off."""
-        return {name for name, one in ({"teacher": self} | self.teachers).items() if one.center}
-
 
 class DualStage(ComparingStage):
     """Dual training: the teacher reads each word in the student's pieces with probability p. joint: version 1 of the
@@ -459,10 +454,6 @@ class Recipe(Section):
             if not self.finetune.teacher and task.trains_teacher:
                 mends = f"finetune.teacher, tasks.{name}.teacher or tasks.{name}.logits"
                 raise ValueError(f"finetune.{taught[0]} needs a fine-tuned teacher for task {name}: add {mends}")
-        longest = max((s.max_length for s in (self.dual, self.distill, self.recovery, *phases) if s), default=0)
-        positions = self.student.max_position_embeddings
-        if positions and longest > positions:
-            raise ValueError(f"max_length {longest} is over student.max_position_embeddings {positions}")
         return self
 
 

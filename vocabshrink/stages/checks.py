@@ -18,7 +18,7 @@ from vocabshrink.data.lexicon import check_family, describe_tokenizer, tokenizer
 from vocabshrink.data.tasks import Task, check_agreement, check_label_order, read_logits, read_task
 from vocabshrink.delivery.export import check_activation
 from vocabshrink.models.families import LAYERS, check_attention, positions_of
-from vocabshrink.models.forward import load_dense, module_settings
+from vocabshrink.models.forward import load_dense
 from vocabshrink.models.loading import load_config, resolve_model
 from vocabshrink.models.projection import check_extraction
 from vocabshrink.models.task_model import load_task_model
@@ -26,17 +26,10 @@ from vocabshrink.models.teacher import find_head
 from vocabshrink.run.layer_map import layer_pairs
 from vocabshrink.run.recipe import ComparingStage, Phase, Recipe, TaskSection
 from vocabshrink.stages.choose import MOST_UNKNOWN
-from vocabshrink.stages.inputs import (
-    given_tokenizer,
-    read_tasks,
-    section_folder,
-    source_config,
-    teacher_folder,
-    teacher_modules,
-)
+from vocabshrink.stages.inputs import given_tokenizer, read_tasks, source_config, teacher_folder, teacher_modules
 from vocabshrink.stages.plan import check_budget, student_shape
+from vocabshrink.stages.tasks import logits_of
 from vocabshrink.stages.text import normalization
-from vocabshrink.training.finetune import logits_of
 from vocabshrink.training.losses import ATTENTION, check_losses, readers, unanswered
 
 LINES = 1_000  # of a file that are looked at before anything is done
@@ -52,7 +45,7 @@ def check_recipe(recipe: Recipe, *, force: bool = False) -> None:
     if embeds and (few := recipe.evaluation.sentences) < LEAST_SENTENCES:
         fault = f"evaluation.sentences: {few} are too few to check the delivery by"
         raise InputError(f"{fault}: give at least {LEAST_SENTENCES}, or no delivery")
-    folder = teacher_folder(recipe)
+    folder = teacher_folder(recipe.teacher)
     check_tokenizer(folder)
     check_vocabulary(recipe)
     check_models(recipe, folder, load_config(folder))
@@ -67,11 +60,11 @@ def check_recipe(recipe: Recipe, *, force: bool = False) -> None:
 def check_modules(recipe: Recipe, folder: Path) -> None:
     """Refuses teachers whose sentence-transformers modules cannot be read, prompts that the teacher does not have, and
     losses that would miss its Dense modules."""
-    said = teacher_modules(recipe)
+    said = teacher_modules(recipe.teacher)
     given = recipe.vectors.teachers if recipe.vectors else {}
     for name, section in {"teacher": recipe.teacher, **{f"vectors.teachers.{n}": s for n, s in given.items()}}.items():
-        place = section_folder(section, name)
-        load_dense(module_settings(place, section.pooling).dense, load_config(place).hidden_size)
+        width = load_config(teacher_folder(section, name)).hidden_size
+        load_dense(teacher_modules(section).dense, width)
     if unknown := (recipe.vectors.prompts if recipe.vectors else {}).keys() - said.prompts:
         known = ", ".join(said.prompts) or "none"
         raise InputError(f"vectors.prompts.{min(unknown)}: {folder} has no such prompt: its own are {known}")
@@ -135,7 +128,7 @@ def check_head(language: str, files: list[str], recipe: Recipe) -> None:
     heads = (islice(read_lines([file], recipe.corpus.column), LINES) for file in expand(files))
     counts = count_block(chain.from_iterable(heads), lowercase=False)
     check_script(language, counts)
-    share = measure(counts, shared_tokenizer(teacher_folder(recipe)))["unknown_rate"] if counts else 0.0
+    share = measure(counts, shared_tokenizer(teacher_folder(recipe.teacher)))["unknown_rate"] if counts else 0.0
     if share > MOST_UNKNOWN:
         fault = f"{recipe.teacher.model} cannot write {share:.0%} of its words"
         raise InputError(f"{fault}: take a teacher that was trained on it, or leave the language out")
@@ -152,7 +145,7 @@ def check_vocabulary(recipe: Recipe) -> None:
     """Refuses required words that cannot be pieces, and a given tokenizer that cannot be taken."""
     section, known = recipe.vocabulary, None
     if section.required and section.trainer == "prune":
-        known = set(teacher_pieces(shared_tokenizer(teacher_folder(recipe)).get_vocab()))
+        known = set(teacher_pieces(shared_tokenizer(teacher_folder(recipe.teacher)).get_vocab()))
     required_words(section.required, normalization(recipe)["lowercase"], known)
     if given := given_tokenizer(recipe):
         with TemporaryDirectory() as place:

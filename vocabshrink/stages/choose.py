@@ -22,15 +22,15 @@ from tokenizer_build.tokenizer import adopt_tokenizer, shared_tokenizer
 from vocabshrink.data.held_out import LEAST_SENTENCES as LEAST_EVALUATED
 from vocabshrink.data.lexicon import describe_tokenizer, tokenizer_file
 from vocabshrink.data.vectors import sentences_of
-from vocabshrink.delivery.size import delivery_bytes, tokenizer_bytes
 from vocabshrink.models.families import neurons_of, new_encoder, positions_of
-from vocabshrink.models.forward import module_settings, torch_embedder
+from vocabshrink.models.forward import ModuleSettings, module_settings, torch_embedder
 from vocabshrink.models.loading import check_folder, load_model, resolve_model
 from vocabshrink.models.spelling import first_known
 from vocabshrink.models.student import student_config
 from vocabshrink.models.task_model import head_of
 from vocabshrink.pages.page import ENVIRONMENT
 from vocabshrink.run.recipe import StudentSection, WeightFormats
+from vocabshrink.stages.plan import delivery_bytes, tokenizer_bytes
 
 SAMPLED = 10_000  # lines of the text that are looked at
 NARROW, COVERED = 8000, 0.99  # text is of a narrow domain where so many pieces are this share of all that it has
@@ -81,7 +81,7 @@ class Look:
 
 
 def look_at(model: str, start: str | None, sources: list[str], column: str, *, task: bool = False) -> Look:
-    """Reads the models' folders, and all of the text once: by sentences or, for a task or its teacher, by lines. Raises
+    """Reads the models' folders and all of the text, by sentences or, for a task or its teacher, by lines. Raises
     InputError for what cannot be compressed."""
     config = check_folder(folder := resolve_model(model))
     head = head_of(folder, config)
@@ -166,7 +166,7 @@ def choose_shape(look: Look, budget: int, goal: str, task: str = "embedding", la
 
 def sentences_per_second(backbone: nn.Module, look: Look, *, seconds: float = 3.0) -> float:
     """How many of the sample's sentences a model embeds here, in the teacher's pieces, timed for about `seconds`."""
-    embed, done = torch_embedder(backbone, look.folder, "mean", False, max_length=LONGEST), 0
+    embed, done = torch_embedder(backbone, look.folder, ModuleSettings(), max_length=LONGEST), 0
     embed(look.texts[:64])  # the first are slower
     started = time.perf_counter()
     while (spent := time.perf_counter() - started) < seconds:

@@ -1,41 +1,48 @@
-"""The last stages: deliveries, each loaded back and measured before it is in place, and the report of the run."""
+"""The last stages: deliveries, each loaded back and measured before it is in place, and the report of the run.
+The delivery is measured as its users run it: from text, through its own tokenizer and graph, without torch."""
 
 import os
+import statistics
+import tempfile
+import time
 from dataclasses import replace
+from functools import partial
 from itertools import islice
 from pathlib import Path
 
 import numpy as np
+from accelerate import PartialState
 
 from tokenizer_build.corpus import read_rows
 from tokenizer_build.files import read_json
-from vocabshrink.data.held_out import read_rated_pairs
+from vocabshrink.data.held_out import Embed, HeldOut, read_rated_pairs, spearman
 from vocabshrink.data.tasks import Rows, Task, score
 from vocabshrink.delivery.export import ExportSettings, export_model
-from vocabshrink.delivery.measure import measure_systems
-from vocabshrink.models.loading import load_config, weights_sha256
+from vocabshrink.models.forward import ModuleSettings, torch_embedder
+from vocabshrink.models.loading import load_config, load_model, weight_files, weights_sha256
 from vocabshrink.models.student import read_student, save_student
-from vocabshrink.models.teacher import Teacher
 from vocabshrink.pages.page import write_page
 from vocabshrink.run.engine import Context, say
+from vocabshrink.run.recipe import DeliverySection
 from vocabshrink.runtime.delivery import Delivery, load
 from vocabshrink.runtime.index import build_index
 from vocabshrink.runtime.kinds import KINDS
 from vocabshrink.stages import inputs
 from vocabshrink.stages.plan import delivered_config, student_shape
 
+TIMED_SENTENCES = 100
+LONGEST = 128  # pieces that the teacher and the students in torch read
+
 
 def export(context: Context) -> dict:
     """Writes the deliveries of the embedder and of each task's model, loaded back and measured."""
-    recipe, section, said = context.recipe, context.recipe.delivery, inputs.teacher_modules(context.recipe)
-    options = {"kernel": section.kernel, "safetensors": section.safetensors, "tolerance": section.tolerance}
-    options |= {"budget_bytes": section.budget, "force": context.force}
+    recipe, section, modules = context.recipe, context.recipe.delivery, inputs.teacher_modules(context.recipe.teacher)
     # of stored vectors the teacher read each text behind its prompt, the student without (unless behind shares of them)
-    bare = recipe.vectors and not recipe.vectors.prompts
-    named = ("pooling", "normalize", *(() if bare else ("prompts", "default_prompt")))
-    options |= {key: getattr(said, key) for key in named} | {"dimensions": section.dimensions or []}
-    shape = delivered_config(recipe, student_shape(recipe, load_config(inputs.teacher_folder(recipe))))
-    settings = ExportSettings("embedding", section.weights, shape.max_position_embeddings, **options)
+    if recipe.vectors and not recipe.vectors.prompts:
+        modules = replace(modules, prompts={}, default_prompt=None)
+    shape = delivered_config(recipe, student_shape(recipe, load_config(inputs.teacher_folder(recipe.teacher))))
+    section = section.model_copy(update={"max_positions": shape.max_position_embeddings})
+    settings = ExportSettings("embedding", section, modules, context.force)
     figures = {} if section.tasks_only else export_embedder(context, settings)
     if recipe.finetune and recipe.finetune.save_models:
         for name, task in inputs.read_tasks(recipe).items():
@@ -50,41 +57,28 @@ def report(context: Context) -> dict:
     return {"report": write_report(context.dir).name}
 
 
-def untrained_student(context: Context, teacher: Teacher) -> Path:
-    """The folder of the student as it was before the first training, or as it is made here where none was."""
-    for trained in context.students.values():
-        if (folder := trained.with_name("untrained")).is_dir():
-            return folder
-    student = inputs.start_student(context, teacher).model
-    save_student(
-        folder := context.folder / "untrained", student, None, context.vocabulary, teacher.pooling, teacher.normalize
-    )
-    return folder
-
-
 def export_embedder(context: Context, settings: ExportSettings) -> dict:
     """Delivers the trained embedder, measured beside its teacher and itself before training."""
     recipe, folder, held_out = context.recipe, context.folder, inputs.read_held_out(context)
     teacher = inputs.read_teacher(context)
-    untrained = untrained_student(context, teacher)
-    pooled = {"pooling": settings.pooling, "normalize": settings.normalize}
+    before = [trained.with_name("untrained") for trained in context.students.values()]
+    if (untrained := next(filter(Path.is_dir, before), folder / "untrained")) not in before:  # nothing was trained
+        save_student(untrained, inputs.start_student(context, teacher).model, None, context.vocabulary, teacher.modules)
     done = [*context.students.values()] or [untrained]
     trained = done[-2] if recipe.recovery and len(done) > 1 else done[-1]  # before rounding came into it
-    systems = {"teacher": inputs.teacher_folder(recipe), "untrained": untrained, "trained": trained}
+    systems = {"teacher": teacher.folder, "untrained": untrained, "trained": trained}
     rated = {name: read_rated_pairs(path) for name, path in recipe.evaluation.stsb.items()}
     figures: dict = {}
 
     def measure(delivered: Path) -> dict:
-        prompt = inputs.evaluated_prompt(recipe)
-        figures.update(measure_systems(held_out, rated, systems | {"delivered": delivered}, prompt=prompt, **pooled))
+        said = teacher.modules, inputs.evaluated_prompt(recipe)
+        figures.update(measure_systems(held_out, rated, systems | {"delivered": delivered}, *said))
         return {name: row for name, row in figures.items() if name not in ("bytes", "latency_ms")}
 
     manifest = write(context, done[-1], folder / "model", settings, measure=measure, gates=["rank_agreement", *rated])
     figures["bytes"]["delivered"] = manifest["delivery_bytes"]
-    figures["parameters_by_block"] = {
-        "teacher": blocks_of(teacher.backbone),
-        "student": blocks_of(read_student(untrained)),
-    }
+    student = read_student(untrained)
+    figures["parameters_by_block"] = {"teacher": blocks_of(teacher.backbone), "student": blocks_of(student)}
     if recipe.index:
         passages = islice((row for _, row in read_rows(recipe.index.passages)), recipe.index.limit)
         options = {"progress": lambda done, total: say(f"export: {done:,} of {total:,} passages indexed")}
@@ -111,7 +105,7 @@ def export_task(context: Context, task: Task, settings: ExportSettings) -> dict:
 def write(context: Context, source: Path, folder: Path, settings: ExportSettings, *, manifest=None, **options) -> dict:
     """`export_model`, whose manifest says which run the model is of, and the model card; the manifest."""
     recipe, vocabulary = context.recipe, read_json(context.vocabulary / "comparison.json")
-    origin = {"recipe": recipe.name, "teacher_sha256": weights_sha256(inputs.teacher_folder(recipe))}
+    origin = {"recipe": recipe.name, "teacher_sha256": weights_sha256(inputs.teacher_folder(recipe.teacher))}
     full = export_model(source, folder, settings, manifest=origin | (manifest or {}), **options)
     facts = {"manifest": full, "teacher": recipe.teacher.model, "vocabulary": vocabulary, "quality": full["quality"]}
     facts |= {"sources": [Path(source).name for source in recipe.corpus.sources], "kind": KINDS[full["task"]]}
@@ -135,3 +129,53 @@ def blocks_of(model) -> dict[str, int]:
     pieces = model.get_input_embeddings().weight.numel()
     embeddings = sum(p.numel() for name, p in model.named_parameters() if "embeddings" in name)
     return {"pieces": pieces, "other embeddings": embeddings - pieces, "layers": model.num_parameters() - embeddings}
+
+
+def measure_systems(
+    held_out: HeldOut, rated: dict[str, Rows], folders: dict[str, Path], modules: ModuleSettings, prompt=None
+) -> dict[str, dict[str, float]]:
+    """{"bytes", "rank_agreement", "neighbour_overlap", "latency_ms", each rated set}: {system: figure}. folders: of
+    "teacher", "untrained", "trained" and "delivered". prompt: before every text that the teacher reads."""
+    delivery, teacher, embedders = load(folders["delivered"]), folders["teacher"], {}
+    pooled = replace(modules, dense=())
+    for name, said in {"teacher": modules, "untrained": pooled, "trained": pooled}.items():
+        backbone, before = load_model(folders[name]).to(PartialState().device), prompt if name == "teacher" else None
+        embedders[name] = torch_embedder(backbone, folders[name], said, max_length=LONGEST, prompt=before)
+    embedders["delivered"] = partial(delivery.embed, prompt="")
+    vectors = {name: embed(held_out.texts) for name, embed in embedders.items()}
+    target = vectors.pop("teacher")
+    weights = sum(path.stat().st_size for path in weight_files(teacher))
+    times = teacher_latency(teacher, held_out.texts, modules)
+    figures = {
+        "bytes": {"teacher": weights, "delivered": delivery.manifest["delivery_bytes"]},
+        "rank_agreement": {name: held_out.rank_agreement(found, target) for name, found in vectors.items()},
+        "latency_ms": times | {"delivered": latency(delivery.embed, held_out.texts)},
+    }
+    overlaps = {name: held_out.neighbour_overlap(found, target) for name, found in vectors.items()}
+    for key in overlaps["delivered"]:
+        figures[key] = {name: found[key] for name, found in overlaps.items()}
+    figures |= {name: {of: spearman(pairs, embed) for of, embed in embedders.items()} for name, pairs in rated.items()}
+    return {key: {name: round(value, 4) for name, value in row.items()} for key, row in figures.items()}
+
+
+def teacher_latency(folder: Path, texts: list[str], modules: ModuleSettings) -> dict[str, float]:
+    """{"teacher": milliseconds} as a float32 graph; {} and a word on stderr where it cannot be exported."""
+    with tempfile.TemporaryDirectory() as place:
+        try:
+            positions = min(LONGEST, load_config(folder).max_position_embeddings)
+            section = DeliverySection(weights="fp32", max_positions=positions, budget=10**12)
+            export_model(folder, place, ExportSettings("embedding", section, modules))
+            return {"teacher": latency(load(Path(place)).embed, texts)}
+        except Exception as error:  # of any kind, also of onnx beyond 2 GB: the figure is worth no failed delivery
+            say(f"the teacher's latency is left out: {error}")
+            return {}
+
+
+def latency(embed: Embed, texts: list[str]) -> float:
+    """Median milliseconds for one sentence, over the first sentences, after three to warm up."""
+    times = []
+    for text in texts[:3] + texts[:: max(1, len(texts) // TIMED_SENTENCES)][:TIMED_SENTENCES]:
+        started = time.perf_counter()
+        embed([text])
+        times.append(1000 * (time.perf_counter() - started))
+    return statistics.median(times[3:])

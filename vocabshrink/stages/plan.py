@@ -1,26 +1,91 @@
 """What a recipe will cost, before anything is trained: parameters, bytes of every format, tokens, FLOPs, hours.
 
-Parameters and bytes are exact (delivery/size.py); tokens are guessed from the sequence length. Hours come from a matrix
-product timed here and now, times the share of that speed that training reached: good to a factor of two, not more."""
+Bytes are exact but for a few: the graph is built on zeros by the code that writes it, in tens of milliseconds. Tokens
+are guessed from the sequence length. Hours come from a matrix product timed here and now, times the share of that speed
+that training reached: good to a factor of two, not more."""
 
 import copy
+import json
 import timeit
+from bisect import bisect_right
 
+import numpy as np
 import torch
+from tokenizers import Tokenizer
 from transformers import PreTrainedConfig
 
 from tokenizer_build.errors import InputError
 from tokenizer_build.tokenizer import adopt_tokenizer, shared_tokenizer
-from vocabshrink.delivery.size import GRAPH_FORMATS, delivery_bytes, parameters, refusal, tokenizer_bytes
+from vocabshrink.delivery.export import tokenizer_json
+from vocabshrink.delivery.graph import build_graph
+from vocabshrink.models.families import student_class
 from vocabshrink.models.loading import check_folder, resolve_model
 from vocabshrink.models.student import student_config
 from vocabshrink.run.folder import RunDir
-from vocabshrink.run.formats import describe
+from vocabshrink.run.formats import Formats, describe, formats_of
 from vocabshrink.run.recipe import DeliverySection, Recipe, StudentSection
+from vocabshrink.runtime.kinds import KINDS
 from vocabshrink.stages.inputs import given_tokenizer, source_config
 
 EFFICIENCY = 0.4  # of a plain matrix product's speed: 0.39 and 0.42 on two cores of an AMD EPYC in bf16
 GUESSED_FILL = 0.5  # of max_length, by text
+GRAPH_FORMATS = ("fp32", "int8", "int4-32", "int4-64", "int4-128")  # of a whole graph, from the largest to the smallest
+TOKENIZER = (1_300, 13.7)  # bytes of tokenizer.json, (at all, per piece), of 5,000 English pieces
+SMALL_FILES = 2_800  # config.json, tokenizer_config.json and a MANIFEST.json with quality figures
+
+
+def parameters(config: PreTrainedConfig) -> dict[str, int]:
+    """Parameters by block; "total" counts every layer and, of a BERT, the pooler."""
+    with torch.device("meta"):
+        model = student_class(config)(config)
+    blocks = {"pieces": "embeddings.word_embeddings", "positions": "embeddings.position_embeddings"}
+    blocks |= {"types": "embeddings.token_type_embeddings", "embedding_layernorm": "embeddings.LayerNorm"}
+    blocks |= {"embedding_projection": "embeddings_project", "per_layer": "encoder.layer.0", "pooler": "pooler"}
+    blocks |= {"layers": "encoder", "total": ""}
+    found = dict(model.named_modules())
+    return {name: sum(p.numel() for p in found[place].parameters()) for name, place in blocks.items() if place in found}
+
+
+def delivery_bytes(config: PreTrainedConfig, formats: Formats, task="embedding", tokenizer=None) -> dict[str, int]:
+    """Bytes by file, with "total": weights (the graph of this shape; of a classifier or tagger with `config.num_labels`
+    labels), tokenizer.json (estimated where its bytes are not given), small files."""
+    with torch.device("meta"):
+        model = student_class(config, KINDS[task].architecture.removeprefix("Bert"))(config)
+    prefix = f"{model.base_model_prefix}."
+    shapes = {name.removeprefix(prefix): value.shape for name, value in model.state_dict().items()}
+    state = {name: np.zeros(shape, dtype=np.float32) for name, shape in shapes.items()}
+    weights = build_graph(state, config, task=task, formats=formats_of(formats)).ByteSize()
+    pieces = tokenizer or TOKENIZER[0] + round(TOKENIZER[1] * config.vocab_size)
+    sizes = {"weights": weights, "tokenizer": pieces, "small_files": SMALL_FILES}
+    return sizes | {"total": sum(sizes.values())}
+
+
+def tokenizer_bytes(tokenizer: Tokenizer, max_positions: int) -> int:
+    """Bytes of `tokenizer_json`."""
+    return len(tokenizer_json(json.loads(tokenizer.to_str()), max_positions).encode())
+
+
+def refusal(config, budget: int, formats: Formats, *, recipe: str, task="embedding", tokenizer=None) -> str | None:
+    """None where the delivery fits its budget, else one sentence that says by how much and what to change."""
+
+    def total(pieces: int = config.vocab_size, formats: Formats = formats) -> int:
+        smaller = copy.copy(config)
+        smaller.vocab_size = pieces
+        return delivery_bytes(smaller, formats, task, tokenizer if pieces == config.vocab_size else None)["total"]
+
+    if (needed := total()) <= budget:
+        return None
+    fewer = bisect_right(range(1, config.vocab_size), budget, key=total)
+    remedies = [f"vocabulary.size <= {fewer:,}"] * (fewer > 0)
+    remedies += [describe(other) for other in GRAPH_FORMATS if total(formats=other) <= budget][:1]
+    advice = ", or ".join(remedies) or "fewer layers or a smaller hidden_size (no vocabulary and no format fits)"
+    over = f"over the budget of {_megabytes(budget)} by {_megabytes(needed - budget)}"
+    return f"{recipe} needs {_megabytes(needed)} at {describe(formats)}: {over}; use {advice}"
+
+
+def _megabytes(count: int) -> str:
+    """MB are 10^6 bytes; what would print as 0.00 MB is given in bytes."""
+    return f"{count / 1e6:.2f} MB" if count >= 10_000 else f"{count:,} bytes"
 
 
 def shapes(recipe: Recipe) -> tuple[PreTrainedConfig, PreTrainedConfig]:

@@ -2,13 +2,13 @@
 
 The unit of work is one training: a task, a setting of the grid, a seed. Its folder is under the stage's `checkpoints/`,
 which an unfinished stage keeps, and ends with `metrics.json`: a stage that is started again skips finished trainings.
-At its end it puts the results where readers look. The grid is searched as the papers do: every setting with the first
-seed, the best on validation with all. A seed decides the new head, what else starts at random, and the order of rows.
-"""
+The grid is searched as the papers do: every setting with the first seed, the best on validation with all. A seed
+decides the new head, what else starts at random, and the order of rows."""
 
 import hashlib
 import itertools
 import json
+import math
 import shutil
 import statistics
 from collections.abc import Callable
@@ -20,32 +20,34 @@ from tempfile import TemporaryDirectory
 import numpy as np
 import torch
 from accelerate import PartialState
+from safetensors.numpy import save_file
 from torch import nn
-from transformers import PreTrainedModel
 
 from tokenizer_build.errors import InputError
-from tokenizer_build.files import read_json, write_json, write_text
+from tokenizer_build.files import read_json, replacing, write_json, write_text
 from tokenizer_build.tokenizer import load_tokenizer
-from vocabshrink.data.batches import EncodedTask, encode_task
+from vocabshrink.data.batches import EncodedTask, TaskBatcher, encode_task
 from vocabshrink.data.tasks import UNLABELLED, Rows, Task, headline, read_logits, score
 from vocabshrink.data.vectors import read_sentences, store_vectors, write_sentences
+from vocabshrink.models.families import positions_of
 from vocabshrink.models.loading import load_config, resolve_model
-from vocabshrink.models.rounding import fake_quantize_
+from vocabshrink.models.rounding import bake, fake_quantize_, is_rounded, quantization_aware
 from vocabshrink.models.spelling import shared_pieces
 from vocabshrink.models.student import read_student, save_model
-from vocabshrink.models.task_model import head_of, load_task_model, student_model
+from vocabshrink.models.task_model import head_of, load_task_model, predict, student_model
 from vocabshrink.run.engine import Context, saying, settings_of
 from vocabshrink.run.folder import RunDir
-from vocabshrink.run.recipe import Phase
+from vocabshrink.run.layer_map import layer_pairs
+from vocabshrink.run.recipe import Phase, TaskSection
 from vocabshrink.stages import inputs
 from vocabshrink.training.augment import augment_task, augmented_rows
-from vocabshrink.training.finetune import fit, logits_of, phases_of, write_logits
-from vocabshrink.training.loop import Job
+from vocabshrink.training.loop import Job, make_accelerator, micro_batch, train
 from vocabshrink.training.losses import readers
 from vocabshrink.training.task import TaskTraining, live_teacher
 
 LABELLED_WORDS = 126  # of a text that a tagger labels
 TEACHER_SEED = 0  # one fine-tuned teacher serves every seed of the students, as in the papers
+EVALUATION_BATCH = 128  # sequences of like length in a forward pass
 
 
 def task_teacher(context: Context) -> dict:
@@ -69,7 +71,7 @@ def task_teacher(context: Context) -> dict:
 
 def train_teacher(context: Context, task: Task, unit: Path, mark: str) -> dict:
     """Fine-tunes the teacher on one task, in the folder `unit`, and returns what was measured."""
-    folder = inputs.teacher_folder(context.recipe)
+    folder = inputs.teacher_folder(context.recipe.teacher)
     phases = phases_of([context.recipe.finetune.teacher], context.recipe.tasks[task.name])
     with PartialState().main_process_first():
         encoded = encode_task(task, folder, folder, unit / "encoded")
@@ -89,8 +91,7 @@ def train_teacher(context: Context, task: Task, unit: Path, mark: str) -> dict:
 def label_texts(model: str, draw: Callable[[], list[str]], folder: Path, asked: dict) -> dict:
     """What a trained classifier, cross-encoder or tagger answers to texts, as a task of a recipe: rows in train.jsonl
     and validation.jsonl, logits.safetensors (not of words). If each text has one tab, texts are pairs. Goes on where a
-    killed call stopped that asked for the same. Raises InputError: see `load_task_model`; for a cross-encoder's texts
-    that are no pairs."""
+    killed call stopped. Raises InputError: see `load_task_model`; for a cross-encoder's texts that are no pairs."""
     if not (mark := folder / "asked.json").is_file() or read_json(mark) != json.loads(json.dumps(asked)):
         shutil.rmtree(folder, ignore_errors=True)
         write_sentences(folder, draw())
@@ -191,8 +192,10 @@ class TaskTrainings:
         self.stage, self.section = context.recipe.finetune, context.recipe.tasks[task.name]
         self.phases = phases_of(self.stage.phases, self.section)
         self.reads = set().union(*(phase.losses for phase in self.phases)) - {"labels"}
-        self.teacher_folder = inputs.teacher_folder(context.recipe)
+        self.teacher_folder = inputs.teacher_folder(context.recipe.teacher)
         self.reader = resolve_model(self.section.teacher) if self.section.teacher else self.teacher_folder  # of words
+        made = context.folder_of("task_teacher") / self.name / "model"
+        self.tuned = str(made.absolute()) if self.section.trains_teacher else self.section.teacher  # teacher
         self.task = task
         if self.stage.augment:  # the copies follow the training rows
             made = context.folder_of("augment") / f"{self.name}.jsonl"
@@ -207,18 +210,11 @@ class TaskTrainings:
         with PartialState().main_process_first():
             return encode_task(self.task, self.reader, self.context.vocabulary, self.folder / "encoded")
 
-    @property
-    def tuned_folder(self) -> str | None:
-        """The fine-tuned teacher's folder; None where there are only stored logits."""
-        if not self.section.trains_teacher:
-            return self.section.teacher
-        return str((self.context.folder_of("task_teacher") / self.name / "model").absolute())
-
     @cached_property
     def teacher(self) -> nn.Module | None:
         """The fine-tuned teacher, where a phase runs it."""
         live = live_teacher(self.reads, stored=self.logits is not None)
-        return load_task_model(self.tuned_folder, self.task, trained=True) if live else None
+        return load_task_model(self.tuned, self.task, trained=True) if live else None
 
     @cached_property
     def logits(self) -> torch.Tensor | None:
@@ -230,11 +226,11 @@ class TaskTrainings:
         if self.section.logits:
             path = Path(self.section.logits)
         elif not (self.section.teacher or self.stage.augment):
-            path = Path(self.tuned_folder).with_name("logits.safetensors")
+            path = Path(self.tuned).with_name("logits.safetensors")
         else:
             encoded = self.encoded  # by all processes: they wait for each other there
             if PartialState().is_main_process and not path.is_file():
-                teacher = load_task_model(self.tuned_folder, self.task, trained=True).to(PartialState().device)
+                teacher = load_task_model(self.tuned, self.task, trained=True).to(PartialState().device)
                 logits = logits_of(teacher, encoded, "train", self.stage.phases[-1], side="teacher")
                 write_logits(path, {"train": logits})
             PartialState().wait_for_everyone()
@@ -247,10 +243,16 @@ class TaskTrainings:
 
     def _train(self, setting: str, seed: int, unit: Path, mark: str) -> dict:
         torch.manual_seed(seed)
-        body, directions = self._student()
-        phases, said = self.stage.points(self.phases)[setting], inputs.teacher_modules(self.context.recipe)
-        options = {"teacher": self.teacher, "logits": self.logits, "directions": directions}
-        options |= {"pooling": said.pooling, "normalize": said.normalize}
+        if before := [*self.context.students.values()]:
+            body = read_student(before[-1])
+            directions = None if self.teacher is None else inputs.start_directions(self.context)
+        else:
+            body, directions, *_ = inputs.start_student(self.context, inputs.read_teacher(self.context))
+        if load_tokenizer(self.reader).get_vocab() != load_tokenizer(self.teacher_folder).get_vocab():
+            directions = None  # they say nothing of another model's dimensions
+        phases = self.stage.points(self.phases)[setting]
+        options = {"pools": inputs.teacher_modules(self.context.recipe.teacher), "directions": directions}
+        options |= {"teacher": self.teacher, "logits": self.logits}
         training = TaskTraining(student_model(body, self.task, self.teacher_folder), self.task.kind, **options)
         tokenizers = map(load_tokenizer, (self.context.vocabulary, self.reader))
         shared = None if self.teacher is None else shared_pieces(*tokenizers)
@@ -269,16 +271,6 @@ class TaskTrainings:
                 result["rounded"] = measure("validation")
         return result | {"task": self.name, "seed": seed, "setting": setting}
 
-    def _student(self) -> tuple[PreTrainedModel, torch.Tensor | None]:
-        """The body as the stages before left it, and the directions that its projections start from."""
-        if before := [*self.context.students.values()]:
-            student = read_student(before[-1])
-            directions = None if self.teacher is None else inputs.start_directions(self.context)
-        else:
-            student, directions, *_ = inputs.start_student(self.context, inputs.read_teacher(self.context))
-        another = load_tokenizer(self.reader).get_vocab() != load_tokenizer(self.teacher_folder).get_vocab()
-        return student, None if another else directions  # which say nothing of another model's dimensions
-
 
 def mark_of(context: Context, name: str, setting: str, seed: int) -> str:
     """The hash of what decides one training. Other tasks, seeds and settings do not: they may come later."""
@@ -289,8 +281,8 @@ def mark_of(context: Context, name: str, setting: str, seed: int) -> str:
 
 
 def once(unit: Path, mark: str, make: Callable[[], dict]) -> dict:
-    """The metrics of a training: those in `unit`, or what `make` gives, written there last. Raises InputError where the
-    unit holds another recipe's training."""
+    """The metrics in a training's folder, or what `make` gives, written there last. Raises InputError for another
+    recipe's."""
     done = unit / "metrics.json"
     if not done.is_file():
         result = make()
@@ -333,3 +325,66 @@ def summary_of(units: dict[str, list[dict]]) -> dict:
 
 def spread(values: list[float]) -> dict:
     return {"median": statistics.median(values), "min": min(values), "max": max(values), "seeds": len(values)}
+
+
+def phases_of(phases: list[Phase], section: TaskSection) -> list[Phase]:
+    """The phases with a task's own epochs and, for scores, which have no distribution, with `logits_mse` in place of
+    `soft_labels` (as TinyBERT and patient KD do on STS-B)."""
+    found = []
+    for phase in phases:
+        losses = dict(phase.losses)
+        if section.kind == "regression" and (soft := losses.pop("soft_labels", None)):
+            losses.setdefault("logits_mse", soft.model_copy(update={"arguments": {}}))
+        found.append(phase.model_copy(update={"epochs": section.epochs or phase.epochs, "losses": losses}))
+    return found
+
+
+def fit(training: TaskTraining, encoded: EncodedTask, phases, job: Job, seed: int, shared=None, rounding=None) -> dict:
+    """Trains phase after phase, each from where the one before ended; a phase that was cut off resumes.
+    job: of all phases; in its section, {} stands for a phase's number. shared: see `PieceTable`. rounding: the formats
+    of phases that train through it. Returns {"steps", "tokens", "seconds", "seconds_per_step", "phases": [train's]}."""
+    results = []
+    for number, phase in enumerate(phases):
+        pairs, section = (), job.section.format(number)
+        if training.teacher is not None:
+            depths = (model.config.num_hidden_layers for model in (training.student, training.teacher))
+            pairs = layer_pairs(phase.layer_map, *depths, seed=seed)
+        if phase.through_rounding and not is_rounded(training.student):
+            quantization_aware(training.student, rounding)
+        training.begin(phase.losses, pairs)
+        accelerator = make_accelerator(phase, job.run)
+        options = {"batch_size": micro_batch(phase, accelerator, section), "seed": seed, "shared": shared}
+        options["sides"] = ("student", "teacher")[: 1 + training.live]
+        options["max_pieces"] = longest(phase, training.student, training.teacher)
+        batcher = TaskBatcher(encoded, "train", **options)
+
+        def evaluate(task: TaskTraining, phase: Phase = phase) -> dict:
+            return score(encoded.task, logits_of(task.student, encoded, "validation", phase), "validation")
+
+        steps = min(phase.steps or math.inf, math.ceil(phase.epochs * batcher.rows / phase.batch_size))
+        settings, name = phase.model_copy(update={"steps": steps}), f"phase-{number + 1}"
+        phase_job = Job(job.run, f"{job.stage}-seed-{seed}-{name}", f"{job.fingerprint} {name}", section)
+        measure = evaluate if phase.evaluations else None
+        results.append(train(training, batcher, settings, phase_job, accelerator, measure))
+        accelerator.unwrap_model(training, keep_fp32_wrapper=False)  # else the next phase wraps the wrapper
+    if is_rounded(training.student):
+        bake(training.student)
+    totals = {key: sum(result[key] for result in results) for key in ("steps", "tokens", "seconds")}
+    return totals | {"seconds_per_step": totals["seconds"] / totals["steps"], "phases": results}
+
+
+def longest(phase: Phase, *models: nn.Module | None) -> int:
+    """Pieces of a sequence without its two special ones: the phase's, or what fits the model with fewest positions."""
+    return min(phase.max_length, *(positions_of(model.config) for model in models if model is not None)) - 2
+
+
+def logits_of(model: nn.Module, encoded: EncodedTask, split: str, phase: Phase, *, side: str = "student"):
+    """The model's logits of a split, its rows cut as in training (see `predict`)."""
+    options = {"batch_size": EVALUATION_BATCH, "seed": 0, "sides": (side,), "max_pieces": longest(phase, model)}
+    return predict(model, TaskBatcher(encoded, split, **options), side=side, precision=phase.precision)
+
+
+def write_logits(path: Path, logits: dict[str, np.ndarray]) -> None:
+    """{split: [R, C]} as `read_logits` reads them."""
+    with replacing(path) as temporary:
+        save_file({f"{split}.logits": np.ascontiguousarray(values) for split, values in logits.items()}, temporary)

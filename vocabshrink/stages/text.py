@@ -50,7 +50,7 @@ def normalization(recipe: Recipe) -> dict:
     """{"lowercase", "form"}: how the student's tokenizer normalises text: as the given one does, else in the case that
     the recipe asks for, else as the teacher's. Raises InputError where the recipe contradicts the given tokenizer."""
     asked, given = recipe.vocabulary.lowercase, given_tokenizer(recipe)
-    tokenizer = shared_tokenizer(given or teacher_folder(recipe))
+    tokenizer = shared_tokenizer(given or teacher_folder(recipe.teacher))
     found = lowercases(tokenizer)
     if given and asked not in (None, found):
         raise InputError(f"vocabulary.lowercase: {asked} is not what the tokenizer {given} does: leave the key out")
@@ -60,11 +60,10 @@ def normalization(recipe: Recipe) -> dict:
 def vocab(context: Context) -> dict:
     """Chooses the student's pieces, or takes those of a tokenizer that is there."""
     section, counted = context.recipe.vocabulary, context.folder_of("count")
-    teacher = shared_tokenizer(teacher_folder(context.recipe))
+    teacher = shared_tokenizer(teacher_folder(context.recipe.teacher))
     counts = read_counts(counted / "counts.parquet")
-    by_language = {
-        name: read_counts(counted / "languages" / f"{name}.parquet") for name in context.recipe.corpus.languages
-    }
+    languages = context.recipe.corpus.languages
+    by_language = {name: read_counts(counted / "languages" / f"{name}.parquet") for name in languages}
     if given := given_tokenizer(context.recipe):
         tokenizer = adopt_tokenizer(given)
     else:
@@ -86,8 +85,7 @@ def vocab(context: Context) -> dict:
 
 
 def of_language(language: str, counts: dict[str, int], teacher: Tokenizer, student: Tokenizer) -> dict:
-    """{"teacher", "student": of `compare`, "scripts": of `scripts_of`} on a language's words. Says what becomes of
-    scripts that few of them are in."""
+    """{"teacher", "student": `compare`, "scripts": `scripts_of`} on a language's words. Says what rare ones became."""
     compared, scripts = compare(counts, {"teacher": teacher, "student": student}, used=True), scripts_of(counts)
     rare = [script for script, share in scripts.items() if share < RARE_SCRIPT]
     if rare:
@@ -111,8 +109,7 @@ def segmentation_examples(counts: dict[str, int], teacher: Tokenizer, student: T
 def encode(context: Context) -> dict:
     """Reads the text once into word ids and a lexicon of each word's pieces in both vocabularies.
 
-    The sentences whose vectors are stored come first. Where nothing trains on more than these, only the held-out lines
-    of the corpus follow."""
+    Sentences whose vectors are stored come first; where only these are trained on, the held-out lines alone follow."""
     recipe, corpus, number = context.recipe, context.recipe.corpus, itertools.count(1)
     sentences = read_sentences(context.folder_of("vectors")) if recipe.vectors else []
     parts = (sentences[start : start + 10_000] for start in range(0, len(sentences), 10_000))
@@ -126,7 +123,7 @@ def encode(context: Context) -> dict:
                 yield kept
 
     options = {"processes": corpus.processes, "progress": saying("encode: words", 10_000_000)}
-    blocks, tokenizers = itertools.chain(parts, of_corpus()), (teacher_folder(recipe), context.vocabulary)
+    blocks, tokenizers = itertools.chain(parts, of_corpus()), (teacher_folder(recipe.teacher), context.vocabulary)
     totals = encode_corpus(blocks, *tokenizers, context.folder, **options)
     if corpus.languages:
         write_json(context.folder / "languages.json", lines)

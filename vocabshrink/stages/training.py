@@ -8,14 +8,14 @@ from functools import partial
 import numpy as np
 import torch
 from accelerate import Accelerator, PartialState
-from torch import nn
 
 from tokenizer_build.files import read_json, write_json
+from tokenizer_build.languages import factors, shares
 from vocabshrink.data import vectors as stored
 from vocabshrink.data.batches import Batcher, Segments, cut_segments, repeated
 from vocabshrink.data.held_out import read_rated_pairs, spearman
 from vocabshrink.data.pieces import PieceTable
-from vocabshrink.models.forward import module_settings, torch_embedder
+from vocabshrink.models.forward import torch_embedder
 from vocabshrink.models.loading import load_model
 from vocabshrink.models.projection import narrowing
 from vocabshrink.models.rounding import bake, quantization_aware
@@ -28,7 +28,7 @@ from vocabshrink.run.recipe import DistillStage, TrainingSection, Weighted
 from vocabshrink.stages import inputs
 from vocabshrink.training.loop import Job, make_accelerator, micro_batch, train
 from vocabshrink.training.losses import readers
-from vocabshrink.training.task import Distillation, DualTraining, HeadTraining, Stored
+from vocabshrink.training.task import Distillation, DualTraining, HeadTraining
 
 
 def masked_lm_head(context: Context) -> dict:
@@ -55,17 +55,16 @@ def vectors(context: Context) -> dict:
             entry.unlink()
         stored.draw_sentences(recipe.corpus, stage, recipe.seed).save(work)
         write_json(mark, drawn)
-    drawn, prompts, found = stored.Sentences.load(work), inputs.teacher_modules(recipe).prompts, {}
+    drawn, prompts, found = stored.Sentences.load(work), inputs.teacher_modules(recipe.teacher).prompts, {}
     sentences = drawn.own
     read = stored.behind_prompts(sentences, [(prompts[name], share) for name, share in stage.prompts.items()])
     for name, section in ({"teacher": recipe.teacher} | stage.teachers).items():
-        teacher = inputs.load_section(section)
-        backbone = teacher.backbone.to(PartialState().device, torch.bfloat16)
-        said, own = module_settings(teacher.folder, teacher.pooling), stage.prompts and name == "teacher"
-        prompt = None if own else inputs.prompt_of(section, said)
+        folder, said = inputs.teacher_folder(section), inputs.teacher_modules(section)
+        backbone = load_model(folder).to(PartialState().device, torch.bfloat16)
+        own = stage.prompts and name == "teacher"
         options = {"max_length": min(stage.max_length, said.max_seq_length or stage.max_length)}
-        options |= {"batch_size": stage.batch_size, "prompt": prompt, "dense": teacher.dense}
-        embed = torch_embedder(backbone, teacher.folder, teacher.pooling, False, **options)
+        options |= {"batch_size": stage.batch_size, "prompt": None if own else inputs.prompt_of(section)}
+        embed = torch_embedder(backbone, folder, replace(said, normalize=False), **options)
         progress = partial(saying, f"vectors of {name}", 1, len(sentences))
         stored.store_vectors(work, name, read if own else sentences, embed, progress)
         found[name] = int(np.load(work / f"{name}.npy", mmap_mode="r").shape[1])
@@ -99,7 +98,7 @@ def dual(context: Context) -> dict:
     batcher = make_batcher(context, masking, teacher, sides, accelerator, **options)
     result = run(task, batcher, evaluate=evaluate)
     if accelerator.is_main_process:
-        save_student(context.folder / "student", student, head, context.vocabulary, teacher.pooling, teacher.normalize)
+        save_student(context.folder / "student", student, head, context.vocabulary, teacher.modules)
         if any(p.requires_grad for p in teacher.backbone.parameters()):
             teacher.backbone.save_pretrained(context.folder / "teacher")
             if teacher.head is not None:
@@ -135,12 +134,16 @@ def distil_into_student(context: Context, stage: DistillStage, formats=None) -> 
     if formats:
         quantization_aware(student, formats)
     options = {"head": head, "directions": directions}
-    if (vectors := inputs.read_stored_vectors(context, stage)) is not None:
+    vectors = None
+    if section := context.recipe.vectors:
+        shares = {name: share for name, share in stage.teachers.items() if share} or dict.fromkeys(section.names, 1.0)
+        centered = {name for name, one in ({"teacher": section} | section.teachers).items() if one.center}
+        vectors = stored.StoredVectors.load(context.folder_of("vectors"), shares, centered)
         texts = stored.Sentences.load(context.folder_of("vectors")).own[: stored.SAMPLE // 4]
-        embed = torch_embedder(student, context.vocabulary, teacher.pooling, teacher.normalize, max_length=128)
+        embed = torch_embedder(student, context.vocabulary, replace(teacher.modules, dense=()), max_length=128)
         bank = torch.from_numpy(vectors.rows(slice(stored.SAMPLE)))
         narrow = narrowing(bank, torch.from_numpy(embed(texts)))  # brings them to where the student stands
-        options["stored"] = Stored(bank, narrow, nn.functional.normalize(bank @ narrow, dim=-1))
+        options["bank"] = bank, narrow
     task = make_distillation(context, stage, teacher, student, **options)
     sides = ("student",) if task.teacher is None else ("student", "teacher")
     batcher = make_batcher(context, stage, teacher, sides, accelerator, vectors=vectors)
@@ -148,7 +151,7 @@ def distil_into_student(context: Context, stage: DistillStage, formats=None) -> 
     if accelerator.is_main_process:
         if formats:
             bake(student)
-        save_student(context.folder / "student", student, head, context.vocabulary, teacher.pooling, teacher.normalize)
+        save_student(context.folder / "student", student, head, context.vocabulary, teacher.modules)
     return result | {"start": report}
 
 
@@ -156,8 +159,7 @@ def start_student(context: Context, teacher: Teacher) -> Start:
     """The student as it starts; the first one is kept, for the delivery to be compared with."""
     started = inputs.start_student(context, teacher, fitted=not context.students)
     if not context.students and main_process():
-        pooled = teacher.pooling, teacher.normalize
-        save_student(context.folder / "untrained", started.model, None, context.vocabulary, *pooled)
+        save_student(context.folder / "untrained", started.model, None, context.vocabulary, teacher.modules)
     return started
 
 
@@ -193,24 +195,29 @@ def make_batcher(
 ) -> Batcher:
     """The batches of a stage, of one accumulation step: of the corpus, or of the sentences of stored `vectors`.
     options: more of `Batcher`'s. Raises InputError: see `micro_batch`."""
-    lexicon, stream = inputs.read_words(context, stored=vectors is not None)
+    recipe, (lexicon, stream) = context.recipe, inputs.read_words(context, stored=vectors is not None)
     table = PieceTable(lexicon, teacher.table.num_embeddings, shared_pieces(*inputs.read_tokenizers(context)))
-    most = inputs.teacher_modules(context.recipe).max_seq_length or stage.max_length
+    most = teacher.modules.max_seq_length or stage.max_length
     common = {"max_pieces": min(stage.max_length, most) - 2, "sides": sides}
     if vectors is None:
-        limits = inputs.HELD_OUT | common | {"held_out_every": context.recipe.corpus.held_out_every}
+        limits = inputs.HELD_OUT | common | {"held_out_every": recipe.corpus.held_out_every}
         training, _ = cut_segments(stream, lexicon, unit=getattr(stage, "unit", "line"), **limits)
-        training = inputs.balanced(context, stream, training)
+        languages, times = inputs.languages_of(context, stream, training), np.ones(len(training.starts))
+        words = {name: int(training.lengths[numbers].sum()) for name, numbers in languages.items()}
+        for name, factor in factors(words, shares(words, recipe.corpus.alpha)).items() if words else ():
+            times[languages[name]] = factor  # so that the languages have their shares of the words
+        rows = repeated(times, recipe.seed)
+        training = Segments(training.starts[rows], training.lengths[rows])
     else:
         lengths = np.diff(stream.line_offsets)
         written = np.flatnonzero(lengths)  # a line of signs that neither tokenizer keeps has no words
         drawn = stored.Sentences.load(context.folder_of("vectors"))
-        written = written[repeated(drawn.times[written], context.recipe.seed)]
+        written = written[repeated(drawn.times[written], recipe.seed)]
         training = Segments(stream.line_offsets[:-1][written], lengths[written].astype(np.int32))
         options["vectors"] = lambda chosen: vectors.rows(drawn.rows[written[chosen]])
     group = getattr(stage, "group_size", 1)
     options |= {"batch_size": micro_batch(stage, accelerator, context.stage.name, group), "group_size": group}
-    return Batcher(table, stream, lexicon, training, seed=context.recipe.seed, mask=stage.mask, **common, **options)
+    return Batcher(table, stream, lexicon, training, seed=recipe.seed, mask=stage.mask, **common, **options)
 
 
 def evaluator(context: Context, teacher: Teacher, accelerator: Accelerator) -> Callable | None:
@@ -221,14 +228,12 @@ def evaluator(context: Context, teacher: Teacher, accelerator: Accelerator) -> C
         return None
     held_out = inputs.read_held_out(context) if recipe.evaluation.sentences else None
     rated = {name: read_rated_pairs(path) for name, path in recipe.evaluation.stsb.items()}
-    pooled = {"pooling": teacher.pooling, "normalize": teacher.normalize, "max_length": 128}
-    backbone, folder = teacher.backbone.to(accelerator.device), inputs.teacher_folder(recipe)
-    options = pooled | {"dense": teacher.dense, "prompt": inputs.evaluated_prompt(recipe)}
-    embed = torch_embedder(backbone, folder, **options)
-    of_teacher = embed(held_out.texts) if held_out else None
+    backbone, options = teacher.backbone.to(accelerator.device), {"max_length": 128}
+    embed = torch_embedder(backbone, teacher.folder, teacher.modules, prompt=inputs.evaluated_prompt(recipe), **options)
+    of_teacher, modules = embed(held_out.texts) if held_out else None, replace(teacher.modules, dense=())
 
     def evaluate(task) -> dict:
-        embed, figures = torch_embedder(task.student, context.vocabulary, **pooled), {}
+        embed, figures = torch_embedder(task.student, context.vocabulary, modules, **options), {}
         if held_out:
             vectors = embed(held_out.texts)
             figures["rank_agreement"] = held_out.rank_agreement(vectors, of_teacher)

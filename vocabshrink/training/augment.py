@@ -181,7 +181,7 @@ class CandidateFinder:
             ids = pad_sequence(rows, batch_first=True, padding_value=-1)
             side, width = Pieces(ids.clamp_min(0), (ids >= 0).long(), ids), ids.shape[1]
             places = torch.tensor([row * width + word.first for row, (_, word) in enumerate(part)]).to(self.device)
-            _ = side.lengths, side.by_length  # while they are on the host
+            _ = side.lengths  # while they are on the host
             hidden = run_backbone(self.teacher.backbone, side.to(self.device)).hidden[-1]
             states = hidden.flatten(0, 1).index_select(0, places)
             logits = self.teacher.head(states.float(), self.teacher.table.weight).index_select(1, self.ids)

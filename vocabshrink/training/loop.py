@@ -34,8 +34,7 @@ from vocabshrink.training.task import TrainingTask
 
 
 class Lamb(torch.optim.Optimizer):
-    """LAMB (You et al. 2020, algorithm 2), for batches of thousands: Adam's direction, each tensor's step scaled by its
-    norm. Every operation is one kernel over all tensors of a group."""
+    """LAMB (You et al. 2020, algorithm 2): Adam's direction, each tensor's step scaled by its norm."""
 
     def __init__(self, params, lr=1e-3, betas=(0.9, 0.999), eps=1e-6, weight_decay=0.0):
         super().__init__(params, {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay})

@@ -3,12 +3,12 @@ A task is a module of models and of helpers (projections, heads) that are learne
 reads its own segmentation of the same words, and only what the chosen losses read is computed.
 In `DualTraining` the teacher itself learns the student's pieces (Zhao et al., arXiv 1909.11687, both versions), in the
 modes of `run.recipe.DualStage`. Student pieces are embedded by the student's table and, where widths differ, an affine
-map up; they enter the unchanged teacher beside its own pieces, as `inputs_embeds`, so its own objective pulls them into
-its space. In `match` only the new embeddings move, and the teacher on mixed input sits in the student's seat."""
+map up; they enter the unchanged teacher beside its own pieces, as `inputs_embeds`, so its objective pulls them into its
+space. In `match` only the new embeddings move, and the teacher on mixed input sits in the student's seat."""
 
 import inspect
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -18,7 +18,7 @@ from tokenizer_build.errors import InputError
 from vocabshrink.data.batches import Batch
 from vocabshrink.data.pieces import Pieces
 from vocabshrink.models.families import table_width
-from vocabshrink.models.forward import run_backbone
+from vocabshrink.models.forward import ModuleSettings, run_backbone
 from vocabshrink.models.projection import ParameterProjection, widen
 from vocabshrink.models.rounding import refit
 from vocabshrink.models.task_model import task_logits
@@ -37,7 +37,7 @@ class TrainingTask(nn.Module):
 
     losses: Losses
     pairs: Pairs = ()
-    pooling, normalize = "mean", False  # of sentence embeddings
+    pools = ModuleSettings()  # how sentence embeddings are pooled
     stored = False  # whether the teacher's sentence embeddings are stored ones
     needed: tuple = (("sentence", "student head", "task logits"),)  # see `reads_all`
     tables: dict[str, Any] = {}  # {loss: on the host, what its lists of places are made from besides the batch}
@@ -54,7 +54,7 @@ class TrainingTask(nn.Module):
             batch.once(name, PLACES[name], self.tables[name])
         _ = batch.counted, "attention_scores" in self.losses and batch.counted_pairs
         for side in batch.sides.values():
-            _ = side.by_length, side.labels is not None and side.labelled
+            _ = side.lengths, side.labels is not None and side.labelled
         return batch
 
     @property
@@ -67,7 +67,7 @@ class TrainingTask(nn.Module):
         layers, qkv = bool(readers(self.losses, "hidden")), bool(readers(self.losses, *ATTENTION))
         passed = run_backbone(backbone, side, embeddings=embeddings, layers=layers, qkv=qkv)
         heads, units = backbone.config.num_attention_heads, batch.unit_mask.shape[1]
-        return View(side, passed, self.pooling, self.normalize, units, heads)
+        return View(side, passed, self.pools.pooling, self.pools.normalize, units, heads)
 
     def both(self, batch: Batch, student: nn.Module, teacher: nn.Module | None) -> Forward:
         """The student's pass over its side and, if given, the frozen teacher's over its own."""
@@ -112,38 +112,31 @@ class TrainingTask(nn.Module):
         self.down.requires_grad_("down" in read)
 
 
-class Stored(NamedTuple):
-    """Stored sentence vectors: a bank of them [K, D], the map of `narrowing` [D, D_S], the bank under it [K, D_S]."""
-
-    bank: Tensor
-    narrow: Tensor
-    bank_narrow: Tensor
-
-
 class Distillation(TrainingTask):
     """Student and frozen teacher, each on its own segmentation of the same words."""
 
     dimensions: tuple[int, ...] = ()  # see `Forward`
 
-    def __init__(
-        self, stage, teacher, student, pairs, head=None, directions=None, shared=None, spelling=None, stored=None
-    ):
+    def __init__(self, stage, teacher, student, pairs, head=None, directions=None, shared=None, spelling=None, bank=()):
         """head: the student's, for masked-LM losses. directions: see `build_student`. shared, spelling: see `Forward`.
-        stored: a `Stored`, in place of the teacher's sentence embeddings, and of its pass where no loss reads more.
-        Raises InputError: a loss between vocabularies that have nothing in common."""
+        bank: where sentence vectors are stored, some of them [K, D] and the map of `narrowing` [D, D_S]; the teacher
+        then runs only for losses that read more. Raises InputError: vocabularies that such a loss finds too unlike."""
         super().__init__()
         self.losses, self.pairs, self.student, self.head = stage.losses, pairs, student, head
-        self.stored = stored is not None
+        self.stored = bool(bank)
         live = readers(unanswered(self.losses, stored=self.stored), "teacher")
         self.teacher = teacher.backbone.requires_grad_(False) if live else None
         across = readers(self.losses, "both vocabularies")
         self.teacher_head = teacher.head.requires_grad_(False) if across else None
         self.register_buffer("shared", shared, persistent=False)
         self.register_buffer("spelling", spelling, persistent=False)
-        for name, tensor in stored._asdict().items() if stored else ():
-            self.register_buffer(name, tensor, persistent=False)
+        if bank:
+            vectors, narrow = bank
+            found = {"bank": vectors, "narrow": narrow, "bank_narrow": F.normalize(vectors @ narrow, dim=-1)}
+            for name, tensor in found.items():
+                self.register_buffer(name, tensor, persistent=False)
         self.tables = {"masked_lm_match": shared, "masked_lm_reduce": spelling}
-        self.pooling, self.normalize = teacher.pooling, teacher.normalize
+        self.pools = teacher.modules
         self.project_hidden(student, teacher, directions)
         self.freeze_unread()
         for name in across:
@@ -169,12 +162,10 @@ class Distillation(TrainingTask):
 class TaskTraining(TrainingTask):
     """A task model on its own pieces and, where a loss reads it, a frozen fine-tuned teacher on the teacher's."""
 
-    def __init__(
-        self, model: nn.Module, kind: str, *, teacher=None, logits=None, directions=None, pooling="mean", normalize=True
-    ):
+    def __init__(self, model: nn.Module, kind: str, *, teacher=None, logits=None, directions=None, pools=None):
         """logits [rows, C]: the teacher's on the training rows, by row number. directions: see `build_student`."""
         super().__init__()
-        self.student, self.kind, self.pooling, self.normalize = model, kind, pooling, normalize
+        self.student, self.kind, self.pools = model, kind, pools or self.pools
         self.teacher, self.up, self.down = None, nn.Identity(), nn.Identity()
         if teacher is not None:
             self.teacher = teacher.requires_grad_(False)
@@ -225,14 +216,11 @@ class MixedEmbedding(nn.Module):
 class DualTraining(TrainingTask):
     """The teacher on mixed input and, in joint mode, the student beside it."""
 
-    def __init__(
-        self, stage, teacher: Teacher, student, pairs, *, student_head=None, directions=None, table_directions=None
-    ):
+    def __init__(self, stage, teacher, student, pairs, *, student_head=None, directions=None, table_directions=None):
         """student_head: for masked-LM losses in joint mode. directions, table_directions: see `student.Start`."""
         super().__init__()
         self.losses, self.pairs, self.mode = stage.losses, pairs, stage.mode
-        self.teacher, self.student = teacher.backbone, student
-        self.pooling, self.normalize = teacher.pooling, teacher.normalize
+        self.teacher, self.student, self.pools = teacher.backbone, student, teacher.modules
         self.embedding = MixedEmbedding(teacher.table, student.get_input_embeddings(), table_directions)
         self.project_hidden(student, teacher, directions)
         if all(table_width(model.config) == model.config.hidden_size for model in (student, teacher)):

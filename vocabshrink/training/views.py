@@ -153,6 +153,6 @@ class Forward:
         return moved(found) if moved else found
 
     def aligned(self, m: int, block: Layers, direction: Direction, units: Units = "all") -> tuple[Tensor, Tensor]:
-        """States of a pair of layers in one width, the student's brought up or the teacher's down: [n, D] twice, of all
-        units that count; or of [CLS] alone, [B, D]."""
+        """States of a pair of layers, the student's brought up or the teacher's down: [n, D] of all units that count
+        twice, or [B, D] of [CLS]."""
         return self._states("student", (m,), direction, units), self._states("teacher", block, direction, units)

@@ -9,13 +9,14 @@ import pytest
 import torch
 from transformers import BertConfig, BertModel
 
-from vocabshrink.delivery import measure
-from vocabshrink.delivery.measure import TIMED_SENTENCES, latency, teacher_latency
+from vocabshrink.models.forward import ModuleSettings
+from vocabshrink.stages import deliver
+from vocabshrink.stages.deliver import TIMED_SENTENCES, latency, teacher_latency
 
 
 def test_latency_is_the_median_of_single_sentences_after_warming_up(monkeypatch):
     calls, seconds = [], [0.0]
-    monkeypatch.setattr(measure, "time", SimpleNamespace(perf_counter=lambda: seconds[0]))
+    monkeypatch.setattr(deliver, "time", SimpleNamespace(perf_counter=lambda: seconds[0]))
 
     def embed(texts):
         calls.append(texts)
@@ -62,7 +63,7 @@ def change_activation(folder: Path) -> None:
 def test_a_teacher_that_cannot_be_exported_has_no_latency(headless_teacher, tmp_path, lines, capsys, change, words):
     folder = Path(shutil.copytree(headless_teacher, tmp_path / "teacher"))
     change(folder)
-    found = teacher_latency(folder, lines[:5], "mean", True)
+    found = teacher_latency(folder, lines[:5], ModuleSettings())
     said = capsys.readouterr().err
     if words is None:
         assert found["teacher"] > 0 and not said
@@ -76,27 +77,26 @@ def test_an_optional_figure_fails_no_delivery(headless_teacher, tmp_path, lines,
     def too_large(*_):
         raise ValueError("The Protobuf size exceeds 2 GB")
 
-    monkeypatch.setattr(measure, "export_model", too_large)
-    assert teacher_latency(headless_teacher, lines[:5], "mean", True) == {}
+    monkeypatch.setattr(deliver, "export_model", too_large)
+    assert teacher_latency(headless_teacher, lines[:5], ModuleSettings()) == {}
     assert "latency is left out: The Protobuf size" in capsys.readouterr().err
     folder = Path(shutil.copytree(headless_teacher, tmp_path / "teacher"))
     (folder / "other.safetensors").write_bytes(b"x" * 1000)
     delivered = SimpleNamespace(embed=None, manifest={"delivery_bytes": 1})
     delivered.embed = lambda texts, **_: list(texts)
-    (stub := torch.nn.Identity()).config = SimpleNamespace(hidden_size=32)
-    found = {"load": delivered, "load_model": stub, "torch_embedder": delivered.embed, "latency": 1.0}
+    found = {"load": delivered, "load_model": torch.nn.Identity(), "torch_embedder": delivered.embed, "latency": 1.0}
     for name, value in found.items():
-        monkeypatch.setattr(measure, name, lambda *_, value=value, **__: value)
+        monkeypatch.setattr(deliver, name, lambda *_, value=value, **__: value)
     held_out = SimpleNamespace(
         texts=lines[:5], rank_agreement=lambda *_: 1.0, neighbour_overlap=lambda *_: {"neighbour_overlap": 1.0}
     )
     folders = dict.fromkeys(("untrained", "trained", "delivered"), folder) | {"teacher": folder}
-    found = measure.measure_systems(held_out, {}, folders, pooling="mean", normalize=True)
+    found = deliver.measure_systems(held_out, {}, folders, ModuleSettings())
     assert found["bytes"] == {"teacher": (folder / "model.safetensors").stat().st_size, "delivered": 1}
     assert found["latency_ms"] == {"delivered": 1.0}
 
 
 @pytest.mark.parametrize("family", ["distilbert", "roberta", "albert"])
 def test_a_teacher_of_another_family_has_no_latency(folders, lines, capsys, family):
-    assert teacher_latency(folders[family], lines[:5], "mean", True) == {}
+    assert teacher_latency(folders[family], lines[:5], ModuleSettings()) == {}
     assert "encoders can be exported" in capsys.readouterr().err

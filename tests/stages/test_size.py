@@ -7,9 +7,9 @@ from transformers import BertConfig, BertModel
 
 from tokenizer_build.errors import InputError
 from vocabshrink.delivery.graph import build_graph
-from vocabshrink.delivery.size import GRAPH_FORMATS, delivery_bytes, graph_bytes, parameters, refusal
 from vocabshrink.run.formats import formats_of
 from vocabshrink.runtime.kinds import KINDS
+from vocabshrink.stages.plan import GRAPH_FORMATS, delivery_bytes, parameters, refusal
 
 
 def shape(pieces: int, hidden: int, layers: int, inner: int, positions: int = 512, types: int = 2) -> BertConfig:
@@ -54,14 +54,14 @@ def test_predicted_graphs_are_the_written_graphs(config, task):
     state = {name.removeprefix("bert."): value.numpy() for name, value in model.state_dict().items()}
     for format in (*GRAPH_FORMATS, "fp16", MIXED):
         written = build_graph(state, config, task=task, formats=formats_of(format)).ByteSize()
-        assert abs(graph_bytes(config, format, task) - written) <= 8
+        assert abs(delivery_bytes(config, format, task)["weights"] - written) <= 8
 
 
 def test_all_minilm_at_four_bits_fits_seven_megabytes():
     # Written files of this very shape. Those of int8 have since grown by the rounding of activations row by row.
     written = {"int4-32": 7_184_444, "int4-64": 6_792_644, "int4-128": 6_596_757, "int8": 12_721_921}
     for format, size in written.items():
-        assert graph_bytes(minilm(), format) == pytest.approx(size, rel=0.001)
+        assert delivery_bytes(minilm(), format)["weights"] == pytest.approx(size, rel=0.001)
 
 
 def fewer_pieces(sentence: str) -> int:
@@ -109,4 +109,4 @@ def test_a_tokenizer_that_exists_is_measured(tmp_path):
 
 def test_an_unknown_format_is_refused():
     with pytest.raises(InputError, match="int5"):
-        graph_bytes(SMALL[0], "int5")
+        delivery_bytes(SMALL[0], "int5")["weights"]
