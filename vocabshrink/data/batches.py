@@ -97,11 +97,11 @@ def cut_segments(
     stream: WordStream,
     lexicon: Lexicon,
     *,
-    unit,
+    unit: str,
     max_pieces: int,
     min_words: int,
     held_out_every: int,
-    sides=("mixed",),
+    sides: tuple[str, ...] = ("mixed",),
 ) -> tuple[Segments, Segments]:
     """(training, held-out) segments, which never share a line: lines, or sentences if `unit` says so, cut where they
     exceed `max_pieces` in the vocabulary that needs more of them, or in the teacher's if only the teacher reads."""

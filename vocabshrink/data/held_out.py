@@ -18,7 +18,7 @@ from tokenizers import Tokenizer
 from tokenizer_build.corpus import read_rows
 from tokenizer_build.errors import InputError
 from vocabshrink.data.batches import Segments, gather_words, near_groups, rare_words
-from vocabshrink.data.lexicon import Lexicon
+from vocabshrink.data.lexicon import Lexicon, WordStream
 from vocabshrink.data.tasks import Rows
 
 Embed = Callable[[list[str]], np.ndarray]
@@ -52,7 +52,7 @@ class HeldOut:
 
 
 def held_out_texts(
-    stream, lexicon: Lexicon, teacher: Tokenizer, segments: Segments, count: int, seed: int, languages: dict
+    stream: WordStream, lexicon: Lexicon, teacher: Tokenizer, segments: Segments, count: int, seed: int, languages: dict
 ) -> HeldOut:
     """Draws sentences of 4 to 40 words and makes their near ones, as text that the teacher's tokenizer reads as it read
     the corpus. languages: {language: the numbers of its segments}, from each of which as many are drawn. Raises
@@ -60,7 +60,7 @@ def held_out_texts(
     fitting = np.flatnonzero((segments.lengths >= 4) & (segments.lengths <= 40))
     if len(fitting) < LEAST_SENTENCES:
         raise InputError(f"corpus: only {len(fitting)} held-out sentences of 4 to 40 words: give more text")
-    rng, languages = np.random.default_rng((seed, 2)), dict(languages)
+    rng = np.random.default_rng((seed, 2))
     shuffled = rng.permutation(fitting)
     groups = [shuffled[np.isin(shuffled, numbers)] for numbers in languages.values()] or [shuffled]
     chosen = np.sort(np.concatenate([group[: -(-count // len(groups))] for group in groups])[:count])
