@@ -28,8 +28,6 @@ from vocabshrink.run.stage import STAGES, Stage, needed, setting, stages_of
 FILES = dict.fromkeys(("task_teacher", "augment", "finetune"), "tasks")
 FILES |= {"count": "corpus.sources", "vectors": "corpus.sources corpus.parallel"}
 FILES["export"] = "evaluation.stsb index.passages"
-# Left out where they are not set, so that what was made before there were such settings stays finished.
-LATER = {"corpus.languages", "corpus.alpha"}
 SAMPLES, SAMPLE = 64, 1 << 16  # of a file's content: their number, about, and the bytes of each
 # Settings that change how fast or how visibly a run goes, but not what it makes.
 IMMATERIAL = {"processes", "threads", "trackers", "evaluations", "checkpoint_minutes"}
@@ -89,8 +87,7 @@ def settings_of(recipe: Recipe, name: str) -> dict:
     for other in [] if stage.alone else stage.needs.split():
         if STAGES[other].asked(recipe):
             chosen |= settings_of(recipe, other)
-    found = {path: material(setting(recipe, path)) for path in stage.reads.split()}
-    return chosen | {path: value for path, value in found.items() if value or path not in LATER}
+    return chosen | {path: material(setting(recipe, path)) for path in stage.reads.split()}
 
 
 def material(value: Any) -> Any:

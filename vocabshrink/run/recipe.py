@@ -6,7 +6,7 @@ import itertools
 import os
 import re
 from pathlib import Path
-from typing import Annotated, Any, Literal, TypeVar, get_args
+from typing import Annotated, Any, Literal, get_args
 
 import yaml
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_serializer, model_validator
@@ -16,7 +16,6 @@ from vocabshrink.run.folder import OF_SUMMARY
 from vocabshrink.run.formats import CLASSES, FORMATS, LARGE_CLASSES
 from vocabshrink.run.layer_map import LAYER_MAPS
 from vocabshrink.run.recipe_yaml import RecipeDumper, override_value, parse_override, read_yaml
-from vocabshrink.run.stage import RENAMED
 
 
 def refuse_boolean(value: Any) -> Any:
@@ -37,7 +36,6 @@ def parse_size(value: Any) -> Any:
     return round(float(match[1].replace("_", "")) * (1024 if match[3] else 1000) ** power)
 
 
-Setting = TypeVar("Setting")
 POOLINGS = ("mean", "cls", "max", "last", "mean_sqrt")
 Number = BeforeValidator(refuse_boolean)
 # The upper bounds are far above whatever makes sense: they refuse slips, which would otherwise cost hours or memory.
@@ -52,8 +50,6 @@ Weight = Annotated[float, Number, Field(ge=0, le=10**6)]
 Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9_][A-Za-z0-9._-]*$", max_length=100)]  # of a folder
 # a name, or pairs of layers [[student, teacher], ...], or [student, [teacher, ...]] for the mean of a block
 LayerMap = Literal[*LAYER_MAPS] | Annotated[list[tuple[int, int | list[int]]], Field(min_length=1)]
-# Out of dumps where it is not set, so that what was made before there was such a setting stays finished.
-Later = Annotated[Setting, Field(exclude_if=lambda value: not value)]
 Format = Literal[*FORMATS]
 WeightFormats = Format | dict[Literal[*CLASSES], Format]
 
@@ -64,21 +60,21 @@ class Section(BaseModel):
 
 class TeacherSection(Section):
     model: str  # a local folder, a hub name, or package:NAME/SUBFOLDER for a model inside an installed package
-    revision: Later[str | None] = None  # a branch, tag or commit of a hub model
+    revision: str | None = None  # a branch, tag or commit of a hub model
     sha256: str | None = None  # of the weights, all shards in order of name; checked before anything is built on them
     pooling: Literal[*POOLINGS] | None = None  # of the sentence embedding; None: its folder's, else mean and normalised
     normalize: bool | None = None
     # put before every text whose vector is stored, as `query: ` of the e5 family; None: its folder's default prompt
-    prompt: Later[str | None] = None
+    prompt: str | None = None
 
 
 class CorpusSection(Section):
     sources: list[str]
     # {language: its sources} instead, as {de: [FILE], fr: [FILE]}: each has its share of the text, and its own figures
-    languages: Later[dict[Name, list[str]]] = {}
+    languages: dict[Name, list[str]] = {}
     # a language's share of word counts and of sentences is its size to the power alpha; 0.5 unless given
-    alpha: Later[Annotated[float, Number, Field(ge=0.3, le=1)] | None] = None
-    parallel: Later[list[str]] = []  # TSV of translations: each learns the vector of its line's first sentence
+    alpha: Annotated[float, Number, Field(ge=0.3, le=1)] | None = None
+    parallel: list[str] = []  # TSV of translations: each learns the vector of its line's first sentence
     column: str = "text"
     held_out_every: Annotated[int, Number, Field(ge=2)] = 50  # every n-th line is kept from training
     processes: Positive = Field(default_factory=lambda: os.cpu_count() or 1)
@@ -122,15 +118,15 @@ class StudentSection(Section):
     max_position_embeddings: Size | None = None
     # columns of a factorised piece table, pieces x this and this x hidden_size (ALBERT, ELECTRA); None: hidden_size, or
     # the teacher's where its table is factorised
-    embedding_size: Later[Size | None] = None
-    start: Later[str | None] = None  # another model than the teacher, whose layers and pieces the student starts from
+    embedding_size: Size | None = None
+    start: str | None = None  # another model than the teacher, whose layers and pieces the student starts from
     # teacher: piece means, and layers copied where shapes agree. extract_*: also heads, feed-forward neurons and, for a
     # narrower student, hidden dimensions cut out of the teacher's (Extract-then-Distill)
     initialize: Literal["teacher", "random", "extract_random", "extract_importance"] = "teacher"
     layer_map: LayerMap = "uniform"  # which teacher layer each layer starts from
     # sentences on which layers are fitted by least squares to those that they start from, before training (0: not);
     # pays where heads, neurons or layers are left out
-    calibration: Later[Count] = 0
+    calibration: Count = 0
 
 
 class TrainingSection(Section):
@@ -219,7 +215,7 @@ class VectorsStage(Section):
     center: bool = False  # as in `teachers`, of the first
     teachers: dict[Name, VectorTeacher] = {}  # beside the first, which is called `teacher`
     # {a prompt of the first teacher: share of the sentences that it and the student read behind it}; the rest have none
-    prompts: Later[dict[str, Share]] = {}
+    prompts: dict[str, Share] = {}
 
     @property
     def names(self) -> list[str]:
@@ -254,7 +250,7 @@ class DualStage(ComparingStage):
 class DistillStage(ComparingStage):
     """Trains the student on its own vocabulary against the teacher on the teacher's, or against stored vectors."""
 
-    teachers: Later[dict[Name, Weight]] = {}  # {teacher of `vectors`: share of its similarities}; {}: equal ones
+    teachers: dict[Name, Weight] = {}  # {teacher of `vectors`: share of its similarities}; {}: equal ones
 
 
 class Phase(TrainingSection):
@@ -268,7 +264,7 @@ class Phase(TrainingSection):
     losses: Losses = {"labels": Weighted()}
     layer_map: LayerMap = "uniform"
     # trains through finetune.rounded from here on (straight-through), so that the model is what its delivery holds
-    through_rounding: Later[bool] = False
+    through_rounding: bool = False
 
 
 class AugmentSection(Section):
@@ -347,8 +343,8 @@ class DeliverySection(Section):
     budget: Bytes = 7_000_000  # of the files that onnxruntime needs
     tolerance: Rate = 0.02  # how far below the trained student's figures the delivery's may fall
     # widths at which the embedder's vectors may be cut: sentence losses of distillation are of these prefixes too
-    dimensions: Later[list[Size] | None] = None
-    tasks_only: Later[bool] = False  # the models of `finetune` are delivered, the embedder is not
+    dimensions: list[Size] | None = None
+    tasks_only: bool = False  # the models of `finetune` are delivered, the embedder is not
 
     @model_validator(mode="after")
     def every_class_has_a_format(self):
@@ -491,8 +487,7 @@ def explain(error: Any, root: type[BaseModel] = Recipe) -> str:
             section = section_in(field.annotation) if field else section  # a list's position or a task's name
         known = list(section.model_fields) if section else []
         key = str(error["loc"][-1])
-        renamed = [RENAMED[key]] if RENAMED.get(key) in known else []
-        near = renamed or difflib.get_close_matches(key, known, 1, cutoff=0.5)
+        near = difflib.get_close_matches(key, known, 1, cutoff=0.5)
         meant = f"did you mean {near[0]}?" if near else f"known keys are {', '.join(known) or 'none'}"
         return f"unknown key {where}: {meant}"
     if error["type"] == "missing":

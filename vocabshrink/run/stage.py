@@ -66,7 +66,6 @@ STAGES = {
         Stage("report", "deliver"),
     )
 }
-RENAMED = {"teacher": "masked_lm_head", "quantize": "recovery"}  # until version 0.1
 
 
 def setting(recipe: Recipe, path: str) -> Any:
