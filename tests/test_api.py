@@ -236,8 +236,10 @@ def test_a_narrow_domain_has_fewer_pieces_in_more_columns(tiny_teacher, texts, t
         look = choose.look_at(str(tiny_teacher), None, sources, "text")
         shape = choose.choose_shape(look, 60_000, "quality")
         assert (shape.section.embedding_size, shape.own_pieces, shape.pieces == narrow) == (columns, own, not own)
-    chosen = yaml.safe_load(plan(str(tiny_teacher), texts, out=tmp_path / "m", **TINY).read_text())
-    assert chosen["vocabulary"] == {"size": 250, "trainer": "prune"}  # out of the teacher's own
+        assert (shape.rates["recovery"] == choose.NEAR["recovery"]) == (not own)  # of a start that is to be kept
+    chosen = load_recipe(plan(str(tiny_teacher), texts, out=tmp_path / "m", **TINY))
+    assert (chosen.vocabulary.size, chosen.vocabulary.trainer) == (250, "prune")  # out of the teacher's own
+    assert (chosen.distill.learning_rate, chosen.distill.embedding_learning_rate) == choose.NEAR["distill"]
 
 
 def test_what_a_folder_says_of_itself_is_obeyed(tiny_teacher, texts, tmp_path):

@@ -56,6 +56,7 @@ SHAPES = {
         (64, 6_000, 96, 4, 192, FAST, 1e-3),
     ),
 }
+NEAR = {"distill": (3e-5, 1e-4), "recovery": (5e-5, 1e-4)}  # rates of layers and of pieces that had little cut away
 TEACHER_EPOCHS, TEACHER_BATCH, STUDENT_EPOCHS = 3, 32, 20  # of a labelled task, at most
 VECTORS, TRAINING, RECOVERY = 0.3, 0.3, 0.25  # shares of the minutes, at most; the rest counts, encodes and measures
 
@@ -122,13 +123,14 @@ def draw_lines(look: Look, sources: list[str], column: str, count: int) -> list[
 
 @dataclass(frozen=True)
 class Shape:
-    """A student and the format of its weights. own_pieces: it has those of the model that it starts from."""
+    """A student and the format of its weights. own_pieces: it has those of the model that it starts from. rates:
+    {stage: (of its layers, of its pieces)}."""
 
     section: StudentSection
     pieces: int
     own_pieces: bool
     format: WeightFormats
-    learning_rate: float
+    rates: dict[str, tuple[float, float]]
     bytes: int
 
 
@@ -160,7 +162,9 @@ def choose_shape(look: Look, budget: int, goal: str, task: str = "embedding", la
             most = bisect_right(steps, budget, key=weigh) - 1
             chosen = steps[most] if goal == "quality" else min(neurons, steps[-1])
             section = StudentSection(intermediate_size=chosen, **shape)
-            return Shape(section, count, own, format, rate, weigh(chosen))
+            near = look.narrow and width == source.hidden_size  # higher rates would undo the start
+            rates = NEAR if near else {"distill": (rate, 1e-3), "recovery": (rate / 2, 3e-4)}
+            return Shape(section, count, own, format, rates | {"finetune": (rate, 3e-4)}, weigh(chosen))
     raise InputError(f"budget: {budget:,} bytes are too few: the least is {least:,} bytes")
 
 
