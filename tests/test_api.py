@@ -205,7 +205,9 @@ def test_a_function_is_a_loss_of_its_call_alone(tiny_teacher, texts, tmp_path):
 
 def test_minutes_become_sentences_and_steps_by_the_machine_s_speed(tiny_teacher, texts, tmp_path, monkeypatch):
     monkeypatch.setattr(choose, "sentences_per_second", lambda backbone, look: 40.0)
-    chosen = load_recipe(plan(str(tiny_teacher), texts, out=tmp_path / "m", minutes=1, budget="60kB"))
+    monkeypatch.setattr(choose, "FITTED", 100)
+    chosen = load_recipe(plan(str(tiny_teacher), texts, out=tmp_path / "m", minutes=1.5, budget="60kB"))
+    assert chosen.student.calibration == 100 and choose.FITTING == 12  # passes: half a minute
     assert chosen.vectors.sentences == 720  # three tenths of a minute
     read = 0.55 * 60 * 40 / choose.PASSES  # what is left for training and recovery
     batch = chosen.distill.batch_size

@@ -36,6 +36,7 @@ SAMPLED = 10_000  # lines of the text that are looked at
 NARROW, COVERED = 8000, 0.99  # text is of a narrow domain where so many pieces are this share of all that it has
 LONGEST, TIMED = 128, 256  # pieces of a sentence, and sentences at a time, when models are timed
 PASSES = 5  # forward passes that a training step is worth: two more backward, the losses, the optimizer
+FITTED, FITTING = 2048, 12  # sentences on which layers are fitted, and forward passes of their model that it is worth
 LEAST_SENTENCES = 400  # below this there is neither a training nor an evaluation
 MOST_UNKNOWN = 0.05  # share of unknown pieces: above it the teacher cannot write the text's script
 FINE = {"embeddings": "int4-32", "attention": "int4-64", "feed_forward": "int4-64"}  # of 96 columns, no half groups
@@ -63,13 +64,14 @@ VECTORS, TRAINING, RECOVERY = 0.3, 0.3, 0.25  # shares of the minutes, at most; 
 
 @dataclass(frozen=True)
 class Look:
-    """What was found. config: the teacher's; source: that of the model that the student starts from; pieces: those that
-    it has; adopted: its tokenizer as the student's, where that can be. sentences: in all the text, estimated. length:
-    pieces of a sentence, on the average. narrow: few pieces are nearly all of the text. texts: a sample. head: see
-    `head_of`."""
+    """What was found. folder, config: the teacher's; start, source: those of the model that the student starts from;
+    pieces: those that it has; adopted: its tokenizer as the student's, where that can be. sentences: in all the text,
+    estimated. length: pieces of a sentence, on the average. narrow: few pieces are nearly all of the text. texts: a
+    sample. head: see `head_of`."""
 
     folder: Path
     config: PreTrainedConfig
+    start: Path
     source: PreTrainedConfig
     adopted: Tokenizer | None
     pieces: int
@@ -111,7 +113,7 @@ def look_at(model: str, start: str | None, sources: list[str], column: str, *, t
     pieces = shared_tokenizer(begin).get_vocab_size()
     length = 2 + len(ids) / len(texts)
     narrow = sum(count for _, count in Counter(ids).most_common(NARROW)) > COVERED * len(ids)
-    return Look(folder, config, source, adopted, pieces, found, lines, length, narrow, texts, head)
+    return Look(folder, config, begin, source, adopted, pieces, found, lines, length, narrow, texts, head)
 
 
 def draw_lines(look: Look, sources: list[str], column: str, count: int) -> list[str]:
@@ -207,6 +209,8 @@ def choose_effort(
         config._attn_implementation = "eager"
         teacher = load_model(look.folder).to(torch.bfloat16)
         speed, of_student = (sentences_per_second(backbone, look) for backbone in (teacher, new_encoder(config)))
+        of_source = speed if look.start == look.folder else sentences_per_second(load_model(look.start), look)
+        seconds = max(seconds / 2, seconds - FITTED * FITTING / of_source)
         most = VECTORS * seconds * speed  # sentences that it may read
         sentences, teaching = rows or min(look.sentences, int(most)), min(most / PASSES, TEACHER_EPOCHS * rows)
         left = (VECTORS + TRAINING + RECOVERY) * seconds - (sentences + teaching * PASSES * (not tuned)) / speed
@@ -226,7 +230,7 @@ def recipe_text(look: Look, shape: Shape, effort: Effort, **names) -> str:
     said = module_settings(look.folder)
     most = min(128, shape.section.max_position_embeddings, said.max_seq_length or 128)
     length = min(most, max(16, round(4 * look.length)))
-    numbers = {"max_length": length, "tokens": round(effort.steps * effort.batch_size * look.length)}
+    numbers = {"max_length": length, "tokens": round(effort.steps * effort.batch_size * look.length), "fitted": FITTED}
     least = LEAST_EVALUATED * max(1, len(names.get("languages", ())))  # of each language
     numbers["evaluated"] = max(least, min(500, look.sentences // 40))
     numbers["held_out_every"] = max(2, min(50, look.lines // 100))
