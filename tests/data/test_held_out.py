@@ -97,7 +97,8 @@ class TestHeldOutTexts:
         lexicon, stream = encoded
         starts = np.arange(0, len(stream.word_ids) - 50, 50)
         lengths = np.resize(np.array([3, 4, 40, 41], np.int32), len(starts))
-        held_out = held_out_texts(stream, lexicon, load_tokenizer(tiny_teacher), Segments(starts, lengths), 1000, 1, {})
+        segments = Segments(starts, lengths, lengths)
+        held_out = held_out_texts(stream, lexicon, load_tokenizer(tiny_teacher), segments, 1000, 1, {})
         assert {len(text.split()) for text in held_out.texts[::4]} == {4, 40}
 
     def test_too_few_are_refused(self, encoded, tiny_teacher):

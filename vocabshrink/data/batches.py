@@ -81,10 +81,16 @@ class Batch:
 
 @dataclass(frozen=True)
 class Segments:
-    """Training sequences: runs of words of the stream. starts [S] int64, lengths [S] int32 in words."""
+    """Training sequences: runs of words of the stream. starts [S] int64, lengths [S] int32 in words; pieces [S] int64,
+    in the vocabulary that needs more of them for each word."""
 
     starts: np.ndarray
     lengths: np.ndarray
+    pieces: np.ndarray
+
+    def take(self, chosen: np.ndarray) -> "Segments":
+        """Those of these numbers, or where a mask is true."""
+        return Segments(self.starts[chosen], self.lengths[chosen], self.pieces[chosen])
 
     def places(self, chosen: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """[n] where the chosen segments' words stand in the stream, and [n] which of the chosen each is of."""
@@ -94,21 +100,14 @@ class Segments:
 
 
 def cut_segments(
-    stream: WordStream,
-    lexicon: Lexicon,
-    *,
-    unit: str,
-    max_pieces: int,
-    min_words: int,
-    held_out_every: int,
-    sides: tuple[str, ...] = ("mixed",),
+    stream: WordStream, lexicon: Lexicon, *, unit: str, max_pieces: int, min_words: int, held_out_every: int, sides=()
 ) -> tuple[Segments, Segments]:
     """(training, held-out) segments, which never share a line: lines, or sentences if `unit` says so, cut where they
     exceed `max_pieces` in the vocabulary that needs more of them, or in the teacher's if only the teacher reads."""
-    cost_of_word = np.diff(lexicon.teacher_offsets)
-    if sides != ("teacher",):
-        cost_of_word = np.maximum(cost_of_word, np.diff(lexicon.student_offsets))
-    found = [(np.zeros(0, np.int64), np.zeros(0, np.int32), np.zeros(0, bool))]
+    of_teacher = np.diff(lexicon.teacher_offsets)
+    longest = np.maximum(of_teacher, np.diff(lexicon.student_offsets))
+    cost_of_word = of_teacher if sides == ("teacher",) else longest
+    found = [[np.zeros(0, kind) for kind in (np.int64, np.int32, np.int64, bool)]]
     for first_line in range(0, len(stream.line_offsets) - 1, BLOCK_LINES):
         offsets = np.asarray(stream.line_offsets[first_line : first_line + BLOCK_LINES + 1])
         words = np.asarray(stream.word_ids[offsets[0] : offsets[-1]])
@@ -130,9 +129,10 @@ def cut_segments(
         length = np.diff(np.append(begin, len(words)))
         line = np.searchsorted(local, begin, side="right") + first_line  # the first is 1
         keep = (length >= min_words) & (np.add.reduceat(cost, begin) <= max_pieces)
-        found.append((begin[keep] + offsets[0], length[keep].astype(np.int32), line[keep] % held_out_every == 0))
-    starts, lengths, held_out = map(np.concatenate, zip(*found, strict=True))
-    return Segments(starts[~held_out], lengths[~held_out]), Segments(starts[held_out], lengths[held_out])
+        parts = begin + offsets[0], length.astype(np.int32), np.add.reduceat(longest[words], begin)
+        found.append([part[keep] for part in (*parts, line % held_out_every == 0)])
+    *parts, held_out = map(np.concatenate, zip(*found, strict=True))
+    return Segments(*parts).take(~held_out), Segments(*parts).take(held_out)
 
 
 def repeated(times: np.ndarray, seed: int) -> np.ndarray:
@@ -186,15 +186,9 @@ class Batcher:
         """Raises InputError where there is nothing to train on."""
         if not len(self.segments.lengths):
             raise InputError(f"corpus: no run of enough words fits {self.max_pieces} pieces: give more text")
-        self.order = Order(self._pieces(), max(1, self.batch_size // self.group_size), self.seed)
+        # sorted by words instead, a third of a batch of short sentences was padding
+        self.order = Order(self.segments.pieces, max(1, self.batch_size // self.group_size), self.seed)
         self._rare = rare_words(self.lexicon) if self.group_size > 1 else None
-
-    def _pieces(self) -> np.ndarray:
-        """[S] pieces of each segment. Sorted by words instead, a third of a batch of short sentences was padding."""
-        rows = np.arange(len(self.segments.lengths))
-        blocks = (rows[start : start + BLOCK_LINES] for start in range(0, len(rows), BLOCK_LINES))
-        of_blocks = (gather_words(self.stream, self.segments, block) for block in blocks)
-        return np.concatenate([words.sums(self.table.longest[words.words]) for words in of_blocks])
 
     def batch(self, index: int) -> Batch:
         """The index-th batch of the run."""
@@ -328,9 +322,8 @@ class TaskBatcher:
             limits[1::2] = np.maximum(room - left, room // 2)
         keep = sequences.running(cost) <= limits[group]
         self.words, row, place = words[keep], row[keep], place[keep]
-        self.sizes = np.bincount(row, weights=cost[keep], minlength=self.rows)  # pieces of each row
-        lengths = np.bincount(row, minlength=self.rows)
-        self.segments = Segments(np.cumsum(lengths) - lengths, lengths)
+        lengths, pieces = (np.bincount(row, weights, minlength=self.rows) for weights in (None, cost[keep]))
+        self.segments = Segments(np.cumsum(lengths) - lengths, lengths, pieces)
         # by words: sorted as finely as by pieces, rows of a batch would have one label where labels go with lengths
         self.order = Order(lengths, max(1, self.batch_size), self.seed)
         self.second = place == 1 if pair else None
@@ -366,7 +359,7 @@ class TaskBatcher:
         """A model's outputs in the order of the rows, as `score` takes them: [R, C], or [tokens, C] for each row.
         model: batch -> [B, C], or [B, T, C] for the pieces of `side`. A token that was cut off, or that has no piece,
         is answered O (the first label if there is no O)."""
-        order, found, labels = np.argsort(self.sizes, kind="stable"), [None] * self.rows, self.task.labels
+        order, found, labels = np.argsort(self.segments.pieces, kind="stable"), [None] * self.rows, self.task.labels
         outside = np.array([label == ("O" if "O" in labels else labels[0]) for label in labels], np.float32)
         for rows in np.split(order, range(self.order.per_batch, self.rows, self.order.per_batch)):
             batch = self.of_rows(rows, self.tokens)

@@ -127,24 +127,17 @@ class PieceTable:
         self.teacher_special, self.student_special = (special_tokens(lexicon, side) for side in ("teacher", "student"))
 
     def gather(
-        self,
-        sequences: Sequences,
-        from_student: np.ndarray | bool,
-        *,
-        labels=None,
-        masked=None,
-        rng=None,
-        combined=False,
+        self, sequences: Sequences, student: np.ndarray | bool, *, labels=None, masked=None, rng=None, combined=False
     ) -> Pieces:
-        """Pads the words' pieces into sequences. from_student [n] bool (or one bool): which words are segmented with
-        the student's vocabulary. labels [n]: a task's label of each word, or -100; it stands at the first piece, of
+        """Pads the words' pieces into sequences. student [n] bool (or one bool): which words are segmented with the
+        student's vocabulary. labels [n]: a task's label of each word, or -100; it stands at the first piece, of
         words that both vocabularies can write. masked [n] bool: words to predict, see `_mask`. combined: ids of the
         combined numbering, under the teacher's special tokens; otherwise the vocabulary's own."""
         words, count, second = sequences.words, sequences.count, sequences.second
-        rows = words + np.asarray(from_student) * self.words
+        rows = words + np.asarray(student) * self.words
         lengths = self.lengths[rows]
         within = within_rows(lengths)
-        own = not combined and np.all(from_student)  # the student's numbering; of no words, one bool still says it
+        own = not combined and np.all(student)  # the student's numbering; of no words, one bool still says it
         special, shift = (self.student_special, self.teacher_size) if own else (self.teacher_special, 0)
         ids = self.pieces[np.repeat(self.offsets[rows], lengths) + within]
 

@@ -12,7 +12,7 @@ from accelerate import Accelerator, PartialState
 from tokenizer_build.files import read_json, write_json
 from tokenizer_build.languages import factors, shares
 from vocabshrink.data import vectors as stored
-from vocabshrink.data.batches import Batcher, Segments, cut_segments, repeated
+from vocabshrink.data.batches import Batcher, cut_segments, repeated
 from vocabshrink.data.held_out import read_rated_pairs, spearman
 from vocabshrink.data.pieces import PieceTable
 from vocabshrink.models.forward import torch_embedder
@@ -199,22 +199,23 @@ def make_batcher(
     table = PieceTable(lexicon, teacher.table.num_embeddings, shared_pieces(*inputs.read_tokenizers(context)))
     most = teacher.modules.max_seq_length or stage.max_length
     common = {"max_pieces": min(stage.max_length, most) - 2, "sides": sides}
+    limits = inputs.HELD_OUT | common | {"unit": getattr(stage, "unit", "line")}
+    limits["held_out_every"] = recipe.corpus.held_out_every
+    if vectors is not None:  # of whole sentences, all of them
+        limits |= {"unit": "line", "max_pieces": 2**31, "min_words": 1, "held_out_every": 2**63 - 1}
+    training, _ = cut_segments(stream, lexicon, **limits)
     if vectors is None:
-        limits = inputs.HELD_OUT | common | {"held_out_every": recipe.corpus.held_out_every}
-        training, _ = cut_segments(stream, lexicon, unit=getattr(stage, "unit", "line"), **limits)
         languages, times = inputs.languages_of(context, stream, training), np.ones(len(training.starts))
         words = {name: int(training.lengths[numbers].sum()) for name, numbers in languages.items()}
         for name, factor in factors(words, shares(words, recipe.corpus.alpha)).items() if words else ():
             times[languages[name]] = factor  # so that the languages have their shares of the words
-        rows = repeated(times, recipe.seed)
-        training = Segments(training.starts[rows], training.lengths[rows])
     else:
-        lengths = np.diff(stream.line_offsets)
-        written = np.flatnonzero(lengths)  # a line of signs that neither tokenizer keeps has no words
+        written = np.flatnonzero(np.diff(stream.line_offsets))  # signs that neither tokenizer keeps make no words
         drawn = stored.Sentences.load(context.folder_of("vectors"))
-        written = written[repeated(drawn.times[written], recipe.seed)]
-        training = Segments(stream.line_offsets[:-1][written], lengths[written].astype(np.int32))
-        options["vectors"] = lambda chosen: vectors.rows(drawn.rows[written[chosen]])
+        times = drawn.times[written]
+        options["vectors"] = lambda chosen: vectors.rows(drawn.rows[written[rows[chosen]]])
+    rows = repeated(times, recipe.seed)
+    training = training.take(rows)
     group = getattr(stage, "group_size", 1)
     options |= {"batch_size": micro_batch(stage, accelerator, context.stage.name, group), "group_size": group}
     return Batcher(table, stream, lexicon, training, seed=recipe.seed, mask=stage.mask, **common, **options)
