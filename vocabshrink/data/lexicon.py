@@ -9,8 +9,7 @@ space that follows a visible character; for two BERT tokenizers also beside ASCI
 tokenised by the real tokenizers, and its pieces are only grouped. `check_family` refuses tokenizers for which that
 cannot be promised, and the first lines of every corpus are compared with the pieces of whole lines.
 
-Cost: a look-up for each chunk (about 2 million words per second and core once warm), a call of each tokenizer for each
-distinct one."""
+Cost: a look-up for each chunk (2 million words a second and core, once warm), and both tokenizers for each new one."""
 
 import copy
 import hashlib
@@ -375,24 +374,20 @@ def _write(results: Iterable[tuple], folder: Path, progress: Callable[[int], Non
         _npy_header(lines_file, "<i8", lines + 1)
     if not words:
         raise InputError("the corpus holds no words; check its files and the name of the text column")
+    # CSR tables of both sides from the words' keys (see _Encoder)
+    data = np.frombuffer(b"".join(numbers), np.int32)
+    sizes = np.fromiter(map(len, numbers), np.int64, len(numbers)) // 4
+    teacher, place = data[np.cumsum(sizes) - sizes].astype(np.int64), within_rows(sizes)
+    is_student = place > np.repeat(teacher, sizes)
     ends = np.array([bool(SENTENCE_END.fullmatch(surface)) for surface in surfaces])
-    tables = _tables(numbers) | {"counts": counts, "ends_sentence": ends}
-    save_file(tables, folder / "lexicon.safetensors")
+    tables = {"teacher_ids": data[(place > 0) & ~is_student], "student_ids": data[is_student]}
+    for side, lengths in (("teacher", teacher), ("student", sizes - 1 - teacher)):
+        tables[f"{side}_offsets"] = np.append(0, np.cumsum(lengths))
+    save_file(tables | {"counts": counts, "ends_sentence": ends}, folder / "lexicon.safetensors")
     with open(folder / "words.jsonl", "w", encoding="utf-8", newline="\n") as file:
         file.writelines(json.dumps(surface, ensure_ascii=False) + "\n" for surface in surfaces)
     pieces = {f"{side}_pieces": int(counts @ np.diff(tables[f"{side}_offsets"])) for side in ("teacher", "student")}
     return {"lines": lines, "words": words, "distinct_words": len(numbers)} | pieces
-
-
-def _tables(keys: Iterable[bytes]) -> dict[str, np.ndarray]:
-    """CSR tables of both sides from the words' keys (see _Encoder)."""
-    data = np.frombuffer(b"".join(keys), np.int32)
-    lengths = np.fromiter(map(len, keys), np.int64, len(keys)) // 4
-    teacher, place = data[np.cumsum(lengths) - lengths].astype(np.int64), within_rows(lengths)
-    is_student = place > np.repeat(teacher, lengths)
-    tables = {"teacher_ids": data[(place > 0) & ~is_student], "student_ids": data[is_student]}
-    ends = {"teacher_offsets": np.cumsum(teacher), "student_offsets": np.cumsum(lengths - 1 - teacher)}
-    return tables | {name: np.append(0, values) for name, values in ends.items()}
 
 
 def _npy_header(file, dtype: str, length: int) -> None:

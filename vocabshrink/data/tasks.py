@@ -220,32 +220,27 @@ def read_logits(path: str | Path, task: Task) -> dict[str, np.ndarray]:
         raise InputError(f"{path}: no logits to read ({error}): correct tasks.{task.name}.logits") from None
     if not {"train", "train.logits"} & tensors.keys():
         raise InputError(f"{path}: train.logits is not in it (but {', '.join(tensors)}): {LOGITS}")
-    found = {}
+    found, width = {}, len(task.labels) or 1
     for split, rows in task.splits.items():
         logits, labels = tensors.get(f"{split}.logits", tensors.get(split)), tensors.get(f"{split}.labels")
-        if logits is not None:
-            found[split] = _logits_of_rows(task, rows, logits, labels, f"{path}: {split}.logits")
+        if logits is None:
+            continue
+        what, total = f"{path}: {split}.logits", rows.file_rows or len(rows)
+        numbers = np.arange(total) if rows.numbers is None else rows.numbers
+        logits = logits[:, None] if logits.ndim == width == 1 else logits
+        if logits.ndim != 2 or len(logits) not in (total, len(rows)) or logits.shape[1] != width:
+            needed = f"the task {total} rows of {width} ({', '.join(task.labels) or 'a score'})"
+            raise InputError(f"{what} has shape {list(logits.shape)} and {needed}: {LOGITS}")
+        found[split] = (logits[numbers] if len(logits) == total else logits).astype(np.float32)
+        faults = {"is not finite": ~np.isfinite(found[split]).all(1)}
+        if labels is not None and task.kind == "classification" and len(labels) in (total, len(rows)):
+            labels = labels[numbers] if len(labels) == total else labels
+            faults["has another label than the task's"] = (labels != rows.targets) & (rows.targets != UNLABELLED)
+        for fault, wrong in faults.items():
+            if wrong.any():
+                raise InputError(f"{what} row {1 + numbers[wrong][0]} {fault}: {LOGITS}")
     check_agreement(task, found["train"], path)
     return found
-
-
-def _logits_of_rows(task: Task, rows: Rows, logits: np.ndarray, labels: np.ndarray | None, what: str) -> np.ndarray:
-    """The logits [R, C] float32 of the task's rows, out of those of the split's file or of the sample."""
-    total, width = rows.file_rows or len(rows), len(task.labels) or 1
-    numbers = np.arange(total) if rows.numbers is None else rows.numbers
-    logits = logits[:, None] if logits.ndim == width == 1 else logits
-    if logits.ndim != 2 or len(logits) not in (total, len(rows)) or logits.shape[1] != width:
-        needed = f"the task {total} rows of {width} ({', '.join(task.labels) or 'a score'})"
-        raise InputError(f"{what} has shape {list(logits.shape)} and {needed}: {LOGITS}")
-    logits = (logits[numbers] if len(logits) == total else logits).astype(np.float32)
-    faults = {"is not finite": ~np.isfinite(logits).all(1)}
-    if labels is not None and task.kind == "classification" and len(labels) in (total, len(rows)):
-        labels = labels[numbers] if len(labels) == total else labels
-        faults["has another label than the task's"] = (labels != rows.targets) & (rows.targets != UNLABELLED)
-    for fault, wrong in faults.items():
-        if wrong.any():
-            raise InputError(f"{what} row {1 + numbers[wrong][0]} {fault}: {LOGITS}")
-    return logits
 
 
 def predictions(task: Task, logits_by_row: np.ndarray | list[np.ndarray]) -> list:
@@ -295,14 +290,6 @@ def spans(tags: list[str]) -> set[tuple[str, int, int]]:
     return found
 
 
-def marks_spans(labels: list[str], remedy: str) -> bool:
-    """Whether the labels are tags of one of SCHEMES, or plain (parts of speech). Raises InputError for a mixture."""
-    prefixes = {label[0] if label[1:2] in ("-", "") else "" for label in labels if label != "O"}
-    if prefixes & {"B", "I"} and not any(prefixes <= set(scheme) for scheme in SCHEMES):
-        raise InputError(f"the labels {', '.join(labels)} are tags of no scheme (B- and I-, and E- and S-): {remedy}")
-    return bool(prefixes & {"B", "I"})
-
-
 def slot_f1(targets: list[list[str]], predicted: list[list[str]]) -> float:
     """F1 of exactly found spans over all rows (Tjong Kim Sang and De Meulder 2003); 0 where there are none."""
     right = total = 0
@@ -327,10 +314,16 @@ METRICS: dict[str, dict[str, Callable]] = {  # by kind of task
 
 
 def choose_metrics(asked: list[str] | None, kind: str, labels: list[str], where: str) -> list[str]:
-    """The metrics asked for, else the usual ones of the kind. Raises InputError for one that does not fit."""
+    """The metrics asked for, else the usual ones of the kind. Raises InputError for one that does not fit, and for
+    spans where labels are partly tags of one of SCHEMES and partly plain (parts of speech)."""
     fitting = [metric for metric in METRICS[kind] if metric != "f1" or len(labels) == 2]
-    if kind == "tokens" and (not asked or "slot_f1" in asked) and not marks_spans(labels, f"name {where}: [accuracy]"):
-        fitting.remove("slot_f1")
+    if kind == "tokens" and (not asked or "slot_f1" in asked):
+        prefixes = {label[0] if label[1:2] in ("-", "") else "" for label in labels if label != "O"}
+        if not prefixes & {"B", "I"}:
+            fitting.remove("slot_f1")
+        elif not any(prefixes <= set(scheme) for scheme in SCHEMES):
+            fault = f"the labels {', '.join(labels)} are tags of no scheme (B- and I-, and E- and S-)"
+            raise InputError(f"{fault}: name {where}: [accuracy]")
     asked = asked or (fitting if kind == "regression" else fitting[0])
     asked = asked if isinstance(asked, list) else [asked]
     if wrong := [metric for metric in asked if metric not in fitting]:

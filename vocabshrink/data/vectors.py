@@ -123,9 +123,7 @@ def read_sentences(folder: Path) -> list[str]:
     return [json.loads(line) for line in (folder / "sentences.jsonl").read_text(encoding="utf-8").split("\n")[:-1]]
 
 
-def store_vectors(
-    folder: Path, name: str, sentences: list[str], embed: Embed, saying: Callable[[int], Callable]
-) -> None:
+def store_vectors(folder: Path, name: str, sentences: list[str], embed: Embed, saying: Callable) -> None:
     """Writes `embed` of the sentences to folder/NAME.npy, [N, D] float16, going on where a killed run stopped. saying:
     of the number of those that are there gives what is called with the number of each block's."""
     path, state = folder / f"{name}.npy", folder / f"{name}.json"
