@@ -204,8 +204,7 @@ def torch_embedder(
     @torch.no_grad()
     def embed(texts: list[str]) -> np.ndarray:
         device = next(backbone.parameters()).device
-        order = np.argsort([len(text) for text in texts], kind="stable")
-        vectors = []
+        order, vectors = np.argsort([len(text) for text in texts], kind="stable"), []
         for start in range(0, len(texts), batch_size):
             side = read([(prompt or "") + texts[i] for i in order[start : start + batch_size]])
             _ = side.lengths  # while they are on the host

@@ -26,6 +26,7 @@ from tokenizer_build.tokenizer import shared_tokenizer
 
 transformers_logging.set_verbosity_error()
 transformers_logging.disable_progress_bar()
+SAFE = {"trust_remote_code": False, "local_files_only": True}  # no folder's code is run, and nothing is downloaded
 
 
 def resolve_model(model: str, revision: str | None = None, *, key: str = "model") -> Path:
@@ -63,16 +64,14 @@ def refusing(place: Path, remedy: str = "download it again, or save it with save
     try:
         yield
     except Exception as error:  # of any kind: OSError, KeyError, TypeError, SafetensorError, StrictDataclassError ...
-        reason = (
-            f"{type(error).__name__}: {shorten(str(error).replace(str(place), place.name), 200, placeholder=' ...')}"
-        )
-        raise InputError(f"{place}: cannot be loaded: {reason}: {remedy}") from error
+        said = shorten(str(error).replace(str(place), place.name), 200, placeholder=" ...")
+        raise InputError(f"{place}: cannot be loaded: {type(error).__name__}: {said}: {remedy}") from error
 
 
 def load_config(folder: Path):
     """A model folder's config. Raises InputError for what is no config, or not an encoder's."""
     with refusing(folder):
-        config = AutoConfig.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
+        config = AutoConfig.from_pretrained(folder, **SAFE)
     if not getattr(config, "num_hidden_layers", 1) > 0:
         raise InputError(f"{folder}/config.json: num_hidden_layers is {config.num_hidden_layers}: it has no layers")
     if not (getattr(config, "vocab_size", None) or config.is_encoder_decoder):
@@ -88,17 +87,10 @@ def load_config(folder: Path):
 def load_model(folder: Path, loader=AutoModel, **options):
     """`loader.from_pretrained` of a folder, in eval mode. Raises InputError for weights missing, strange or damaged."""
     weight_files(folder)
+    # eager trains 1.6 times as fast on a CPU in bf16; on a GPU transformers chooses sdpa for those that have it
+    options |= {"attn_implementation": None if torch.cuda.is_available() else "eager", "dtype": torch.float32}
     with refusing(folder):
-        return loader.from_pretrained(
-            folder,
-            dtype=torch.float32,
-            # eager trains 1.6 times as fast on a CPU in bf16; on a GPU transformers chooses sdpa for those that have it
-            attn_implementation=None if torch.cuda.is_available() else "eager",
-            use_safetensors=True,
-            trust_remote_code=False,
-            local_files_only=True,
-            **options,
-        )
+        return loader.from_pretrained(folder, use_safetensors=True, **SAFE, **options)
 
 
 def check_folder(folder: Path, sha256: str | None = None):
@@ -136,8 +128,7 @@ def convert_tokenizer(folder: Path) -> None:
     kinds = ("sentencepiece.bpe.model", "spiece.model", "spm.model", "tokenizer.model", "merges.txt", "vocab.txt")
     for old in [name for name in kinds if (folder / name).is_file()][:1]:
         with refusing(folder / old, "pip install sentencepiece protobuf, or put a tokenizer.json beside it"):
-            tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
-            content = tokenizer.backend_tokenizer.to_str()
+            content = AutoTokenizer.from_pretrained(folder, **SAFE).backend_tokenizer.to_str()
         print(f"{folder}: tokenizer.json made of {old}", file=sys.stderr)
         write_text(folder / "tokenizer.json", content)
 

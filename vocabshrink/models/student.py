@@ -63,18 +63,12 @@ class Start(NamedTuple):
 
 
 def build_student(
-    section: StudentSection,
-    source: Teacher,
-    tokenizer_folder: Path,
-    *,
-    batch: Pieces | None = None,
-    counts=None,
-    seed=0,
+    section: StudentSection, source: Teacher, vocabulary: Path, *, batch: Pieces | None = None, counts=None, seed=0
 ) -> Start:
     """A student and how it was started from `source`: the teacher, or another model. batch: text in the source's
     pieces, from which `extract_importance` measures. counts: [V] of the student's pieces in the text, for `factorise`.
     seed: of `extract_random` and the layer map `random`. Raises InputError for a shape that the source cannot fill."""
-    tokenizer, how = load_tokenizer(tokenizer_folder), section.initialize
+    tokenizer, how = load_tokenizer(vocabulary), section.initialize
     wanted = config = student_config(section, source.config, tokenizer.get_vocab_size())
     table = source.table.weight.detach()
     if table_width(wanted) < min(wanted.hidden_size, table.shape[1]):  # factorised when all else is in place
@@ -152,9 +146,6 @@ def source_layers(layer_map: str | list, student: PreTrainedModel, teacher: Teac
     return {m - 1: block[-1] - 1 for m, block in (*start, *pairs) if m and block[-1]}
 
 
-UPDATES = ("attention.output.dense", "output.dense")  # what a layer adds to the residual stream
-
-
 def copy_body(student: PreTrainedModel, teacher: Teacher, source_layer: dict[int, int], kept: dict | None) -> str:
     """Copies every variable but the piece table whose shape agrees, or what `kept` cuts out of it; returns what it did.
     Of several copies of a layer each adds 1 / sqrt(copies) of its update: all-MiniLM-L6-v2 with every layer twice keeps
@@ -174,7 +165,7 @@ def copy_body(student: PreTrainedModel, teacher: Teacher, source_layer: dict[int
             value = value[families.first_position(teacher.config) :][: len(target)]
         if kept is not None:
             value = cut(kept, layer, tail, value)
-        if inside and tail.startswith(UPDATES):
+        if inside and tail.startswith(("attention.output.dense", "output.dense")):  # added to the residual stream
             value = value / copies[layer] ** 0.5
         if value.shape == target.shape:
             target.data.copy_(value)
