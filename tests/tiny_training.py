@@ -12,9 +12,8 @@ from conftest import wordpiece_pieces
 from torch import nn
 
 from tokenizer_build.tokenizer import save_tokenizer
-from vocabshrink.data.batches import Batcher, cut_segments
+from vocabshrink.data.batches import Batcher, PieceTable, cut_segments
 from vocabshrink.data.lexicon import Lexicon, WordStream, encode_corpus
-from vocabshrink.data.pieces import PieceTable
 from vocabshrink.models.student import build_student
 from vocabshrink.models.teacher import load_teacher
 from vocabshrink.run.folder import RunDir

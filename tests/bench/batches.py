@@ -27,9 +27,8 @@ from tokenizer_build.count import count_block
 from tokenizer_build.files import write_json
 from tokenizer_build.tokenizer import save_tokenizer
 from tokenizer_build.trainers import train_vocabulary
-from vocabshrink.data.batches import Batcher, cut_segments
+from vocabshrink.data.batches import Batcher, PieceTable, cut_segments
 from vocabshrink.data.lexicon import Lexicon, WordStream, encode_corpus
-from vocabshrink.data.pieces import PieceTable
 from vocabshrink.models.loading import resolve_model
 
 MAX_LENGTH, BATCH = 128, 256

@@ -37,9 +37,8 @@ from transformers import AutoModel, AutoTokenizer
 from tokenizer_build.corpus import read_blocks
 from tokenizer_build.files import read_json, write_json
 from tokenizer_build.tokenizer import load_tokenizer
-from vocabshrink.data.batches import Batcher, cut_segments
+from vocabshrink.data.batches import Batcher, PieceTable, cut_segments
 from vocabshrink.data.lexicon import Lexicon, WordStream, encode_corpus
-from vocabshrink.data.pieces import PieceTable
 from vocabshrink.models.loading import resolve_model
 from vocabshrink.models.spelling import shared_pieces
 from vocabshrink.models.student import build_student

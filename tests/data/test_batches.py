@@ -17,7 +17,9 @@ from vocabshrink.data import batches
 from vocabshrink.data.batches import (
     Batch,
     Batcher,
+    PieceTable,
     Segments,
+    Sequences,
     cut_segments,
     gather_words,
     near_groups,
@@ -25,7 +27,6 @@ from vocabshrink.data.batches import (
     rare_words,
 )
 from vocabshrink.data.lexicon import Lexicon, WordStream, encode_corpus
-from vocabshrink.data.pieces import PieceTable, Sequences
 
 LIMIT = 40  # pieces without special tokens: many lines need more, so that cutting is at work
 

@@ -26,8 +26,8 @@ from word_tables import (
 )
 
 from tokenizer_build.errors import InputError
+from vocabshrink.data.batches import PieceTable, Sequences, special_tokens
 from vocabshrink.data.lexicon import Lexicon, WordStream, encode_corpus
-from vocabshrink.data.pieces import PieceTable, Sequences, special_tokens
 
 
 @pytest.fixture(scope="module")

@@ -12,9 +12,9 @@ from hypothesis import strategies as st
 from tokenizers.implementations import ByteLevelBPETokenizer
 from transformers import AutoTokenizer, BertTokenizerFast, RobertaTokenizerFast
 
-from vocabshrink.data import batches
-from vocabshrink.data.batches import Batch, TaskBatcher, encode_task
-from vocabshrink.data.tasks import Rows, Task, predictions, score
+from vocabshrink.data import tasks
+from vocabshrink.data.batches import Batch
+from vocabshrink.data.tasks import Rows, Task, TaskBatcher, encode_task, predictions, score
 
 
 @pytest.fixture(scope="module")
@@ -152,8 +152,8 @@ class TestEncoding:
         task = task_of(["kalo mine", "ru"], validation=rows)
         first = encode_task(task, teachers["bert"], student_folder, tmp_path)
         assert first.starts["train"].tolist() == [0, 1, 2] and first.starts["validation"].tolist() == [2, 3]
-        calls, encode = [], batches.encode_corpus
-        monkeypatch.setattr(batches, "encode_corpus", lambda *args: calls.append(args) or encode(*args))
+        calls, encode = [], tasks.encode_corpus
+        monkeypatch.setattr(tasks, "encode_corpus", lambda *args: calls.append(args) or encode(*args))
         again = encode_task(task, teachers["bert"], student_folder, tmp_path)
         assert not calls and np.array_equal(again.stream.word_ids, first.stream.word_ids)
         for other, teacher in (
@@ -170,7 +170,7 @@ class TestEncoding:
 
         encode_task(task_of(["kalo mine"]), teachers["bert"], student_folder, tmp_path)
         with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-            patch.setattr(batches, "write_json", fail)  # the new words are there and the mark is not
+            patch.setattr(tasks, "write_json", fail)  # the new words are there and the mark is not
             encode_task(task_of(["mine ru kalo"]), teachers["bert"], student_folder, tmp_path)
         found = encode_task(task_of(["kalo mine"]), teachers["bert"], student_folder, tmp_path)
         assert found.stream.line_offsets.tolist() == [0, 2]

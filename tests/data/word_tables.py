@@ -9,7 +9,7 @@ from conftest import wordpiece_pieces
 from tokenizers import Tokenizer
 from transformers import BertTokenizerFast
 
-from vocabshrink.data.pieces import Sequences
+from vocabshrink.data.batches import Sequences
 
 SIDES = ("mixed", "student", "teacher")
 

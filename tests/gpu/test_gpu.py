@@ -143,7 +143,7 @@ def test_no_step_waits_for_the_device(tiny_teacher, words, tmp_path, monkeypatch
 
 
 def test_fused_attention_gives_eager_s_states(folders):
-    from vocabshrink.data.pieces import Pieces
+    from vocabshrink.data.batches import Pieces
     from vocabshrink.models.forward import run_backbone
 
     device = "cuda" if HAS_GPU else "cpu"

@@ -11,7 +11,7 @@ from transformers import AutoConfig
 
 from tokenizer_build.errors import InputError
 from tokenizer_build.files import write_json
-from vocabshrink.data.pieces import Pieces
+from vocabshrink.data.batches import Pieces
 from vocabshrink.models.forward import (
     MODES,
     ModuleSettings,

@@ -30,7 +30,7 @@ from transformers import (
 
 from tokenizer_build.errors import InputError
 from tokenizer_build.tokenizer import make_tokenizer, save_tokenizer
-from vocabshrink.data.pieces import Pieces
+from vocabshrink.data.batches import Pieces
 from vocabshrink.models.families import check_attention
 from vocabshrink.models.forward import ModuleSettings, run_backbone, torch_embedder
 from vocabshrink.models.projection import scores_of

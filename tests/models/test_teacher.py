@@ -13,7 +13,7 @@ from transformers import AutoModel, AutoModelForMaskedLM
 
 from tokenizer_build.errors import InputError
 from tokenizer_build.tokenizer import make_tokenizer
-from vocabshrink.data.pieces import Pieces
+from vocabshrink.data.batches import Pieces
 from vocabshrink.models.families import check_attention
 from vocabshrink.models.forward import pool_attention, pool_units, run_backbone
 from vocabshrink.models.loading import check_folder, resolve_model

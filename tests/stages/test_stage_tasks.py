@@ -15,8 +15,7 @@ import vocabshrink.stages.tasks
 from tokenizer_build.errors import InputError
 from tokenizer_build.files import read_json
 from tokenizer_build.tokenizer import load_tokenizer, save_tokenizer
-from vocabshrink.data.batches import encode_task
-from vocabshrink.data.tasks import headline, predictions, read_logits, score
+from vocabshrink.data.tasks import encode_task, headline, predictions, read_logits, score
 from vocabshrink.models.rounding import fake_quantize_
 from vocabshrink.models.task_model import load_task_model
 from vocabshrink.run.engine import Run, context_of, run_stage, settings_of

@@ -9,8 +9,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from tokenizer_build.errors import InputError
-from vocabshrink.data.batches import Batch
-from vocabshrink.data.pieces import Pieces
+from vocabshrink.data.batches import Batch, Pieces
 from vocabshrink.models.forward import Pass, pool_units
 from vocabshrink.models.teacher import MaskedLMHead
 from vocabshrink.run.layer_map import layer_pairs

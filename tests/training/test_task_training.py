@@ -24,9 +24,8 @@ from transformers import (
 
 from tokenizer_build.errors import InputError
 from tokenizer_build.tokenizer import save_tokenizer
-from vocabshrink.data.batches import TaskBatcher, encode_task
-from vocabshrink.data.pieces import Pieces
-from vocabshrink.data.tasks import Rows, Task
+from vocabshrink.data.batches import Pieces
+from vocabshrink.data.tasks import Rows, Task, TaskBatcher, encode_task
 from vocabshrink.models.forward import run_backbone
 from vocabshrink.models.student import build_student, save_model
 from vocabshrink.models.task_model import CLASSIFIERS, load_task_model, predict, student_model, task_logits

@@ -19,8 +19,8 @@ from transformers import PreTrainedConfig
 from tokenizer_build.errors import InputError
 from tokenizer_build.files import read_json
 from tokenizer_build.tokenizer import load_tokenizer
+from vocabshrink.data.batches import Pieces
 from vocabshrink.data.held_out import Embed
-from vocabshrink.data.pieces import Pieces
 from vocabshrink.models.families import PARTS, layer_modules, positions_of
 from vocabshrink.models.loading import refusing
 from vocabshrink.run.recipe import POOLINGS

@@ -13,8 +13,7 @@ from torch import Tensor, nn
 from transformers import BertConfig
 
 from tokenizer_build.errors import InputError
-from vocabshrink.data.batches import Batch
-from vocabshrink.data.pieces import Pieces
+from vocabshrink.data.batches import Batch, Pieces
 from vocabshrink.models.families import LAYERS, PARTS, as_bert, layer_modules, neurons_of, table_width
 from vocabshrink.models.forward import hooked, pool_units
 from vocabshrink.models.teacher import Teacher

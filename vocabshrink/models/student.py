@@ -19,7 +19,7 @@ from transformers import BertConfig, BertModel, ElectraConfig, ElectraModel, Pre
 from tokenizer_build.errors import InputError
 from tokenizer_build.files import replacing_folder, write_json
 from tokenizer_build.tokenizer import load_tokenizer
-from vocabshrink.data.pieces import Pieces
+from vocabshrink.data.batches import Pieces
 from vocabshrink.models import families
 from vocabshrink.models.families import RELATIVE, new_encoder, student_class, table_width, without_pooler
 from vocabshrink.models.forward import ModuleSettings

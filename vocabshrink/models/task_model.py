@@ -12,8 +12,8 @@ from torch import Tensor, nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from tokenizer_build.errors import InputError
-from vocabshrink.data.batches import Batch, TaskBatcher
-from vocabshrink.data.tasks import Task, check_label_order
+from vocabshrink.data.batches import Batch
+from vocabshrink.data.tasks import Task, TaskBatcher, check_label_order
 from vocabshrink.models.families import student_class
 from vocabshrink.models.forward import run_backbone
 from vocabshrink.models.loading import check_folder, load_model, read_tensors, resolve_model, tensors_in

@@ -12,10 +12,9 @@ from tokenizer_build.errors import InputError
 from tokenizer_build.languages import check_script
 from tokenizer_build.tokenizer import adopt_tokenizer, save_tokenizer, shared_tokenizer
 from tokenizer_build.trainers import required_words, teacher_pieces
-from vocabshrink.data.batches import encode_task
 from vocabshrink.data.held_out import LEAST_SENTENCES, read_rated_pairs
 from vocabshrink.data.lexicon import check_family, describe_tokenizer, tokenizer_file
-from vocabshrink.data.tasks import Task, check_agreement, check_label_order, read_logits, read_task
+from vocabshrink.data.tasks import Task, check_agreement, check_label_order, encode_task, read_logits, read_task
 from vocabshrink.delivery.export import check_activation
 from vocabshrink.models.families import LAYERS, check_attention, positions_of
 from vocabshrink.models.forward import load_dense

@@ -16,10 +16,9 @@ from tokenizer_build.corpus import read_lines
 from tokenizer_build.errors import InputError
 from tokenizer_build.files import read_json
 from tokenizer_build.tokenizer import load_tokenizer
-from vocabshrink.data.batches import Batch, Batcher, Segments, cut_segments
+from vocabshrink.data.batches import Batch, Batcher, PieceTable, Segments, cut_segments
 from vocabshrink.data.held_out import HeldOut, held_out_texts
 from vocabshrink.data.lexicon import Lexicon, WordStream, encode_corpus
-from vocabshrink.data.pieces import PieceTable
 from vocabshrink.data.tasks import Task, read_task
 from vocabshrink.data.vectors import read_sentences
 from vocabshrink.models.families import positions_of

@@ -26,8 +26,7 @@ from torch import nn
 from tokenizer_build.errors import InputError
 from tokenizer_build.files import read_json, replacing, write_json, write_text
 from tokenizer_build.tokenizer import load_tokenizer
-from vocabshrink.data.batches import EncodedTask, TaskBatcher, encode_task
-from vocabshrink.data.tasks import UNLABELLED, Rows, Task, headline, read_logits, score
+from vocabshrink.data.tasks import EncodedTask, Rows, Task, TaskBatcher, encode_task, headline, read_logits, score
 from vocabshrink.data.vectors import read_sentences, store_vectors, write_sentences
 from vocabshrink.models.families import positions_of
 from vocabshrink.models.loading import load_config, resolve_model
@@ -115,7 +114,7 @@ def label_texts(model: str, draw: Callable[[], list[str]], folder: Path, asked: 
             logits = logits_of(teacher, encoded, "train", phase, side="teacher")
         if kind != "tokens":
             return logits
-        numbers = np.full((len(chosen), LABELLED_WORDS), UNLABELLED)
+        numbers = np.full((len(chosen), LABELLED_WORDS), -1)
         for row, found in zip(numbers, logits, strict=True):
             row[: len(found)] = found.argmax(-1)
         return numbers

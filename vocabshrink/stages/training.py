@@ -12,9 +12,8 @@ from accelerate import Accelerator, PartialState
 from tokenizer_build.files import read_json, write_json
 from tokenizer_build.languages import factors, shares
 from vocabshrink.data import vectors as stored
-from vocabshrink.data.batches import Batcher, cut_segments, repeated
+from vocabshrink.data.batches import Batcher, PieceTable, cut_segments, repeated
 from vocabshrink.data.held_out import read_rated_pairs, spearman
-from vocabshrink.data.pieces import PieceTable
 from vocabshrink.models.forward import torch_embedder
 from vocabshrink.models.loading import load_model
 from vocabshrink.models.projection import narrowing

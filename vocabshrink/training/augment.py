@@ -26,7 +26,7 @@ from torch.nn.utils.rnn import pad_sequence
 
 from tokenizer_build.files import read_jsonl, write_text
 from tokenizer_build.tokenizer import load_tokenizer
-from vocabshrink.data.pieces import Pieces
+from vocabshrink.data.batches import Pieces
 from vocabshrink.data.tasks import Rows, Task
 from vocabshrink.models.families import positions_of
 from vocabshrink.models.forward import run_backbone

@@ -26,8 +26,7 @@ from torch.nn.utils import get_total_norm
 
 from tokenizer_build.errors import InputError
 from tokenizer_build.files import checksum, clean, parse_json, plain, replacing_folder, write_json
-from vocabshrink.data.batches import Batch, prefetch
-from vocabshrink.data.pieces import mapped
+from vocabshrink.data.batches import Batch, mapped, prefetch
 from vocabshrink.run.folder import RunDir
 from vocabshrink.run.recipe import TrainingSection
 from vocabshrink.training.task import TrainingTask

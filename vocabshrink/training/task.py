@@ -15,8 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from tokenizer_build.errors import InputError
-from vocabshrink.data.batches import Batch
-from vocabshrink.data.pieces import Pieces
+from vocabshrink.data.batches import Batch, Pieces
 from vocabshrink.models.families import table_width
 from vocabshrink.models.forward import ModuleSettings, run_backbone
 from vocabshrink.models.projection import ParameterProjection, widen

@@ -13,8 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from tokenizer_build.errors import InputError
-from vocabshrink.data.batches import Batch
-from vocabshrink.data.pieces import Pieces
+from vocabshrink.data.batches import Batch, Pieces
 from vocabshrink.models.forward import Pass, pool_attention, pool_sentence, pool_units
 from vocabshrink.run.layer_map import Pairs
 
