@@ -116,7 +116,7 @@ def install(monkeypatch) -> None:
     import transformers
     from accelerate import PartialState
 
-    from vocabshrink.models import loading, task_model
+    from vocabshrink.models import loading, teacher
     from vocabshrink.stages import tasks, training
     from vocabshrink.training import loop
 
@@ -138,7 +138,7 @@ def install(monkeypatch) -> None:
     monkeypatch.setattr(tasks, "make_accelerator", FarAccelerator)
     # neither knows this device: torch's fused optimizer, and inference mode, which does without what `Far` is made with
     monkeypatch.setitem(loop.OPTIMIZERS, "adamw", partial(torch.optim.AdamW, foreach=True))
-    monkeypatch.setattr(tasks, "predict", torch.no_grad()(task_model.predict.__wrapped__))
+    monkeypatch.setattr(tasks, "predict", torch.no_grad()(teacher.predict.__wrapped__))
     monkeypatch.setattr(PartialState, "device", property(lambda self: DEVICE, lambda self, value: None), raising=False)
     monkeypatch.setattr(
         torch, "autocast", lambda kind, *a, **k: contextlib.nullcontext() if kind == "meta" else autocast(kind, *a, **k)

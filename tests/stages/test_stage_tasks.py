@@ -17,7 +17,7 @@ from tokenizer_build.files import read_json
 from tokenizer_build.tokenizer import load_tokenizer, save_tokenizer
 from vocabshrink.data.tasks import encode_task, headline, predictions, read_logits, score
 from vocabshrink.models.rounding import fake_quantize_
-from vocabshrink.models.task_model import load_task_model
+from vocabshrink.models.teacher import load_task_model
 from vocabshrink.run.engine import Run, context_of, run_stage, settings_of
 from vocabshrink.run.folder import RunDir
 from vocabshrink.run.recipe import Phase, TaskSection, parse_recipe

@@ -28,8 +28,7 @@ from vocabshrink.data.batches import Pieces
 from vocabshrink.data.tasks import Rows, Task, TaskBatcher, encode_task
 from vocabshrink.models.forward import run_backbone
 from vocabshrink.models.student import build_student, save_model
-from vocabshrink.models.task_model import CLASSIFIERS, load_task_model, predict, student_model, task_logits
-from vocabshrink.models.teacher import load_teacher
+from vocabshrink.models.teacher import CLASSIFIERS, load_task_model, load_teacher, predict, student_model, task_logits
 from vocabshrink.run.folder import RunDir
 from vocabshrink.run.layer_map import layer_pairs
 from vocabshrink.run.recipe import Phase, StudentSection

@@ -20,8 +20,7 @@ from vocabshrink.models.families import LAYERS, check_attention, positions_of
 from vocabshrink.models.forward import load_dense
 from vocabshrink.models.loading import load_config, resolve_model
 from vocabshrink.models.projection import check_extraction
-from vocabshrink.models.task_model import load_task_model
-from vocabshrink.models.teacher import find_head
+from vocabshrink.models.teacher import find_head, load_task_model
 from vocabshrink.run.layer_map import layer_pairs
 from vocabshrink.run.recipe import ComparingStage, Phase, Recipe, TaskSection
 from vocabshrink.stages.choose import MOST_UNKNOWN

@@ -27,7 +27,7 @@ from vocabshrink.models.forward import ModuleSettings, module_settings, torch_em
 from vocabshrink.models.loading import check_folder, load_model, resolve_model
 from vocabshrink.models.spelling import first_known
 from vocabshrink.models.student import student_config
-from vocabshrink.models.task_model import head_of
+from vocabshrink.models.teacher import head_of
 from vocabshrink.pages.page import ENVIRONMENT
 from vocabshrink.run.recipe import StudentSection, WeightFormats
 from vocabshrink.stages.plan import delivery_bytes, tokenizer_bytes

@@ -33,7 +33,7 @@ from vocabshrink.models.loading import load_config, resolve_model
 from vocabshrink.models.rounding import bake, fake_quantize_, is_rounded, quantization_aware
 from vocabshrink.models.spelling import shared_pieces
 from vocabshrink.models.student import read_student, save_model
-from vocabshrink.models.task_model import head_of, load_task_model, predict, student_model
+from vocabshrink.models.teacher import head_of, load_task_model, predict, student_model
 from vocabshrink.run.engine import Context, saying, settings_of
 from vocabshrink.run.folder import RunDir
 from vocabshrink.run.layer_map import layer_pairs

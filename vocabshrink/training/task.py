@@ -20,8 +20,7 @@ from vocabshrink.models.families import table_width
 from vocabshrink.models.forward import ModuleSettings, run_backbone
 from vocabshrink.models.projection import ParameterProjection, widen
 from vocabshrink.models.rounding import refit
-from vocabshrink.models.task_model import task_logits
-from vocabshrink.models.teacher import Teacher
+from vocabshrink.models.teacher import Teacher, task_logits
 from vocabshrink.run.layer_map import Pairs
 from vocabshrink.run.recipe import Losses
 from vocabshrink.training.losses import ATTENTION, LOSSES, PLACES, masked_lm_loss, readers, unanswered
