@@ -269,8 +269,7 @@ class Batch:
 
 @dataclass(frozen=True)
 class Segments:
-    """Training sequences: runs of words of the stream. starts [S] int64, lengths [S] int32 in words; pieces [S] int64,
-    in the vocabulary that needs more of them for each word."""
+    """Runs of words of the stream: starts [S] int64, lengths [S] int32 in words, pieces [S] int64 as of `longest`."""
 
     starts: np.ndarray
     lengths: np.ndarray

@@ -54,9 +54,8 @@ class HeldOut:
 def held_out_texts(
     stream: WordStream, lexicon: Lexicon, teacher: Tokenizer, segments: Segments, count: int, seed: int, languages: dict
 ) -> HeldOut:
-    """Draws sentences of 4 to 40 words and makes their near ones, as text that the teacher's tokenizer reads as it read
-    the corpus. languages: {language: the numbers of its segments}, from each of which as many are drawn. Raises
-    InputError if there are too few."""
+    """Sentences of 4 to 40 words and their near ones, as text that the teacher's tokenizer reads as it read the corpus.
+    languages: {language: the numbers of its segments}, of which each gives as many. Raises InputError for too few."""
     fitting = np.flatnonzero((segments.lengths >= 4) & (segments.lengths <= 40))
     if len(fitting) < LEAST_SENTENCES:
         raise InputError(f"corpus: only {len(fitting)} held-out sentences of 4 to 40 words: give more text")

@@ -210,13 +210,9 @@ def _described(path: Path, files: tuple) -> dict:
         named = config.get(f"{role}_token")
         names = (named["content"] if isinstance(named, dict) else named or "", f"[{role.upper()}]", name)
         special[role] = next((i for i in map(tokenizer.token_to_id, names) if i is not None), None)
-    return {
-        "size": tokenizer.get_vocab_size(with_added_tokens=True),
-        "special": special,
-        "double_sep": special["cls"] is not None and tokenizer.id_to_token(special["cls"]) == "<s>",  # between a pair
-        "sha256": hashlib.sha256(path.read_bytes()).hexdigest(),
-        "family": family,
-    }
+    double = special["cls"] is not None and tokenizer.id_to_token(special["cls"]) == "<s>"  # between a pair
+    described = {"size": tokenizer.get_vocab_size(with_added_tokens=True), "special": special, "double_sep": double}
+    return described | {"sha256": hashlib.sha256(path.read_bytes()).hexdigest(), "family": family}
 
 
 @cache

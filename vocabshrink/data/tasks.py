@@ -423,7 +423,6 @@ class TaskBatcher:
             self.labels[first] = np.where(targets == UNLABELLED, -100, targets)
 
     def batch(self, index: int) -> Batch:
-        """The index-th batch of the run."""
         return self.of_rows(self.order.rows(index))
 
     def of_rows(self, rows: np.ndarray, labels: np.ndarray | None = None) -> Batch:

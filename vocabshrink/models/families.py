@@ -19,15 +19,12 @@ PARTS = (
 # model_type -> (where a layer stands, the names there of PARTS)
 DISTIL = ("sa_layer_norm", "ffn.lin1", "ffn.lin2", "output_layer_norm")
 ALBERT = ("ffn", "ffn_output", "full_layer_layer_norm")
-LAYERS: dict[str, tuple[str, tuple[str, ...]]] = dict.fromkeys(
-    ("bert", "roberta", "xlm-roberta", "camembert", "electra"), ("encoder.layer.{}", PARTS)
-) | {
+SHARED = "encoder.albert_layer_groups.0.albert_layers.0"  # one layer, used again and again
+LAYERS: dict[str, tuple[str, tuple[str, ...]]] = {
+    **dict.fromkeys(("bert", "roberta", "xlm-roberta", "camembert", "electra"), ("encoder.layer.{}", PARTS)),
     "mpnet": ("encoder.layer.{}", (*(f"attention.attn.{name}" for name in "qkvo"), "attention.LayerNorm", *PARTS[5:])),
     "distilbert": ("transformer.layer.{}", (*(f"attention.{name}_lin" for name in ("q", "k", "v", "out")), *DISTIL)),
-    "albert": (  # one layer, used again and again
-        "encoder.albert_layer_groups.0.albert_layers.0",
-        (*(f"attention.{name}" for name in ("query", "key", "value", "dense", "LayerNorm")), *ALBERT),
-    ),
+    "albert": (SHARED, (*(f"attention.{name}" for name in ("query", "key", "value", "dense", "LayerNorm")), *ALBERT)),
 }
 RELATIVE = ("mpnet",)  # adds learned biases to the scores Q K^T / sqrt(d); what lies outside LAYERS may rotate them too
 FIRST_POSITION = ("roberta", "xlm-roberta", "camembert", "mpnet")  # count positions from behind the padding id
@@ -72,11 +69,8 @@ def names_of_layer(config: PreTrainedConfig, number: int) -> dict[str, str]:
 def as_bert(backbone: nn.Module) -> dict[str, nn.Parameter]:
     """A backbone's parameters under BERT's and ELECTRA's names; without layers where the family is none of LAYERS."""
     config, found, albert = backbone.config, dict(backbone.named_parameters()), "encoder.embedding_hidden_mapping_in"
-    named = {
-        name.replace(albert, "embeddings_project"): value
-        for name, value in found.items()
-        if name.startswith(("embeddings", albert))
-    }
+    outside = [name for name in found if name.startswith(("embeddings", albert))]
+    named = {name.replace(albert, "embeddings_project"): found[name] for name in outside}
     for number in range(config.num_hidden_layers) if config.model_type in LAYERS else ():
         for ours, theirs in names_of_layer(config, number).items():
             named |= {f"{ours}.{kind}": found[f"{theirs}.{kind}"] for kind in ("weight", "bias")}

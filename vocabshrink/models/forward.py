@@ -137,25 +137,20 @@ def module_settings(folder: Path, pooling: str | None = None, normalize: bool | 
         raise InputError(f"{folder}: {what}: known: only a Transformer beside modules.json, Pooling, Dense, Normalize")
     if any(part.get("use_residual") for part in options):
         raise InputError(f"{folder}: a Dense module with a residual cannot be learnt: take another model")
-    if modules and pooling is None:
-        pooling = _pooling_of(options[1], folder)
+    if modules and pooling is None:  # its keys changed in sentence-transformers 5
+        flags = [key.removeprefix("pooling_mode_") for key, on in options[1].items() if on and "pooling_mode_" in key]
+        named = options[1].get("pooling_mode") or flags or [MODES["mean"]]
+        named, bare = [named] if isinstance(named, str) else named, not options[1].get("include_prompt", True)
+        known = {name: one for one, mode in MODES.items() for name in (mode, one)}
+        if len(named) > 1 or named[0] not in known or bare:
+            what = " and ".join(named) + " without the prompt" * bare
+            remedy = f"give teacher.pooling, one of {', '.join(POOLINGS)}, or another model"
+            raise InputError(f"{folder}: pooling by {what} cannot be learnt: {remedy}")
+        pooling = known[named[0]]
     normalize = (not kinds or "Normalize" in kinds) if normalize is None else normalize
     dense = tuple(folder / path for path, kind in modules if kind == "Dense")
     prompts = {name: text or "" for name, text in prompts.items()}
     return ModuleSettings(pooling or POOLINGS[0], normalize, limits.get("max_seq_length"), prompts, default, dense)
-
-
-def _pooling_of(options: dict, folder: Path) -> str:
-    """The one of POOLINGS that a Pooling module's config means, whose keys changed in sentence-transformers 5."""
-    flags = [key.removeprefix("pooling_mode_") for key, on in options.items() if key.startswith("pooling_mode_") and on]
-    named = options.get("pooling_mode") or flags or [MODES["mean"]]
-    named, bare = [named] if isinstance(named, str) else named, not options.get("include_prompt", True)
-    known = {name: pooling for pooling, mode in MODES.items() for name in (mode, pooling)}
-    if len(named) > 1 or named[0] not in known or bare:
-        what = " and ".join(named) + " without the prompt" * bare
-        remedy = f"give teacher.pooling, one of {', '.join(POOLINGS)}, or another model"
-        raise InputError(f"{folder}: pooling by {what} cannot be learnt: {remedy}")
-    return known[named[0]]
 
 
 def load_dense(folders: Sequence[Path], width: int) -> nn.Sequential:

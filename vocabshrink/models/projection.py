@@ -161,8 +161,7 @@ def scores_of(teacher: Teacher, how: str, batch: Pieces | None, seed: int) -> di
         hooked(modules["output.dense"], inputs=True) as neurons,
     ):
         states = teacher.backbone(input_ids=batch.ids, attention_mask=mask, output_hidden_states=True).hidden_states
-    scores = []
-    outputs = modules["attention.output.dense"], modules["output.dense"]
+    scores, outputs = [], (modules["attention.output.dense"], modules["output.dense"])
     for *out, query, key, context, neuron in zip(*outputs, queries, keys, contexts, neurons, strict=True):
         outgoing = out[0].weight.float().unflatten(1, (heads, -1))  # [D, h, d]
         parts = context[mask.bool()].float().unflatten(1, (heads, -1))  # [n, h, d]

@@ -27,6 +27,7 @@ from torch.nn.utils import get_total_norm
 from tokenizer_build.errors import InputError
 from tokenizer_build.files import checksum, clean, parse_json, plain, replacing_folder, write_json
 from vocabshrink.data.batches import Batch, mapped, prefetch
+from vocabshrink.models.rounding import refit
 from vocabshrink.run.folder import RunDir
 from vocabshrink.run.recipe import TrainingSection
 from vocabshrink.training.task import TrainingTask
@@ -66,6 +67,7 @@ class Lamb(torch.optim.Optimizer):
             torch._foreach_add_(parameters, directions, alpha=-group["lr"])
 
 
+STEPS_OF_SCALES = 50  # after which the scales of a rounded student are fitted to its weights again
 # fused: one pass over memory instead of eight, which is a fifth of a step of a small batch on a CPU
 OPTIMIZERS = {"adamw": partial(torch.optim.AdamW, fused=True), "lamb": Lamb}
 
@@ -101,13 +103,9 @@ def make_accelerator(settings: TrainingSection, run: RunDir) -> Accelerator:
     if settings.threads and not torch.cuda.is_available():
         torch.set_num_threads(settings.threads)
     AcceleratorState._reset_state()  # else the precision of the process' first stage would be every stage's
-    accelerator = Accelerator(
-        mixed_precision=settings.precision,
-        log_with=settings.trackers or None,
-        project_dir=str(run.path),
-        gradient_accumulation_steps=settings.gradient_accumulation,
-        kwargs_handlers=[DistributedDataParallelKwargs(broadcast_buffers=False)],
-    )
+    options = {"mixed_precision": settings.precision, "gradient_accumulation_steps": settings.gradient_accumulation}
+    options |= {"log_with": settings.trackers or None, "project_dir": str(run.path)}
+    accelerator = Accelerator(**options, kwargs_handlers=[DistributedDataParallelKwargs(broadcast_buffers=False)])
     if (launched := int(os.environ.get("WORLD_SIZE", "1"))) != accelerator.num_processes:
         remedy = "without a GPU, set ACCELERATE_USE_CPU=true before accelerate launch --multi_gpu"
         raise InputError(f"{launched} processes were started and each sees {accelerator.num_processes}: {remedy}")
@@ -181,7 +179,8 @@ def train(
     batches = prefetch(batcher, iter(range(state.step * each, settings.steps * each)), prepare)
     with log.bar:
         while state.step < settings.steps:
-            task.before_step(state.step)
+            if state.step % STEPS_OF_SCALES == 0:  # steps that a resumed run shares
+                refit(task)
             weights, rate = task.weights(state.step / settings.steps), rate_at(state.step, settings)
             for group in optimizer.param_groups:
                 group["lr"] = group["peak"] * rate
@@ -297,14 +296,11 @@ def trained_state(task: nn.Module) -> dict[str, torch.Tensor]:
 
 def save_checkpoint(folder: Path, task: nn.Module, optimizer, meta: dict, scaler=None) -> None:
     """Puts a checkpoint in the place of the one before. meta: JSON. Raises InputError for a full disk."""
-    states = optimizer.state_dict()["state"]
-    files = {
-        "model": trained_state(task),
-        "optimizer": {f"{index}.{name}": value for index, state in states.items() for name, value in state.items()},
-        "random": {"cpu": torch.get_rng_state()},
-    }
+    states, random = optimizer.state_dict()["state"], {"cpu": torch.get_rng_state()}
+    moments = {f"{index}.{name}": value for index, state in states.items() for name, value in state.items()}
     if torch.cuda.is_available():
-        files["random"]["cuda"] = torch.cuda.get_rng_state()
+        random["cuda"] = torch.cuda.get_rng_state()
+    files = {"model": trained_state(task), "optimizer": moments, "random": random}
     with replacing_folder(folder) as new:
         for name, tensors in files.items():
             save_file({key: tensor.cpu().contiguous() for key, tensor in tensors.items()}, new / f"{name}.safetensors")

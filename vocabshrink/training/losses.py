@@ -237,9 +237,8 @@ def attention_scores(forward: Forward) -> Tensor:
 
 def attention_kl(forward: Forward) -> Tensor:
     """KL(A_T || A_S) of the attention distributions between units (MiniLM, section 3.1; of all: arXiv 2308.13958)."""
-    return between_maps(
-        forward, View.attention, lambda *maps: kl_between_units(forward, *(m.clamp_min(1e-30).log() for m in maps))
-    )
+    distance = partial(kl_between_units, forward)
+    return between_maps(forward, View.attention, lambda *maps: distance(*(m.clamp_min(1e-30).log() for m in maps)))
 
 
 def relations_kl(forward: Forward, kind: Kind, heads: int | None) -> Tensor:

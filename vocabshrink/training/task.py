@@ -19,14 +19,11 @@ from vocabshrink.data.batches import Batch, Pieces
 from vocabshrink.models.families import table_width
 from vocabshrink.models.forward import ModuleSettings, run_backbone
 from vocabshrink.models.projection import ParameterProjection, widen
-from vocabshrink.models.rounding import refit
 from vocabshrink.models.teacher import Teacher, task_logits
 from vocabshrink.run.layer_map import Pairs
 from vocabshrink.run.recipe import Losses
 from vocabshrink.training.losses import ATTENTION, LOSSES, PLACES, masked_lm_loss, readers, unanswered
 from vocabshrink.training.views import Forward, View
-
-STEPS_OF_SCALES = 50  # after which the scales of a rounded student are fitted to its weights again
 
 
 class TrainingTask(nn.Module):
@@ -84,11 +81,6 @@ class TrainingTask(nn.Module):
         """The piece embeddings, which take a learning rate of their own."""
         return list(self.student.get_input_embeddings().parameters())  # also where the weight is a rounded view of it
 
-    def before_step(self, step: int) -> None:
-        """Fits the scales of a rounded student to its weights at steps that a resumed run shares."""
-        if step % STEPS_OF_SCALES == 0:
-            refit(self)
-
     def train(self, mode: bool = True):
         return super().train(False)
 
@@ -126,14 +118,13 @@ class Distillation(TrainingTask):
         self.teacher = teacher.backbone.requires_grad_(False) if live else None
         across = readers(self.losses, "both vocabularies")
         self.teacher_head = teacher.head.requires_grad_(False) if across else None
-        self.register_buffer("shared", shared, persistent=False)
-        self.register_buffer("spelling", spelling, persistent=False)
+        self.tables = {"masked_lm_match": shared, "masked_lm_reduce": spelling}
+        buffers = {"shared": shared, "spelling": spelling}
         if bank:
             vectors, narrow = bank
-            found = {"bank": vectors, "narrow": narrow, "bank_narrow": F.normalize(vectors @ narrow, dim=-1)}
-            for name, tensor in found.items():
-                self.register_buffer(name, tensor, persistent=False)
-        self.tables = {"masked_lm_match": shared, "masked_lm_reduce": spelling}
+            buffers |= {"bank": vectors, "narrow": narrow, "bank_narrow": F.normalize(vectors @ narrow, dim=-1)}
+        for name, tensor in buffers.items():
+            self.register_buffer(name, tensor, persistent=False)
         self.pools = teacher.modules
         self.project_hidden(student, teacher, directions)
         self.freeze_unread()
@@ -225,9 +216,8 @@ class DualTraining(TrainingTask):
             self.up = self.embedding.up  # one map up of this width
         self.teacher_head, self.head = teacher.head, student_head
         self.student_bias = nn.Parameter(torch.zeros(student.config.vocab_size))  # of the teacher's second softmax
-        chosen = [direction for direction in ("down", "up") if f"parameters_{direction}" in self.losses]
-        made = {way: ParameterProjection(student, teacher.backbone, pairs, way) for way in chosen}
-        self.projections = nn.ModuleDict(made)
+        ways = [way for way in ("down", "up") if f"parameters_{way}" in self.losses]
+        self.projections = nn.ModuleDict({w: ParameterProjection(student, teacher.backbone, pairs, w) for w in ways})
         self.freeze_unread()
         for part in (self.up, self.down) if self.mode == "match" else ():  # both sides are the teacher
             part.requires_grad_(False)

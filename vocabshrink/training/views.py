@@ -152,6 +152,5 @@ class Forward:
         return moved(found) if moved else found
 
     def aligned(self, m: int, block: Layers, direction: Direction, units: Units = "all") -> tuple[Tensor, Tensor]:
-        """States of a pair of layers, the student's brought up or the teacher's down: [n, D] of all units that count
-        twice, or [B, D] of [CLS]."""
+        """Both models' states of a pair of layers, one moved to the other's width: [n, D] each, or [B, D] of [CLS]."""
         return self._states("student", (m,), direction, units), self._states("teacher", block, direction, units)
