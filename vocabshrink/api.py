@@ -258,7 +258,7 @@ def distill(
     **training: Any,
 ) -> Path:
     """Trains a student's folder on the texts against a teacher and returns the trained one's folder. losses: {a name of
-    `vocabshrink list`, or a function of all hidden states (training.views.Forward): its weight}. vectors: how
+    `vocabshrink list`, or a function of all hidden states (training.losses.Forward): its weight}. vectors: how
     many sentences' teacher vectors are stored and trained on; None: the teacher runs in every step. training: of the
     recipe's distill section: steps, batch_size ... Raises InputError for losses and models that do not go together."""
     models = [load_config(resolve_model(str(model))) for model in (student, teacher)]

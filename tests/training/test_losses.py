@@ -16,6 +16,8 @@ from vocabshrink.run.layer_map import layer_pairs
 from vocabshrink.run.recipe import DistillStage, DualStage, Phase, Weighted
 from vocabshrink.training import losses as module
 from vocabshrink.training.losses import (
+    Forward,
+    View,
     check_losses,
     kl,
     masked_lm_loss,
@@ -24,7 +26,6 @@ from vocabshrink.training.losses import (
     similarity_mse,
     transport,
 )
-from vocabshrink.training.views import Forward, View
 
 LOSSES = {name: loss.function for name, loss in module.LOSSES.items()}
 LAYERWISE = set(readers(LOSSES, "hidden"))
@@ -214,7 +215,7 @@ class TestEveryLoss:
             calls.append(tensor.data_ptr())
             return pool_units(tensor, *rest)
 
-        monkeypatch.setattr("vocabshrink.training.views.pool_units", counted)
+        monkeypatch.setattr("vocabshrink.training.losses.pool_units", counted)
         for _ in range(2):
             LOSSES[name](forward)
         assert len(calls) == len(set(calls)) and (calls or name == "attention_kl")

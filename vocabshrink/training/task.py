@@ -22,8 +22,7 @@ from vocabshrink.models.projection import ParameterProjection, widen
 from vocabshrink.models.teacher import Teacher, task_logits
 from vocabshrink.run.layer_map import Pairs
 from vocabshrink.run.recipe import Losses
-from vocabshrink.training.losses import ATTENTION, LOSSES, PLACES, masked_lm_loss, readers, unanswered
-from vocabshrink.training.views import Forward, View
+from vocabshrink.training.losses import ATTENTION, LOSSES, PLACES, Forward, View, masked_lm_loss, readers, unanswered
 
 
 class TrainingTask(nn.Module):
