@@ -102,24 +102,18 @@ def within_rows(lengths: np.ndarray) -> np.ndarray:
 
 
 def encode_corpus(
-    blocks: Iterable[list[str]],
-    teacher_tokenizer: str | Path,
-    student_tokenizer: str | Path,
-    folder: Path,
-    *,
-    processes: int = 1,
-    progress: Callable[[int], None] = lambda words: None,
+    blocks: Iterable[list[str]], teacher: str | Path, student: str | Path, folder: Path, *, processes=1, progress=None
 ) -> dict:
     """Writes the lexicon and word stream of `blocks` (lists of lines) into `folder`; returns the totals: lines, words,
     distinct_words, and the stream's teacher_pieces and student_pieces. Words are numbered by first occurrence, so that
     the files do not depend on processes and blocks. `progress` is called with the words of each block written. Raises
     InputError for no words and for a tokenizer that cannot be handled exactly; what was there before then stays."""
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # one thread a process; and spawn inherits it
-    paths = tokenizer_file(teacher_tokenizer), tokenizer_file(student_tokenizer)
-    teacher, student = map(describe_tokenizer, paths)
+    paths = tokenizer_file(teacher), tokenizer_file(student)
+    of_teacher, of_student = map(describe_tokenizer, paths)
     # a teacher alone on a task stands on both sides
-    if student["family"] != "wordpiece" and student["sha256"] != teacher["sha256"]:
-        raise InputError(f"{paths[1]} is a {student['family']} tokenizer; give the student a WordPiece vocabulary")
+    if of_student["family"] != "wordpiece" and of_student["sha256"] != of_teacher["sha256"]:
+        raise InputError(f"{paths[1]} is a {of_student['family']} tokenizer; give the student a WordPiece vocabulary")
     made = folder / ".partial"  # one name, so that the next run removes what a killed one left
     shutil.rmtree(made, ignore_errors=True)
     made.mkdir(parents=True)
@@ -127,8 +121,9 @@ def encode_corpus(
         with naming_bad_disk(folder):
             blocks, encoder = iter(blocks), _Encoder(*paths)
             encoder.check(first := next(blocks, []), encoded := encoder.encode(first))
-            totals = _write(chain([encoded], map_in_order(encoder.encode, blocks, processes)), made, progress)
-            write_json(made / "meta.json", {"teacher": teacher, "student": student} | totals)
+            results = chain([encoded], map_in_order(encoder.encode, blocks, processes))
+            totals = _write(results, made, progress or (lambda words: None))
+            write_json(made / "meta.json", {"teacher": of_teacher, "student": of_student} | totals)
             (folder / "meta.json").unlink(missing_ok=True)  # goes first and comes last: no half-written run loads
             for file in sorted(made.iterdir(), key=lambda file: file.name == "meta.json"):
                 os.replace(file, folder / file.name)

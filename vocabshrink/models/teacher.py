@@ -1,9 +1,8 @@
 """The teacher: any encoder with an embedding table that AutoModel loads, and a masked-LM head of one form; task models.
 The head of every family of the BERT line is dense, activation, layer norm, then the embedding table as decoder. So
-`MaskedLMHead` serves them all, and gives the logits of either vocabulary, because the table is an argument.
-Task models (classifiers, regressors, taggers) are transformers' own, so that what is trained loads unchanged; here each
-is a body and a head, because the losses compare bodies word by word. All heads of tasks run in float32: scores equal in
-bfloat16 are ties to a rank correlation."""
+`MaskedLMHead` serves them all, and gives the logits of either vocabulary, because the table is an argument. Models of
+tasks (classifiers, regressors, taggers) are transformers' own, so that they load unchanged, but used as body and head,
+because losses compare bodies word by word. Their heads run in float32: scores equal in bfloat16 are ties to a rank."""
 
 import re
 from collections.abc import Callable

@@ -70,12 +70,10 @@ def augmented_rows(task: Task, path: Path) -> Rows:
     """The training rows of a task, then their copies in a file of `augment_task`."""
     rows, copies = task.splits["train"], [copy for _, copy in read_jsonl(path)]
     sources = np.concatenate((np.arange(len(rows)), [copy["source"] for copy in copies])).astype(np.int64)
-    first = "tokens" if task.kind == "tokens" else "sentence1"
-    return Rows(
-        first=[*rows.first, *(copy[first] for copy in copies)],
-        second=None if rows.second is None else [*rows.second, *(copy["sentence2"] for copy in copies)],
-        targets=rows.targets[sources] if isinstance(rows.targets, np.ndarray) else [rows.targets[i] for i in sources],
-    )
+    text = "tokens" if task.kind == "tokens" else "sentence1"
+    second = None if rows.second is None else [*rows.second, *(copy["sentence2"] for copy in copies)]
+    targets = rows.targets[sources] if isinstance(rows.targets, np.ndarray) else [rows.targets[i] for i in sources]
+    return Rows([*rows.first, *(copy[text] for copy in copies)], second, targets)
 
 
 def sentences_of(rows: Rows, row: int) -> list[Sentence]:

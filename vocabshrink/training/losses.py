@@ -1,12 +1,11 @@
 """Losses: pure functions of what one step saw, chosen and weighted by the recipe.
 Every loss is `f(forward, **arguments) -> scalar`, and its signature is the schema of its arguments. It is zero at
 agreement, ignores padding, and is computed in float32: in bfloat16, similarities near 1 are 0.004 apart. Teacher and
-student are compared by units (see batches.py), by the `View` that a step has of each: a unit's hidden state is the mean
+student are compared by units (see batches.py), of which a step has a `View` each: a unit's hidden state is the mean
 over its pieces, and so are its queries, keys and values. A score is a product, so its mean over the pieces of two units
 is the product of two means. Only attention distributions are pooled as maps, [B, h, T, T] a layer, since their softmax
 is over pieces. Where units are pieces, each loss is the papers' own. Shapes: B sequences, T pieces, U units, D width
-(D_S student, D_T teacher), h heads, n units or pieces of the batch that count, V_S and V_T pieces in the vocabularies,
-C classes."""
+(D_S student, D_T teacher), h heads, n units or pieces that count, V_S and V_T pieces of the vocabularies, C classes."""
 
 import inspect
 import math
