@@ -114,7 +114,7 @@ def ours(load: Load) -> float:
     losses = {"hidden_mse": 1.0}
     stage = DistillStage(steps=load.steps + WARM, evaluations=0, losses=losses, checkpoint_minutes=1e6, **options)
     torch.manual_seed(0)
-    student, directions, _ = build_student(StudentSection(**(load.student or {})), teacher, Path(load.teacher))
+    student, directions, *_ = build_student(StudentSection(**(load.student or {})), teacher, Path(load.teacher))
     depths = student.config.num_hidden_layers, teacher.config.num_hidden_layers
     task = Distillation(stage, teacher, student, layer_pairs("uniform", *depths), directions=directions)
     if load.variant == "compile":

@@ -54,7 +54,7 @@ def parts(tiny_teacher, words, stage: DistillStage) -> tuple:
     torch.manual_seed(0)
     teacher = load_teacher(str(tiny_teacher))
     perturb(teacher.backbone)  # as made, its layers add next to nothing, and so do their errors
-    student, directions, _ = build_student(StudentSection(**SHAPE), teacher, vocabulary)
+    student, directions, *_ = build_student(StudentSection(**SHAPE), teacher, vocabulary)
     head = new_student_head(student, teacher)
     task = Distillation(stage, teacher, student, layer_pairs("uniform", 2, 4), head=head, directions=directions)
     return task, make_batcher(encoded, teacher, ("student", "teacher"), batch_size=16, mask=0.15), teacher
