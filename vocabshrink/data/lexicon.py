@@ -22,7 +22,7 @@ from array import array
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from functools import cache, lru_cache
-from itertools import accumulate, chain, filterfalse, takewhile
+from itertools import accumulate, chain, filterfalse
 from pathlib import Path
 
 import numpy as np
@@ -163,25 +163,21 @@ def _parts(spec: dict | None) -> list[dict]:
     return [leaf for part in spec.get("normalizers") or spec["pretokenizers"] for leaf in _parts(part)]
 
 
-def at_spaces(spec: dict, before: dict | None = None) -> bool:
-    """Whether a pre-tokenizer (of those before this one) cuts at spaces."""
-    parts = list(takewhile(lambda part: part is not before, _parts(spec["pre_tokenizer"])))
-    named = [part for part in parts if re.fullmatch(AT_SPACES, part["type"])]
-    return any(part.get("split", True) and part.get("use_regex", True) for part in named)
-
-
 def _reasons(spec: dict, encoder: "_Encoder") -> Iterator[str]:
     """Why the parts of this tokenizer.json are not known to act within words."""
     blanks = (" {2,}", r"\s{2,}|[\n\r\t]", r"\s+")  # these match within one run of white space
+    at_spaces = False  # whether a pre-tokenizer so far cuts there
     for name, local in LOCAL.items():
         for part in _parts(spec[name]):
             pattern = part.get("pattern", {})
             text = pattern.get("String", " " if pattern.get("Regex") in blanks else "  ")
             harmless = part["type"] == "Replace" and (text in (" ", "▁") or not re.search(r"[\s▁]", text))
-            harmless |= part["type"] == "Split" and at_spaces(spec, before=part)  # cuts words further
+            harmless |= part["type"] == "Split" and at_spaces  # cuts words further
             if not (harmless or re.fullmatch(local, part["type"])):
                 yield f"its {name} {part['type']} {pattern or ''} is not known to act within words"
-    if not at_spaces(spec):
+            cuts = re.fullmatch(AT_SPACES, part["type"]) and part.get("split", True) and part.get("use_regex", True)
+            at_spaces |= name == "pre_tokenizer" and bool(cuts)
+    if not at_spaces:
         yield "no pre-tokenizer keeps its words apart, it reads whole sentences"
     if spec["model"].get("dropout") or spec["model"].get("alpha"):
         yield "it samples its segmentations"
