@@ -8,7 +8,7 @@ import pytest
 from tokenizer_build.corpus import read_parallel
 from tokenizer_build.errors import InputError
 from vocabshrink.data.batches import repeated
-from vocabshrink.data.vectors import BLOCK, Sentences, StoredVectors, draw_sentences, read_sentences, store_vectors
+from vocabshrink.data.vectors import BLOCK, Sentences, draw_sentences, read_sentences, store_vectors, stored_vectors
 from vocabshrink.run.recipe import CorpusSection, VectorsStage
 
 
@@ -90,9 +90,9 @@ def test_products_of_joined_vectors_are_the_weighted_mean_of_the_teachers_cosine
     first, second = rng.normal(size=(9, 6)), rng.normal(size=(9, 4)) + 5
     for name, vectors in {"first": first, "second": second}.items():
         np.save(tmp_path / f"{name}.npy", vectors.astype(np.float16))
-    stored = StoredVectors.load(tmp_path, {"first": 3.0, "second": 1.0}, centered={"second"})
-    rows = stored.rows(np.array([4, 0, 7]))
-    assert rows.shape == (3, 10) and rows.dtype == np.float32 and len(stored.arrays[0]) == 9
+    rows_of = stored_vectors(tmp_path, {"first": 3.0, "second": 1.0}, centered={"second"})
+    rows = rows_of(np.array([4, 0, 7]))
+    assert rows.shape == (3, 10) and rows.dtype == np.float32 and len(rows_of(slice(10))) == 9
     np.testing.assert_allclose((rows**2).sum(1), 1, atol=1e-6)
 
     def cosines(vectors):

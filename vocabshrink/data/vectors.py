@@ -140,27 +140,19 @@ def store_vectors(folder: Path, name: str, sentences: list[str], embed: Embed, s
         progress(len(vectors))
 
 
-@dataclass(frozen=True)
-class StoredVectors:
-    """The vectors of several teachers as one. arrays: [N, D_k] float16 each; means: [D_k], taken off where a teacher's
-    vectors share a direction that tells nothing; weights: of their similarities, summing to 1."""
+def stored_vectors(folder: Path, shares: dict[str, float], centered: set[str]) -> Callable[..., np.ndarray]:
+    """Numbers of sentences (an array or a slice) -> several teachers' vectors as one, [n, D] float32 of unit length, D
+    the sum of their widths; products are the weighted mean cosines. shares: {name of a teacher: its weight}. centered:
+    the teachers whose mean is taken off, where their vectors share a direction that tells nothing."""
+    arrays = [np.load(folder / f"{name}.npy", mmap_mode="r") for name in shares]
+    samples = zip(shares, (array[:SAMPLE].astype(np.float32) for array in arrays), strict=True)
+    means, total = [sample.mean(0) * (name in centered) for name, sample in samples], sum(shares.values())
 
-    arrays: list[np.ndarray]
-    means: list[np.ndarray]
-    weights: list[float]
-
-    @classmethod
-    def load(cls, folder: Path, shares: dict[str, float], centered: set[str]) -> "StoredVectors":
-        """shares: {name of a teacher: its weight}. centered: the teachers whose mean is taken off."""
-        arrays = [np.load(folder / f"{name}.npy", mmap_mode="r") for name in shares]
-        samples = zip(shares, (array[:SAMPLE].astype(np.float32) for array in arrays), strict=True)
-        means = [sample.mean(0) * (name in centered) for name, sample in samples]
-        return cls(arrays, means, [share / sum(shares.values()) for share in shares.values()])
-
-    def rows(self, chosen: np.ndarray | slice) -> np.ndarray:
-        """[n, D] float32 of unit length, D the sum of the teachers' widths; products are the weighted mean cosines."""
+    def rows(chosen: np.ndarray | slice) -> np.ndarray:
         parts = []
-        for array, mean, weight in zip(self.arrays, self.means, self.weights, strict=True):
-            vectors = array[chosen].astype(np.float32) - mean
-            parts.append(vectors * (weight**0.5 / np.maximum(np.linalg.norm(vectors, axis=1, keepdims=True), 1e-9)))
+        for array, mean, share in zip(arrays, means, shares.values(), strict=True):
+            vectors, scale = array[chosen].astype(np.float32) - mean, (share / total) ** 0.5
+            parts.append(vectors * (scale / np.maximum(np.linalg.norm(vectors, axis=1, keepdims=True), 1e-9)))
         return np.concatenate(parts, 1)
+
+    return rows

@@ -137,10 +137,10 @@ def distil_into_student(context: Context, stage: DistillStage, formats=None) -> 
     if section := context.recipe.vectors:
         shares = {name: share for name, share in stage.teachers.items() if share} or dict.fromkeys(section.names, 1.0)
         centered = {name for name, one in ({"teacher": section} | section.teachers).items() if one.center}
-        vectors = stored.StoredVectors.load(context.folder_of("vectors"), shares, centered)
+        vectors = stored.stored_vectors(context.folder_of("vectors"), shares, centered)
         texts = stored.Sentences.load(context.folder_of("vectors")).own[: stored.SAMPLE // 4]
         embed = torch_embedder(student, context.vocabulary, replace(teacher.modules, dense=()), max_length=128)
-        bank = torch.from_numpy(vectors.rows(slice(stored.SAMPLE)))
+        bank = torch.from_numpy(vectors(slice(stored.SAMPLE)))
         narrow = narrowing(bank, torch.from_numpy(embed(texts)))  # brings them to where the student stands
         options["bank"] = bank, narrow
     task = make_distillation(context, stage, teacher, student, **options)
@@ -212,7 +212,7 @@ def make_batcher(
         written = np.flatnonzero(np.diff(stream.line_offsets))  # signs that neither tokenizer keeps make no words
         drawn = stored.Sentences.load(context.folder_of("vectors"))
         times = drawn.times[written]
-        options["vectors"] = lambda chosen: vectors.rows(drawn.rows[written[rows[chosen]]])
+        options["vectors"] = lambda chosen: vectors(drawn.rows[written[rows[chosen]]])
     rows = repeated(times, recipe.seed)
     training = training.take(rows)
     group = getattr(stage, "group_size", 1)
