@@ -7,8 +7,6 @@ Inputs input_ids, attention_mask, token_type_ids: int64 [batch, sequence], seque
 sentence_embedding [batch, hidden] and last_hidden_state [batch, sequence, hidden] for embedders; logits [batch,
 labels], [batch, sequence, labels] or [batch, sequence, pieces] for the others."""
 
-from dataclasses import dataclass
-
 import numpy as np
 import onnx
 from onnx import TensorProto, helper, numpy_helper
@@ -31,10 +29,12 @@ FLOATS = {"fp32": np.float32, "fp16": np.float16}
 
 
 class Graph:
-    """Nodes and initialisers in the order they are made; weights are stored in the format of their class."""
+    """Nodes and initialisers in the order they are made; weights are stored in the format of their class. The parts of
+    an encoder are made of its parameters `state` (transformers' names less "bert.", float32) and its config."""
 
-    def __init__(self, formats: dict[str, str], kernel: str = "unsigned"):
-        self.formats, self.kernel, self.known = formats, kernel, set()
+    def __init__(self, formats: dict[str, str], kernel: str = "unsigned", state=None, config=None):
+        self.formats, self.kernel, self.state, self.config = formats, kernel, state, config
+        self.known: set[str] = set()
         self.nodes: list[onnx.NodeProto] = []
         self.initializers: list[onnx.TensorProto] = []
 
@@ -143,67 +143,57 @@ class Graph:
         scales = self.scales(name, quantized)
         return self.node("Mul", [self.node("Mul", [product, row_scale]), scales])
 
-
-@dataclass(frozen=True)
-class Encoder:
-    """A BERT's parameters `state` (transformers' names less "bert.", float32 arrays), written into `graph`."""
-
-    graph: Graph
-    state: dict[str, np.ndarray]
-    config: PreTrainedConfig
-
     def layer_norm(self, name: str, hidden: str, outputs: list[str] | None = None) -> str:
-        vectors = [self.graph.vector(f"{name}.{part}", self.state[f"{name}.{part}"]) for part in ("weight", "bias")]
+        vectors = [self.vector(f"{name}.{part}", self.state[f"{name}.{part}"]) for part in ("weight", "bias")]
         epsilon = self.config.layer_norm_eps
-        return self.graph.node("LayerNormalization", [hidden, *vectors], outputs, axis=-1, epsilon=epsilon)
+        return self.node("LayerNormalization", [hidden, *vectors], outputs, axis=-1, epsilon=epsilon)
 
-    def linear(self, name: str, hidden: str) -> str:
-        return self.graph.linear(name, self.state[name + ".weight"], self.state[name + ".bias"], hidden)
+    def dense(self, name: str, hidden: str) -> str:
+        return self.linear(name, self.state[name + ".weight"], self.state[name + ".bias"], hidden)
 
     def activated(self, hidden: str) -> str:
         if approximate := ACTIVATIONS[self.config.hidden_act]:
-            return self.graph.node("Gelu", [hidden], approximate=approximate)
-        return self.graph.node("Relu", [hidden])
+            return self.node("Gelu", [hidden], approximate=approximate)
+        return self.node("Relu", [hidden])
 
     def embeddings(self) -> str:
         """[batch, sequence, hidden], through ELECTRA's projection where there is one."""
-        graph = self.graph
-        length = graph.node("Shape", ["input_ids"], start=1, end=2)
-        places = graph.node("Range", [graph.number(0, "s"), graph.node("Squeeze", [length]), graph.number(1, "s")])
+        length = self.node("Shape", ["input_ids"], start=1, end=2)
+        places = self.node("Range", [self.number(0, "s"), self.node("Squeeze", [length]), self.number(1, "s")])
 
         def rows(name: str, ids: str, rank: int = 2) -> str:
-            return graph.gather(f"{name}_embeddings", self.state[f"embeddings.{name}_embeddings.weight"], ids, rank)
+            return self.gather(f"{name}_embeddings", self.state[f"embeddings.{name}_embeddings.weight"], ids, rank)
 
-        total = graph.node("Add", [rows("word", "input_ids"), rows("token_type", "token_type_ids")])
-        hidden = self.layer_norm("embeddings.LayerNorm", graph.node("Add", [total, rows("position", places, 1)]))
-        return self.linear("embeddings_project", hidden) if "embeddings_project.weight" in self.state else hidden
+        total = self.node("Add", [rows("word", "input_ids"), rows("token_type", "token_type_ids")])
+        hidden = self.layer_norm("embeddings.LayerNorm", self.node("Add", [total, rows("position", places, 1)]))
+        return self.dense("embeddings_project", hidden) if "embeddings_project.weight" in self.state else hidden
 
     def attention(self, name: str, hidden: str, bias: str, scale: str) -> str:
         """bias: 0 for pieces and -1e9 for padding, [batch, 1, 1, sequence]; scale: of the queries."""
-        graph, (width, heads) = self.graph, (self.config.hidden_size, self.config.num_attention_heads)
+        width, heads = self.config.hidden_size, self.config.num_attention_heads
 
         def heads_of(states: str, order: list[int]) -> str:
-            shape = graph.integers(0, 0, heads, width // heads)
-            return graph.node("Transpose", [graph.node("Reshape", [states, shape])], perm=order)
+            shape = self.integers(0, 0, heads, width // heads)
+            return self.node("Transpose", [self.node("Reshape", [states, shape])], perm=order)
 
         # rows are rounded one by one, so the three matrices become one product without a change of value
         names = [f"{name}.self.{part}" for part in ("query", "key", "value")]
         joint = [np.concatenate([self.state[f"{one}.{kind}"] for one in names]) for kind in ("weight", "bias")]
-        joint = graph.linear(f"{name}.self", *joint, hidden)
-        query, key, value = (f"{len(graph.nodes)}{suffix}" for suffix in ("", "_1", "_2"))
-        graph.node("Split", [joint], [query, key, value], axis=-1, num_outputs=3)
-        query = heads_of(graph.node("Mul", [query, scale]), [0, 2, 1, 3])
-        scores = graph.node("MatMul", [query, heads_of(key, [0, 2, 3, 1])])
-        attention = graph.node("Softmax", [graph.node("Add", [scores, bias])], axis=-1)
-        context = graph.node("MatMul", [attention, heads_of(value, [0, 2, 1, 3])])
-        context = graph.node("Transpose", [context], perm=[0, 2, 1, 3])
-        return self.linear(f"{name}.output.dense", graph.node("Reshape", [context, graph.integers(0, 0, width)]))
+        joint = self.linear(f"{name}.self", *joint, hidden)
+        query, key, value = (f"{len(self.nodes)}{suffix}" for suffix in ("", "_1", "_2"))
+        self.node("Split", [joint], [query, key, value], axis=-1, num_outputs=3)
+        query = heads_of(self.node("Mul", [query, scale]), [0, 2, 1, 3])
+        scores = self.node("MatMul", [query, heads_of(key, [0, 2, 3, 1])])
+        attention = self.node("Softmax", [self.node("Add", [scores, bias])], axis=-1)
+        context = self.node("MatMul", [attention, heads_of(value, [0, 2, 1, 3])])
+        context = self.node("Transpose", [context], perm=[0, 2, 1, 3])
+        return self.dense(f"{name}.output.dense", self.node("Reshape", [context, self.integers(0, 0, width)]))
 
     def layer(self, name: str, hidden: str, bias: str, scale: str, outputs: list[str] | None) -> str:
         context = self.attention(f"{name}.attention", hidden, bias, scale)
-        hidden = self.layer_norm(f"{name}.attention.output.LayerNorm", self.graph.node("Add", [context, hidden]))
-        inner = self.activated(self.linear(f"{name}.intermediate.dense", hidden))
-        outer = self.graph.node("Add", [self.linear(f"{name}.output.dense", inner), hidden])
+        hidden = self.layer_norm(f"{name}.attention.output.LayerNorm", self.node("Add", [context, hidden]))
+        inner = self.activated(self.dense(f"{name}.intermediate.dense", hidden))
+        outer = self.node("Add", [self.dense(f"{name}.output.dense", inner), hidden])
         return self.layer_norm(f"{name}.output.LayerNorm", outer, outputs)
 
     def logits(self, task: str, hidden: str) -> None:
@@ -211,40 +201,63 @@ class Encoder:
         electra = self.config.model_type == "electra"  # whose heads have GELU whatever the config says
         if task == "fill-mask":
             names = head_names(self.config)
-            hidden = self.linear(names["dense.weight"].removesuffix(".weight"), hidden)
-            hidden = self.graph.node("Gelu", [hidden]) if electra else self.activated(hidden)
+            hidden = self.dense(names["dense.weight"].removesuffix(".weight"), hidden)
+            hidden = self.node("Gelu", [hidden]) if electra else self.activated(hidden)
             hidden = self.layer_norm(names["norm.weight"].removesuffix(".weight"), hidden)
             table, bias = self.state["embeddings.word_embeddings.weight"], self.state[names["bias"]]
-            hidden = self.graph.linear("word_embeddings", table, bias, hidden)
+            hidden = self.linear("word_embeddings", table, bias, hidden)
         elif task == "classification":
-            hidden = self.graph.node("Gather", [hidden, self.graph.number(0, "s")], axis=1)
-            dense, function = ("classifier.dense", "Gelu") if electra else ("pooler.dense", "Tanh")
-            hidden = self.graph.node(function, [self.linear(dense, hidden)])
-            hidden = self.linear("classifier.out_proj" if electra else "classifier", hidden)
+            hidden = self.node("Gather", [hidden, self.number(0, "s")], axis=1)
+            name, function = ("classifier.dense", "Gelu") if electra else ("pooler.dense", "Tanh")
+            hidden = self.node(function, [self.dense(name, hidden)])
+            hidden = self.dense("classifier.out_proj" if electra else "classifier", hidden)
         else:
-            hidden = self.linear("classifier", hidden)
-        self.graph.node("Identity", [hidden], ["logits"])
+            hidden = self.dense("classifier", hidden)
+        self.node("Identity", [hidden], ["logits"])
+
+    def pool(self, hidden: str, mask: str, pooling: str, normalize: bool) -> None:
+        """Add the nodes from the last hidden states to sentence_embedding."""
+        if pooling == "cls":
+            pooled = self.node("Squeeze", [self.node("Gather", [hidden, self.integers(0)], axis=1), self.integers(1)])
+        elif pooling == "last":
+            last = self.node("ArgMax", [mask], axis=1, keepdims=1, select_last_index=1)
+            pooled = self.node("GatherND", [hidden, last], batch_dims=1)
+        elif pooling == "max":
+            absent = self.node("Mul", [self.node("Sub", [mask, self.number(1.0)]), self.number(1e9)])
+            shown = self.node("Add", [hidden, self.node("Unsqueeze", [absent, self.integers(-1)])])
+            pooled = self.node("ReduceMax", [shown, self.integers(1)], keepdims=0)
+        else:
+            present = self.node("Unsqueeze", [mask, self.integers(-1)])
+            summed = self.node("ReduceSum", [self.node("Mul", [hidden, present]), self.integers(1)], keepdims=0)
+            count = self.node("ReduceSum", [present, self.integers(1)], keepdims=0)
+            count = self.node("Max", [count, self.number(1e-9)])
+            pooled = self.node("Div", [summed, self.node("Sqrt", [count]) if pooling == "mean_sqrt" else count])
+        if normalize:
+            norm = self.node("ReduceL2", [pooled, self.integers(-1)], keepdims=1)
+            self.node("Div", [pooled, self.node("Max", [norm, self.number(1e-12)])], ["sentence_embedding"])
+        else:
+            self.node("Identity", [pooled], ["sentence_embedding"])
 
 
 def build_graph(
     state, config: PreTrainedConfig, *, task: str, formats: dict, pooling="mean", normalize=True, kernel=KERNELS[0]
 ) -> onnx.ModelProto:
-    """The ONNX model of a BERT with the parameters `state`, see `Encoder`. formats: {class of tensor: format}."""
-    encoder = Encoder(graph := Graph(formats, kernel), state, config)
-    hidden, mask = encoder.embeddings(), graph.cast("attention_mask")
+    """The ONNX model of a BERT with the parameters `state`, see `Graph`. formats: {class of tensor: format}."""
+    graph = Graph(formats, kernel, state, config)
+    hidden, mask = graph.embeddings(), graph.cast("attention_mask")
     bias = graph.node("Mul", [graph.node("Sub", [mask, graph.number(1.0)]), graph.number(1e9)])
     bias = graph.node("Unsqueeze", [bias, graph.integers(1, 2)])
     scale = graph.number((config.hidden_size // config.num_attention_heads) ** -0.5)
     final = {config.num_hidden_layers - 1: ["last_hidden_state"]} if task == "embedding" else {}
     for number in range(config.num_hidden_layers):
-        hidden = encoder.layer(f"encoder.layer.{number}", hidden, bias, scale, final.get(number))
+        hidden = graph.layer(f"encoder.layer.{number}", hidden, bias, scale, final.get(number))
     axes: list[str | int] = ["batch", "sequence"]
     if task == "embedding":
-        pool(graph, hidden, mask, pooling, normalize)
+        graph.pool(hidden, mask, pooling, normalize)
         width = config.hidden_size
         outputs = {"sentence_embedding": ["batch", width], "last_hidden_state": [*axes, width]}
     else:
-        encoder.logits(task, hidden)
+        graph.logits(task, hidden)
         columns = config.vocab_size if task == "fill-mask" else config.num_labels
         outputs = {"logits": [*axes[: 1 if task == "classification" else 2], columns]}
     names = ("input_ids", "attention_mask", "token_type_ids")
@@ -253,27 +266,3 @@ def build_graph(
     proto = helper.make_graph(graph.nodes, task, inputs, infos, graph.initializers)
     opsets = [helper.make_opsetid("", 20), helper.make_opsetid("com.microsoft", 1)]  # 20 has Gelu
     return helper.make_model(proto, opset_imports=opsets, ir_version=9, producer_name="vocabshrink")
-
-
-def pool(graph: Graph, hidden: str, mask: str, pooling: str, normalize: bool) -> None:
-    """Add the nodes from the last hidden states to sentence_embedding."""
-    if pooling == "cls":
-        pooled = graph.node("Squeeze", [graph.node("Gather", [hidden, graph.integers(0)], axis=1), graph.integers(1)])
-    elif pooling == "last":
-        last = graph.node("ArgMax", [mask], axis=1, keepdims=1, select_last_index=1)
-        pooled = graph.node("GatherND", [hidden, last], batch_dims=1)
-    elif pooling == "max":
-        absent = graph.node("Mul", [graph.node("Sub", [mask, graph.number(1.0)]), graph.number(1e9)])
-        shown = graph.node("Add", [hidden, graph.node("Unsqueeze", [absent, graph.integers(-1)])])
-        pooled = graph.node("ReduceMax", [shown, graph.integers(1)], keepdims=0)
-    else:
-        present = graph.node("Unsqueeze", [mask, graph.integers(-1)])
-        summed = graph.node("ReduceSum", [graph.node("Mul", [hidden, present]), graph.integers(1)], keepdims=0)
-        count = graph.node("ReduceSum", [present, graph.integers(1)], keepdims=0)
-        count = graph.node("Max", [count, graph.number(1e-9)])
-        pooled = graph.node("Div", [summed, graph.node("Sqrt", [count]) if pooling == "mean_sqrt" else count])
-    if normalize:
-        norm = graph.node("ReduceL2", [pooled, graph.integers(-1)], keepdims=1)
-        graph.node("Div", [pooled, graph.node("Max", [norm, graph.number(1e-12)])], ["sentence_embedding"])
-    else:
-        graph.node("Identity", [pooled], ["sentence_embedding"])
