@@ -10,8 +10,10 @@ import pytest
 from tokenizer_build.errors import InputError
 from tokenizer_build.files import write_json, write_text
 from vocabshrink import cli
+from vocabshrink.pages.page import write_page
 from vocabshrink.pages.report import POINTS, training_panel, write_report
 from vocabshrink.run.folder import RunDir
+from vocabshrink.runtime.kinds import KINDS
 
 SUMMARY = {
     "minutes": 12.4,
@@ -273,3 +275,13 @@ def test_a_missing_package_names_the_extra(package, monkeypatch, in_process):
     monkeypatch.setattr(cli, "app", lambda: importlib.import_module("vocabshrink.pages.report"))
     answer = in_process(cli.main)
     assert answer.returncode == 2 and "pip install 'vocabshrink[report]'" in answer.stderr
+
+
+@pytest.mark.parametrize("task", KINDS)
+def test_the_model_card_knows_every_kind(tmp_path, task):
+    manifest = {"task": task, "recipe": "r", "teacher_sha256": "0", "delivery_bytes": 7_000_000, "max_positions": 128}
+    manifest |= {"loaders": {}, "formats": {"head": "int8"}, "dimension": 384}
+    facts = {"name": "m", "teacher": "t", "vocabulary": {}, "quality": {}, "systems": [], "sources": ["text"]}
+    write_page(tmp_path / "README.md", "card.md", manifest=manifest, **facts)
+    card = (tmp_path / "README.md").read_text(encoding="utf-8")
+    assert f'load("m").{KINDS[task].method}(["a' in card and "of 7,000,000 bytes" in card

@@ -16,12 +16,13 @@ from sklearn.model_selection import GridSearchCV, ShuffleSplit
 from sklearn.preprocessing import normalize
 
 from tokenizer_build.errors import InputError
-from tokenizer_build.files import read_json, write_text
+from tokenizer_build.files import read_json
 from tokenizer_build.tokenizer import load_tokenizer
 from vocabshrink.data.held_out import similarities_of_rows, spearman
 from vocabshrink.data.tasks import Rows, read_task
 from vocabshrink.models.forward import module_settings, torch_embedder
 from vocabshrink.models.loading import check_folder, load_model, resolve_model, tensors_in, weight_files
+from vocabshrink.pages.page import write_page
 from vocabshrink.run.engine import say
 from vocabshrink.run.recipe import TaskSection
 from vocabshrink.runtime.delivery import PASSAGE, QUERY, load, name_of
@@ -59,10 +60,7 @@ def write_cards(folders: Iterable[Path], report: list[dict]) -> None:
     for card in filter(Path.is_file, (folder / "README.md" for folder in folders)):
         if rows := [row for row in report if row["model"] == name_of(card.parent)]:
             kept = card.read_text(encoding="utf-8").partition(f"\n{CARD_TITLE}")[0].rstrip("\n")
-            table = (f"| {row['task']} | {row['metric']} | {row['value']:.4f} |" for row in rows)
-            said = f"At most {rows[0]['rows']:,} rows of a file; docs/deliveries.md says what is measured."
-            lines = [kept, "", CARD_TITLE, "", said, "", "| task | metric | value |", "|---|---|--:|", *table, ""]
-            write_text(card, "\n".join(lines))
+            write_page(card, "scores.md", card=kept, title=CARD_TITLE, rows=rows)
 
 
 def open_model(model: str, threads: int = 1) -> tuple[str, int, Asked]:

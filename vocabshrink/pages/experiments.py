@@ -9,7 +9,7 @@ from matplotlib.axes import Axes
 
 from tokenizer_build.files import read_json
 from vocabshrink.pages.figure import GRID, SERIES, svg_of
-from vocabshrink.pages.page import write_page
+from vocabshrink.pages.page import ENVIRONMENT, write_page
 
 TEACHER = "(teacher)"  # its label among the variants
 # A row's key -> head, scale and format of its column
@@ -32,9 +32,11 @@ def columns_of(rows: list[dict]) -> dict[str, dict[str, str]]:
             spread = f" ({100 * row['spread']:.1f})" if len(row["values"]) > 1 else ""
             columns.setdefault(head, {})[row["recipe"]] = f"{100 * row['median']:.1f}{spread}"
     averages = {row["recipe"]: row for row in rows if place_of(row) == AVERAGE}
-    compared = [row for row in averages.values() if "difference" in row]
-    if differences := {r["recipe"]: f"{100 * r['difference']:+.1f}{'*' * r['clear']}" for r in compared}:
-        columns["against baseline"] = differences
+    compared = {label: row for label, row in averages.items() if "difference" in row}
+    if compared:
+        columns["against baseline"] = {
+            k: f"{100 * r['difference']:+.1f}{'*' * r['clear']}" for k, r in compared.items()
+        }
     for name, (head, scale, form) in COSTS.items():
         columns[head] = {label: form.format(scale * r[name]) for label, r in averages.items() if r[name] is not None}
     return columns
@@ -50,20 +52,12 @@ def compared_with(rows: list[dict]) -> str:
 
 def markdown(rows: list[dict]) -> str:
     """The table: 100 times the median, and in brackets the largest less the smallest seed."""
-    if not rows:
-        return "No run has finished yet.\n"
-    columns, baseline = columns_of(rows), compared_with(rows)
-    lines = ["| | " + " | ".join(columns) + " |", "|---|" + "--:|" * len(columns)]
-    for label in dict.fromkeys(row["recipe"] for row in rows):
-        cells = (column.get(label, "") for column in columns.values())
-        lines.append(f"| {label.replace('|', '/')} | {' | '.join(cells)} |")
-    rows = [row for row in rows if row["recipe"] != TEACHER and place_of(row) == AVERAGE]
-    seeds = max((row["seeds"] for row in rows), key=len, default=[])
-    note = f"100 × median (largest − smallest) of seeds {', '.join(map(str, seeds))}"
-    if fewer := [row["recipe"] for row in rows if len(row["seeds"]) < len(seeds)]:
-        note += f"; fewer so far: {', '.join(fewer)}"
-    note += f"; against {baseline}, * where no seed of the one is in the other's range" if baseline else ""
-    return "\n".join(lines) + f"\n\n{note}.\n"
+    labels, baseline = dict.fromkeys(row["recipe"] for row in rows), compared_with(rows)
+    of_seeds = {row["recipe"]: row["seeds"] for row in rows if row["recipe"] != TEACHER and place_of(row) == AVERAGE}
+    seeds = max(of_seeds.values(), key=len, default=[])
+    facts = {"seeds": seeds, "fewer": [label for label, own in of_seeds.items() if len(own) < len(seeds)]}
+    template = ENVIRONMENT.get_template("table.md.jinja")
+    return template.render(facts, columns=columns_of(rows), labels=labels, baseline=baseline)
 
 
 def plot(rows: list[dict], name: str) -> str:

@@ -26,7 +26,6 @@ from vocabshrink.run.engine import Context, say
 from vocabshrink.run.recipe import DeliverySection
 from vocabshrink.runtime.delivery import Delivery, load
 from vocabshrink.runtime.index import build_index
-from vocabshrink.runtime.kinds import KINDS
 from vocabshrink.stages import inputs
 from vocabshrink.stages.plan import delivered_config, student_shape
 
@@ -108,7 +107,7 @@ def write(context: Context, source: Path, folder: Path, settings: ExportSettings
     origin = {"recipe": recipe.name, "teacher_sha256": weights_sha256(inputs.teacher_folder(recipe.teacher))}
     full = export_model(source, folder, settings, manifest=origin | (manifest or {}), **options)
     facts = {"manifest": full, "teacher": recipe.teacher.model, "vocabulary": vocabulary, "quality": full["quality"]}
-    facts |= {"sources": [Path(source).name for source in recipe.corpus.sources], "kind": KINDS[full["task"]]}
+    facts["sources"] = [Path(source).name for source in recipe.corpus.sources]
     facts["name"] = folder.name if folder.name != "model" else recipe.name
     facts["systems"] = list(dict.fromkeys(system for row in full["quality"].values() for system in row))
     write_page(folder / "README.md", "card.md", **facts)
