@@ -68,9 +68,6 @@ class Tuning(Section):
     sampler: Literal["genetic", "random"] = "genetic"  # random: for comparison
     trials: Positive = 48  # distinct genomes, the named maps among them
     population: Annotated[int, Number, Field(ge=2)] = 12
-    crossover: Share = 0.9  # probability that a child has two parents
-    swap: Share = 0.5  # probability, gene by gene, that the child has the second parent's
-    mutation: Share | None = None  # probability, gene by gene, of a new value; None: 1 / genes
     seed: Annotated[int, Number, Field(ge=0)] = 0
     # between two tasks, the lowest share is given up, compared with a population or more that came to their end
     give_up: Share = 0.2
@@ -202,8 +199,7 @@ def genome_of(changes: Any) -> str:
 
 def measure_latency(config: PreTrainedConfig, delivery: DeliverySection) -> float:
     """Milliseconds of a sentence of 32 pieces on one thread, random weights: the least of many calls."""
-    state = {name: value.numpy() for name, value in new_encoder(config).state_dict().items()}
-    formats = formats_of(delivery.weights)
+    state, formats = {k: v.numpy() for k, v in new_encoder(config).state_dict().items()}, formats_of(delivery.weights)
     graph = build_graph(state, config, task="embedding", formats=formats, kernel=delivery.kernel)
     session = open_graph(graph.SerializeToString())
     ids = np.ones((1, min(32, config.max_position_embeddings)), dtype=np.int64)
@@ -233,7 +229,6 @@ def explore(tuner: Tuner) -> optuna.Study:
             )
         except (ImportError, SQLAlchemyError) as error:
             raise InputError(f"storage {url}: cannot be opened: {str(error).splitlines()[0]}") from None
-    rates = {"mutation_prob": tuning.mutation, "crossover_prob": tuning.crossover, "swapping_prob": tuning.swap}
     while len(study.get_trials(deepcopy=False)) < ASKED * tuning.trials:
         if sum(bool(row["scores"]) for row in rows_of(study).values()) >= tuning.trials:
             break
@@ -241,7 +236,7 @@ def explore(tuner: Tuner) -> optuna.Study:
         with contextlib.ExitStack() as held, contextlib.ExitStack() as asking:
             asking.enter_context(claimed(tuner.root / "study.lock", wait=True))
             seed = tuning.seed + prepare(tuner, study)
-            genetic = optuna.samplers.NSGAIISampler(population_size=tuning.population, seed=seed, **rates)
+            genetic = optuna.samplers.NSGAIISampler(population_size=tuning.population, seed=seed)
             study.sampler = genetic if tuning.sampler == "genetic" else optuna.samplers.RandomSampler(seed=seed)
 
             def one(trial, held=held, asking=asking):
@@ -335,24 +330,21 @@ def run_tuning(path: Path, overrides: list[str] | tuple[str, ...] = (), root: Pa
     return summary
 
 
-def confirmation(tuner: Tuner, best: dict[str, Any]) -> dict:
-    """An ablation file: the found map beside the named ones, trained longer under several seeds on unseen tasks."""
-    section = tuner.tuning.confirm
-    content = {"name": f"{tuner.tuning.name}_confirm", "title": "The found map beside the named ones", "vary": "run"}
-    content |= {"base": str((tuner.path.parent / tuner.tuning.base).absolute()), "seeds": section.seeds}
-    content["common"] = section.settings | {f"tasks.{t}": None for t in tuner.base["tasks"] if t not in section.tasks}
-    content["variants"] = {"found": best} | {name: tuner.changes(genes) for name, genes in tuner.named().items()}
-    return content | {"baseline": "found"}
-
-
 def write_results(tuner: Tuner, rows: list[dict], summary: dict) -> None:
-    """Writes the recipes, the ablation file that confirms the result, the page and, last, summary.json."""
+    """Writes the recipes, the page and, last, summary.json. confirm.yaml is an ablation file: the found map beside the
+    named ones, trained longer under several seeds on unseen tasks."""
+    tuning = tuner.tuning
     front = {f"front/{number:02}": row for number, row in enumerate(summary.get("front", []), 1)}
     for place, result in (front or {"best": summary["best"]}).items():
-        changes = result["changes"] | {"name": f"{tuner.tuning.name}_{place.replace('/', '_')}"}
+        changes = result["changes"] | {"name": f"{tuning.name}_{place.replace('/', '_')}"}
         write_text(tuner.root / f"{place}.yaml", dump_recipe(tuner.make(changes, place).recipe))
-    if tuner.tuning.confirm:
-        content = confirmation(tuner, summary["best"]["changes"])
+    if section := tuning.confirm:
+        content = {"name": f"{tuning.name}_confirm", "title": "The found map beside the named ones", "vary": "run"}
+        content |= {"base": str((tuner.path.parent / tuning.base).absolute()), "seeds": section.seeds}
+        others = {f"tasks.{task}": None for task in tuner.base["tasks"] if task not in section.tasks}
+        named = {name: tuner.changes(genes) for name, genes in tuner.named().items()}
+        variants = {"found": summary["best"]["changes"]} | named
+        content |= {"common": section.settings | others, "variants": variants, "baseline": "found"}
         text = yaml.dump(content, Dumper=RecipeDumper, sort_keys=False, allow_unicode=True)
         write_text(tuner.root / "confirm.yaml", text)
     write_tune_page(rows, summary, tuner.root)

@@ -82,30 +82,26 @@ def plot(rows: list[dict], name: str) -> str:
 
 
 def write_tune_page(rows: list[dict], summary: dict, root: Path) -> None:
-    """rows: `tune.rows_of` all trials. summary: the search's."""
-    figures = {"history": svg_of("history", partial(draw_history, rows), (7, 2.9))}
+    """rows: `tune.rows_of` all trials, of which those trained to their end are drawn. summary: the search's."""
+    complete = [row for row in rows if row["state"] == "complete"]
+
+    def history(axes: Axes) -> None:  # in the order of training, and the best so far
+        found, places = [100 * row["quality"] for row in complete], range(1, len(complete) + 1)
+        axes.plot(places, found, "o", color=SERIES[0], markersize=3.5, alpha=0.6, markeredgewidth=0)
+        axes.step(places, list(itertools.accumulate(found, max)), where="post", color=SERIES[0], linewidth=1.6)
+        axes.xaxis.get_major_locator().set_params(integer=True)
+        axes.set(xlabel="candidates trained to their end", ylabel=QUALITY)
+
+    def by(objective: str, axes: Axes) -> None:  # the front in colour
+        scale, unit = UNITS[objective]
+        for some, colour in ((complete, GRID), (summary["front"], SERIES[0])):
+            x, y = [scale * row[objective] for row in some], [100 * row["quality"] for row in some]
+            axes.plot(x, y, "o", color=colour, markersize=5)
+        axes.set(xlabel=unit, ylabel=QUALITY)
+
+    figures = {"history": svg_of("history", history, (7, 2.9))}
     for objective in summary["objectives"][1:] if "front" in summary else ():
-        drawing = partial(draw_front, rows, summary["front"], objective)
-        figures[f"front-{objective}"] = svg_of(f"front-{objective}", drawing)
+        figures[f"front-{objective}"] = svg_of(f"front-{objective}", partial(by, objective))
     facts = {"rows": rows, "figures": figures, "summary": summary, "environment": read_json(root / "environment.json")}
     results = [summary["best"]] if "best" in summary else summary["front"]
     write_page(root / "tune.html", "tune.html", results=results, **facts)
-
-
-def draw_front(rows: list[dict], front: list[dict], objective: str, axes: Axes) -> None:
-    """Quality by another objective: complete trials pale, the front in colour."""
-    scale, unit = UNITS[objective]
-    for some, colour in (([row for row in rows if row["state"] == "complete"], GRID), (front, SERIES[0])):
-        x, y = [scale * row[objective] for row in some], [100 * row["quality"] for row in some]
-        axes.plot(x, y, "o", color=colour, markersize=5)
-    axes.set(xlabel=unit, ylabel=QUALITY)
-
-
-def draw_history(rows: list[dict], axes: Axes) -> None:
-    """Quality of complete trials in the order of training, and the best so far."""
-    found = [100 * row["quality"] for row in rows if row["state"] == "complete"]
-    places, best = range(1, len(found) + 1), list(itertools.accumulate(found, max))
-    axes.plot(places, found, "o", color=SERIES[0], markersize=3.5, alpha=0.6, markeredgewidth=0)
-    axes.step(places, best, where="post", color=SERIES[0], linewidth=1.6)
-    axes.xaxis.get_major_locator().set_params(integer=True)
-    axes.set(xlabel="candidates trained to their end", ylabel=QUALITY)

@@ -16,15 +16,11 @@ from vocabshrink.runtime.delivery import PASSAGE, QUERY, Delivery, load
 ROWS_AT_ONCE = 65_536  # of the index while it is searched: 100 MB as float32 at 384 columns
 EMBEDDED_AT_ONCE = 8_192  # passages, between two calls of `progress`
 FILES = ("passages.jsonl", "vectors.npy")
+Progress = Callable[[int, int], None]
 
 
 def build_index(
-    folder: str | Path,
-    passages: Iterable[dict | str],
-    *,
-    batch_size: int = 32,
-    threads: int = 1,
-    progress: Callable[[int, int], None] = lambda done, total: None,
+    folder: str | Path, passages: Iterable[dict | str], *, threads: int = 1, progress: Progress = lambda *_: None
 ) -> int:
     """Embed passages (texts, or dicts with a "text") into folder/index, behind the model's prompt for them; the number
     of passages. Writes passages.jsonl, vectors.npy [passages, dimension] float16 and index.json. progress: is told how
@@ -38,8 +34,7 @@ def build_index(
         raise InputError("there is no passage to index: give one text or more")
     texts, vectors = [record["text"] for record in records], []
     for start in range(0, len(texts), EMBEDDED_AT_ONCE):
-        found = embedder.embed(texts[start : start + EMBEDDED_AT_ONCE], batch_size, prompt=PASSAGE)
-        vectors.append(found.astype(np.float16))
+        vectors.append(embedder.embed(texts[start : start + EMBEDDED_AT_ONCE], prompt=PASSAGE).astype(np.float16))
         progress(sum(map(len, vectors)), len(texts))
     with claimed(folder / ".index.lock", wait=True), replacing_folder(folder / "index") as new:
         lines = "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records)
