@@ -36,7 +36,7 @@ from vocabshrink.run.folder import RunDir
 from vocabshrink.run.recipe import DeliverySection, Recipe, StudentSection, TaskSection, load_recipe, parse_recipe
 from vocabshrink.run.recipe_yaml import RecipeDumper, read_yaml
 from vocabshrink.run.stage import stages_of
-from vocabshrink.runtime.kinds import KINDS
+from vocabshrink.runtime.delivery import KINDS
 from vocabshrink.stages.checks import check_recipe
 from vocabshrink.stages.choose import SHAPES, choose_effort, choose_shape, draw_lines, look_at, recipe_text
 from vocabshrink.stages.tasks import label_texts

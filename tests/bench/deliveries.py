@@ -27,8 +27,7 @@ import numpy as np
 from tokenizer_build.errors import InputError
 from tokenizer_build.files import read_json, replacing_folder, write_json
 from vocabshrink.run.folder import RunDir
-from vocabshrink.runtime.delivery import load, name_of
-from vocabshrink.runtime.kinds import KINDS
+from vocabshrink.runtime.delivery import KINDS, load, name_of
 
 LENGTHS, BATCHES, ROUNDS = (16, 64, 128), (1, 32), 3
 STATIC_BUDGET = 7_000_000

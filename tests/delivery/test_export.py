@@ -20,8 +20,7 @@ from vocabshrink.delivery.graph import KERNELS
 from vocabshrink.models.forward import ModuleSettings
 from vocabshrink.run.formats import formats_of
 from vocabshrink.run.recipe import POOLINGS, DeliverySection, parse_recipe
-from vocabshrink.runtime.delivery import load
-from vocabshrink.runtime.kinds import KINDS
+from vocabshrink.runtime.delivery import KINDS, load
 
 FORMATS = ["fp32", "fp16", "int8", "int4-32", "int4-64", "int4-128"]
 MIXED = {"embeddings": "int4-64", "positions": "int4-32", "attention": "int8", "feed_forward": "fp16", "head": "fp32"}

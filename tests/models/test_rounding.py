@@ -13,7 +13,7 @@ from torch import nn
 
 from vocabshrink.models.rounding import bake, fake_quantize_, quantization_aware, quantize, refit
 from vocabshrink.run.formats import CLASSES, tensor_class
-from vocabshrink.runtime.kinds import KINDS
+from vocabshrink.runtime.delivery import KINDS
 
 MATRICES = arrays(
     np.float32,

@@ -13,7 +13,7 @@ from vocabshrink import cli
 from vocabshrink.pages.page import write_page
 from vocabshrink.pages.report import POINTS, training_panel, write_report
 from vocabshrink.run.folder import RunDir
-from vocabshrink.runtime.kinds import KINDS
+from vocabshrink.runtime.delivery import KINDS
 
 SUMMARY = {
     "minutes": 12.4,

@@ -15,9 +15,8 @@ from tokenizers import Tokenizer
 
 from tokenizer_build.errors import InputError
 from tokenizer_build.files import claimed, replacing_folder
-from vocabshrink.runtime.delivery import load, name_of
+from vocabshrink.runtime.delivery import KINDS, load, name_of
 from vocabshrink.runtime.index import Index, build_index
-from vocabshrink.runtime.kinds import KINDS
 from vocabshrink.runtime.lines import answer_lines
 
 LABELS = {"classification": ["bad", "good", "so so"], "tokens": ["O", "B-word"]}

@@ -16,7 +16,7 @@ from vocabshrink.models.loading import load_config
 from vocabshrink.run.folder import RunDir
 from vocabshrink.run.formats import formats_of
 from vocabshrink.run.recipe import parse_recipe
-from vocabshrink.runtime.kinds import KINDS
+from vocabshrink.runtime.delivery import KINDS
 from vocabshrink.stages import plan
 from vocabshrink.stages.plan import GRAPH_FORMATS, delivery_bytes, parameters, refusal
 

@@ -22,8 +22,7 @@ from vocabshrink.models.rounding import fake_quantize_
 from vocabshrink.models.teacher import eps_and_activation
 from vocabshrink.run.formats import formats_of
 from vocabshrink.run.recipe import DeliverySection
-from vocabshrink.runtime.delivery import open_graph
-from vocabshrink.runtime.kinds import KINDS
+from vocabshrink.runtime.delivery import KINDS, open_graph
 
 Feed = dict[str, np.ndarray]  # a graph's inputs, int64 [batch, sequence]
 # By the kind of the coarsest weights: the name by which transformers.js finds such a graph; the least agreement with

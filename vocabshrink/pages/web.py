@@ -21,9 +21,8 @@ from tokenizer_build.corpus import read_rows
 from tokenizer_build.errors import InputError
 from tokenizer_build.files import read_json, replacing_folder
 from vocabshrink.pages.page import write_page
-from vocabshrink.runtime.delivery import PASSAGE, QUERY, Delivery, load, name_of
+from vocabshrink.runtime.delivery import KINDS, PASSAGE, QUERY, Delivery, load, name_of
 from vocabshrink.runtime.index import Index
-from vocabshrink.runtime.kinds import KINDS
 
 RUNTIME = {
     "onnxruntime": "onnxruntime-web/dist/ort.wasm.bundle.min.mjs",

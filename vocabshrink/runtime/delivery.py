@@ -11,13 +11,13 @@ import os
 import re
 from collections.abc import Iterator, Sequence
 from contextlib import suppress
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 
 from tokenizer_build.errors import InputError
 from tokenizer_build.files import parse_json
-from vocabshrink.runtime.kinds import KINDS
 
 CHARACTERS_A_PIECE = 32  # of a long text at first: a text is tokenised no further than it is read
 # A graph's inputs and the tokenizer's names for them; the last may be missing.
@@ -30,6 +30,25 @@ USUAL = {"convert_to_tensor": False, "output_value": "sentence_embedding", "prec
 BY_PLACE = ("prompt_name", "prompt", "batch_size", "show_progress_bar", "output_value", "precision")
 BY_PLACE += ("convert_to_numpy", "convert_to_tensor", "device", "normalize_embeddings", "truncate_dim")
 QUERY, PASSAGE = ("query",), ("passage", "document")  # names of the prompts for what searches and for what is searched
+
+
+@dataclass(frozen=True)
+class Kind:
+    """What a delivered model is for."""
+
+    method: str  # of `Delivery`
+    architecture: str  # transformers' class
+    output: str = "logits"  # the graph's output that is read
+    labelled: bool = False  # config.json names a label for each column of the output
+
+
+# A manifest's "task" -> its kind; what the model card says of each stands in its template
+KINDS = {
+    "embedding": Kind("embed", "BertModel", output="sentence_embedding"),
+    "classification": Kind("classify", "BertForSequenceClassification", labelled=True),
+    "tokens": Kind("label_tokens", "BertForTokenClassification", labelled=True),
+    "fill-mask": Kind("fill_mask", "BertForMaskedLM"),
+}
 
 
 class Delivery:

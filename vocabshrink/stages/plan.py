@@ -24,7 +24,7 @@ from vocabshrink.models.student import student_config
 from vocabshrink.run.folder import RunDir
 from vocabshrink.run.formats import Formats, describe, formats_of
 from vocabshrink.run.recipe import DeliverySection, Recipe, StudentSection
-from vocabshrink.runtime.kinds import KINDS
+from vocabshrink.runtime.delivery import KINDS
 from vocabshrink.stages.inputs import given_tokenizer, source_config
 
 EFFICIENCY = 0.4  # of a plain matrix product's speed: 0.39 and 0.42 on two cores of an AMD EPYC in bf16
