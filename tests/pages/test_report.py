@@ -246,7 +246,7 @@ def test_curves_are_against_tokens_and_hold_every_loss():
     rows = list(metrics("distill", 10)) + [{"stage": "other", "step": n, "kind": "train", "loss": 5.0} for n in (1, 2)]
     panel = training_panel("distill", rows)
     assert [plot["title"] for plot in panel["plots"]] == ["Losses, each part unweighted", "Evaluation"]
-    assert panel["plots"][0]["legend"] == {"total": "0.1000", "similarity": "0.0100", "cosine": "0.0500"}
+    assert panel["plots"][0]["legend"] == {"total": 0.1, "similarity": 0.01, "cosine": 0.05}
     assert ">tokens<" in panel["plots"][0]["svg"]
     assert ">step<" in training_panel("other", rows)["plots"][0]["svg"]  # tokens were not logged
 

@@ -44,7 +44,7 @@ def write_report(run: RunDir) -> Path:
     shown |= {f"{name}/summary.json": run.stage(name) / "summary.json" for name in STAGES if name != "report"}
     present = {name: path for name, path in shown.items() if path.is_file()}
     facts["files"] = {name: path.read_text(encoding="utf-8", errors="replace") for name, path in present.items()}
-    write_page(out, "report.html", **facts, label=label, figure=figure, columns=columns)
+    write_page(out, "report.html", **facts, columns=columns)
     return out
 
 
@@ -70,7 +70,7 @@ def training_panel(stage: str, rows: list[dict]) -> dict:
         if curves:
             drawn = max(map(len, curves.values())) > 1
             svg = svg_of(f"{stage}-{kind}", partial(draw, curves, axis, kind == "train")) if drawn else ""
-            legend = {name: figure("", points[-1, 1]) for name, points in curves.items()}
+            legend = {name: points[-1, 1] for name, points in curves.items()}
             plots.append({"title": title, "svg": svg, "legend": legend})
     note = f"{frame['step'].max():,} steps"
     if "tokens_per_second" in frame:
@@ -96,25 +96,3 @@ def columns(rows: Iterable[dict], first: Iterable[str] = ()) -> list[str]:
     """The keys of all rows, in order of appearance, those in `first` leading."""
     names = dict.fromkeys(name for row in rows for name in row)
     return [*(name for name in first if name in names), *(name for name in names if name not in first)]
-
-
-def label(key: str) -> str:
-    """A key as a reader would write it; units stand beside the figures: `latency_ms` is "latency"."""
-    return "size" if key == "bytes" else key.removesuffix("_ms").replace("_", " ")
-
-
-def figure(key: str, value) -> str:
-    """A value with the unit that its key names. MB is 10^6 bytes."""
-    if not isinstance(value, int | float) or isinstance(value, bool):
-        return "" if value is None else str(value)
-    if key == "minutes":
-        return f"{60 * value:.1f} s" if value < 1 else f"{value:.1f} min" if value < 60 else f"{value / 60:.1f} h"
-    if "bytes" in key:
-        return f"{value / 1e6:,.2f} MB" if value >= 1e5 else f"{value:,} bytes"
-    if key.endswith("_ms"):
-        return f"{value:.2f} ms"
-    if key.endswith(("coverage", "unknown_rate", "overlap_with_first")):
-        return f"{100 * value:.2f} %"
-    if isinstance(value, int) or abs(value) >= 1000:
-        return f"{value:,.0f}"
-    return f"{value:.4f}" if abs(value) >= 1e-3 or value == 0 else f"{value:.3g}"
