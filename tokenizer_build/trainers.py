@@ -55,7 +55,10 @@ def train_vocabulary(
         what = f"{size} pieces cannot hold the special tokens, {len(characters)} characters and the required words"
         raise InputError(f"{what}: allow at least {len(SPECIAL_TOKENS) + len(fixed)}")
     if cuts_words(counts):
-        counts = _cut(counts)
+        whole, counts = counts, Counter()
+        for word, count in whole.items():
+            for start in range(0, len(word), LONGEST_WORD):
+                counts[word[start : start + LONGEST_WORD]] += count
     spelt = (item for item in counts.items() if len(item[0]) <= LONGEST_WORD and characters.issuperset(item[0]))
     words = sorted(spelt, key=lambda item: (-item[1], item[0]))
     if trainer in ("fewest", "prune"):
@@ -68,14 +71,21 @@ def train_vocabulary(
 
 
 def required_words(words: Iterable[str], lowercase: bool, known: set[str] | None = None) -> list[str]:
-    """The required words as the tokenizer will see them (see `one_word`). known: the teacher's pieces, out of which
-    `prune` chooses. Raises InputError where there are none, or where they lack a word or one of its letters."""
+    """The required words as the tokenizer will see them. known: the teacher's pieces, out of which `prune` chooses.
+    Raises InputError where the tokenizer would cut one, and where there are no known pieces or they lack a word or one
+    of its letters."""
     if known is not None and not known:
         raise InputError("prune chooses among the teacher's pieces: name a teacher, or train fewest")
-    found = [one_word(word, lowercase) for word in words]
-    for word in found if known is not None else ():
-        if missing := [piece for piece in (word, *alphabet_pieces(word)) if piece not in known]:
-            raise InputError(f"the teacher has no piece {missing[0]!r}: prune cannot keep {word!r}: train fewest")
+    found = []
+    for word in words:
+        parts = [part for chunk in word.split() for part in split_chunk(chunk, lowercase)]
+        if len(parts) != 1 or len(parts[0]) > LONGEST_WORD:
+            what = f"the required word {word!r} is {len(parts)} words for a BERT tokenizer and cannot be one piece"
+            raise InputError(f"{what}: name single words without punctuation, of at most {LONGEST_WORD} characters")
+        needed = () if known is None else (*parts, *alphabet_pieces(parts[0]))
+        if missing := [piece for piece in needed if piece not in known]:
+            raise InputError(f"the teacher has no piece {missing[0]!r}: prune cannot keep {parts[0]!r}: train fewest")
+        found += parts
     return found
 
 
@@ -83,24 +93,6 @@ def cuts_words(counts: Mapping[str, int]) -> bool:
     """Whether the text has words that WordPiece can read only in parts (see `make_tokenizer`): Thai, Lao, Khmer and
     Burmese write clauses without spaces."""
     return sum(count for word, count in counts.items() if len(word) > LONGEST_WORD) > MOST_LONG * sum(counts.values())
-
-
-def _cut(counts: Mapping[str, int]) -> Counter[str]:
-    """The counts of words cut every LONGEST_WORD characters."""
-    found: Counter[str] = Counter()
-    for word, count in counts.items():
-        for start in range(0, len(word), LONGEST_WORD):
-            found[word[start : start + LONGEST_WORD]] += count
-    return found
-
-
-def one_word(word: str, lowercase: bool) -> str:
-    """A required word as the tokenizer will see it. Raises InputError where the tokenizer would cut it."""
-    words = [part for chunk in word.split() for part in split_chunk(chunk, lowercase)]
-    if len(words) != 1 or len(words[0]) > LONGEST_WORD:
-        what = f"the required word {word!r} is {len(words)} words for a BERT tokenizer and cannot be one piece"
-        raise InputError(f"{what}: name single words without punctuation, of at most {LONGEST_WORD} characters")
-    return words[0]
 
 
 def alphabet(counts: Mapping[str, int]) -> list[str]:

@@ -87,11 +87,9 @@ def export_model(
 
     with replacing_folder(out) as place:
         full = (manifest or {}) | _write_files(model, Path(model_folder), place, settings)
-        full["files"] = {}
-        for path in filter(Path.is_file, sorted(place.rglob("*"))):
-            facts = {"bytes": path.stat().st_size, "sha256": sha256(path.read_bytes()).hexdigest()}
-            full["files"][path.relative_to(place).as_posix()] = facts
-        full["check"], disagreements = _compare(model, (place / full["graph"]).read_bytes(), settings)
+        contents = {p.relative_to(place).as_posix(): p.read_bytes() for p in sorted(place.rglob("*")) if p.is_file()}
+        full["files"] = {n: {"bytes": len(c), "sha256": sha256(c).hexdigest()} for n, c in contents.items()}
+        full["check"], disagreements = _compare(model, contents[full["graph"]], settings)
         note(disagreements + _weigh(full, place / "MANIFEST.json", settings))
         if measure:
             full["quality"], allowed = measure(place), settings.delivery.tolerance
