@@ -93,8 +93,7 @@ def read_rows(source: str | Path) -> Iterator[tuple[str, dict]]:
 
 
 def read_parallel(sources: Sequence[str | Path]) -> Iterator[list[str]]:
-    """Yield the sentences of each line of TSV files without a header: one, then its translations. Raises InputError,
-    naming file and line, where one has none."""
+    """Each line's sentences, of TSV files without header; InputError naming the file and line without a translation."""
     for source in expand(sources):
         for number, line in enumerate(text_lines(source, _open(source, _format(source)[1])), 1):
             cells = [text for cell in _tsv_cells(line.rstrip("\r\n")) if (text := cell.strip())]

@@ -46,9 +46,8 @@ def count_words(
     maximum: int = 10_000_000,
     progress: Callable[[int], None] = lambda words: None,
 ) -> Counter[str]:
-    """Count the words of `sources` (see `corpus.read_lines`); the result is the same on any number of processes.
-    `form`: see `make_normalizer`. `maximum` bounds the distinct words kept; `progress` is called with the words of each
-    block counted."""
+    """Count the words of `sources` (see `corpus.read_lines`), alike on any number of processes. form: see
+    `make_normalizer`. maximum: distinct words that are kept. progress: called with the words of each block counted."""
     counts: Counter[str] = Counter()
     blocks = read_blocks(sources, column)
     for words in map_in_order(partial(count_block, lowercase=lowercase, form=form), blocks, processes):

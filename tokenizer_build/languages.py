@@ -1,7 +1,6 @@
 """Several languages in one corpus: their shares of it, and the scripts that they are written in.
 
-A script is the first word of a letter's Unicode name (LATIN, CYRILLIC, CJK): no package, and no guess at a language.
-"""
+A script is the first word of a letter's Unicode name (LATIN, CYRILLIC, CJK): no package, no guess at a language."""
 
 import unicodedata
 from collections import Counter
@@ -37,8 +36,7 @@ def shares(sizes: Mapping[str, int], alpha: float) -> dict[str, float]:
 
 
 def factors(sizes: Mapping[str, int], wanted: Mapping[str, float]) -> dict[str, float]:
-    """How often each language must be taken to have its wanted share: once the one that has most of it, so that nothing
-    is left out, the others more often."""
+    """How often each language is taken for its wanted share: the one with most of it once, the others more often."""
     scales = {language: wanted[language] / size for language, size in sizes.items() if size}
     return {language: scale / min(scales.values()) for language, scale in scales.items()}
 

@@ -86,8 +86,7 @@ class Segmentation:
 
     def estimated_costs(self) -> list[float]:
         """By piece: pieces added if each of its uses were cut as its text alone would be without it. Its uses include
-        HEIRLOOM of those of every longer piece that would be cut into it: else building blocks vanish while whole words
-        still hide them."""
+        HEIRLOOM of those of longer pieces that would be cut into it: else building blocks go while words hide them."""
         costs = [0.0] * len(self.names)
         uses = [float(count) for count in self.counts]
         lengths = {piece: len(self.texts[piece].lstrip(" ")) for piece in self.alive}

@@ -72,8 +72,7 @@ def train_vocabulary(
 
 def required_words(words: Iterable[str], lowercase: bool, known: set[str] | None = None) -> list[str]:
     """The required words as the tokenizer will see them. known: the teacher's pieces, out of which `prune` chooses.
-    Raises InputError where the tokenizer would cut one, and where there are no known pieces or they lack a word or one
-    of its letters."""
+    Raises InputError for a word that the tokenizer would cut, or whose pieces, or letters', are not among the known."""
     if known is not None and not known:
         raise InputError("prune chooses among the teacher's pieces: name a teacher, or train fewest")
     found = []
@@ -90,8 +89,7 @@ def required_words(words: Iterable[str], lowercase: bool, known: set[str] | None
 
 
 def cuts_words(counts: Mapping[str, int]) -> bool:
-    """Whether the text has words that WordPiece can read only in parts (see `make_tokenizer`): Thai, Lao, Khmer and
-    Burmese write clauses without spaces."""
+    """Whether WordPiece must cut words (see `make_tokenizer`): Thai, Lao, Khmer and Burmese clauses have no spaces."""
     return sum(count for word, count in counts.items() if len(word) > LONGEST_WORD) > MOST_LONG * sum(counts.values())
 
 

@@ -1,8 +1,7 @@
 """One HTML file that shows what a run did, built from whatever files the run folder holds.
 
 It opens offline and from a mail attachment: curves are inline SVG, nothing is fetched and no script runs. Every figure
-on it is in a JSON file beside it, and what is missing is left out. Learning rates are not drawn: the recipe sets them.
-"""
+on it is in a JSON file beside it, and what is missing is left out. Learning rates are not drawn: recipes set them."""
 
 import math
 from collections.abc import Iterable

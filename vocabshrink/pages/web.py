@@ -4,8 +4,7 @@ The page asks no other host for anything: models, transformers.js and onnxruntim
 int8 vectors (a cosine moves by 0.003 at most). Browsers forbid a page opened from a disk to read the files beside it,
 so standalone.html holds all of them, compressed, in its own text: 14 MB where the folder has 22. transformers.js
 imports onnxruntime-web's WebGPU build, whose CPU kernels lack GatherBlockQuantized; an import map gives it the
-WebAssembly build (14 MB, 3.7 MB as sent), which runs every graph that `export` writes. One thread: more need headers.
-"""
+WebAssembly build (14 MB, 3.7 MB sent), which runs every graph that `export` writes. One thread: more need headers."""
 
 import base64
 import gzip
@@ -35,10 +34,9 @@ MOST_PASSAGES = 50_000  # 20 MB of vectors at 384 columns, and 20 ms a query
 
 
 def build_web(artifacts: Sequence[Path], out: Path, passages: Path | None = None, *, node_modules: Path) -> int:
-    """Write the page of one or several delivered folders to `out`, replacing a page that is there; the number of
-    passages. passages: JSONL of {"text", "source"?} for the first embedder to search, MOST_PASSAGES at most; else its
-    own index, if it has one. Raises InputError for folders, passages or npm packages that cannot be used, and where
-    `out` is no page."""
+    """Write the page of delivered folders to `out`, replacing a page that is there; the number of passages. passages:
+    JSONL of {"text", "source"?} for the first embedder to search, MOST_PASSAGES at most; else its own index, if it has
+    one. Raises InputError for folders, passages or npm packages that cannot be used, and where `out` is no page."""
     if out.exists() and not (out / "standalone.html").is_file() and (out.is_file() or any(out.iterdir())):
         raise InputError(f"{out} exists and is not a page of ours: give another place or remove it")
     if missing := [path for name in RUNTIME.values() if not (path := node_modules / name).is_file()]:
