@@ -35,14 +35,12 @@ def write_report(run: RunDir) -> Path:
     facts["blocks"] = {key: value for key, value in summary.items() if key.endswith("_by_block")}
     trained = columns([{row["stage"]: None for row in rows}], first=STAGES)
     facts["training"] = [training_panel(stage, rows) for stage in trained]
-    by_language = comparison.pop("languages", {})
     facts |= {"examples": comparison.pop("examples", []), "vocabulary": comparison}
-    for language, found in by_language.items():
+    for language, found in comparison.pop("languages", {}).items():
         comparison |= {f"{side}, {language}": found[side] for side in ("teacher", "student")}
     shown = {name: run.path / name for name in ("recipe.yaml", "environment.json")}
     shown |= {f"{name}/summary.json": run.stage(name) / "summary.json" for name in STAGES if name != "report"}
-    present = {name: path for name, path in shown.items() if path.is_file()}
-    facts["files"] = {name: path.read_text(encoding="utf-8", errors="replace") for name, path in present.items()}
+    facts["files"] = {n: p.read_text(encoding="utf-8", errors="replace") for n, p in shown.items() if p.is_file()}
     write_page(out, "report.html", **facts, columns=columns)
     return out
 
