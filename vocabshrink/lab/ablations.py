@@ -248,23 +248,19 @@ def rated_of(run: Variant) -> dict[str, float]:
     return {name: found[name] for name in run.recipe.evaluation.stsb if name in found}
 
 
-def figures_of_teacher(units: list[Unit]) -> list[dict]:
-    """As `figures_of`, of the fine-tuned teacher where there is one: one seed, validation alone, no cost."""
-    for run in (u.run for u in units if "task_teacher" in u.run.stages and u.run.dir.is_done("task_teacher")):
-        summary = run.summary("task_teacher")
-        measured = {("validation", t, m): value for t in run.recipe.tasks for m, value in summary.get(t, {}).items()}
-        measured |= {AVERAGE: summary["average"]}
-        return [{"variant": TEACHER, "seed": 0, "measured": measured} | dict.fromkeys(COSTS)]
-    return []
-
-
 def rows_of(units: list[Unit]) -> list[dict]:
     """One row per variant, split ("general": before its tasks), task and metric, and one for the mean of the tasks'
     headlines: median, spread (largest less smallest), values and seeds in order, COSTS, average (the variant's on
     validation); against a baseline also difference (of medians) and clear (both have several seeds, and their ranges do
     not overlap). The teacher fine-tuned on the same rows, where a variant has one, comes first as TEACHER."""
     ablation, rows = units[0].ablation, []
-    figures = figures_of_teacher(units) + [figures_of(unit) for unit in units if unit.run.dir.is_done("finetune")]
+    figures = [figures_of(unit) for unit in units if unit.run.dir.is_done("finetune")]
+    taught = [u.run for u in units if "task_teacher" in u.run.stages and u.run.dir.is_done("task_teacher")]
+    for run in taught[:1]:  # one seed, validation alone, no cost
+        summary = run.summary("task_teacher")
+        measured = {("validation", t, m): value for t in run.recipe.tasks for m, value in summary.get(t, {}).items()}
+        measured |= {AVERAGE: summary["average"]}
+        figures.append({"variant": TEACHER, "seed": 0, "measured": measured} | dict.fromkeys(COSTS))
     for label in (TEACHER, *ablation.variants):
         mine = [found for found in figures if found["variant"] == label]
         about: dict[str, Any] = {"seeds": [found["seed"] for found in mine]}

@@ -5,6 +5,7 @@ import io
 import re
 import zlib
 from collections.abc import Callable
+from pathlib import Path
 
 from markupsafe import Markup
 from matplotlib import rc_context
@@ -16,17 +17,13 @@ INK, GRID, SERIES = "#010101", "#020202", tuple(f"#0303{index:02x}" for index in
 VARIABLES = {INK: "--ink, #24272b", GRID: "--grid, #d5d8dc"}
 COLOURS = ["#1f5fa8", "#c8553d", "#3a7d44", "#8a6bb1", "#b8860b", "#17868b", "#a23e6d", "#5b6470"]
 VARIABLES |= {colour: f"--series-{index}, {COLOURS[index]}" for index, colour in enumerate(SERIES)}
-STYLE = {"svg.fonttype": "none", "font.size": 9, "text.parse_math": False, "axes.unicode_minus": False}
-STYLE |= {"axes.spines.top": False, "axes.spines.right": False, "axes.axisbelow": True, "legend.frameon": False}
-STYLE |= {"axes.edgecolor": GRID, **dict.fromkeys(("axes.labelcolor", "xtick.color", "ytick.color", "text.color"), INK)}
-STYLE |= {"axes.grid": True, "axes.grid.axis": "y", "grid.color": GRID, "grid.linewidth": 0.6}
-STYLE |= {f"{axis}tick.{which}.size": 0 for axis in "xy" for which in ("major", "minor")}
+STYLE = Path(__file__).parent / "templates" / "figure.mplstyle"
 
 
 def svg_of(name: str, draw: Callable[[Axes], None], size: tuple = (4.6, 2.5), alone: bool = False) -> Markup:
     """An inline SVG of what `draw` puts on the axes of a figure of `size` inches. name: unique among the figures of a
     page: it keeps their identifiers apart. alone: with default colours."""
-    with rc_context(STYLE | {"svg.hashsalt": name}):
+    with rc_context({"svg.hashsalt": name}, STYLE):
         figure, file = Figure(figsize=size, layout="constrained"), io.StringIO()
         draw(figure.subplots())
         without = dict.fromkeys(("Date", "Creator", "Format", "Type"))  # the same figures give the same page

@@ -30,6 +30,7 @@ RUNTIME = {
 }
 LOADED = ("config.json", "tokenizer.json", "tokenizer_config.json")  # by transformers.js, beside the graph
 DTYPES = {"onnx/model_q4.onnx": "q4", "onnx/model_quantized.onnx": "q8", "onnx/model.onnx": "fp32"}
+SHOWN = [task for task in KINDS if task != "fill-mask"]
 MOST_PASSAGES = 50_000  # 20 MB of vectors at 384 columns, and 20 ms a query
 
 
@@ -45,15 +46,23 @@ def build_web(artifacts: Sequence[Path], out: Path, passages: Path | None = None
     copies = {data["runtime"][kind]: node_modules / name for kind, name in RUNTIME.items()}
     with replacing_folder(out) as place:
         for folder in artifacts:
-            model = load(folder)
-            entry = _entry(folder, model)
-            if any(entry["name"] == other["name"] for other in data["models"]):
-                raise InputError(f"two of the folders are named {entry['name']}: rename one")
+            model, name = load(folder), name_of(folder)
+            if model.task not in SHOWN:
+                raise InputError(f"{folder} is for the task {model.task!r}: the page shows {', '.join(SHOWN)}")
+            if (graph := model.manifest["graph"]) not in DTYPES:
+                known = ", ".join(DTYPES)
+                raise InputError(f"{folder}/{graph} is not a name that transformers.js knows: use one of {known}")
+            if any(name == other["name"] for other in data["models"]):
+                raise InputError(f"two of the folders are named {name}: rename one")
+            entry = {"name": name, "task": model.task, "dtype": DTYPES[graph], "labels": model.labels}
+            entry |= {"dimension": model.dimension, "longest": model.longest, "passages": False}
+            entry |= {"before_query": model.prefix(QUERY), "before_passage": model.prefix(PASSAGE)}
+            entry |= {"files": [file for file in (*LOADED, graph) if (folder / file).is_file()]}
             if model.task == "embedding" and not data["passages"]:
                 data["passages"], data["of"] = _write_passages(place, folder, model, passages)
                 entry["passages"] = data["passages"] > 0
             data["models"].append(entry)
-            copies |= {f"models/{entry['name']}/{file}": folder / file for file in entry["files"]}
+            copies |= {f"models/{name}/{file}": folder / file for file in entry["files"]}
         if passages is not None and not data["passages"]:
             raise InputError(f"{passages} can only be searched by an embedder, and none of the folders is one: add one")
         for name, source in copies.items():
@@ -68,19 +77,6 @@ def build_web(artifacts: Sequence[Path], out: Path, passages: Path | None = None
         for name, packed in (("index.html", None), ("standalone.html", files)):
             write_page(place / name, "web.html", files=packed, data=data, sums=sums, versions=versions)
     return data["passages"]
-
-
-def _entry(folder: Path, model: Delivery) -> dict:
-    """What the page must know of a model."""
-    graph, shown = model.manifest["graph"], [task for task in KINDS if task != "fill-mask"]
-    if model.task not in shown:
-        raise InputError(f"{folder} is for the task {model.task!r}: the page shows {', '.join(shown)}")
-    if graph not in DTYPES:
-        raise InputError(f"{folder}/{graph} is not a name that transformers.js knows: use one of {', '.join(DTYPES)}")
-    entry = {"name": name_of(folder), "task": model.task, "dtype": DTYPES[graph], "labels": model.labels}
-    entry |= {"dimension": model.dimension, "longest": model.longest, "passages": False}
-    entry |= {"before_query": model.prefix(QUERY), "before_passage": model.prefix(PASSAGE)}
-    return entry | {"files": [file for file in (*LOADED, graph) if (folder / file).is_file()]}
 
 
 def _write_passages(place: Path, folder: Path, model: Delivery, passages: Path | None) -> tuple[int, int]:
