@@ -5,24 +5,13 @@ A script is the first word of a letter's Unicode name (LATIN, CYRILLIC, CJK): no
 import unicodedata
 from collections import Counter
 from collections.abc import Mapping
+from pathlib import Path
 
 from tokenizer_build.errors import InputError
+from tokenizer_build.files import read_json
 
-# Languages (ISO 639) of one script; of those that are not here, any script is taken.
-LANGUAGES = {
-    "LATIN": "af ca cs cy da de en es et eu fi fr ga gl hr ht hu id is it la lt lv ms mt nl no nb nn pl pt ro sk sl sq "
-    "sv sw tl tr vi",
-    "CYRILLIC": "ru uk bg be mk ky tg ba cv tt",
-    "ARABIC": "ar fa ur ps ug",
-    "HEBREW": "he yi",
-    "GREEK": "el",
-    "DEVANAGARI": "hi mr ne sa",
-    "BENGALI": "bn as",
-    **{"GUJARATI": "gu", "GURMUKHI": "pa", "ORIYA": "or", "TAMIL": "ta", "TELUGU": "te", "KANNADA": "kn"},
-    **{"MALAYALAM": "ml", "SINHALA": "si", "THAI": "th", "LAO": "lo", "MYANMAR": "my", "KHMER": "km"},
-    **{"GEORGIAN": "ka", "ARMENIAN": "hy", "ETHIOPIC": "am ti", "TIBETAN": "bo dz", "HANGUL": "ko"},
-    "CJK": "zh yue ja",
-}
+# {script: languages (ISO 639) of this one script}; of those that are not here, any script is taken.
+LANGUAGES = read_json(Path(__file__).with_name("scripts.json"))
 SAME = dict.fromkeys(("HIRAGANA", "KATAKANA", "KATAKANA-HIRAGANA", "IDEOGRAPHIC", "HALFWIDTH", "BOPOMOFO"), "CJK")
 SAME |= {"FULLWIDTH": "LATIN", "MODIFIER": ""}
 LEAST_OWN = 0.25  # share of a language's words that are in its script; the rest may be names, code, quotations
@@ -68,7 +57,7 @@ def scripts_of(counts: Mapping[str, int]) -> dict[str, float]:
 def check_script(language: str, counts: Mapping[str, int]) -> None:
     """Raises InputError where a language of `LANGUAGES` is hardly ever in its script."""
     found, known = scripts_of(counts), language.lower().replace("_", "-").split("-")[0]
-    script = next((script for script, names in LANGUAGES.items() if known in names.split()), None)
+    script = next((script for script, names in LANGUAGES.items() if known in names), None)
     if script and found and found.get(script, 0.0) < LEAST_OWN and "-" not in language:
         most, share = next(iter(found.items()))
         fault = f"{share:.0%} of its words are in {most} letters, and {language} is written in {script} ones"

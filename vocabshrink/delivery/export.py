@@ -34,6 +34,10 @@ LIMITS = {
     "fp16": ("onnx/model_fp16.onnx", 0.9999, 0.999),
     "fp32": ("onnx/model.onnx", 0.99999, 0.99999),
 }
+REMEDIES = {  # of too little agreement, in the order of LIMITS
+    "same_weights": "choose kernel: float, which rounds no activations, or other weights",
+    "fp32": "use a smaller group size or weights of more bits",
+}
 COMMON = ["config.json", "tokenizer.json", "tokenizer_config.json"]
 # Each loader's files beside COMMON and, for the first two, the graph
 LOADERS = {
@@ -89,8 +93,15 @@ def export_model(
         full = (manifest or {}) | _write_files(model, Path(model_folder), place, settings)
         contents = {p.relative_to(place).as_posix(): p.read_bytes() for p in sorted(place.rglob("*")) if p.is_file()}
         full["files"] = {n: {"bytes": len(c), "sha256": sha256(c).hexdigest()} for n, c in contents.items()}
-        full["check"], disagreements = _compare(model, contents[full["graph"]], settings)
-        note(disagreements + _weigh(full, place / "MANIFEST.json", settings))
+        config, graph = model.config, contents[full["graph"]]
+        feeds = awkward_inputs(config.vocab_size, config.max_position_embeddings, config.type_vocab_size)
+        check = full["check"] = {"fp32": agreement(graph, feeds, model, settings)}
+        fake_quantize_(model, settings.formats)
+        check["same_weights"] = agreement(graph, feeds, model, settings)
+        limits = zip(REMEDIES, LIMITS[settings.coarsest][1:], strict=True)
+        said = f"the {settings.coarsest} graph's cosine with torch"
+        low = [f"{said} ({n}) is {check[n]}, under {least}: {REMEDIES[n]}" for n, least in limits if check[n] < least]
+        note(low + _weigh(full, place / "MANIFEST.json", settings))
         if measure:
             full["quality"], allowed = measure(place), settings.delivery.tolerance
             gated = {name: row for name, row in full["quality"].items() if gates is None or name in gates}
@@ -178,23 +189,6 @@ def tokenizer_json(spec: dict, max_positions: int) -> str:
     """A delivery's tokenizer.json: without white space, which counts, cut to `max_positions` pieces, unpadded."""
     cut = {"direction": "Right", "max_length": max_positions, "strategy": "LongestFirst", "stride": 0}
     return json.dumps(spec | {"truncation": cut, "padding": None}, ensure_ascii=False, separators=(",", ":")) + "\n"
-
-
-def _compare(model: nn.Module, graph: bytes, settings: ExportSettings) -> tuple[dict[str, float], list[str]]:
-    """The graph's agreement with torch, and a sentence for each that is too low. Rounds the model in place."""
-    feeds = awkward_inputs(model.config.vocab_size, settings.delivery.max_positions, model.config.type_vocab_size)
-    check = {"fp32": agreement(graph, feeds, model, settings)}
-    fake_quantize_(model, settings.formats)
-    check["same_weights"] = agreement(graph, feeds, model, settings)
-    remedies = {
-        "same_weights": "choose kernel: float, which rounds no activations, or other weights",
-        "fp32": "use a smaller group size or weights of more bits",
-    }
-    return check, [
-        f"the {settings.coarsest} graph's cosine with torch ({name}) is {check[name]}, under {least}: {remedy}"
-        for (name, remedy), least in zip(remedies.items(), LIMITS[settings.coarsest][1:], strict=True)
-        if check[name] < least
-    ]
 
 
 def agreement(graph: bytes, feeds: list[Feed], model: nn.Module, settings: ExportSettings) -> float:
