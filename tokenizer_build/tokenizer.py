@@ -49,11 +49,9 @@ def make_tokenizer(
         cut = Split(Regex(f".{{1,{LONGEST_WORD}}}"), "isolated")
         tokenizer.pre_tokenizer = PreTokenizerSequence([tokenizer.pre_tokenizer, cut])
     tokenizer.decoder = decoders.WordPiece(prefix="##")
-    tokenizer.post_processor = TemplateProcessing(
-        single="[CLS]:0 $A:0 [SEP]:0",
-        pair="[CLS]:0 $A:0 [SEP]:0 $B:1 [SEP]:1",
-        special_tokens=[(token, ids[token]) for token in ("[CLS]", "[SEP]")],
-    )
+    single, pair = "[CLS]:0 $A:0 [SEP]:0", "[CLS]:0 $A:0 [SEP]:0 $B:1 [SEP]:1"
+    ends = [(token, ids[token]) for token in ("[CLS]", "[SEP]")]
+    tokenizer.post_processor = TemplateProcessing(single=single, pair=pair, special_tokens=ends)
     tokenizer.add_special_tokens([AddedToken(t, special=True, normalized=False) for t in SPECIAL_TOKENS])
     return tokenizer
 

@@ -19,6 +19,10 @@ CANDIDATES = 30_000  # learned by BPE; 60,000 give no better vocabulary
 LEAST_SHARE = 1e-6  # of all characters
 MOST_LONG = 1e-4  # share of words over LONGEST_WORD above which these are cut: no language with spaces has them
 LONGEST_PIECE = 24  # characters, for learned pieces
+# SentencePiece's options, of both its models
+LEARNING = {"input_format": "tsv", "normalization_rule_name": "identity", "character_coverage": 1.0}
+LEARNING |= dict.fromkeys(("hard_vocab_limit", "split_by_unicode_script", "split_by_number"), False)
+LEARNING |= {"bos_id": -1, "eos_id": -1, "max_sentencepiece_length": LONGEST_PIECE, "num_threads": 1, "minloglevel": 2}
 TRAINERS = {
     "fewest": "Fewest pieces for the corpus (see select), from learned candidates and the teacher's pieces.",
     "wordpiece": "BPE by count where `a` and `##a` are different symbols from the start, as in WordPieceTrainer.",
@@ -136,22 +140,9 @@ def learned_pieces(words: Words, size: int, model: str, marked: bool = True) -> 
     rows = [f"{word if marked else starts[word[0]] + word[1:]}\t{count}" for word, count in plain]
     if not rows:
         return []
-    blob = io.BytesIO()
-    sentencepiece.SentencePieceTrainer.train(
-        **dict.fromkeys(("hard_vocab_limit", "split_by_unicode_script", "split_by_number"), False),
-        **dict.fromkeys(("bos_id", "eos_id"), -1),
-        sentence_iterator=iter(rows),
-        input_format="tsv",
-        model_writer=blob,
-        model_type=model,
-        vocab_size=size + 2 * len(characters) + 2,
-        character_coverage=1.0,
-        normalization_rule_name="identity",
-        add_dummy_prefix=marked,
-        max_sentencepiece_length=LONGEST_PIECE,
-        num_threads=1,
-        minloglevel=2,
-    )
+    blob, options = io.BytesIO(), {"model_type": model, "vocab_size": size + 2 * len(characters) + 2}
+    options |= LEARNING | {"sentence_iterator": iter(rows), "add_dummy_prefix": marked}
+    sentencepiece.SentencePieceTrainer.train(model_writer=blob, **options)
     trained = sentencepiece.SentencePieceProcessor(model_proto=blob.getvalue())
     learned = trained.id_to_piece(list(range(1, trained.get_piece_size())))  # 0 is the unknown piece
     pieces = [letters[p[0]] + p[1:] if p[0] in letters else f"##{p}" for p in learned]

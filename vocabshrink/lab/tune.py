@@ -217,16 +217,14 @@ def explore(tuner: Tuner) -> optuna.Study:
     decides = [run.dir.stage(run.stages[-1]).name for run in runs]  # each ends in the hash of its settings
     decides += [tuning.model_dump(include={"tasks", "map", "ordered", "genes", "objectives", "sampler"})]
     decides += [tuner.recipe.evaluation.stsb, (tuner.recipe.delivery or DeliverySection()).budget]
+    pruner = optuna.pruners.PercentilePruner(100 * (1 - tuning.give_up), n_startup_trials=tuning.population)
+    options = {"study_name": f"{tuning.name}-{genome_of(decides)}", "load_if_exists": True, "pruner": pruner}
+    options["directions"] = ["maximize" if objective == "quality" else "minimize" for objective in tuning.objectives]
     retry = {"heartbeat_stale_trial_callback": RetryHeartbeatStaleTrialCallback()}  # of a trial whose process died
     with claimed(tuner.root / "study.lock", wait=True):  # two processes would make the tables of one file twice
         try:
-            study = optuna.create_study(
-                study_name=f"{tuning.name}-{genome_of(decides)}",
-                storage=RDBStorage(url, heartbeat_interval=30, grace_period=120, **retry),
-                load_if_exists=True,
-                directions=["maximize" if objective == "quality" else "minimize" for objective in tuning.objectives],
-                pruner=optuna.pruners.PercentilePruner(100 * (1 - tuning.give_up), n_startup_trials=tuning.population),
-            )
+            storage = RDBStorage(url, heartbeat_interval=30, grace_period=120, **retry)
+            study = optuna.create_study(storage=storage, **options)
         except (ImportError, SQLAlchemyError) as error:
             raise InputError(f"storage {url}: cannot be opened: {str(error).splitlines()[0]}") from None
     while len(study.get_trials(deepcopy=False)) < ASKED * tuning.trials:

@@ -32,11 +32,9 @@ def columns_of(rows: list[dict]) -> dict[str, dict[str, str]]:
             spread = f" ({100 * row['spread']:.1f})" if len(row["values"]) > 1 else ""
             columns.setdefault(head, {})[row["recipe"]] = f"{100 * row['median']:.1f}{spread}"
     averages = {row["recipe"]: row for row in rows if place_of(row) == AVERAGE}
-    compared = {label: row for label, row in averages.items() if "difference" in row}
-    if compared:
-        columns["against baseline"] = {
-            k: f"{100 * r['difference']:+.1f}{'*' * r['clear']}" for k, r in compared.items()
-        }
+    for label, row in averages.items():
+        if "difference" in row:
+            columns.setdefault("against baseline", {})[label] = f"{100 * row['difference']:+.1f}{'*' * row['clear']}"
     for name, (head, scale, form) in COSTS.items():
         columns[head] = {label: form.format(scale * r[name]) for label, r in averages.items() if r[name] is not None}
     return columns

@@ -7,12 +7,9 @@ import jinja2
 
 from tokenizer_build.files import write_text
 
-ENVIRONMENT = jinja2.Environment(
-    loader=jinja2.FileSystemLoader(Path(__file__).parent / "templates"),
-    autoescape=jinja2.select_autoescape(enabled_extensions=["html.jinja"]),
-    undefined=jinja2.StrictUndefined,
-    **{"trim_blocks": True, "lstrip_blocks": True, "keep_trailing_newline": True},
-)
+OPTIONS = {"trim_blocks": True, "lstrip_blocks": True, "keep_trailing_newline": True}
+OPTIONS |= {"undefined": jinja2.StrictUndefined, "autoescape": jinja2.select_autoescape(["html.jinja"])}
+ENVIRONMENT = jinja2.Environment(loader=jinja2.FileSystemLoader(Path(__file__).parent / "templates"), **OPTIONS)
 
 
 def write_page(path: Path, template: str, **facts) -> None:
