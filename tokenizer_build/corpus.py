@@ -42,7 +42,11 @@ def read_lines(sources: Sequence[str | Path], column: str = "text") -> Iterator[
             for line in text.split("\n"):
                 if line and not line.isspace():
                     empty = False
-                    yield from _cut(line, place)
+                    while len(line) > LONGEST_LINE:
+                        end = _break(line[:LONGEST_LINE], place)
+                        yield line[:end]
+                        line = line[end:]
+                    yield line
     if empty:
         named = ", ".join(map(str, sources)) or "an empty list"
         raise InputError(f"there is no text in {named}: give a file with text")
@@ -205,15 +209,6 @@ def _hub_records(source: str) -> Iterator[dict]:
         return iter(datasets.load_dataset(*name, split=split, streaming=True))
     except ValueError as error:  # no such configuration or split
         raise InputError(f"{source} cannot be read ({error}): check name, configuration and split") from error
-
-
-def _cut(line: str, place: str) -> Iterator[str]:
-    """Cut a line into parts of at most LONGEST_LINE characters; see `_break`."""
-    while len(line) > LONGEST_LINE:
-        end = _break(line[:LONGEST_LINE], place)
-        yield line[:end]
-        line = line[end:]
-    yield line
 
 
 def _break(text: str, place: str) -> int:

@@ -68,7 +68,7 @@ def test_peers_are_made_once(tmp_path, monkeypatch):
     exported, widths = [], []
 
     def export_model(teacher, folder, settings):
-        exported.append(settings.formats["attention"])
+        exported.append(settings.delivery.weights)
         folder.mkdir(parents=True)
         (folder / "MANIFEST.json").write_text("{}")
 

@@ -60,14 +60,10 @@ class ExportSettings:
     force: bool = False
 
     @property
-    def formats(self) -> dict[str, str]:
-        """{class of tensors: its format}"""
-        return formats_of(self.delivery.weights)
-
-    @property
     def coarsest(self) -> str:
         """The key of LIMITS for the coarsest class: "int4" of {"head": "int8", "attention": "int4-64"}."""
-        return min((format.partition("-")[0] for format in self.formats.values()), key=list(LIMITS).index)
+        formats = formats_of(self.delivery.weights).values()
+        return min((format.partition("-")[0] for format in formats), key=list(LIMITS).index)
 
 
 def export_model(
@@ -80,8 +76,7 @@ def export_model(
     (what onnxruntime needs), "check": least agreement with torch. Raises InputError for a model that it cannot write
     and for failures, which `force` only notes: over budget, disagreement with torch, lost quality."""
     model, out, failures = _load_model(Path(model_folder), settings), Path(out), []
-    taken = out.is_file() or out.is_dir() and any(out.iterdir())
-    if taken and not (out / "MANIFEST.json").is_file():
+    if (out.is_file() or out.is_dir() and any(out.iterdir())) and not (out / "MANIFEST.json").is_file():
         raise InputError(f"{out} exists and is no earlier delivery: give another place or remove it")
 
     def note(found: list[str]) -> None:
@@ -96,7 +91,7 @@ def export_model(
         config, graph = model.config, contents[full["graph"]]
         feeds = awkward_inputs(config.vocab_size, config.max_position_embeddings, config.type_vocab_size)
         check = full["check"] = {"fp32": agreement(graph, feeds, model, settings)}
-        fake_quantize_(model, settings.formats)
+        fake_quantize_(model, settings.delivery.weights)
         check["same_weights"] = agreement(graph, feeds, model, settings)
         limits = zip(REMEDIES, LIMITS[settings.coarsest][1:], strict=True)
         said = f"the {settings.coarsest} graph's cosine with torch"
@@ -144,7 +139,7 @@ def _load_model(folder: Path, settings: ExportSettings) -> nn.Module:
 def _write_files(model: nn.Module, model_folder: Path, place: Path, settings: ExportSettings) -> dict:
     """Every file but the manifest; the manifest's keys that say what they are."""
     config, task, modules = model.config, settings.task, settings.modules
-    max_positions = settings.delivery.max_positions
+    max_positions, formats = settings.delivery.max_positions, formats_of(settings.delivery.weights)
     tokenizer, path = read_json(model_folder / "tokenizer.json"), model_folder / "tokenizer_config.json"
     if (pieces := len(tokenizer["model"]["vocab"])) != config.vocab_size:
         sizes = f"{pieces:,} pieces in tokenizer.json and {config.vocab_size:,} in its model"
@@ -153,8 +148,7 @@ def _write_files(model: nn.Module, model_folder: Path, place: Path, settings: Ex
     said = {"tokenizer_class": "BertTokenizer"} | (read_json(path) if path.is_file() else {})
     said.pop("name_or_path", None)  # a path on the machine that trained it
     _write_json(place / "tokenizer_config.json", said | {"model_max_length": max_positions})
-    keys = {"graph": LIMITS[settings.coarsest][0], "task": task}
-    keys |= {"formats": settings.formats, "max_positions": max_positions}
+    keys = {"graph": LIMITS[settings.coarsest][0], "task": task, "formats": formats, "max_positions": max_positions}
     pooled = {"pooling": modules.pooling, "normalize": modules.normalize}
     if task == "embedding":
         keys |= pooled | {"dimension": config.hidden_size}
@@ -162,11 +156,11 @@ def _write_files(model: nn.Module, model_folder: Path, place: Path, settings: Ex
             keys |= {"prompts": modules.prompts, "default_prompt": modules.default_prompt}
         if settings.delivery.dimensions:
             keys["dimensions"] = sorted({config.hidden_size, *settings.delivery.dimensions}, reverse=True)
-    if "int8" in settings.formats.values():
+    if "int8" in formats.values():
         keys["kernel"] = settings.delivery.kernel
     prefix = f"{model.base_model_prefix}."
     state = {name.removeprefix(prefix): value.numpy() for name, value in model.state_dict().items()}
-    graph = build_graph(state, config, task=task, formats=settings.formats, kernel=settings.delivery.kernel, **pooled)
+    graph = build_graph(state, config, task=task, formats=formats, kernel=settings.delivery.kernel, **pooled)
     (place / "onnx").mkdir()
     (place / keys["graph"]).write_bytes(graph.SerializeToString(deterministic=True))
     kept = CONFIG_KEYS.split() + ["id2label", "label2id", "problem_type"] * KINDS[task].labelled

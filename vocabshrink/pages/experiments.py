@@ -101,5 +101,4 @@ def write_tune_page(rows: list[dict], summary: dict, root: Path) -> None:
     for objective in summary["objectives"][1:] if "front" in summary else ():
         figures[f"front-{objective}"] = svg_of(f"front-{objective}", partial(by, objective))
     facts = {"rows": rows, "figures": figures, "summary": summary, "environment": read_json(root / "environment.json")}
-    results = [summary["best"]] if "best" in summary else summary["front"]
-    write_page(root / "tune.html", "tune.html", results=results, **facts)
+    write_page(root / "tune.html", "tune.html", **facts)
