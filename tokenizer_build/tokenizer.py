@@ -18,11 +18,8 @@ from tokenizer_build.errors import InputError
 from tokenizer_build.files import decode, read_json, stamp, write_json, write_text
 
 SPECIAL_TOKENS = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
-BERT = {  # BertNormalizer's options as tokenizer_config.json names them
-    "lowercase": "do_lower_case",
-    "strip_accents": "strip_accents",
-    "handle_chinese_chars": "tokenize_chinese_chars",
-}
+# BertNormalizer's options as tokenizer_config.json names them
+BERT = dict(lowercase="do_lower_case", strip_accents="strip_accents", handle_chinese_chars="tokenize_chinese_chars")
 LONGEST_WORD = 100  # characters: WordPiece makes any longer word unknown
 FORMS = {"NFC": NFC(), "NFKC": NFKC()}  # Unicode's normal forms that compose
 

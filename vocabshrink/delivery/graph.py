@@ -22,8 +22,7 @@ ACTIVATIONS = {"gelu": "none", "gelu_new": "tanh", "gelu_pytorch_tanh": "tanh", 
 # to 8 bits with one scale for each piece of a text. Signed ones run twice as fast on processors with VNNI (1.13 against
 # 2.15 ms for 32 pieces of a 6 x 256 encoder), but may saturate on those without. "float" multiplies unrounded
 # activations by the dequantised weights (2.44 ms), for models with activations so extreme that the others vanish in 8
-# bits. One scale for the whole tensor (0.87 ms) made a text's vector depend on its batch by up to 0.02 a component; so
-# did MatMulNBits at accuracy level 4, by 0.0007.
+# bits. One scale for the whole tensor (0.87 ms) made a text's vector depend on its batch by up to 0.02 a component.
 KERNELS = ("unsigned", "signed", "float")
 FLOATS = {"fp32": np.float32, "fp16": np.float16}
 
@@ -119,8 +118,8 @@ class Graph:
         elif format == "int8":
             product = self.product_of_8_bits(name, quantize(weight, format), hidden)
         else:
-            # at accuracy level 0, the default: at 4, native kernels round activations and WebAssembly's do not, so that
-            # browser and server differ by 0.009 a component
+            # at accuracy level 0, the default: at 4, native kernels round activations (whose vectors then depend on the
+            # batch, by 0.0007) and WebAssembly's do not, so that browser and server differ by 0.009 a component
             quantized, (rows, columns) = quantize(weight, format), weight.shape
             size, scales = quantized.group_size, self.scales(name, quantized)
             inputs = [hidden, self.stored(name, self.codes(quantized), (rows, -(-columns // size), size // 2)), scales]

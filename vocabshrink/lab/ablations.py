@@ -108,8 +108,7 @@ def refuse_launcher() -> None:
 
 
 def advance(variant: Variant, *, wait: bool = False) -> bool:
-    """Runs the variant's stages that are not done. Returns False, with some perhaps done, where another process is at
-    the next and this one does not `wait`."""
+    """Runs the stages that are not done; False where another process is at the next and this may not `wait`."""
     run = Run(variant.recipe, variant.dir)  # made here, so that the text and tasks it reads are freed with it
     for name in variant.stages:
         if not variant.dir.is_done(name):
@@ -299,6 +298,5 @@ def write_tables(ablations: Iterable[list[Unit]], root: Path) -> dict:
     summary = {"rows": [row for one in every.values() for row in one["rows"]]}
     summary["finished"] = {name: f"{one['finished']} of {one['runs']}" for name, one in every.items()}
     write_json(root / "summary.json", summary)
-    parts = (f"## {one['title']}\n\n{markdown(one['rows'])}" for one in every.values())
-    write_text(root / "tables.md", "\n".join(parts))
+    write_text(root / "tables.md", "\n".join(f"## {one['title']}\n\n{markdown(one['rows'])}" for one in every.values()))
     return summary

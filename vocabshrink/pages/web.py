@@ -3,8 +3,8 @@
 The page asks no other host for anything: models, transformers.js and onnxruntime-web lie beside it, and passages with
 int8 vectors (a cosine moves by 0.003 at most). Browsers forbid a page opened from a disk to read the files beside it,
 so standalone.html holds all of them, compressed, in its own text: 14 MB where the folder has 22. transformers.js
-imports onnxruntime-web's WebGPU build, whose CPU kernels lack GatherBlockQuantized; an import map gives it the
-WebAssembly build (14 MB, 3.7 MB sent), which runs every graph that `export` writes. One thread: more need headers."""
+imports onnxruntime-web's WebGPU build (27 MB); an import map gives it the WebAssembly one (14 MB, 3.7 MB sent), which
+runs every graph that `export` writes. One thread: more need headers."""
 
 import base64
 import gzip
