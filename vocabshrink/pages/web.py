@@ -99,8 +99,7 @@ def _write_passages(place: Path, folder: Path, model: Delivery, passages: Path |
     if len(rows) > MOST_PASSAGES:
         remark = f"the page takes the first {MOST_PASSAGES:,}"
         print(f"{passages or folder / 'index'} has {len(rows):,} passages: {remark}", file=sys.stderr)
-    kept = ("text", "source")
-    records = [{key: row[key] for key in kept if isinstance(row.get(key), str)} for row in rows[:MOST_PASSAGES]]
+    records = [{k: row[k] for k in ("text", "source") if isinstance(row.get(k), str)} for row in rows[:MOST_PASSAGES]]
     vectors *= 127 / np.maximum(np.abs(vectors).max(axis=1, keepdims=True), 1e-12)
     (place / "vectors.bin").write_bytes(np.rint(vectors).astype(np.int8).tobytes())
     (place / "passages.json").write_text(json.dumps(records, ensure_ascii=False), encoding="utf-8")
