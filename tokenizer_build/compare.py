@@ -21,9 +21,8 @@ FORMATS = [",d", ".4f", ".2%", ".2%", ".2%"]  # of the measures, in the order of
 def compare(
     counts: Mapping[str, int], tokenizers: Mapping[str, str | Path | Tokenizer], *, used: bool = False
 ) -> dict[str, dict[str, float]]:
-    """Measure tokenizers (or their folders, or tokenizer.json) by name on the same counts: `measure`; `size`, the
-    pieces in its vocabulary; and `overlap_with_first`, the share of its pieces (of those that these words use, if
-    `used`), all families written alike, that the first has too."""
+    """Measure tokenizers, folders or tokenizer.json by name on the same counts: `measure`; `size`, in pieces; and
+    `overlap_with_first`, the share of its pieces (`used`: that these words use) that the first has, written alike."""
     if not counts or not tokenizers:
         raise InputError("nothing to compare: give word counts with words in them and at least one tokenizer")
     measured, first = {}, set()

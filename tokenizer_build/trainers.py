@@ -44,8 +44,7 @@ def train_vocabulary(
 ) -> list[str]:
     """The pieces, in order of their ids, that one of TRAINERS chooses for the word counts. `required` words become one
     piece each, as a tokenizer with `lowercase` sees them; `characters` are the alphabet, by default that of the counts;
-    `teacher_vocabulary` is of any family. Raises InputError for no words, for a required word that cannot be one piece,
-    and where `size` cannot hold what is required."""
+    `teacher_vocabulary` is of any family. InputError for no words, a required word that is cut, too small a size."""
     if not counts:
         raise InputError("there are no words to learn a vocabulary from: count a corpus with text in it")
     teacher = teacher_pieces(teacher_vocabulary)
