@@ -91,25 +91,27 @@ def main() -> None:
             (root / name).mkdir()
         make_teacher(lines, root / "teacher")
         remove_head(root / "teacher", root / "headless")
-        target, result = Target(root / "target", root / "teacher", lines), {}
-        if "kills" in asked.only:
-            result["kills"] = kill_runs(target, asked.kills, dual=True, told=told)
-        if "power_cuts" in asked.only:
-            result["power_cuts"] = cut_power(target, asked.power_cuts, dual=True, told=told)
-        if "fuzz" in asked.only:
-            result["fuzz"] = {what: fuzz(target, what, asked.fuzz, seed=1, told=told) for what in FUZZED}
-        if "batch_independence" in asked.only:
-            texts = [line for line in (ROOT / "README.md").read_text(encoding="utf-8").splitlines() if line.strip()]
-            artifacts = [path.parent for path in sorted((ROOT / "artifacts").glob("*/MANIFEST.json"))]
-            result["batch_independence"] = batch_independence(artifacts, texts[:100])
-        if "combinations" in asked.only:
+        target = Target(root / "target", root / "teacher", lines)
+        texts = [line for line in (ROOT / "README.md").read_text(encoding="utf-8").splitlines() if line.strip()]
+        artifacts = [path.parent for path in sorted((ROOT / "artifacts").glob("*/MANIFEST.json"))]
+
+        def combinations() -> list[int]:
             where = write_rows(root, lines, root / "teacher", root / "headless")
-            result["combinations"] = run_combinations(where, root / "combinations", asked.combinations)
-        if "soak" in asked.only and asked.soak:
-            result["soak"] = soak(target, asked.soak)
-    result = (read_json(asked.out) if asked.out.is_file() else {}) | result
-    write_json(asked.out, result)
-    print(json.dumps(result, indent=2))
+            return run_combinations(where, root / "combinations", asked.combinations)
+
+        parts = {
+            "kills": lambda: kill_runs(target, asked.kills, dual=True, told=told),
+            "power_cuts": lambda: cut_power(target, asked.power_cuts, dual=True, told=told),
+            "fuzz": lambda: {what: fuzz(target, what, asked.fuzz, seed=1, told=told) for what in FUZZED},
+            "batch_independence": lambda: batch_independence(artifacts, texts[:100]),
+            "combinations": combinations,
+            "soak": lambda: soak(target, asked.soak),
+        }
+        for name, attack in parts.items():
+            if name in asked.only and (name != "soak" or asked.soak):
+                found = {name: attack()}  # written at once: a night may end early
+                write_json(asked.out, (read_json(asked.out) if asked.out.is_file() else {}) | found)
+                print(json.dumps(found, indent=2), flush=True)
 
 
 if __name__ == "__main__":

@@ -12,7 +12,7 @@ from tokenizer_build.files import read_json
 from tokenizer_build.tokenizer import load_tokenizer
 from vocabshrink.run.engine import Run, context_of, run_stage, settings_of
 from vocabshrink.run.folder import RunDir
-from vocabshrink.run.recipe import CorpusSection, dump_recipe, load_recipe, parse_recipe
+from vocabshrink.run.recipe import dump_recipe, load_recipe, parse_recipe
 from vocabshrink.stages import inputs
 from vocabshrink.stages.checks import check_recipe
 from vocabshrink.stages.training import make_batcher
@@ -86,15 +86,12 @@ def test_held_out_sentences_and_batches_are_of_every_language(run):
     assert len(np.unique(batcher.segments.starts[languages["en"]])) == len(languages["en"])
 
 
-def test_languages_read_back_and_what_was_made_without_them_stays(files, tmp_path, folders):
+def test_languages_read_back_and_decide_what_is_counted(files, tmp_path, folders):
     recipe = recipe_of(folders["xlm-roberta"], files)
     (tmp_path / "again.yaml").write_text(dump_recipe(recipe), encoding="utf-8")
     assert load_recipe(tmp_path / "again.yaml") == recipe
     assert recipe.corpus.sources == files["en"] + files["el"]
     assert {"corpus.languages", "corpus.alpha"} <= settings_of(recipe, "count").keys()
-    plain = recipe.model_copy(update={"corpus": CorpusSection(sources=files["en"])})
-    assert settings_of(plain, "count").keys() == {"corpus.sources", "corpus.column", "vocabulary.lowercase", "case_of"}
-    assert not {"languages", "alpha", "parallel"} & settings_of(plain, "distill")["corpus"].keys()
 
 
 REFUSED = [

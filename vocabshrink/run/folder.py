@@ -88,12 +88,15 @@ class RunDir:
             yield
 
     def append_metrics(self, row: dict) -> None:
-        """Adds one row to metrics.jsonl; it is on its way to the disk when this returns."""
+        """Adds one row to metrics.jsonl; it is on the disk when this returns."""
         path = self.path / "metrics.jsonl"
         with files.naming_bad_disk(path):
             path.parent.mkdir(parents=True, exist_ok=True)
+            new = not path.exists()
             with path.open("a", encoding="utf-8") as file:
                 file.write(json.dumps(files.plain(row), ensure_ascii=False) + "\n")
+            for changed in (path, self.path)[: 1 + new]:
+                files.sync(changed)
 
     def metrics(self) -> list[dict]:
         """All rows of metrics.jsonl, without a last line that a crash cut short."""
