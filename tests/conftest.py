@@ -6,6 +6,7 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 import random
+import shutil
 import signal
 import sys
 from contextlib import suppress
@@ -90,6 +91,18 @@ def make_teacher(lines: list[str], folder: Path) -> None:
         max_position_embeddings=64,
     )
     BertForMaskedLM(config).save_pretrained(folder)
+
+
+def with_prompts(teacher: Path, folder: Path) -> Path:
+    """The teacher, with prompts of its own and a default."""
+    from tokenizer_build.files import write_json
+    from vocabshrink.models.forward import ModuleSettings
+
+    shutil.copytree(teacher, folder)
+    said = ModuleSettings(prompts={"query": "ka lo: ", "passage": "mi: "}, default_prompt="query")
+    for name, content in said.files(32, 24).items():
+        write_json(folder / name, content)
+    return folder
 
 
 def remove_head(teacher: Path, folder: Path) -> None:

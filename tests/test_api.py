@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 import yaml
-from conftest import made_up_text, wordpiece_pieces
+from conftest import made_up_text, with_prompts, wordpiece_pieces
 from families import perturb
 from safetensors.torch import save_file
 from transformers import (
@@ -31,7 +31,7 @@ from vocabshrink.api import merge, plan, spool
 from vocabshrink.data import vectors
 from vocabshrink.data.lexicon import Lexicon, WordStream
 from vocabshrink.data.vectors import read_sentences
-from vocabshrink.models.forward import ModuleSettings
+from vocabshrink.models.forward import ModuleSettings, module_settings
 from vocabshrink.run.recipe import load_recipe, parse_recipe
 from vocabshrink.runtime.delivery import load
 from vocabshrink.stages import choose
@@ -162,6 +162,8 @@ def test_a_model_that_is_no_encoder_of_text_is_refused(config, texts, tmp_path):
 
 
 def test_the_pieces_make_a_model_by_hand(tiny_teacher, texts, tmp_path):
+    """Whose prompts, both of which were trained on, come to the delivery."""
+    tiny_teacher = with_prompts(tiny_teacher, tmp_path / "teacher")
     vocabulary = vocabshrink.learn_vocabulary(texts, 150, out=tmp_path / "vocab", teacher=str(tiny_teacher))
     assert load_tokenizer(vocabulary).get_vocab_size() == 150
     shape = {"num_hidden_layers": 2, "embedding_size": 12}
@@ -182,7 +184,14 @@ def test_the_pieces_make_a_model_by_hand(tiny_teacher, texts, tmp_path):
     assert before.keys() == after.keys() and seen
     assert any(not torch.equal(before[name], after[name]) for name in before)
     manifest = vocabshrink.export(trained, tmp_path / "delivery", weights="int8")
-    assert manifest["task"] == "embedding" and load(tmp_path / "delivery").embed(["ka lo"]).shape == (1, 32)
+    assert manifest["task"] == "embedding" and manifest["default_prompt"] == "query"
+    read, prompts = vectors.read_sentences(tmp_path / "run/vectors"), load(tmp_path / "delivery").prompts
+    assert {sum(text.startswith(prompt) for text in read) for prompt in prompts.values()} <= {299, 300, 301}
+    assert load(tmp_path / "delivery").embed(["ka lo"], prompt="passage").shape == (1, 32)
+    live = vocabshrink.distill(
+        student, str(tiny_teacher), texts, out=tmp_path / "live", losses={"sentence_cosine": 1}, steps=1, batch_size=4
+    )
+    assert all(module_settings(folder).prompts == prompts for folder in (student, live))
 
 
 def test_a_function_is_a_loss_of_its_call_alone(tiny_teacher, texts, tmp_path):
@@ -259,6 +268,7 @@ def test_what_a_folder_says_of_itself_is_obeyed(tiny_teacher, texts, tmp_path):
     settings = {"delivery": {"tolerance": 2, "dimensions": [8]}, "distill": {"steps": 4}, "recovery": {"steps": 2}}
     made = vocabshrink.compress(str(folder), texts[:500], out=tmp_path / "r", settings=settings, **TINY)
     recipe = load_recipe(made.recipe)
+    assert made.manifest["max_positions"] == 24
     assert recipe.vectors.prompts == {"query": 0.5, "passage": 0.5} and recipe.distill.max_length == 24
     read = vectors.read_sentences(tmp_path / "r/vectors")
     assert all(abs(sum(text.startswith(start) for text in read) - len(read) / 2) < 3 for start in prompts.values())

@@ -259,14 +259,15 @@ def distill(
 ) -> Path:
     """Trains a student's folder on the texts against a teacher and returns the trained one's folder. losses: {a name of
     `vocabshrink list`, or a function of all hidden states (training.losses.Forward): its weight}. vectors: how
-    many sentences' teacher vectors are stored and trained on; None: the teacher runs in every step. training: of the
-    recipe's distill section: steps, batch_size ... Raises InputError for losses and models that do not go together."""
+    many sentences' teacher vectors are stored, behind each of its prompts alike, and trained on; None: the teacher runs
+    in every step. training: of the recipe's distill section: steps, batch_size ... Raises InputError for losses and
+    models that do not go together."""
     models = [load_config(resolve_model(str(model))) for model in (student, teacher)]
     training = {"max_length": min(128, *(positions_of(config) or 128 for config in models))} | training
     named = {loss.__name__ if callable(loss) else loss: weight for loss, weight in losses.items()}
     values = {"student": {"start": str(student)}, "distill": {"losses": named} | training}
     if vectors:
-        values["vectors"] = {"sentences": vectors}
+        values["vectors"] = {"sentences": vectors, "prompts": module_settings(resolve_model(teacher)).prompt_shares}
     with _among_losses(filter(callable, losses)):
         return _run_section(values, teacher, student, texts, Path(out)) / "distill" / "student"
 

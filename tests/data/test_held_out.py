@@ -103,8 +103,15 @@ class TestHeldOutTexts:
 
     def test_too_few_are_refused(self, encoded, tiny_teacher):
         lexicon, stream = encoded
-        with pytest.raises(InputError, match="only 10 held-out sentences of 4 to 40 words: give more text"):
+        with pytest.raises(InputError, match="only 10 sentences of 4 words or more, 20 are needed: give more text"):
             held_out_texts(stream, lexicon, load_tokenizer(tiny_teacher), self.cut(encoded, 40), 30, 1, {})
+
+    def test_of_text_in_long_sentences_the_first_words_are_taken(self, encoded, tiny_teacher):
+        lexicon, stream = encoded
+        starts = np.arange(0, len(stream.word_ids) - 50, 50)
+        long = Segments(starts, np.full(len(starts), 50, np.int32))
+        held_out = held_out_texts(stream, lexicon, load_tokenizer(tiny_teacher), long, 30, 1, {})
+        assert {len(text.split()) for text in held_out.texts[::4]} == {40} and len(held_out.texts) == 120
 
 
 class TestTorchEmbedder:
@@ -144,8 +151,10 @@ class TestTorchEmbedder:
         long, cut = embed(["a " * 500, "a " * 62])
         assert np.abs(long - cut).max() < 0.01
 
-    def test_cuts_at_the_length_asked_for(self, backbone, tiny_teacher):
-        first, second, other = torch_embedder(backbone, tiny_teacher, ModuleSettings(), max_length=6)(
+    @pytest.mark.parametrize(("asked", "own"), [(6, None), (6, 48), (48, 6)])
+    def test_cuts_at_the_length_asked_for_or_at_the_folders(self, asked, own, backbone, tiny_teacher):
+        said = ModuleSettings(max_seq_length=own)
+        first, second, other = torch_embedder(backbone, tiny_teacher, said, max_length=asked)(
             ["a b c d e f g", "a b c d x y z", "a b c x y z g"]
         )
         assert np.abs(first - second).max() < 0.01 < np.abs(first - other).max()

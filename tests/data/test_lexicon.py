@@ -11,11 +11,11 @@ from tokenizers import AddedToken, Regex, Tokenizer, models, normalizers, pre_to
 
 from tokenizer_build.count import count_block
 from tokenizer_build.errors import InputError
-from tokenizer_build.tokenizer import LONGEST_WORD, load_tokenizer, make_tokenizer, save_tokenizer
+from tokenizer_build.tokenizer import LONGEST_WORD, SPECIAL_TOKENS, load_tokenizer, make_tokenizer, save_tokenizer
 from tokenizer_build.trainers import cuts_words, train_vocabulary
 from vocabshrink.data import lexicon
 from vocabshrink.data.held_out import behind_spaces, text_of
-from vocabshrink.data.lexicon import Lexicon, WordStream, check_family, encode_corpus
+from vocabshrink.data.lexicon import Lexicon, WordStream, check_family, encode_corpus, sentence_lengths
 
 ENGLISH = [
     "The cat doesn't sit on the mat, it's 42.5 degrees!",
@@ -377,6 +377,25 @@ def test_words_are_the_finest_stretches_that_both_tokenizers_cut(families, tmp_p
     assert found == ["Don", "'", "t", "!", "!", "We", "go", "一", "一"]
     found, _ = surfaces(tmp_path / "c", "Don't!! We  go", families["xlm-r"], families["bert"])
     assert found == ["Don't!!", "We", "go"]
+
+
+@pytest.mark.parametrize(("place", "sentences"), [(0, 3), (1, 2), (2, 1)], ids=["chinese", "japanese", "thai"])
+def test_scripts_without_spaces_have_words_too(place, sentences, families, tmp_path):
+    """A line of Chinese is one word to SentencePiece, a clause of Thai to BERT too: words end where both cut."""
+    line = SCRIPTS[place].replace(" ", "")
+    save_tokenizer([*SPECIAL_TOKENS, *(mark + c for mark in ("", "##") for c in sorted(set(line)))], tmp_path / "bert")
+    unigram = Tokenizer(models.Unigram())
+    unigram.pre_tokenizer = pre_tokenizers.Metaspace()
+    trainer = trainers.UnigramTrainer(vocab_size=99, unk_token="<unk>", special_tokens=["<unk>"], show_progress=False)
+    unigram.train_from_iterator([line, *line] * 9, trainer)
+    (tmp_path / "unigram").mkdir()
+    unigram.save(str(tmp_path / "unigram/tokenizer.json"))
+    for teacher in (tmp_path / "unigram", tmp_path / "bert", families["roberta"]):
+        _, words, stream = encode(tmp_path / "out", [line], teacher, tmp_path / "bert")
+        apart, found = behind_spaces(words, tokenizer := load_tokenizer(teacher)), len(stream.word_ids)
+        assert found > 8 and line_ids(words, stream, 0, "teacher") == whole_line_ids(teacher, line)
+        assert whole_line_ids(teacher, text_of(words, stream.word_ids, apart)) == whole_line_ids(teacher, line)
+        assert sum(lengths := sentence_lengths(line, tokenizer)) >= found and len(lengths) == sentences
 
 
 def test_one_word_for_one_pair_of_segmentations(families, tmp_path):

@@ -217,7 +217,7 @@ WRONG = {
     "unknown label": (
         changed(SINGLE, label="odd"),
         {"meta": {"labels": ["bad", "good"]}},
-        "row 2: label 'odd' is none of bad, good: correct it, .* or add it to tasks.it.labels",
+        "row 2: label 'odd' is none of bad, good: correct it, .* or list it there or in meta.json",
     ),
     "number too large": (changed(SINGLE, label=2), {"labels": ["a", "b"]}, "row 2: label 2 is none of a, b"),
     "number below zero": (changed(SINGLE, label=-1), {"labels": ["a", "b"]}, "row 2: label -1 is none of a, b"),
@@ -228,13 +228,13 @@ WRONG = {
     "no label": (
         changed(SINGLE, label=...),
         {"labels": ["a", "b"]},
-        "row 2: label None is none of a, b: .* name its field in tasks.it.label",
+        "row 2: label None is none of a, b: .* name its field in a recipe's tasks.it.label",
     ),
     "no label, no names": (changed(SINGLE, label=...), {}, "row 2: label None is none of 0"),
     "no text": (
         changed(SINGLE, sentence1=...),
         {},
-        r"row 2: sentence1 is None, not text: .* in tasks.it.text \(of label;",
+        r"row 2: sentence1 is None, not text: .* in a recipe's tasks.it.text \(of label;",
     ),
     "no second text": (changed(PAIRS, sentence2=...), {}, r"row 2: sentence2 is None, .*\(of sentence1, label;"),
     "a second text later": (
@@ -271,7 +271,7 @@ WRONG = {
     "no tokens": (
         changed(TOKENS, tokens=...),
         {"kind": "tokens"},
-        r"row 2: tokens\[0\] is None, not text: .* in tasks.it.tokens",
+        r"row 2: tokens\[0\] is None, not text: .* in a recipe's tasks.it.tokens",
     ),
     "tokens empty": (changed(TOKENS, tokens=[]), {"kind": "tokens"}, r"row 2: tokens\[0\] is None, not text"),
     "a token a number": (changed(TOKENS, tokens=[3]), {"kind": "tokens"}, r"row 2: tokens\[0\] is 3, not text"),
@@ -309,6 +309,7 @@ WRONG = {
         {"labels": ["a", "b"], "kind": "regression"},
         "tasks.it.labels: .* and a regression has none",
     ),
+    "labels twice in meta": (SINGLE, {"meta": {"labels": ["a", "a"]}}, "meta.json: every label needs a name"),
     "labels in meta": (SINGLE, {"meta": {"labels": "two"}}, "meta.json: not .*labels.*: mend or remove it"),
     "meta a list": (SINGLE, {"meta": []}, "meta.json: not .*labels"),
 }

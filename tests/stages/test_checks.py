@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from contextlib import nullcontext
 from pathlib import Path
 
 import numpy as np
@@ -109,6 +110,25 @@ def test_the_head_of_every_named_file_is_read_first(tiny_teacher, corpus_file, t
         with pytest.raises(InputError, match=sentence):
             check_recipe(parse_recipe(data, "test"))
     check_recipe(parse_recipe(tiny_recipe(tiny_teacher, corpus_file, "untrained") | task(), "test"))
+
+
+def test_text_without_sentences_is_refused_before_it_is_counted(tiny_teacher, lines, tmp_path):
+    live = {"evaluation": {"sentences": 0}, "delivery": None, "distill": DISTILL}
+    words = [line.rstrip(".!?,24 ").split() for line in lines]
+    long = [" ".join(words[i] + words[i + 1] + words[i + 2] + words[i + 3] + words[i + 4]) for i in range(300)]
+    for text, sections, sentence in (
+        ([" ".join(line[:3]) for line in words], {}, "only 0 sentences of 4 words or more, 20 are needed: give"),
+        ([" ".join(line[:3]) for line in words], live, "only 0 sentences of 4 words or more, 1 are needed"),
+        (["ka lo. mi ne! ru sa?"] * 400, {}, "only 0 sentences of 4 words or more"),
+        (lines[:100], {}, "only 12 sentences of 4 words .*: give more text or hold out more"),
+        (long, {}, None),  # of which the first words are taken
+        (lines[:100], live, None),
+        (["ka lo. mi ne! ru sa?"] * 400, live, None),  # whole lines are trained on
+    ):
+        (tmp_path / "text.txt").write_text("\n".join(text))
+        recipe = parse_recipe(tiny_recipe(tiny_teacher, tmp_path / "text.txt", "untrained") | sections, "test")
+        with pytest.raises(InputError, match=f"^corpus: {sentence}") if sentence else nullcontext():
+            check_recipe(recipe)
 
 
 def test_a_teacher_s_tokenizer_is_read_twice_at_most(folders, corpus_file, monkeypatch):

@@ -11,6 +11,7 @@ from vocabshrink.delivery.export import ExportSettings
 from vocabshrink.run.recipe import DeliverySection, parse_recipe
 from vocabshrink.stages import deliver
 from vocabshrink.stages.checks import check_models
+from vocabshrink.stages.plan import delivery_bytes
 
 
 @pytest.mark.parametrize("second", [None, ["b"]])
@@ -32,8 +33,10 @@ def test_the_manifest_says_whether_the_task_has_pairs(tmp_path, monkeypatch, sec
 
 
 def test_an_activation_that_cannot_be_delivered_is_refused_before_anything_runs(tiny_teacher):
-    teacher = BertConfig.from_pretrained(tiny_teacher, hidden_act="silu")
+    teacher = BertConfig.from_pretrained(tiny_teacher, hidden_act="mish")
     sections = {"name": "small", "teacher": {"model": str(tiny_teacher)}, "corpus": {"sources": ["a.txt"]}}
     check_models(parse_recipe(sections | {"delivery": None}, "here"), tiny_teacher, teacher)
-    with pytest.raises(InputError, match="hidden_act 'silu' cannot be delivered"):
+    with pytest.raises(InputError, match="hidden_act 'mish' cannot be delivered"):
         check_models(parse_recipe(sections, "here"), tiny_teacher, teacher)
+    with pytest.raises(InputError, match="hidden_act 'mish' cannot be delivered"):
+        delivery_bytes(teacher, "int8")  # of which `plan` and `compress` ask before that

@@ -18,11 +18,13 @@ from tokenizers import Tokenizer
 from tokenizer_build.corpus import read_rows
 from tokenizer_build.errors import InputError
 from vocabshrink.data.batches import Segments, gather_words, near_groups, rare_words
-from vocabshrink.data.lexicon import Lexicon, WordStream
+from vocabshrink.data.lexicon import UNSPACED, Lexicon, WordStream
 from vocabshrink.data.tasks import Rows
 
 Embed = Callable[[list[str]], np.ndarray]
 LEAST_SENTENCES = 20  # below this many, agreement and neighbours mean nothing
+LEAST_WORDS, MOST_WORDS = 4, 40  # of a held-out sentence
+FEW = f"corpus: only {{}} sentences of {LEAST_WORDS} words or more, {{}} are needed: give more text or hold out more"
 
 
 @dataclass(frozen=True)
@@ -54,11 +56,14 @@ class HeldOut:
 def held_out_texts(
     stream: WordStream, lexicon: Lexicon, teacher: Tokenizer, segments: Segments, count: int, seed: int, languages: dict
 ) -> HeldOut:
-    """Sentences of 4 to 40 words and their near ones, as text that the teacher's tokenizer reads as it read the corpus.
-    languages: {language: the numbers of its segments}, of which each gives as many. Raises InputError for too few."""
-    fitting = np.flatnonzero((segments.lengths >= 4) & (segments.lengths <= 40))
-    if len(fitting) < LEAST_SENTENCES:
-        raise InputError(f"corpus: only {len(fitting)} held-out sentences of 4 to 40 words: give more text")
+    """Draws sentences of 4 to 40 words (or, where they are too few, the first words of longer ones too) and makes their
+    near ones, as text that the teacher's tokenizer reads as it read the corpus. languages: {language: the numbers of
+    its segments}, from each of which as many are drawn. Raises InputError if there are too few."""
+    long = segments.lengths >= LEAST_WORDS
+    if (fits := long & (segments.lengths <= MOST_WORDS)).sum() < LEAST_SENTENCES:
+        fits, segments = long, Segments(segments.starts, np.minimum(segments.lengths, MOST_WORDS))
+    if len(fitting := np.flatnonzero(fits)) < LEAST_SENTENCES:
+        raise InputError(FEW.format(len(fitting), LEAST_SENTENCES))
     rng = np.random.default_rng((seed, 2))
     shuffled = rng.permutation(fitting)
     groups = [shuffled[np.isin(shuffled, numbers)] for numbers in languages.values()] or [shuffled]
@@ -75,18 +80,19 @@ def held_out_texts(
 
 
 def behind_spaces(lexicon: Lexicon, teacher: Tokenizer) -> np.ndarray:
-    """[W] bool: words before which the teacher read a space. To one whose pieces do not tell, a space is nothing."""
+    """[W] bool: words before which the teacher read a space or, where its pieces do not tell, may have."""
     offsets, told = lexicon.teacher_offsets, lexicon.meta["teacher"]["family"] in ("byte-level", "metaspace")
-    pieces = map(teacher.id_to_token, range(1 + lexicon.teacher_ids.max(initial=0)))
-    opens = np.array([(piece or "").startswith(("\u2581", "\u0120")) for piece in pieces])
-    return opens[np.append(lexicon.teacher_ids, 0)[offsets[:-1]]] | (np.diff(offsets) == 0) | (not told)
+    pieces = [teacher.id_to_token(number) or "" for number in range(1 + lexicon.teacher_ids.max(initial=0))]
+    opens = np.array([p.startswith(("\u2581", "\u0120")) if told else not p.startswith("##") for p in pieces])
+    return opens[np.append(lexicon.teacher_ids, 0)[offsets[:-1]]] | (np.diff(offsets) == 0)
 
 
 def text_of(lexicon: Lexicon, words: np.ndarray, apart: np.ndarray) -> str:
     """Words as a sentence, with a space before those that are `apart`, and where letters would make one word of two."""
     text = ""
     for surface, spaced in zip(map(lexicon.words.__getitem__, words), apart[words], strict=True):
-        apart_here = spaced and not surface.isspace() or text[-1:].isalnum() and surface[:1].isalnum()
+        letters = text[-1:].isalnum() and surface[:1].isalnum() and not UNSPACED.search(text[-1:] + surface[:1])
+        apart_here = spaced and not surface.isspace() or letters
         text += " " * bool(text and apart_here) + surface
     return text
 

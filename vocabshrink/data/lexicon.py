@@ -6,7 +6,8 @@ stretch of text at whose edges both tokenizers cut, and its identity is its two 
 
 This is exact by construction: lines are cut into chunks only where neither tokenizer can see across the cut (before a
 space that follows a visible character; for two BERT tokenizers also beside ASCII punctuation), each distinct chunk is
-tokenised by the real tokenizers, and its pieces are only grouped. `check_family` refuses tokenizers for which that
+tokenised by the real tokenizers, and its pieces are only grouped. In scripts without spaces between words, of which a
+line would be one word, they also end where pieces of both do. `check_family` refuses tokenizers for which exactness
 cannot be promised, and the first lines of every corpus are compared with the pieces of whole lines.
 
 Cost: a look-up for each chunk (2 million words a second and core, once warm), and both tokenizers for each new one."""
@@ -22,12 +23,12 @@ from array import array
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from functools import cache, lru_cache
-from itertools import accumulate, chain, filterfalse
+from itertools import accumulate, chain, filterfalse, pairwise
 from pathlib import Path
 
 import numpy as np
 from safetensors.numpy import load_file, save_file
-from tokenizers import Encoding
+from tokenizers import Encoding, Tokenizer
 from tokenizers.normalizers import BertNormalizer
 from tokenizers.pre_tokenizers import BertPreTokenizer
 
@@ -49,6 +50,8 @@ ROLES = {"pad": "<pad>", "unk": "<unk>", "cls": "<s>", "sep": "</s>", "mask": "<
 CHUNK = re.compile(r" *[^ ]+| +")
 DOUBTFUL = re.compile(r"[^ -~](?= )")  # a character that may not be a safe place to cut, before a space
 BERT_CHUNK = re.compile(r"[^ !-/:-@\[-`{-~]+|[!-/:-@\[-`{-~]")  # one ASCII punctuation mark, or none
+# no spaces between words: Thai to Burmese, Khmer, the Tai scripts, kana and Han
+UNSPACED = re.compile("[\u0e00-\u109f\u1780-\u17ff\u1950-\u1aaf\u3040-\u9fff\uff66-\uff9f\U00020000-\U0003ffff]")
 SENTENCE_END = re.compile("[.!?…‼‽⁇⁈⁉。！．？｡؟۔।॥]+")
 
 
@@ -309,7 +312,7 @@ def _words(chunk: str, teacher: Encoding, student: Encoding) -> Iterator[tuple[l
     if chunk.isascii() and chunk.removeprefix(" ").isalpha():  # most chunks, and one word to every family
         yield teacher.ids, student.ids, chunk.strip()
         return
-    (teacher_cuts, student_cuts), i, j, last = (_cuts(e, len(chunk)) for e in (teacher, student)), 0, 0, None
+    (teacher_cuts, student_cuts), i, j, last = (_cuts(e, chunk) for e in (teacher, student)), 0, 0, None
     while i < len(teacher_cuts) and j < len(student_cuts):  # intersects two sorted lists of intervals
         (t, t_low, t_high), (s, s_low, s_high) = teacher_cuts[i], student_cuts[j]
         if max(t_low, s_low) <= min(t_high, s_high):
@@ -323,14 +326,22 @@ def _words(chunk: str, teacher: Encoding, student: Encoding) -> Iterator[tuple[l
             j += 1
 
 
-def _cuts(encoding: Encoding, length: int) -> list[tuple[int, int, int]]:
+def _cuts(encoding: Encoding, chunk: str) -> list[tuple[int, int, int]]:
     """Where this tokenizer cuts the chunk: (pieces before the cut, lowest, highest position of the cut), which differ
-    in text without pieces, such as a space. Pre-tokens that share a character have no cut between them."""
-    offsets, pre_tokens = encoding.offsets, encoding.word_ids
-    edges = [0, *(k for k in range(1, len(offsets)) if pre_tokens[k] != pre_tokens[k - 1]), len(offsets)]
+    in text without pieces, such as a space. What shares a character has no cut between."""
+    offsets, pre_tokens, length = encoding.offsets, encoding.word_ids, len(chunk)
+    inner = [bool(UNSPACED.search(chunk, max(0, start - 1), start + 1)) for start, _ in offsets]
+    edges = [0, *(k for k in range(1, len(offsets)) if pre_tokens[k] != pre_tokens[k - 1] or inner[k]), len(offsets)]
     lows = list(accumulate((end for _, end in offsets), max, initial=0))  # lows[k]: end of the first k pieces
     highs = list(accumulate((start for start, _ in reversed(offsets)), min, initial=length))[::-1]
     return [(k, lows[k], highs[k]) for k in dict.fromkeys(edges) if lows[k] <= highs[k]]
+
+
+def sentence_lengths(line: str, tokenizer: Tokenizer) -> list[int]:
+    """The words of each sentence of a line where this tokenizer alone cuts it: beside another there may be fewer."""
+    cuts = [low for _, low, _ in _cuts(tokenizer.encode(line, add_special_tokens=False), line)]
+    kinds = ("." if SENTENCE_END.fullmatch(line[a:b].strip()) else "w" for a, b in pairwise(cuts))
+    return list(map(len, re.findall(r"w+\.*|\.+", "".join(kinds))))
 
 
 def _write(results: Iterable[tuple], folder: Path, progress: Callable[[int], None]) -> dict:

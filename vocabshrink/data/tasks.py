@@ -121,7 +121,8 @@ class _Reader:
             found = {_written(label) for value in values for label in (_listed(value) if tokens else [value])} - {None}
             labels = sorted(found, key=int if all(map(INTEGER.fullmatch, found)) else None)
         if len(set(labels)) < len(labels) or labels and section.kind == "regression":
-            raise InputError(f"{self.key}.labels: every label needs a name of its own, and a regression has none")
+            where = f"{self.key}.labels" if section.labels else path
+            raise InputError(f"{where}: every label needs a name of its own, and a regression has none")
         self.labels, self.codes = labels, {label: index for index, label in enumerate(labels)}
         if not any(map(INTEGER.fullmatch, labels)):  # names are no numbers, so that rows may number them
             numbered = in_meta if in_meta and set(in_meta) == set(labels) else labels
@@ -152,8 +153,8 @@ class _Reader:
             texts, key, last = {text: row.get(text) for text in section.text[: 1 + self.pair]}, "text", section.text[-1]
         for field, text in texts.items():
             if not isinstance(text, str) or not text.strip():
-                remedy = f"write it, or name its field in {self.key}.{key} (of {', '.join(row)}; a CSV needs a header)"
-                raise InputError(f"{place}: {field} is {text!r:.80}, not text: {remedy}")
+                remedy = f"write it, or name its field in a recipe's {self.key}.{key} (of {', '.join(row)}"
+                raise InputError(f"{place}: {field} is {text!r:.80}, not text: {remedy}; a CSV needs a header)")
         if section.kind != "tokens":
             if last not in texts and row.get(last) is not None:
                 raise InputError(f"{place}: it has {last} and the first training row has none: give it in all or none")
@@ -172,14 +173,14 @@ class _Reader:
                 score = math.nan
             if math.isfinite(score) or blind and value in (None, ""):
                 return score
-            fault, remedy = "no score", f"write a finite number or name its field in {self.key}.label"
+            fault, remedy = "no score", f"write a finite number, or name its field in a recipe's {self.key}.label"
         else:
             unknown = UNLABELLED if blind and value in (None, "", UNLABELLED, str(UNLABELLED)) else None
             code = self.codes.get(_written(value), unknown)
             if code is not None:
                 return code
             fault = f"none of {', '.join(self.labels):.200}" if self.labels else "no single name or number"
-            remedy = f"correct it, name its field in {self.key}.label, or add it to {self.key}.labels"
+            remedy = f"correct it, name its field in a recipe's {self.key}.label, or list it there or in meta.json"
         raise InputError(f"{place}: {self.field} {value!r:.80} is {fault}: {remedy} (scores need kind: regression)")
 
 

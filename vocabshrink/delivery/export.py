@@ -14,12 +14,11 @@ from torch import nn
 
 from tokenizer_build.errors import InputError
 from tokenizer_build.files import read_json, replacing_folder
-from vocabshrink.delivery.graph import ACTIVATIONS, build_graph
+from vocabshrink.delivery.graph import build_graph, check_activation
 from vocabshrink.models.families import student_class, without_pooler
 from vocabshrink.models.forward import ModuleSettings, pool_sentence
 from vocabshrink.models.loading import check_folder, load_model
 from vocabshrink.models.rounding import fake_quantize_
-from vocabshrink.models.teacher import eps_and_activation
 from vocabshrink.run.formats import formats_of
 from vocabshrink.run.recipe import DeliverySection
 from vocabshrink.runtime.delivery import KINDS, open_graph
@@ -107,12 +106,6 @@ def export_model(
             full["failures"] = failures
         _weigh(full, place / "MANIFEST.json", settings)
     return full
-
-
-def check_activation(config, where: str = "the model") -> None:
-    """Raises InputError for a config whose activation the graph cannot compute. where: the config's file or key."""
-    if (activation := eps_and_activation(config)[1]) not in ACTIVATIONS:
-        raise InputError(f"{where}: hidden_act {activation!r} cannot be delivered: use one of {list(ACTIVATIONS)}")
 
 
 def _load_model(folder: Path, settings: ExportSettings) -> nn.Module:

@@ -101,6 +101,13 @@ class ModuleSettings:
     default_prompt: str | None = None
     dense: tuple[Path, ...] = ()
 
+    @property
+    def prompt_shares(self) -> dict[str, float]:
+        """{name of a prompt: share of text that stands behind it}: as much as behind any other, or behind none."""
+        named = [name for name, text in self.prompts.items() if text]
+        parts = len(named) + (len(named) < 2 or "" in self.prompts.values())  # where some text has no prompt
+        return {name: round(1 / parts, 3) for name in named}
+
     def files(self, width: int, positions: int) -> dict:
         """{file: JSON content} beside a student of `width` dimensions that reads `positions` pieces."""
         paths = ["", "1_Pooling", "2_Normalize"][: 2 + self.normalize]
@@ -130,7 +137,7 @@ def module_settings(folder: Path, pooling: str | None = None, normalize: bool | 
     except (LookupError, TypeError, AttributeError):
         raise InputError(f"{folder}: its sentence-transformers files are of an unknown form: save it again") from None
     if default is not None and default not in prompts:
-        raise InputError(f"{folder}: default_prompt_name {default!r} is none of its prompts: {', '.join(prompts)}")
+        raise InputError(f"{folder}: default_prompt_name {default!r} is not one of its prompts, {list(prompts)}")
     form = re.fullmatch("Transformer Pooling( Dense)*( Normalize)?", " ".join(kinds))
     if modules and (not form or modules[0][0]):
         what = f"its modules are {', '.join(kinds)}"
@@ -191,10 +198,10 @@ def piece_reader(folder: Path, config: PreTrainedConfig, max_length: int) -> Cal
 def torch_embedder(
     backbone, folder: Path, modules: ModuleSettings, *, max_length: int, batch_size=64, prompt=None
 ) -> Embed:
-    """Texts -> [n, D] float32 by a model and `piece_reader`. prompt: put before each text. bfloat16's error is far
-    below the differences between models."""
-    config = backbone.config
-    read, dense = piece_reader(folder, config, max_length), load_dense(modules.dense, config.hidden_size)
+    """Texts -> [n, D] float32 by a model, cut at `max_length` pieces or the modules' own limit. prompt: put before each
+    text. bfloat16's error is far below the differences between models."""
+    config, most = backbone.config, min(max_length, modules.max_seq_length or max_length)
+    read, dense = piece_reader(folder, config, most), load_dense(modules.dense, config.hidden_size)
 
     @torch.no_grad()
     def embed(texts: list[str]) -> np.ndarray:

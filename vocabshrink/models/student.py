@@ -199,7 +199,7 @@ def read_student(folder: Path) -> PreTrainedModel:
 
 
 def save_student(folder: Path, student, head, tokenizer_folder: Path, modules: ModuleSettings) -> None:
-    """Writes a folder that AutoModel and SentenceTransformer load, without prompts. head: a masked-LM head, or None."""
+    """Writes a folder that AutoModel and SentenceTransformer load. head: a masked-LM head, or None."""
     model: nn.Module = student
     if head is not None:
         model, names = student_class(student.config, "ForMaskedLM")(student.config), head_names(student.config)
@@ -208,7 +208,7 @@ def save_student(folder: Path, student, head, tokenizer_folder: Path, modules: M
         model.load_state_dict(values, strict=False)  # the decoder is the piece table
         model.tie_weights()
     shape = student.config.hidden_size, student.config.max_position_embeddings
-    save_model(folder, model, tokenizer_folder, ModuleSettings(modules.pooling, modules.normalize).files(*shape))
+    save_model(folder, model, tokenizer_folder, modules.files(*shape))
 
 
 def save_model(folder: Path, model: nn.Module, tokenizer_folder: Path, files: dict | None = None) -> None:

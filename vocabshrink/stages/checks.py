@@ -12,10 +12,10 @@ from tokenizer_build.errors import InputError
 from tokenizer_build.languages import check_script
 from tokenizer_build.tokenizer import adopt_tokenizer, save_tokenizer, shared_tokenizer
 from tokenizer_build.trainers import required_words, teacher_pieces
-from vocabshrink.data.held_out import LEAST_SENTENCES, read_rated_pairs
-from vocabshrink.data.lexicon import check_family, describe_tokenizer, tokenizer_file
+from vocabshrink.data.held_out import FEW, LEAST_SENTENCES, LEAST_WORDS, read_rated_pairs
+from vocabshrink.data.lexicon import check_family, describe_tokenizer, sentence_lengths, tokenizer_file
 from vocabshrink.data.tasks import Task, check_agreement, check_label_order, encode_task, read_logits, read_task
-from vocabshrink.delivery.export import check_activation
+from vocabshrink.delivery.graph import check_activation
 from vocabshrink.models.families import LAYERS, check_attention, positions_of
 from vocabshrink.models.forward import load_dense
 from vocabshrink.models.loading import load_config, resolve_model
@@ -45,6 +45,7 @@ def check_recipe(recipe: Recipe, *, force: bool = False) -> None:
         raise InputError(f"{fault}: give at least {LEAST_SENTENCES}, or no delivery")
     folder = teacher_folder(recipe.teacher)
     check_tokenizer(folder)
+    check_sentences(recipe, embeds)
     check_vocabulary(recipe)
     check_models(recipe, folder, load_config(folder))
     check_modules(recipe, folder)
@@ -119,6 +120,21 @@ def check_files(recipe: Recipe) -> None:
             read()
         except InputError as error:
             raise InputError(f"{key}: {error}") from None
+
+
+def check_sentences(recipe: Recipe, embeds) -> None:
+    """Refuses text with too few sentences to compare models by or, where none are compared, to train on."""
+    corpus, trains = recipe.corpus, recipe.masked_lm_head or compared_in(recipe)
+    compared = recipe.evaluation.sentences and (trains or embeds)
+    every, least = (corpus.held_out_every, LEAST_SENTENCES) if compared else (1, bool(trains) * recipe.trains_on_lines)
+    if any(source.startswith("datasets:") for source in corpus.sources):
+        return  # which are read when they are counted
+    lines = islice(read_lines(corpus.sources, corpus.column), every - 1, None, every)
+    tokenizer = shared_tokenizer(teacher_folder(recipe.teacher))
+    found = (sentence_lengths(line, tokenizer) for line in lines)
+    words = chain.from_iterable(found) if compared else map(sum, found)
+    if (few := sum(1 for _ in islice(filter(LEAST_WORDS.__le__, words), least))) < least:
+        raise InputError(FEW.format(few, least))
 
 
 def check_head(language: str, files: list[str], recipe: Recipe) -> None:

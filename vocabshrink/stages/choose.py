@@ -149,7 +149,8 @@ def choose_shape(look: Look, budget: int, goal: str, task: str = "embedding", la
         heads = next(h for h in range(heads, 0, -1) if width % h == 0 and width // h <= source.hidden_size // heads)
         shape = {"hidden_size": width, "num_hidden_layers": layers, "num_attention_heads": heads}
         shape |= {"embedding_size": min(columns, width), "initialize": "extract_importance"}
-        shape["max_position_embeddings"] = min(128, positions_of(source) or 128)
+        limits = 128, positions_of(source), module_settings(look.folder).max_seq_length
+        shape["max_position_embeddings"] = min(filter(None, limits))
         count = look.pieces if own else min(pieces, look.pieces)
         known = tokenizer_bytes(look.adopted, shape["max_position_embeddings"]) if own else None
 
@@ -228,17 +229,14 @@ def recipe_text(look: Look, shape: Shape, effort: Effort, **names) -> str:
     model that the student starts from, or None; task: a recipe's task, or None, and the `Effort` of_task; labelled:
     whether its rows had labels; embeds: whether the student learns the teacher's vectors (too)."""
     said = module_settings(look.folder)
-    most = min(128, shape.section.max_position_embeddings, said.max_seq_length or 128)
-    length = min(most, max(16, round(4 * look.length)))
+    length = min(shape.section.max_position_embeddings, max(16, round(4 * look.length)))
     numbers = {"max_length": length, "tokens": round(effort.steps * effort.batch_size * look.length), "fitted": FITTED}
     least = LEAST_EVALUATED * max(1, len(names.get("languages", ())))  # of each language
     numbers["evaluated"] = max(least, min(500, look.sentences // 40))
     numbers["held_out_every"] = max(2, min(50, look.lines // 100))
     if of_task := names["of_task"]:
         numbers["epochs"] = 1 + of_task.batch_size * (of_task.steps + of_task.recovery_steps) // of_task.sentences
-    prompts = [name for name, text in said.prompts.items() if text]
-    bare = len(prompts) < 2 or "" in said.prompts.values()  # some text has no prompt
-    numbers["prompts"] = {name: round(1 / (len(prompts) + bare), 3) for name in prompts}
+    numbers["prompts"] = said.prompt_shares
     # byte-level pieces spell no letter beyond ASCII, and pieces of another family would all be new to `start`
     chosen_from = ("wordpiece",) if names["start"] else ("wordpiece", "metaspace")
     family = describe_tokenizer(tokenizer_file(look.folder))["family"]

@@ -35,10 +35,7 @@ LONGEST = 128  # pieces that the teacher and the students in torch read
 
 def export(context: Context) -> dict:
     """Writes the deliveries of the embedder and of each task's model, loaded back and measured."""
-    recipe, section, modules = context.recipe, context.recipe.delivery, inputs.teacher_modules(context.recipe.teacher)
-    # of stored vectors the teacher read each text behind its prompt, the student without (unless behind shares of them)
-    if recipe.vectors and not recipe.vectors.prompts:
-        modules = replace(modules, prompts={}, default_prompt=None)
+    recipe, section, modules = context.recipe, context.recipe.delivery, inputs.shared_modules(context.recipe)[0]
     shape = delivered_config(recipe, student_shape(recipe, load_config(inputs.teacher_folder(recipe.teacher))))
     section = section.model_copy(update={"max_positions": shape.max_position_embeddings})
     settings = ExportSettings("embedding", section, modules, context.force)
@@ -70,7 +67,7 @@ def export_embedder(context: Context, settings: ExportSettings) -> dict:
     figures: dict = {}
 
     def measure(delivered: Path) -> dict:
-        said = teacher.modules, inputs.evaluated_prompt(recipe)
+        said = teacher.modules, inputs.shared_modules(recipe)[1]
         figures.update(measure_systems(held_out, rated, systems | {"delivered": delivered}, *said))
         return {name: row for name, row in figures.items() if name not in ("bytes", "latency_ms")}
 

@@ -17,7 +17,7 @@ from tokenizer_build.errors import InputError
 from tokenizer_build.files import read_json
 from tokenizer_build.tokenizer import load_tokenizer
 from vocabshrink.data.batches import Batch, Batcher, PieceTable, Segments, cut_segments
-from vocabshrink.data.held_out import HeldOut, held_out_texts
+from vocabshrink.data.held_out import LEAST_WORDS, HeldOut, held_out_texts
 from vocabshrink.data.lexicon import Lexicon, WordStream, encode_corpus
 from vocabshrink.data.tasks import Task, read_task
 from vocabshrink.data.vectors import read_sentences
@@ -31,7 +31,7 @@ from vocabshrink.models.teacher import Teacher, load_head, load_teacher
 from vocabshrink.run.engine import Context
 from vocabshrink.run.recipe import Recipe, TeacherSection
 
-HELD_OUT = {"max_pieces": 126, "min_words": 4}  # of the segments that no training batch holds
+HELD_OUT = {"max_pieces": 126, "min_words": LEAST_WORDS}  # of the segments that no training batch holds
 
 
 def teacher_folder(section: TeacherSection, name: str = "teacher") -> Path:
@@ -67,17 +67,19 @@ def prompt_of(section: TeacherSection) -> str | None:
     return said.prompts.get(said.default_prompt) if section.prompt is None else section.prompt
 
 
-def evaluated_prompt(recipe: Recipe) -> str | None:
-    """What the teacher reads before each text where the two are compared: as when its vectors were stored for a student
-    that reads none."""
-    bare = recipe.vectors and not recipe.vectors.prompts
-    return prompt_of(recipe.teacher) if bare else None
+def shared_modules(recipe: Recipe) -> tuple[ModuleSettings, str | None]:
+    """What a student's folder says as its teacher's does, how to pool and the prompts that both read; and what the
+    teacher alone reads before each text where the two are compared: as when its vectors were stored."""
+    said = teacher_modules(recipe.teacher)
+    if recipe.vectors and not recipe.vectors.prompts:
+        return replace(said, prompts={}, default_prompt=None), prompt_of(recipe.teacher)
+    return said, None
 
 
 def read_teacher(context: Context) -> Teacher:
     """The recipe's teacher with the masked-LM head that was trained for it."""
     section = context.recipe.teacher
-    teacher = load_teacher(teacher_folder(section), teacher_modules(section))
+    teacher = load_teacher(teacher_folder(section), shared_modules(context.recipe)[0])
     if teacher.head is None and context.has("masked_lm_head"):
         teacher.head = load_head(context.folder_of("masked_lm_head") / "head", teacher.backbone)
     return teacher

@@ -61,8 +61,8 @@ def vectors(context: Context) -> dict:
         folder, said = inputs.teacher_folder(section), inputs.teacher_modules(section)
         backbone = load_model(folder).to(PartialState().device, torch.bfloat16)
         own = stage.prompts and name == "teacher"
-        options = {"max_length": min(stage.max_length, said.max_seq_length or stage.max_length)}
-        options |= {"batch_size": stage.batch_size, "prompt": None if own else inputs.prompt_of(section)}
+        options = {"max_length": stage.max_length, "batch_size": stage.batch_size}
+        options["prompt"] = None if own else inputs.prompt_of(section)
         embed = torch_embedder(backbone, folder, replace(said, normalize=False), **options)
         progress = partial(saying, f"vectors of {name}", 1, len(sentences))
         stored.store_vectors(work, name, read if own else sentences, embed, progress)
@@ -228,8 +228,9 @@ def evaluator(context: Context, teacher: Teacher, accelerator: Accelerator) -> C
         return None
     held_out = inputs.read_held_out(context) if recipe.evaluation.sentences else None
     rated = {name: read_rated_pairs(path) for name, path in recipe.evaluation.stsb.items()}
-    backbone, options = teacher.backbone.to(accelerator.device), {"max_length": 128}
-    embed = torch_embedder(backbone, teacher.folder, teacher.modules, prompt=inputs.evaluated_prompt(recipe), **options)
+    (_, prompt), options = inputs.shared_modules(recipe), {"max_length": 128}
+    backbone = teacher.backbone.to(accelerator.device)
+    embed = torch_embedder(backbone, teacher.folder, teacher.modules, prompt=prompt, **options)
     of_teacher, modules = embed(held_out.texts) if held_out else None, replace(teacher.modules, dense=())
 
     def evaluate(task) -> dict:
