@@ -109,7 +109,7 @@ class TestHeldOutTexts:
     def test_of_text_in_long_sentences_the_first_words_are_taken(self, encoded, tiny_teacher):
         lexicon, stream = encoded
         starts = np.arange(0, len(stream.word_ids) - 50, 50)
-        long = Segments(starts, np.full(len(starts), 50, np.int32))
+        long = Segments(starts, *np.full((2, len(starts)), 50))
         held_out = held_out_texts(stream, lexicon, load_tokenizer(tiny_teacher), long, 30, 1, {})
         assert {len(text.split()) for text in held_out.texts[::4]} == {40} and len(held_out.texts) == 120
 

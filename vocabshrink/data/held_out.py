@@ -5,7 +5,7 @@ models' cosine similarities over pairs: for each sentence three near pairs (see 
 fail, and one random pair. Everything goes through text, the path that a delivery's users take."""
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import numpy as np
@@ -61,7 +61,7 @@ def held_out_texts(
     its segments}, from each of which as many are drawn. Raises InputError if there are too few."""
     long = segments.lengths >= LEAST_WORDS
     if (fits := long & (segments.lengths <= MOST_WORDS)).sum() < LEAST_SENTENCES:
-        fits, segments = long, Segments(segments.starts, np.minimum(segments.lengths, MOST_WORDS))
+        fits, segments = long, replace(segments, lengths=np.minimum(segments.lengths, MOST_WORDS))
     if len(fitting := np.flatnonzero(fits)) < LEAST_SENTENCES:
         raise InputError(FEW.format(len(fitting), LEAST_SENTENCES))
     rng = np.random.default_rng((seed, 2))
