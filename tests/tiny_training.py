@@ -46,7 +46,7 @@ def launch(*arguments, cwd: Path) -> subprocess.CompletedProcess:
     paths = os.pathsep.join([str(Path(__file__).parent), str(Path(__file__).parents[1])])
     env = os.environ | {"ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1", "PYTHONPATH": paths}
     done = subprocess.run(
-        [*command, *map(str, arguments)], cwd=cwd, env=env, capture_output=True, text=True, timeout=300
+        [*command, *map(str, arguments)], cwd=cwd, env=env, capture_output=True, text=True, timeout=900
     )
     assert done.returncode == 0, done.stderr[-3000:]
     return done
