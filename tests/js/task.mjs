@@ -6,6 +6,10 @@ export async function answer(transformers, { root, model, dtype, task, texts }) 
   env.localModelPath = root;
   env.useBrowserCache = false;
   const options = { dtype, device: typeof window === "undefined" ? "cpu" : "wasm" };
+  if (task === "ids") {
+    const tokenizer = await AutoTokenizer.from_pretrained(model);
+    return texts.map((text) => tokenizer.encode(text)); // JSON writes null for an undefined id
+  }
   if (task !== "embedding") {
     const run = await pipeline({ classification: "text-classification", tokens: "token-classification" }[task] ?? task, model, options);
     return await run(texts, task === "classification" ? { top_k: null } : {});

@@ -14,6 +14,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from test_delivery import RELEASED, write_delivery, write_manifest
+from tokenizers import Tokenizer
 
 import vocabshrink.pages.web as web
 from tokenizer_build.errors import InputError
@@ -95,6 +96,41 @@ def test_transformers_js_in_node_gives_our_embeddings():
 
 @browser
 @needs_browser
+@pytest.mark.parametrize("name", [RELEASED.name, "snips-slots-3mb"])
+def test_transformers_js_gives_every_piece_its_id(name):
+    """Words of reports on `undefined` ids, names that any JavaScript object has, and characters that few tests have."""
+    reported = ["oppen", "yeading face newcastle", "Hallo Dunkelheit, mein alter Freund!"]
+    odd = [
+        "constructor __proto__",
+        "",
+        "note\r\nbook",
+        "a\u0301 \u00e1",
+        "\u200bzero\u200dwidth\ufeff",
+        "\u0130 \u1e9e",
+        "x" * 101,
+    ]
+    texts = [*TEXTS, *reported, *odd]
+    tokenizer = Tokenizer.from_file(str(RELEASED.parent / name / "tokenizer.json"))
+    found = node("node_test.mjs", root=str(RELEASED.parent), model=name, task="ids", texts=texts)
+    assert found == [tokenizer.encode(text).ids for text in texts]
+
+
+@browser
+@needs_browser
+def test_transformers_js_labels_in_8_bits_as_the_runtime_does():
+    """It gives no offsets, but the number of the piece: each word here is one, behind [CLS]."""
+    text, name = "will it rain in Paris on friday", "snips-slots-3mb"
+    found = node("node_test.mjs", root=str(RELEASED.parent), model=name, dtype="q8", task="tokens", texts=text)
+    (words,) = load(RELEASED.parent / name).label_tokens([text])
+    expected = {number: word for number, word in enumerate(words, 1) if word["label"] != "O"}
+    assert len(expected) == 3
+    assert {entity["index"]: entity["entity"] for entity in found} == {n: word["label"] for n, word in expected.items()}
+    scores = [word["score"] for word in expected.values()]
+    assert [entity["score"] for entity in found] == pytest.approx(scores, abs=1e-4)
+
+
+@browser
+@needs_browser
 @pytest.mark.parametrize("build", ["wasm", "webgpu"])
 def test_transformers_js_in_chromium_gives_our_embeddings(build):
     """Both builds of onnxruntime-web; webgpu's is the one that transformers.js asks for by itself."""
@@ -142,10 +178,11 @@ def test_the_page_classifies_and_labels_as_the_runtime_does(tiny_teacher, tmp_pa
     """Models in fp32, and the released ones: a classifier in 4 bits, a tagger in 8."""
     pytest.importorskip("torch")
     if released:
-        folders, text = [RELEASED.parent / name for name in ("sst2-7mb", "snips-slots-3mb")], "is it dull in paris now"
+        folders = [RELEASED.parent / name for name in ("sst2-7mb", "snips-slots-3mb")]
+        text = "is it dull in \u200b paris now"  # the fifth word has no piece
     else:
         folders = [bert_delivery(tmp_path, tiny_teacher, task) for task in ("classification", "tokens")]
-        text = " ".join(lines[0].split()[:5])
+        text = " ".join(" ".join(lines).split()[:26])  # of which the model reads 22 pieces
     build_web(folders, tmp_path / "web", node_modules=JS / "node_modules")
     shot = {"shot": str(Path(SHOTS) / "web-tasks.png")} if SHOTS and released else {}
     shown = node("page_test.mjs", page=str(tmp_path / "web"), query=text, panel=0, **shot)
