@@ -15,8 +15,8 @@ from tokenizer_build.compare import markdown
 from tokenizer_build.corpus import read_lines
 from tokenizer_build.count import count_words, read_counts, write_counts
 from tokenizer_build.errors import InputError
-from tokenizer_build.tokenizer import load_tokenizer, make_tokenizer, save_tokenizer
-from tokenizer_build.trainers import TRAINERS, cuts_words, train_vocabulary
+from tokenizer_build.tokenizer import load_tokenizer, save_tokenizer
+from tokenizer_build.trainers import TRAINERS, train_tokenizer
 
 app = typer.Typer(help=__doc__, no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
 messages = Console(stderr=True, highlight=False)
@@ -61,8 +61,8 @@ def train(
     if not cased and any(word.isascii() and word != word.lower() for word in words):
         raise InputError(f"{counts} was counted with --cased: give --cased here too, or count again")
     required = list(read_lines([require])) if require else []
-    pieces = train_vocabulary(words, size, trainer, required=required, teacher_vocabulary=known, lowercase=not cased)
-    tokenizer = make_tokenizer(pieces, lowercase=not cased, cut_words=cuts_words(words))
+    options = {"required": required, "teacher_vocabulary": known, "lowercase": not cased}
+    tokenizer = train_tokenizer(words, size, trainer, **options)
     save_tokenizer(tokenizer, output, max_length=max_length)
     found = ({"teacher": teacher} if teacher else {}) | {str(output): output}
     print(markdown(compare_tokenizers(words, found)), end="")

@@ -9,11 +9,12 @@ from collections import Counter
 from collections.abc import Iterable, Mapping
 
 import sentencepiece
+from tokenizers import Tokenizer
 
 from tokenizer_build.count import split_chunk
 from tokenizer_build.errors import InputError
 from tokenizer_build.select import Words, fewest_pieces
-from tokenizer_build.tokenizer import LONGEST_WORD, SPECIAL_TOKENS
+from tokenizer_build.tokenizer import LONGEST_WORD, SPECIAL_TOKENS, make_tokenizer
 
 CANDIDATES = 30_000  # learned by BPE; 60,000 give no better vocabulary
 LEAST_SHARE = 1e-6  # of all characters
@@ -71,6 +72,14 @@ def train_vocabulary(
         model = "unigram" if trainer == "unigram" else "bpe"
         chosen = fixed + learned_pieces(words, size, model, marked=trainer != "wordpiece")
     return list(dict.fromkeys(SPECIAL_TOKENS + chosen))[:size]
+
+
+def train_tokenizer(
+    counts: Mapping[str, int], size: int, trainer: str, *, lowercase: bool, form: str | None = None, **options
+) -> Tokenizer:
+    """The tokenizer of `train_vocabulary`'s pieces; options: more of its. form: see `make_normalizer`."""
+    pieces = train_vocabulary(counts, size, trainer, lowercase=lowercase, **options)
+    return make_tokenizer(pieces, lowercase=lowercase, form=form, cut_words=cuts_words(counts))
 
 
 def required_words(words: Iterable[str], lowercase: bool, known: set[str] | None = None) -> list[str]:

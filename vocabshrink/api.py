@@ -16,14 +16,12 @@ from itertools import chain
 from pathlib import Path
 from typing import Any, Literal
 
-import yaml
-
 from tokenizer_build.corpus import read_rows
 from tokenizer_build.count import count_words
 from tokenizer_build.errors import InputError
 from tokenizer_build.files import read_json, replacing, write_json, write_text
-from tokenizer_build.tokenizer import form_of, load_tokenizer, lowercases, make_tokenizer, save_tokenizer
-from tokenizer_build.trainers import cuts_words, train_vocabulary
+from tokenizer_build.tokenizer import form_of, load_tokenizer, lowercases, save_tokenizer
+from tokenizer_build.trainers import train_tokenizer
 from vocabshrink.data.tasks import Task, read_task
 from vocabshrink.delivery.export import ExportSettings, export_model
 from vocabshrink.models.families import positions_of
@@ -34,7 +32,7 @@ from vocabshrink.models.teacher import load_teacher
 from vocabshrink.run.engine import Run, main_process, run_stage, summarise
 from vocabshrink.run.folder import RunDir
 from vocabshrink.run.recipe import DeliverySection, Recipe, StudentSection, TaskSection, load_recipe, parse_recipe
-from vocabshrink.run.recipe_yaml import RecipeDumper, read_yaml
+from vocabshrink.run.recipe_yaml import dump_yaml, read_yaml
 from vocabshrink.run.stage import stages_of
 from vocabshrink.runtime.delivery import KINDS
 from vocabshrink.stages.checks import check_recipe
@@ -132,8 +130,7 @@ def plan(
     names["name"] = re.sub(r"[^A-Za-z0-9._-]+|^[^A-Za-z0-9_]+", "_", out.name) or "model"
     write_text(recipe, recipe_text(look, shape, effort or of_task, **names))
     if settings:
-        values = merge(read_yaml(recipe, "a recipe"), settings)
-        write_text(recipe, yaml.dump(values, Dumper=RecipeDumper, sort_keys=False, allow_unicode=True))
+        write_text(recipe, dump_yaml(merge(read_yaml(recipe, "a recipe"), settings)))
     check_recipe(load_recipe(recipe))
     write_json(before, asked)
     return recipe
@@ -228,9 +225,8 @@ def learn_vocabulary(
     reads = {"lowercase": lowercase, "form": form_of(tokenizer) if tokenizer else None}
     counts = count_words(spool(texts, out := Path(out)), column=column, **reads)
     known = tokenizer.get_vocab() if tokenizer else {}
-    options = {"required": list(required), "lowercase": lowercase, "teacher_vocabulary": known}
-    pieces = train_vocabulary(counts, size, trainer, **options)
-    save_tokenizer(make_tokenizer(pieces, cut_words=cuts_words(counts), **reads), out)
+    options = reads | {"required": list(required), "teacher_vocabulary": known}
+    save_tokenizer(train_tokenizer(counts, size, trainer, **options), out)
     return out
 
 

@@ -16,7 +16,6 @@ from typing import Annotated, Any, Literal
 
 import numpy as np
 import optuna
-import yaml
 from optuna.storages import RDBStorage, RetryHeartbeatStaleTrialCallback
 from optuna.trial import TrialState
 from pydantic import Field, model_validator
@@ -34,7 +33,7 @@ from vocabshrink.run.folder import RunDir
 from vocabshrink.run.formats import formats_of
 from vocabshrink.run.layer_map import layer_pairs
 from vocabshrink.run.recipe import DeliverySection, Name, Number, Positive, Section, Share, dump_recipe, parse_recipe
-from vocabshrink.run.recipe_yaml import RecipeDumper, override_value, parse_override, read_yaml
+from vocabshrink.run.recipe_yaml import dump_yaml, override_value, parse_override, read_yaml
 from vocabshrink.runtime.delivery import open_graph
 from vocabshrink.stages.plan import check_budget, delivered_config, delivery_bytes, shapes
 
@@ -343,7 +342,6 @@ def write_results(tuner: Tuner, rows: list[dict], summary: dict) -> None:
         named = {name: tuner.changes(genes) for name, genes in tuner.named().items()}
         variants = {"found": summary["best"]["changes"]} | named
         content |= {"common": section.settings | others, "variants": variants, "baseline": "found"}
-        text = yaml.dump(content, Dumper=RecipeDumper, sort_keys=False, allow_unicode=True)
-        write_text(tuner.root / "confirm.yaml", text)
+        write_text(tuner.root / "confirm.yaml", dump_yaml(content))
     write_tune_page(rows, summary, tuner.root)
     write_json(tuner.root / "summary.json", summary)

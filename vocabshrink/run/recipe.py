@@ -8,14 +8,13 @@ import re
 from pathlib import Path
 from typing import Annotated, Any, Literal, get_args
 
-import yaml
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_serializer, model_validator
 
 from tokenizer_build.errors import InputError
 from vocabshrink.run.folder import OF_SUMMARY
 from vocabshrink.run.formats import CLASSES, FORMATS, LARGE_CLASSES
 from vocabshrink.run.layer_map import LAYER_MAPS
-from vocabshrink.run.recipe_yaml import RecipeDumper, override_value, parse_override, read_yaml
+from vocabshrink.run.recipe_yaml import dump_yaml, override_value, parse_override, read_yaml
 
 
 def refuse_boolean(value: Any) -> Any:
@@ -216,10 +215,6 @@ class VectorsStage(Section):
     teachers: dict[Name, VectorTeacher] = {}  # beside the first, which is called `teacher`
     # {a prompt of the first teacher: share of the sentences that it and the student read behind it}; the rest have none
     prompts: dict[str, Share] = {}
-
-    @property
-    def names(self) -> list[str]:
-        return ["teacher", *self.teachers]
 
 
 class DualStage(ComparingStage):
@@ -422,7 +417,7 @@ class Recipe(Section):
             raise ValueError("vectors.teachers.teacher: this name is the first teacher's: choose another")
         if self.vectors and not self.distill:
             raise ValueError("vectors are read by distill alone: add a distill section, or leave vectors out")
-        known = self.vectors.names if self.vectors else []
+        known = ["teacher", *self.vectors.teachers] if self.vectors else []
         for name, stage in (("distill", self.distill), ("recovery", self.recovery)):
             if not stage:
                 continue
@@ -503,4 +498,4 @@ def dump_recipe(recipe: Recipe) -> str:
     data = recipe.model_dump(exclude_none=True)
     if recipe.delivery is None:  # left out, it would mean the default one
         data["delivery"] = None
-    return yaml.dump(data, Dumper=RecipeDumper, sort_keys=False, allow_unicode=True)
+    return dump_yaml(data)

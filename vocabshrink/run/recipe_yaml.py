@@ -50,6 +50,11 @@ def parse_yaml(text: str, origin: str) -> Any:
         raise InputError(f"{origin}: cannot be read: {why}: write it shorter or flatter") from None
 
 
+def dump_yaml(value: Any) -> str:
+    """The YAML of a value, in its own order, which `parse_yaml` reads back."""
+    return yaml.dump(value, Dumper=RecipeDumper, sort_keys=False, allow_unicode=True)
+
+
 def read_yaml(path: Path, kind: str, *needed: str) -> dict:
     """The mapping in a YAML file. kind: what it should be, as "a recipe"; needed: the keys that tell it from others.
     Raises InputError for a file that is missing, not UTF-8, not YAML, or not of its kind."""

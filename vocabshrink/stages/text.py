@@ -11,15 +11,8 @@ from tokenizer_build.count import count_words, read_counts, write_counts
 from tokenizer_build.errors import InputError
 from tokenizer_build.files import write_json
 from tokenizer_build.languages import balance, script_of, scripts_of
-from tokenizer_build.tokenizer import (
-    adopt_tokenizer,
-    form_of,
-    lowercases,
-    make_tokenizer,
-    save_tokenizer,
-    shared_tokenizer,
-)
-from tokenizer_build.trainers import alphabet, cuts_words, train_vocabulary
+from tokenizer_build.tokenizer import adopt_tokenizer, form_of, lowercases, save_tokenizer, shared_tokenizer
+from tokenizer_build.trainers import alphabet, train_tokenizer
 from vocabshrink.data.lexicon import encode_corpus
 from vocabshrink.data.vectors import read_sentences
 from vocabshrink.run.engine import Context, say, saying
@@ -67,13 +60,10 @@ def vocab(context: Context) -> dict:
     if given := given_tokenizer(context.recipe):
         tokenizer = adopt_tokenizer(given)
     else:
-        reads = normalization(context.recipe)
-        options = {"required": section.required, "lowercase": reads["lowercase"]}
-        options |= {"teacher_vocabulary": teacher.get_vocab()}
+        options = {"required": section.required, "teacher_vocabulary": teacher.get_vocab()}
         if by_language:  # a letter that is rare in all the text may be none of its language's rare ones
             options["characters"] = set().union(*map(alphabet, by_language.values()))
-        pieces = train_vocabulary(counts, section.size, section.trainer, **options)
-        tokenizer = make_tokenizer(pieces, cut_words=cuts_words(counts), **reads)
+        tokenizer = train_tokenizer(counts, section.size, section.trainer, **normalization(context.recipe), **options)
     save_tokenizer(tokenizer, context.folder)
     student = shared_tokenizer(context.folder)
     comparison = compare(counts, {"teacher": teacher, "student": student})
