@@ -7,7 +7,7 @@ from transformers import BertConfig
 
 from tokenizer_build.errors import InputError
 from vocabshrink.lab import tune
-from vocabshrink.lab.ablations import read_ablation, units_of
+from vocabshrink.lab.ablations import read_ablation, runs_of
 from vocabshrink.run.layer_map import layer_pairs
 from vocabshrink.run.recipe import dump_recipe, load_recipe
 from vocabshrink.run.recipe_yaml import parse_yaml
@@ -98,15 +98,15 @@ class TestAblation:
         assert read_ablation(path).name == path.stem
 
     def test_every_variant_can_run(self, path, tmp_path):
-        units = units_of(path, ["seeds=[1]"], tmp_path)
-        for unit in units:
-            check_that_it_can_run(unit.run.recipe)
-            assert not any(readers(phase.losses, "masked words") for phase in unit.run.recipe.finetune.phases)
-            assert set(unit.run.stages) <= set(stages_of(unit.run.recipe)) and "finetune" in unit.run.stages
-        assert [unit.variant for unit in units] == list(read_ablation(path).variants)
+        ablation, runs = runs_of(path, ["seeds=[1]"], tmp_path)
+        for run in runs:
+            check_that_it_can_run(run.recipe)
+            assert not any(readers(phase.losses, "masked words") for phase in run.recipe.finetune.phases)
+            assert set(run.stages) <= set(stages_of(run.recipe)) and "finetune" in run.stages
+        assert [run.name for run in runs] == list(ablation.variants)
 
     def test_no_two_variants_are_the_same(self, path, tmp_path):
-        folders = [unit.run.dir.stage("finetune") for unit in units_of(path, ["seeds=[1]"], tmp_path)]
+        folders = [run.dir.stage("finetune") for run in runs_of(path, ["seeds=[1]"], tmp_path)[1]]
         assert len(set(folders)) == len(folders)
 
     def test_has_three_seeds_and_something_to_compare_with(self, path):

@@ -13,7 +13,7 @@ import yaml
 from tokenizer_build.errors import InputError
 from tokenizer_build.files import claimed, read_json
 from vocabshrink.lab import ablations
-from vocabshrink.lab.ablations import figures_of, read_ablation, rows_of, run_ablations, units_of
+from vocabshrink.lab.ablations import figures_of, read_ablation, rows_of, run_ablations, runs_of
 from vocabshrink.pages.experiments import plot
 from vocabshrink.run.folder import RunDir
 from vocabshrink.run.stage import STAGES
@@ -135,7 +135,7 @@ def finetuned(run) -> dict:
 )
 def test_bad_files_are_refused_by_name(tmp_path, keys, message):
     with pytest.raises(InputError, match=re.escape(message)):
-        units_of(written(tmp_path, **keys), [], tmp_path / "root")
+        runs_of(written(tmp_path, **keys), [], tmp_path / "root")
 
 
 def test_what_is_no_ablation_file_is_refused(tmp_path):
@@ -160,11 +160,11 @@ def test_what_is_no_ablation_file_is_refused(tmp_path):
 )
 def test_bad_overrides_are_refused(tmp_path, override, message):
     with pytest.raises(InputError, match=message):
-        units_of(written(tmp_path), [override], tmp_path / "root")
+        runs_of(written(tmp_path), [override], tmp_path / "root")
 
 
-def recipes(units) -> dict:
-    return {unit.variant: unit.run.recipe for unit in units}
+def recipes(runs) -> dict:
+    return {run.name: run.recipe for run in runs}
 
 
 def test_the_command_line_scales_and_the_variant_has_the_last_word(tmp_path):
@@ -174,9 +174,9 @@ def test_the_command_line_scales_and_the_variant_has_the_last_word(tmp_path):
         variants={"plain": {}, "own": {"distill.layer_map": "first", "distill.steps": 9}, "none": {"distill": None}},
     )
     overrides = ["distill.steps=7", "distill.batch_size=64", "tasks.pairs=", "seeds=[5]"]
-    units = units_of(path, overrides, tmp_path / "root")
-    found = recipes(units)
-    assert {unit.seed for unit in units} == {5} and list(found) == ["plain", "own", "none"]
+    _, runs = runs_of(path, overrides, tmp_path / "root")
+    found = recipes(runs)
+    assert [run.recipe.finetune.seeds for run in runs] == 3 * [[5]] and list(found) == ["plain", "own", "none"]
     assert (found["plain"].distill.steps, found["own"].distill.steps, found["none"].distill) == (7, 9, None)
     assert (found["plain"].distill.layer_map, found["own"].distill.layer_map) == ("last", "first")
     assert found["plain"].distill.batch_size == 32 and list(found["plain"].tasks) == ["mood"]
@@ -184,21 +184,21 @@ def test_the_command_line_scales_and_the_variant_has_the_last_word(tmp_path):
 
 
 def test_null_takes_out_a_loss_a_phase_or_a_section(tmp_path):
-    found = recipes(units_of(written(tmp_path), [], tmp_path / "root"))
+    found = recipes(runs_of(written(tmp_path), [], tmp_path / "root")[1])
     assert [list(phase.losses) for phase in found["labels only"].finetune.phases] == [["labels"]]
     changes = {"x": {"distill.losses.hidden_mse": None, "finetune.phases.1": None, "finetune.phases.0.epochs": 2}}
-    found = recipes(units_of(written(tmp_path, variants=changes), [], tmp_path / "root"))
+    found = recipes(runs_of(written(tmp_path, variants=changes), [], tmp_path / "root")[1])
     assert list(found["x"].distill.losses) == ["attention_scores"]
     assert [phase.epochs for phase in found["x"].finetune.phases] == [2]
 
 
 def test_what_a_seed_changes(tmp_path):
     for vary, seeds_of_runs in (("finetune", {0}), ("run", {1, 2, 3})):
-        units = units_of(written(tmp_path, vary=vary), [], tmp_path / "root")
-        assert {unit.run.recipe.seed for unit in units} == seeds_of_runs
-        assert [unit.run.recipe.finetune.seeds for unit in units] == [[1], [1], [2], [2], [3], [3]]
-        general = {unit.run.dir.stage("distill") for unit in units if unit.variant == "all"}
-        assert len(general) == len(seeds_of_runs) and len({unit.run.dir.stage("finetune") for unit in units}) == 6
+        _, runs = runs_of(written(tmp_path, vary=vary), [], tmp_path / "root")
+        assert {run.recipe.seed for run in runs} == seeds_of_runs
+        assert [run.recipe.finetune.seeds for run in runs] == [[1], [1], [2], [2], [3], [3]]
+        general = {run.dir.stage("distill") for run in runs if run.name == "all"}
+        assert len(general) == len(seeds_of_runs) and len({run.dir.stage("finetune") for run in runs}) == 6
 
 
 def test_stages_in_common_are_made_once(tmp_path, made):
@@ -402,8 +402,8 @@ def test_a_tiny_table_end_to_end(tiny_teacher, corpus_file, lines, tmp_path):
     summary = run_ablations([path], root=root)
     averages = {row["recipe"]: row["median"] for row in summary["rows"] if row["task"] == "average"}
     assert set(averages) == {"(teacher)", "all", "labels only"} and all(0 <= value <= 1 for value in averages.values())
-    units = units_of(path, [], root)
-    of_all, of_labels = (figures_of(unit) for unit in units)
+    ablation, runs = runs_of(path, [], root)
+    of_all, of_labels = map(figures_of, runs)
     assert of_all["tokens"] > of_labels["tokens"] > 0 and of_all["seconds_per_step"] > 0
     assert of_all["general_seconds_per_step"] > 0
     assert of_labels["general_seconds_per_step"] is None
@@ -413,5 +413,5 @@ def test_a_tiny_table_end_to_end(tiny_teacher, corpus_file, lines, tmp_path):
     assert not list(root.rglob("checkpoints")) and not list(root.rglob("*.tmp"))
     assert {row["stage"] for row in RunDir(root / "two" / "all" / "seed-1").metrics()} >= {"distill"}
     before = {p: p.stat().st_mtime_ns for p in (root / "stages").rglob("DONE")}
-    assert run_ablations([path], root=root)["rows"] == summary["rows"] == rows_of(units)
+    assert run_ablations([path], root=root)["rows"] == summary["rows"] == rows_of(ablation, runs)
     assert before == {p: p.stat().st_mtime_ns for p in (root / "stages").rglob("DONE")}

@@ -21,7 +21,7 @@ from transformers import BertConfig
 from tokenizer_build.errors import InputError
 from tokenizer_build.files import read_json, write_json
 from vocabshrink.lab import tune
-from vocabshrink.lab.ablations import Variant, units_of
+from vocabshrink.lab.ablations import Variant, runs_of
 from vocabshrink.lab.tune import NAMED_MAPS, Tuner, explore, genome_of, measure_latency, rows_of, run_tuning
 from vocabshrink.run.folder import RunDir
 from vocabshrink.run.recipe import DeliverySection, load_recipe
@@ -443,10 +443,11 @@ def test_a_tiny_search_end_to_end(real, in_memory, tmp_path, monkeypatch):
     assert summary["trials"]["complete"] == 4 <= summary["trials"]["asked"]
     assert set(summary["named"]) == set(maps)
     assert summary["best"]["quality"] >= max(row["quality"] for row in summary["named"].values())
-    units = units_of(root / "confirm.yaml", [], tmp_path / "ablations")
-    assert [(unit.variant, unit.seed) for unit in units] == [(v, n) for n in (1, 2) for v in ("found", *maps)]
-    assert units[0].ablation.baseline == "found" and units[0].run.recipe.distill.steps == 6
-    assert {*units[0].run.recipe.tasks} == {"pairs"}
+    ablation, runs = runs_of(root / "confirm.yaml", [], tmp_path / "ablations")
+    found = [(run.name, *run.recipe.finetune.seeds) for run in runs]
+    assert found == [(v, n) for n in (1, 2) for v in ("found", *maps)]
+    assert ablation.baseline == "found" and runs[0].recipe.distill.steps == 6
+    assert {*runs[0].recipe.tasks} == {"pairs"}
     best = load_recipe(root / "best.yaml")
     assert [list(pair) for pair in best.distill.layer_map] == summary["best"]["changes"]["distill.layer_map"]
     assert best.distill.steps == 8  # the full run, not the proxy

@@ -83,6 +83,7 @@ def test_a_finished_stage_is_verified_file_by_file(damage, run, monkeypatch):
     (folder / "checkpoints" / "large").write_bytes(b"not read back")
     run.finish("encode", {})
     assert {"words.bin", "inner", "encode"} <= synced and "large" not in synced
+    assert not (folder / "checkpoints").exists()
     run.verify("encode")
     (folder / "more").write_text("what is added hinders nobody")
     run.verify("encode")

@@ -8,13 +8,13 @@ belongs to one process while it is made. Tables are views of finished stages, wr
 import copy
 import os
 import re
-import shutil
 import statistics
 import time
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import cache, partial
 from pathlib import Path
-from typing import Annotated, Any, Literal, NamedTuple
+from typing import Annotated, Any, Literal
 
 from pydantic import Field, model_validator
 
@@ -36,11 +36,12 @@ Seeds = Annotated[list[Annotated[int, Field(ge=0, strict=True)]], Field(min_leng
 
 @dataclass(frozen=True)
 class Variant:
-    """One run among many. label: its name in the log."""
+    """One run among many. label: its name in the log. name: that of the ablation's variant."""
 
     label: str
     recipe: Recipe
     dir: SharedRunDir
+    name: str = ""
 
     @property
     def stages(self) -> list[str]:
@@ -71,7 +72,8 @@ def make_variant(base: dict, changes: dict[str, Any], own: Path, shared: Path, *
         check_all_losses(recipe)
     except InputError as error:
         raise InputError(f"{origin}: {error}") from None
-    return Variant(label, recipe, SharedRunDir(own, shared, lambda name: settings_of(recipe, name)))
+    # cached: asked for thousands of times, and a recipe does not change
+    return Variant(label, recipe, SharedRunDir(own, shared, cache(partial(settings_of, recipe))))
 
 
 def change(data: dict, key: str, value: Any, origin: str) -> None:
@@ -117,8 +119,6 @@ def advance(variant: Variant, *, wait: bool = False) -> bool:
                     return False
                 say(f"{variant.label}: {name}")
                 run_stage(run, name)  # unless another process has just done it
-        # optimizer states, larger than all that is kept
-        shutil.rmtree(variant.dir.stage(name) / "checkpoints", ignore_errors=True)
     return True
 
 
@@ -150,15 +150,6 @@ class Ablation(Section):
         return self.baseline.get(label) if isinstance(self.baseline, dict) else self.baseline
 
 
-class Unit(NamedTuple):
-    """One variant under one seed."""
-
-    ablation: Ablation
-    variant: str
-    seed: int
-    run: Variant
-
-
 def slug(label: str) -> str:
     return re.sub(r"[^A-Za-z0-9._-]+", "_", label).strip("_")
 
@@ -169,12 +160,13 @@ def read_ablation(path: Path, overrides: list[str] | tuple[str, ...] = ()) -> Ab
     return parse_recipe(data | dict(map(parse_override, overrides)), str(path), Ablation)
 
 
-def units_of(path: Path, overrides: list[str] | tuple[str, ...], root: Path) -> list[Unit]:
-    """Every variant under every seed, seeds outermost, so that a table fills evenly. The command line's settings apply
-    over the base recipe and under what makes variants differ. Raises InputError that names the file and the variant."""
+def runs_of(path: Path, overrides: list[str] | tuple[str, ...], root: Path) -> tuple[Ablation, list[Variant]]:
+    """An ablation and its runs: every variant under every seed, seeds outermost, so that a table fills evenly. The
+    command line's settings apply over the base recipe and under what makes variants differ. Raises InputError that
+    names the file and the variant."""
     ablation = read_ablation(path, [o for o in overrides if o.startswith("seeds=")])
     base = base_values(path.parent / ablation.base, [o for o in overrides if not o.startswith("seeds=")])
-    units = []
+    runs = []
     for seed in ablation.seeds:
         for label, own in ablation.variants.items():
             origin, changes = f"{path}: variant {label}", ablation.common | own
@@ -184,8 +176,8 @@ def units_of(path: Path, overrides: list[str] | tuple[str, ...], root: Path) -> 
             changes |= {"seed": seed} if ablation.vary == "run" else {}
             folder, title = Path(ablation.name, slug(label), f"seed-{seed}"), f"{ablation.name}: {label}, seed {seed}"
             run = make_variant(base, changes, root / folder, root / "stages", origin=origin, label=title)
-            units.append(Unit(ablation, label, seed, run))
-    return units
+            runs.append(replace(run, name=label))
+    return ablation, runs
 
 
 def run_ablations(
@@ -196,23 +188,23 @@ def run_ablations(
     bad file or a variant over its budget, before anything runs; for what stopped one, once all others have run."""
     refuse_launcher()
     ablations = {}
-    for units in (units_of(Path(path), overrides, root) for path in files):
-        if ablations.setdefault(name := units[0].ablation.name, units) is not units:
+    for found in (runs_of(Path(path), overrides, root) for path in files):
+        if ablations.setdefault(name := found[0].name, found) is not found:
             raise InputError(f"two of the files are named {name}: give each a name of its own")
-    waiting, failed = [unit for units in ablations.values() for unit in units], []
-    for unit in waiting:
-        check_budget(unit.run.recipe)
+    waiting, failed = [(name, run) for name, (_, runs) in ablations.items() for run in runs], []
+    for _, run in waiting:
+        check_budget(run.recipe)
     RunDir(root).write_environment()
     while waiting:
         held = []  # by other processes
-        for unit in waiting:
+        for name, run in waiting:
             try:
-                if advance(unit.run):
-                    write_tables([ablations[unit.ablation.name]], root)
+                if advance(run):
+                    write_tables([ablations[name]], root)
                 else:
-                    held.append(unit)
+                    held.append((name, run))
             except InputError as error:
-                failed.append(f"{unit.run.label}: {error}")
+                failed.append(f"{run.label}: {error}")
                 say(failed[-1])
         if held == waiting:
             time.sleep(2)
@@ -223,10 +215,10 @@ def run_ablations(
     return summary
 
 
-def figures_of(unit: Unit) -> dict:
-    """What a finished unit measured: {"variant", "seed", "measured": {(split, task, metric): value}, and COSTS}; the
+def figures_of(run: Variant) -> dict:
+    """What a finished run measured: {"variant", "seed", "measured": {(split, task, metric): value}, and COSTS}; the
     cost of general stages is None where the student went straight to its tasks."""
-    run, summary = unit.run, unit.run.summary("finetune")
+    summary = run.summary("finetune")
     general = [run.summary(name) for name in GENERAL if name in run.stages]
     steps, seconds, tokens = (sum(stage[key] for stage in general) for key in ("steps", "seconds", "tokens"))
     measured: dict[tuple[str, str, str], float] = {}
@@ -236,7 +228,8 @@ def figures_of(unit: Unit) -> dict:
     measured |= {("general", name, "spearman"): value for name, value in rated_of(run).items()}
     measured |= {ROUNDED: summary["rounded"]["average"]} if summary["rounded"] else {}
     costs = summary["tokens"] + tokens, summary["seconds_per_step"], seconds / steps if steps else None
-    figures = {"variant": unit.variant, "seed": unit.seed, "measured": measured | {AVERAGE: summary["average"]}}
+    (seed,) = run.recipe.finetune.seeds
+    figures = {"variant": run.name, "seed": seed, "measured": measured | {AVERAGE: summary["average"]}}
     return figures | dict(zip(COSTS, costs, strict=True))
 
 
@@ -247,14 +240,13 @@ def rated_of(run: Variant) -> dict[str, float]:
     return {name: found[name] for name in run.recipe.evaluation.stsb if name in found}
 
 
-def rows_of(units: list[Unit]) -> list[dict]:
+def rows_of(ablation: Ablation, runs: list[Variant]) -> list[dict]:
     """One row per variant, split ("general": before its tasks), task and metric, and one for the mean of the tasks'
     headlines: median, spread (largest less smallest), values and seeds in order, COSTS, average (the variant's on
     validation); against a baseline also difference (of medians) and clear (both have several seeds, and their ranges do
     not overlap). The teacher fine-tuned on the same rows, where a variant has one, comes first as TEACHER."""
-    ablation, rows = units[0].ablation, []
-    figures = [figures_of(unit) for unit in units if unit.run.dir.is_done("finetune")]
-    taught = [u.run for u in units if "task_teacher" in u.run.stages and u.run.dir.is_done("task_teacher")]
+    figures, rows = [figures_of(run) for run in runs if run.dir.is_done("finetune")], []
+    taught = [run for run in runs if "task_teacher" in run.stages and run.dir.is_done("task_teacher")]
     for run in taught[:1]:  # one seed, validation alone, no cost
         summary = run.summary("task_teacher")
         measured = {("validation", t, m): value for t in run.recipe.tasks for m, value in summary.get(t, {}).items()}
@@ -283,16 +275,15 @@ def rows_of(units: list[Unit]) -> list[dict]:
     return rows
 
 
-def write_tables(ablations: Iterable[list[Unit]], root: Path) -> dict:
+def write_tables(ablations: Iterable[tuple[Ablation, list[Variant]]], root: Path) -> dict:
     """Writes each ablation's summary.json, table.md and plot.svg into its folder, and those of all that have a summary
     there into `root`, so that files may be run one by one."""
-    for units in ablations:
-        ablation, folder = units[0].ablation, root / units[0].ablation.name
-        rows = rows_of(units)
+    for ablation, runs in ablations:
+        folder, rows = root / ablation.name, rows_of(ablation, runs)
         write_text(folder / "table.md", markdown(rows))
         write_text(folder / "plot.svg", plot(rows, ablation.name))
-        finished = sum(unit.run.dir.is_done("finetune") for unit in units)
-        about = {"title": ablation.title, "rows": rows, "runs": len(units), "finished": finished}
+        finished = sum(run.dir.is_done("finetune") for run in runs)
+        about = {"title": ablation.title, "rows": rows, "runs": len(runs), "finished": finished}
         write_json(folder / "summary.json", about)  # last: what has a summary is whole
     every = {path.parent.name: read_json(path) for path in sorted(root.glob("*/summary.json"))}
     summary = {"rows": [row for one in every.values() for row in one["rows"]]}

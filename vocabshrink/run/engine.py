@@ -177,6 +177,7 @@ def run_stage(run: Run, name: str) -> bool:
     do = getattr(importlib.import_module(f"vocabshrink.stages.{stage.module}"), name)
     started = time.monotonic()
     summary = do(context_of(run, name)) if stage.trains or main_process() else {}
+    wait_for_everyone()  # before the checkpoints go, which all read
     if main_process():
         minutes = (time.monotonic() - started) / 60
         run.dir.finish(name, {"minutes": round(minutes, 2)} | summary)

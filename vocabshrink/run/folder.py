@@ -15,7 +15,7 @@ import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from datetime import UTC, datetime
 from importlib import metadata
 from pathlib import Path
@@ -59,7 +59,8 @@ class RunDir:
         return folder
 
     def finish(self, name: str, summary: dict) -> None:
-        """Writes the stage's summary.json, sees that all of its files are on the disk, then writes `DONE`."""
+        """Writes the stage's summary.json, sees that all of its files are on the disk, then writes `DONE`.
+        The checkpoints go, which are larger than all that is kept."""
         folder, sums = self.stage(name), {}
         files.write_json(folder / "summary.json", summary)
         for path in sorted(folder.rglob("*")):
@@ -69,6 +70,7 @@ class RunDir:
                 files.sync(path)
         files.sync(folder)
         files.write_json(folder / "DONE", sums)
+        shutil.rmtree(folder / "checkpoints", ignore_errors=True)
 
     def verify(self, name: str) -> None:
         """Raises InputError for a file of a finished stage that is not as the stage left it."""
@@ -136,13 +138,10 @@ class SharedRunDir(RunDir):
 
     shared: Path
     settings_of: Callable[[str], dict]
-    _stages: dict[str, Path] = field(default_factory=dict, init=False, repr=False, compare=False)
 
     def stage(self, name: str) -> Path:
-        if name not in self._stages:  # asked for thousands of times, and a recipe does not change
-            text = json.dumps(files.plain(self.settings_of(name)), sort_keys=True)
-            self._stages[name] = Path(self.shared) / f"{name}-{hashlib.sha256(text.encode()).hexdigest()[:16]}"
-        return self._stages[name]
+        text = json.dumps(files.plain(self.settings_of(name)), sort_keys=True)
+        return Path(self.shared) / f"{name}-{hashlib.sha256(text.encode()).hexdigest()[:16]}"
 
 
 def task_rows(tasks: dict) -> list[tuple[str, ...]]:

@@ -26,9 +26,9 @@ from vocabshrink.models.forward import ModuleSettings, module_settings, piece_re
 from vocabshrink.models.loading import check_folder, load_config, resolve_model
 from vocabshrink.models.projection import fit_layers
 from vocabshrink.models.spelling import shared_pieces
-from vocabshrink.models.student import Start, build_student, source_layers
+from vocabshrink.models.student import Start, build_student, save_student, source_layers
 from vocabshrink.models.teacher import Teacher, load_head, load_teacher
-from vocabshrink.run.engine import Context
+from vocabshrink.run.engine import Context, main_process
 from vocabshrink.run.recipe import Recipe, TeacherSection
 
 HELD_OUT = {"max_pieces": 126, "min_words": LEAST_WORDS}  # of the segments that no training batch holds
@@ -108,9 +108,10 @@ def read_tokenizers(context: Context) -> tuple[Tokenizer, Tokenizer]:
     return load_tokenizer(context.vocabulary), load_tokenizer(teacher_folder(context.recipe.teacher))
 
 
-def start_student(context: Context, teacher: Teacher, *, fitted: bool = True) -> Start:
-    """`build_student` by the recipe. fitted: whether its layers are wanted, and so fitted where the recipe says so."""
-    recipe = context.recipe
+def start_student(context: Context, teacher: Teacher) -> Start:
+    """`build_student` by the recipe. Where none was trained before, whose layers would be taken, its own are fitted if
+    the recipe says so, and the stage that trains it keeps it as it starts, for the delivery to be compared with."""
+    recipe, first = context.recipe, not context.students
     source = load_teacher(recipe.student.start, teacher.modules) if recipe.student.start else teacher
     batch = None
     if recipe.student.initialize == "extract_importance":
@@ -118,12 +119,14 @@ def start_student(context: Context, teacher: Teacher, *, fitted: bool = True) ->
     counts = Lexicon.load(context.folder_of("encode")).student_counts if recipe.student.embedding_size else None
     given = {"batch": batch, "counts": counts, "seed": recipe.seed}
     started = build_student(recipe.student, source, context.vocabulary, **given)
-    if fitted and recipe.student.calibration:
+    if first and recipe.student.calibration:
         layers = source_layers(recipe.student.layer_map, started.model, source, recipe.seed)
         positions = filter(None, map(positions_of, (started.model.config, source.config)))
         batches = calibration_batches(context, source, positions)
         fit_layers(started.model, source.backbone, layers, batches, started.directions)
         started.report["layers"] += ", fitted by least squares"
+    if first and context.stage.student and main_process():
+        save_student(context.folder / "untrained", started.model, None, context.vocabulary, teacher.modules)
     # the way back to another model's width is not the way to the teacher's
     return started if source is teacher else started._replace(directions=None, table_directions=None)
 
@@ -157,7 +160,7 @@ def start_directions(context: Context) -> torch.Tensor | None:
     """The directions of `start_student`, for those that load a student which was trained meanwhile. torch's generator
     stays as it was, so that a new head is the same whichever task comes first."""
     with torch.random.fork_rng(devices=[]):
-        return start_student(context, read_teacher(context), fitted=False).directions
+        return start_student(context, read_teacher(context)).directions
 
 
 def read_held_out(context: Context) -> HeldOut:

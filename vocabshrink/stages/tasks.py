@@ -57,13 +57,11 @@ def task_teacher(context: Context) -> dict:
     recipe, units, results = context.recipe, context.folder / "checkpoints", {}
     for name, task in inputs.read_tasks(recipe).items():
         if recipe.tasks[name].trains_teacher:
-            mark = mark_of(context, name, "", TEACHER_SEED)
-            results[name] = once(units / name, mark, partial(train_teacher, context, task, units / name, mark))
-    PartialState().wait_for_everyone()  # all have read what is about to go
-    if PartialState().is_main_process:
-        for name in results:
-            deliver(units / name, context.folder / name, "model", "logits.safetensors")
-        shutil.rmtree(units, ignore_errors=True)
+            make = partial(train_teacher, context, task)
+            results[name] = once(context, units / name, name, "", TEACHER_SEED, make)
+    for name in results if PartialState().is_main_process else ():
+        own = {"ignore": shutil.ignore_patterns(".*", "encoded"), "dirs_exist_ok": True}
+        shutil.copytree(units / name, context.folder / name, **own)
     validation = {name: result["validation"] for name, result in results.items()}
     return validation | {"average": statistics.fmean(map(headline, validation.values()))}
 
@@ -145,12 +143,10 @@ def augment(context: Context) -> dict:
     """Writes the augmented training rows of every task."""
     section, teacher = context.recipe.finetune.augment, inputs.read_teacher(context)
     work, progress = context.folder / "checkpoints", saying("augment: rows", 1_000_000)
-    found = {
+    return {
         name: augment_task(task, teacher, context.folder / f"{name}.jsonl", section, work, progress)
         for name, task in inputs.read_tasks(context.recipe).items()
     }
-    shutil.rmtree(work, ignore_errors=True)
-    return found
 
 
 def finetune(context: Context) -> dict:
@@ -170,16 +166,14 @@ def finetune(context: Context) -> dict:
         found[name] = list(results.values())
         if PartialState().is_main_process:
             for seed in results:
-                deliver(trainings.unit(best, seed), folder / name / f"seed-{seed}")
+                own = {"ignore": shutil.ignore_patterns(".*", "model"), "dirs_exist_ok": True}
+                shutil.copytree(trainings.unit(best, seed), folder / name / f"seed-{seed}", **own)
             if tried:
                 write_json(folder / name / "grid.json", tried)
             if stage.save_models:
                 seed = sorted(results, key=lambda seed: headline(results[seed]["validation"]))[(len(results) - 1) // 2]
                 shutil.copytree(trainings.unit(best, seed) / "model", folder / name / "model")
                 write_json(folder / name / "metrics.json", results[seed])  # of the model beside it
-    PartialState().wait_for_everyone()  # all have read what is about to go
-    if PartialState().is_main_process:
-        shutil.rmtree(folder / "checkpoints", ignore_errors=True)
     return summary_of(found)
 
 
@@ -237,8 +231,8 @@ class TaskTrainings:
 
     def train(self, setting: str, seed: int) -> dict:
         """One training's metrics, made now or before."""
-        unit, mark = self.unit(setting, seed), mark_of(self.context, self.name, setting, seed)
-        return once(unit, mark, partial(self._train, setting, seed, unit, mark))
+        unit, make = self.unit(setting, seed), partial(self._train, setting, seed)
+        return once(self.context, unit, self.name, setting, seed, make)
 
     def _train(self, setting: str, seed: int, unit: Path, mark: str) -> dict:
         torch.manual_seed(seed)
@@ -271,20 +265,17 @@ class TaskTrainings:
         return result | {"task": self.name, "seed": seed, "setting": setting}
 
 
-def mark_of(context: Context, name: str, setting: str, seed: int) -> str:
-    """The hash of what decides one training. Other tasks, seeds and settings do not: they may come later."""
+def once(context: Context, unit: Path, task: str, setting: str, seed: int, make: Callable[[Path, str], dict]) -> dict:
+    """The metrics in a training's folder `unit`, or what `make` gives, written there last. make: of the folder and the
+    hash of what decides the training: other tasks, seeds and settings do not, they may come later. Raises InputError
+    for another recipe's."""
     settings = settings_of(context.recipe, context.stage.name)
     own = {key: value for key, value in settings.get("finetune", {}).items() if key in ("phases", "rounded")}
-    settings |= {"tasks": settings["tasks"][name], "finetune": own}
-    return hashlib.sha256(json.dumps([settings, setting, seed], sort_keys=True).encode()).hexdigest()
-
-
-def once(unit: Path, mark: str, make: Callable[[], dict]) -> dict:
-    """The metrics in a training's folder, or what `make` gives, written there last. Raises InputError for another
-    recipe's."""
+    settings |= {"tasks": settings["tasks"][task], "finetune": own}
+    mark = hashlib.sha256(json.dumps([settings, setting, seed], sort_keys=True).encode()).hexdigest()
     done = unit / "metrics.json"
     if not done.is_file():
-        result = make()
+        result = make(unit, mark)
         if PartialState().is_main_process:
             write_json(done, result | {"fingerprint": mark})
             for entry in unit.iterdir():  # only resuming needs these
@@ -295,17 +286,6 @@ def once(unit: Path, mark: str, make: Callable[[], dict]) -> dict:
     if result["fingerprint"] != mark:
         raise InputError(f"{unit}: made by another recipe: delete the folder, or give the run another name")
     return result
-
-
-def deliver(unit: Path, folder: Path, *names: str) -> None:
-    """Copies a finished training's figures, and what else is named, to where readers look."""
-    shutil.rmtree(folder, ignore_errors=True)
-    folder.mkdir(parents=True)
-    for name in ("metrics.json", "metrics.jsonl", *names):
-        if (source := unit / name).is_dir():
-            shutil.copytree(source, folder / name)
-        elif source.is_file():
-            shutil.copy(source, folder / name)
 
 
 def summary_of(units: dict[str, list[dict]]) -> dict:

@@ -19,9 +19,9 @@ from vocabshrink.models.loading import load_model
 from vocabshrink.models.projection import narrowing
 from vocabshrink.models.rounding import bake, quantization_aware
 from vocabshrink.models.spelling import shared_pieces, spellings
-from vocabshrink.models.student import Start, new_student_head, read_student, save_student
+from vocabshrink.models.student import new_student_head, read_student, save_student
 from vocabshrink.models.teacher import Teacher, load_head, new_head, save_head
-from vocabshrink.run.engine import Context, main_process, say, saying
+from vocabshrink.run.engine import Context, say, saying
 from vocabshrink.run.layer_map import layer_pairs
 from vocabshrink.run.recipe import DistillStage, TrainingSection, Weighted
 from vocabshrink.stages import inputs
@@ -81,7 +81,7 @@ def dual(context: Context) -> dict:
     """Dual training in the recipe's mode: the teacher reads both vocabularies."""
     stage, teacher = context.recipe.dual, inputs.read_teacher(context)
     accelerator, run = begin(context, stage)
-    student, directions, table_directions, report = start_student(context, teacher)
+    student, directions, table_directions, report = inputs.start_student(context, teacher)
     evaluate = evaluator(context, teacher, accelerator)  # moves the teacher, of which the student is made before
     say(f"dual: student embeddings {report['embeddings']}; layers {report['layers']}")
     head = new_student_head(student, teacher) if stage.mode == "joint" else None
@@ -119,7 +119,7 @@ def distil_into_student(context: Context, stage: DistillStage, formats=None) -> 
     """One distillation, from the student of the stage before, through the rounding to `formats` where given."""
     teacher = inputs.read_teacher(context)
     accelerator, run = begin(context, stage)
-    student, directions, _, report = start_student(context, teacher)
+    student, directions, _, report = inputs.start_student(context, teacher)
     evaluate = evaluator(context, teacher, accelerator)  # moves the teacher, of which the student is made before
     head = new_student_head(student, teacher) if readers(stage.losses, "student head") else None
     if context.students:
@@ -135,8 +135,9 @@ def distil_into_student(context: Context, stage: DistillStage, formats=None) -> 
     options = {"head": head, "directions": directions}
     vectors = None
     if section := context.recipe.vectors:
-        shares = {name: share for name, share in stage.teachers.items() if share} or dict.fromkeys(section.names, 1.0)
-        centered = {name for name, one in ({"teacher": section} | section.teachers).items() if one.center}
+        teachers = {"teacher": section} | section.teachers
+        shares = {name: share for name, share in stage.teachers.items() if share} or dict.fromkeys(teachers, 1.0)
+        centered = {name for name, one in teachers.items() if one.center}
         vectors = stored.stored_vectors(context.folder_of("vectors"), shares, centered)
         texts = stored.Sentences.load(context.folder_of("vectors")).own[: stored.SAMPLE // 4]
         embed = torch_embedder(student, context.vocabulary, replace(teacher.modules, dense=()), max_length=128)
@@ -152,14 +153,6 @@ def distil_into_student(context: Context, stage: DistillStage, formats=None) -> 
             bake(student)
         save_student(context.folder / "student", student, head, context.vocabulary, teacher.modules)
     return result | {"start": report}
-
-
-def start_student(context: Context, teacher: Teacher) -> Start:
-    """The student as it starts; the first one is kept, for the delivery to be compared with."""
-    started = inputs.start_student(context, teacher, fitted=not context.students)
-    if not context.students and main_process():
-        save_student(context.folder / "untrained", started.model, None, context.vocabulary, teacher.modules)
-    return started
 
 
 def make_distillation(context: Context, stage: DistillStage, teacher: Teacher, student, **options) -> Distillation:
