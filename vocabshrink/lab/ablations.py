@@ -111,14 +111,13 @@ def refuse_launcher() -> None:
 
 def advance(variant: Variant, *, wait: bool = False) -> bool:
     """Runs the stages that are not done; False where another process is at the next and this may not `wait`."""
-    run = Run(variant.recipe, variant.dir)  # made here, so that the text and tasks it reads are freed with it
     for name in variant.stages:
         if not variant.dir.is_done(name):
             with claimed(f"{variant.dir.stage(name)}.lock", wait=wait) as mine:
                 if not mine:
                     return False
                 say(f"{variant.label}: {name}")
-                run_stage(run, name)  # unless another process has just done it
+                run_stage(Run(variant.recipe, variant.dir), name)  # unless another process has just done it
     return True
 
 

@@ -72,8 +72,7 @@ class Context(Run):
     @property
     def students(self) -> dict[str, Path]:
         """The students trained before this stage, each from the one before: {stage: its folder}."""
-        names = [name for name in stages_of(self.recipe) if STAGES[name].student and name in needed(self.stage)]
-        return {name: self.dir.stage(name) / "student" for name in names}
+        return {n: self.dir.stage(n) / "student" for n, stage in STAGES.items() if stage.student and self.has(n)}
 
     @property
     def fingerprint(self) -> str:

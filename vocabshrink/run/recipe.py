@@ -287,10 +287,7 @@ class FinetuneStage(Section):
         points = {}
         for values in itertools.product(*self.grid.values()):
             point = dict(zip(self.grid, values, strict=True))
-            try:
-                last = Phase.model_validate(phases[-1].model_dump() | point)
-            except ValidationError as error:
-                raise ValueError(f"grid: {explain(error.errors()[0], Phase)}") from None
+            last = parse_recipe(phases[-1].model_dump() | point, "grid", Phase)
             points["_".join(f"{key}-{value:g}" for key, value in point.items()) or "only"] = [*phases[:-1], last]
         return points
 
