@@ -190,7 +190,7 @@ def test_a_place_that_cannot_be_written_is_one_sentence(tmp_path, refused, monke
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGKILL])
 def test_a_signal_ends_the_command_and_its_workers(number, write_recipe, tmp_path):
     """While they count a corpus that takes them half a minute."""
-    (tmp_path / "long.txt").write_text("ka lo mi\n" * 8_000_000)
+    (tmp_path / "long.txt").write_text("ka lo mi ka lo mi\n" * 4_000_000)
     corpus = {"sources": [str(tmp_path / "long.txt")], "processes": 2}
     command = [sys.executable, "-m", "vocabshrink", "count", write_recipe(corpus=corpus)]
     environment = os.environ | {"PYTHONPATH": os.getcwd(), "OMP_NUM_THREADS": "1"}

@@ -146,7 +146,7 @@ def test_dense_modules_that_do_not_fit_are_refused(tmp_path):
         ({"1_Pooling": {"pooling_mode": ["cls", "mean"]}}, "pooling by cls and mean cannot be learnt: give teacher"),
         ({"1_Pooling": {"pooling_mode": "weightedmean"}}, "pooling by weightedmean"),
         ({"1_Pooling": {"pooling_mode": "mean", "include_prompt": False}}, "mean without the prompt"),
-        ({"config_sentence_transformers": {"prompts": {}, "default_prompt_name": "ask"}}, "'ask' is none of its"),
+        ({"config_sentence_transformers": {"prompts": {}, "default_prompt_name": "ask"}}, "'ask' is not one of its"),
     ],
 )
 def test_what_cannot_be_learnt_of_a_folder_is_refused(tmp_path, changes, words):

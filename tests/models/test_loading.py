@@ -171,6 +171,30 @@ def test_a_truncated_file_is_refused(kept, folder):
     assert refusal(load_model, folder).startswith(f"{folder}: cannot be loaded: SafetensorError")
 
 
+def test_weights_that_are_not_there_are_no_random_ones(folder):
+    """transformers fills them up at random, with a warning; only the pooler and heads may be new."""
+    file = folder / "model.safetensors"
+    whole = load_file(file)
+    save_file({n: t for n, t in whole.items() if "pooler" not in n}, file, {"format": "pt"})
+    check_folder(folder), load_model(folder)
+    lost = [name for name in whole if "layer.1" in name]
+    save_file({n: t for n, t in whole.items() if n not in lost}, file, {"format": "pt"})
+    for do in (check_folder, load_model):
+        assert "the weights lack encoder.layer.1." in (said := refusal(do, folder)) and f"{len(lost) - 1} more" in said
+
+
+def test_weights_that_are_no_numbers_are_refused(folder):
+    whole = load_file(file := folder / "model.safetensors")
+    save_file(whole | {(name := min(whole)): whole[name] * float("nan")}, file, {"format": "pt"})
+    assert "the weights are not finite: download them again" in refusal(load_model, folder)
+
+
+def test_layers_without_number_are_refused_at_once(folder):
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"num_hidden_layers": 10**7}))
+    assert "config.json says 10000000 layers, the weights have" in refusal(check_folder, folder)
+
+
 class TestShards:
     def test_are_loaded_and_hashed_in_order_of_name(self, tiny_teacher, folder):
         shards = shard(folder)

@@ -6,6 +6,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from tokenizer_build.errors import InputError
+from vocabshrink.run.engine import settings_of
 from vocabshrink.run.recipe import Recipe, Weighted, dump_recipe, load_recipe, parse_recipe, parse_size
 
 TEXT = """
@@ -48,6 +49,15 @@ def test_defaults_and_short_losses(load):
     assert recipe.vocabulary.size == 5000 and recipe.delivery.budget == 7_000_000 and recipe.dual is None
     assert recipe.distill.losses["group_similarity"] == Weighted(weight=20)
     assert recipe.distill.losses["sentence_cosine"] == Weighted(weight=0.5, start=2)
+
+
+def test_whose_tokenizer_is_taken_decides_words_and_pieces(load):
+    """`start` and `teacher` are names of models, and another model of that name makes other stages."""
+    for named, key in (("start", "student.start"), ("teacher", "teacher.model")):
+        one, other = (load(f"vocabulary.tokenizer={named}", f"{key}={model}") for model in ("a", "b"))
+        assert one.tokenizer_of == "a" and other.tokenizer_of == "b"
+        for stage in ("count", "vocab"):
+            assert settings_of(one, stage) != settings_of(other, stage)
 
 
 class TestStrictness:

@@ -47,7 +47,7 @@ def lengthen_table(folder: Path) -> None:
 
 def change_activation(folder: Path) -> None:
     config = json.loads((folder / "config.json").read_text())
-    (folder / "config.json").write_text(json.dumps(config | {"hidden_act": "silu"}))
+    (folder / "config.json").write_text(json.dumps(config | {"hidden_act": "mish"}))
 
 
 @pytest.mark.parametrize(
@@ -57,7 +57,7 @@ def change_activation(folder: Path) -> None:
         (save_half, None),
         (shard, None),
         (lengthen_table, "300 pieces in tokenizer.json and 320"),
-        (change_activation, "hidden_act 'silu'"),
+        (change_activation, "hidden_act 'mish'"),
     ],
 )
 def test_a_teacher_that_cannot_be_exported_has_no_latency(headless_teacher, tmp_path, lines, capsys, change, words):

@@ -304,6 +304,42 @@ def test_a_killed_stage_resumes_to_the_same_student(tiny_teacher, corpus_file, t
     assert steps == list(range(1, 7))
 
 
+def test_what_is_called_untrained_is_what_training_began_with(tiny_teacher, corpus_file, tmp_path, monkeypatch):
+    began, real = [], training.train
+
+    def train(task, *arguments, **options):
+        began.append({name: value.clone() for name, value in task.student.state_dict().items()})
+        return real(task, *arguments, **options)
+
+    monkeypatch.setattr(training, "train", train)
+    student = {"initialize": "extract_random", "hidden_size": 16, "num_attention_heads": 2, "intermediate_size": 32}
+    data = tiny_recipe(tiny_teacher, corpus_file, "untrained", student=student, distill=DISTILL)
+    run = Run(parse_recipe(data, "test"), RunDir(tmp_path / "run"))
+    for name in ("count", "vocab", "encode", "distill"):
+        run_stage(run, name)
+    kept, trained = (read_student(run.dir.stage("distill") / name).state_dict() for name in ("untrained", "student"))
+    assert all(torch.equal(began[0][name], value) for name, value in kept.items())
+    assert not all(torch.equal(began[0][name], value) for name, value in trained.items())
+
+
+def test_stored_vectors_outlive_a_kill_at_the_end_of_their_stage(tiny_teacher, corpus_file, tmp_path, monkeypatch):
+    distill = {"steps": 1, "batch_size": 4, "max_length": 32, "losses": {"sentence_cosine": 1}}
+    data = tiny_recipe(tiny_teacher, corpus_file, "untrained", vectors={"sentences": 40}, distill=distill)
+    run = Run(parse_recipe(data, "test"), RunDir(tmp_path / "killed"))
+
+    def die(*arguments):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(RunDir, "finish", die)
+        run_stage(run, "vectors")
+    before = (run.dir.stage("vectors") / "teacher.npy").read_bytes()
+    monkeypatch.setattr("vocabshrink.stages.training.torch_embedder", lambda *arguments, **options: die)
+    run_stage(run, "vectors")  # embeds nothing again
+    assert (run.dir.stage("vectors") / "teacher.npy").read_bytes() == before
+    assert not (run.dir.stage("vectors") / "checkpoints").exists()
+
+
 @pytest.fixture
 def begun(tiny_teacher, lines, tmp_path):
     """A run on a corpus of its own, up to `encode`; the corpus."""

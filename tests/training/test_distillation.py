@@ -265,7 +265,7 @@ class TestRefusals:
     @pytest.mark.parametrize("section", ["distill", "recovery"])
     def test_a_recipe_without_a_teachers_head_before_anything_runs(self, section, headless_teacher, corpus_file):
         stage = {"steps": 1, "batch_size": 8, "max_length": 48, "mask": 0.15, "losses": {"masked_lm_match": 1.0}}
-        teacher, corpus = {"model": str(headless_teacher)}, {"sources": [str(corpus_file)]}
+        teacher, corpus = {"model": str(headless_teacher)}, {"sources": [str(corpus_file)], "held_out_every": 2}
         recipe = {"name": "toy", "teacher": teacher, "corpus": corpus, "vocabulary": {"size": 160}, section: stage}
         with pytest.raises(
             InputError, match=f"{section}.losses.masked_lm_match needs a masked-LM head and .* has none"

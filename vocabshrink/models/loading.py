@@ -15,6 +15,7 @@ from textwrap import shorten
 import torch
 from safetensors import safe_open
 from torch import Tensor
+from torch.nn.utils import get_total_norm
 from transformers import AutoConfig, AutoModel, AutoTokenizer
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES as CAUSAL_MODELS
 from transformers.models.auto.modeling_auto import MODEL_FOR_MASKED_LM_MAPPING_NAMES as MASKED_MODELS
@@ -85,12 +86,20 @@ def load_config(folder: Path):
 
 
 def load_model(folder: Path, loader=AutoModel, **options):
-    """`loader.from_pretrained` of a folder, in eval mode. Raises InputError for weights missing, strange or damaged."""
+    """`loader.from_pretrained` of a folder, in eval mode. Raises InputError for weights strange, damaged, or missing,
+    unless of a head or the pooler, which then start at random."""
     weight_files(folder)
     # eager trains 1.6 times as fast on a CPU in bf16; on a GPU transformers chooses sdpa for those that have it
     options |= {"attn_implementation": None if torch.cuda.is_available() else "eager", "dtype": torch.float32}
     with refusing(folder):
-        return loader.from_pretrained(folder, use_safetensors=True, **SAFE, **options)
+        model, found = loader.from_pretrained(folder, use_safetensors=True, output_loading_info=True, **SAFE, **options)
+    body = "" if loader is AutoModel else f"{model.base_model_prefix}."
+    if missing := sorted(n for n in found["missing_keys"] if n.startswith(body) and "pooler" not in n):
+        fault = f"the weights lack {missing[0]}" + f" and {len(missing) - 1} more" * (len(missing) > 1)
+        raise InputError(f"{folder}: {fault}: config.json is another model's, or download them again")
+    if not get_total_norm(model.parameters()).isfinite():
+        raise InputError(f"{folder}: the weights are not finite: download them again")
+    return model
 
 
 def check_folder(folder: Path, sha256: str | None = None):
@@ -109,6 +118,8 @@ def _checked(folder: Path, sha256: str | None, files: tuple):
     config, tensors = load_config(folder), tensors_in(folder)
     if sha256 and (found := weights_sha256(folder)) != sha256:
         raise InputError(f"{folder}: the weights' sha256 is {found}, the recipe's is {sha256}: not the same weights")
+    if (layers := getattr(config, "num_hidden_layers", 0)) > len(tensors):  # which would take hours to lay out
+        raise InputError(f"{folder}: config.json says {layers} layers, the weights have {len(tensors)} tensors")
     with refusing(folder), torch.device("meta"):  # nothing is allocated
         model = AutoModel.from_config(config)
     stored = {name.removeprefix(f"{model.base_model_prefix}."): shape for name, (_, shape) in tensors.items()}
@@ -120,6 +131,8 @@ def _checked(folder: Path, sha256: str | None, files: tuple):
         wrong.append(f"the tokenizer has {pieces} pieces, the model's table only {rows} rows")
     if wrong:
         raise InputError(f"{folder}: {wrong[0]}: one of the two belongs to another model")
+    if any("pooler" not in name for name in shapes.keys() - stored.keys()):
+        load_model(folder)  # which knows weights by their older names, and refuses those that are not there
     return config
 
 

@@ -377,9 +377,15 @@ class Recipe(Section):
     index: IndexSection | None = None
 
     @property
+    def tokenizer_of(self) -> str | None:
+        """The model whose tokenizer is taken as it is, where one is."""
+        named = self.vocabulary.tokenizer
+        return {"teacher": self.teacher.model, "start": self.student.start}.get(named, named)
+
+    @property
     def case_of(self) -> str | None:
-        """The tokenizer that decides the case of the words that are counted, where no setting does."""
-        return None if self.vocabulary.lowercase is not None else self.vocabulary.tokenizer or self.teacher.model
+        """The model that decides the case of the words that are counted, where no setting does."""
+        return None if self.vocabulary.lowercase is not None else self.tokenizer_of or self.teacher.model
 
     @property
     def trains_on_lines(self) -> bool:

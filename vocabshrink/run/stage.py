@@ -52,7 +52,7 @@ STAGES = {
     stage.name: stage
     for stage in (
         Stage("count", "text", reads=f"{COUNTED} vocabulary.lowercase case_of"),
-        Stage("vocab", "text", "count", "vocabulary teacher"),
+        Stage("vocab", "text", "count", "vocabulary teacher tokenizer_of"),
         Stage("vectors", "training", "", "corpus teacher vectors seed", "vectors"),
         Stage("encode", "text", "vocab vectors"),
         Stage("masked_lm_head", "training", "encode", "corpus teacher masked_lm_head seed", **HEAD),

@@ -1,5 +1,6 @@
 """The training stages on text: a masked-LM head for the teacher, dual training, distillation, recovery."""
 
+import os
 import shutil
 from collections.abc import Callable
 from dataclasses import replace
@@ -71,9 +72,11 @@ def vectors(context: Context) -> dict:
     starts = [text.removesuffix(bare) for text, bare in zip(read, sentences, strict=True)]
     texts = [starts[row] + text for row, text in zip(drawn.rows, drawn.texts, strict=True)]
     replace(drawn, texts=texts).save(context.folder)
-    for entry in work.glob("*.npy"):
-        entry.rename(context.folder / entry.name)
-    shutil.rmtree(work)
+    for entry in work.glob("*.npy"):  # which stays until the stage is done: a killed one goes on from it
+        try:
+            os.link(entry, context.folder / entry.name)
+        except OSError:  # a file system without links
+            shutil.copy(entry, context.folder)
     return {"sentences": len(drawn.texts), "translations": len(drawn.texts) - len(sentences), "widths": found}
 
 
