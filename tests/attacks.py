@@ -298,9 +298,7 @@ class Disk:
         self.folder, self.numbers, self.free = folder, {folder.stat().st_ino: 0}, itertools.count(1)
         self.synced: dict = {"names": {0: {}}, "content": {}}
         self.moments: list[tuple[dict, dict]] = []
-        self.contents: dict[
-            bytes, bytes
-        ] = {}  # of which moments share those that are equal: a thousand whole disks fit
+        self.contents: dict[bytes, bytes] = {}  # moments share equal ones, so that a thousand whole disks fit
 
     def look(self) -> dict:
         found, seen = {"names": {}, "content": {}}, {}

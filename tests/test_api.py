@@ -213,7 +213,7 @@ def test_a_function_is_a_loss_of_its_call_alone(tiny_teacher, texts, tmp_path):
 
 
 def test_minutes_become_sentences_and_steps_by_the_machine_s_speed(tiny_teacher, texts, tmp_path, monkeypatch):
-    monkeypatch.setattr(choose, "sentences_per_second", lambda backbone, look: 40.0)
+    monkeypatch.setattr(choose, "sentences_per_second", lambda backbone, folder, look: 40.0)
     monkeypatch.setattr(choose, "FITTED", 100)
     chosen = load_recipe(plan(str(tiny_teacher), texts, out=tmp_path / "m", minutes=1.5, budget="60kB"))
     assert chosen.student.calibration == 100 and choose.FITTING == 12  # passes: half a minute
@@ -222,6 +222,22 @@ def test_minutes_become_sentences_and_steps_by_the_machine_s_speed(tiny_teacher,
     batch = chosen.distill.batch_size
     assert (batch, chosen.distill.steps) == (32, max(20, int(read * 30 / 55 / batch)))
     assert chosen.recovery.steps == max(10, int(chosen.distill.steps * 25 / 30))
+
+
+def test_each_model_is_timed_on_its_own_pieces(folders, texts, tmp_path, monkeypatch):
+    """A teacher of many pieces has numbers that the model which the student starts from does not know."""
+    timed, pieces = [], {name: load_tokenizer(folders[name]).get_vocab_size() for name in ("roberta", "bert")}
+    assert pieces["bert"] < pieces["roberta"]
+
+    def at_once(backbone, folder, look):
+        timed.append(folder)
+        return real(backbone, folder, look, seconds=0.01)
+
+    real = choose.sentences_per_second
+    monkeypatch.setattr(choose, "sentences_per_second", at_once)
+    options = {"start": str(folders["bert"]), "minutes": 1, "budget": "60kB", "out": tmp_path / "m"}
+    plan(str(folders["roberta"]), texts, **options)
+    assert set(timed) == {folders["bert"], folders["roberta"]} and len(timed) == 3  # the student, on the teacher's
 
 
 def test_a_given_tokenizer_is_weighed_as_it_is(tiny_teacher, texts, tmp_path, monkeypatch):

@@ -117,7 +117,7 @@ def plan(
     minutes = minutes and minutes / (1 + (names["embeds"] and kind != "embedding"))  # for text, and for the task
     effort, of_task = choose_effort(look, shape, minutes, tokens) if names["embeds"] else None, None
     if kind != "embedding":
-        known = {"rows": len(rows.splits["train"]) if rows else 0, "tuned": bool(look.head)}
+        known = {"rows": len(rows.splits["train"]) if rows else 0, "tuned": bool(look.head), "fits": not effort}
         of_task = choose_effort(look, shape, minutes, tokens, task=True, **known)
         if rows:
             section = section | ({"teacher": model} if look.head else {})

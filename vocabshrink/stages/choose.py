@@ -171,9 +171,9 @@ def choose_shape(look: Look, budget: int, goal: str, task: str = "embedding", la
     raise InputError(f"budget: {budget:,} bytes are too few: the least is {least:,} bytes")
 
 
-def sentences_per_second(backbone: nn.Module, look: Look, *, seconds: float = 3.0) -> float:
-    """How many of the sample's sentences a model embeds here, in the teacher's pieces, timed for about `seconds`."""
-    embed, done = torch_embedder(backbone, look.folder, ModuleSettings(), max_length=LONGEST), 0
+def sentences_per_second(backbone: nn.Module, folder: Path, look: Look, *, seconds: float = 3.0) -> float:
+    """How many of the sample's sentences a model embeds here, in a folder's pieces, timed for about `seconds`."""
+    embed, done = torch_embedder(backbone, folder, ModuleSettings(), max_length=LONGEST), 0
     embed(look.texts[:64])  # the first are slower
     started = time.perf_counter()
     while (spent := time.perf_counter() - started) < seconds:
@@ -196,11 +196,12 @@ class Effort:
 
 
 def choose_effort(
-    look: Look, shape: Shape, minutes: float | None, tokens: int | None, *, task=False, rows: int = 0, tuned=True
+    look: Look, shape: Shape, minutes: float | None, tokens: int | None, *, task=False, rows=0, tuned=True, fits=True
 ) -> Effort:
     """Steps for so many tokens, or for so many minutes at this machine's speed. task: the student learns a task, half
     of the steps beside its teacher, half through the rounding. rows: those that have labels; 0: the teacher labels.
-    tuned: the teacher knows the task; else it is fine-tuned on the rows first."""
+    tuned: the teacher knows the task; else it is fine-tuned on the rows first. fits: the student's layers are fitted in
+    these minutes."""
     share, seconds, teaching = 0.5 if task else RECOVERY / (RECOVERY + TRAINING), 60 * (minutes or 0), 0
     if minutes is None:
         read = tokens / look.length
@@ -208,10 +209,12 @@ def choose_effort(
     else:
         config = student_config(shape.section, look.source, look.config.vocab_size)  # of the pieces that it is timed on
         config._attn_implementation = "eager"
-        teacher = load_model(look.folder).to(torch.bfloat16)
-        speed, of_student = (sentences_per_second(backbone, look) for backbone in (teacher, new_encoder(config)))
-        of_source = speed if look.start == look.folder else sentences_per_second(load_model(look.start), look)
-        seconds = max(seconds / 2, seconds - FITTED * FITTING / of_source)
+        speeds = {
+            folder: sentences_per_second(load_model(folder).to(torch.bfloat16), folder, look)
+            for folder in {look.folder, look.start}
+        }
+        speed, of_student = speeds[look.folder], sentences_per_second(new_encoder(config), look.folder, look)
+        seconds = max(seconds / 2, seconds - fits * FITTED * FITTING / speeds[look.start])
         most = VECTORS * seconds * speed  # sentences that it may read
         sentences, teaching = rows or min(look.sentences, int(most)), min(most / PASSES, TEACHER_EPOCHS * rows)
         left = (VECTORS + TRAINING + RECOVERY) * seconds - (sentences + teaching * PASSES * (not tuned)) / speed
