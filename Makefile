@@ -40,7 +40,7 @@ help:  ## list the targets
 	touch $@
 
 demo: since := $(shell date +%s)
-demo: .venv/demo.installed  ## the main job on this machine's own Python documentation, seven minutes on 2 cores
+demo: .venv/demo.installed  ## the main job on this machine's own Python documentation, five and a half minutes on 2 cores
 	python -m vocabshrink harvest artifacts/demo/python_docs.jsonl
 	set -f; python -m vocabshrink compress "$$TEACHER" artifacts/demo/python_docs.jsonl --out artifacts/demo \
 	  --minutes 4 --since $(since) index.passages=artifacts/demo/python_docs.jsonl index.limit=20000 $$SET
