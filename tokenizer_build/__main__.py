@@ -21,7 +21,6 @@ from tokenizer_build.trainers import TRAINERS, train_tokenizer
 app = typer.Typer(help=__doc__, no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
 messages = Console(stderr=True, highlight=False)
 
-Counts = Annotated[Path, typer.Argument(help="Counts written by `count`.")]
 Output = Annotated[Path, typer.Option("--output", "-o", help="What to write: a parquet file, a tokenizer's folder.")]
 Cased = Annotated[bool, typer.Option("--cased", help="Keep upper case and accents.")]
 
@@ -45,7 +44,7 @@ def count(
 
 @app.command()
 def train(
-    counts: Counts,
+    counts: Annotated[list[Path], typer.Argument(help="Counts written by `count`, which are added up.")],
     output: Output,
     size: Annotated[int, typer.Option(min=1, help="Pieces in the vocabulary, at most.")] = 5000,
     trainer: Annotated[str, typer.Option(help=f"One of {', '.join(TRAINERS)}.")] = "fewest",
@@ -57,12 +56,11 @@ def train(
     """Learn a vocabulary and write tokenizer.json, tokenizer_config.json and vocab.txt."""
     if trainer not in TRAINERS:
         raise InputError(f"there is no trainer {trainer!r}: choose one of {', '.join(TRAINERS)}")
-    words, known = read_counts(counts), load_tokenizer(teacher).get_vocab() if teacher else {}
+    words, known = read_counts(*counts), load_tokenizer(teacher).get_vocab() if teacher else {}
     if not cased and any(word.isascii() and word != word.lower() for word in words):
-        raise InputError(f"{counts} was counted with --cased: give --cased here too, or count again")
+        raise InputError(f"{counts[0]} was counted with --cased: give --cased here too, or count again")
     required = list(read_lines([require])) if require else []
-    options = {"required": required, "teacher_vocabulary": known, "lowercase": not cased}
-    tokenizer = train_tokenizer(words, size, trainer, **options)
+    tokenizer = train_tokenizer(words, size, trainer, required=required, teacher_vocabulary=known, lowercase=not cased)
     save_tokenizer(tokenizer, output, max_length=max_length)
     found = ({"teacher": teacher} if teacher else {}) | {str(output): output}
     print(markdown(compare_tokenizers(words, found)), end="")
@@ -70,7 +68,7 @@ def train(
 
 @app.command()
 def compare(
-    counts: Counts,
+    counts: Annotated[Path, typer.Argument(help="Counts written by `count`.")],
     tokenizers: Annotated[list[Path], typer.Argument(help="Folders or tokenizer.json files; the first is the base.")],
 ):
     """Compare tokenizers of any family: pieces per word, one-piece words, unknown words, overlap with the first."""

@@ -33,6 +33,7 @@ ASCII_WORDS = re.compile(r"[0-9A-Za-z]+|[!-/:-@\[-`{-~]")
 ASCII_CONTROL = dict.fromkeys([*range(0x20), 0x7F])
 SPLIT = BertPreTokenizer()
 NORMALIZERS = {(case, form): make_normalizer(case, form) for case in (True, False) for form in (None, *FORMS)}
+MOST_WORDS = 10_000_000  # distinct ones
 COLUMNS = pyarrow.schema({"word": pyarrow.string(), "count": pyarrow.int64()})
 
 
@@ -43,7 +44,7 @@ def count_words(
     lowercase: bool = True,
     form: str | None = None,
     processes: int = 1,
-    maximum: int = 10_000_000,
+    maximum: int = MOST_WORDS,
     progress: Callable[[int], None] = lambda words: None,
 ) -> Counter[str]:
     """Count the words of `sources` (see `corpus.read_lines`), alike on any number of processes. form: see
@@ -126,12 +127,13 @@ def write_counts(counts: Mapping[str, int], path: str | Path) -> None:
         pyarrow.parquet.write_table(table, temporary, compression="zstd")
 
 
-def read_counts(path: str | Path) -> Counter[str]:
-    """Read what `write_counts` wrote, most frequent word first. Raises InputError for any other file."""
-    try:
-        table = pyarrow.parquet.read_table(path)
-    except (OSError, pyarrow.ArrowException):
-        table = None
-    if table is None or table.column_names != COLUMNS.names:
-        raise InputError(f"{path} holds no word counts or is missing: write it with `tokenizer_build count`")
-    return Counter(dict(zip(*table.to_pydict().values(), strict=True)))
+def read_counts(*paths: str | Path) -> Counter[str]:
+    """The sum of what `write_counts` wrote; of one file, most frequent first. Raises InputError for any other file."""
+    counts: Counter[str] = Counter()
+    for path in paths:
+        try:
+            words = pyarrow.parquet.read_table(path).select(COLUMNS.names).to_pydict()
+        except (OSError, KeyError, pyarrow.ArrowException):
+            raise InputError(f"{path} holds no word counts or is missing: run `tokenizer_build count`") from None
+        fold(counts, dict(zip(*words.values(), strict=True)), MOST_WORDS)
+    return counts

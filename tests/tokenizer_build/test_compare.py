@@ -95,7 +95,7 @@ def test_the_command_line_explains_itself(run, corpus_file, tmp_path):
     assert run("count", corpus_file, "-o", counts, "--cased", "--processes", 1).returncode == 0
     for arguments, sentence in (
         (["count", tmp_path / "absent.txt"], "absent.txt: no such file"),
-        (["train", corpus_file], "holds no word counts or is missing: write it with `tokenizer_build count`"),
+        (["train", corpus_file], "holds no word counts or is missing: run `tokenizer_build count`"),
         (["train", counts], "was counted with --cased: give --cased here too"),
         (["train", counts, "--cased", "--size", 10], "allow at least"),
         (["train", counts, "--trainer", "best"], "there is no trainer 'best'"),

@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from tokenizers.normalizers import NFC, NFKC, BertNormalizer
 from tokenizers.pre_tokenizers import BertPreTokenizer
 
+from tokenizer_build.__main__ import app
 from tokenizer_build.count import count_block, count_words, fold, map_in_order, read_counts, write_counts
 from tokenizer_build.errors import InputError
 
@@ -97,6 +98,18 @@ def test_counts_file_is_sorted_and_the_same_every_time(tmp_path):
     assert list(read.items()) == [("naïve", 7), ("a", 2), ("b", 2), ("z", 1)]
     assert (tmp_path / "new" / "counts.parquet").read_bytes() == (tmp_path / "again.parquet").read_bytes()
     assert sorted(p.name for p in tmp_path.iterdir()) == ["again.parquet", "new"]
+
+
+def test_counts_of_parts_add_up_to_those_of_the_whole(lines, tmp_path):
+    """Wherever the parts were counted, and in whatever order they are named."""
+    for name, part in {"whole": lines, "first": lines[:150], "second": lines[150:]}.items():
+        write_counts(count_block(part), tmp_path / f"{name}.parquet")
+    whole, *parts = (tmp_path / f"{name}.parquet" for name in ("whole", "second", "first"))
+    assert read_counts(*parts) == read_counts(whole)
+    for name, files in {"of_whole": [whole], "of_parts": parts}.items():
+        arguments = ["train", *map(str, files), "-o", str(tmp_path / name), "--size", "150"]
+        app(arguments, standalone_mode=False)
+    assert (tmp_path / "of_parts/vocab.txt").read_text() == (tmp_path / "of_whole/vocab.txt").read_text()
 
 
 def test_what_holds_no_counts_is_refused(tmp_path):
