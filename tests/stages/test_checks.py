@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import yaml
+from safetensors.numpy import save_file
 from test_pipeline import DISTILL, TRAINING, tiny_recipe
 from transformers import AutoModelForSequenceClassification, AutoModelForTokenClassification
 
@@ -15,8 +16,9 @@ from tokenizer_build import tokenizer
 from tokenizer_build.errors import InputError
 from tokenizer_build.files import write_json
 from vocabshrink.cli import app
+from vocabshrink.data.tasks import read_logits, read_task
 from vocabshrink.models.forward import ModuleSettings
-from vocabshrink.run.recipe import parse_recipe
+from vocabshrink.run.recipe import TaskSection, parse_recipe
 from vocabshrink.stages import checks
 from vocabshrink.stages.checks import check_recipe
 
@@ -183,6 +185,21 @@ def test_a_teacher_that_orders_its_unnamed_labels_otherwise(kind, tiny_teacher, 
     with pytest.raises(InputError, match="teacher: its outputs agree with the training rows in the order c, a, b, not"):
         check_recipe(parse_recipe(data, "test"))
     assert seen == [60, 60]
+
+
+def test_given_logits_of_another_order_are_refused_and_those_of_an_own_teacher_are_not(
+    tiny_teacher, corpus_file, tmp_path
+):
+    """A teacher of the task itself knows its order, however little it learnt in a few steps."""
+    path = write_rows(tmp_path / "rows.jsonl", ROWS)
+    section = TaskSection(train=path, validation=path, logits=str(tmp_path / "logits.safetensors"))
+    task = read_task(section, "made_up")
+    save_file({"train": np.eye(3)[(task.splits["train"].targets + 1) % 3]}, section.logits)
+    assert read_logits(section.logits, task)["train"].shape == (len(ROWS), 3)
+    given = section.model_dump(include={"train", "validation", "logits"})
+    data = tiny_recipe(tiny_teacher, corpus_file, "untrained") | {"tasks": {"made_up": given}, "finetune": {}}
+    with pytest.raises(InputError, match="logits.safetensors: its outputs agree with the training rows in the order"):
+        check_recipe(parse_recipe(data, "test"))
 
 
 def test_a_folder_that_joins_poolings_needs_the_recipes_word(tiny_teacher, corpus_file, tmp_path):

@@ -172,7 +172,7 @@ def check_vocabulary(recipe: Recipe) -> None:
 def check_task(task: Task, section: TaskSection) -> None:
     """Refuses a task whose teacher cannot be used or, where it does not name its outputs, orders them otherwise."""
     if section.logits:
-        read_logits(section.logits, task)
+        check_agreement(task, read_logits(section.logits, task)["train"], section.logits)
     if not section.teacher:
         return
     check_tokenizer(folder := resolve_model(section.teacher, key=f"tasks.{task.name}.teacher"))
