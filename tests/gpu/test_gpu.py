@@ -161,7 +161,7 @@ def test_fused_attention_gives_eager_s_states(folders):
         torch.testing.assert_close(states[-1], states[0], atol=1e-4, rtol=1e-4, msg=family)
 
 
-@pytest.mark.parametrize("name", ["joint", "match", "two_stage"])
+@pytest.mark.parametrize("name", ["joint", "match", "two_stage", "vectors"])
 def test_one_step_of_every_stage(name, tiny_teacher, headless_teacher, corpus_file, lines, tmp_path, monkeypatch):
     """The recipes of tests/stages/test_placement.py, with no second device but the real one."""
     import test_placement

@@ -41,6 +41,17 @@ RECIPES = {
         "student": NARROW | {"initialize": "extract_importance"},
     },
     "two_stage": {"dual": SHORT | {"mode": "two_stage"}, "distill": SHORT | {"losses": {"hidden_mse": 1}}},
+    "vectors": {  # all that mpnet_7mb.yaml asks for: another model's layers, fitted, and a factorised table
+        "vocabulary": {"tokenizer": "start"},
+        "student": {
+            "initialize": "extract_importance",
+            "intermediate_size": 32,
+            "embedding_size": 16,
+            "calibration": 8,
+        },
+        "vectors": {"sentences": 60, "max_length": 48},
+        "distill": SHORT | {"losses": {"bank_similarity": 1.0, "sentence_cosine": 1.0}},
+    },
 }
 
 
@@ -62,6 +73,9 @@ def test_a_run_on_another_device(name, tiny_teacher, headless_teacher, corpus_fi
         "evaluation": {"sentences": 20 if name != "two_stage" else 0},
         "delivery": {"weights": "int4-32", "max_positions": 48, "tolerance": 2} if name == "joint" else None,
     } | RECIPES[name]
+    if name == "vectors":
+        recipe["student"] = recipe["student"] | {"start": str(tiny_teacher)}
+        recipe["vectors"] = recipe["vectors"] | {"teachers": {"second": {"model": str(headless_teacher)}}}
     if "finetune" in recipe:
         recipe["tasks"] = {"made_up": {"train": "train.jsonl", "validation": "validation.jsonl"}}
     Path("recipe.yaml").write_text(yaml.safe_dump(recipe))

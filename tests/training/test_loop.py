@@ -357,6 +357,7 @@ def test_stages_of_one_process_may_differ_in_precision(tmp_path):
     for precision in ("bf16", "no", "bf16"):
         accelerator = make_accelerator(settings(precision=precision), RunDir(tmp_path))
         assert accelerator.mixed_precision == precision
+        assert not accelerator.ddp_handler.broadcast_buffers  # stored logits and spellings, alike in all processes
     with pytest.raises(InputError, match="fp16 needs a GPU"):
         make_accelerator(settings(precision="fp16"), RunDir(tmp_path))
 
