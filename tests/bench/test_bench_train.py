@@ -13,6 +13,7 @@ def test_ratios_are_medians_over_rounds_of_what_was_measured():
         "plain_loop_ratio": 3.0,
         "textbrewer_ratio": None,
         "vectors_ratio": None,
+        "vectors_same_shape_ratio": None,
         "two_processes_ratio": None,
     }
 

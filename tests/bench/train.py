@@ -1,12 +1,16 @@
 """Training speed as ratios: our distillation step beside a plain Hugging Face loop and textbrewer's GeneralDistiller,
 two processes beside one, stored vectors beside the teacher in the step; same models, text and batches, in one run.
 
-Teacher and student are of one shape and read one vocabulary, as textbrewer needs, and learn all hidden states
-(TinyBERT's MSE) in bfloat16. Each system runs in processes of its own, on one core, in turns, so that a machine that
-slows down slows all of them. The plain loop is what a page of documentation gives: texts in random order, tokenised and
-padded in the collator, all hidden states of both models, masked MSE, AdamW, transformers' default attention, the
-student's dropout on. `plain-tuned` is the same with what we found to be faster on a CPU, eager attention and no
-dropout: what it leaves is the loop's own price. Tokens are real pieces, padding not counted.
+Beside the other loops, teacher and student are of one shape and read one vocabulary, as textbrewer needs, and learn all
+hidden states (TinyBERT's MSE) in bfloat16. Each system runs in processes of its own, on one core, in turns, so that a
+machine that slows down slows all of them. The plain loop is what a page of documentation gives: texts in random order,
+tokenised and padded in the collator, all hidden states of both models, masked MSE, AdamW, transformers' default
+attention, the student's dropout on. `plain-tuned` is the same with what we found to be faster on a CPU, eager attention
+and no dropout: what it leaves is the loop's own price. Tokens are real pieces, padding not counted.
+
+Stored vectors replace the teacher's pass, so what they save depends on the teacher's size. Two pairs are measured, each
+with the same losses of sentence vectors on both sides: a teacher of all-mpnet-base-v2's shape with mpnet_7mb's student
+(`vectors_ratio`), and the given teacher with a student of its own shape (`vectors_same_shape_ratio`).
 
     python tests/bench/train.py --corpus docs.jsonl --teacher FOLDER --out artifacts/bench/train.json
 
@@ -23,22 +27,24 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from itertools import islice
 from pathlib import Path
 
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
 sys.path.insert(0, str(Path(__file__).parents[2]))
 
+import numpy as np
 import torch
 from torch.utils.data import DataLoader
-from transformers import AutoModel, AutoTokenizer
+from transformers import AutoModel, AutoTokenizer, BertConfig, MPNetConfig
 
 from tokenizer_build.corpus import read_blocks
 from tokenizer_build.files import read_json, write_json
 from tokenizer_build.tokenizer import load_tokenizer
 from vocabshrink.data.batches import Batcher, PieceTable, cut_segments
 from vocabshrink.data.lexicon import Lexicon, WordStream, encode_corpus
+from vocabshrink.data.vectors import SAMPLE, store_vectors, stored_vectors
 from vocabshrink.models.loading import resolve_model
 from vocabshrink.models.spelling import shared_pieces
 from vocabshrink.models.student import build_student
@@ -52,6 +58,12 @@ from vocabshrink.training.task import Distillation
 ROOT = Path(__file__).parents[2]
 ROUNDS, WARM = 3, 3  # WARM: steps that are not counted
 FALL = 0.8  # of a stored ratio: less is a regression
+OF_VECTORS = {"sentence_cosine": 1.0, "batch_similarity": 20.0}  # losses that stored vectors and a live teacher share
+SHAPES = {
+    "minilm": {"hidden_size": 384, "num_hidden_layers": 6, "num_attention_heads": 12, "intermediate_size": 1536},
+    "mpnet": {"hidden_size": 768, "num_hidden_layers": 12, "num_attention_heads": 12, "intermediate_size": 3072},
+}
+FLAGSHIP = {"num_hidden_layers": 6, "hidden_size": 384, "num_attention_heads": 12, "intermediate_size": 960}
 
 
 @dataclass(frozen=True)
@@ -66,6 +78,8 @@ class Load:
     precision: str = "bf16"
     student: dict | None = None  # of `StudentSection`, over the teacher's own shape
     variant: str = ""  # of ours, to try what may pay on a GPU: "compile", "bf16-teacher"
+    losses: dict | None = None  # of ours; None: all hidden states
+    stored: bool = False  # ours reads stored vectors instead of running the teacher
 
     def lines(self) -> list[str]:
         return json.loads((Path(self.work) / "lines.json").read_text())
@@ -77,6 +91,19 @@ def prepare(load: Load, corpus: list[str], lines: int) -> None:
     found = list(islice((line for block in read_blocks(corpus) for line in block if len(line) > 20), lines))
     (work / "lines.json").write_text(json.dumps(found))
     encode_corpus([found], load.teacher, load.teacher, work / "encode")
+    made_model(work / "mpnet", Path(load.teacher), "mpnet")
+
+
+def made_model(folder: Path, tokenizer_from: Path, kind: str, **size: int) -> Path:
+    """A model of the shape of all-MiniLM-L6-v2 or all-mpnet-base-v2 with random weights, which cost as much as trained
+    ones, and another one's tokenizer. size: of another shape."""
+    config = {"minilm": BertConfig, "mpnet": MPNetConfig}[kind]
+    pieces = load_tokenizer(tokenizer_from).get_vocab_size()
+    config = config(**SHAPES[kind] | {"vocab_size": pieces} | size)
+    AutoModel.from_config(config, add_pooling_layer=False).save_pretrained(folder)
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        (folder / name).write_bytes((tokenizer_from / name).read_bytes())
+    return folder
 
 
 def device() -> torch.device:
@@ -107,36 +134,56 @@ class Speed:
 
 def ours(load: Load) -> float:
     """`train` on a distillation of the library, batches and log included."""
+    if not (rows := metrics_of(load)):  # of another process than the main one
+        return 0.0
+    first, last = next(row for row in rows if row["step"] >= WARM), rows[-1]
+    return (last["tokens"] - first["tokens"]) / (last["seconds"] - first["seconds"])
+
+
+def metrics_of(load: Load) -> list[dict]:
+    """The rows that `train` logs of a distillation of the library."""
     teacher = load_teacher(load.teacher)
     tokenizer = load_tokenizer(load.teacher)
     shared = shared_pieces(tokenizer, tokenizer)
     options = {"batch_size": load.batch_size, "max_length": load.max_length, "precision": load.precision}
-    losses = {"hidden_mse": 1.0}
-    stage = DistillStage(steps=load.steps + WARM, evaluations=0, losses=losses, checkpoint_minutes=1e6, **options)
+    options |= {"losses": load.losses or {"hidden_mse": 1.0}}
+    stage = DistillStage(steps=load.steps + WARM, evaluations=0, checkpoint_minutes=1e6, **options)
     torch.manual_seed(0)
     student, directions, *_ = build_student(StudentSection(**(load.student or {})), teacher, Path(load.teacher))
-    depths = student.config.num_hidden_layers, teacher.config.num_hidden_layers
-    task = Distillation(stage, teacher, student, layer_pairs("uniform", *depths), directions=directions)
-    if load.variant == "compile":
-        task.teacher, task.student = (torch.compile(model, dynamic=True) for model in (task.teacher, task.student))
-    elif load.variant == "bf16-teacher":
-        task.teacher.bfloat16()
     lexicon, stream = (kind.load(Path(load.work) / "encode") for kind in (Lexicon, WordStream))
     limits = {"unit": "line", "max_pieces": load.max_length - 2, "min_words": 2, "held_out_every": 10**9}
     segments, _ = cut_segments(stream, lexicon, **limits)
-    table = PieceTable(lexicon, teacher.table.num_embeddings, shared)
-    sides = {"sides": ("student", "teacher"), "max_pieces": load.max_length - 2}
-    batcher = Batcher(table, stream, lexicon, segments, batch_size=load.batch_size, seed=0, **sides)
-    rank = os.environ.get("RANK", "0")
     with tempfile.TemporaryDirectory() as place:
-        run = RunDir(Path(place))
-        accelerator = make_accelerator(stage, run)
-        train(task, batcher, stage, Job(run, "bench", rank), accelerator)
-        rows = [row for row in run.metrics() if row["kind"] == "train"] if rank == "0" else []
-    if not rows:  # of another process than the main one
-        return 0.0
-    first, last = next(row for row in rows if row["step"] >= WARM), rows[-1]
-    return (last["tokens"] - first["tokens"]) / (last["seconds"] - first["seconds"])
+        of_batches, of_task = {"sides": ("student", "teacher")}, {"directions": directions}
+        if load.stored:
+            vectors = made_vectors(Path(place), len(segments.starts), teacher.config.hidden_size)
+            of_batches = {"sides": ("student",), "vectors": vectors}
+            bank = torch.from_numpy(vectors(slice(SAMPLE)))
+            of_task["bank"] = bank, torch.randn(bank.shape[1], student.config.hidden_size)
+        depths = student.config.num_hidden_layers, teacher.config.num_hidden_layers
+        task = Distillation(stage, teacher, student, layer_pairs("uniform", *depths), **of_task)
+        if load.variant == "compile":
+            task.teacher, task.student = (torch.compile(model, dynamic=True) for model in (task.teacher, task.student))
+        elif load.variant == "bf16-teacher":
+            task.teacher.bfloat16()
+        table = PieceTable(lexicon, teacher.table.num_embeddings, shared)
+        of_batches |= {"batch_size": load.batch_size, "max_pieces": load.max_length - 2, "seed": 0}
+        batcher, run = Batcher(table, stream, lexicon, segments, **of_batches), RunDir(Path(place) / "run")
+        train(task, batcher, stage, Job(run, "bench", "any"), make_accelerator(stage, run))
+        if os.environ.get("RANK", "0") != "0":
+            return []
+        return [row for row in run.metrics() if row["kind"] == "train"]
+
+
+def made_vectors(folder: Path, count: int, width: int) -> Callable[..., np.ndarray]:
+    """Vectors as the `vectors` stage stores them, of made-up values, which cost as much to read as real ones."""
+    rng = np.random.default_rng(0)
+
+    def embed(texts: list[str]) -> np.ndarray:
+        return rng.standard_normal((len(texts), width), np.float32)
+
+    store_vectors(folder, "teacher", [""] * count, embed, lambda done: lambda more: None)
+    return stored_vectors(folder, {"teacher": 1.0}, set())
 
 
 def plain_parts(load: Load, *, tuned: bool = False) -> tuple:
@@ -223,9 +270,9 @@ def textbrewer(load: Load) -> float:
     return speed.tokens_per_second()
 
 
-def vectors(load: Load) -> float | None:
-    """Epochs over stored vectors: the student alone, on batches whose targets are read and not computed. None: there is
-    no stage yet that stores them; its training goes here."""
+def of_flagship(load: Load) -> Load:
+    """Losses of sentence vectors, a teacher of all-mpnet-base-v2's shape and mpnet_7mb's student."""
+    return replace(load, teacher=str(Path(load.work) / "mpnet"), student=FLAGSHIP, losses=OF_VECTORS)
 
 
 SYSTEMS: dict[str, Callable[[Load], float | None]] = {
@@ -233,13 +280,17 @@ SYSTEMS: dict[str, Callable[[Load], float | None]] = {
     "plain": plain,
     "plain-tuned": lambda load: plain(load, tuned=True),
     "textbrewer": textbrewer,
-    "vectors": vectors,
+    "mpnet in the step": lambda load: ours(of_flagship(load)),
+    "mpnet's vectors": lambda load: ours(replace(of_flagship(load), stored=True)),
+    "teacher in the step": lambda load: ours(replace(load, losses=OF_VECTORS)),
+    "teacher's vectors": lambda load: ours(replace(load, losses=OF_VECTORS, stored=True)),
     "two processes": ours,
 }
 RATIOS = {  # of tokens a second
     "plain_loop_ratio": ("ours", "plain"),
     "textbrewer_ratio": ("ours", "textbrewer"),
-    "vectors_ratio": ("vectors", "ours"),
+    "vectors_ratio": ("mpnet's vectors", "mpnet in the step"),
+    "vectors_same_shape_ratio": ("teacher's vectors", "teacher in the step"),
     "two_processes_ratio": ("two processes", "ours"),
 }
 
@@ -287,7 +338,8 @@ def store(out: Path, kind: str, entry: dict, *, accept: bool) -> None:
     lost = fallen((stored[kind] or {}).get("rows", {}), entry["rows"])
     if lost and not accept:
         raise SystemExit(f"{out} is left as it was: {'; '.join(lost)}. Mend it, or write --accept")
-    kept = {name: value for name, value in (stored[kind] or {}).get("rows", {}).items() if entry["rows"][name] is None}
+    before = (stored[kind] or {}).get("rows", {}).items()
+    kept = {name: value for name, value in before if entry["rows"].get(name) is None}
     write_json(out, stored | {kind: entry | {"rows": entry["rows"] | kept}})
 
 

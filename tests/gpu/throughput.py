@@ -1,7 +1,7 @@
 """(b) Ninety seconds on the GPU: tokens a second, MFU, and the ratio to the plain Hugging Face loop, of a MiniLM
 teacher with a 6 x 384 student (half the neurons) and of all-mpnet-base-v2's shape with a 6 x 256 one; then what may
-pay: batches from 32 K to 256 K tokens, torch.compile, a teacher in bfloat16. The text is the kit's, in the teacher's
-vocabulary on both sides.
+pay: batches from 32 K to 256 K tokens, torch.compile, a teacher in bfloat16. The text is the kit's, in its teacher's
+vocabulary on both sides; both teachers have random weights, whichever of them the kit carries.
 
 Rows are measured until --seconds are spent, the most important first, and written after each one to
 --out/throughput.json; --out/train.json has the `gpu` part of artifacts/bench/train.json. MFU is of the measured peak of
@@ -17,17 +17,18 @@ import sys
 import tempfile
 import time
 from dataclasses import replace
+from itertools import islice
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 sys.path.insert(0, str(Path(__file__).parents[2]))
 
 import torch
-from bench.train import Load, ours, plain, store
-from transformers import AutoConfig, MPNetConfig, MPNetModel
+from bench.train import Load, made_model, ours, plain, store
+from transformers import AutoConfig
 
+from tokenizer_build.corpus import read_lines
 from tokenizer_build.files import write_json
-from tokenizer_build.tokenizer import load_tokenizer
 from vocabshrink.data.lexicon import Lexicon, WordStream, encode_corpus
 from vocabshrink.models.student import student_config
 from vocabshrink.run.recipe import StudentSection
@@ -35,34 +36,26 @@ from vocabshrink.stages.plan import flops_per_piece, matrix_speed
 from vocabshrink.training import loop
 
 PEAKS = {"H100": 989e12, "H200": 989e12, "A100": 312e12}  # FLOP/s in bf16, dense, of NVIDIA's data sheets
+TINY = {"hidden_size": 32, "num_hidden_layers": 6, "num_attention_heads": 4, "intermediate_size": 64}
 STUDENTS = {
     "minilm": {"intermediate_size": 768},
     "mpnet": {"num_hidden_layers": 6, "hidden_size": 256, "num_attention_heads": 8, "intermediate_size": 1024},
 }
 
 
-def mpnet_like(folder: Path, tokenizer_from: Path, tiny: bool) -> Path:
-    """A model of all-mpnet-base-v2's shape with random weights, which cost as much as trained ones."""
-    size = (
-        {"hidden_size": 32, "num_hidden_layers": 6, "num_attention_heads": 4, "intermediate_size": 64} if tiny else {}
-    )
-    pieces = load_tokenizer(tokenizer_from).get_vocab_size()
-    MPNetModel(MPNetConfig(vocab_size=pieces, **size), add_pooling_layer=False).save_pretrained(folder)
-    for name in ("tokenizer.json", "tokenizer_config.json"):
-        (folder / name).write_bytes((tokenizer_from / name).read_bytes())
-    return folder
-
-
 def texts_of(kit: Path, work: Path, lines: int) -> None:
-    """Lines of the kit's corpus, spelled from its word ids, as `Load` takes them, and their word ids in one
+    """Lines of the kit's text, or spelled from its word ids, as `Load` takes them, and their word ids in one
     vocabulary."""
-    lexicon, stream = Lexicon.load(kit / "run/encode"), WordStream.load(kit / "run/encode")
-    offsets = stream.line_offsets[: lines + 1]
-    found = [
-        " ".join(lexicon.words[word] for word in stream.word_ids[start:end])
-        for start, end in zip(offsets[:-1], offsets[1:], strict=True)
-        if end - start > 4
-    ]
+    if (kit / "corpus").is_dir():
+        found = list(islice(read_lines([kit / "corpus"]), lines))
+    else:
+        lexicon, stream = Lexicon.load(kit / "run/encode"), WordStream.load(kit / "run/encode")
+        offsets = stream.line_offsets[: lines + 1]
+        found = [
+            " ".join(lexicon.words[word] for word in stream.word_ids[start:end])
+            for start, end in zip(offsets[:-1], offsets[1:], strict=True)
+            if end - start > 4
+        ]
     work.mkdir(parents=True, exist_ok=True)
     (work / "lines.json").write_text(json.dumps(found))
     encode_corpus([found], kit / "teacher", kit / "teacher", work / "encode", processes=1)
@@ -117,8 +110,8 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as place:
         work, tiny = Path(place), arguments.rehearse
         texts_of(arguments.kit, work / "text", 300 if tiny else arguments.lines)
-        teachers = {"minilm": (arguments.kit / "teacher").resolve()}
-        teachers["mpnet"] = mpnet_like(work / "mpnet", teachers["minilm"], tiny)
+        size, tokenizer = TINY if tiny else {}, arguments.kit / "teacher"
+        teachers = {kind: made_model(work / kind, tokenizer, kind, **size) for kind in STUDENTS}
         students = dict.fromkeys(STUDENTS, {"num_hidden_layers": 2, "intermediate_size": 32}) if tiny else STUDENTS
         base = {
             name: Load(
