@@ -87,7 +87,8 @@ bench-train: .venv/demo.installed  ## training speed as ratios on CORPUS; fails 
 	set -f; python tests/bench/train.py --corpus $$CORPUS --teacher "$$TEACHER" --out artifacts/bench/train.json
 
 gpu-kit: .venv/demo.installed  ## all that a GPU host needs of CORPUS and RECIPE, in parts of at most 60 MB
-	set -f; python tests/gpu/kit.py pack --corpus $$CORPUS --recipe "$$RECIPE" --teacher "$$TEACHER" --out build/gpu-kit
+	set -f; python tests/gpu/kit.py pack --corpus $$CORPUS --recipe "$$RECIPE" --teacher "$$TEACHER" \
+	  --out build/gpu-kit --set $$SET
 
 tests/js/node_modules/.package-lock.json: tests/js/package-lock.json
 	npm ci --ignore-scripts --no-audit --no-fund --prefix tests/js

@@ -1,10 +1,11 @@
 """What a GPU host without a network needs, in parts small enough to be sent one by one.
 
-`pack` runs the recipe's vocabulary and encoding over a corpus, and writes them, the teacher in fp16, and the wheels
-that the host lacks into folders part-00, part-01, ... of at most 60 MB. The word stream is most of it: its ids are
-written by frequency, a byte for the 128 most frequent words, and packed by LZMA, 9 bits a word of Wikipedia.
-`unpack` puts every part that it finds beside those it found before, checks their hashes, and restores the files to the
-last byte.
+`pack` writes the recipe's models in fp16, its rated pairs, the wheels that the host lacks, and what is trained on, into
+folders part-00, part-01, ... of at most 60 MB. Of a recipe without stored vectors that is the vocabulary and the word
+stream, made here: ids are written by frequency, a byte for the 128 most frequent words, and packed by LZMA, 9 bits a
+word of Wikipedia. Of a recipe with `vectors` it is the sentences alone, as text: what their teachers say of them, the
+GPU computes in less time than it takes to send it. `unpack` puts every part that it finds beside those it found before,
+checks hashes, restores the files whose last byte has come, the wheels first, and installs these where they are missing.
 
     python tests/gpu/kit.py pack --corpus text/ --recipe recipes/minilm_7mb.yaml --teacher FOLDER --out build/gpu-kit
     python tests/gpu/kit.py unpack --parts build/gpu-kit --out /tmp/gpu-kit     # on the host, once for each part sent
@@ -12,8 +13,10 @@ last byte.
 
 import argparse
 import hashlib
+import importlib.util
 import json
 import lzma
+import os
 import shutil
 import subprocess
 import sys
@@ -24,10 +27,12 @@ sys.path.insert(0, str(Path(__file__).parents[2]))
 
 import numpy as np
 
-PART_BYTES = 60_000_000
-WHEELS = "pydantic pydantic-core annotated-types typing-inspection sentencepiece onnx ml-dtypes protobuf"
-WHEELS += " pytest pluggy iniconfig"  # for Python 3.12; pages need more, and none is made there
+PART_BYTES = 59_900_000  # and the index of all of them
+NEEDED = {"pydantic", "sentencepiece", "onnx", "pytest"}  # pages need more, and none is made there
+WHEELS = "pydantic pydantic-core annotated-types typing-inspection typing-extensions sentencepiece onnx ml-dtypes"
+WHEELS += " protobuf pytest pluggy iniconfig packaging pygments"  # for Python 3.12
 BLOCK = 4_000_000  # words packed at once, on a core each
+SENTENCES = 200_000  # of a file of text, the same
 ENCODED = ("words.jsonl", "lexicon.safetensors", "meta.json")
 
 
@@ -82,8 +87,42 @@ def unpack_stream(folder: Path, out: Path) -> None:
     np.save(out / "line_offsets.npy", np.append(0, np.cumsum(lengths, dtype=np.int64)))
 
 
-def teacher_files(folder: Path) -> dict[str, bytes]:
-    """A teacher's folder with its weights in fp16."""
+def pack_sentences(recipe) -> dict[str, bytes]:
+    """{name: bytes} of the sentences that the recipe's `vectors` stage draws from its corpus, a line each."""
+    from vocabshrink.data.vectors import draw_sentences
+
+    texts = [" ".join(text.split()) for text in draw_sentences(recipe.corpus, recipe.vectors, recipe.seed).texts]
+    parts = ["\n".join(texts[start : start + SENTENCES]) + "\n" for start in range(0, len(texts), SENTENCES)]
+    with ThreadPoolExecutor() as pool:
+        packed = pool.map(lambda part: lzma.compress(part.encode()), parts)
+    return {f"corpus/{number:04}.txt.xz": part for number, part in enumerate(packed)}
+
+
+def pack_stages(arguments: argparse.Namespace, recipe, settings: list[str]) -> dict[str, bytes]:
+    """{name: bytes} of the vocabulary, the words of the corpus, and the few texts of it that a student is cut by."""
+    from vocabshrink.cli import app
+    from vocabshrink.stages.inputs import first_texts
+
+    for stage in ("count", "vocab", "encode"):
+        app([stage, str(arguments.recipe), *settings], standalone_mode=False)
+    run = Path("artifacts") / recipe.name
+    names = [f"vocab/{path.name}" for path in sorted((run / "vocab").iterdir()) if path.is_file()]
+    names += [f"encode/{name}" for name in ENCODED]
+    files = {f"run/{name}.xz": lzma.compress((run / name).read_bytes()) for name in names}
+    sample = "\n".join(first_texts(recipe, max(64, recipe.student.calibration)))
+    return files | pack_stream(run / "encode") | {"sample/first.txt.xz": lzma.compress(sample.encode())}
+
+
+def models_of(recipe) -> dict[str, str]:
+    """{key of the recipe: the model that it names}"""
+    teachers = recipe.vectors.teachers if recipe.vectors else {}
+    found = {"teacher.model": recipe.teacher.model, "student.start": recipe.student.start}
+    found |= {f"vectors.teachers.{name}.model": section.model for name, section in teachers.items()}
+    return {key: model for key, model in found.items() if model}
+
+
+def model_files(folder: Path) -> dict[str, bytes]:
+    """A model's folder with its weights in fp16."""
     import torch
     from safetensors.torch import save
 
@@ -93,8 +132,9 @@ def teacher_files(folder: Path) -> dict[str, bytes]:
     tensors = {name: value.half() for name, value in read_tensors(folder, {name: name for name in names}).items()}
     files = {"model.safetensors": save({n: t.contiguous() for n, t in tensors.items()}, {"format": "pt"})}
     assert all(torch.isfinite(t).all() for t in tensors.values())
-    kept = ("config.json", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json")
-    return files | {name: (folder / name).read_bytes() for name in kept if (folder / name).is_file()}
+    beside = [*folder.glob("*.json"), *folder.glob("[0-9]_*/config.json"), folder / "vocab.txt"]
+    kept = [path for path in beside if path.is_file() and not path.name.endswith(".index.json")]
+    return files | {path.relative_to(folder).as_posix(): path.read_bytes() for path in kept}
 
 
 def wheels(place: Path) -> dict[str, bytes]:
@@ -106,28 +146,31 @@ def wheels(place: Path) -> dict[str, bytes]:
 
 
 def pack(arguments: argparse.Namespace) -> None:
-    from vocabshrink.cli import app
     from vocabshrink.models.loading import resolve_model
-    from vocabshrink.run.recipe import load_recipe
+    from vocabshrink.run.recipe import dump_recipe, load_recipe
 
-    out, teacher = arguments.out, resolve_model(arguments.teacher).resolve()
+    out, sources = arguments.out, ",".join(map(str, arguments.corpus))
     shutil.rmtree(out, ignore_errors=True)
     out.mkdir(parents=True)
-    sources = ",".join(map(str, arguments.corpus))
-    settings = [f"corpus.sources=[{sources}]", f"teacher.model={teacher}", "name=gpu-kit", *arguments.set]
-    for stage in ("count", "vocab", "encode"):
-        app([stage, str(arguments.recipe), *settings], standalone_mode=False)
-    run = Path("artifacts") / load_recipe(arguments.recipe, settings).name
-    vocabulary = (f"vocab/{path.name}" for path in sorted((run / "vocab").iterdir()) if path.is_file())
-    files = {f"run/{name}": (run / name).read_bytes() for name in vocabulary}
-    files |= {f"run/encode/{name}": (run / "encode" / name).read_bytes() for name in ENCODED}
-    files = {f"{name}.xz": lzma.compress(data) for name, data in files.items()}
-    files |= pack_stream(run / "encode")
-    files |= {f"teacher/{name}": data for name, data in teacher_files(teacher).items()}
-    files["recipe.yaml"] = arguments.recipe.read_bytes()
+    settings = [f"corpus.sources=[{sources}]", "name=gpu-kit", *arguments.set]
+    if arguments.teacher:
+        settings += [f"teacher.model={resolve_model(arguments.teacher).resolve()}"]
+    recipe = load_recipe(arguments.recipe, settings)
+    files = {}
     if not arguments.no_wheels:
-        files |= {f"wheels/{name}": data for name, data in wheels(out / "wheels").items()}
+        files = {f"wheels/{name}": data for name, data in wheels(out / "wheels").items()}
         shutil.rmtree(out / "wheels")
+    files |= pack_sentences(recipe) if recipe.vectors else pack_stages(arguments, recipe, settings)
+    moved, folders = {"vectors.shares": []} if recipe.vectors else {}, {}
+    for key, model in models_of(recipe).items():
+        path = resolve_model(model).resolve()
+        if path not in folders:
+            folders[path] = key.split(".")[-2] if folders else "teacher"
+            files |= {f"{folders[path]}/{name}": data for name, data in model_files(path).items()}
+        moved[key] = folders[path]
+    for name, path in recipe.evaluation.stsb.items():
+        files[f"pairs/{name}.jsonl"], moved[f"evaluation.stsb.{name}"] = Path(path).read_bytes(), f"pairs/{name}.jsonl"
+    files |= {"recipe.yaml": dump_recipe(recipe).encode(), "moved.json": json.dumps(moved).encode()}
     write_parts(files, out, arguments.part_bytes)
 
 
@@ -148,29 +191,52 @@ def write_parts(files: dict[str, bytes], out: Path, part_bytes: int) -> None:
         (part / "index.json").write_text(json.dumps(index))
     total = sum(path.stat().st_size for path in out.glob("part-*/*"))
     print(f"{out}: {total / 1e6:.1f} MB in {parts} parts")
+    for folder in sorted({name.split("/")[0] for name in files}):
+        size = sum(len(data) for name, data in files.items() if name.split("/")[0] == folder)
+        print(f"  {folder:<12} {size / 1e6:8.1f} MB")
+
+
+def recipe_of(kit: Path, overrides: list[str]):
+    """The kit's recipe with its models and files where they lie here. Weights in fp16 have other hashes."""
+    from vocabshrink.run.recipe import load_recipe
+
+    moved = json.loads((kit / "moved.json").read_text())
+    given = [f"{key}={(kit / place).resolve() if place else '[]'}" for key, place in moved.items()]
+    given += [f"{key.removesuffix('model')}sha256=null" for key in moved if key.endswith(".model")]
+    corpus = (kit / ("corpus" if (kit / "corpus").is_dir() else "sample")).resolve()
+    return load_recipe(kit / "recipe.yaml", [*given, "name=gpu", f"corpus.sources=[{corpus}]", *overrides])
 
 
 def unpack(parts: Path, out: Path) -> bool:
-    """Takes the parts that are there; restores everything once all have come. Returns whether they have."""
+    """Takes the parts that are there, and restores every file that is whole. Returns whether all are."""
     (out / "pieces").mkdir(parents=True, exist_ok=True)
     for part in sorted(parts.glob("part-*")):
         for path in part.iterdir():
             shutil.copy(path, out / "pieces" / path.name)
-    index = json.loads((out / "pieces/index.json").read_text())
-    missing = [p for file in index.values() for p in file["pieces"] if not (out / "pieces" / p).is_file()]
-    if missing:
-        print(f"{out}: {len(missing)} pieces are still to come")
-        return False
+    index, missing = json.loads((out / "pieces/index.json").read_text()), 0
     for name, file in index.items():
-        data = b"".join((out / "pieces" / piece).read_bytes() for piece in file["pieces"])
+        pieces = [out / "pieces" / piece for piece in file["pieces"]]
+        if not all(piece.is_file() for piece in pieces):
+            missing += 1
+            continue
+        data = b"".join(piece.read_bytes() for piece in pieces)
         if hashlib.sha256(data).hexdigest() != file["sha256"]:
             raise SystemExit(f"{name} came damaged: send its part again")
         path = out / name.removesuffix(".xz")
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_bytes(lzma.decompress(data) if name.endswith(".xz") else data)
-    unpack_stream(out / "stream", out / "run/encode")
-    print(f"{out}: {len(index)} files restored")
-    return True
+    install(out / "wheels")
+    if not missing and (out / "stream").is_dir():
+        unpack_stream(out / "stream", out / "run/encode")
+    print(f"{out}: {len(index) - missing} files restored, {missing} still to come")
+    return not missing
+
+
+def install(folder: Path) -> None:
+    """Installs the wheels, if the host lacks one of the packages that are needed."""
+    if folder.is_dir() and not all(map(importlib.util.find_spec, NEEDED)):
+        command = [sys.executable, "-m", "pip", "install", "--quiet", "--no-index", "--find-links", str(folder)]
+        subprocess.run([*command, *sorted(NEEDED)], check=True, env=os.environ | {"PIP_BREAK_SYSTEM_PACKAGES": "1"})
 
 
 def main() -> None:
@@ -179,7 +245,7 @@ def main() -> None:
     packing = commands.add_parser("pack")
     packing.add_argument("--corpus", nargs="+", required=True)
     packing.add_argument("--recipe", type=Path, required=True)
-    packing.add_argument("--teacher", required=True)
+    packing.add_argument("--teacher", help="instead of the recipe's")
     packing.add_argument("--out", type=Path, required=True)
     packing.add_argument("--part-bytes", type=int, default=PART_BYTES)
     packing.add_argument("--no-wheels", action="store_true")

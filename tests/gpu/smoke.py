@@ -1,7 +1,8 @@
-"""(a) Sixty seconds on the GPU host: installs the kit's wheels, runs the `gpu` tests and one step of every stage and
-mode, and says what the machine is. Writes smoke.json and smoke.txt to --out.
+"""(a) Sixty seconds on the GPU host: runs the `gpu` tests and one step of every stage and mode, and says what the
+machine is. Writes smoke.json and smoke.txt to --out. Of the kit it needs the packages alone, which come in its first
+part.
 
-    python tests/gpu/smoke.py --kit /tmp/gpu-kit --out "$OUT"       # --rehearse: on a CPU, to its end
+    python tests/gpu/smoke.py --out "$OUT"       # --rehearse: on a CPU, to its end
 """
 
 import argparse
@@ -17,24 +18,12 @@ ROOT = Path(__file__).parents[2]
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--kit", type=Path)
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--seconds", type=int, default=240, help="after which the tests are killed")
     parser.add_argument("--rehearse", action="store_true")
     arguments = parser.parse_args()
     arguments.out.mkdir(parents=True, exist_ok=True)
     began = time.time()
-    if arguments.kit and not arguments.rehearse:
-        found = [
-            "--no-index",
-            "--find-links",
-            str(arguments.kit / "wheels"),
-            "pydantic",
-            "sentencepiece",
-            "onnx",
-            "pytest",
-        ]
-        subprocess.run([sys.executable, "-m", "pip", "install", "--quiet", *found], check=True)
     env = os.environ | {"PYTHONPATH": str(ROOT), "VOCABSHRINK_REHEARSE": "1" if arguments.rehearse else "0"}
     options = ["-m", "gpu", "-q", "-rA", "--tb=short", "--durations=10", "-p", "no:cacheprovider", "-W", "ignore"]
     log = arguments.out / "smoke.txt"
