@@ -341,14 +341,14 @@ def of_words(rows: dict, sizes: list[int]) -> list[str]:
 
 def slope(rows: dict, key: str, sizes: list[int]) -> float | None:
     """The exponent with which a figure grew over the last two sizes: 1 where it doubles with them."""
-    small, large = (rows.get(str(words), {}).get(key) for words in sizes[-2:])
+    *_, small, large = (None, None, *(rows.get(str(words), {}).get(key) for words in sizes))
     return math.log(large / small) / math.log(sizes[-1] / sizes[-2]) if small and large else None
 
 
 def memory_slope(rows: dict, sizes: list[int]) -> float | None:
     """Bytes of memory for a further word, over the last two sizes."""
-    found = [rows.get(str(words), {}).get("peak_mb") for words in sizes[-2:]]
-    return 1e6 * (found[1] - found[0]) / (sizes[-1] - sizes[-2]) if all(found) else None
+    *_, small, large = (None, None, *(rows.get(str(words), {}).get("peak_mb") for words in sizes))
+    return 1e6 * (large - small) / (sizes[-1] - sizes[-2]) if small and large else None
 
 
 def stored_for(row: dict, words: int, goal: int, unit: float) -> str:

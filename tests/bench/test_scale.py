@@ -44,6 +44,7 @@ def test_slopes_are_exponents_and_what_is_missing_is_said():
     assert "| `encode` | 1.00 | 0.50 | 10,000.00 | 4,000.00 |" in text
     assert "| `count` | TODO | TODO | TODO | TODO |" in text
     assert "| `encode` | 555,556 | 555.56 | 4,000.00 |" in text
+    assert "| `encode` | TODO | TODO | TODO | 4,000.00 |" in scale.tables(found | {"words": [10000]})
     found["rows"]["encode"]["10000"] = more | {"seconds": None}
     assert "| `encode` | TODO | 0.50 |" in scale.tables(found)
 
