@@ -126,6 +126,14 @@ def run_of(work: Path, teacher: str, text: str, sentences: int | None = None):
     return Run(parse_recipe(recipe, "scale.py"), RunDir(work / name))
 
 
+def done_before(run, names: list[str]) -> None:
+    """Runs stages that are not done, and then starts this process anew, without the memory that they took."""
+    from vocabshrink.run.engine import run_stage
+
+    if any([run_stage(run, name) for name in names]):
+        os.execv(sys.executable, [sys.executable, *sys.argv])
+
+
 def stage(name: str, work: Path, teacher: str, text: str, sentences: int | None = None) -> dict:
     """One stage of the run over a text; those that it needs are done before, if they are not."""
     from vocabshrink.run.engine import run_stage
@@ -133,8 +141,7 @@ def stage(name: str, work: Path, teacher: str, text: str, sentences: int | None 
 
     run = run_of(work, teacher, text, sentences)
     importlib.import_module(f"vocabshrink.stages.{STAGES[name].module}")  # is no part of the work
-    for before in (other for other in stages_of(run.recipe) if other in needed(STAGES[name])):
-        run_stage(run, before)
+    done_before(run, [other for other in stages_of(run.recipe) if other in needed(STAGES[name])])
     shutil.rmtree(folder := run.dir.stage(name), ignore_errors=True)
     found = measured(lambda: {"ran": run_stage(run, name)})
     said = read_json(folder / "summary.json")
@@ -155,11 +162,9 @@ def batches(work: Path, teacher: str, text: str) -> dict:
     """What training reads of an encoded text before its first step, and twenty batches."""
     from vocabshrink.data.batches import Batcher, PieceTable, cut_segments
     from vocabshrink.data.lexicon import Lexicon, WordStream
-    from vocabshrink.run.engine import run_stage
 
     run = run_of(work, teacher, text)
-    for name in ("count", "vocab", "encode"):
-        run_stage(run, name)
+    done_before(run, ["count", "vocab", "encode"])
     folder = run.dir.stage("encode")
 
     def read() -> dict:
@@ -222,12 +227,9 @@ def gigabyte(work: Path, teacher: str, sample: str, system: str, processes: int)
         return {"lines": len(rows), "map_seconds": time.perf_counter() - began}
 
     if system == "ours":
-        from vocabshrink.run.engine import run_stage
-
         run = run_of(work, teacher, sample)
         vocabulary = run.dir.stage("vocab")
-        for name in ("count", "vocab"):
-            run_stage(run, name)
+        done_before(run, ["count", "vocab"])
     else:
         import datasets
         from transformers import AutoTokenizer

@@ -118,7 +118,7 @@ class TestSegments:
             return cut_segments(stream, lexicon, unit="sentence", max_pieces=LIMIT, min_words=2, held_out_every=5)
 
         whole = cut()
-        monkeypatch.setattr(batches, "BLOCK_LINES", 3)
+        monkeypatch.setattr(batches, "BLOCK_WORDS", 30)
         for left, right in zip(whole, cut(), strict=True):
             assert np.array_equal(left.starts, right.starts) and np.array_equal(left.lengths, right.lengths)
 

@@ -26,7 +26,7 @@ import torch
 from tokenizer_build.errors import InputError
 from vocabshrink.data.lexicon import Lexicon, WordStream, within_rows
 
-BLOCK_LINES = 50_000  # lines cut into segments at a time, so that memory does not grow with the corpus
+BLOCK_WORDS = 1_000_000  # cut into segments at a time, so that memory grows neither with the corpus nor with its lines
 POOL_BATCHES = 64  # batches sorted by length together: little padding, and still shuffled
 
 
@@ -295,8 +295,9 @@ def cut_segments(
     longest = np.maximum(of_teacher, np.diff(lexicon.student_offsets))
     cost_of_word = of_teacher if sides == ("teacher",) else longest
     found = [[np.zeros(0, kind) for kind in (np.int64, np.int32, np.int64, bool)]]
-    for first_line in range(0, len(stream.line_offsets) - 1, BLOCK_LINES):
-        offsets = np.asarray(stream.line_offsets[first_line : first_line + BLOCK_LINES + 1])
+    begins = np.unique(np.searchsorted(stream.line_offsets[:-1], np.arange(*stream.line_offsets[[0, -1]], BLOCK_WORDS)))
+    for first_line, end in pairwise([*begins, len(stream.line_offsets) - 1]):
+        offsets = np.asarray(stream.line_offsets[first_line : end + 1])
         words = np.asarray(stream.word_ids[offsets[0] : offsets[-1]])
         if not len(words):
             continue
