@@ -25,18 +25,18 @@ from transformers import (
 
 import vocabshrink
 from tokenizer_build.errors import InputError
-from tokenizer_build.files import write_json
-from tokenizer_build.tokenizer import load_tokenizer, save_tokenizer
+from tokenizer_build.files import read_values, write_json
+from tokenizer_build.tokenizer import load_tokenizer, make_tokenizer, save_tokenizer
 from vocabshrink.api import merge, plan, spool
 from vocabshrink.data import vectors
 from vocabshrink.data.lexicon import Lexicon, WordStream
-from vocabshrink.data.vectors import read_sentences
 from vocabshrink.models.forward import ModuleSettings, module_settings
+from vocabshrink.models.student import student_config
 from vocabshrink.run.recipe import load_recipe, parse_recipe
 from vocabshrink.runtime.delivery import load
 from vocabshrink.stages import choose
 from vocabshrink.stages.checks import check_recipe
-from vocabshrink.stages.plan import tokenizer_bytes
+from vocabshrink.stages.plan import delivery_bytes
 from vocabshrink.stages.tasks import label_texts
 from vocabshrink.training.losses import LOSSES
 
@@ -78,7 +78,7 @@ def test_only_what_is_read_later_is_encoded(compressed, texts):
     out, every = compressed.recipe.parent, load_recipe(compressed.recipe).corpus.held_out_every
     lexicon, stream = Lexicon.load(out / "encode"), WordStream.load(out / "encode")
     written = ["".join(lexicon.words[w] for w in row) for row in np.split(stream.word_ids, stream.line_offsets[1:-1])]
-    expected = [*read_sentences(out / "vectors"), *texts[every - 1 :: every]]
+    expected = [*read_values(out / "vectors/sentences.jsonl"), *texts[every - 1 :: every]]
     assert [line.lower() for line in written] == [line.lower().replace(" ", "") for line in expected]
 
 
@@ -155,7 +155,7 @@ def test_texts_of_another_script_or_too_few_are_refused(tiny_teacher, texts, tmp
 @pytest.mark.parametrize("config", [GPT2Config(), LlamaConfig(), T5Config(), ViTConfig(), CLIPConfig()])
 def test_a_model_that_is_no_encoder_of_text_is_refused(config, texts, tmp_path):
     config.save_pretrained(tmp_path / "model")
-    save_tokenizer(wordpiece_pieces(texts, 99), tmp_path / "model")
+    save_tokenizer(make_tokenizer(wordpiece_pieces(texts, 99)), tmp_path / "model")
     words = "reads no text" if isinstance(config, ViTConfig | CLIPConfig) else "has a decoder"
     with pytest.raises(InputError, match=f"{words}: only encoders"):
         plan(str(tmp_path / "model"), texts, out=tmp_path / "r", **TINY)
@@ -185,7 +185,7 @@ def test_the_pieces_make_a_model_by_hand(tiny_teacher, texts, tmp_path):
     assert any(not torch.equal(before[name], after[name]) for name in before)
     manifest = vocabshrink.export(trained, tmp_path / "delivery", weights="int8")
     assert manifest["task"] == "embedding" and manifest["default_prompt"] == "query"
-    read, prompts = vectors.read_sentences(tmp_path / "run/vectors"), load(tmp_path / "delivery").prompts
+    read, prompts = read_values(tmp_path / "run/vectors/sentences.jsonl"), load(tmp_path / "delivery").prompts
     assert {sum(text.startswith(prompt) for text in read) for prompt in prompts.values()} <= {299, 300, 301}
     assert load(tmp_path / "delivery").embed(["ka lo"], prompt="passage").shape == (1, 32)
     live = vocabshrink.distill(
@@ -250,8 +250,10 @@ def test_a_given_tokenizer_is_weighed_as_it_is(tiny_teacher, texts, tmp_path, mo
     assert shape.own_pieces and shape.pieces == 300
     settings = {"delivery": {"tolerance": 2}, "distill": {"steps": 2}, "recovery": {"steps": 1}}
     made = vocabshrink.compress(str(tiny_teacher), texts, out=tmp_path / "m", settings=settings, **TINY)
-    tokenizer = made.manifest["files"]["tokenizer.json"]["bytes"]
-    assert tokenizer == tokenizer_bytes(look.adopted, made.manifest["max_positions"])
+    config = student_config(shape.section, look.source, shape.pieces)
+    assert config.max_position_embeddings == made.manifest["max_positions"]
+    expected = delivery_bytes(config, "int8", tokenizer=look.adopted)["tokenizer"]
+    assert made.manifest["files"]["tokenizer.json"]["bytes"] == expected
 
 
 def test_a_narrow_domain_has_fewer_pieces_in_more_columns(tiny_teacher, texts, tmp_path, monkeypatch):
@@ -286,7 +288,7 @@ def test_what_a_folder_says_of_itself_is_obeyed(tiny_teacher, texts, tmp_path):
     recipe = load_recipe(made.recipe)
     assert made.manifest["max_positions"] == 24
     assert recipe.vectors.prompts == {"query": 0.5, "passage": 0.5} and recipe.distill.max_length == 24
-    read = vectors.read_sentences(tmp_path / "r/vectors")
+    read = read_values(tmp_path / "r/vectors/sentences.jsonl")
     assert all(abs(sum(text.startswith(start) for text in read) - len(read) / 2) < 3 for start in prompts.values())
     assert np.load(tmp_path / "r/vectors/teacher.npy").shape == (len(read), 20)
     model = load(made.path)
@@ -431,7 +433,7 @@ def test_labelling_goes_on_where_it_was_killed(tiny_teacher, short, tmp_path, mo
     drawn, asked = iter([short[:300], short[300:]]), {"budget": 1}
     options = str(teacher), lambda: next(drawn), tmp_path / "labelled"
     monkeypatch.setattr(vectors, "BLOCK", 200)
-    monkeypatch.setattr("vocabshrink.stages.tasks.write_text", None)
+    monkeypatch.setattr("vocabshrink.stages.tasks.write_logits", None)
     with pytest.raises(TypeError):
         label_texts(*options, asked)
     monkeypatch.undo()

@@ -116,7 +116,7 @@ def test_stage_before_its_needs(write_recipe, tmp_path, refused):
 def test_plan_and_list_print_their_tables(write_recipe, tmp_path, vocabshrink):
     planned = vocabshrink("plan", write_recipe("match"), folder=tmp_path)
     assert planned.returncode == 0, planned.stderr
-    for word in ("parameters by block", "int4 groups of 64", "distill", "FLOPs"):
+    for word in ("parameters by block", "int4-64", "distill", "FLOPs"):
         assert word in planned.stdout
     listed = vocabshrink("list").stdout
     for word in ("fewest", "group_similarity", "uniform"):

@@ -11,14 +11,16 @@ import torch
 from conftest import wordpiece_pieces
 from torch import nn
 
-from tokenizer_build.tokenizer import save_tokenizer
+from tokenizer_build.tokenizer import make_tokenizer, save_tokenizer
 from vocabshrink.data.batches import Batcher, PieceTable, cut_segments
 from vocabshrink.data.lexicon import Lexicon, WordStream, encode_corpus
 from vocabshrink.models.student import build_student
 from vocabshrink.models.teacher import load_teacher
+from vocabshrink.run.engine import Context, Run
 from vocabshrink.run.folder import RunDir
 from vocabshrink.run.layer_map import layer_pairs
 from vocabshrink.run.recipe import DistillStage, StudentSection, TrainingSection, Weighted
+from vocabshrink.run.stage import STAGES
 from vocabshrink.training.loop import Job, make_accelerator, train
 from vocabshrink.training.task import Distillation, TrainingTask
 
@@ -52,10 +54,15 @@ def launch(*arguments, cwd: Path) -> subprocess.CompletedProcess:
     return done
 
 
+def context_of(run: Run, name: str) -> Context:
+    """What the stage of this name works with."""
+    return Context(**vars(run), stage=STAGES[name])
+
+
 def encode(lines: list[str], teacher_tokenizer: Path, root: Path) -> tuple[Path, Path]:
     """(folder of a vocabulary of 150 pieces, folder of lexicon and stream)."""
     vocabulary, encoded = root / "vocab", root / "encode"
-    save_tokenizer(wordpiece_pieces(lines, 150), vocabulary)
+    save_tokenizer(make_tokenizer(wordpiece_pieces(lines, 150)), vocabulary)
     encode_corpus([lines], teacher_tokenizer, vocabulary, encoded)
     return vocabulary, encoded
 

@@ -56,14 +56,15 @@ def train(
     """Learn a vocabulary and write tokenizer.json, tokenizer_config.json and vocab.txt."""
     if trainer not in TRAINERS:
         raise InputError(f"there is no trainer {trainer!r}: choose one of {', '.join(TRAINERS)}")
-    words, known = read_counts(*counts), load_tokenizer(teacher).get_vocab() if teacher else {}
+    words, compared = read_counts(*counts), {"teacher": load_tokenizer(teacher)} if teacher else {}
     if not cased and any(word.isascii() and word != word.lower() for word in words):
         raise InputError(f"{counts[0]} was counted with --cased: give --cased here too, or count again")
     required = list(read_lines([require])) if require else []
-    tokenizer = train_tokenizer(words, size, trainer, required=required, teacher_vocabulary=known, lowercase=not cased)
+    known = compared["teacher"].get_vocab() if teacher else {}
+    options = {"required": required, "teacher_vocabulary": known, "lowercase": not cased}
+    compared[str(output)] = tokenizer = train_tokenizer(words, size, trainer, **options)
     save_tokenizer(tokenizer, output, max_length=max_length)
-    found = ({"teacher": teacher} if teacher else {}) | {str(output): output}
-    print(markdown(compare_tokenizers(words, found)), end="")
+    print(markdown(compare_tokenizers(words, compared)), end="")
 
 
 @app.command()
@@ -72,7 +73,8 @@ def compare(
     tokenizers: Annotated[list[Path], typer.Argument(help="Folders or tokenizer.json files; the first is the base.")],
 ):
     """Compare tokenizers of any family: pieces per word, one-piece words, unknown words, overlap with the first."""
-    print(markdown(compare_tokenizers(read_counts(counts), {str(path): path for path in tokenizers})), end="")
+    loaded = {str(path): load_tokenizer(path) for path in tokenizers}
+    print(markdown(compare_tokenizers(read_counts(counts), loaded)), end="")
 
 
 def main() -> None:

@@ -5,29 +5,25 @@ Every word is encoded once, after a space, and weighted by its count: exact for 
 
 import json
 from collections.abc import Iterable, Iterator, Mapping
-from pathlib import Path
 
 from tokenizers import Encoding, Tokenizer
 
 from tokenizer_build.errors import InputError
-from tokenizer_build.tokenizer import load_tokenizer
 from tokenizer_build.trainers import teacher_pieces
 
 BATCH = 10_000  # words
 HEADINGS = ["tokenizer", "pieces", "pieces/word", "one-piece words", "unknown words", "in the first"]
+Measures = dict[str, float]
 FORMATS = [",d", ".4f", ".2%", ".2%", ".2%"]  # of the measures, in the order of `compare`
 
 
-def compare(
-    counts: Mapping[str, int], tokenizers: Mapping[str, str | Path | Tokenizer], *, used: bool = False
-) -> dict[str, dict[str, float]]:
-    """Measure tokenizers, folders or tokenizer.json by name on the same counts: `measure`; `size`, in pieces; and
-    `overlap_with_first`, the share of its pieces (`used`: that these words use) that the first has, written alike."""
+def compare(counts: Mapping[str, int], tokenizers: Mapping[str, Tokenizer], *, used=False) -> dict[str, Measures]:
+    """Measure tokenizers by name on the same counts: `measure`; `size`, in pieces; and `overlap_with_first`, the share
+    of its pieces (`used`: that these words use) that the first has, written alike."""
     if not counts or not tokenizers:
         raise InputError("nothing to compare: give word counts with words in them and at least one tokenizer")
     measured, first = {}, set()
-    for name, path in tokenizers.items():
-        tokenizer = path if isinstance(path, Tokenizer) else load_tokenizer(path)
+    for name, tokenizer in tokenizers.items():
         pieces = set(teacher_pieces(tokenizer.get_vocab()))
         first = first or pieces
         if used:
@@ -38,7 +34,7 @@ def compare(
     return measured
 
 
-def measure(counts: Mapping[str, int], tokenizer: Tokenizer) -> dict[str, float]:
+def measure(counts: Mapping[str, int], tokenizer: Tokenizer) -> Measures:
     """Over all occurrences of all words: `pieces_per_word`, where an unknown word counts as the pieces it yields (1 for
     WordPiece); `coverage`, the share that are one known piece; `unknown_rate`, the share with an unknown piece."""
     model = json.loads(tokenizer.to_str())["model"]
@@ -66,7 +62,7 @@ def _encoded(words: Iterable[str], tokenizer: Tokenizer) -> Iterator[tuple[str, 
         yield from zip(batch, encodings, strict=True)
 
 
-def markdown(measured: Mapping[str, Mapping[str, float]]) -> str:
+def markdown(measured: Mapping[str, Measures]) -> str:
     """The comparison as a Markdown table whose columns line up in a terminal too."""
     rows = [HEADINGS, *([name, *map(format, values.values(), FORMATS)] for name, values in measured.items())]
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]

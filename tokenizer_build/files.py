@@ -3,6 +3,7 @@
 import ctypes
 import errno
 import glob
+import hashlib
 import json
 import math
 import os
@@ -10,7 +11,7 @@ import platform
 import re
 import shutil
 import zlib
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path, PurePath
 from typing import BinaryIO
@@ -177,6 +178,17 @@ def write_json(path: str | Path, value) -> None:
     write_text(path, json.dumps(plain(value), indent=2, ensure_ascii=False) + "\n")
 
 
+def write_jsonl(path: str | Path, values: Iterable) -> None:
+    """Write values as JSON, one a line, atomically."""
+    with replacing(path) as temporary, temporary.open("w", encoding="utf-8", newline="\n") as file:
+        file.writelines(json.dumps(value, ensure_ascii=False) + "\n" for value in values)
+
+
+def hash_of(value) -> str:
+    """Sixteen digits that tell a value, as `plain` makes JSON of it, from all others."""
+    return hashlib.sha256(json.dumps(plain(value), sort_keys=True).encode()).hexdigest()[:16]
+
+
 def plain(value):
     """`value` with NumPy and torch numbers as Python's, paths as str, NaN and infinity (which are not JSON) as None."""
     if isinstance(value, dict):
@@ -209,6 +221,12 @@ def read_json(path: str | Path):
         raise InputError(f"{path} is missing: run the stage that writes it") from error
     except ValueError as error:  # JSONDecodeError and UnicodeDecodeError
         raise InputError(f"{path} is not JSON ({error}): download it, or run its stage, again") from error
+
+
+def read_values(path: str | Path) -> list:
+    """What `write_jsonl` wrote, at once."""
+    lines = Path(path).read_text(encoding="utf-8").split("\n")[:-1]  # JSON keeps U+2028, where str.splitlines cuts
+    return json.loads(f"[{','.join(lines)}]")
 
 
 def read_jsonl(path: str | Path, opened: BinaryIO | None = None) -> Iterator[tuple[int, dict]]:

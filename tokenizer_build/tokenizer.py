@@ -81,12 +81,9 @@ def form_of(tokenizer: Tokenizer) -> str | None:
     return next((name for name, form in FORMS.items() if form.normalize_str(probe) == found), None)
 
 
-def save_tokenizer(
-    pieces: Sequence[str] | Tokenizer, folder: str | Path, *, lowercase: bool = True, max_length: int = 512
-) -> None:
-    """Write tokenizer.json, tokenizer_config.json and vocab.txt into `folder`. `pieces` are BERT's (`make_tokenizer`),
-    or a tokenizer's; `max_length` is the longest input, in pieces, that the model accepts."""
-    tokenizer = pieces if isinstance(pieces, Tokenizer) else make_tokenizer(pieces, lowercase=lowercase)
+def save_tokenizer(tokenizer: Tokenizer, folder: str | Path, *, max_length: int = 512) -> None:
+    """Write tokenizer.json, tokenizer_config.json and vocab.txt into `folder`. `max_length` is the longest input, in
+    pieces, that the model accepts."""
     folder, normalizer, settings = Path(folder), tokenizer.normalizer, {"tokenizer_class": "PreTrainedTokenizerFast"}
     bert = isinstance(normalizer, BertNormalizer) and isinstance(tokenizer.pre_tokenizer, BertPreTokenizer)
     if bert and tokenizer.model.max_input_chars_per_word == LONGEST_WORD:  # all of which BertTokenizer builds anew

@@ -6,9 +6,8 @@ passages; neither needs torch. The pieces of `compress` are functions too: see `
 import importlib
 
 HOMES = {"load": "vocabshrink.runtime.delivery", "Index": "vocabshrink.runtime.index"}
-HOMES |= dict.fromkeys(
-    ("compress", "plan", "learn_vocabulary", "start_student", "distill", "finetune", "export"), "vocabshrink.api"
-)
+API = ("compress", "plan", "learn_vocabulary", "start_student", "distill", "finetune", "export")
+HOMES |= dict.fromkeys(API, "vocabshrink.api")
 __all__ = list(HOMES)
 
 

@@ -6,7 +6,6 @@ folders that transformers loads, so that any of them may come from elsewhere or 
 import dataclasses
 import filecmp
 import glob
-import json
 import os
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -19,7 +18,7 @@ from typing import Any, Literal
 from tokenizer_build.corpus import read_rows
 from tokenizer_build.count import count_words
 from tokenizer_build.errors import InputError
-from tokenizer_build.files import read_json, replacing, write_json, write_text
+from tokenizer_build.files import plain, read_json, write_json, write_jsonl, write_text
 from tokenizer_build.tokenizer import form_of, load_tokenizer, lowercases, save_tokenizer
 from tokenizer_build.trainers import train_tokenizer
 from vocabshrink.data.tasks import Task, read_task
@@ -107,7 +106,7 @@ def plan(
     asked = names | {"minutes": minutes, "tokens": tokens, "goal": goal, "settings": settings, "task": section}
     recipe, before = out / "compress.yaml", out / "compress.json"
     if before.is_file():
-        if read_json(before) == json.loads(json.dumps(asked)):
+        if read_json(before) == plain(asked):
             return recipe
         raise InputError(f"{out}: made with other arguments: give another folder, or delete this one")
     look = look_at(model, start, sources, names["column"], task=texts is None)
@@ -147,7 +146,7 @@ def labelled_task(task: PathLike | Mapping, column: str, settings: Mapping, fold
         section["text"] = [column]
     if "validation" not in section:
         for split, chosen in {"train": [row for i, row in enumerate(rows) if i % 10], "validation": rows[::10]}.items():
-            write_text(path := folder / f"{split}.jsonl", "".join(json.dumps(row) + "\n" for row in chosen))
+            write_jsonl(path := folder / f"{split}.jsonl", chosen)
             section[split] = str(path)
         if (meta := Path(whole.train).expanduser().with_name("meta.json")).is_file():  # which names the labels
             write_text(folder / "meta.json", meta.read_text(encoding="utf-8-sig"))
@@ -182,9 +181,7 @@ def spool(texts: Texts, out: Path) -> list[str]:
     if named or len(first) < 1000 and (os.path.exists(path := os.path.expanduser(first)) or glob.glob(path)):
         return [os.path.expanduser(member) for member in (first, *members)]
     kept, new = out / "texts.jsonl", out / "texts.new.jsonl"
-    with replacing(new) as temporary, temporary.open("w", encoding="utf-8") as file:
-        for text in chain([first], members):
-            file.write(json.dumps({"text": text}, ensure_ascii=False) + "\n")
+    write_jsonl(new, ({"text": text} for text in chain([first], members)))
     if kept.is_file() and not filecmp.cmp(new, kept, shallow=False):
         new.unlink()
         raise InputError(f"{out}: holds other texts: give another folder, or delete this one")

@@ -25,7 +25,7 @@ from transformers.utils import logging
 from tokenizer_build.corpus import read_blocks
 from tokenizer_build.count import count_block
 from tokenizer_build.files import write_json
-from tokenizer_build.tokenizer import save_tokenizer
+from tokenizer_build.tokenizer import make_tokenizer, save_tokenizer
 from tokenizer_build.trainers import train_vocabulary
 from vocabshrink.data.batches import Batcher, PieceTable, cut_segments
 from vocabshrink.data.lexicon import Lexicon, WordStream, encode_corpus
@@ -74,7 +74,7 @@ def main() -> None:
         student, encoded = Path(place) / "vocab", Path(place) / "encode"
         lines = [line for block in islice(read_blocks(arguments.corpus), arguments.blocks) for line in block]
         pieces = train_vocabulary(count_block(lines), 5000)
-        save_tokenizer(pieces, student)
+        save_tokenizer(make_tokenizer(pieces), student)
         encode_corpus([lines], teacher, student, encoded)
         lexicon, stream = Lexicon.load(encoded), WordStream.load(encoded)
         training, _ = cut_segments(

@@ -18,9 +18,10 @@ import torch
 
 from tokenizer_build.files import write_json
 from vocabshrink.models.student import new_student_head
-from vocabshrink.run.engine import Run, context_of
+from vocabshrink.run.engine import Context, Run
 from vocabshrink.run.folder import RunDir
 from vocabshrink.run.recipe import DistillStage, load_recipe
+from vocabshrink.run.stage import STAGES
 from vocabshrink.stages.inputs import read_teacher, start_student
 from vocabshrink.stages.training import make_batcher, make_distillation
 from vocabshrink.training.loop import make_accelerator, parameter_groups
@@ -49,7 +50,7 @@ def make_step(run: Run, losses: dict, layer_map: str, batch_size: int, length: i
     stage = DistillStage(
         steps=1, batch_size=batch_size, max_length=length, mask=0.15, losses=losses, layer_map=layer_map, threads=1
     )
-    context = context_of(run, "distill")
+    context = Context(**vars(run), stage=STAGES["distill"])
     teacher = read_teacher(context)
     student, directions, _, _ = start_student(context, teacher)
     head = new_student_head(student, teacher) if readers(losses, "student head") else None

@@ -2,7 +2,6 @@
 
 import dataclasses
 import json
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -25,8 +24,7 @@ from word_tables import (
     words_of,
 )
 
-from tokenizer_build.errors import InputError
-from vocabshrink.data.batches import PieceTable, Sequences, special_tokens
+from vocabshrink.data.batches import PieceTable, Sequences
 from vocabshrink.data.lexicon import Lexicon, WordStream, encode_corpus
 
 
@@ -158,12 +156,6 @@ class TestGather:
         lexicon = encoded[0]
         for word in range(0, table.words, 7):
             assert table.longest[word] == max(len(pieces_of(lexicon, word, side)) for side in (False, True))
-
-    @pytest.mark.parametrize("role", ["cls", "sep", "pad", "mask"])
-    def test_a_tokenizer_without_a_special_token_is_refused(self, encoded, role):
-        meta = {"student": {"special": {"cls": 1, "sep": 2, "pad": 0, "mask": 3} | {role: None}}}
-        with pytest.raises(InputError, match=f"student tokenizer: it has no {role} token"):
-            special_tokens(SimpleNamespace(meta=meta), "student")
 
 
 class TestUnits:

@@ -550,7 +550,3 @@ class TestScore:
     def test_a_model_that_diverged_is_told_of(self, value):
         with pytest.raises(InputError, match="task it: the model's outputs are not finite: lower the learning rate"):
             score(made(), np.array([[0, 1], [value, 0]]), "train")
-
-    def test_another_number_of_rows_is_a_mistake(self):
-        with pytest.raises(ValueError, match="train has 2 rows and the model answered 3"):
-            score(made(), np.eye(2)[[0, 1, 0]], "train")

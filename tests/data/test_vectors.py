@@ -8,7 +8,7 @@ import pytest
 from tokenizer_build.corpus import read_parallel
 from tokenizer_build.errors import InputError
 from vocabshrink.data.batches import repeated
-from vocabshrink.data.vectors import BLOCK, Sentences, draw_sentences, read_sentences, store_vectors, stored_vectors
+from vocabshrink.data.vectors import BLOCK, Sentences, draw_sentences, store_vectors, stored_vectors
 from vocabshrink.run.recipe import CorpusSection, VectorsStage
 
 
@@ -54,15 +54,13 @@ def test_sentences_come_back_as_they_were(tmp_path):
     found = Sentences.load(tmp_path)
     assert (found.texts, found.own, found.rows.tolist()) == (texts, texts[:3], [0, 1, 2, 0])
     assert found.times.tolist() == [1.0, 2.5, 1.0, 1.0]
-    (tmp_path / "sentences.safetensors").unlink()  # which earlier runs have not
-    assert Sentences.load(tmp_path).own == read_sentences(tmp_path) == texts
 
 
 def embed(texts: list[str]) -> np.ndarray:
     return np.array([[len(text), ord(text[0]), 1.0] for text in texts], np.float32)
 
 
-def test_a_killed_run_goes_on_with_the_block_that_it_was_at(tmp_path):
+def test_a_killed_run_goes_on_with_the_block_that_it_was_at(tmp_path, capfd):
     sentences, calls = [chr(97 + i % 26) * (1 + i % 7) for i in range(2 * BLOCK + 5)], []
 
     def dying(texts: list[str]) -> np.ndarray:
@@ -71,16 +69,13 @@ def test_a_killed_run_goes_on_with_the_block_that_it_was_at(tmp_path):
             raise KeyboardInterrupt
         return embed(texts)
 
-    seen = []
-
-    def saying(done: int):
-        seen.append(done)
-        return seen.append
-
     with pytest.raises(KeyboardInterrupt):
-        store_vectors(tmp_path, "t", sentences, dying, saying)
-    store_vectors(tmp_path, "t", sentences, dying, saying)
-    assert calls == [BLOCK, BLOCK, BLOCK, 5] and seen == [0, BLOCK, BLOCK, BLOCK, 5]
+        store_vectors(tmp_path, "t", sentences, dying, "vectors of t")
+    store_vectors(tmp_path, "t", sentences, dying, "vectors of t")
+    assert calls == [BLOCK, BLOCK, BLOCK, 5]
+    said, reached = capfd.readouterr().err.splitlines(), (BLOCK, 2 * BLOCK, len(sentences))
+    starts = [f"vectors of t: {done:,} of {len(sentences):,}, " for done in reached]
+    assert len(said) == 3 and all(map(str.startswith, said, starts))
     assert json.loads((tmp_path / "t.json").read_text())["done"] == len(sentences)
     np.testing.assert_array_equal(np.load(tmp_path / "t.npy"), embed(sentences).astype(np.float16))
 

@@ -89,7 +89,7 @@ def inner(side) -> torch.Tensor:
 
 def lacking():
     """A lexicon of three words: one that both sides write, one without teacher pieces, one without student pieces."""
-    side = {"size": 9, "special": {"cls": 1, "sep": 2, "pad": 0, "mask": 3}}
+    side = {"size": 9, "special": {"cls": 1, "sep": 2, "pad": 0, "mask": 3}, "double_sep": False}
     return SimpleNamespace(
         teacher_offsets=np.array([0, 1, 1, 2]),
         teacher_ids=np.array([5, 6], np.int32),

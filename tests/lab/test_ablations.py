@@ -248,7 +248,7 @@ def test_a_launcher_is_refused(tmp_path, made, monkeypatch):
 def test_what_is_over_its_budget_is_refused_before_anything_runs(tmp_path, made, tiny_teacher):
     changes = {"teacher.model": str(tiny_teacher), "delivery": {"budget": 1000}}
     path = written(tmp_path, variants=TWO | {"heavy": changes})
-    with pytest.raises(InputError, match="two-heavy needs .* MB at .*: over the budget"):
+    with pytest.raises(InputError, match="two-heavy needs .* bytes at .*: over the budget"):
         run_ablations([path], root=tmp_path / "root")
     assert made == []
 

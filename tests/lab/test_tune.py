@@ -19,10 +19,10 @@ from test_ablations import BASE, TRAINING, write_task
 from transformers import BertConfig
 
 from tokenizer_build.errors import InputError
-from tokenizer_build.files import read_json, write_json
+from tokenizer_build.files import hash_of, read_json, write_json
 from vocabshrink.lab import tune
 from vocabshrink.lab.ablations import Variant, runs_of
-from vocabshrink.lab.tune import NAMED_MAPS, Tuner, explore, genome_of, measure_latency, rows_of, run_tuning
+from vocabshrink.lab.tune import NAMED_MAPS, Tuner, explore, measure_latency, rows_of, run_tuning
 from vocabshrink.run.folder import RunDir
 from vocabshrink.run.recipe import DeliverySection, load_recipe
 
@@ -53,7 +53,7 @@ def landscape(monkeypatch):
 
     def use(function):
         def quality(self, changes, task):
-            judged.append((genome_of(changes), task))
+            judged.append((hash_of(changes), task))
             return function(changes, task)
 
         monkeypatch.setattr(Tuner, "quality", quality)
@@ -298,7 +298,7 @@ def test_a_storage_that_cannot_be_opened_is_refused(written, tmp_path):
 def kept_quality(log, left, self, changes, task):
     """A training whose result stays on the disk, as a finished stage does; its end is written to `log`. Where the count
     of those that are left comes to 0, the process dies."""
-    kept = self.root / "made" / f"{genome_of(changes)}-{task}.json"
+    kept = self.root / "made" / f"{hash_of(changes)}-{task}.json"
     if not kept.is_file():
         if next(left) == 0:
             os.kill(os.getpid(), signal.SIGKILL)
@@ -391,9 +391,9 @@ def test_over_the_budget_nothing_is_trained(written, landscape, in_memory, tmp_p
     summary = run_tuning(path, [], tmp_path / "root")
     rows = {json.dumps(r["changes"]): r for r in explored(path, tmp_path / "root")[0]}
     assert rows['{"vocabulary.size": 900}']["state"] == "refused"
-    assert "over the budget of 0.04 MB" in rows['{"vocabulary.size": 900}']["refused"]
+    assert "over the budget of 45,000 by" in rows['{"vocabulary.size": 900}']["refused"]
     assert len(judged) == len(set(judged)) == 4 or {g for g, _ in judged} == {
-        genome_of({"vocabulary.size": size}) for size in (100, 160)
+        hash_of({"vocabulary.size": size}) for size in (100, 160)
     }
     assert [r["changes"]["vocabulary.size"] for r in summary["front"]] == [160, 100]  # neither beats the other
     assert {p.name for p in (tmp_path / "root" / "small" / "front").iterdir()} == {"01.yaml", "02.yaml"}

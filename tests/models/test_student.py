@@ -49,7 +49,7 @@ def small_vocabulary(lines, tmp_path_factory):
     folder = tmp_path_factory.mktemp("student")
     pieces = wordpiece_pieces(lines, 130)
     own = [f"##{syllable}" for syllable in ("kalo", "mine", "rusa", "tovi", "zubra")] + ["kalomine", "zuzuzu"]
-    save_tokenizer(pieces + own, folder)
+    save_tokenizer(make_tokenizer(pieces + own), folder)
     return folder
 
 
@@ -77,7 +77,7 @@ def teacher(teacher_folder):
 
 def make_family(family: str, lines, folder):
     """A tiny teacher of a family with 200 pieces of WordPiece."""
-    save_tokenizer(wordpiece_pieces(lines, 200), folder)
+    save_tokenizer(make_tokenizer(wordpiece_pieces(lines, 200)), folder)
     shape = SHAPES.get(family, BODY | ({"embedding_size": 16} if family == "electra" else {}))
     if family == "modernbert":
         shape = shape | dict.fromkeys(
@@ -287,7 +287,7 @@ def test_same_vocabulary_and_shape_is_the_teacher(teacher):
 def test_a_roberta_body_is_taken_with_its_positions(pad, lines, tmp_path):
     pieces = wordpiece_pieces(lines, 200)
     pieces[0], pieces[pad] = pieces[pad], pieces[0]
-    save_tokenizer(pieces, tmp_path)
+    save_tokenizer(make_tokenizer(pieces), tmp_path)
     config = RobertaConfig(
         vocab_size=200,
         hidden_size=32,
@@ -372,7 +372,7 @@ def test_random_deeper_and_wider_students(teacher, small_vocabulary):
 
 
 def test_a_distilbert_teacher_lends_its_shape(lines, tmp_path, small_vocabulary):
-    save_tokenizer(wordpiece_pieces(lines, 200), tmp_path)
+    save_tokenizer(make_tokenizer(wordpiece_pieces(lines, 200)), tmp_path)
     config = DistilBertConfig(
         vocab_size=200, dim=32, n_layers=2, n_heads=4, hidden_dim=48, max_position_embeddings=30, activation="relu"
     )
@@ -489,7 +489,7 @@ def test_a_table_wider_than_the_layers_is_refused(teacher):
 
 @torch.no_grad()
 def test_an_electra_teacher_with_a_narrow_table_lends_its_layers(lines, tmp_path, small_vocabulary):
-    save_tokenizer(wordpiece_pieces(lines, 200), tmp_path)
+    save_tokenizer(make_tokenizer(wordpiece_pieces(lines, 200)), tmp_path)
     shape = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 48}
     config = ElectraConfig(vocab_size=200, embedding_size=16, max_position_embeddings=30, **shape)
     perturbed(ElectraForPreTraining(config)).save_pretrained(tmp_path)
@@ -687,7 +687,7 @@ def test_what_cannot_be_cut_out_is_refused(teacher, small_vocabulary, lines, tmp
     ):
         with pytest.raises(InputError, match=message):
             extract(teacher, "extract_random", **shape)
-    save_tokenizer(wordpiece_pieces(lines, 200), tmp_path)
+    save_tokenizer(make_tokenizer(wordpiece_pieces(lines, 200)), tmp_path)
     shape = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 48}
     AlbertModel(AlbertConfig(vocab_size=200, embedding_size=16, **shape)).save_pretrained(tmp_path)
     with pytest.raises(InputError, match="a albert teacher does not have BERT's layers: choose teacher or random"):

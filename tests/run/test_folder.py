@@ -20,7 +20,8 @@ def run(tmp_path) -> RunDir:
 
 
 def test_a_stage_is_done_only_after_finish(run):
-    folder = run.start("vocab")
+    run.start("vocab")
+    folder = run.stage("vocab")
     assert folder == run.stage("vocab") and folder.is_dir() and not run.is_done("vocab")
     run.finish("vocab", {"size": 5000})
     assert run.is_done("vocab")
@@ -36,7 +37,8 @@ def test_done_is_written_after_the_summary(run, monkeypatch):
 
 
 def test_starting_again_keeps_only_the_checkpoints_of_an_unfinished_attempt(run):
-    folder = run.start("distill")
+    run.start("distill")
+    folder = run.stage("distill")
     (folder / "checkpoints" / "step-5").mkdir(parents=True)
     (folder / "model").mkdir()
     (folder / "model" / "half.safetensors").write_text("half")
@@ -53,7 +55,8 @@ def test_starting_again_keeps_only_the_checkpoints_of_an_unfinished_attempt(run)
 
 
 def test_a_crash_while_emptying_leaves_no_stage_that_looks_done(run, monkeypatch):
-    (run.start("vocab") / "model").mkdir()
+    run.start("vocab")
+    (run.stage("vocab") / "model").mkdir()
     run.finish("vocab", {})
     monkeypatch.setattr("shutil.rmtree", lambda folder: 1 / 0)
     with pytest.raises(ZeroDivisionError):
@@ -76,7 +79,8 @@ def test_a_run_belongs_to_one_process(run):
 def test_a_finished_stage_is_verified_file_by_file(damage, run, monkeypatch):
     synced, fsync = set(), os.fsync
     monkeypatch.setattr(os, "fsync", lambda n: synced.add(Path(os.readlink(f"/proc/self/fd/{n}")).name) or fsync(n))
-    folder = run.start("encode")
+    run.start("encode")
+    folder = run.stage("encode")
     (folder / "inner").mkdir()
     (folder / "inner" / "words.bin").write_bytes(b"words")
     (folder / "checkpoints").mkdir()
@@ -96,7 +100,8 @@ def test_starting_does_not_follow_links_out_of_the_folder(run, tmp_path):
     precious = tmp_path / "precious"
     precious.mkdir()
     (precious / "file").write_text("mine")
-    (run.start("encode") / "link").symlink_to(precious)
+    run.start("encode")
+    (run.stage("encode") / "link").symlink_to(precious)
     run.start("encode")
     assert (precious / "file").read_text() == "mine"
 
@@ -107,7 +112,8 @@ def test_a_shared_stage_stands_under_the_settings_that_decide_it(tmp_path):
         return SharedRunDir(tmp_path / name, tmp_path / "stages", lambda stage: {stage: settings[stage]})
 
     one, same, other = sharing("one", 3), sharing("same", 3), sharing("other", 4)
-    folder = one.start("distill")
+    one.start("distill")
+    folder = one.stage("distill")
     assert folder.parent == tmp_path / "stages" and folder.name.startswith("distill-")
     one.finish("distill", {"steps": 3})
     assert same.is_done("distill") and same.stage("distill") == folder and not other.is_done("distill")

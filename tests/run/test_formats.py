@@ -6,21 +6,9 @@ import pytest
 
 from tokenizer_build.errors import InputError
 from vocabshrink.run import recipe
-from vocabshrink.run.formats import CLASSES, FORMATS, bits_and_group, describe, format_of, formats_of, is_float
+from vocabshrink.run.formats import CLASSES, FORMATS, bits_and_group, format_of, formats_of
 
 MIXED = {"embeddings": "int4-64", "positions": "int4-32", "attention": "int8", "feed_forward": "int4-128"}
-
-
-def test_every_name_is_read():
-    found = {name: (is_float(name), describe(name)) for name in FORMATS}
-    assert found == {
-        "fp32": (True, "fp32"),
-        "fp16": (True, "fp16"),
-        "int8": (False, "int8"),
-        "int4-32": (False, "int4 groups of 32"),
-        "int4-64": (False, "int4 groups of 64"),
-        "int4-128": (False, "int4 groups of 128"),
-    }
 
 
 def test_a_scale_covers_a_group_or_a_row():
@@ -39,9 +27,14 @@ def test_three_bits_and_packed_weights_are_refused():
             recipe.parse_recipe(data | {"delivery": {key: value}}, "old.yaml")
 
 
-def test_mixed_formats_and_files_in_words():
-    assert describe({"feed_forward": "int4-128", "head": "fp16"}) == "feed forward in int4 groups of 128, head in fp16"
-    assert describe("fp16-safetensors") == "fp16 safetensors"
+@pytest.mark.parametrize("section,key", [("delivery", "weights"), ("finetune", "rounded")])
+def test_a_recipe_that_leaves_a_large_class_out_is_refused(section, key):
+    data = {"name": "n", "teacher": {"model": "t"}, "corpus": {"sources": ["c.txt"]}}
+    data |= {"tasks": {"it": {"train": "a", "validation": "b"}}}
+    recipe.parse_recipe(data | {section: {key: MIXED}}, "r.yaml")
+    lacking = {name: format for name, format in MIXED.items() if name != "attention"}
+    with pytest.raises(InputError, match=f"r.yaml: {section}.{key}: weights of attention: None is no format"):
+        recipe.parse_recipe(data | {section: {key: lacking}}, "r.yaml")
 
 
 def test_a_recipe_knows_the_same_formats():

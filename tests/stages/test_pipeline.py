@@ -10,7 +10,7 @@ import torch
 import yaml
 from conftest import dequantize
 from safetensors.torch import load_file
-from tiny_training import Halves, launch
+from tiny_training import Halves, context_of, launch
 from transformers import AutoModel, AutoModelForMaskedLM
 
 from tokenizer_build.errors import InputError
@@ -19,7 +19,7 @@ from vocabshrink.cli import show_summary
 from vocabshrink.models.forward import ModuleSettings
 from vocabshrink.models.rounding import quantize
 from vocabshrink.models.student import read_student
-from vocabshrink.run.engine import Run, context_of, run_stage, summarise
+from vocabshrink.run.engine import Run, run_stage, summarise
 from vocabshrink.run.folder import RunDir
 from vocabshrink.run.recipe import parse_recipe
 from vocabshrink.run.stage import stages_of

@@ -10,7 +10,9 @@ from rich.console import Console
 from transformers import BertConfig, BertModel
 
 from tokenizer_build.errors import InputError
+from tokenizer_build.tokenizer import SPECIAL_TOKENS, make_tokenizer
 from vocabshrink.cli import table_of
+from vocabshrink.delivery.export import tokenizer_json
 from vocabshrink.delivery.graph import build_graph
 from vocabshrink.models.loading import load_config
 from vocabshrink.run.folder import RunDir
@@ -97,7 +99,7 @@ class TestBudget:
         with pytest.raises(InputError) as caught:
             plan.check_budget(recipe)
         sentence = str(caught.value)
-        assert f"small needs {needed / 1e6:.2f} MB at fp32: over the budget of 0.10 MB by" in sentence
+        assert f"small needs {needed:,} bytes at fp32: over the budget of 100,000 by {needed - 100_000:,}" in sentence
         assert "; use " in sentence and "\n" not in sentence
 
     def test_the_heads_of_tasks_count(self, tiny_teacher):
@@ -152,7 +154,7 @@ def test_tables_name_every_block_format_and_stage(tiny_teacher, tmp_path, monkey
     for table in plan.plan_tables(recipe, RunDir(tmp_path / "run")):
         console.print(table_of(*table))
     text = console.export_text()
-    assert "int4 groups of 128 (chosen)" in text and "1,280 (guess)" in text
+    assert "int4-128 (chosen)" in text and "1,280 (guess)" in text
     assert f"{parameters(plan.shapes(recipe)[1])['total']:,}" in text
 
 
@@ -224,17 +226,17 @@ def test_refusal_says_by_how_much_and_what_to_change():
     assert refusal(large(6_500), needed, "int4-64", recipe="r") is None
     budget = (needed + coarser) // 2
     sentence, over = refusal(large(6_500), budget, "int4-64", recipe="recipe r"), needed - budget
-    mb = "recipe r needs {:.2f} MB at int4 groups of 64: over the budget of {:.2f} MB by {:,} bytes; use "
-    assert over < 10_000 and sentence.startswith(mb.format(needed / 1e6, budget / 1e6, over))
+    told = f"recipe r needs {needed:,} bytes at int4-64: over the budget of {budget:,} by {over:,}; use "
+    assert sentence.startswith(told)
     fewer = fewer_pieces(sentence)
-    assert f"vocabulary.size <= {fewer:,}, or int4 groups of 128" in sentence
+    assert f"vocabulary.size <= {fewer:,}, or int4-128" in sentence
     assert delivery_bytes(large(fewer), "int4-64")["total"] <= budget
 
 
-def test_a_tokenizer_that_exists_is_measured(tmp_path):
-    file = tmp_path / "tokenizer.json"
-    file.write_bytes(b"x" * 12_345)
-    assert delivery_bytes(SMALL[0], "int8", tokenizer=12_345)["tokenizer"] == 12_345
+def test_a_tokenizer_that_exists_is_measured():
+    tokenizer = make_tokenizer([*SPECIAL_TOKENS, "é"])
+    expected = tokenizer_json(json.loads(tokenizer.to_str()), SMALL[0].max_position_embeddings)
+    assert delivery_bytes(SMALL[0], "int8", tokenizer=tokenizer)["tokenizer"] == len(expected.encode())
     sizes = delivery_bytes(SMALL[0], "int8")
     assert sizes["total"] == sizes["weights"] + sizes["tokenizer"] + sizes["small_files"]
 

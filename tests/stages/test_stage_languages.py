@@ -10,9 +10,10 @@ from tokenizer_build.count import read_counts
 from tokenizer_build.errors import InputError
 from tokenizer_build.files import read_json
 from tokenizer_build.tokenizer import load_tokenizer
-from vocabshrink.run.engine import Run, context_of, run_stage, settings_of
+from vocabshrink.run.engine import Context, Run, run_stage, settings_of
 from vocabshrink.run.folder import RunDir
 from vocabshrink.run.recipe import dump_recipe, load_recipe, parse_recipe
+from vocabshrink.run.stage import STAGES
 from vocabshrink.stages import inputs
 from vocabshrink.stages.checks import check_recipe
 from vocabshrink.stages.training import make_batcher
@@ -64,7 +65,7 @@ def test_the_vocabulary_is_of_balanced_counts_and_compared_by_language(run, caps
 
 
 def test_held_out_sentences_and_batches_are_of_every_language(run):
-    context = context_of(run, "distill")
+    context = Context(**vars(run), stage=STAGES["distill"])
     held_out = inputs.read_held_out(context)
     assert held_out.languages.keys() == {"en", "el"}
     for name, greek in (("en", False), ("el", True)):

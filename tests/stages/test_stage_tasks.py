@@ -8,17 +8,17 @@ import numpy as np
 import pytest
 import torch
 from conftest import wordpiece_pieces
-from tiny_training import NARROW
+from tiny_training import NARROW, context_of
 from transformers import AutoModelForSequenceClassification, AutoModelForTokenClassification, AutoTokenizer
 
 import vocabshrink.stages.tasks
 from tokenizer_build.errors import InputError
 from tokenizer_build.files import read_json
-from tokenizer_build.tokenizer import load_tokenizer, save_tokenizer
+from tokenizer_build.tokenizer import load_tokenizer, make_tokenizer, save_tokenizer
 from vocabshrink.data.tasks import encode_task, headline, predictions, read_logits, score
 from vocabshrink.models.rounding import fake_quantize_
 from vocabshrink.models.teacher import load_task_model
-from vocabshrink.run.engine import Run, context_of, run_stage, settings_of
+from vocabshrink.run.engine import Run, run_stage, settings_of
 from vocabshrink.run.folder import RunDir
 from vocabshrink.run.recipe import Phase, TaskSection, parse_recipe
 from vocabshrink.run.stage import stages_of
@@ -74,7 +74,7 @@ def make(data, model, path, *, tasks=("topic",), changes=None, **finetune_sectio
     }
     run = Run(parse_recipe(recipe, "recipe"), RunDir(path))
     texts = [line for file in sorted(data.glob("topic-*")) for line in file.read_text().split("\n")]
-    save_tokenizer(wordpiece_pieces(texts, 120), run.dir.stage("vocab"))
+    save_tokenizer(make_tokenizer(wordpiece_pieces(texts, 120)), run.dir.stage("vocab"))
     return run
 
 
@@ -139,7 +139,7 @@ def test_a_task_s_teacher_reads_with_its_own_tokenizer(family, data, tiny_teache
         (model / "tokenizer.json").write_bytes((source / "tokenizer.json").read_bytes())
     else:  # as many pieces in another order: the wrong ids would give no error
         pieces = sorted((vocabulary := load_tokenizer(source).get_vocab()), key=vocabulary.get)
-        save_tokenizer(pieces[:5] + pieces[:4:-1], model, lowercase=False)
+        save_tokenizer(make_tokenizer(pieces[:5] + pieces[:4:-1], lowercase=False), model)
     run = make(data, tiny_teacher, tmp_path / "run", changes={"teacher": str(model)}, phases=[LAYERS, SOFT], seeds=[1])
     check_task(task := read_tasks(run.recipe)["topic"], run.recipe.tasks["topic"])
     trainings = vocabshrink.stages.tasks.TaskTrainings(context_of(run, "finetune"), task)

@@ -9,7 +9,7 @@ from tokenizers import AddedToken, Tokenizer
 from tokenizer_build.count import read_counts
 from tokenizer_build.errors import InputError
 from tokenizer_build.files import read_json
-from tokenizer_build.tokenizer import SPECIAL_TOKENS, load_tokenizer, lowercases, save_tokenizer
+from tokenizer_build.tokenizer import SPECIAL_TOKENS, load_tokenizer, lowercases, make_tokenizer, save_tokenizer
 from vocabshrink.run.engine import Run, run_stage
 from vocabshrink.run.folder import RunDir
 from vocabshrink.run.recipe import parse_recipe
@@ -71,7 +71,7 @@ def test_a_given_tokenizer_reaches_all_its_pieces(tiny_teacher, tmp_path):
     """Capitals, accents and added tokens were lost where normalizer and pre-tokenizer came from the recipe."""
     given, letters = tmp_path / "given", sorted(set("ZürichKudamm"))
     pieces = [*SPECIAL_TOKENS, *letters, *("##" + letter for letter in letters), "Zürich"]
-    save_tokenizer(pieces, given, lowercase=False)
+    save_tokenizer(make_tokenizer(pieces, lowercase=False), given)
     tokenizer = load_tokenizer(given)
     tokenizer.add_tokens([AddedToken("Ku'damm", normalized=False)])
     tokenizer.save(str(given / "tokenizer.json"))

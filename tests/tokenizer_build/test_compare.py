@@ -8,20 +8,24 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from tokenizer_build.__main__ import main
 from tokenizer_build.compare import compare, markdown
 from tokenizer_build.errors import InputError
-from tokenizer_build.tokenizer import SPECIAL_TOKENS, save_tokenizer
+from tokenizer_build.tokenizer import SPECIAL_TOKENS, load_tokenizer, make_tokenizer, save_tokenizer
 
 COUNTS = {"ab": 6, "abc": 3, "x": 1}
 
 
 @pytest.fixture
 def folders(tmp_path):
-    save_tokenizer([*SPECIAL_TOKENS, "a", "b", "ab", "##b", "##c"], tmp_path / "first")
-    save_tokenizer([*SPECIAL_TOKENS, "a", "##b", "##c", "x"], tmp_path / "second")
+    save_tokenizer(make_tokenizer([*SPECIAL_TOKENS, "a", "b", "ab", "##b", "##c"]), tmp_path / "first")
+    save_tokenizer(make_tokenizer([*SPECIAL_TOKENS, "a", "##b", "##c", "x"]), tmp_path / "second")
     return {"first": tmp_path / "first", "second": tmp_path / "second" / "tokenizer.json"}
 
 
+def loaded(folders):
+    return {name: load_tokenizer(path) for name, path in folders.items()}
+
+
 def test_measures_are_what_they_say(folders):
-    measured = compare(COUNTS, folders)
+    measured = compare(COUNTS, loaded(folders))
     assert measured["first"] == {
         "size": 10,
         "pieces_per_word": (6 + 3 * 2 + 1) / 10,
@@ -41,7 +45,7 @@ def test_measures_are_what_they_say(folders):
     assert " ".join(lines[2].split()) == "| first | 10 | 1.3000 | 60.00% | 10.00% | 100.00% |"
 
 
-def test_other_families_are_measured_too(folders, tmp_path):
+def test_other_families_are_measured_too(folders):
     byte_level = Tokenizer(
         models.BPE(
             {"a": 0, "b": 1, "c": 2, "x": 3, "Ġ": 4, "Ġa": 5, "Ġab": 6, "Ġx": 7}, [("Ġ", "a"), ("Ġa", "b"), ("Ġ", "x")]
@@ -49,11 +53,9 @@ def test_other_families_are_measured_too(folders, tmp_path):
     )
     byte_level.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     byte_level.decoder = decoders.ByteLevel()
-    byte_level.save(str(tmp_path / "bytes.json"))
     unigram = Tokenizer(models.Unigram([("<unk>", 0.0), ("▁ab", -1.0), ("c", -2.0), ("▁", -3.0)], unk_id=0))
     unigram.pre_tokenizer = pre_tokenizers.Metaspace()
-    unigram.save(str(tmp_path / "unigram.json"))
-    measured = compare(COUNTS, {**folders, "bytes": tmp_path / "bytes.json", "unigram": tmp_path / "unigram.json"})
+    measured = compare(COUNTS, {**loaded(folders), "bytes": byte_level, "unigram": unigram})
     assert measured["bytes"]["pieces_per_word"] == 1.3 and measured["bytes"]["coverage"] == 0.7
     assert measured["bytes"]["unknown_rate"] == 0.0
     assert measured["bytes"]["overlap_with_first"] == pytest.approx(4 / 7)  # a, ab, ##b, ##c of 7 less Ġ
@@ -62,7 +64,7 @@ def test_other_families_are_measured_too(folders, tmp_path):
 
 def test_nothing_to_compare_is_refused(folders):
     with pytest.raises(InputError, match="nothing to compare"):
-        compare({}, folders)
+        compare({}, loaded(folders))
     with pytest.raises(InputError, match="nothing to compare"):
         compare(COUNTS, {})
 

@@ -30,7 +30,7 @@ def loaded(request, tmp_path_factory):
     from transformers import AutoTokenizer, BertTokenizerFast
 
     folder = tmp_path_factory.mktemp("tokenizer")
-    save_tokenizer(PIECES, folder, lowercase=request.param, max_length=64)
+    save_tokenizer(make_tokenizer(PIECES, lowercase=request.param), folder, max_length=64)
     only_vocabulary = tmp_path_factory.mktemp("vocabulary")
     for name in ("vocab.txt", "tokenizer_config.json"):
         (only_vocabulary / name).write_bytes((folder / name).read_bytes())
@@ -73,14 +73,14 @@ def test_pairs_lengths_and_special_tokens(loaded):
 
 
 def test_the_files_are_as_promised(tmp_path):
-    save_tokenizer(PIECES, tmp_path)
+    save_tokenizer(make_tokenizer(PIECES), tmp_path)
     assert sorted(p.name for p in tmp_path.iterdir()) == ["tokenizer.json", "tokenizer_config.json", "vocab.txt"]
     assert (tmp_path / "vocab.txt").read_text("utf-8").split("\n") == [*PIECES, ""]
     saved = json.loads((tmp_path / "tokenizer.json").read_text("utf-8"))
     assert [token["content"] for token in saved["added_tokens"]] == SPECIAL_TOKENS
     assert list(saved["model"]["vocab"]) == PIECES
     first = (tmp_path / "tokenizer.json").read_bytes()
-    save_tokenizer(PIECES, tmp_path)
+    save_tokenizer(make_tokenizer(PIECES), tmp_path)
     assert (tmp_path / "tokenizer.json").read_bytes() == first
 
 

@@ -7,7 +7,7 @@ from conftest import wordpiece_pieces
 from tiny_training import NARROW, PLAIN, encode, make_batcher, mean_loss, perturb
 from transformers import AlbertConfig, AlbertForMaskedLM, AutoModel
 
-from tokenizer_build.tokenizer import save_tokenizer
+from tokenizer_build.tokenizer import make_tokenizer, save_tokenizer
 from vocabshrink.models.forward import run_backbone
 from vocabshrink.models.student import build_student
 from vocabshrink.models.teacher import MaskedLMHead, load_teacher
@@ -207,7 +207,7 @@ def test_mixing_is_the_teachers_or_the_students_segmentation(p, words, tiny_teac
 def test_a_teacher_whose_table_is_narrower_than_its_layers(lines, tmp_path):
     """ALBERT: the map up of pieces and the map up of hidden states are two."""
     folder = tmp_path / "albert"
-    save_tokenizer(wordpiece_pieces(lines, 300), folder)
+    save_tokenizer(make_tokenizer(wordpiece_pieces(lines, 300)), folder)
     config = AlbertConfig(
         vocab_size=300,
         embedding_size=16,

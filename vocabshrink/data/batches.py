@@ -103,12 +103,9 @@ Special = namedtuple("Special", ["cls", "sep", "pad", "mask", "between"])  # bet
 
 def special_tokens(lexicon: Lexicon, side: str) -> Special:
     """Ids of the "teacher" or "student" vocabulary's special tokens, and the number of separators between the sentences
-    of a pair: 1 as in BERT, 2 as in RoBERTa, which has no token types. Raises InputError if the tokenizer lacks one."""
+    of a pair: 1 as in BERT, 2 as in RoBERTa, which has no token types."""
     meta = lexicon.meta[side]
-    found = {role: meta["special"].get(role) for role in Special._fields[:4]}
-    if lacking := [role for role, number in found.items() if number is None]:
-        raise InputError(f"{side} tokenizer: it has no {lacking[0]} token: add one to tokenizer.json")
-    return Special(**found, between=1 + meta.get("double_sep", False))
+    return Special(*(meta["special"][role] for role in Special._fields[:4]), between=1 + meta["double_sep"])
 
 
 class PieceTable:

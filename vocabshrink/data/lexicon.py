@@ -12,12 +12,10 @@ cannot be promised, and the first lines of every corpus are compared with the pi
 
 Cost: a look-up for each chunk (2 million words a second and core, once warm), and both tokenizers for each new one."""
 
-import copy
 import hashlib
 import json
 import os
 import re
-import shutil
 import unicodedata
 from array import array
 from collections.abc import Callable, Iterable, Iterator
@@ -34,7 +32,7 @@ from tokenizers.pre_tokenizers import BertPreTokenizer
 
 from tokenizer_build.count import map_in_order
 from tokenizer_build.errors import InputError
-from tokenizer_build.files import naming_bad_disk, read_json, stamp, write_json
+from tokenizer_build.files import naming_bad_disk, read_json, read_values, stamp, write_json, write_jsonl
 from tokenizer_build.tokenizer import load_tokenizer, shared_tokenizer
 
 CACHED_CHUNKS = 1_000_000  # about 250 MB; Zipf's law makes a refill after clearing cheap
@@ -71,10 +69,8 @@ class Lexicon:
     @classmethod
     def load(cls, folder: Path) -> "Lexicon":
         """Reads what `encode_corpus` wrote. Raises InputError if the folder is not a finished lexicon."""
-        meta = read_json(folder / "meta.json")
-        # split on "\n" alone: JSON keeps U+2028 and its like as they are, and str.splitlines cuts there
-        words = ",".join((folder / "words.jsonl").read_text(encoding="utf-8").split("\n")[:-1])
-        return cls(**load_file(folder / "lexicon.safetensors"), words=json.loads(f"[{words}]"), meta=meta)
+        meta, words = read_json(folder / "meta.json"), read_values(folder / "words.jsonl")
+        return cls(**load_file(folder / "lexicon.safetensors"), words=words, meta=meta)
 
     @property
     def student_counts(self) -> np.ndarray:
@@ -94,8 +90,7 @@ class WordStream:
 
     @classmethod
     def load(cls, folder: Path) -> "WordStream":
-        """Maps what `encode_corpus` wrote. Raises InputError if the folder is not a finished lexicon."""
-        read_json(folder / "meta.json")
+        """Maps what `encode_corpus` wrote, into a folder of which `Lexicon.load` says whether it is whole."""
         return cls(*(np.load(folder / f"{name}.npy", mmap_mode="r") for name in ("word_ids", "line_offsets")))
 
 
@@ -110,47 +105,31 @@ def encode_corpus(
     """Writes the lexicon and word stream of `blocks` (lists of lines) into `folder`; returns the totals: lines, words,
     distinct_words, and the stream's teacher_pieces and student_pieces. Words are numbered by first occurrence, so that
     the files do not depend on processes and blocks. `progress` is called with the words of each block written. Raises
-    InputError for no words and for a tokenizer that cannot be handled exactly; what was there before then stays."""
+    InputError for no words and for a tokenizer that cannot be handled exactly."""
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # one thread a process; and spawn inherits it
-    paths = tokenizer_file(teacher), tokenizer_file(student)
-    of_teacher, of_student = map(describe_tokenizer, paths)
+    of_teacher, of_student = map(describe_tokenizer, (teacher, student))
     # a teacher alone on a task stands on both sides
     if of_student["family"] != "wordpiece" and of_student["sha256"] != of_teacher["sha256"]:
-        raise InputError(f"{paths[1]} is a {of_student['family']} tokenizer; give the student a WordPiece vocabulary")
-    made = folder / ".partial"  # one name, so that the next run removes what a killed one left
-    shutil.rmtree(made, ignore_errors=True)
-    made.mkdir(parents=True)
-    try:
-        with naming_bad_disk(folder):
-            blocks, encoder = iter(blocks), _Encoder(*paths)
-            encoder.check(first := next(blocks, []), encoded := encoder.encode(first))
-            results = chain([encoded], map_in_order(encoder.encode, blocks, processes))
-            totals = _write(results, made, progress or (lambda words: None))
-            write_json(made / "meta.json", {"teacher": of_teacher, "student": of_student} | totals)
-            (folder / "meta.json").unlink(missing_ok=True)  # goes first and comes last: no half-written run loads
-            for file in sorted(made.iterdir(), key=lambda file: file.name == "meta.json"):
-                os.replace(file, folder / file.name)
-    finally:
-        shutil.rmtree(made, ignore_errors=True)
+        raise InputError(f"{student} is a {of_student['family']} tokenizer; give the student a WordPiece vocabulary")
+    blocks, encoder = iter(blocks), _Encoder(teacher, student)
+    encoder.check(first := next(blocks, []), encoded := encoder.encode(first))
+    results = chain([encoded], map_in_order(encoder.encode, blocks, processes))
+    with naming_bad_disk(folder):
+        folder.mkdir(parents=True, exist_ok=True)
+        for old in ("meta.json", "word_ids.npy", "line_offsets.npy"):  # these may be mapped, meta.json comes last
+            (folder / old).unlink(missing_ok=True)
+        totals = _write(results, folder, progress or (lambda words: None))
+        write_json(folder / "meta.json", {"teacher": of_teacher, "student": of_student} | totals)
     return totals
 
 
-def tokenizer_file(path: str | Path) -> Path:
-    """The tokenizer.json of a folder, or the file itself. Raises InputError if there is none."""
-    file = Path(path, "tokenizer.json") if Path(path).is_dir() else Path(path)
-    if not file.is_file():
-        raise InputError(f"{path} holds no tokenizer.json; AutoTokenizer's save_pretrained writes one")
-    return file
-
-
-def check_family(path: str | Path) -> str:
-    """How this tokenizer keeps words apart: "wordpiece", "byte-level", "metaspace" or "words". Raises InputError, with
-    the reason, for one that is not known to be cut at spaces exactly."""
-    path = tokenizer_file(path)
-    encoder = _Encoder(path, path)
+def check_family(folder: Path) -> str:
+    """How a folder's tokenizer keeps words apart: "wordpiece", "byte-level", "metaspace" or "words". Raises InputError,
+    with the reason, for one that is not known to be cut at spaces exactly."""
+    encoder = _Encoder(folder, folder)
     spec = json.loads(encoder.tokenizers[0].to_str())
     for reason in _reasons(spec, encoder):
-        raise InputError(f"{path} cannot be encoded word by word: {reason}; choose another teacher")
+        raise InputError(f"{folder} cannot be encoded word by word: {reason}; choose another teacher")
     lines = [form.format(edge) for edge in EDGES for form in ("a{0}b", "{0}a b{0}", "a's{0}12{0}{0}B!? (c)", "{0}")]
     encoder.check(lines, encoder.encode(lines))  # a backstop to `_reasons`
     if spec["model"]["type"] == "WordPiece":
@@ -191,22 +170,25 @@ def _reasons(spec: dict, encoder: "_Encoder") -> Iterator[str]:
         yield "its normalizer changes a word by what stands beside it"
 
 
-def describe_tokenizer(path: Path) -> dict:
-    """What meta.json says of a tokenizer.json; special: ids of pad, unk, cls, sep, mask. Raises: `check_family`."""
-    return copy.deepcopy(_described(path, stamp(path.parent)))
+def describe_tokenizer(folder: str | Path) -> dict:
+    """What meta.json says of a folder's tokenizer, only to be read; special: ids of pad, unk (or None), cls, sep, mask.
+    Raises InputError as `check_family` does, and for a tokenizer that lacks one of the others."""
+    return _described(Path(folder), stamp(Path(folder)))
 
 
 @lru_cache(8)
-def _described(path: Path, files: tuple) -> dict:
-    family, tokenizer, config_file = check_family(path), shared_tokenizer(path), path.with_name("tokenizer_config.json")
+def _described(folder: Path, files: tuple) -> dict:
+    family, tokenizer, config_file = check_family(folder), shared_tokenizer(folder), folder / "tokenizer_config.json"
     config, special = read_json(config_file) if config_file.is_file() else {}, {}
     for role, name in ROLES.items():
         named = config.get(f"{role}_token")
         names = (named["content"] if isinstance(named, dict) else named or "", f"[{role.upper()}]", name)
         special[role] = next((i for i in map(tokenizer.token_to_id, names) if i is not None), None)
-    double = special["cls"] is not None and tokenizer.id_to_token(special["cls"]) == "<s>"  # between a pair
-    described = {"size": tokenizer.get_vocab_size(with_added_tokens=True), "special": special, "double_sep": double}
-    return described | {"sha256": hashlib.sha256(path.read_bytes()).hexdigest(), "family": family}
+    if lacking := [role for role, number in special.items() if number is None and role != "unk"]:
+        raise InputError(f"{folder}: the tokenizer has no {lacking[0]} token: add one to tokenizer.json")
+    double = tokenizer.id_to_token(special["cls"]) == "<s>"  # between a pair
+    found = {"size": tokenizer.get_vocab_size(with_added_tokens=True), "special": special, "double_sep": double}
+    return found | {"sha256": hashlib.sha256((folder / "tokenizer.json").read_bytes()).hexdigest(), "family": family}
 
 
 @cache
@@ -228,7 +210,7 @@ class _Encoder:
             tokenizer.post_processor = None  # offsets of byte-level pieces keep their space, and nothing overlaps
         self.normalizers = [t.normalizer for t in self.tokenizers if t.normalizer is not None]
         self.words: dict[bytes, int] = {}
-        self.known: dict[str, bool] = {}  # what `safe` said
+        self.safe = cache(self.safe)
         self.cache: dict[str, tuple[int, ...]] = {}  # the words of a chunk
         # BERT's normalizer maps character by character and its pre-tokenizer isolates punctuation and drops white
         # space. Cutting there too halves the distinct chunks ("word", not "word," and "(word").
@@ -240,14 +222,12 @@ class _Encoder:
     def safe(self, character: str) -> bool:
         """Whether a line may be cut between this character and a following space: it must be visible, since
         tokenizers differ in what is white space, and normalising each side must equal normalising the whole."""
-        if character not in self.known:
-            self.known[character] = unicodedata.category(character)[0] in "LNPS" and all(
-                n.normalize_str(f"a{character} b") == n.normalize_str(f"a{character}") + n.normalize_str(" b")
-                and n.normalize_str(character).strip()
-                and not n.normalize_str(f"a{character}")[-1].isspace()
-                for n in self.normalizers
-            )
-        return self.known[character]
+        return unicodedata.category(character)[0] in "LNPS" and all(
+            n.normalize_str(f"a{character} b") == n.normalize_str(f"a{character}") + n.normalize_str(" b")
+            and n.normalize_str(character).strip()
+            and not n.normalize_str(f"a{character}")[-1].isspace()
+            for n in self.normalizers
+        )
 
     def chunks(self, line: str) -> list[str]:
         """Cuts a line into chunks (spaces and what follows them) where no tokenizer can see across the cut."""
@@ -382,8 +362,7 @@ def _write(results: Iterable[tuple], folder: Path, progress: Callable[[int], Non
     for side, lengths in (("teacher", teacher), ("student", sizes - 1 - teacher)):
         tables[f"{side}_offsets"] = np.append(0, np.cumsum(lengths))
     save_file(tables | {"counts": counts, "ends_sentence": ends}, folder / "lexicon.safetensors")
-    with open(folder / "words.jsonl", "w", encoding="utf-8", newline="\n") as file:
-        file.writelines(json.dumps(surface, ensure_ascii=False) + "\n" for surface in surfaces)
+    write_jsonl(folder / "words.jsonl", surfaces)
     pieces = {f"{side}_pieces": int(counts @ np.diff(tables[f"{side}_offsets"])) for side in ("teacher", "student")}
     return {"lines": lines, "words": words, "distinct_words": len(numbers)} | pieces
 

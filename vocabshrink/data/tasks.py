@@ -29,7 +29,7 @@ from tokenizer_build.corpus import read_rows
 from tokenizer_build.errors import InputError
 from tokenizer_build.files import parse_json, read_json, write_json
 from vocabshrink.data.batches import Batch, Order, PieceTable, Segments, Sequences
-from vocabshrink.data.lexicon import Lexicon, WordStream, encode_corpus, tokenizer_file
+from vocabshrink.data.lexicon import Lexicon, WordStream, encode_corpus
 from vocabshrink.run.recipe import TaskSection
 
 UNLABELLED = -1
@@ -262,8 +262,6 @@ def predictions(task: Task, logits_by_row: np.ndarray | list[np.ndarray]) -> lis
 def score(task: Task, logits_by_row: np.ndarray | list[np.ndarray], split: str) -> dict[str, float]:
     """The task's metrics of the split's labelled rows, {} if none is; arguments and errors as of `predictions`."""
     targets, predicted = task.splits[split].targets, predictions(task, logits_by_row)
-    if len(predicted) != len(targets):
-        raise ValueError(f"{split} has {len(targets)} rows and the model answered {len(predicted)}")
     if task.kind == "regression":
         known = np.isfinite(targets)
         by_row = sides = targets[known], np.array(predicted)[known]
@@ -352,7 +350,7 @@ class EncodedTask:
     starts: dict[str, np.ndarray]
 
 
-def encode_task(task: Task, teacher: str | Path, student: str | Path, folder: Path) -> EncodedTask:
+def encode_task(task: Task, teacher: Path, student: Path, folder: Path) -> EncodedTask:
     """Encodes all splits into one lexicon in `folder`, or reads it if the same rows were encoded before. Tokens but
     the first stand behind a space, so that byte-level vocabularies read them as in the sentence."""
     lines, starts = [], {}
@@ -363,7 +361,7 @@ def encode_task(task: Task, teacher: str | Path, student: str | Path, folder: Pa
             of_rows = list(zip(rows.first, *([] if rows.second is None else [rows.second]), strict=True))
         starts[split] = len(lines) + np.cumsum([0, *map(len, of_rows)])
         lines.extend(chain.from_iterable(of_rows))
-    contents = chain((tokenizer_file(path).read_bytes() for path in (teacher, student)), map(str.encode, lines))
+    contents = chain(((of / "tokenizer.json").read_bytes() for of in (teacher, student)), map(str.encode, lines))
     inputs = hashlib.sha256(b"".join(hashlib.sha256(content).digest() for content in contents)).hexdigest()
     finished, encoded = folder / "task.json", {"sha256": inputs, "lines": len(lines)}
     if not finished.is_file() or read_json(finished) != encoded:

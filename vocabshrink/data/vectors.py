@@ -4,7 +4,6 @@ Vectors of several teachers are joined into one whose products are the weighted 
 similarities. Sentences come from the text itself, not from the word stream, because every teacher has a tokenizer of
 its own; lines that are held out give none. Vectors are float16 and memory-mapped, [N, D] a teacher."""
 
-import json
 import math
 import random
 import re
@@ -18,9 +17,10 @@ from safetensors.numpy import load_file, save_file
 
 from tokenizer_build.corpus import read_lines, read_parallel
 from tokenizer_build.errors import InputError
-from tokenizer_build.files import read_json, write_json, write_text
+from tokenizer_build.files import read_json, read_values, write_json, write_jsonl
 from tokenizer_build.languages import factors, shares
 from vocabshrink.data.held_out import Embed
+from vocabshrink.run.engine import saying
 from vocabshrink.run.recipe import CorpusSection, VectorsStage
 
 BOUNDARY = re.compile(r"(?<=[.!?…][\"')\]”’])\s+|(?<=[.!?…])\s+|(?<=[。！？｡])")  # between two sentences of a line
@@ -44,14 +44,12 @@ class Sentences:
         return self.texts[: 1 + int(self.rows.max())]
 
     def save(self, folder: Path) -> None:
-        write_sentences(folder, self.texts)
+        write_jsonl(folder / "sentences.jsonl", self.texts)
         save_file({"rows": self.rows, "times": self.times}, folder / "sentences.safetensors")
 
     @classmethod
     def load(cls, folder: Path) -> "Sentences":
-        texts, file = read_sentences(folder), folder / "sentences.safetensors"
-        alone = {"rows": np.arange(len(texts)), "times": np.ones(len(texts))}  # of earlier runs, without such a file
-        return cls(texts, **(load_file(file) if file.is_file() else alone))
+        return cls(read_values(folder / "sentences.jsonl"), **load_file(folder / "sentences.safetensors"))
 
 
 def draw_sentences(corpus: CorpusSection, section: VectorsStage, seed: int) -> Sentences:
@@ -113,22 +111,12 @@ def behind_prompts(sentences: list[str], prompts: Iterable[tuple[str, float]]) -
     return [starts[i] + text for i, text in zip(np.searchsorted(bounds, places, "right"), sentences, strict=True)]
 
 
-def write_sentences(folder: Path, sentences: list[str]) -> None:
-    """One JSON string a line."""
-    write_text(folder / "sentences.jsonl", "".join(json.dumps(text, ensure_ascii=False) + "\n" for text in sentences))
-
-
-def read_sentences(folder: Path) -> list[str]:
-    # split on "\n" alone: JSON keeps U+2028 and its like as they are, and str.splitlines cuts there
-    return [json.loads(line) for line in (folder / "sentences.jsonl").read_text(encoding="utf-8").split("\n")[:-1]]
-
-
-def store_vectors(folder: Path, name: str, sentences: list[str], embed: Embed, saying: Callable) -> None:
-    """Writes `embed` of the sentences to folder/NAME.npy, [N, D] float16, going on where a killed run stopped. saying:
-    of the number of those that are there gives what is called with the number of each block's."""
+def store_vectors(folder: Path, name: str, sentences: list[str], embed: Embed, what: str) -> None:
+    """Writes `embed` of the sentences to folder/NAME.npy, [N, D] float16, going on where a killed run stopped. what:
+    names them in what is said after each block."""
     path, state = folder / f"{name}.npy", folder / f"{name}.json"
     done = read_json(state)["done"] if state.is_file() else 0
-    progress = saying(done)
+    progress = saying(what, 1, len(sentences), done)
     while done < len(sentences):
         vectors = embed(sentences[done : done + BLOCK])
         mode, shape = "r+" if path.is_file() and done else "w+", (len(sentences), vectors.shape[1])

@@ -10,7 +10,7 @@ import os
 import re
 import statistics
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from functools import cache, partial
 from pathlib import Path
@@ -52,7 +52,7 @@ class Variant:
         return read_json(self.dir.stage(stage) / "summary.json")
 
 
-def base_values(path: Path, overrides: list[str] | tuple[str, ...]) -> dict:
+def base_values(path: Path, overrides: Sequence[str]) -> dict:
     """The plain values of a recipe with the command line's settings, for `make_variant`. Raises InputError."""
     load_recipe(path)  # for the recipe's own mistakes, under its own name
     data = read_yaml(path, "a recipe")
@@ -153,13 +153,13 @@ def slug(label: str) -> str:
     return re.sub(r"[^A-Za-z0-9._-]+", "_", label).strip("_")
 
 
-def read_ablation(path: Path, overrides: list[str] | tuple[str, ...] = ()) -> Ablation:
+def read_ablation(path: Path, overrides: Sequence[str] = ()) -> Ablation:
     """An ablation file, with `seeds=[...]` of the command line. Raises InputError for a bad file or value."""
     data = read_yaml(path, "an ablation", "base", "variants")
     return parse_recipe(data | dict(map(parse_override, overrides)), str(path), Ablation)
 
 
-def runs_of(path: Path, overrides: list[str] | tuple[str, ...], root: Path) -> tuple[Ablation, list[Variant]]:
+def runs_of(path: Path, overrides: Sequence[str], root: Path) -> tuple[Ablation, list[Variant]]:
     """An ablation and its runs: every variant under every seed, seeds outermost, so that a table fills evenly. The
     command line's settings apply over the base recipe and under what makes variants differ. Raises InputError that
     names the file and the variant."""
@@ -179,9 +179,7 @@ def runs_of(path: Path, overrides: list[str] | tuple[str, ...], root: Path) -> t
     return ablation, runs
 
 
-def run_ablations(
-    files: list[Path], overrides: list[str] | tuple[str, ...] = (), root: Path = Path("artifacts/ablations")
-) -> dict:
+def run_ablations(files: list[Path], overrides: Sequence[str] = (), root: Path = Path("artifacts/ablations")) -> dict:
     """Runs every variant of the files under every seed and writes the tables after each; finished ones are skipped.
     Returns summary.json of `root`: {"rows": those of `rows_of`, "finished": {name: "5 of 6"}}. Raises InputError for a
     bad file or a variant over its budget, before anything runs; for what stopped one, once all others have run."""

@@ -7,7 +7,6 @@ takes a second for 8 MB of source. Files without a triple quote, almost a third 
 import ast
 import importlib
 import inspect
-import json
 import re
 import sys
 import sysconfig
@@ -18,7 +17,7 @@ from pathlib import Path
 
 from tokenizer_build.count import map_in_order
 from tokenizer_build.errors import InputError
-from tokenizer_build.files import write_text
+from tokenizer_build.files import write_jsonl
 
 SKIPPED_FOLDERS = {"test", "tests", "testing", "idle_test", "site-packages", "dist-packages", "__pycache__"}
 DEFINITIONS = (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
@@ -49,7 +48,7 @@ def harvest(out: Path, *, processes: int = 1, roots: list[Path] | None = None) -
         rows.setdefault(text.lower(), {"text": text, "source": source})
     if not rows:
         raise InputError(f"no documentation in {len(files)} files: give folders of Python packages")
-    write_text(out, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows.values()))
+    write_jsonl(out, rows.values())
     return {"paragraphs": len(rows), "words": sum(text.count(" ") + 1 for text in rows)}
 
 

@@ -6,11 +6,10 @@ the corpus and on a few tasks. NSGA-II, storage, pruning and fronts are Optuna's
 processes share one study. Optuna prunes by one objective alone, so with several none is given up between tasks."""
 
 import contextlib
-import hashlib
-import json
 import statistics
 import timeit
 import warnings
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -23,7 +22,7 @@ from sqlalchemy.exc import SQLAlchemyError
 from transformers import PreTrainedConfig
 
 from tokenizer_build.errors import InputError
-from tokenizer_build.files import claimed, read_json, write_json, write_text
+from tokenizer_build.files import claimed, hash_of, read_json, write_json, write_text
 from vocabshrink.delivery.graph import build_graph
 from vocabshrink.lab import ablations
 from vocabshrink.models.families import new_encoder
@@ -95,7 +94,7 @@ class Tuner:
     base: the plain values of the full run. recipe: the proxy's. sizes: {gene: how many values it has}; the value of
     `layer_1` .. is the teacher layer (0 for none), that of a key of the recipe the position in its list."""
 
-    def __init__(self, path: Path, overrides: list[str] | tuple[str, ...], root: Path):
+    def __init__(self, path: Path, overrides: Sequence[str], root: Path):
         """Reads a search and its base recipe. overrides: of the recipe, or with `tune.` before them of the search.
         Raises InputError for a bad file, override or gene, an unknown task, a student deeper than its teacher."""
         data, own = read_yaml(path, "a search", "base", "tasks"), [o for o in overrides if o.startswith("tune.")]
@@ -128,7 +127,7 @@ class Tuner:
 
     def variant(self, changes: dict[str, Any], task: str) -> ablations.Variant:
         """A candidate's run on one task, which shares its general student with the runs on the others."""
-        genome, origin = genome_of(changes), f"genes {changes}"
+        genome, origin = hash_of(changes), f"genes {changes}"
         keys = self.tuning.proxy | changes | {f"tasks.{name}": None for name in self.recipe.tasks if name != task}
         if task not in self.recipe.tasks:  # rated pairs
             keys["finetune"] = None
@@ -176,7 +175,7 @@ class Tuner:
         if "latency" in self.tuning.objectives:
             kept = self.root / "latency.json"
             measured = read_json(kept) if kept.is_file() else {}
-            shape = json.dumps([config.to_diff_dict(), delivery.weights, delivery.kernel], sort_keys=True)
+            shape = hash_of([config.to_diff_dict(), delivery.weights, delivery.kernel])
             known["latency"] = measured.get(shape) or measure_latency(config, delivery)
             write_json(kept, measured | {shape: known["latency"]})
         return known
@@ -189,11 +188,6 @@ class Tuner:
             return ablations.rated_of(variant)[task]
         summary = variant.summary("finetune")
         return (summary["rounded"] or summary)["average"]
-
-
-def genome_of(changes: Any) -> str:
-    """A candidate's name: twelve digits that tell its settings from all others'."""
-    return hashlib.sha256(json.dumps(changes, sort_keys=True).encode()).hexdigest()[:12]
 
 
 def measure_latency(config: PreTrainedConfig, delivery: DeliverySection) -> float:
@@ -217,7 +211,7 @@ def explore(tuner: Tuner) -> optuna.Study:
     decides += [tuning.model_dump(include={"tasks", "map", "ordered", "genes", "objectives", "sampler"})]
     decides += [tuner.recipe.evaluation.stsb, (tuner.recipe.delivery or DeliverySection()).budget]
     pruner = optuna.pruners.PercentilePruner(100 * (1 - tuning.give_up), n_startup_trials=tuning.population)
-    options = {"study_name": f"{tuning.name}-{genome_of(decides)}", "load_if_exists": True, "pruner": pruner}
+    options = {"study_name": f"{tuning.name}-{hash_of(decides)}", "load_if_exists": True, "pruner": pruner}
     options["directions"] = ["maximize" if objective == "quality" else "minimize" for objective in tuning.objectives]
     retry = {"heartbeat_stale_trial_callback": RetryHeartbeatStaleTrialCallback()}  # of a trial whose process died
     with claimed(tuner.root / "study.lock", wait=True):  # two processes would make the tables of one file twice
@@ -267,7 +261,7 @@ def attempt(tuner: Tuner, study: optuna.Study, trial: optuna.Trial) -> list[floa
     """One candidate's objectives, in the search's order. Raises optuna.TrialPruned where it is refused or given up."""
     tuning, name, scores = tuner.tuning, trial.user_attrs.get("name"), {}
     changes = tuner.changes({gene: trial.suggest_int(gene, 0, size - 1) for gene, size in tuner.sizes.items()})
-    genome = genome_of(changes)
+    genome = hash_of(changes)
     if not (about := rows_of(study).get(genome)):
         about = {"state": "complete", "name": name, "words": tuner.words(changes), "quality": None, "bytes": None}
         about |= {"latency": None, "genome": genome, "scores": scores, "changes": changes, "refused": None}
@@ -301,7 +295,7 @@ def rows_of(study: optuna.Study) -> dict[str, dict]:
     return rows
 
 
-def run_tuning(path: Path, overrides: list[str] | tuple[str, ...] = (), root: Path = Path("artifacts/tune")) -> dict:
+def run_tuning(path: Path, overrides: Sequence[str] = (), root: Path = Path("artifacts/tune")) -> dict:
     """Searches; what is finished is skipped. Writes study.db, best.yaml (or front/N.yaml), confirm.yaml where the file
     asks for it, tune.html and summary.json into `root`/NAME, and `root`/summary.json of all searches. Returns the
     search's summary. Raises InputError as `Tuner` does, and where no candidate could be trained."""
@@ -316,7 +310,7 @@ def run_tuning(path: Path, overrides: list[str] | tuple[str, ...] = (), root: Pa
         raise InputError(f"{path}: no candidate could be trained: {statistics.mode(reasons)}")
     summary = tuning.model_dump(include={"name", "title", "objectives", "tasks"})
     summary |= {"best": front[0]} if tuning.objectives == ["quality"] else {"front": front}
-    named = ((name, genome_of(tuner.changes(genes))) for name, genes in tuner.named().items())
+    named = ((name, hash_of(tuner.changes(genes))) for name, genes in tuner.named().items())
     summary["named"] = {name: rows[genome] for name, genome in named if genome in rows}
     states = [row["state"] for row in rows.values()]
     trials = {state: states.count(state) for state in ("complete", "given up", "refused")}

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
-from vocabshrink.run.formats import Formats, bits_and_group, format_of, formats_of, is_float
+from vocabshrink.run.formats import FLOATS, Formats, bits_and_group, format_of, formats_of
 
 # What the extreme value of a 4-bit group is divided by. Scales up to 30 % smaller make small values finer and cut
 # extremes; whole numbers make the extreme a whole code.
@@ -65,8 +65,6 @@ def _codes(blocks: Tensor, scales: Tensor, bits: int) -> Tensor:
 
 def quantize(weight: np.ndarray, format: str) -> Quantized:
     """weight [rows, columns] -> codes and scales. |error| <= 0.51 |scale|, unless a 4-bit extreme is cut."""
-    if weight.ndim != 2 or not np.isfinite(weight).all():
-        raise ValueError(f"a matrix of finite values is needed: this has shape {weight.shape} or values that are not")
     bits, size = bits_and_group(format, weight.shape[1])
     if not weight.any():  # as of a shape that is only weighed: nothing to fit
         scales = np.zeros((len(weight), -(-weight.shape[1] // size)), dtype=np.float16)
@@ -88,7 +86,7 @@ class Rounding(nn.Module):
 
     def forward(self, weight: Tensor) -> Tensor:
         kept = weight.detach()
-        if is_float(self.format):
+        if self.format in FLOATS:
             values = kept.half() if self.format == "fp16" else kept
         else:
             bits, size = bits_and_group(self.format, kept.shape[1])
@@ -105,11 +103,6 @@ def quantization_aware(model: nn.Module, formats: Formats) -> nn.Module:
             rounding = Rounding(module.weight, format_of(name, 2, formats_of(formats)))
             parametrize.register_parametrization(module, "weight", rounding, unsafe=True)
     return model
-
-
-def is_rounded(model: nn.Module) -> bool:
-    """Whether the model is between `quantization_aware` and `bake`."""
-    return any(isinstance(module, Rounding) for module in model.modules())
 
 
 @torch.no_grad()

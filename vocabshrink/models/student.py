@@ -21,7 +21,6 @@ from tokenizer_build.files import replacing_folder, write_json
 from tokenizer_build.tokenizer import load_tokenizer
 from vocabshrink.data.batches import Pieces
 from vocabshrink.models import families
-from vocabshrink.models.families import RELATIVE, new_encoder, student_class, table_width, without_pooler
 from vocabshrink.models.forward import ModuleSettings
 from vocabshrink.models.loading import load_config, load_model
 from vocabshrink.models.projection import check_extraction, cut, keep, layer_and_tail, principal_directions, scores_of
@@ -45,7 +44,7 @@ def student_config(section: StudentSection, source, vocab_size: int) -> PreTrain
     eps, activation = eps_and_activation(source)
     shape |= {"vocab_size": vocab_size, "type_vocab_size": getattr(source, "type_vocab_size", 0) or 1}
     shape |= {"hidden_act": activation, "layer_norm_eps": eps}
-    own = table_width(source) if section.hidden_size in (None, source.hidden_size) else hidden
+    own = families.table_width(source) if section.hidden_size in (None, source.hidden_size) else hidden
     columns = section.embedding_size or own
     if columns > hidden:
         raise InputError(f"student.embedding_size {columns} is over hidden_size {hidden}: choose at most that")
@@ -71,14 +70,14 @@ def build_student(
     tokenizer, how = load_tokenizer(vocabulary), section.initialize
     wanted = config = student_config(section, source.config, tokenizer.get_vocab_size())
     table = source.table.weight.detach()
-    if table_width(wanted) < min(wanted.hidden_size, table.shape[1]):  # factorised when all else is in place
+    if families.table_width(wanted) < min(wanted.hidden_size, table.shape[1]):  # factorised when all else is in place
         whole = section.model_copy(update={"embedding_size": wanted.hidden_size})
         config = student_config(whole, source.config, wanted.vocab_size)
     for one in (wanted, config):
         one.pad_token_id = tokenizer.token_to_id("[PAD]")
         one._attn_implementation = source.config._attn_implementation
-    student = new_encoder(config)
-    ours, width = table_width(config), table.shape[1]
+    student = families.new_encoder(config)
+    ours, width = families.table_width(config), table.shape[1]
     kept, directions, turned = None, None, ""
     if how.startswith("extract_"):
         check_extraction(how, config, source.config)
@@ -101,7 +100,7 @@ def build_student(
     if config is wanted:
         return Start(student, directions, directions, report)
     student, basis = factorise(student, wanted, counts)
-    report["embeddings"] += f", factorised to {table_width(wanted)} columns"
+    report["embeddings"] += f", factorised to {families.table_width(wanted)} columns"
     return Start(student, directions, basis if directions is None else directions @ basis, report)
 
 
@@ -113,7 +112,7 @@ def factorise(student: BertModel, config: ElectraConfig, counts=None) -> tuple[E
     BERT normalises w + p + t in the layers' width, ELECTRA in the table's and projects the result up. The two agree for
     what lies in the basis if this maps the vector of ones to a vector of ones: then the norms differ by the constant
     sqrt(D_S / E). The rest of the basis are the principal directions of pieces and positions."""
-    new, old, columns = new_encoder(config), student.embeddings, config.embedding_size
+    new, old, columns = families.new_encoder(config), student.embeddings, config.embedding_size
     tables = {name: getattr(old, f"{name}_embeddings").weight for name in ("word", "position", "token_type")}
     width = config.hidden_size
     shares = [torch.full((len(table), 1), 1 / len(table)) for table in tables.values()]
@@ -177,7 +176,7 @@ def copy_body(student: PreTrainedModel, teacher: Teacher, source_layer: dict[int
         return f"random: no layer of the teacher has this shape ({copied[False]} other variables copied)"
     how = "teacher's" if kept is None else "cut out of the teacher's"
     pairs = [(m + 1, n + 1) for m, n in sorted(source_layer.items())]
-    lost = ", without its relative positions" * (teacher.config.model_type in RELATIVE)
+    lost = ", without its relative positions" * (teacher.config.model_type in families.RELATIVE)
     of = f"{copied[True]} of {copied[True] + len(left)} variables of layers copied, {copied[False]} others"
     parts = sorted({part if layer is not None else "layers without a pair" for layer, part in left})
     of += f"; random: {', '.join(parts)}" * bool(parts)
@@ -195,14 +194,14 @@ def new_student_head(student: PreTrainedModel, teacher: Teacher) -> MaskedLMHead
 
 def read_student(folder: Path) -> PreTrainedModel:
     """A saved student without a pooler, in eval mode."""
-    return load_model(folder, **without_pooler(load_config(folder)))
+    return load_model(folder, **families.without_pooler(load_config(folder)))
 
 
 def save_student(folder: Path, student, head, tokenizer_folder: Path, modules: ModuleSettings) -> None:
     """Writes a folder that AutoModel and SentenceTransformer load. head: a masked-LM head, or None."""
     model: nn.Module = student
     if head is not None:
-        model, names = student_class(student.config, "ForMaskedLM")(student.config), head_names(student.config)
+        model, names = families.student_class(student.config, "ForMaskedLM")(student.config), head_names(student.config)
         values = {f"{model.base_model_prefix}.{name}": value for name, value in student.state_dict().items()}
         values |= {names[name]: value for name, value in head.state_dict().items()}
         model.load_state_dict(values, strict=False)  # the decoder is the piece table

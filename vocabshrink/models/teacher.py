@@ -131,12 +131,10 @@ def save_head(folder: Path, head: MaskedLMHead) -> None:
 # model_type -> (model, last hidden states [B, T, D]) -> logits [B, C]; transformers' heads without their dropout
 CLASSIFIERS: dict[str, Callable[[nn.Module, Tensor], Tensor]] = {
     "bert": lambda model, hidden: model.classifier(model.bert.pooler(hidden)),
-    **dict.fromkeys(
-        ("roberta", "xlm-roberta", "camembert", "mpnet", "electra"), lambda model, hidden: model.classifier(hidden)
-    ),
     "albert": lambda model, hidden: model.classifier(model.albert.pooler_activation(model.albert.pooler(hidden[:, 0]))),
     "distilbert": lambda model, hidden: model.classifier(model.pre_classifier(hidden[:, 0]).relu()),
 }
+CLASSIFIERS |= dict.fromkeys(("roberta", "xlm-roberta", "camembert", "mpnet", "electra"), lambda m, h: m.classifier(h))
 
 
 def task_logits(model: nn.Module, hidden: Tensor, kind: str) -> Tensor:

@@ -54,30 +54,27 @@ def per_system(summary: dict) -> dict[str, dict]:
 def training_panel(stage: str, rows: list[dict]) -> dict:
     """{"stage", "note", "plots": [{"title", "svg", "legend": {curve: its last value}}]} of one training stage."""
     frame = pd.json_normalize([row for row in rows if row["stage"] == stage])
-    axis = "tokens" if "tokens" in frame and frame["tokens"].notna().all() else "step"  # where tokens were not logged
     plots = []
     for title, (kind, prefix) in PLOTS.items():
         curves = {}
         for name in (name for name in frame if name.startswith(prefix)):
-            points = frame.loc[frame["kind"] == kind, [axis, name]].dropna()
+            points = frame.loc[frame["kind"] == kind, ["tokens", name]].dropna()
             group = np.arange(len(points)) // max(1, math.ceil(len(points) / POINTS))
             if len(points):
-                means = points.groupby(group).agg({axis: "last", name: "mean"})
+                means = points.groupby(group).agg({"tokens": "last", name: "mean"})
                 curves[name.partition(".")[2] or "total"] = means.to_numpy(float)
         if curves:
             drawn = max(map(len, curves.values())) > 1
-            svg = svg_of(f"{stage}-{kind}", partial(draw, curves, axis, kind == "train")) if drawn else ""
+            svg = svg_of(f"{stage}-{kind}", partial(draw, curves, kind == "train")) if drawn else ""
             legend = {name: points[-1, 1] for name, points in curves.items()}
             plots.append({"title": title, "svg": svg, "legend": legend})
-    note = f"{frame['step'].max():,} steps"
-    if "tokens_per_second" in frame:
-        tokens, speed = frame["tokens"].max(), frame["tokens_per_second"].median()
-        note += f", {tokens:,.0f} tokens, {speed:,.0f} tokens per second (median)"
+    tokens, speed = frame["tokens"].max(), frame["tokens_per_second"].median()
+    note = f"{frame['step'].max():,} steps, {tokens:,.0f} tokens, {speed:,.0f} tokens per second (median)"
     return {"stage": stage, "note": note, "plots": plots}
 
 
-def draw(curves: dict[str, np.ndarray], axis: str, log: bool, axes: Axes) -> None:
-    """curves: name -> [n, 2], what was read and the value."""
+def draw(curves: dict[str, np.ndarray], log: bool, axes: Axes) -> None:
+    """curves: name -> [n, 2], the tokens that were read and the value."""
     for index, points in enumerate(curves.values()):
         mark = "o" if not log or len(points) == 1 else None
         axes.plot(*points.T, color=SERIES[index % len(SERIES)], linewidth=1.6, marker=mark, markersize=3)
@@ -86,7 +83,7 @@ def draw(curves: dict[str, np.ndarray], axis: str, log: bool, axes: Axes) -> Non
     axes.yaxis.set_major_formatter(lambda value, _: f"{value:.6g}")
     axes.yaxis.set_minor_formatter(NullFormatter())
     axes.xaxis.set_major_formatter(EngFormatter())
-    axes.set_xlabel(axis)
+    axes.set_xlabel("tokens")
 
 
 def columns(rows: Iterable[dict], first: Iterable[str] = ()) -> list[str]:

@@ -139,17 +139,11 @@ def refuse_changed(folder: Path, files: dict[str, list[int]]) -> None:
         raise InputError(f"{changed[0]} is not what it was when {folder} was made from it: put back what was there")
 
 
-def context_of(run: Run, name: str) -> Context:
-    """What the stage of this name works with."""
-    return Context(**vars(run), stage=STAGES[name])
-
-
 def run_stage(run: Run, name: str) -> bool:
     """Runs one stage unless it is done; whether it ran. Raises InputError where a stage that it needs is not done, is
     damaged, or was done under other settings or from other text."""
     stage, folder = STAGES[name], run.dir.stage(name)
-    missing = [n for n in stage.needs.split() if STAGES[n].asked(run.recipe) and not run.dir.is_done(n)]
-    if missing:
+    if missing := [n for n in stage.needs.split() if STAGES[n].asked(run.recipe) and not run.dir.is_done(n)]:
         raise InputError(f"{run.dir.path}: stage {name} needs {missing[0]} first: run that, or all by `run`")
     settings = settings_of(run.recipe, name)
     if run.dir.is_done(name) and name != "report":  # a report is cheap, and stale as soon as any stage ran again
@@ -175,7 +169,7 @@ def run_stage(run: Run, name: str) -> bool:
     wait_for_everyone()
     do = getattr(importlib.import_module(f"vocabshrink.stages.{stage.module}"), name)
     started = time.monotonic()
-    summary = do(context_of(run, name)) if stage.trains or main_process() else {}
+    summary = do(Context(**vars(run), stage=stage)) if stage.trains or main_process() else {}
     wait_for_everyone()  # before the checkpoints go, which all read
     if main_process():
         minutes = (time.monotonic() - started) / 60

@@ -4,7 +4,6 @@ A stage owns one folder and writes `DONE` into it last, with the checksums of it
 unfinished attempt is thrown away when the stage starts again, except its `checkpoints/`, from which training resumes.
 Every file appears whole or not at all. Of several processes of one run only the main one may write here."""
 
-import hashlib
 import io
 import json
 import os
@@ -42,9 +41,9 @@ class RunDir:
         """Whether the stage ran to its end."""
         return (self.stage(name) / "DONE").is_file()
 
-    def start(self, name: str) -> Path:
-        """Empties the stage's folder and returns it. `checkpoints/` stays unless the stage is finished: then it is done
-        again from nothing. Without checkpoints the stage's metrics go too; with them, training truncates them."""
+    def start(self, name: str) -> None:
+        """Empties the stage's folder. `checkpoints/` stays unless the stage is finished: then it is done again from
+        nothing. Without checkpoints the stage's metrics go too; with them, training truncates them."""
         folder = self.stage(name)
         keep = set() if self.is_done(name) else {"checkpoints"}
         (folder / "DONE").unlink(missing_ok=True)  # first: a crash while emptying must not look finished
@@ -56,7 +55,6 @@ class RunDir:
                 shutil.rmtree(entry)
         if not (folder / "checkpoints").is_dir():
             self.truncate_metrics(name, -1)
-        return folder
 
     def finish(self, name: str, summary: dict) -> None:
         """Writes the stage's summary.json, sees that all of its files are on the disk, then writes `DONE`.
@@ -111,8 +109,7 @@ class RunDir:
         """Drops the rows that `stage` wrote after `step`: a resumed stage will write them again."""
         if (self.path / "metrics.jsonl").is_file():
             rows = [row for row in self.metrics() if row.get("stage") != stage or row.get("step", 0) <= step]
-            text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
-            files.write_text(self.path / "metrics.jsonl", text)
+            files.write_jsonl(self.path / "metrics.jsonl", rows)
 
     def write_environment(self) -> None:
         """Writes environment.json: what a reader needs to judge a figure, and nothing about who ran it."""
@@ -140,8 +137,7 @@ class SharedRunDir(RunDir):
     settings_of: Callable[[str], dict]
 
     def stage(self, name: str) -> Path:
-        text = json.dumps(files.plain(self.settings_of(name)), sort_keys=True)
-        return Path(self.shared) / f"{name}-{hashlib.sha256(text.encode()).hexdigest()[:16]}"
+        return Path(self.shared) / f"{name}-{files.hash_of(self.settings_of(name))}"
 
 
 def task_rows(tasks: dict) -> list[tuple[str, ...]]:

@@ -10,20 +10,9 @@ from tokenizer_build.errors import InputError
 
 LARGE_CLASSES = ("embeddings", "attention", "feed_forward")  # nearly all weights: each must be given a format
 CLASSES = ("embeddings", "positions", "attention", "feed_forward", "head")
-FORMATS = ("fp32", "fp16", "int8", "int4-32", "int4-64", "int4-128")
+FLOATS = ("fp32", "fp16")  # without codes and scales
+FORMATS = (*FLOATS, "int8", "int4-32", "int4-64", "int4-128")
 Formats = str | Mapping[str, str]  # one for all matrices, or one for each class
-
-
-def is_float(format: str) -> bool:
-    """Whether values are stored as floating-point numbers, without codes and scales."""
-    return format in ("fp32", "fp16")
-
-
-def describe(format: Formats) -> str:
-    """A format, or one for each class, in words: "int4-64" -> "int4 groups of 64"."""
-    if not isinstance(format, str):
-        return ", ".join(f"{name.replace('_', ' ')} in {describe(chosen)}" for name, chosen in format.items())
-    return format.replace("int4-", "int4 groups of ").replace("-", " ")
 
 
 def bits_and_group(format: str, columns: int) -> tuple[int, int]:
@@ -46,7 +35,7 @@ def tensor_class(name: str) -> str:
 def formats_of(formats: Formats) -> dict[str, str]:
     """{class: format} for every class, from one name or from a dict that may leave out positions and head. Raises
     InputError for an unknown class or format and for a class without one."""
-    spare = formats if isinstance(formats, str) and is_float(formats) else "int8"
+    spare = formats if formats in FLOATS else "int8"
     given = dict.fromkeys(LARGE_CLASSES, formats) if isinstance(formats, str) else formats
     full = dict.fromkeys(CLASSES) | {"positions": spare, "head": spare} | given
     for name, format in full.items():

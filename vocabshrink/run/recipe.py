@@ -5,14 +5,16 @@ import difflib
 import itertools
 import os
 import re
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal, get_args
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_serializer, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_serializer
+from pydantic.functional_validators import AfterValidator, BeforeValidator, model_validator
 
 from tokenizer_build.errors import InputError
 from vocabshrink.run.folder import OF_SUMMARY
-from vocabshrink.run.formats import CLASSES, FORMATS, LARGE_CLASSES
+from vocabshrink.run.formats import CLASSES, FORMATS, formats_of
 from vocabshrink.run.layer_map import LAYER_MAPS
 from vocabshrink.run.recipe_yaml import dump_yaml, override_value, parse_override, read_yaml
 
@@ -50,7 +52,8 @@ Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9_][A-Za-z0-9._-]*$", max_length
 # a name, or pairs of layers [[student, teacher], ...], or [student, [teacher, ...]] for the mean of a block
 LayerMap = Literal[*LAYER_MAPS] | Annotated[list[tuple[int, int | list[int]]], Field(min_length=1)]
 Format = Literal[*FORMATS]
-WeightFormats = Format | dict[Literal[*CLASSES], Format]
+# each class has a format, or `formats_of` refuses it
+WeightFormats = Annotated[Format | dict[Literal[*CLASSES], Format], AfterValidator(lambda w: formats_of(w) and w)]
 
 
 class Section(BaseModel):
@@ -338,12 +341,6 @@ class DeliverySection(Section):
     dimensions: list[Size] | None = None
     tasks_only: bool = False  # the models of `finetune` are delivered, the embedder is not
 
-    @model_validator(mode="after")
-    def every_class_has_a_format(self):
-        if isinstance(self.weights, dict) and (missing := set(LARGE_CLASSES) - set(self.weights)):
-            raise ValueError(f"weights: {min(missing)} has no format: give each of these classes one")
-        return self
-
 
 class IndexSection(Section):
     """Passages that the delivered embedder indexes, for `vocabshrink search`."""
@@ -421,9 +418,8 @@ class Recipe(Section):
         if self.vectors and not self.distill:
             raise ValueError("vectors are read by distill alone: add a distill section, or leave vectors out")
         known = ["teacher", *self.vectors.teachers] if self.vectors else []
-        for name, stage in (("distill", self.distill), ("recovery", self.recovery)):
-            if not stage:
-                continue
+        stages = {"distill": self.distill, "recovery": self.recovery}
+        for name, stage in ((name, stage) for name, stage in stages.items() if stage):
             if unknown := set(stage.teachers) - set(known):
                 listed = ", ".join(known) or "none"
                 raise ValueError(f"{name}.teachers.{min(unknown)}: no such teacher in vectors: known are {listed}")
@@ -451,7 +447,7 @@ class Recipe(Section):
         return self
 
 
-def load_recipe(path: str | Path, overrides: list[str] | tuple[str, ...] = ()) -> Recipe:
+def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
     """The recipe with `a.b=value` overrides. Raises InputError for a file, key or value that cannot be meant."""
     data = read_yaml(Path(path), "a recipe")
     for override in overrides:

@@ -44,7 +44,6 @@ class Stage:
 
 HEAD = {"section": "masked_lm_head", "trains": True, "alone": True}  # in the teacher's pieces, whatever the student's
 STUDENT = {"trains": True, "student": True}
-PREFIXES = "delivery.dimensions"
 COUNTED = "corpus.sources corpus.languages corpus.alpha corpus.column"
 BEFORE = "encode masked_lm_head vectors dual"
 LAST = f"{BEFORE} distill"
@@ -57,7 +56,7 @@ STAGES = {
         Stage("encode", "text", "vocab vectors"),
         Stage("masked_lm_head", "training", "encode", "corpus teacher masked_lm_head seed", **HEAD),
         Stage("dual", "training", "encode masked_lm_head", "student dual seed corpus", "dual", **STUDENT),
-        Stage("distill", "training", BEFORE, f"student distill seed corpus {PREFIXES}", "distill", **STUDENT),
+        Stage("distill", "training", BEFORE, "student distill seed corpus delivery.dimensions", "distill", **STUDENT),
         Stage("recovery", "training", LAST, "recovery delivery.weights", "recovery", **STUDENT),
         Stage("task_teacher", "tasks", "", "teacher tasks finetune.teacher", "finetune.teacher", trains=True),
         Stage("augment", "tasks", "masked_lm_head", "teacher tasks finetune.augment", "finetune.augment"),

@@ -4,27 +4,24 @@ The folder is replaced whole, by one builder at a time; index.json holds the sha
 
 import hashlib
 import json
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from pathlib import Path
 
 import numpy as np
 
 from tokenizer_build.errors import InputError
-from tokenizer_build.files import claimed, read_json, replacing_folder, write_json
+from tokenizer_build.files import claimed, read_json, replacing_folder, write_json, write_jsonl
 from vocabshrink.runtime.delivery import PASSAGE, QUERY, Delivery, load
 
 ROWS_AT_ONCE = 65_536  # of the index while it is searched: 100 MB as float32 at 384 columns
 EMBEDDED_AT_ONCE = 8_192  # passages, between two calls of `progress`
 FILES = ("passages.jsonl", "vectors.npy")
-Progress = Callable[[int, int], None]
 
 
-def build_index(
-    folder: str | Path, passages: Iterable[dict | str], *, threads: int = 1, progress: Progress = lambda *_: None
-) -> int:
+def build_index(folder: str | Path, passages: Iterable[dict | str], *, threads=1, progress=lambda more: None) -> int:
     """Embed passages (texts, or dicts with a "text") into folder/index, behind the model's prompt for them; the number
     of passages. Writes passages.jsonl, vectors.npy [passages, dimension] float16 and index.json. progress: is told how
-    many of how many are embedded. Raises InputError for a passage without a text, or for none."""
+    many more are embedded. Raises InputError for a passage without a text, or for none."""
     folder, embedder, records = Path(folder).expanduser(), load(folder, threads), []
     for place, passage in enumerate(passages):
         records.append({"text": passage} if isinstance(passage, str) else passage)
@@ -35,10 +32,9 @@ def build_index(
     texts, vectors = [record["text"] for record in records], []
     for start in range(0, len(texts), EMBEDDED_AT_ONCE):
         vectors.append(embedder.embed(texts[start : start + EMBEDDED_AT_ONCE], prompt=PASSAGE).astype(np.float16))
-        progress(sum(map(len, vectors)), len(texts))
+        progress(len(vectors[-1]))
     with claimed(folder / ".index.lock", wait=True), replacing_folder(folder / "index") as new:
-        lines = "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records)
-        (new / "passages.jsonl").write_bytes(lines.encode())
+        write_jsonl(new / "passages.jsonl", records)
         np.save(new / "vectors.npy", np.concatenate(vectors))
         write_json(new / "index.json", _sums(new, embedder))
     return len(records)

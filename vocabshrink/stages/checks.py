@@ -13,7 +13,7 @@ from tokenizer_build.languages import check_script
 from tokenizer_build.tokenizer import adopt_tokenizer, save_tokenizer, shared_tokenizer
 from tokenizer_build.trainers import required_words, teacher_pieces
 from vocabshrink.data.held_out import FEW, LEAST_SENTENCES, LEAST_WORDS, read_rated_pairs
-from vocabshrink.data.lexicon import check_family, describe_tokenizer, sentence_lengths, tokenizer_file
+from vocabshrink.data.lexicon import check_family, describe_tokenizer, sentence_lengths
 from vocabshrink.data.tasks import Task, check_agreement, check_label_order, encode_task, read_logits, read_task
 from vocabshrink.delivery.graph import check_activation
 from vocabshrink.models.families import LAYERS, check_attention, positions_of
@@ -44,7 +44,7 @@ def check_recipe(recipe: Recipe, *, force: bool = False) -> None:
         fault = f"evaluation.sentences: {few} are too few to check the delivery by"
         raise InputError(f"{fault}: give at least {LEAST_SENTENCES}, or no delivery")
     folder = teacher_folder(recipe.teacher)
-    check_tokenizer(folder)
+    describe_tokenizer(folder)  # whose words must be told apart
     check_sentences(recipe, embeds)
     check_vocabulary(recipe)
     check_models(recipe, folder, load_config(folder))
@@ -148,13 +148,6 @@ def check_head(language: str, files: list[str], recipe: Recipe) -> None:
         raise InputError(f"{fault}: take a teacher that was trained on it, or leave the language out")
 
 
-def check_tokenizer(folder: Path) -> None:
-    """Refuses a teacher whose words cannot be told apart, or that lacks a special token."""
-    special = describe_tokenizer(tokenizer_file(folder))["special"]
-    if lacking := [role for role, number in special.items() if number is None and role != "unk"]:
-        raise InputError(f"{folder}: the tokenizer has no {lacking[0]} token: add one to tokenizer.json")
-
-
 def check_vocabulary(recipe: Recipe) -> None:
     """Refuses required words that cannot be pieces, and a given tokenizer that cannot be taken."""
     section, known = recipe.vocabulary, None
@@ -164,7 +157,7 @@ def check_vocabulary(recipe: Recipe) -> None:
     if given := given_tokenizer(recipe):
         with TemporaryDirectory() as place:
             save_tokenizer(adopt_tokenizer(given), place)
-            check_family(place)
+            check_family(Path(place))
         if section.required:
             raise InputError("vocabulary.required: a given tokenizer is taken as it is: leave this key out")
 
@@ -175,8 +168,9 @@ def check_task(task: Task, section: TaskSection) -> None:
         check_agreement(task, read_logits(section.logits, task)["train"], section.logits)
     if not section.teacher:
         return
-    check_tokenizer(folder := resolve_model(section.teacher, key=f"tasks.{task.name}.teacher"))
+    folder = resolve_model(section.teacher, key=f"tasks.{task.name}.teacher")
     model = load_task_model(section.teacher, task, trained=True)
+    describe_tokenizer(folder)  # whose words must be told apart
     if not check_label_order(task, model.config.id2label, folder):
         few = {"train_rows": min(ROWS_TO_AGREE, section.train_rows or ROWS_TO_AGREE), "evaluation_rows": 1}
         with TemporaryDirectory() as place:

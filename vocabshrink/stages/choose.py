@@ -8,6 +8,7 @@ import random
 import time
 from bisect import bisect_right
 from collections import Counter
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -20,7 +21,7 @@ from tokenizer_build.corpus import read_lines
 from tokenizer_build.errors import InputError
 from tokenizer_build.tokenizer import adopt_tokenizer, shared_tokenizer
 from vocabshrink.data.held_out import LEAST_SENTENCES as LEAST_EVALUATED
-from vocabshrink.data.lexicon import describe_tokenizer, tokenizer_file
+from vocabshrink.data.lexicon import describe_tokenizer
 from vocabshrink.data.vectors import sentences_of
 from vocabshrink.models.families import neurons_of, new_encoder, positions_of
 from vocabshrink.models.forward import ModuleSettings, module_settings, torch_embedder
@@ -30,7 +31,7 @@ from vocabshrink.models.student import student_config
 from vocabshrink.models.teacher import head_of
 from vocabshrink.pages.page import ENVIRONMENT
 from vocabshrink.run.recipe import StudentSection, WeightFormats
-from vocabshrink.stages.plan import delivery_bytes, tokenizer_bytes
+from vocabshrink.stages.plan import delivery_bytes
 
 SAMPLED = 10_000  # lines of the text that are looked at
 NARROW, COVERED = 8000, 0.99  # text is of a narrow domain where so many pieces are this share of all that it has
@@ -106,10 +107,9 @@ def look_at(model: str, start: str | None, sources: list[str], column: str, *, t
         fault = f"{model} cannot write {share:.0%} of the text's pieces"
         raise InputError(f"{fault}: take a teacher that was trained on its language")
     source = check_folder(begin := resolve_model(start, key="start") if start else folder)
-    try:
+    adopted = None
+    with suppress(InputError):  # for one of another family: pieces are learnt instead
         adopted = adopt_tokenizer(begin)
-    except InputError:  # of another family: pieces are learnt instead
-        adopted = None
     pieces = shared_tokenizer(begin).get_vocab_size()
     length = 2 + len(ids) / len(texts)
     narrow = sum(count for _, count in Counter(ids).most_common(NARROW)) > COVERED * len(ids)
@@ -152,12 +152,11 @@ def choose_shape(look: Look, budget: int, goal: str, task: str = "embedding", la
         limits = 128, positions_of(source), module_settings(look.folder).max_seq_length
         shape["max_position_embeddings"] = min(filter(None, limits))
         count = look.pieces if own else min(pieces, look.pieces)
-        known = tokenizer_bytes(look.adopted, shape["max_position_embeddings"]) if own else None
 
-        def weigh(neurons: int, shape=shape, count=count, format=format, known=known) -> int:
+        def weigh(neurons: int, shape=shape, count=count, format=format, own=own) -> int:
             config = student_config(StudentSection(intermediate_size=neurons, **shape), source, count)
             config.num_labels = labels
-            return delivery_bytes(config, format, task, tokenizer=known)["total"]
+            return delivery_bytes(config, format, task, tokenizer=look.adopted if own else None)["total"]
 
         steps = range(32, neurons_of(source) + 1, 32)
         least = weigh(min(neurons, steps[-1]))
@@ -242,7 +241,7 @@ def recipe_text(look: Look, shape: Shape, effort: Effort, **names) -> str:
     numbers["prompts"] = said.prompt_shares
     # byte-level pieces spell no letter beyond ASCII, and pieces of another family would all be new to `start`
     chosen_from = ("wordpiece",) if names["start"] else ("wordpiece", "metaspace")
-    family = describe_tokenizer(tokenizer_file(look.folder))["family"]
+    family = describe_tokenizer(look.folder)["family"]
     numbers["trainer"] = "prune" if family in chosen_from else "fewest"
     parts = {"look": look, "shape": shape, "student": shape.section, "effort": effort}
     return ENVIRONMENT.get_template("compress.yaml.jinja").render(parts | numbers | names)

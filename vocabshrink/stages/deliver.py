@@ -22,7 +22,7 @@ from vocabshrink.models.forward import ModuleSettings, torch_embedder
 from vocabshrink.models.loading import load_config, load_model, weight_files, weights_sha256
 from vocabshrink.models.student import read_student, save_student
 from vocabshrink.pages.page import write_page
-from vocabshrink.run.engine import Context, say
+from vocabshrink.run.engine import Context, say, saying
 from vocabshrink.run.recipe import DeliverySection
 from vocabshrink.runtime.delivery import Delivery, load
 from vocabshrink.runtime.index import build_index
@@ -76,9 +76,8 @@ def export_embedder(context: Context, settings: ExportSettings) -> dict:
     student = read_student(untrained)
     figures["parameters_by_block"] = {"teacher": blocks_of(teacher.backbone), "student": blocks_of(student)}
     if recipe.index:
-        passages = islice((row for _, row in read_rows(recipe.index.passages)), recipe.index.limit)
-        options = {"progress": lambda done, total: say(f"export: {done:,} of {total:,} passages indexed")}
-        options["threads"] = os.cpu_count() or 1
+        passages = [row for _, row in islice(read_rows(recipe.index.passages), recipe.index.limit)]
+        options = {"threads": os.cpu_count() or 1, "progress": saying("export: passages indexed", 1, len(passages))}
         figures["indexed_passages"] = build_index(folder / "model", passages, **options)
     return figures
 

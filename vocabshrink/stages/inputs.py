@@ -3,6 +3,7 @@
 import os
 from collections.abc import Iterable
 from dataclasses import replace
+from functools import partial
 from itertools import islice
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -14,13 +15,12 @@ from transformers import PreTrainedConfig
 
 from tokenizer_build.corpus import read_lines
 from tokenizer_build.errors import InputError
-from tokenizer_build.files import read_json
+from tokenizer_build.files import read_json, read_values
 from tokenizer_build.tokenizer import load_tokenizer
 from vocabshrink.data.batches import Batch, Batcher, PieceTable, Segments, cut_segments
 from vocabshrink.data.held_out import LEAST_WORDS, HeldOut, held_out_texts
 from vocabshrink.data.lexicon import Lexicon, WordStream, encode_corpus
 from vocabshrink.data.tasks import Task, read_task
-from vocabshrink.data.vectors import read_sentences
 from vocabshrink.models.families import positions_of
 from vocabshrink.models.forward import ModuleSettings, module_settings, piece_reader
 from vocabshrink.models.loading import check_folder, load_config, resolve_model
@@ -134,9 +134,9 @@ def start_student(context: Context, teacher: Teacher) -> Start:
 def calibration_batches(context: Context, source: Teacher, positions: Iterable[int]) -> list[Batch]:
     """Sentences of at most so many pieces, the student's and those of the model that it starts from."""
     recipe, wanted, stored = context.recipe, context.recipe.student.calibration, context.has("vectors")
-    texts = read_sentences(context.folder_of("vectors"))[:wanted] if stored else first_texts(recipe, wanted)
+    kept = read_values(context.folder_of("vectors") / "sentences.jsonl") if stored else first_texts(recipe, wanted)
     with TemporaryDirectory() as place:
-        encode_corpus([texts], source.folder, context.vocabulary, folder := Path(place))
+        encode_corpus([texts := kept[:wanted]], source.folder, context.vocabulary, folder := Path(place))
         lexicon, stream = Lexicon.load(folder), WordStream.load(folder)
         shared = shared_pieces(load_tokenizer(context.vocabulary), load_tokenizer(source.folder))
         table = PieceTable(lexicon, source.table.num_embeddings, shared)
@@ -149,11 +149,9 @@ def calibration_batches(context: Context, source: Teacher, positions: Iterable[i
 
 def first_texts(recipe: Recipe, count: int) -> list[str]:
     """The first lines of the corpus that are as long as a sentence or, where none is, its first lines."""
-    for least in (HELD_OUT["min_words"], 1):
-        lines = read_lines(recipe.corpus.sources, recipe.corpus.column)
-        if texts := list(islice((line for line in lines if len(line.split()) >= least), count)):
-            break
-    return texts
+    lines = partial(read_lines, recipe.corpus.sources, recipe.corpus.column)
+    long = (line for line in lines() if len(line.split()) >= LEAST_WORDS)
+    return list(islice(long, count)) or list(islice(lines(), count))
 
 
 def start_directions(context: Context) -> torch.Tensor | None:

@@ -11,7 +11,6 @@ from bisect import bisect_right
 
 import numpy as np
 import torch
-from tokenizers import Tokenizer
 from transformers import PreTrainedConfig
 
 from tokenizer_build.errors import InputError
@@ -19,13 +18,13 @@ from tokenizer_build.tokenizer import adopt_tokenizer, shared_tokenizer
 from vocabshrink.delivery.export import tokenizer_json
 from vocabshrink.delivery.graph import build_graph
 from vocabshrink.models.families import student_class
-from vocabshrink.models.loading import check_folder, resolve_model
+from vocabshrink.models.loading import load_config
 from vocabshrink.models.student import student_config
 from vocabshrink.run.folder import RunDir
-from vocabshrink.run.formats import Formats, describe, formats_of
+from vocabshrink.run.formats import Formats, formats_of
 from vocabshrink.run.recipe import DeliverySection, Recipe, StudentSection
 from vocabshrink.runtime.delivery import KINDS
-from vocabshrink.stages.inputs import given_tokenizer, source_config
+from vocabshrink.stages.inputs import given_tokenizer, source_config, teacher_folder
 
 EFFICIENCY = 0.4  # of a plain matrix product's speed: 0.39 and 0.42 on two cores of an AMD EPYC in bf16
 GUESSED_FILL = 0.5  # of max_length, by text
@@ -48,21 +47,18 @@ def parameters(config: PreTrainedConfig) -> dict[str, int]:
 
 def delivery_bytes(config: PreTrainedConfig, formats: Formats, task="embedding", tokenizer=None) -> dict[str, int]:
     """Bytes by file, with "total": weights (the graph of this shape; of a classifier or tagger with `config.num_labels`
-    labels), tokenizer.json (estimated where its bytes are not given), small files."""
+    labels), tokenizer.json (estimated where no `tokenizer` is given), small files."""
     with torch.device("meta"):
         model = student_class(config, KINDS[task].architecture.removeprefix("Bert"))(config)
     prefix = f"{model.base_model_prefix}."
     shapes = {name.removeprefix(prefix): value.shape for name, value in model.state_dict().items()}
     state = {name: np.zeros(shape, dtype=np.float32) for name, shape in shapes.items()}
     weights = build_graph(state, config, task=task, formats=formats_of(formats)).ByteSize()
-    pieces = tokenizer or TOKENIZER[0] + round(TOKENIZER[1] * config.vocab_size)
+    pieces = TOKENIZER[0] + round(TOKENIZER[1] * config.vocab_size)
+    if tokenizer:
+        pieces = len(tokenizer_json(json.loads(tokenizer.to_str()), config.max_position_embeddings).encode())
     sizes = {"weights": weights, "tokenizer": pieces, "small_files": SMALL_FILES}
     return sizes | {"total": sum(sizes.values())}
-
-
-def tokenizer_bytes(tokenizer: Tokenizer, max_positions: int) -> int:
-    """Bytes of `tokenizer_json`."""
-    return len(tokenizer_json(json.loads(tokenizer.to_str()), max_positions).encode())
 
 
 def refusal(config, budget: int, formats: Formats, *, recipe: str, task="embedding", tokenizer=None) -> str | None:
@@ -77,20 +73,15 @@ def refusal(config, budget: int, formats: Formats, *, recipe: str, task="embeddi
         return None
     fewer = bisect_right(range(1, config.vocab_size), budget, key=total)
     remedies = [f"vocabulary.size <= {fewer:,}"] * (fewer > 0)
-    remedies += [describe(other) for other in GRAPH_FORMATS if total(formats=other) <= budget][:1]
+    remedies += [other for other in GRAPH_FORMATS if total(formats=other) <= budget][:1]
     advice = ", or ".join(remedies) or "fewer layers or a smaller hidden_size (no vocabulary and no format fits)"
-    over = f"over the budget of {_megabytes(budget)} by {_megabytes(needed - budget)}"
-    return f"{recipe} needs {_megabytes(needed)} at {describe(formats)}: {over}; use {advice}"
-
-
-def _megabytes(count: int) -> str:
-    """MB are 10^6 bytes; what would print as 0.00 MB is given in bytes."""
-    return f"{count / 1e6:.2f} MB" if count >= 10_000 else f"{count:,} bytes"
+    over = f"over the budget of {budget:,} by {needed - budget:,}"
+    return f"{recipe} needs {needed:,} bytes at {formats}: {over}; use {advice}"
 
 
 def shapes(recipe: Recipe) -> tuple[PreTrainedConfig, PreTrainedConfig]:
     """The student's shape, and its teacher's as a BERT. Raises InputError for a folder that cannot be a teacher's."""
-    teacher = check_folder(resolve_model(recipe.teacher.model, recipe.teacher.revision, key="teacher.model"))
+    teacher = load_config(teacher_folder(recipe.teacher))
     return student_shape(recipe, teacher), student_config(StudentSection(), teacher, teacher.vocab_size)
 
 
@@ -115,13 +106,13 @@ def check_budget(recipe: Recipe) -> None:
         return
     given, limits, embedder = given_tokenizer(recipe), recipe.delivery, delivered_config(recipe, shapes(recipe)[0])
     delivered = [] if limits.tasks_only else [(recipe.name, embedder, "embedding")]
-    size = tokenizer_bytes(adopt_tokenizer(given), limits.max_positions) if given else None
+    tokenizer = adopt_tokenizer(given) if given else None
     for name, task in recipe.tasks.items() if recipe.finetune and recipe.finetune.save_models else ():
         head, kind = copy.copy(embedder), "tokens" if task.kind == "tokens" else "classification"
         head.num_labels = len(task.labels or ()) or 2
         delivered.append((f"{recipe.name} with its head for {name}", head, kind))
     for name, config, kind in delivered:
-        if sentence := refusal(config, limits.budget, limits.weights, recipe=name, task=kind, tokenizer=size):
+        if sentence := refusal(config, limits.budget, limits.weights, recipe=name, task=kind, tokenizer=tokenizer):
             raise InputError(sentence)
 
 
@@ -165,8 +156,8 @@ def plan_tables(recipe: Recipe, run: RunDir) -> list[tuple]:
     for name in [*GRAPH_FORMATS] + [delivery.weights] * (delivery.weights not in GRAPH_FORMATS):
         size = delivery_bytes(delivered, name)
         figures = (f"{size[key]:,}" for key in ("weights", "tokenizer", "total"))
-        mark = " (chosen)" * (name == delivery.weights)
-        sizes.append((describe(name) + mark, *figures, f"{size['total'] / delivery.budget:.0%}"))
+        chosen = " (chosen)" * (name == delivery.weights)
+        sizes.append((f"{name}{chosen}", *figures, f"{size['total'] / delivery.budget:.0%}"))
     speed = 3600 * matrix_speed() * EFFICIENCY
     costs = [(name, f"{tokens:,} (guess)", f"{f:.2e}", f"{f / speed:.2f}") for name, tokens, f in stage_costs(recipe)]
     return [

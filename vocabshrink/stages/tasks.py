@@ -5,9 +5,7 @@ which an unfinished stage keeps, and ends with `metrics.json`: a stage that is s
 The grid is searched as the papers do: every setting with the first seed, the best on validation with all. A seed
 decides the new head, what else starts at random, and the order of rows."""
 
-import hashlib
 import itertools
-import json
 import math
 import shutil
 import statistics
@@ -24,13 +22,13 @@ from safetensors.numpy import save_file
 from torch import nn
 
 from tokenizer_build.errors import InputError
-from tokenizer_build.files import read_json, replacing, write_json, write_text
+from tokenizer_build.files import hash_of, plain, read_json, read_values, replacing, write_json, write_jsonl
 from tokenizer_build.tokenizer import load_tokenizer
 from vocabshrink.data.tasks import EncodedTask, Rows, Task, TaskBatcher, encode_task, headline, read_logits, score
-from vocabshrink.data.vectors import read_sentences, store_vectors, write_sentences
+from vocabshrink.data.vectors import store_vectors
 from vocabshrink.models.families import positions_of
 from vocabshrink.models.loading import load_config, resolve_model
-from vocabshrink.models.rounding import bake, fake_quantize_, is_rounded, quantization_aware
+from vocabshrink.models.rounding import bake, fake_quantize_, quantization_aware
 from vocabshrink.models.spelling import shared_pieces
 from vocabshrink.models.student import read_student, save_model
 from vocabshrink.models.teacher import head_of, load_task_model, predict, student_model
@@ -89,11 +87,11 @@ def label_texts(model: str, draw: Callable[[], list[str]], folder: Path, asked: 
     """What a trained classifier, cross-encoder or tagger answers to texts, as a task of a recipe: rows in train.jsonl
     and validation.jsonl, logits.safetensors (not of words). If each text has one tab, texts are pairs. Goes on where a
     killed call stopped. Raises InputError: see `load_task_model`; for a cross-encoder's texts that are no pairs."""
-    if not (mark := folder / "asked.json").is_file() or read_json(mark) != json.loads(json.dumps(asked)):
+    if not (mark := folder / "asked.json").is_file() or read_json(mark) != plain(asked):
         shutil.rmtree(folder, ignore_errors=True)
-        write_sentences(folder, draw())
+        write_jsonl(folder / "texts.jsonl", draw())
         write_json(mark, asked)
-    source, texts = resolve_model(model), read_sentences(folder)
+    source, texts = resolve_model(model), read_values(folder / "texts.jsonl")
     (kind, labels), pairs = head_of(source, load_config(source)), all(text.count("\t") == 1 for text in texts)
     task = Task("task", kind, labels, {}, [])
     teacher = load_task_model(model, task, trained=True)
@@ -117,7 +115,7 @@ def label_texts(model: str, draw: Callable[[], list[str]], folder: Path, asked: 
             row[: len(found)] = found.argmax(-1)
         return numbers
 
-    store_vectors(folder, "answers", texts, answer, partial(saying, "texts labelled by the teacher", 1, len(texts)))
+    store_vectors(folder, "answers", texts, answer, "texts labelled by the teacher")
     answers, every = np.load(folder / "answers.npy").astype(np.float32), max(2, min(20, len(texts) // 100))
 
     def row_of(text: str, answer: np.ndarray) -> dict:
@@ -130,8 +128,7 @@ def label_texts(model: str, draw: Callable[[], list[str]], folder: Path, asked: 
     held_out, section = np.arange(len(texts)) % every == 0, {"teacher": model, "kind": kind}
     numbers = {"train": np.flatnonzero(~held_out), "validation": np.flatnonzero(held_out)}
     for split, chosen in numbers.items():
-        rows = (json.dumps(row_of(texts[i], answers[i]), ensure_ascii=False) + "\n" for i in chosen)
-        write_text(path := folder / f"{split}.jsonl", "".join(rows))
+        write_jsonl(path := folder / f"{split}.jsonl", (row_of(texts[i], answers[i]) for i in chosen))
         section[split] = str(path.absolute())
     if kind != "tokens":
         write_logits(path := folder / "logits.safetensors", {split: answers[i] for split, i in numbers.items()})
@@ -272,8 +269,7 @@ def once(context: Context, unit: Path, task: str, setting: str, seed: int, make:
     settings = settings_of(context.recipe, context.stage.name)
     own = {key: value for key, value in settings.get("finetune", {}).items() if key in ("phases", "rounded")}
     settings |= {"tasks": settings["tasks"][task], "finetune": own}
-    mark = hashlib.sha256(json.dumps([settings, setting, seed], sort_keys=True).encode()).hexdigest()
-    done = unit / "metrics.json"
+    mark, done = hash_of([settings, setting, seed]), unit / "metrics.json"
     if not done.is_file():
         result = make(unit, mark)
         if PartialState().is_main_process:
@@ -322,13 +318,14 @@ def fit(training: TaskTraining, encoded: EncodedTask, phases, job: Job, seed: in
     """Trains phase after phase, each from where the one before ended; a phase that was cut off resumes.
     job: of all phases; in its section, {} stands for a phase's number. shared: see `PieceTable`. rounding: the formats
     of phases that train through it. Returns {"steps", "tokens", "seconds", "seconds_per_step", "phases": [train's]}."""
-    results = []
+    results, rounded = [], False
     for number, phase in enumerate(phases):
         pairs, section = (), job.section.format(number)
         if training.teacher is not None:
             depths = (model.config.num_hidden_layers for model in (training.student, training.teacher))
             pairs = layer_pairs(phase.layer_map, *depths, seed=seed)
-        if phase.through_rounding and not is_rounded(training.student):
+        if phase.through_rounding and not rounded:
+            rounded = True
             quantization_aware(training.student, rounding)
         training.begin(phase.losses, pairs)
         accelerator = make_accelerator(phase, job.run)
@@ -346,7 +343,7 @@ def fit(training: TaskTraining, encoded: EncodedTask, phases, job: Job, seed: in
         measure = evaluate if phase.evaluations else None
         results.append(train(training, batcher, settings, phase_job, accelerator, measure))
         accelerator.unwrap_model(training, keep_fp32_wrapper=False)  # else the next phase wraps the wrapper
-    if is_rounded(training.student):
+    if rounded:
         bake(training.student)
     totals = {key: sum(result[key] for result in results) for key in ("steps", "tokens", "seconds")}
     return totals | {"seconds_per_step": totals["seconds"] / totals["steps"], "phases": results}

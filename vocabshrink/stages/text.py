@@ -9,12 +9,11 @@ from tokenizer_build.compare import compare
 from tokenizer_build.corpus import read_blocks
 from tokenizer_build.count import count_words, read_counts, write_counts
 from tokenizer_build.errors import InputError
-from tokenizer_build.files import write_json
+from tokenizer_build.files import read_values, write_json
 from tokenizer_build.languages import balance, script_of, scripts_of
 from tokenizer_build.tokenizer import adopt_tokenizer, form_of, lowercases, save_tokenizer, shared_tokenizer
 from tokenizer_build.trainers import alphabet, train_tokenizer
 from vocabshrink.data.lexicon import encode_corpus
-from vocabshrink.data.vectors import read_sentences
 from vocabshrink.run.engine import Context, say, saying
 from vocabshrink.run.recipe import Recipe
 from vocabshrink.stages.inputs import given_tokenizer, teacher_folder
@@ -77,8 +76,7 @@ def vocab(context: Context) -> dict:
 def of_language(language: str, counts: dict[str, int], teacher: Tokenizer, student: Tokenizer) -> dict:
     """{"teacher", "student": `compare`, "scripts": `scripts_of`} on a language's words. Says what rare ones became."""
     compared, scripts = compare(counts, {"teacher": teacher, "student": student}, used=True), scripts_of(counts)
-    rare = [script for script, share in scripts.items() if share < RARE_SCRIPT]
-    if rare:
+    if rare := [script for script, share in scripts.items() if share < RARE_SCRIPT]:
         spelt = {script_of(piece) for piece in student.get_vocab()}
         kept, lost = (", ".join(s for s in rare if (s in spelt) == known) or "none" for known in (True, False))
         say(f"vocab: {language}: scripts of under {RARE_SCRIPT:.0%} of its words: kept {kept}; left out {lost}")
@@ -101,7 +99,7 @@ def encode(context: Context) -> dict:
 
     Sentences whose vectors are stored come first; where only these are trained on, the held-out lines alone follow."""
     recipe, corpus, number = context.recipe, context.recipe.corpus, itertools.count(1)
-    sentences = read_sentences(context.folder_of("vectors")) if recipe.vectors else []
+    sentences = read_values(context.folder_of("vectors") / "sentences.jsonl") if recipe.vectors else []
     parts = (sentences[start : start + 10_000] for start in range(0, len(sentences), 10_000))
     every, lines = 1 if recipe.trains_on_lines else corpus.held_out_every, dict.fromkeys(corpus.languages, 0)
 

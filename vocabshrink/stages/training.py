@@ -22,7 +22,7 @@ from vocabshrink.models.rounding import bake, quantization_aware
 from vocabshrink.models.spelling import shared_pieces, spellings
 from vocabshrink.models.student import new_student_head, read_student, save_student
 from vocabshrink.models.teacher import Teacher, load_head, new_head, save_head
-from vocabshrink.run.engine import Context, say, saying
+from vocabshrink.run.engine import Context, say
 from vocabshrink.run.layer_map import layer_pairs
 from vocabshrink.run.recipe import DistillStage, TrainingSection, Weighted
 from vocabshrink.stages import inputs
@@ -65,8 +65,7 @@ def vectors(context: Context) -> dict:
         options = {"max_length": stage.max_length, "batch_size": stage.batch_size}
         options["prompt"] = None if own else inputs.prompt_of(section)
         embed = torch_embedder(backbone, folder, replace(said, normalize=False), **options)
-        progress = partial(saying, f"vectors of {name}", 1, len(sentences))
-        stored.store_vectors(work, name, read if own else sentences, embed, progress)
+        stored.store_vectors(work, name, read if own else sentences, embed, f"vectors of {name}")
         found[name] = int(np.load(work / f"{name}.npy", mmap_mode="r").shape[1])
     # a translation stands behind the prompt of what it translates
     starts = [text.removesuffix(bare) for text, bare in zip(read, sentences, strict=True)]

@@ -8,8 +8,6 @@ leaves it. Numbers, signs and what touches an apostrophe (`n't`, `'s`) stay, bec
 the teacher does not read as one word: runs of Chinese, letters with combining marks. Not done: the other sentence of a
 pair as context, from which the masked word would be copied."""
 
-import hashlib
-import json
 import re
 import unicodedata
 from collections.abc import Callable
@@ -24,7 +22,7 @@ from tokenizers import Encoding
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
-from tokenizer_build.files import read_jsonl, write_text
+from tokenizer_build.files import hash_of, read_jsonl, write_jsonl, write_text
 from tokenizer_build.tokenizer import load_tokenizer
 from vocabshrink.data.batches import Pieces
 from vocabshrink.data.tasks import Rows, Task
@@ -51,15 +49,14 @@ def augment_task(
     rows, finder, blocks = task.splits["train"], CandidateFinder(teacher, section.candidates), []
     targets = [np.asarray(target).tolist() for target in rows.targets]
     decides = [section.model_dump(), teacher.head is None, list(rows.first), rows.second, targets]
-    work = work / hashlib.sha256(json.dumps(decides).encode()).hexdigest()
+    work = work / hash_of(decides)
     for start in range(0, len(rows), ROWS_IN_BLOCK):
         blocks.append(work / f"{start}.jsonl")
         if not blocks[-1].is_file():
             block = range(start, min(start + ROWS_IN_BLOCK, len(rows)))
             sentences = list(dict.fromkeys(s for row in block for s in sentences_of(rows, row)))
             found = dict(zip(sentences, finder(sentences), strict=True))
-            lines = [line for row in block for line in copies_of(task, row, found, section)]
-            write_text(blocks[-1], "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines))
+            write_jsonl(blocks[-1], (copy for row in block for copy in copies_of(task, row, found, section)))
             progress(len(block))
     text = "".join(block.read_text(encoding="utf-8") for block in blocks)
     write_text(out, text)

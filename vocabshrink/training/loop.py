@@ -2,13 +2,12 @@
 A task (task.py) gives named, unweighted losses; a batcher gives the batch of a step. The learning rate is a function of
 the step, and so is the batch, so a resumed run is the run that was not stopped."""
 
-import json
 import math
 import os
 import sys
 import time
-import zlib
 from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
@@ -25,7 +24,7 @@ from torch import nn
 from torch.nn.utils import get_total_norm
 
 from tokenizer_build.errors import InputError
-from tokenizer_build.files import checksum, clean, parse_json, plain, replacing_folder, write_json
+from tokenizer_build.files import checksum, clean, parse_json, read_json, replacing_folder, write_json
 from vocabshrink.data.batches import Batch, mapped, prefetch
 from vocabshrink.models.rounding import refit
 from vocabshrink.run.folder import RunDir
@@ -226,7 +225,7 @@ def resume(task: nn.Module, optimizer, job: Job, accelerator: Accelerator) -> St
     if meta := read_meta(job.checkpoint):
         if meta["fingerprint"] != job.fingerprint:
             raise InputError(f"{job.checkpoint}: checkpoint of another recipe: delete it, or give the run another name")
-        if (before := meta.get("processes", accelerator.num_processes)) != accelerator.num_processes:
+        if (before := meta["processes"]) != accelerator.num_processes:
             raise InputError(f"{job.checkpoint}: of {before} processes, each with losses of its part: start as many")
         load_checkpoint(job.checkpoint, task, optimizer.optimizer, meta, accelerator.scaler)
         state = State(**{key: meta[key] for key in vars(state)})
@@ -304,13 +303,12 @@ def save_checkpoint(folder: Path, task: nn.Module, optimizer, meta: dict, scaler
     with replacing_folder(folder) as new:
         for name, tensors in files.items():
             save_file({key: tensor.cpu().contiguous() for key, tensor in tensors.items()}, new / f"{name}.safetensors")
-        sums = {name: checksum(new / f"{name}.safetensors") for name in files}
-        meta = meta | {"scaler": scaler.state_dict() if scaler else None, "sums": sums}
-        write_json(new / "meta.json", meta | {"sum": sum_of(meta)})
+        write_json(new / "meta.json", meta | {"scaler": scaler.state_dict() if scaler else None})
+        write_json(new / "sums.json", sums_of(new))
 
 
-def sum_of(meta: dict) -> int:
-    return zlib.crc32(json.dumps(plain(meta), sort_keys=True).encode())
+def sums_of(folder: Path) -> dict[str, int]:
+    return {file.name: checksum(file) for file in folder.iterdir() if file.name != "sums.json"}
 
 
 def read_meta(folder: Path) -> dict | None:
@@ -318,21 +316,15 @@ def read_meta(folder: Path) -> dict | None:
     clean(folder)
     if not folder.exists():
         return None
-    try:
-        meta = dict(parse_json((folder / "meta.json").read_text(encoding="utf-8")))
-        if meta.pop("sum") == sum_of(meta):
-            return meta
-    except (OSError, ValueError, TypeError, KeyError):  # missing, not UTF-8, no JSON, no object, or without a sum
-        pass
-    raise InputError(f"{folder}: not a whole checkpoint: delete the folder to train this stage anew")
+    with suppress(OSError, ValueError):  # missing, not UTF-8, no JSON
+        if parse_json((folder / "sums.json").read_text(encoding="utf-8")) == sums_of(folder):
+            return read_json(folder / "meta.json")
+    raise InputError(f"{folder}: damaged checkpoint: delete the folder to train this stage anew")
 
 
 def load_checkpoint(folder: Path, task: nn.Module, optimizer, meta: dict, scaler=None) -> None:
-    """Puts a checkpoint back, in place. Raises InputError if files are damaged or belong to other shapes."""
-    paths = [folder / f"{name}.safetensors" for name in meta["sums"]]
-    if wrong := [path.stem for path in paths if not path.is_file() or checksum(path) != meta["sums"][path.stem]]:
-        raise InputError(f"{folder}: damaged checkpoint ({wrong[0]} is altered): delete the folder to train anew")
-    saved, state, random = map(load_file, paths)
+    """Puts a checkpoint back, in place. meta: of `read_meta`. Raises InputError for a checkpoint of other shapes."""
+    saved, state, random = (load_file(folder / f"{name}.safetensors") for name in ("model", "optimizer", "random"))
     current = trained_state(task)
     if {n: t.shape for n, t in saved.items()} != {n: t.shape for n, t in current.items()}:
         raise InputError(f"{folder}: of another recipe (shapes differ): delete it, or give the run another name")
