@@ -1,6 +1,7 @@
 """Distillation: the teacher never moves, the student does, and agreement is worth nothing."""
 
 import math
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -21,7 +22,7 @@ from vocabshrink.run.layer_map import layer_pairs
 from vocabshrink.run.recipe import DistillStage, StudentSection, parse_recipe
 from vocabshrink.stages.checks import check_recipe
 from vocabshrink.training.loop import Job, make_accelerator, train
-from vocabshrink.training.losses import LOSSES, readers
+from vocabshrink.training.losses import LOSSES, Forward, bank_similarity, readers, sentence_cosine
 from vocabshrink.training.task import Distillation
 
 # bank_similarity reads stored vectors alone: see the tests at the end
@@ -328,15 +329,33 @@ def test_stored_vectors_stand_for_the_teacher(words, tiny_teacher):
     forward = task.view(batch)
     student, target = forward.student.sentence, F.normalize(batch.vectors @ task.narrow, dim=-1)
     found = task(batch)
-    torch.testing.assert_close(found["sentence_cosine"], (1 - F.cosine_similarity(student, target)).mean())
+    spread = 1 - (task.bank @ task.bank.T).mean()
+    torch.testing.assert_close(found["sentence_cosine"], (1 - F.cosine_similarity(student, target)).mean() / spread)
     similar = [F.normalize(side, dim=-1) @ F.normalize(side, dim=-1).T for side in (student, target)]
     off = len(student) * (len(student) - 1)
     torch.testing.assert_close(found["batch_similarity"], (similar[0] - similar[1]).pow(2).sum() / off)
-    logits = F.normalize(student, dim=-1) @ task.bank_narrow.T / 0.05
-    expected = F.kl_div(logits.log_softmax(-1), (batch.vectors @ task.bank.T / 0.05).softmax(-1), reduction="batchmean")
+    sides = (F.normalize(student, dim=-1), task.bank_narrow), (batch.vectors, task.bank)
+    logits, theirs = (vectors @ bank.T / (0.05 * spread) for vectors, bank in sides)
+    expected = F.kl_div(logits.log_softmax(-1), theirs.softmax(-1), reduction="batchmean")
     torch.testing.assert_close(found["bank_similarity"], expected)
     sum(found.values()).backward()
     assert not {name for name, p in task.student.named_parameters() if p.grad is None}
+
+
+def test_a_direction_that_all_vectors_share_changes_no_loss():
+    """e5's cosines all lie between 0.7 and 1: a share of one direction in teacher, bank and student alike."""
+    torch.manual_seed(0)
+    bank, rows, student = (F.normalize(torch.randn(n, 16), dim=-1) for n in (400, 8, 8))
+    found = []
+    for shared in (0.0, 0.5, 2.0):  # of a 17th dimension, at right angles to the others
+        vectors, target, own = (F.normalize(F.pad(side, (0, 1), value=shared), dim=-1) for side in (bank, rows, student))
+        spread = 1 - (vectors @ vectors.T).mean()
+        views = SimpleNamespace(sentence=own), SimpleNamespace(sentence=target)
+        options = {"student": views[0], "teacher": views[1], "bank": (vectors, vectors), "spread": spread}
+        forward = Forward(SimpleNamespace(vectors=target), (), None, None, **options)
+        found.append(torch.stack([bank_similarity(forward), sentence_cosine(forward)]))
+    torch.testing.assert_close(found[1], found[0])
+    torch.testing.assert_close(found[2], found[0])
 
 
 def test_sentence_losses_are_of_the_prefixes_too(words, tiny_teacher):

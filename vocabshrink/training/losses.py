@@ -142,6 +142,7 @@ class Forward:
     up [D_S -> D_T] and down [D_T -> D_S]: shared projections of hidden states. shared [V_S]: the teacher's id of the
     same piece, or -1. spelling [V_T, K]: student pieces that spell a teacher piece, then -1. bank: stored sentence
     vectors of unit length, the teachers' [K, D] and the same in the student's width [K, D_S], where they are used.
+    spread: one minus the mean cosine of the teachers' bank, 1 without one; what its losses measure differences by.
     dimensions: widths below the student's at which its sentence vectors are to be good when cut.
     given: loss name -> function giving it, of losses that read more than views."""
 
@@ -154,6 +155,7 @@ class Forward:
     shared: Tensor | None = None
     spelling: Tensor | None = None
     bank: tuple[Tensor, Tensor] | None = None
+    spread: Tensor | float = 1.0
     dimensions: tuple[int, ...] = ()
     given: dict[str, Callable[[], Tensor]] = field(default_factory=dict)
     made: dict = field(default_factory=dict, init=False, repr=False)
@@ -409,11 +411,13 @@ def over_prefixes(forward: Forward, cost: Callable[[Tensor, int], Tensor]) -> Te
 
 
 def sentence_cosine(forward: Forward) -> Tensor:
-    """One minus cosine of the sentence embeddings, the student's brought up to the teacher's width unless stored. See
-    `over_prefixes`: a prefix is compared with the stored one's or, before it is brought up, filled with zeros."""
+    """One minus cosine of the sentence embeddings, the student's brought up to the teacher's width unless stored, and
+    then over the bank's spread: e5's cosines all lie between 0.7 and 1. See `over_prefixes`: a prefix is compared with
+    the stored one's or, before it is brought up, filled with zeros."""
     teacher, whole = forward.teacher.sentence, forward.student.sentence.shape[-1]
     if forward.bank is not None:
-        return over_prefixes(forward, lambda student, width: one_minus_cosine(student, teacher[:, :width]))
+        apart = over_prefixes(forward, lambda student, width: one_minus_cosine(student, teacher[:, :width]))
+        return apart / forward.spread
     up = forward.up
     return over_prefixes(forward, lambda vectors, d: one_minus_cosine(up(F.pad(vectors, (0, whole - d))), teacher))
 
@@ -421,8 +425,10 @@ def sentence_cosine(forward: Forward) -> Tensor:
 def bank_similarity(forward: Forward, temperature: Positive = 0.05, size: Count = 4096) -> Tensor:
     """KL of softmax(t · b_j / τ) and softmax(s · b'_j / τ) over `size` stored teacher vectors b_j [K, D], and b'_j
     [K, D_S], the same in the student's width: as good as a batch of K, for the price of a product (after Fang et al.
-    2021, SEED, arXiv 2101.04731, eq. 3, with a fixed bank instead of a queue)."""
+    2021, SEED, arXiv 2101.04731, eq. 3, with a fixed bank instead of a queue). τ is `temperature` times the bank's
+    spread, so that one temperature serves teachers whose cosines are all alike and others."""
     theirs, ours = (vectors[:size] for vectors in forward.bank)
+    temperature = temperature * forward.spread
     target = forward.batch.vectors @ theirs.mT / temperature
 
     def cost(student: Tensor, width: int) -> Tensor:

@@ -122,6 +122,7 @@ class Distillation(TrainingTask):
         if bank:
             vectors, narrow = bank
             buffers |= {"bank": vectors, "narrow": narrow, "bank_narrow": F.normalize(vectors @ narrow, dim=-1)}
+            buffers["spread"] = 1 - vectors.mean(0).square().sum()
         for name, tensor in buffers.items():
             self.register_buffer(name, tensor, persistent=False)
         self.pools = teacher.modules
@@ -138,7 +139,7 @@ class Distillation(TrainingTask):
             forward.teacher = forward.teacher or View(None, None)
             with torch.autocast(batch.vectors.device.type, enabled=False):
                 forward.teacher.sentence = F.normalize(batch.vectors @ self.narrow, dim=-1)
-            forward.bank = self.bank, self.bank_narrow
+            forward.bank, forward.spread = (self.bank, self.bank_narrow), self.spread
         forward.shared, forward.spelling = self.shared, self.spelling
         if self.head is not None:
             forward.student.predict = partial(self.head, table=self.student.get_input_embeddings().weight)
