@@ -115,6 +115,8 @@ def test_sources_are_files_or_texts(tmp_path, monkeypatch):
         {"text": "one text"},
         {"text": "a.txt"},
     ]
+    with pytest.raises(InputError, match="there is no trainer 'best'"):
+        vocabshrink.learn_vocabulary(["nothing", "is counted"], 150, out=tmp_path / "vocab", trainer="best")
     with pytest.raises(InputError, match="texts: there are none"):
         spool([], tmp_path)
     with pytest.raises(InputError, match="texts: compress alone takes languages"):

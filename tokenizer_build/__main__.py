@@ -16,7 +16,7 @@ from tokenizer_build.corpus import read_lines
 from tokenizer_build.count import count_words, read_counts, write_counts
 from tokenizer_build.errors import InputError
 from tokenizer_build.tokenizer import load_tokenizer, save_tokenizer
-from tokenizer_build.trainers import TRAINERS, train_tokenizer
+from tokenizer_build.trainers import TRAINERS, check_trainer, train_tokenizer
 
 app = typer.Typer(help=__doc__, no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
 messages = Console(stderr=True, highlight=False)
@@ -54,8 +54,7 @@ def train(
     cased: Cased = False,
 ):
     """Learn a vocabulary and write tokenizer.json, tokenizer_config.json and vocab.txt."""
-    if trainer not in TRAINERS:
-        raise InputError(f"there is no trainer {trainer!r}: choose one of {', '.join(TRAINERS)}")
+    check_trainer(trainer)
     words, compared = read_counts(*counts), {"teacher": load_tokenizer(teacher)} if teacher else {}
     if not cased and any(word.isascii() and word != word.lower() for word in words):
         raise InputError(f"{counts[0]} was counted with --cased: give --cased here too, or count again")

@@ -74,6 +74,12 @@ def train_vocabulary(
     return list(dict.fromkeys(SPECIAL_TOKENS + chosen))[:size]
 
 
+def check_trainer(name: str) -> None:
+    """Raises InputError for a name that is none of TRAINERS."""
+    if name not in TRAINERS:
+        raise InputError(f"there is no trainer {name!r}: choose one of {', '.join(TRAINERS)}")
+
+
 def train_tokenizer(
     counts: Mapping[str, int], size: int, trainer: str, *, lowercase: bool, form: str | None = None, **options
 ) -> Tokenizer:

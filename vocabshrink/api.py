@@ -20,7 +20,7 @@ from tokenizer_build.count import count_words
 from tokenizer_build.errors import InputError
 from tokenizer_build.files import plain, read_json, write_json, write_jsonl, write_text
 from tokenizer_build.tokenizer import form_of, load_tokenizer, lowercases, save_tokenizer
-from tokenizer_build.trainers import train_tokenizer
+from tokenizer_build.trainers import check_trainer, train_tokenizer
 from vocabshrink.data.tasks import Task, read_task
 from vocabshrink.delivery.export import ExportSettings, export_model
 from vocabshrink.models.families import positions_of
@@ -216,6 +216,7 @@ def learn_vocabulary(
     """A WordPiece tokenizer of at most `size` pieces, learnt from the texts, as a folder that transformers loads.
     teacher: a model whose pieces are candidates too. trainer: one of tokenizer_build.trainers.TRAINERS. lowercase:
     None: as the teacher. required: words that must be one piece. Raises InputError for a size below the alphabet's."""
+    check_trainer(trainer)
     tokenizer = load_tokenizer(resolve_model(teacher)) if teacher else None
     if lowercase is None:
         lowercase = tokenizer is None or lowercases(tokenizer)
