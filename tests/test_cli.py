@@ -189,7 +189,8 @@ def test_a_place_that_cannot_be_written_is_one_sentence(tmp_path, refused, monke
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGKILL])
 def test_a_signal_ends_the_command_and_its_workers(number, write_recipe, tmp_path):
-    """While they count a corpus that takes them half a minute."""
+    """While they count a corpus that takes them half a minute. A worker that is still starting would say on stderr that
+    its parent is gone: they are at work when they have loaded the tokenizers."""
     (tmp_path / "long.txt").write_text("ka lo mi ka lo mi\n" * 4_000_000)
     corpus = {"sources": [str(tmp_path / "long.txt")], "processes": 2}
     command = [sys.executable, "-m", "vocabshrink", "count", write_recipe(corpus=corpus)]
@@ -198,7 +199,8 @@ def test_a_signal_ends_the_command_and_its_workers(number, write_recipe, tmp_pat
     children, workers = Path(f"/proc/{done.pid}/task/{done.pid}/children"), []
     while len(workers) < 2 and done.poll() is None:
         time.sleep(0.05)
-        workers = [int(pid) for pid in children.read_text().split()]
+        started = [int(pid) for pid in children.read_text().split()]
+        workers = [pid for pid in started if "tokenizers" in Path(f"/proc/{pid}/maps").read_text()]
     done.send_signal(number)
     said = done.communicate(timeout=60)[1]
     if number == signal.SIGKILL:

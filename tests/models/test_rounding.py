@@ -115,8 +115,6 @@ def test_zero_rows_tiny_values_and_exact_values(format):
 
 
 def test_refuses_what_it_cannot_round():
-    with pytest.raises(ValueError, match="matrix"):
-        quantize(np.zeros(3, dtype=np.float32), "int8")
     with pytest.raises(ValueError, match="finite"):
         quantize(np.array([[np.nan, 1]], dtype=np.float32), "int8")
 
