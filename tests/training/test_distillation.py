@@ -348,7 +348,9 @@ def test_a_direction_that_all_vectors_share_changes_no_loss():
     bank, rows, student = (F.normalize(torch.randn(n, 16), dim=-1) for n in (400, 8, 8))
     found = []
     for shared in (0.0, 0.5, 2.0):  # of a 17th dimension, at right angles to the others
-        vectors, target, own = (F.normalize(F.pad(side, (0, 1), value=shared), dim=-1) for side in (bank, rows, student))
+        vectors, target, own = (
+            F.normalize(F.pad(side, (0, 1), value=shared), dim=-1) for side in (bank, rows, student)
+        )
         spread = 1 - (vectors @ vectors.T).mean()
         views = SimpleNamespace(sentence=own), SimpleNamespace(sentence=target)
         options = {"student": views[0], "teacher": views[1], "bank": (vectors, vectors), "spread": spread}
