@@ -3,33 +3,32 @@ sentences and clauses of unlabelled film reviews with those of an encoder fine-t
 
     python recipes/sst2_rows.py --teacher sentence-transformers/all-mpnet-base-v2 --task tasks/sst2 \\
       --logits LOGITS.safetensors --texts reviews.parquet --out data
-                                  # data/sst2/*.jsonl, data/logits.safetensors, data/teacher/
+                                  # data/sst2/*.jsonl and data/logits.safetensors, by data/teacher and data/labelled
 
 Reviews are written as SST-2 is (lower case, punctuation and contractions apart) and cut to its lengths; what also
 stands in its validation or test is left out. On one core with AMX the epoch takes about half an hour and 100,000
-sentences ten minutes.
+sentences ten minutes. Killed and called again, it goes on.
 """
 
 import argparse
-import json
 import random
 import re
 import shutil
-from collections.abc import Iterator
+from itertools import chain
 from pathlib import Path
 
 import numpy as np
-import torch
-import torch.nn.functional as F
-from safetensors.numpy import load_file, save_file
-from transformers import AutoModelForSequenceClassification, AutoTokenizer, get_linear_schedule_with_warmup
+from safetensors.numpy import load_file
 
 from tokenizer_build.corpus import read_lines
-from tokenizer_build.files import read_jsonl
+from tokenizer_build.files import read_jsonl, write_jsonl
+from vocabshrink.api import run_recipe
 from vocabshrink.data.vectors import sentences_of
-from vocabshrink.models.loading import resolve_model
+from vocabshrink.run.folder import RunDir
+from vocabshrink.run.recipe import parse_recipe
+from vocabshrink.stages.tasks import label_texts, write_logits
 
-BATCH, RATE, WARMUP, LONGEST = 32, 3e-5, 100, 64
+TUNING = {"epochs": 1, "batch_size": 32, "max_length": 64, "learning_rate": 3e-5, "warmup": 0.05}
 CLAUSES = 0.35  # of the sentences are cut to one clause, since SST-2's training rows are phrases
 WORDS = (4, 24)
 
@@ -42,74 +41,19 @@ def as_sst2(text: str) -> str:
     return " ".join(text.lower().split())
 
 
-def draw(texts: list[str], held_out: set[str], number: int) -> list[str]:
-    """`number` distinct sentences and clauses, each of those that there are with the same chance, in random order."""
-    rng, kept, known = random.Random(0), [], set()
-    for line in read_lines(texts, "text"):
-        for sentence in map(as_sst2, sentences_of(line)):
-            if rng.random() < CLAUSES:
-                sentence = rng.choice(re.split(r" [,;:] | -- | but | and ", sentence)).strip(" ,;:-")
-            if not WORDS[0] <= len(sentence.split()) <= WORDS[1] or sentence in known or letters(sentence) in held_out:
-                continue
-            known.add(sentence)
-            if len(kept) < number:
-                kept.append(sentence)
-            elif (at := rng.randrange(len(known))) < number:  # Vitter's algorithm R
-                kept[at] = sentence
-    rng.shuffle(kept)
-    return kept
-
-
 def letters(text: str) -> str:
     return re.sub(r"[^a-z0-9]+", " ", text.lower()).strip()
 
 
-class Classifier:
-    """An encoder with a new head of two labels."""
-
-    def __init__(self, name: str):
-        folder = resolve_model(name)
-        self.tokenizer = AutoTokenizer.from_pretrained(folder)
-        self.model = AutoModelForSequenceClassification.from_pretrained(folder, num_labels=2)
-
-    def logits(self, texts: list[str]) -> torch.Tensor:
-        batch = self.tokenizer(texts, truncation=True, max_length=LONGEST, padding="longest", return_tensors="pt")
-        with torch.autocast("cpu", torch.bfloat16):
-            return self.model(**batch).logits.float()
-
-    def train(self, rows: list[dict]) -> None:
-        """One epoch in batches of like lengths; the piece table stays as it is."""
-        self.model.get_input_embeddings().requires_grad_(False)
-        rng, batches = random.Random(0), list(by_length([row["sentence1"] for row in rows], BATCH))
-        rng.shuffle(batches)
-        parameters = [p for p in self.model.parameters() if p.requires_grad]
-        optimizer = torch.optim.AdamW(parameters, lr=RATE, weight_decay=0.01)
-        schedule = get_linear_schedule_with_warmup(optimizer, min(WARMUP, len(batches) // 10), len(batches))
-        self.model.train()
-        for step, chosen in enumerate(batches, 1):
-            labels = torch.tensor([int(rows[i]["label"]) for i in chosen])
-            loss = F.cross_entropy(self.logits([rows[i]["sentence1"] for i in chosen]), labels)
-            loss.backward()
-            torch.nn.utils.clip_grad_norm_(parameters, 1.0)
-            optimizer.step()
-            schedule.step()
-            optimizer.zero_grad()
-            if step % 50 == 0:
-                print(f"step {step} of {len(batches)}: loss {loss.item():.4f}", flush=True)
-
-    @torch.inference_mode()
-    def answers(self, texts: list[str]) -> np.ndarray:
-        """[N, 2] logits."""
-        self.model.eval()
-        found = np.empty((len(texts), 2), np.float32)
-        for chosen in by_length(texts, 2 * BATCH):
-            found[chosen] = self.logits([texts[i] for i in chosen]).numpy()
-        return found
-
-
-def by_length(texts: list[str], size: int) -> Iterator[list[int]]:
-    order = sorted(range(len(texts)), key=lambda i: len(texts[i]))
-    return (order[start : start + size] for start in range(0, len(order), size))
+def draw(texts: list[str], held_out: set[str], number: int) -> list[str]:
+    """`number` of the distinct sentences and clauses, in random order."""
+    rng, found = random.Random(0), {}
+    for sentence in map(as_sst2, chain.from_iterable(map(sentences_of, read_lines(texts, "text")))):
+        if rng.random() < CLAUSES:
+            sentence = rng.choice(re.split(r" [,;:] | -- | but | and ", sentence)).strip(" ,;:-")
+        if WORDS[0] <= len(sentence.split()) <= WORDS[1] and letters(sentence) not in held_out:
+            found[sentence] = None
+    return rng.sample(list(found), min(number, len(found)))
 
 
 def main() -> None:
@@ -120,33 +64,36 @@ def main() -> None:
     parser.add_argument("--texts", required=True, nargs="+")
     parser.add_argument("--number", type=int, default=100_000)
     given = parser.parse_args()
-    splits = {
-        name: [row for _, row in read_jsonl(given.task / f"{name}.jsonl")] for name in ("train", "validation", "test")
+    files = {split: given.task / f"{split}.jsonl" for split in ("train", "validation", "test")}
+    tuning = {
+        "name": "teacher",
+        "teacher": {"model": given.teacher},
+        "corpus": {"sources": given.texts},
+        "tasks": {"sst2": {split: str(file.absolute()) for split, file in files.items()}},
+        "finetune": {"teacher": TUNING, "phases": [{"losses": {"soft_labels": 1.0}}]},
+        "evaluation": {"sentences": 0},
+        "delivery": None,
     }
-    held_out = {letters(row["sentence1"]) for name in ("validation", "test") for row in splits[name]}
-    drawn, of_bert = draw(given.texts, held_out, given.number), load_file(given.logits)
-    torch.manual_seed(0)
-    classifier = Classifier(given.teacher)
-    classifier.train(splits["train"])
-    right = classifier.answers([row["sentence1"] for row in splits["validation"]]).argmax(1)
-    print(
-        "the teacher's accuracy on validation:", np.mean(right == [int(row["label"]) for row in splits["validation"]])
-    )
-    classifier.model.save_pretrained(given.out / "teacher")
-    classifier.tokenizer.save_pretrained(given.out / "teacher")
-    answers = classifier.answers(drawn)
+    run = RunDir(given.out / "teacher")
+    run_recipe(parse_recipe(tuning, "sst2_rows.py"), run, only="task_teacher")
+    held_out = {letters(row["sentence1"]) for split in ("validation", "test") for _, row in read_jsonl(files[split])}
+    labelled, asked = given.out / "labelled", {"texts": given.texts, "number": given.number}
+    teacher = run.stage("task_teacher") / "sst2/model"
+    section = label_texts(str(teacher), lambda: draw(given.texts, held_out, given.number), labelled, asked)
+    of_bert, answers = load_file(given.logits), load_file(section["logits"])
+    of_mpnet = np.concatenate([answers["train.logits"], answers["validation.logits"]])
     # one temperature serves both teachers if their logits lie as far apart
-    apart = [float(np.abs(logits[:, 1] - logits[:, 0]).mean()) for logits in (of_bert["train.logits"], answers)]
-    logits = np.concatenate([of_bert["train.logits"], answers * min(apart[0] / apart[1], 1.5)]).astype(np.float32)
-    rows = splits["train"] + [{"sentence1": t, "label": int(a)} for t, a in zip(drawn, answers.argmax(1), strict=True)]
+    apart = [float(np.abs(logits[:, 1] - logits[:, 0]).mean()) for logits in (of_bert["train.logits"], of_mpnet)]
+    joined = np.concatenate([of_bert["train.logits"], of_mpnet * min(apart[0] / apart[1], 1.5)]).astype(np.float32)
+    number_of = {label: number for number, label in enumerate(section["labels"])}
+    new = chain.from_iterable(read_jsonl(section[split]) for split in ("train", "validation"))
+    rows = [row for _, row in read_jsonl(files["train"])] + [row | {"label": number_of[row["label"]]} for _, row in new]
     (given.out / "sst2").mkdir(parents=True, exist_ok=True)
-    lines = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
-    (given.out / "sst2/train.jsonl").write_text(lines, encoding="utf-8")
-    for name in ("validation.jsonl", "test.jsonl", "meta.json"):
-        shutil.copy(given.task / name, given.out / "sst2")
-    save_file(
-        {"train.logits": logits, "validation.logits": of_bert["validation.logits"]}, given.out / "logits.safetensors"
-    )
+    write_jsonl(given.out / "sst2/train.jsonl", rows)
+    for file in (files["validation"], files["test"], given.task / "meta.json"):
+        shutil.copy(file, given.out / "sst2")
+    logits = {"train": joined, "validation": of_bert["validation.logits"]}
+    write_logits(given.out / "logits.safetensors", logits)
 
 
 if __name__ == "__main__":

@@ -23,7 +23,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, suppress
 from pathlib import Path
 
@@ -326,19 +326,21 @@ def speed(row: dict, key: str) -> float | None:
     return row[key] / row["seconds"] if row.get("seconds") and row.get(key) else None
 
 
+def table(heads: list[str], rows: Iterable[Iterable], names: int = 1) -> list[str]:
+    """A table in Markdown whose first columns are names, to the left, and the others figures."""
+    edges = ["---"] * names + ["--:"] * (len(heads) - names)
+    return [f"| {' | '.join(heads)} |", f"|{'|'.join(edges)}|", *(f"| {' | '.join(map(str, row))} |" for row in rows)]
+
+
 def of_words(rows: dict, sizes: list[int]) -> list[str]:
-    lines = [
-        "| | words | seconds | words/s | peak MB | at its start | distinct words | MB on disk |",
-        "|---|--:|--:|--:|--:|--:|--:|--:|",
-    ]
+    made = []
     for name in STAGES:
         for words in sizes:
             row = rows.get(name, {}).get(str(words), {})
-            counted = row | {"all": words}
-            cells = (cell(row, "seconds", 1), figure(speed(counted, "all")), cell(row, "peak_mb"))
+            cells = (cell(row, "seconds", 1), figure(speed(row | {"all": words}, "all")), cell(row, "peak_mb"))
             cells += (cell(row, "start_mb"), cell(row, "distinct_words"), cell(row, "disk_mb", 1))
-            lines.append(f"| `{name}` | {power(words)} | {' | '.join(cells)} |")
-    return lines
+            made.append((f"`{name}`", power(words), *cells))
+    return table(["", "words", "seconds", "words/s", "peak MB", "at its start", "distinct words", "MB on disk"], made)
 
 
 def slope(rows: dict, key: str, sizes: list[int]) -> float | None:
@@ -361,48 +363,43 @@ def stored_for(row: dict, words: int, goal: int, unit: float) -> str:
 
 
 def slopes(rows: dict, sizes: list[int]) -> list[str]:
-    lines = [
-        f"| from {' to '.join(map(power, sizes[-2:]))} words | seconds as words^ | distinct words as words^ "
-        "| bytes of memory a further word | GB on disk for 10^9 words |",
-        "|---|--:|--:|--:|--:|",
-    ]
+    heads = [f"from {' to '.join(map(power, sizes[-2:]))} words", "seconds as words^", "distinct words as words^"]
+    heads += ["bytes of memory a further word", "GB on disk for 10^9 words"]
+    made = []
     for name in STAGES:
         of_one = rows.get(name, {})
         last = of_one.get(str(sizes[-1]), {})
         distinct = "" if last and "distinct_words" not in last else figure(slope(of_one, "distinct_words", sizes), 2)
         cells = figure(slope(of_one, "seconds", sizes), 2), distinct, figure(memory_slope(of_one, sizes), 2)
-        cells += (stored_for(last, sizes[-1], 10**9, 1e9),)
-        lines.append(f"| `{name}` | {' | '.join(cells)} |")
-    return lines
+        made.append((f"`{name}`", *cells, stored_for(last, sizes[-1], 10**9, 1e9)))
+    return table(heads, made)
 
 
 def of_sentences(rows: dict) -> list[str]:
-    lines = [
-        "| | sentences | seconds | sentences/s | peak MB | at its start | MB on disk |",
-        "|---|--:|--:|--:|--:|--:|--:|",
-    ]
+    made = []
     for sentences in sorted({*SENTENCES, *map(int, rows.get("vectors", {}))}):
         row = rows.get("vectors", {}).get(str(sentences), {})
         cells = (cell(row, "seconds", 1), figure(speed(row, "sentences")), cell(row, "peak_mb"))
-        cells += (cell(row, "start_mb"), cell(row, "disk_mb", 1))
-        lines.append(f"| `vectors` | {power(sentences)} | {' | '.join(cells)} |")
-    return lines
+        made.append(("`vectors`", power(sentences), *cells, cell(row, "start_mb"), cell(row, "disk_mb", 1)))
+    return table(["", "sentences", "seconds", "sentences/s", "peak MB", "at its start", "MB on disk"], made)
 
 
 def of_steps(rows: dict) -> list[str]:
-    lines = [
-        "| batch | length | width | tokens a step | seconds | tokens/s | peak MB |",
-        "|--:|--:|--:|--:|--:|--:|--:|",
+    found = [(sizes, rows.get("step", {}).get(step_key(sizes), {})) for sizes in STEPS]
+    made = [
+        (
+            *sizes.values(),
+            cell(row, "tokens"),
+            cell(row, "seconds", 2),
+            figure(speed(row, "tokens")),
+            cell(row, "peak_mb"),
+        )
+        for sizes, row in found
     ]
-    for sizes in STEPS:
-        row = rows.get("step", {}).get(step_key(sizes), {})
-        cells = (cell(row, "tokens"), cell(row, "seconds", 2), figure(speed(row, "tokens")), cell(row, "peak_mb"))
-        lines.append(f"| {' | '.join(map(str, sizes.values()))} | {' | '.join(cells)} |")
-    return lines
+    return table(["batch", "length", "width", "tokens a step", "seconds", "tokens/s", "peak MB"], made, names=0)
 
 
 def of_gigabyte(rows: dict, size: float) -> list[str]:
-    lines = ["| | seconds | MB of text/s | peak MB, all processes | MB on disk |", "|---|--:|--:|--:|--:|"]
     found = rows.get("gigabyte", {})
     alone = {"seconds": found["datasets"]["map_seconds"]} if "datasets" in found else {}
     systems = {
@@ -410,23 +407,23 @@ def of_gigabyte(rows: dict, size: float) -> list[str]:
         "`datasets`, one vocabulary: reading and `map`": found.get("datasets", {}),
         "its `map` alone": alone,
     }
+    made = []
     for name, row in systems.items():
-        counted = row | {"text": size / 1e6}
-        cells = cell(row, "seconds", 1), figure(speed(counted, "text"), 1), cell(row, "peak_mb"), cell(row, "disk_mb")
-        lines.append(f"| {name} | {' | '.join(cells)} |")
-    return lines
+        rate = figure(speed(row | {"text": size / 1e6}, "text"), 1)
+        made.append((name, cell(row, "seconds", 1), rate, cell(row, "peak_mb"), cell(row, "disk_mb")))
+    return table(["", "seconds", "MB of text/s", "peak MB, all processes", "MB on disk"], made)
 
 
 def of_goal(rows: dict, sizes: list[int]) -> list[str]:
     """Core-hours and bytes for 10^12 words, at the speed of the largest text."""
-    lines = [f"| {power(GOAL)} words | core-hours | hours of 1,000 cores | TB on disk |", "|---|--:|--:|--:|"]
+    made = []
     for name in ("count", "draw", "encode"):
         row = rows.get(name, {}).get(str(sizes[-1]), {})
         rate = speed(row | {"all": sizes[-1]}, "all")
         hours = GOAL / rate / 3600 if rate else None
         stored = stored_for(row, sizes[-1], GOAL, 1e12)
-        lines.append(f"| `{name}` | {figure(hours)} | {figure(hours and hours / 1000, 2)} | {stored} |")
-    return lines
+        made.append((f"`{name}`", figure(hours), figure(hours and hours / 1000, 2), stored))
+    return table([f"{power(GOAL)} words", "core-hours", "hours of 1,000 cores", "TB on disk"], made)
 
 
 def tables(found: dict) -> str:
