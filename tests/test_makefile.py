@@ -45,3 +45,5 @@ def test_values_are_data(make):
         assert found == ["-m", "vocabshrink", "search", artifact, query]
     everything = " ".join(NASTY)
     assert make("plan", f"SET={everything}", RECIPE=everything)[2:] == ["plan", everything, *everything.split()]
+    made = make("reproduce", f"MODEL={NASTY[1]}", f"DATA={NASTY[3]}", "SET=seed=1")
+    assert made == ["recipes/reproduce.py", NASTY[1], NASTY[3], "seed=1"]

@@ -1,13 +1,18 @@
 """Every shipped recipe loads, and every variant of every ablation: found by rglob, so that none can be forgotten."""
 
+import importlib.util
+import sys
 from pathlib import Path
 
 import pytest
+import yaml
 from transformers import BertConfig
 
 from tokenizer_build.errors import InputError
+from tokenizer_build.files import read_json, write_json, write_text
 from vocabshrink.lab import tune
 from vocabshrink.lab.ablations import read_ablation, runs_of
+from vocabshrink.run.formats import formats_of
 from vocabshrink.run.layer_map import layer_pairs
 from vocabshrink.run.recipe import dump_recipe, load_recipe
 from vocabshrink.run.recipe_yaml import parse_yaml
@@ -129,3 +134,55 @@ def test_every_value_of_every_gene_is_a_recipe(path, tmp_path, monkeypatch):
     assert tuner.recipe.distill.steps < full.distill.steps  # a proxy is less than what it is for
     if tuner.tuning.confirm:
         tuner.make(tuner.tuning.confirm.settings, "longer runs")
+
+
+class TestReproduce:
+    """reproduce.py makes what is released, of the recipes that are here."""
+
+    @pytest.fixture(scope="class")
+    def reproduce(self):
+        spec = importlib.util.spec_from_file_location("reproduce", FOLDER / "reproduce.py")
+        spec.loader.exec_module(module := importlib.util.module_from_spec(spec))
+        return module
+
+    def test_knows_every_released_model(self, reproduce):
+        released = {path.parent.name for path in (FOLDER.parent / "artifacts").glob("*-*mb/MANIFEST.json")}
+        assert reproduce.MODELS.keys() == released
+
+    def test_ends_with_the_recipe_of_the_model_in_its_formats(self, reproduce):
+        for name, steps in reproduce.MODELS.items():
+            made = []
+            for step, words in steps:
+                assert (FOLDER / step).is_file()
+                if not step.endswith(".yaml"):
+                    continue
+                recipe = load_recipe(FOLDER / step, words)
+                check_all_losses(recipe)
+                for model in filter(None, (recipe.student.start, recipe.teacher.model)):
+                    assert not model.startswith("artifacts/") or model.split("/")[1] in made
+                made.append(recipe.name)
+            manifest = read_json(FOLDER.parent / "artifacts" / name / "MANIFEST.json")
+            assert manifest["recipe"] == Path(step).stem, name
+            assert manifest["formats"] == formats_of(recipe.delivery.weights), name
+            assert manifest["delivery_bytes"] <= recipe.delivery.budget
+
+    def test_prints_the_figures_beside_those_released(self, reproduce, tmp_path, monkeypatch, capsys):
+        write_text(
+            tmp_path / "mine.yaml",
+            yaml.safe_dump({"name": "mine", "teacher": {"model": "t"}, "corpus": {"sources": []}}),
+        )
+        here, ran = {"MODELS": {"mine-1mb": [("mine.yaml", ["seed=3"])]}, "RECIPES": tmp_path, "RUNS": tmp_path}, []
+        for key, value in here.items():
+            monkeypatch.setattr(reproduce, key, value)
+        monkeypatch.setattr(reproduce, "run_recipe", lambda recipe, folder: ran.append((recipe, folder.path)))
+        for folder, value in (("mine-1mb", 0.81), ("mine/export/model", 0.79)):
+            manifest = {"delivery_bytes": 1000, "quality": {"stsb": {"delivered": value}}}
+            write_json(tmp_path / folder / "MANIFEST.json", manifest)
+        monkeypatch.setattr(sys, "argv", ["reproduce.py", "mine-1mb", str(tmp_path), "corpus.sources=[a]"])
+        reproduce.main()
+        assert "stsb" in (said := capsys.readouterr().out) and said.index("0.81") < said.index("0.79")
+        recipe, folder = ran[0]
+        assert (recipe.seed, recipe.corpus.sources, folder) == (3, ["a"], tmp_path / "mine")
+        monkeypatch.setattr(sys, "argv", ["reproduce.py", "yours", str(tmp_path)])
+        with pytest.raises(InputError, match="one of mine-1mb"):
+            reproduce.main()

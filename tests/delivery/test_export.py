@@ -16,7 +16,7 @@ from vocabshrink.delivery import export as export_module
 from vocabshrink.delivery import graph as graph_module
 from vocabshrink.delivery.export import ExportSettings, agreement, awkward_inputs, torch_outputs
 from vocabshrink.delivery.export import export_model as export_with
-from vocabshrink.delivery.graph import ACTIVATIONS, KERNELS, check_activation
+from vocabshrink.delivery.graph import ACTIVATIONS, check_activation
 from vocabshrink.models.forward import ModuleSettings
 from vocabshrink.run.formats import formats_of
 from vocabshrink.run.recipe import POOLINGS, DeliverySection, parse_recipe
@@ -50,7 +50,9 @@ def make_model(folder: Path, tokenizer_from: Path, task: str = "embedding", **ch
     if task in ("classification", "tokens"):
         shape |= {"id2label": {0: "no", 1: "maybe", 2: "yes"}, "label2id": {"no": 0, "maybe": 1, "yes": 2}}
     torch.manual_seed(0)
-    model = getattr(transformers, KINDS[task].architecture)(BertConfig(**(shape | changes)))
+    family = "Electra" if "embedding_size" in changes else "Bert"
+    config = getattr(transformers, f"{family}Config")(**(shape | changes))
+    model = getattr(transformers, KINDS[task].architecture.replace("Bert", family))(config)
     for name, parameter in model.named_parameters():
         if parameter.dim() == 1:  # biases of zero and layer norms of one would hide a lost vector
             torch.nn.init.normal_(parameter, 1.0 if "LayerNorm.weight" in name else 0.0, 0.1)
@@ -104,7 +106,7 @@ def test_the_file_computes_what_torch_computes(folders, tmp_path, task, formats)
 
 
 @pytest.mark.parametrize(
-    "formats,kernel", [(name, KERNELS[0]) for name in FORMATS] + [("int8", k) for k in KERNELS[1:]]
+    "formats,kernel", [(name, "unsigned") for name in FORMATS] + [("int8", k) for k in ("signed", "float")]
 )
 @pytest.mark.parametrize("task", KINDS)
 def test_an_answer_depends_on_nothing_else_in_the_batch(folders, tmp_path, task, formats, kernel):
@@ -178,7 +180,7 @@ def test_an_activation_that_no_graph_has_is_refused():
         check_activation(BertConfig(hidden_act="mish"), "here")
 
 
-def test_int8_that_collapses_is_refused_and_the_float_kernel_keeps_it(tiny_teacher, tmp_path):
+def test_int8_that_collapses_takes_the_float_kernel_or_is_refused(tiny_teacher, tmp_path):
     spoilt = make_model(tmp_path / "spoilt", tiny_teacher)
     model = transformers.BertModel.from_pretrained(spoilt)
     with torch.no_grad():  # huge activations that matter little, as real BERTs have them: they take all 8 bits
@@ -188,9 +190,17 @@ def test_int8_that_collapses_is_refused_and_the_float_kernel_keeps_it(tiny_teach
     model.save_pretrained(spoilt)
     settings = {"task": "embedding", "formats": "int8", "max_positions": 32}
     with pytest.raises(InputError, match="int8 graph's cosine with torch .* under 0.97: choose kernel: float"):
-        export_model(spoilt, tmp_path / "out", **settings)
-    manifest = export_model(spoilt, tmp_path / "out", kernel="float", **settings)
+        export_model(spoilt, tmp_path / "out", kernel="unsigned", **settings)
+    manifest = export_model(spoilt, tmp_path / "out", **settings)
     assert manifest["kernel"] == "float" and manifest["check"]["same_weights"] > 0.999
+    assert manifest == export_model(spoilt, tmp_path / "told", kernel="float", **settings)
+
+
+def test_a_factorised_table_rounds_no_activations_at_4_bits(tiny_teacher, tmp_path):
+    """Eight bits are those of its projection alone, whose product is of unrounded rows."""
+    factorised = make_model(tmp_path / "factorised", tiny_teacher, embedding_size=32)
+    manifest = export_model(factorised, tmp_path / "out", task="embedding", formats="int4-32")
+    assert manifest["formats"]["positions"] == "int8" and manifest["check"]["same_weights"] > 0.99999
 
 
 def test_the_signed_kernel_goes_with_every_pooling(model_folder, tmp_path):
@@ -334,7 +344,7 @@ def test_over_budget_is_refused_by_file_and_the_earlier_delivery_stays(model_fol
 
 def test_a_graph_that_computes_something_else_is_refused(model_folder, tmp_path, monkeypatch):
     codes_of = graph_module.Graph.codes
-    monkeypatch.setattr(graph_module.Graph, "codes", lambda graph, quantized: codes_of(graph, quantized)[::-1])
+    monkeypatch.setattr(graph_module.Graph, "codes", lambda graph, *of: codes_of(graph, *of)[::-1])
     with pytest.raises(InputError, match="int4 graph's cosine with torch .same_weights. is"):
         export_model(model_folder, tmp_path / "out", task="embedding", formats="int4-32", max_positions=32)
     assert list(tmp_path.iterdir()) == []

@@ -4,7 +4,7 @@ import pytest
 from conftest import dequantize
 from onnx import TensorProto, helper
 
-from vocabshrink.delivery.graph import KERNELS, Graph
+from vocabshrink.delivery.graph import Graph
 from vocabshrink.models.rounding import quantize
 from vocabshrink.run.formats import formats_of
 
@@ -23,7 +23,7 @@ def run_graph(graph: Graph, output: str, feed: dict[str, np.ndarray]) -> np.ndar
 
 
 @pytest.mark.parametrize("columns", [64, 96, 200])
-@pytest.mark.parametrize("format,kernel", [(name, "unsigned") for name in FORMATS] + [("int8", k) for k in KERNELS[1:]])
+@pytest.mark.parametrize("format,kernel", [*((f, "unsigned") for f in FORMATS), ("int8", "signed"), ("int8", "float")])
 def test_linear_gather_and_tied_linear_compute_with_the_codes_of_quantize(format, kernel, columns):
     draw = np.random.default_rng(1)
     table = draw.normal(size=(30, columns)).astype(np.float32)
@@ -35,7 +35,7 @@ def test_linear_gather_and_tied_linear_compute_with_the_codes_of_quantize(format
     formats = dict.fromkeys(formats_of("fp32"), format)
 
     graph = Graph(formats, kernel)
-    product = run_graph(graph, graph.linear("dense", table, bias, "x"), {"x": hidden})
+    product = run_graph(graph, graph.linear("layer.0.dense", table, bias, "x"), {"x": hidden})
     assert np.abs(product - expected).max() < near * np.abs(expected).max()
 
     graph = Graph(formats, kernel)

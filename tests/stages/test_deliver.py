@@ -32,6 +32,21 @@ def test_the_manifest_says_whether_the_task_has_pairs(tmp_path, monkeypatch, sec
     assert seen == {"trained_for": "made_up", "pairs": second is not None, "task": "classification"}
 
 
+@pytest.mark.parametrize("kernel,said", [("float", True), ("unsigned", False), (None, False)])
+def test_a_kernel_that_was_not_the_first_choice_is_told(tmp_path, monkeypatch, capsys, kernel, said):
+    manifest = {"quality": {}, "delivery_bytes": 1} | ({"kernel": kernel} if kernel else {})
+    monkeypatch.setattr(deliver, "export_model", lambda *given, **options: manifest)
+    monkeypatch.setattr(deliver, "write_page", lambda *given, **facts: None)
+    monkeypatch.setattr(deliver, "weights_sha256", lambda folder: "")
+    monkeypatch.setattr(deliver.inputs, "teacher_folder", lambda section: tmp_path)
+    (tmp_path / "comparison.json").write_text("{}")
+    recipe = parse_recipe({"name": "mine", "teacher": {"model": "t"}, "corpus": {"sources": ["a.txt"]}}, "here")
+    settings = ExportSettings("embedding", DeliverySection())
+    context = SimpleNamespace(recipe=recipe, vocabulary=tmp_path)
+    assert deliver.write(context, tmp_path, tmp_path / "model", settings) is manifest
+    assert ("kernel float" in capsys.readouterr().err) == said
+
+
 def test_an_activation_that_cannot_be_delivered_is_refused_before_anything_runs(tiny_teacher):
     teacher = BertConfig.from_pretrained(tiny_teacher, hidden_act="mish")
     sections = {"name": "small", "teacher": {"model": str(tiny_teacher)}, "corpus": {"sources": ["a.txt"]}}

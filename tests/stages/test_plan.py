@@ -146,6 +146,16 @@ class TestFlops:
             assert cost[1] == 10 * 8 * 16  # half of max_length is guessed to be text
             assert cost[2] == cost[1] * passes
 
+    def test_stored_vectors_cost_the_teacher_once_and_recovery_counts(self, tiny_teacher, tmp_path):
+        stage = STAGE | {"losses": {"sentence_cosine": 1}}
+        recipe = make_recipe(
+            tiny_teacher, vectors={"sentences": 50, "max_length": 32}, distill=stage, recovery=stage, student={}
+        )
+        student, teacher = plan.shapes(recipe)
+        once, each = plan.flops_per_piece(teacher, 16), 3 * plan.flops_per_piece(student, 16)
+        costs = [("vectors", 50 * 16, once), *((name, 10 * 8 * 16, each) for name in ("distill", "recovery"))]
+        assert plan.stage_costs(recipe) == [(name, tokens, tokens * flops) for name, tokens, flops in costs]
+
 
 def test_tables_name_every_block_format_and_stage(tiny_teacher, tmp_path, monkeypatch):
     monkeypatch.setattr(plan, "matrix_speed", lambda: 1e9)

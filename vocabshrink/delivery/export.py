@@ -3,6 +3,7 @@ A folder is written beside its place, loaded back in onnxruntime, compared with 
 measured, and only then moved. It replaces an earlier delivery together with its index."""
 
 import json
+from copy import deepcopy
 from dataclasses import dataclass
 from hashlib import sha256
 from pathlib import Path
@@ -14,7 +15,7 @@ from torch import nn
 
 from tokenizer_build.errors import InputError
 from tokenizer_build.files import read_json, replacing_folder
-from vocabshrink.delivery.graph import build_graph, check_activation
+from vocabshrink.delivery.graph import KERNELS, build_graph, check_activation
 from vocabshrink.models.families import student_class, without_pooler
 from vocabshrink.models.forward import ModuleSettings, pool_sentence
 from vocabshrink.models.loading import check_folder, load_model
@@ -84,17 +85,18 @@ def export_model(
             raise InputError(f"{out}: {'; '.join(failures)}")
 
     with replacing_folder(out) as place:
-        full = (manifest or {}) | _write_files(model, Path(model_folder), place, settings)
+        rounded, limits = fake_quantize_(deepcopy(model), settings.delivery.weights), LIMITS[settings.coarsest][1:]
+        config, said = model.config, f"the {settings.coarsest} graph's cosine with torch"
+        feeds = awkward_inputs(config.vocab_size, config.max_position_embeddings, config.type_vocab_size)
+        for kernel in KERNELS[settings.delivery.kernel]:
+            full = (manifest or {}) | _write_files(model, Path(model_folder), place, settings, kernel)
+            graph, models = (place / full["graph"]).read_bytes(), {"same_weights": rounded, "fp32": model}
+            check = full["check"] = {n: agreement(graph, feeds, compared, settings) for n, compared in models.items()}
+            if not (below := {n: least for n, least in zip(REMEDIES, limits, strict=True) if check[n] < least}):
+                break
         contents = {p.relative_to(place).as_posix(): p.read_bytes() for p in sorted(place.rglob("*")) if p.is_file()}
         full["files"] = {n: {"bytes": len(c), "sha256": sha256(c).hexdigest()} for n, c in contents.items()}
-        config, graph = model.config, contents[full["graph"]]
-        feeds = awkward_inputs(config.vocab_size, config.max_position_embeddings, config.type_vocab_size)
-        check = full["check"] = {"fp32": agreement(graph, feeds, model, settings)}
-        fake_quantize_(model, settings.delivery.weights)
-        check["same_weights"] = agreement(graph, feeds, model, settings)
-        limits = zip(REMEDIES, LIMITS[settings.coarsest][1:], strict=True)
-        said = f"the {settings.coarsest} graph's cosine with torch"
-        low = [f"{said} ({n}) is {check[n]}, under {least}: {REMEDIES[n]}" for n, least in limits if check[n] < least]
+        low = [f"{said} ({n}) is {check[n]}, under {least}: {REMEDIES[n]}" for n, least in below.items()]
         note(low + _weigh(full, place / "MANIFEST.json", settings))
         if measure:
             full["quality"], allowed = measure(place), settings.delivery.tolerance
@@ -129,7 +131,7 @@ def _load_model(folder: Path, settings: ExportSettings) -> nn.Module:
     return model.requires_grad_(False)
 
 
-def _write_files(model: nn.Module, model_folder: Path, place: Path, settings: ExportSettings) -> dict:
+def _write_files(model: nn.Module, model_folder: Path, place: Path, settings: ExportSettings, kernel: str) -> dict:
     """Every file but the manifest; the manifest's keys that say what they are."""
     config, task, modules = model.config, settings.task, settings.modules
     max_positions, formats = settings.delivery.max_positions, formats_of(settings.delivery.weights)
@@ -150,11 +152,11 @@ def _write_files(model: nn.Module, model_folder: Path, place: Path, settings: Ex
         if settings.delivery.dimensions:
             keys["dimensions"] = sorted({config.hidden_size, *settings.delivery.dimensions}, reverse=True)
     if "int8" in formats.values():
-        keys["kernel"] = settings.delivery.kernel
+        keys["kernel"] = kernel
     prefix = f"{model.base_model_prefix}."
     state = {name.removeprefix(prefix): value.numpy() for name, value in model.state_dict().items()}
-    graph = build_graph(state, config, task=task, formats=formats, kernel=settings.delivery.kernel, **pooled)
-    (place / "onnx").mkdir()
+    graph = build_graph(state, config, task=task, formats=formats, kernel=kernel, **pooled)
+    (place / "onnx").mkdir(exist_ok=True)
     (place / keys["graph"]).write_bytes(graph.SerializeToString(deterministic=True))
     kept = CONFIG_KEYS.split() + ["id2label", "label2id", "problem_type"] * KINDS[task].labelled
     values = {name: getattr(config, name) for name in kept if getattr(config, name, None) is not None}

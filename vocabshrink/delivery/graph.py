@@ -15,7 +15,7 @@ from transformers import PreTrainedConfig
 from tokenizer_build.errors import InputError
 from vocabshrink.models.rounding import Quantized, quantize
 from vocabshrink.models.teacher import eps_and_activation, head_names
-from vocabshrink.run.formats import format_of
+from vocabshrink.run.formats import format_of, tensor_class
 
 # hidden_act of the config -> Gelu's attribute "approximate", or a in x sigmoid(a x); None is Relu
 ACTIVATIONS = {"gelu": "none", "gelu_python": "none", "relu": None, "silu": 1.0, "swish": 1.0, "quick_gelu": 1.702}
@@ -24,8 +24,9 @@ ACTIVATIONS |= dict.fromkeys(("gelu_new", "gelu_pytorch_tanh", "gelu_fast"), "ta
 # to 8 bits with one scale for each piece of a text. Signed ones run twice as fast on processors with VNNI (1.13 against
 # 2.15 ms for 32 pieces of a 6 x 256 encoder), but may saturate on those without. "float" multiplies unrounded
 # activations by the dequantised weights (2.44 ms), for models with activations so extreme that the others vanish in 8
-# bits. One scale for the whole tensor (0.87 ms) made a text's vector depend on its batch by up to 0.02 a component.
-KERNELS = ("unsigned", "signed", "float")
+# bits, and always for the small products of a factorised table and of a head. One scale for the whole tensor (0.87 ms)
+# made a text's vector depend on its batch by up to 0.02 a component. {a recipe's: tried in this order}
+KERNELS = {name: (name,) for name in ("unsigned", "signed", "float")} | {"auto": ("unsigned", "float")}
 FLOATS = {"fp32": np.float32, "fp16": np.float16}
 
 
@@ -83,11 +84,11 @@ class Graph:
             rows = self.node("Gather", [self.array(name, table.astype(FLOATS[format])), ids])
             return rows if format == "fp32" else self.cast(rows)
         quantized = quantize(table, format)
-        codes, scales = self.array(name, self.codes(quantized)), self.array(name + ".s", quantized.scales)
+        codes, scales = self.array(name, self.codes(name, quantized)), self.array(name + ".s", quantized.scales)
         picked = self.node("Gather", [codes, ids])
         if quantized.bits == 8:
             rows = self.cast(picked)
-            if self.kernel == "unsigned":
+            if self.kernel_of(name) == "unsigned":
                 rows = self.node("Sub", [rows, self.number(128.0)])
             return self.node("Mul", [rows, self.cast(self.node("Gather", [scales, ids]))])
         # not GatherBlockQuantized: the WebAssembly build that transformers.js takes by itself has no kernel for it
@@ -103,11 +104,15 @@ class Graph:
         ends = [self.integers(0), self.integers(columns), last] if columns % size else []
         return self.node("Slice", [rows, *ends]) if ends else rows
 
-    def codes(self, quantized: Quantized) -> np.ndarray:
+    def kernel_of(self, name: str) -> str:
+        """That of the products with a matrix."""
+        return "float" if tensor_class(name) in ("positions", "head") else self.kernel
+
+    def codes(self, name: str, quantized: Quantized) -> np.ndarray:
         """8 bits: [rows, columns]. 4 bits, where 8 stands for zero: two in a byte, the first one low; whole groups."""
         codes = quantized.codes
         if quantized.bits == 8:
-            return codes if self.kernel != "unsigned" else (codes.astype(np.int16) + 128).astype(np.uint8)
+            return codes if self.kernel_of(name) != "unsigned" else (codes.astype(np.int16) + 128).astype(np.uint8)
         nibbles = 8 + np.pad(codes, ((0, 0), (0, -codes.shape[1] % quantized.group_size))).astype(np.uint8)
         return nibbles[:, ::2] | nibbles[:, 1::2] << 4
 
@@ -124,14 +129,15 @@ class Graph:
             # batch, by 0.0007) and WebAssembly's do not, so that browser and server differ by 0.009 a component
             quantized, (rows, columns) = quantize(weight, format), weight.shape
             size, scales = quantized.group_size, self.scales(name, quantized)
-            inputs = [hidden, self.stored(name, self.codes(quantized), (rows, -(-columns // size), size // 2)), scales]
+            codes = self.codes(name, quantized)
+            inputs = [hidden, self.stored(name, codes, (rows, -(-columns // size), size // 2)), scales]
             sizes = {"K": columns, "N": rows, "bits": 4, "block_size": size}
             product = self.node("MatMulNBits", inputs, domain="com.microsoft", **sizes)
         return self.node("Add", [product, self.vector(name + ".b", bias)])
 
     def product_of_8_bits(self, name: str, quantized: Quantized, hidden: str) -> str:
-        codes = self.codes(quantized)
-        if self.kernel == "float":
+        codes, kernel = self.codes(name, quantized), self.kernel_of(name)
+        if kernel == "float":
             weight = self.node("Mul", [self.cast(self.stored(name, codes)), self.scales(name, quantized)])
             return self.node("MatMul", [hidden, weight])
         middle = self.number(128, "u")
@@ -139,7 +145,7 @@ class Graph:
         extreme, step = self.node("Max", [extreme, self.number(1e-12)]), self.number(1 / 127)
         rounded = self.node("QuantizeLinear", [self.node("Div", [hidden, extreme]), step, middle])
         row_scale = self.node("Mul", [extreme, step])
-        zero = middle if self.kernel == "unsigned" else self.number(0, "z")
+        zero = middle if kernel == "unsigned" else self.number(0, "z")
         product = self.cast(self.node("MatMulInteger", [rounded, self.stored(name, codes), middle, zero]))
         scales = self.scales(name, quantized)
         return self.node("Mul", [self.node("Mul", [product, row_scale]), scales])
@@ -247,7 +253,7 @@ def check_activation(config, where: str = "the model") -> None:
 
 
 def build_graph(
-    state, config: PreTrainedConfig, *, task: str, formats: dict, pooling="mean", normalize=True, kernel=KERNELS[0]
+    state, config: PreTrainedConfig, *, task: str, formats: dict, pooling="mean", normalize=True, kernel="unsigned"
 ) -> onnx.ModelProto:
     """The ONNX model of a BERT with the parameters `state`, see `Graph`. formats: {class of tensor: format}."""
     check_activation(config)

@@ -23,7 +23,7 @@ from transformers import PreTrainedConfig
 
 from tokenizer_build.errors import InputError
 from tokenizer_build.files import claimed, hash_of, read_json, write_json, write_text
-from vocabshrink.delivery.graph import build_graph
+from vocabshrink.delivery.graph import KERNELS, build_graph
 from vocabshrink.lab import ablations
 from vocabshrink.models.families import new_encoder
 from vocabshrink.pages.experiments import write_tune_page
@@ -193,7 +193,7 @@ class Tuner:
 def measure_latency(config: PreTrainedConfig, delivery: DeliverySection) -> float:
     """Milliseconds of a sentence of 32 pieces on one thread, random weights: the least of many calls."""
     state, formats = {k: v.numpy() for k, v in new_encoder(config).state_dict().items()}, formats_of(delivery.weights)
-    graph = build_graph(state, config, task="embedding", formats=formats, kernel=delivery.kernel)
+    graph = build_graph(state, config, task="embedding", formats=formats, kernel=KERNELS[delivery.kernel][0])
     session = open_graph(graph.SerializeToString())
     ids = np.ones((1, min(32, config.max_position_embeddings)), dtype=np.int64)
     feed = {"input_ids": ids, "attention_mask": ids, "token_type_ids": 0 * ids}

@@ -332,7 +332,7 @@ class TaskSection(Section):
 
 class DeliverySection(Section):
     weights: WeightFormats = "int4-128"  # of the graph: one format, or one for each class of tensor
-    kernel: Literal["unsigned", "signed", "float"] = "unsigned"  # of int8 products; see graph.py
+    kernel: Literal["auto", "unsigned", "signed", "float"] = "auto"  # of int8 products; see graph.py
     safetensors: Literal["fp16", "fp32"] | None = None  # adds weights for AutoModel and SentenceTransformer
     max_positions: Positive = 128  # of the delivery
     budget: Bytes = 7_000_000  # of the files that onnxruntime needs

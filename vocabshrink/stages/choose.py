@@ -30,10 +30,11 @@ from vocabshrink.models.spelling import first_known
 from vocabshrink.models.student import student_config
 from vocabshrink.models.teacher import head_of
 from vocabshrink.pages.page import ENVIRONMENT
+from vocabshrink.run.engine import say, saying
 from vocabshrink.run.recipe import StudentSection, WeightFormats
 from vocabshrink.stages.plan import delivery_bytes
 
-SAMPLED = 10_000  # lines of the text that are looked at
+SAMPLED, TOLD = 10_000, 500_000  # lines of the text that are looked at, and between two words on progress
 NARROW, COVERED = 8000, 0.99  # text is of a narrow domain where so many pieces are this share of all that it has
 LONGEST, TIMED = 128, 256  # pieces of a sentence, and sentences at a time, when models are timed
 PASSES = 5  # forward passes that a training step is worth: two more backward, the losses, the optimizer
@@ -88,16 +89,19 @@ def look_at(model: str, start: str | None, sources: list[str], column: str, *, t
     """Reads the models' folders and all of the text, by sentences or, for a task or its teacher, by lines. Raises
     InputError for what cannot be compressed."""
     config = check_folder(folder := resolve_model(model))
-    head = head_of(folder, config)
+    head, reading = head_of(folder, config), saying("compress: lines of text read", TOLD)
     tokenizer, lines, characters, sample, rng = shared_tokenizer(folder), 0, 0, [], random.Random(0)
     for lines, line in enumerate(read_lines(sources, column), 1):
         characters += len(line)
+        if lines % TOLD == 0:
+            reading(TOLD)
         if lines <= SAMPLED:
             sample.append(line)
         elif (at := rng.randrange(lines)) < SAMPLED:  # from all of the text: files differ
             sample[at] = line
     texts = [text for line in sample for text in ([line] if task or head else sentences_of(line))]
     found = int(len(texts) * characters / max(sum(map(len, sample)), 1))
+    say(f"compress: {lines:,} lines of text, about {found:,} sentences")
     if found < LEAST_SENTENCES:
         raise InputError(f"texts: {found} sentences are too few to learn from: give at least {LEAST_SENTENCES}")
     encodings = tokenizer.encode_batch(texts, add_special_tokens=False)
@@ -208,6 +212,7 @@ def choose_effort(
     else:
         config = student_config(shape.section, look.source, look.config.vocab_size)  # of the pieces that it is timed on
         config._attn_implementation = "eager"
+        say("compress: measuring how fast the models are here")
         speeds = {
             folder: sentences_per_second(load_model(folder).to(torch.bfloat16), folder, look)
             for folder in {look.folder, look.start}

@@ -102,6 +102,8 @@ def write(context: Context, source: Path, folder: Path, settings: ExportSettings
     recipe, vocabulary = context.recipe, read_json(context.vocabulary / "comparison.json")
     origin = {"recipe": recipe.name, "teacher_sha256": weights_sha256(inputs.teacher_folder(recipe.teacher))}
     full = export_model(source, folder, settings, manifest=origin | (manifest or {}), **options)
+    if settings.delivery.kernel == "auto" and full.get("kernel") == "float":
+        say(f"export: {folder.name} in 8-bit activations is another model: kernel float, slower and exact")
     facts = {"manifest": full, "teacher": recipe.teacher.model, "vocabulary": vocabulary, "quality": full["quality"]}
     facts["sources"] = [Path(source).name for source in recipe.corpus.sources]
     facts["name"] = folder.name if folder.name != "model" else recipe.name

@@ -159,7 +159,12 @@ class CandidateFinder:
                 elif spelt:
                     nearest.append(word)
         self.predict(masked)
-        self.find_near(nearest)
+        if new := {word.pieces: word.letters for word in nearest if word.pieces not in self.near}:
+            # by cosine to the mean of a word's pieces, each weighted by its letters
+            means = [torch.tensor(letters).double() @ self.table[list(pieces)] for pieces, letters in new.items()]
+            self.near |= zip(new, self.best(F.normalize(torch.stack(means), dim=-1) @ self.whole.T), strict=True)
+        for word in nearest:
+            word.candidates = self.near[word.pieces]
         for sentence, words in zip(sentences, found, strict=True):
             for word in words:  # never the word itself, however capitalised
                 own = sentence[word.part][word.start : word.end].casefold()
@@ -182,15 +187,6 @@ class CandidateFinder:
             logits = self.teacher.head(states.float(), self.teacher.table.weight).index_select(1, self.ids)
             for (_, word), best in zip(part, self.best(logits), strict=True):
                 word.candidates = best
-
-    def find_near(self, words: list[Word]) -> None:
-        """Gives each word those nearest by cosine to the mean of its pieces, each weighted by its letters."""
-        if new := {word.pieces: word.letters for word in words if word.pieces not in self.near}:
-            means = [torch.tensor(letters).double() @ self.table[list(pieces)] for pieces, letters in new.items()]
-            scores = F.normalize(torch.stack(means), dim=-1) @ self.whole.T
-            self.near |= zip(new, self.best(scores), strict=True)
-        for word in words:
-            word.candidates = self.near[word.pieces]
 
     def best(self, scores: Tensor) -> list[list[str]]:
         """[n, W] -> the words of the highest scores, two more than asked for: `The` and `the` may have to go."""
