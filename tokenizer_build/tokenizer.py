@@ -119,9 +119,7 @@ def shared_tokenizer(path: str | Path) -> Tokenizer:
     return _shared(path, stamp(path if path.is_dir() else path.parent))
 
 
-@lru_cache(4)
-def _shared(path: Path, files: tuple) -> Tokenizer:
-    return load_tokenizer(path)
+_shared = lru_cache(4)(lambda path, files: load_tokenizer(path))
 
 
 def load_tokenizer(path: str | Path) -> Tokenizer:

@@ -20,7 +20,7 @@ from vocabshrink.models.families import student_class, without_pooler
 from vocabshrink.models.forward import ModuleSettings, pool_sentence
 from vocabshrink.models.loading import check_folder, load_model
 from vocabshrink.models.rounding import fake_quantize_
-from vocabshrink.run.formats import formats_of
+from vocabshrink.run.formats import LARGE_CLASSES, formats_of
 from vocabshrink.run.recipe import DeliverySection
 from vocabshrink.runtime.delivery import KINDS, open_graph
 
@@ -151,7 +151,7 @@ def _write_files(model: nn.Module, model_folder: Path, place: Path, settings: Ex
             keys |= {"prompts": modules.prompts, "default_prompt": modules.default_prompt}
         if settings.delivery.dimensions:
             keys["dimensions"] = sorted({config.hidden_size, *settings.delivery.dimensions}, reverse=True)
-    if "int8" in formats.values():
+    if "int8" in map(formats.get, LARGE_CLASSES):
         keys["kernel"] = kernel
     prefix = f"{model.base_model_prefix}."
     state = {name.removeprefix(prefix): value.numpy() for name, value in model.state_dict().items()}

@@ -118,17 +118,13 @@ class StudentSection(Section):
     num_attention_heads: Size | None = None
     intermediate_size: Size | None = None
     max_position_embeddings: Size | None = None
-    # columns of a factorised piece table, pieces x this and this x hidden_size (ALBERT, ELECTRA); None: hidden_size, or
-    # the teacher's where its table is factorised
-    embedding_size: Size | None = None
+    embedding_size: Size | None = None  # columns of a factorised piece table, as ALBERT and ELECTRA have
     start: str | None = None  # another model than the teacher, whose layers and pieces the student starts from
     # teacher: piece means, and layers copied where shapes agree. extract_*: also heads, feed-forward neurons and, for a
     # narrower student, hidden dimensions cut out of the teacher's (Extract-then-Distill)
     initialize: Literal["teacher", "random", "extract_random", "extract_importance"] = "teacher"
     layer_map: LayerMap = "uniform"  # which teacher layer each layer starts from
-    # sentences on which layers are fitted by least squares to those that they start from, before training (0: not);
-    # pays where heads, neurons or layers are left out
-    calibration: Count = 0
+    calibration: Count = 0  # sentences on which what was cut out of layers is fitted to them before training
 
 
 class TrainingSection(Section):
@@ -216,8 +212,7 @@ class VectorsStage(Section):
     batch_size: Positive = 64
     center: bool = False  # as in `teachers`, of the first
     teachers: dict[Name, VectorTeacher] = {}  # beside the first, which is called `teacher`
-    # {a prompt of the first teacher: share of the sentences that it and the student read behind it}; the rest have none
-    prompts: dict[str, Share] = {}
+    prompts: dict[str, Share] = {}  # {a prompt of the first teacher: share of the sentences that both read behind it}
 
 
 class DualStage(ComparingStage):
@@ -261,8 +256,7 @@ class Phase(TrainingSection):
     evaluations: Count = 0
     losses: Losses = {"labels": Weighted()}
     layer_map: LayerMap = "uniform"
-    # trains through finetune.rounded from here on (straight-through), so that the model is what its delivery holds
-    through_rounding: bool = False
+    through_rounding: bool = False  # to finetune.rounded, from here on, so that the model is what its delivery holds
 
 
 class AugmentSection(Section):

@@ -51,10 +51,9 @@ def normalization(recipe: Recipe) -> dict:
 
 def vocab(context: Context) -> dict:
     """Chooses the student's pieces, or takes those of a tokenizer that is there."""
-    section, counted = context.recipe.vocabulary, context.folder_of("count")
-    teacher = shared_tokenizer(teacher_folder(context.recipe.teacher))
+    section, languages = context.recipe.vocabulary, context.recipe.corpus.languages
+    teacher, counted = shared_tokenizer(teacher_folder(context.recipe.teacher)), context.folder_of("count")
     counts = read_counts(counted / "counts.parquet")
-    languages = context.recipe.corpus.languages
     by_language = {name: read_counts(counted / "languages" / f"{name}.parquet") for name in languages}
     if given := given_tokenizer(context.recipe):
         tokenizer = adopt_tokenizer(given)
