@@ -61,7 +61,8 @@ SHAPES = {
 }
 NEAR = {"distill": (3e-5, 1e-4), "recovery": (5e-5, 1e-4)}  # rates of layers and of pieces that had little cut away
 TEACHER_EPOCHS, TEACHER_BATCH, STUDENT_EPOCHS = 3, 32, 20  # of a labelled task, at most
-VECTORS, TRAINING, RECOVERY = 0.3, 0.3, 0.25  # shares of the minutes, at most; the rest counts, encodes and measures
+VECTORS, TRAINING = 0.3, 0.55  # shares of the minutes, at most; the rest counts, encodes and measures
+RECOVERY = {True: 0.45, False: 0.22}  # share of the training that is through the rounding, of a narrow domain and not
 
 
 @dataclass(frozen=True)
@@ -205,7 +206,7 @@ def choose_effort(
     of the steps beside its teacher, half through the rounding. rows: those that have labels; 0: the teacher labels.
     tuned: the teacher knows the task; else it is fine-tuned on the rows first. fits: the student's layers are fitted in
     these minutes."""
-    share, seconds, teaching = 0.5 if task else RECOVERY / (RECOVERY + TRAINING), 60 * (minutes or 0), 0
+    share, seconds, teaching = 0.5 if task else RECOVERY[look.narrow], 60 * (minutes or 0), 0
     if minutes is None:
         read = tokens / look.length
         sentences, teaching = rows or min(look.sentences, int(read)), min(read, TEACHER_EPOCHS * rows)
@@ -221,7 +222,7 @@ def choose_effort(
         seconds = max(seconds / 2, seconds - fits * FITTED * FITTING / speeds[look.start])
         most = VECTORS * seconds * speed  # sentences that it may read
         sentences, teaching = rows or min(look.sentences, int(most)), min(most / PASSES, TEACHER_EPOCHS * rows)
-        left = (VECTORS + TRAINING + RECOVERY) * seconds - (sentences + teaching * PASSES * (not tuned)) / speed
+        left = (VECTORS + TRAINING) * seconds - (sentences + teaching * PASSES * (not tuned)) / speed
         read = left / (PASSES / of_student + share * task / speed)
     read = min(read, STUDENT_EPOCHS * sentences) if task else read
     least = 300 if task else 50  # steps; a fitted student needs few, and small batches would undo what was fitted
