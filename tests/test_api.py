@@ -270,7 +270,7 @@ def test_a_narrow_domain_has_fewer_pieces_in_more_columns(tiny_teacher, texts, t
         assert (shape.rates["recovery"] == choose.NEAR["recovery"]) == (not own)  # of a start that is to be kept
         effort = choose.choose_effort(look, shape, None, 2_000_000)
         share = effort.recovery_steps / (effort.steps + effort.recovery_steps)
-        assert share == pytest.approx(0.22 if own else 0.45, abs=0.01)  # where rounding costs more, more goes through it
+        assert share == pytest.approx(0.22 if own else 0.45, abs=0.01)  # where rounding costs more
     chosen = load_recipe(plan(str(tiny_teacher), texts, out=tmp_path / "m", **TINY))
     assert (chosen.vocabulary.size, chosen.vocabulary.trainer) == (250, "prune")  # out of the teacher's own
     assert (chosen.distill.learning_rate, chosen.distill.embedding_learning_rate) == choose.NEAR["distill"]
