@@ -132,10 +132,9 @@ def stage_costs(recipe: Recipe) -> list[tuple[str, int, int]]:
     """(stage, tokens, FLOPs) of each training stage on text."""
     student, teacher = shapes(recipe)
     # forward passes for a token, (teacher's, student's): with gradients they count three times
-    of_dual = {"two_stage": (3, 0), "joint": (3, 3)}.get(recipe.dual and recipe.dual.mode, (4, 0))
+    of_dual, costs = {"two_stage": (3, 0), "joint": (3, 3)}.get(recipe.dual and recipe.dual.mode, (4, 0)), []
     passes = {"vectors": (1, 0), "masked_lm_head": (1, 0), "dual": of_dual}  # vectors of the first teacher alone
     passes |= dict.fromkeys(("distill", "recovery"), (0 if recipe.vectors else 1, 3))
-    costs = []
     for name, each in passes.items():
         if section := getattr(recipe, name):
             length = int(section.max_length * GUESSED_FILL)
