@@ -227,14 +227,11 @@ def test_minutes_become_sentences_and_steps_by_the_machine_s_speed(tiny_teacher,
     assert chosen.recovery.steps == max(10, int(chosen.distill.steps * 45 / 55))
 
 
-@pytest.mark.parametrize("layers, narrow, share", [(4, False, 0.22), (4, True, 0.45), (2, False, 0.45)])
-def test_more_goes_through_the_rounding_where_it_costs_more(
-    layers, narrow, share, tiny_teacher, texts, tmp_path, monkeypatch
-):
-    """In a narrow domain, and where layers or dimensions of the teacher's four and 32 were left out."""
-    monkeypatch.setattr(choose, "SHAPES", {"quality": ((12, 290, 32, layers, 32, "int4-32", 1e-3),)})
+@pytest.mark.parametrize("narrow, share", [(False, 0.22), (True, 0.45)])
+def test_more_goes_through_the_rounding_in_a_narrow_domain(narrow, share, tiny_teacher, texts, tmp_path, monkeypatch):
+    monkeypatch.setattr(choose, "SHAPES", {"quality": ((12, 290, 32, 2, 32, "int4-32", 1e-3),)})
     look = choose.look_at(str(tiny_teacher), None, spool(texts, tmp_path), "text")
-    shape = choose.choose_shape(look, 90_000, "quality")
+    shape = choose.choose_shape(look, 60_000, "quality")
     effort = choose.choose_effort(replace(look, narrow=narrow), shape, None, 2_000_000)
     assert effort.recovery_steps / (effort.steps + effort.recovery_steps) == pytest.approx(share, abs=0.01)
 

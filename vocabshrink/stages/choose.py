@@ -62,7 +62,7 @@ SHAPES = {
 NEAR = {"distill": (3e-5, 1e-4), "recovery": (5e-5, 1e-4)}  # rates of layers and of pieces that had little cut away
 TEACHER_EPOCHS, TEACHER_BATCH, STUDENT_EPOCHS = 3, 32, 20  # of a labelled task, at most
 VECTORS, TRAINING = 0.3, 0.55  # shares of the minutes, at most; the rest counts, encodes and measures
-RECOVERY = 0.45, 0.22  # share of the training that is through the rounding; the second where that costs least
+RECOVERY = {True: 0.45, False: 0.22}  # share of the training that is through the rounding, of a narrow domain and not
 
 
 @dataclass(frozen=True)
@@ -206,8 +206,7 @@ def choose_effort(
     of the steps beside its teacher, half through the rounding. rows: those that have labels; 0: the teacher labels.
     tuned: the teacher knows the task; else it is fine-tuned on the rows first. fits: the student's layers are fitted in
     these minutes."""
-    whole = all(getattr(look.source, n) == getattr(shape.section, n) for n in ("hidden_size", "num_hidden_layers"))
-    share, seconds, teaching = 0.5 if task else RECOVERY[whole and not look.narrow], 60 * (minutes or 0), 0
+    share, seconds, teaching = 0.5 if task else RECOVERY[look.narrow], 60 * (minutes or 0), 0
     if minutes is None:
         read = tokens / look.length
         sentences, teaching = rows or min(look.sentences, int(read)), min(read, TEACHER_EPOCHS * rows)
