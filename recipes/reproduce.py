@@ -47,21 +47,22 @@ ROWS = ["--teacher=sentence-transformers/all-mpnet-base-v2", "--task=DATA/tasks/
 ROWS += ["--logits=DATA/teacher_logits/sst2_bert_base.safetensors", "--texts=DATA/corpus/reviews-00000.parquet"]
 
 
-def under_three(size: str, rate: float, weights: str) -> list[Step]:
+def under_three(size: str, rate: float, weights: str, *more: str) -> list[Step]:
     """A smaller student of two teachers, then the same under a third."""
-    rates = [f"distill.learning_rate={rate}", f"recovery.learning_rate={rate / 2}"]
+    rates = [f"distill.learning_rate={rate}", f"recovery.learning_rate={rate / 2}", *more]
     named = [f"name=mpnet_{size}_three", f"student.start=artifacts/mpnet_{size}/distill/student"]
     delivery = [f"delivery.weights={weights}", f"delivery.budget={size.upper()}"]
     return [(f"mpnet_{size}.yaml", ENGLISH), ("third_teacher.yaml", [*ENGLISH, *named, *rates, *delivery])]
 
 
+LONG = "steps=1600", "learning_rate=5e-4", "embedding_learning_rate=1e-3"
 MPNET = [("mpnet_7mb.yaml", ENGLISH), ("third_teacher.yaml", ENGLISH)]
 E5 = [("e5_en_de_fr_7mb.yaml", THREE)]
 MODELS: dict[str, list[Step]] = {
     "mpnet-7mb": MPNET,
     "mpnet-fast-7mb": [("mpnet_fast.yaml", ENGLISH)],
     "mpnet-3mb": under_three("3mb", 3e-4, "{embeddings: int4-32, attention: int4-64, feed_forward: int4-64}"),
-    "mpnet-1mb": under_three("1mb", 5e-4, "int4-64"),
+    "mpnet-1mb": under_three("1mb", 5e-4, "int4-64", *(f"recovery.{setting}" for setting in LONG)),
     "e5-en-de-fr-7mb": E5,
     "e5-de-7mb": [*E5, ("e5_de_7mb.yaml", [GERMAN, TRANSLATED, rated("stsb_de")])],
     "sst2-7mb": [*MPNET, ("sst2_rows.py", ROWS), ("sst2_7mb.yaml", FILMS)],
