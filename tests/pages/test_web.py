@@ -19,7 +19,7 @@ from tokenizers import Tokenizer
 import vocabshrink.pages.web as web
 from tokenizer_build.errors import InputError
 from vocabshrink.cli import main
-from vocabshrink.pages.web import build_web
+from vocabshrink.pages.web import LOADED, build_web
 from vocabshrink.runtime.delivery import load
 from vocabshrink.runtime.index import build_index
 
@@ -164,7 +164,8 @@ def test_the_page_searches_in_chromium(page, tmp_path, where):
     assert float(shown["answers"][0].split("\n")[2]) == pytest.approx(float(query @ passage), abs=0.02)
     assert not shown["overflow"] and shown["unnamed"] == 0 and shown["focused"] == "text-0"
     figures = shown["figures"]
-    assert figures["Model"] == "6.97 MB"
+    files = (*LOADED, load(RELEASED).manifest["graph"])
+    assert figures["Model"] == f"{sum((RELEASED / name).stat().st_size for name in files) / 1e6:.2f} MB"
     assert figures["Runtime"] == "14.79 MB"
     for name in ("Ready after", "Last query", "Median of queries"):
         assert float(figures[name].split()[0]) > 0
