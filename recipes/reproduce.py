@@ -41,7 +41,7 @@ GERMAN = f"corpus.languages.de={files('de', 'corpus_multilingual')}"
 TRANSLATED = f"corpus.parallel={files(10 * 'en_de ', 'tasks', '.tsv')}"
 THREE = [f"corpus.languages.en={files('short wiki_leads reviews')}", GERMAN]
 THREE += [f"corpus.languages.fr={files('fr', 'corpus_multilingual')}", rated("stsb_de")]
-THREE.append(f"corpus.parallel={files(3 * 'en_de_fr ', 'tasks', '.tsv')}")
+THREE.append(f"corpus.parallel={files(6 * 'en_de ' + 6 * 'en_de_fr ', 'tasks', '.tsv')}")
 FILMS = [f"corpus.sources={files('reviews short')}", "data=artifacts/sst2_rows"]
 ROWS = ["--teacher=sentence-transformers/all-mpnet-base-v2", "--task=DATA/tasks/sst2", "--out=artifacts/sst2_rows"]
 ROWS += ["--logits=DATA/teacher_logits/sst2_bert_base.safetensors", "--texts=DATA/corpus/reviews-00000.parquet"]

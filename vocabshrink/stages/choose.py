@@ -62,7 +62,7 @@ SHAPES = {
 NEAR = {"distill": (3e-5, 1e-4), "recovery": (5e-5, 1e-4)}  # rates of layers and of pieces that had little cut away
 TEACHER_EPOCHS, TEACHER_BATCH, STUDENT_EPOCHS = 3, 32, 20  # of a labelled task, at most
 VECTORS, TRAINING = 0.3, 0.55  # shares of the minutes, at most; the rest counts, encodes and measures
-RECOVERY = {True: 0.45, False: 0.22}  # share of the training that is through the rounding, of a narrow domain and not
+RECOVERY, LEAST_RECOVERY = {True: 0.45, False: 0.22}, 30  # share of the training, in narrow text or not; and steps
 
 
 @dataclass(frozen=True)
@@ -227,6 +227,7 @@ def choose_effort(
     read = min(read, STUDENT_EPOCHS * sentences) if task else read
     least = 300 if task else 50  # steps; a fitted student needs few, and small batches would undo what was fitted
     batch = next(size for size in (256, 128, 64, 32) if read >= least * size or size == 32)
+    share = max(share, min(0.5, LEAST_RECOVERY * batch / read))
     steps, sentences = max(20, int(read * (1 - share) / batch)), max(sentences, 0 if rows else LEAST_SENTENCES)
     recovery = max(10, int(steps * share / (1 - share)))
     return Effort(sentences, batch, steps, recovery, minutes, 0 if tuned else max(20, int(teaching / TEACHER_BATCH)))
