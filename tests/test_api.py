@@ -233,7 +233,7 @@ def test_more_goes_through_the_rounding_in_a_narrow_domain(narrow, share, tiny_t
     look = choose.look_at(str(tiny_teacher), None, spool(texts, tmp_path), "text")
     shape = choose.choose_shape(look, 60_000, "quality")
     look = replace(look, narrow=narrow)
-    effort = choose.choose_effort(look, shape, None, 2_000_000)
+    effort = choose.choose_effort(look, shape, None, 4_000_000)
     assert effort.recovery_steps / (effort.steps + effort.recovery_steps) == pytest.approx(share, abs=0.01)
     short = choose.choose_effort(look, shape, None, int(50.5 * 32 * look.length))  # 11 of 50 mend too little
     assert (short.steps, short.recovery_steps) == (25, 25)
