@@ -196,6 +196,13 @@ def test_int8_that_collapses_takes_the_float_kernel_or_is_refused(tiny_teacher, 
     assert manifest == export_model(spoilt, tmp_path / "told", kernel="float", **settings)
 
 
+def test_coarse_weights_are_no_reason_for_another_kernel(model_folder, tmp_path, monkeypatch):
+    monkeypatch.setitem(export_module.LIMITS, "int8", ("onnx/model_quantized.onnx", 0.97, 1.1))
+    settings = {"task": "embedding", "formats": "int8", "max_positions": 32}
+    manifest = export_model(model_folder, tmp_path / "out", force=True, **settings)
+    assert manifest["kernel"] == "unsigned" and "(fp32) is" in manifest["failures"][0]
+
+
 def test_a_factorised_table_rounds_no_activations_at_4_bits(tiny_teacher, tmp_path):
     """Eight bits are those of its projection alone, whose product is of unrounded rows."""
     factorised = make_model(tmp_path / "factorised", tiny_teacher, embedding_size=32)

@@ -25,7 +25,7 @@ ACTIVATIONS |= dict.fromkeys(("gelu_new", "gelu_pytorch_tanh", "gelu_fast"), "ta
 # 2.15 ms for 32 pieces of a 6 x 256 encoder), but may saturate on those without. "float" multiplies unrounded
 # activations by the dequantised weights (2.44 ms), for models with activations so extreme that the others vanish in 8
 # bits, and always for the small products of a factorised table and of a head. One scale for the whole tensor (0.87 ms)
-# made a text's vector depend on its batch by up to 0.02 a component. {a recipe's: tried in this order}
+# made a text's vector depend on its batch by up to 0.02 a component. {of a recipe: tried in turn}
 KERNELS = {name: (name,) for name in ("unsigned", "signed", "float")} | {"auto": ("unsigned", "float")}
 FLOATS = {"fp32": np.float32, "fp16": np.float16}
 

@@ -62,7 +62,7 @@ SHAPES = {
 NEAR = {"distill": (3e-5, 1e-4), "recovery": (5e-5, 1e-4)}  # rates of layers and of pieces that had little cut away
 TEACHER_EPOCHS, TEACHER_BATCH, STUDENT_EPOCHS = 3, 32, 20  # of a labelled task, at most
 VECTORS, TRAINING = 0.3, 0.55  # shares of the minutes, at most; the rest counts, encodes and measures
-RECOVERY, LEAST_RECOVERY = {True: 0.45, False: 0.22}, 30  # share of the training, in narrow text or not; and steps
+RECOVERY, LEAST_RECOVERY = {True: 0.45, False: 0.22}, 30  # through the rounding: share by `narrow`, and steps
 
 
 @dataclass(frozen=True)

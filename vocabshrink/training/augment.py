@@ -159,8 +159,7 @@ class CandidateFinder:
                 elif spelt:
                     nearest.append(word)
         self.predict(masked)
-        if new := {word.pieces: word.letters for word in nearest if word.pieces not in self.near}:
-            # by cosine to the mean of a word's pieces, each weighted by its letters
+        if new := {word.pieces: word.letters for word in nearest if word.pieces not in self.near}:  # cosine of means
             means = [torch.tensor(letters).double() @ self.table[list(pieces)] for pieces, letters in new.items()]
             self.near |= zip(new, self.best(F.normalize(torch.stack(means), dim=-1) @ self.whole.T), strict=True)
         for word in nearest:
