@@ -116,10 +116,12 @@ def shared_tokenizer(path: str | Path) -> Tokenizer:
     """`load_tokenizer`, which takes seconds of a large file, once while the files stay as they are. Only to be read."""
     path = Path(os.path.expanduser(path))
     path = file if (file := path / "tokenizer.json").is_file() else path
-    return _shared(path, stamp(path if path.is_dir() else path.parent))
+    return _load_once(path, stamp(path if path.is_dir() else path.parent))
 
 
-_shared = lru_cache(4)(lambda path, files: load_tokenizer(path))
+@lru_cache(4)
+def _load_once(path: Path, files: object) -> Tokenizer:
+    return load_tokenizer(path)
 
 
 def load_tokenizer(path: str | Path) -> Tokenizer:

@@ -366,8 +366,7 @@ def encode_task(task: Task, teacher: Path, student: Path, folder: Path) -> Encod
     finished, encoded = folder / "task.json", {"sha256": inputs, "lines": len(lines)}
     if not finished.is_file() or read_json(finished) != encoded:
         finished.unlink(missing_ok=True)
-        blocks = (lines[start : start + 10_000] for start in range(0, len(lines), 10_000))
-        encode_corpus(blocks, teacher, student, folder)
+        encode_corpus((lines[i : i + 10_000] for i in range(0, len(lines), 10_000)), teacher, student, folder)
         write_json(finished, encoded)
     return EncodedTask(task, Lexicon.load(folder), WordStream.load(folder), starts)
 

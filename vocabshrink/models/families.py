@@ -80,8 +80,7 @@ def as_bert(backbone: nn.Module) -> dict[str, nn.Parameter]:
 def layer_modules(backbone: nn.Module, part: str) -> Iterator[nn.Module]:
     """The module of each layer that does what `part`, one of PARTS, does in a BERT."""
     for number in range(backbone.config.num_hidden_layers):
-        ours = f"encoder.layer.{number}.{part}"
-        yield backbone.get_submodule(names_of_layer(backbone.config, number)[ours])
+        yield backbone.get_submodule(names_of_layer(backbone.config, number)[f"encoder.layer.{number}.{part}"])
 
 
 def student_class(config: PreTrainedConfig, kind: str = "Model") -> type[PreTrainedModel]:

@@ -78,8 +78,7 @@ def shared_modules(recipe: Recipe) -> tuple[ModuleSettings, str | None]:
 
 def read_teacher(context: Context) -> Teacher:
     """The recipe's teacher with the masked-LM head that was trained for it."""
-    section = context.recipe.teacher
-    teacher = load_teacher(teacher_folder(section), shared_modules(context.recipe)[0])
+    teacher = load_teacher(teacher_folder(context.recipe.teacher), shared_modules(context.recipe)[0])
     if teacher.head is None and context.has("masked_lm_head"):
         teacher.head = load_head(context.folder_of("masked_lm_head") / "head", teacher.backbone)
     return teacher

@@ -37,8 +37,7 @@ def masked_lm_head(context: Context) -> dict:
     accelerator, run = begin(context, stage)
     teacher.head = new_head(teacher.backbone)
     task = HeadTraining(teacher, {"teacher_masked_lm": Weighted()})
-    batcher = make_batcher(context, stage, teacher, ("teacher",), accelerator)
-    result = run(task, batcher)
+    result = run(task, make_batcher(context, stage, teacher, ("teacher",), accelerator))
     if accelerator.is_main_process:
         save_head(context.folder / "head", teacher.head)
     return result
@@ -148,8 +147,7 @@ def distil_into_student(context: Context, stage: DistillStage, formats=None) -> 
         options["bank"] = bank, narrow
     task = make_distillation(context, stage, teacher, student, **options)
     sides = ("student",) if task.teacher is None else ("student", "teacher")
-    batcher = make_batcher(context, stage, teacher, sides, accelerator, vectors=vectors)
-    result = run(task, batcher, evaluate=evaluate)
+    result = run(task, make_batcher(context, stage, teacher, sides, accelerator, vectors=vectors), evaluate=evaluate)
     if accelerator.is_main_process:
         if formats:
             bake(student)

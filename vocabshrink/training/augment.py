@@ -159,16 +159,20 @@ class CandidateFinder:
                 elif spelt:
                     nearest.append(word)
         self.predict(masked)
-        if new := {word.pieces: word.letters for word in nearest if word.pieces not in self.near}:  # cosine of means
-            means = [torch.tensor(letters).double() @ self.table[list(pieces)] for pieces, letters in new.items()]
-            self.near |= zip(new, self.best(F.normalize(torch.stack(means), dim=-1) @ self.whole.T), strict=True)
-        for word in nearest:
-            word.candidates = self.near[word.pieces]
+        self.look_up(nearest)
         for sentence, words in zip(sentences, found, strict=True):
             for word in words:  # never the word itself, however capitalised
                 own = sentence[word.part][word.start : word.end].casefold()
                 word.candidates = [new for new in word.candidates if new.casefold() != own][: self.count]
         return found
+
+    def look_up(self, nearest: list[Word]) -> None:
+        """Gives each word those whose piece embeddings are nearest to the mean of its own, by cosine."""
+        if new := {word.pieces: word.letters for word in nearest if word.pieces not in self.near}:
+            means = [torch.tensor(letters).double() @ self.table[list(pieces)] for pieces, letters in new.items()]
+            self.near |= zip(new, self.best(F.normalize(torch.stack(means), dim=-1) @ self.whole.T), strict=True)
+        for word in nearest:
+            word.candidates = self.near[word.pieces]
 
     def predict(self, masked: list[tuple[list[int], Word]]) -> None:
         """Gives each word of (sentence's pieces, word) the most probable words in its place."""

@@ -172,8 +172,7 @@ class TaskTraining(TrainingTask):
             parameter.requires_grad_(head or id(parameter) in body)
 
     def view(self, batch: Batch) -> Forward:
-        teacher = self.teacher.base_model if self.live else None
-        forward = self.both(batch, self.student.base_model, teacher)
+        forward = self.both(batch, self.student.base_model, self.teacher.base_model if self.live else None)
         for view, model in ((forward.student, self.student), (forward.teacher, self.teacher))[: 1 + self.live]:
             view.predict = partial(task_logits, model, kind=self.kind)
         if self.logits is not None and readers(self.losses, "teacher logits"):
