@@ -36,7 +36,7 @@ def rated(name: str) -> str:
 
 
 ENGLISH = [f"corpus.sources={files('short wiki_leads reviews')}", "vectors.shares=[18, 4, 2]", rated("stsb")]
-ENGLISH.append("evaluation.sentences=400")
+ENGLISH.append("evaluation.sentences=2000")
 GERMAN = f"corpus.languages.de={files('de', 'corpus_multilingual')}"
 TRANSLATED = f"corpus.parallel={files(10 * 'en_de ', 'tasks', '.tsv')}"
 THREE = [f"corpus.languages.en={files('short wiki_leads reviews')}", GERMAN]
@@ -47,22 +47,26 @@ ROWS = ["--teacher=sentence-transformers/all-mpnet-base-v2", "--task=DATA/tasks/
 ROWS += ["--logits=DATA/teacher_logits/sst2_bert_base.safetensors", "--texts=DATA/corpus/reviews-00000.parquet"]
 
 
-def under_three(size: str, rate: float, weights: str, *more: str) -> list[Step]:
-    """A smaller student of two teachers, then the same under a third."""
-    rates = [f"distill.learning_rate={rate}", f"recovery.learning_rate={rate / 2}", *more]
+def under_three(size: str, rate: str, settings: list[str]) -> list[Step]:
+    """A smaller student of two teachers, then the same under a third. rate: of its layers; the pieces have 1e-3."""
     named = [f"name=mpnet_{size}_three", f"student.start=artifacts/mpnet_{size}/distill/student"]
-    delivery = [f"delivery.weights={weights}", f"delivery.budget={size.upper()}"]
-    return [(f"mpnet_{size}.yaml", ENGLISH), ("third_teacher.yaml", [*ENGLISH, *named, *rates, *delivery])]
+    rates = [f"distill.learning_rate={rate}", f"recovery.learning_rate={rate}", "recovery.embedding_learning_rate=1e-3"]
+    return [(f"mpnet_{size}.yaml", ENGLISH), ("third_teacher.yaml", [*ENGLISH, *named, *rates, *settings])]
 
 
-LONG = "steps=1600", "learning_rate=5e-4", "embedding_learning_rate=1e-3"
+FAST = ["delivery.weights={embeddings: int4-64, attention: int8, feed_forward: int8}", "delivery.kernel=signed"]
+FAST += ["distill.steps=2000", "distill.teachers={teacher: 1, minilm: 1, e5: 1}", "recovery.steps=500"]
+FAST += ["recovery.learning_rate=2e-4", "recovery.embedding_learning_rate=6e-4"]
+FINE = ["delivery.weights={embeddings: int4-32, attention: int4-64, feed_forward: int4-64}", "delivery.budget=3MB"]
+FINER = ["delivery.weights=int4-32", "delivery.budget=1MB"]
+FINER += ["recovery.steps=3200", "recovery.teachers={teacher: 3, minilm: 4, e5: 4}"]
 MPNET = [("mpnet_7mb.yaml", ENGLISH), ("third_teacher.yaml", ENGLISH)]
 E5 = [("e5_en_de_fr_7mb.yaml", THREE)]
 MODELS: dict[str, list[Step]] = {
     "mpnet-7mb": MPNET,
-    "mpnet-fast-7mb": [("mpnet_fast.yaml", ENGLISH)],
-    "mpnet-3mb": under_three("3mb", 3e-4, "{embeddings: int4-32, attention: int4-64, feed_forward: int4-64}"),
-    "mpnet-1mb": under_three("1mb", 5e-4, "int4-64", *(f"recovery.{setting}" for setting in LONG)),
+    "mpnet-fast-7mb": under_three("fast", "3e-4", FAST),
+    "mpnet-3mb": under_three("3mb", "3e-4", FINE),
+    "mpnet-1mb": under_three("1mb", "5e-4", FINER),
     "e5-en-de-fr-7mb": E5,
     "e5-de-7mb": [*E5, ("e5_de_7mb.yaml", [GERMAN, TRANSLATED, rated("stsb_de")])],
     "sst2-7mb": [*MPNET, ("sst2_rows.py", ROWS), ("sst2_7mb.yaml", FILMS)],

@@ -4,8 +4,10 @@
 folders part-00, part-01, ... of at most 60 MB. Of a recipe without stored vectors that is the vocabulary and the word
 stream, made here: ids are written by frequency, a byte for the 128 most frequent words, and packed by LZMA, 9 bits a
 word of Wikipedia. Of a recipe with `vectors` it is the sentences alone, as text: what their teachers say of them, the
-GPU computes in less time than it takes to send it. `unpack` puts every part that it finds beside those it found before,
-checks hashes, restores the files whose last byte has come, the wheels first, and installs these where they are missing.
+GPU computes in less time than it takes to send it. Of an ablation's base recipe, with `--ablations`, it is lines of the
+corpus as text, and the recipe's tasks; ablation.py makes the rest there. `unpack` puts every part that it finds beside
+those it found before, checks hashes, restores the files whose last byte has come, the wheels first, and installs these
+where they are missing.
 
     python tests/gpu/kit.py pack --corpus text/ --recipe recipes/minilm_7mb.yaml --teacher FOLDER --out build/gpu-kit
     python tests/gpu/kit.py unpack --parts build/gpu-kit --out /tmp/gpu-kit     # on the host, once for each part sent
@@ -28,11 +30,12 @@ sys.path.insert(0, str(Path(__file__).parents[2]))
 import numpy as np
 
 PART_BYTES = 59_900_000  # and the index of all of them
-NEEDED = {"pydantic", "sentencepiece", "onnx", "pytest"}  # pages need more, and none is made there
+NEEDED = {"pydantic", "sentencepiece", "onnx", "pytest", "matplotlib"}  # the last where tables are drawn
 WHEELS = "pydantic pydantic-core annotated-types typing-inspection typing-extensions sentencepiece onnx ml-dtypes"
 WHEELS += " protobuf pytest pluggy iniconfig packaging pygments"  # for Python 3.12
 BLOCK = 4_000_000  # words packed at once, on a core each
 SENTENCES = 200_000  # of a file of text, the same
+DRAWING = "matplotlib contourpy cycler fonttools kiwisolver pillow pyparsing python-dateutil six jinja2 markupsafe"
 ENCODED = ("words.jsonl", "lexicon.safetensors", "meta.json")
 
 
@@ -91,7 +94,11 @@ def pack_sentences(recipe) -> dict[str, bytes]:
     """{name: bytes} of the sentences that the recipe's `vectors` stage draws from its corpus, a line each."""
     from vocabshrink.data.vectors import draw_sentences
 
-    texts = [" ".join(text.split()) for text in draw_sentences(recipe.corpus, recipe.vectors, recipe.seed).texts]
+    return pack_texts(draw_sentences(recipe.corpus, recipe.vectors, recipe.seed).texts)
+
+
+def pack_texts(texts: list[str]) -> dict[str, bytes]:
+    texts = [" ".join(text.split()) for text in texts]
     parts = ["\n".join(texts[start : start + SENTENCES]) + "\n" for start in range(0, len(texts), SENTENCES)]
     with ThreadPoolExecutor() as pool:
         packed = pool.map(lambda part: lzma.compress(part.encode()), parts)
@@ -111,6 +118,24 @@ def pack_stages(arguments: argparse.Namespace, recipe, settings: list[str]) -> d
     files = {f"run/{name}.xz": lzma.compress((run / name).read_bytes()) for name in names}
     sample = "\n".join(first_texts(recipe, max(64, recipe.student.calibration)))
     return files | pack_stream(run / "encode") | {"sample/first.txt.xz": lzma.compress(sample.encode())}
+
+
+def pack_ablations(recipe, words: int) -> dict[str, bytes]:
+    """{name: bytes} of lines of the corpus, the first with so many words, and of the recipe's tasks."""
+    from tokenizer_build.corpus import read_lines
+
+    texts, left = [], words
+    for line in read_lines(recipe.corpus.sources, recipe.corpus.column):
+        texts.append(line)
+        if (left := left - len(line.split())) <= 0:
+            break
+    files = pack_texts(texts)
+    for task in recipe.tasks.values():
+        folder = Path(task.train).parent
+        for path in filter(None, (task.train, task.validation, task.test, folder / "meta.json")):
+            if Path(path).is_file():
+                files[f"tasks/{folder.name}/{Path(path).name}.xz"] = lzma.compress(Path(path).read_bytes())
+    return files
 
 
 def models_of(recipe) -> dict[str, str]:
@@ -137,10 +162,10 @@ def model_files(folder: Path) -> dict[str, bytes]:
     return files | {path.relative_to(folder).as_posix(): path.read_bytes() for path in kept}
 
 
-def wheels(place: Path) -> dict[str, bytes]:
+def wheels(place: Path, names: str) -> dict[str, bytes]:
     """The packages that the host lacks, for its Python."""
     options = "--only-binary=:all: --no-deps --python-version 3.12 --platform manylinux_2_17_x86_64 --quiet"
-    command = [sys.executable, "-m", "pip", "download", *options.split(), "--dest", str(place), *WHEELS.split()]
+    command = [sys.executable, "-m", "pip", "download", *options.split(), "--dest", str(place), *names.split()]
     subprocess.run(command, check=True)
     return {path.name: path.read_bytes() for path in sorted(place.glob("*.whl"))}
 
@@ -158,9 +183,13 @@ def pack(arguments: argparse.Namespace) -> None:
     recipe = load_recipe(arguments.recipe, settings)
     files = {}
     if not arguments.no_wheels:
-        files = {f"wheels/{name}": data for name, data in wheels(out / "wheels").items()}
+        names = f"{WHEELS} {DRAWING}" if arguments.ablations else WHEELS
+        files = {f"wheels/{name}": data for name, data in wheels(out / "wheels", names).items()}
         shutil.rmtree(out / "wheels")
-    files |= pack_sentences(recipe) if recipe.vectors else pack_stages(arguments, recipe, settings)
+    if arguments.ablations:
+        files |= pack_ablations(recipe, arguments.words)
+    else:
+        files |= pack_sentences(recipe) if recipe.vectors else pack_stages(arguments, recipe, settings)
     moved, folders = {"vectors.shares": []} if recipe.vectors else {}, {}
     for key, model in models_of(recipe).items():
         path = resolve_model(model).resolve()
@@ -234,9 +263,10 @@ def unpack(parts: Path, out: Path) -> bool:
 
 def install(folder: Path) -> None:
     """Installs the wheels, if the host lacks one of the packages that are needed."""
-    if folder.is_dir() and not all(map(importlib.util.find_spec, NEEDED)):
+    lacking = {name for name in NEEDED if any(folder.glob(f"{name}-*")) and not importlib.util.find_spec(name)}
+    if lacking:
         command = [sys.executable, "-m", "pip", "install", "--quiet", "--no-index", "--find-links", str(folder)]
-        subprocess.run([*command, *sorted(NEEDED)], check=True, env=os.environ | {"PIP_BREAK_SYSTEM_PACKAGES": "1"})
+        subprocess.run([*command, *sorted(lacking)], check=True, env=os.environ | {"PIP_BREAK_SYSTEM_PACKAGES": "1"})
 
 
 def main() -> None:
@@ -249,6 +279,8 @@ def main() -> None:
     packing.add_argument("--out", type=Path, required=True)
     packing.add_argument("--part-bytes", type=int, default=PART_BYTES)
     packing.add_argument("--no-wheels", action="store_true")
+    packing.add_argument("--ablations", action="store_true", help="for ablation.py: text and tasks as they are")
+    packing.add_argument("--words", type=int, default=30_000_000, help="of the text, with --ablations")
     packing.add_argument("--set", nargs="*", default=[], help="settings over the recipe's")
     unpacking = commands.add_parser("unpack")
     unpacking.add_argument("--parts", type=Path, required=True)
