@@ -14,7 +14,7 @@ DOCS = Path(__file__).parent
 OURS, PEER, INK, GRID = "#3b82f6", "#d1662a", "#7a828c", "#8b949e55"
 LABELS = {  # system: label, where it stands beside its point
     "mpnet-7mb": ("mpnet-7mb, 4 bits", (9, -2)),
-    "mpnet-fast-7mb": ("mpnet-fast-7mb", (0, -19)),
+    "mpnet-fast-7mb": ("mpnet-fast-7mb", (0, -25)),
     "mpnet-3mb": ("mpnet-3mb", (-9, -3)),
     "mpnet-1mb": ("mpnet-1mb", (9, -3)),
     "model2vec-mpnet": ("model2vec, static vectors", (9, -3)),

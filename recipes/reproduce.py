@@ -55,11 +55,12 @@ def under_three(size: str, rate: str, settings: list[str]) -> list[Step]:
 
 
 FAST = ["delivery.weights={embeddings: int4-64, attention: int8, feed_forward: int8}", "delivery.kernel=signed"]
-FAST += ["distill.steps=2000", "distill.teachers={teacher: 1, minilm: 1, e5: 1}", "recovery.steps=500"]
+FAST += ["distill.steps=2000", "distill.teachers={teacher: 1, minilm: 1, e5: 1}", "recovery.steps=1700"]
 FAST += ["recovery.learning_rate=2e-4", "recovery.embedding_learning_rate=6e-4"]
 FINE = ["delivery.weights={embeddings: int4-32, attention: int4-64, feed_forward: int4-64}", "delivery.budget=3MB"]
+FINE.append("recovery.steps=3400")
 FINER = ["delivery.weights=int4-32", "delivery.budget=1MB"]
-FINER += ["recovery.steps=3200", "recovery.teachers={teacher: 3, minilm: 4, e5: 4}"]
+FINER += ["recovery.steps=6400", "recovery.teachers={teacher: 3, minilm: 4, e5: 4}"]
 MPNET = [("mpnet_7mb.yaml", ENGLISH), ("third_teacher.yaml", ENGLISH)]
 E5 = [("e5_en_de_fr_7mb.yaml", THREE)]
 MODELS: dict[str, list[Step]] = {
