@@ -24,6 +24,7 @@ from transformers import AutoModelForMaskedLM
 from tokenizer_build.files import write_json
 from tokenizer_build.tokenizer import load_tokenizer
 from vocabshrink.lab import ablations
+from vocabshrink.models.loading import load_config, load_model
 from vocabshrink.run.engine import Context, say
 from vocabshrink.run.recipe import EvaluationSection
 from vocabshrink.run.stage import STAGES
@@ -38,11 +39,10 @@ SENTENCES = 2_000
 def masked_words(student: Path, texts: list[str]) -> float | None:
     """The share of masked words whose pieces the student names, all of them; None without a masked-LM head. Whole words
     are masked, the same ones for every student."""
-    model = AutoModelForMaskedLM.from_pretrained(student)
-    if "MaskedLM" not in (model.config.architectures or [""])[0]:
+    if "MaskedLM" not in (load_config(student).architectures or [""])[0]:
         return None
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    model, tokenizer = model.to(device).eval(), load_tokenizer(student)
+    model, tokenizer = load_model(student, AutoModelForMaskedLM).to(device), load_tokenizer(student)
     mask, right, total = tokenizer.token_to_id("[MASK]"), 0, 0
     drawn = torch.Generator().manual_seed(0)
     for start in range(0, len(texts), BATCH):
@@ -78,6 +78,7 @@ def main() -> None:
     parser.add_argument("overrides", nargs="*", help="settings over the base recipe's")
     arguments = parser.parse_args()
     began, kit = time.monotonic(), arguments.kit.resolve()
+    arguments.out.mkdir(parents=True, exist_ok=True)
     given = [f"teacher.model={kit / 'teacher'}", "teacher.sha256=null", f"corpus.sources=[{kit / 'corpus'}]"]
     given += [f"data={kit / 'tasks'}", "seeds=[1]"]
     ablation, runs = ablations.runs_of(arguments.file, [*given, *arguments.overrides], arguments.work)
@@ -90,7 +91,8 @@ def main() -> None:
         ablations.advance(run, wait=True)
         longest = max(longest, time.monotonic() - started)
         ablations.write_tables([(ablation, runs)], arguments.work)
-        shutil.copytree(arguments.work / ablation.name, arguments.out, dirs_exist_ok=True, ignore=no_weights)
+        for path in filter(Path.is_file, (arguments.work / ablation.name).iterdir()):  # its folders are the runs
+            shutil.copy(path, arguments.out)
         texts = texts or held_out(run)
         trained = [run.dir.stage(name) / "student" for name in ablations.GENERAL if name in run.stages]
         found[run.name] = {
@@ -100,10 +102,6 @@ def main() -> None:
         }
         write_json(arguments.out / "masked_words.json", found)
         say(f"{run.label}: {found[run.name]}")
-
-
-def no_weights(folder: str, names: list[str]) -> list[str]:
-    return [name for name in names if (Path(folder) / name).is_dir()]
 
 
 if __name__ == "__main__":
